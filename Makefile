@@ -1,0 +1,91 @@
+# FedAlloy. Run `make` for the list of targets. Needs GNU make and Python 3.11 or newer, nothing else.
+#
+# Where there is no GPU, PyPI's torch for Linux still brings gigabytes of CUDA libraries. PyTorch's own index has a CPU
+# build of the same version, which pip prefers as soon as it can see it:
+#
+#     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#
+# The same without make: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. It is not the default, because a
+# build should ask only the package index that its user has chosen. Another torch: `make demo TORCH=torch==2.12.1`.
+
+VENV  ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed-for-pyproject
+# -qq: errors only. Progress bars and "already satisfied" are noise in a log.
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+
+# No process of this project reports anywhere or asks a model hub for files.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test unit lint format proto clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP) ## A SuperLink and several SuperNodes on this machine, several strategies, one table.
+	@$(BIN)/fedalloy demo
+
+test: $(STAMP) lint ## Lint and all tests (unit and end-to-end); what was skipped is listed with its reason.
+	@$(BIN)/python -m pytest -rs
+
+unit: $(STAMP) ## The tests that start no Flower process.
+	@$(BIN)/python -m pytest -rs -m "not e2e"
+
+lint: $(STAMP) ## ruff, mypy, import contracts, generated code, buf.
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "run 'make format'"; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found"; exit 1; }
+	@$(BIN)/python proto/generate.py --check || { echo "run 'make proto'"; exit 1; }
+	@if [ -x $(BIN)/buf ]; then $(BIN)/buf lint; \
+	elif command -v buf >/dev/null 2>&1; then buf lint; \
+	else echo "buf lint: skipped, no buf here (pip install buf-bin)"; fi
+	@echo "lint: ok"
+
+format: $(STAMP) ## Rewrite the code the way ruff formats it.
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+proto: $(STAMP) ## Generate the Python code of proto/fedalloy/v1/*.proto.
+	@$(BIN)/python proto/generate.py
+
+clean: ## Remove the environment and what tools left; runs/ stays.
+	rm -rf $(VENV) build dist *.egg-info *.fab .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One environment, made once and again when pyproject.toml changes. torch goes in first and alone, so that a CPU build
+# that pip can see (TORCH_INDEX, or a mirror that has one) is taken before another package asks for "any torch".
+$(STAMP): pyproject.toml
+	@set -e; \
+	if [ ! -x $(BIN)/python ]; then \
+		found=""; \
+		for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14); do \
+			if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+				found="$$candidate"; break; \
+			fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "FedAlloy needs Python 3.11 or newer; $(or $(PYTHON),python3) is: $$($(or $(PYTHON),python3) --version 2>&1)." >&2; \
+			echo "Install python3.11, or name one: make PYTHON=/path/to/python3.11 ..." >&2; \
+			exit 1; \
+		fi; \
+		echo "Making $(VENV) with $$($$found --version) ..."; \
+		"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
+			echo "'$$found -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; exit 1; }; \
+	fi; \
+	if ! $(BIN)/python -c 'import torch' >/dev/null 2>&1; then \
+		echo "Installing $(TORCH) ..."; \
+		if [ "$$(uname -s)" = Linux ] && [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
+			echo "  (no GPU here: TORCH_INDEX=https://download.pytorch.org/whl/cpu makes this download smaller)"; \
+		fi; \
+		$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"; \
+	fi; \
+	echo "Installing FedAlloy and its tools ..."; \
+	$(PIP) install -e '.[dev,simulation]'; \
+	touch $(STAMP)

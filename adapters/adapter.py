@@ -1,0 +1,144 @@
+"""The one thing everybody handles: a layout and one flat vector of its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.layout import Entry, Factor, Layout, LayoutError
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter: ``layout`` says what the numbers mean, ``vector`` of shape ``[P]`` holds them.
+
+    The vector is contiguous and has one floating dtype (state is kept in float32; tests of the algebra use float64).
+    ``adapter["module", Factor.A]`` is a view into it, never a copy.
+
+    Raises:
+        LayoutError: the vector's shape is not ``[layout.size]``, or it is not floating.
+    """
+
+    layout: Layout
+    vector: Tensor
+
+    def __post_init__(self) -> None:
+        if self.vector.shape != (self.layout.size,):
+            raise LayoutError(f"got vector.shape={tuple(self.vector.shape)}, expected ({self.layout.size},)")
+        if not self.vector.is_floating_point():
+            raise LayoutError(f"got vector.dtype={self.vector.dtype}, expected a floating dtype")
+        if not self.vector.is_contiguous():
+            object.__setattr__(self, "vector", self.vector.contiguous())
+
+    def __getitem__(self, key: tuple[str, Factor]) -> Tensor:
+        """View of one tensor, in its own shape."""
+        entry = self.layout.by_name[f"{key[0]}.{key[1]}"]
+        return self.vector[self.layout.slice_of(entry.name)].view(entry.shape)
+
+    def items(self) -> Iterator[tuple[Entry, Tensor]]:
+        """Entries with their views, in the layout's order."""
+        for entry in self.layout.entries:
+            yield entry, self.vector[self.layout.slice_of(entry.name)].view(entry.shape)
+
+    def clone(self) -> Adapter:
+        """A copy that shares no memory."""
+        return Adapter(self.layout, self.vector.clone())
+
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """The same adapter with its numbers in another dtype."""
+        return Adapter(self.layout, self.vector.to(dtype))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is neither NaN nor infinity in it."""
+        return bool(torch.isfinite(self.vector).all())
+
+    @property
+    def digest(self) -> bytes:
+        """Content digest, 32 bytes: names exactly these numbers (as binary32) in exactly this layout."""
+        numbers = self.vector.detach().to("cpu", torch.float32).numpy()
+        if sys.byteorder == "big":  # pragma: no cover
+            numbers = numbers.byteswap()
+        header = b"fedalloy.content.v1" + self.layout.digest
+        return hashlib.sha256(header + memoryview(numbers).cast("B")).digest()
+
+    def select(self, factors: Iterable[Factor] = (), modules: Iterable[str] = ()) -> Adapter:
+        """The part with these factors and modules, copied (see ``Layout.select``)."""
+        return self.part(self.layout.select(factors, modules))
+
+    def part(self, layout: Layout) -> Adapter:
+        """The tensors of ``layout``, which must be contained in this adapter's layout, copied.
+
+        Raises:
+            LayoutError: ``layout`` is not a part of this adapter's layout.
+        """
+        if layout is self.layout:
+            return self.clone()
+        if not self.layout.contains(layout):
+            raise LayoutError(f"not a part of this adapter: {self.layout.describe_difference(layout)}")
+        pieces = [self.vector[self.layout.slice_of(entry.name)] for entry in layout.entries]
+        return Adapter(layout, torch.cat(pieces))
+
+    def with_part(self, part: Adapter) -> Adapter:
+        """A copy in which the tensors of ``part`` replace this adapter's own.
+
+        Raises:
+            LayoutError: ``part``'s layout is not contained in this adapter's.
+        """
+        if not self.layout.contains(part.layout):
+            raise LayoutError(f"not a part of this adapter: {self.layout.describe_difference(part.layout)}")
+        vector = self.vector.clone()
+        for entry, tensor in part.items():
+            vector[self.layout.slice_of(entry.name)] = tensor.reshape(-1).to(vector.dtype)
+        return Adapter(self.layout, vector)
+
+    @classmethod
+    def zeros(cls, layout: Layout, dtype: torch.dtype = torch.float32) -> Adapter:
+        """The adapter whose every number is zero."""
+        return cls(layout, torch.zeros(layout.size, dtype=dtype))
+
+    @classmethod
+    def initial(cls, layout: Layout, seed: int) -> Adapter:
+        """The starting adapter of a seed: A uniform as in LoRA, everything else zero, so the model is the base.
+
+        A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), which is the Kaiming-uniform (a = sqrt 5) draw of the LoRA
+        paper's code. Every module has a generator of its own, seeded by ``seed`` and the module's name, so clients
+        with different layouts agree on the modules they share.
+        """
+        adapter = cls.zeros(layout)
+        for entry, tensor in adapter.items():
+            if entry.factor is Factor.A:
+                name = hashlib.sha256(f"{seed}:{entry.module}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(name[:8], "little", signed=True))
+                bound = 1 / math.sqrt(entry.shape[1])
+                tensor.copy_(torch.empty(entry.shape).uniform_(-bound, bound, generator=generator))
+        return adapter
+
+
+def stack_vectors(adapters: Iterable[Adapter]) -> Tensor:
+    """The matrix ``[N, P]`` of N adapters of one layout.
+
+    Raises:
+        LayoutError: the layouts differ (says where).
+    """
+    found = list(adapters)
+    for other in found[1:]:
+        require_same_layout(found[0].layout, other.layout)
+    return torch.stack([adapter.vector for adapter in found])
+
+
+def require_same_layout(expected: Layout, found: Layout) -> None:
+    """Raise LayoutError, naming the first difference, unless the layouts are equal."""
+    if expected is not found and expected.digest != found.digest:
+        raise LayoutError(f"found {expected.describe_difference(found)}")
+
+
+def scalings_from(ranks: Mapping[str, int], alpha: float) -> dict[str, float]:
+    """LoRA's scaling alpha / rank for each module."""
+    return {module: alpha / rank for module, rank in ranks.items()}

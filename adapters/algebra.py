@@ -1,0 +1,197 @@
+r"""Closed forms on adapters; no dense ``d_out x d_in`` matrix is ever formed.
+
+For a LoRA module the *delta* is :math:`\Delta = s B A` with ``A [r, d_in]``, ``B [d_out, r]`` and scaling ``s``. Sums
+can be taken in two spaces:
+
+* *factor space*: numbers are added one by one. Linear in the vector, but the product of two sums has cross terms, so
+  this is not the sum of the deltas unless all A (or all B) agree.
+* *delta space*: the deltas are added. Exact as a stack of ranks; a best approximation at a given rank by truncation.
+
+Weight and bias entries are differences from the base model and add linearly in both spaces.
+The scaling is folded in exactly one place, :func:`folded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adapters.adapter import Adapter, require_same_layout, stack_vectors
+from adapters.layout import Entry, Factor, Layout, LayoutError
+
+Coefficient = float | Mapping[str, float]
+"""One number for the whole adapter, or one per module."""
+
+
+def coefficient_of(coefficient: Coefficient, module: str) -> float:
+    """The coefficient of one module.
+
+    Raises:
+        LayoutError: a per-module coefficient does not name this module.
+    """
+    if not isinstance(coefficient, Mapping):
+        return float(coefficient)
+    if module not in coefficient:
+        raise LayoutError(f"no coefficient for module {module!r}; given for {', '.join(sorted(coefficient)) or 'none'}")
+    return float(coefficient[module])
+
+
+def folded(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    """``(A [r, d_in], s B [d_out, r])``: the one place where the scaling meets a factor."""
+    return adapter[module, Factor.A], adapter.layout.scalings[module] * adapter[module, Factor.B]
+
+
+def combine_factors(adapters: Sequence[Adapter], weights: Tensor) -> Tensor:
+    """Weighted sums in factor space: ``weights [M, N]`` times the adapters' matrix ``[N, P]`` gives ``[M, P]``."""
+    matrix = stack_vectors(adapters)
+    if weights.ndim != 2 or weights.shape[1] != matrix.shape[0]:
+        raise LayoutError(f"got weights.shape={tuple(weights.shape)}, expected (*, {matrix.shape[0]})")
+    return weights.to(matrix) @ matrix
+
+
+def weighted_sum(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:
+    """Sum of coefficient times adapter in factor space; coefficients may be per module.
+
+    Note that a module's coefficient multiplies both of its factors, hence the delta by its square: for a sum of deltas
+    use :func:`stack`.
+
+    Raises:
+        LayoutError: layouts differ, counts differ, or a per-module coefficient is missing.
+    """
+    _require_counts(adapters, coefficients)
+    layout = adapters[0].layout
+    if all(not isinstance(coefficient, Mapping) for coefficient in coefficients):
+        weights = torch.tensor([[float(c) for c in coefficients]], dtype=torch.float64)  # type: ignore[arg-type]
+        return Adapter(layout, combine_factors(adapters, weights)[0])
+    total = Adapter.zeros(layout, adapters[0].vector.dtype)
+    for adapter, coefficient in zip(adapters, coefficients, strict=True):
+        require_same_layout(layout, adapter.layout)
+        for entry, tensor in total.items():
+            tensor += coefficient_of(coefficient, entry.module) * adapter[entry.module, entry.factor]
+    return total
+
+
+def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:
+    """Exact sum in delta space: ``sum_i c_i Delta_i`` as one adapter whose ranks add up and whose scalings are 1.
+
+    ``A' = [A_1; A_2; ...]`` and ``B' = [c_1 s_1 B_1, c_2 s_2 B_2, ...]``. Ranks and scalings may differ between the
+    adapters; modules, input and output sizes may not.
+
+    Raises:
+        LayoutError: base models or modules differ, counts differ, or a per-module coefficient is missing.
+    """
+    _require_counts(adapters, coefficients)
+    first = adapters[0].layout
+    for other in adapters[1:]:
+        if other.layout.base_fingerprint != first.base_fingerprint:
+            raise LayoutError(f"found {first.describe_difference(other.layout)}")
+        if {entry.name for entry in other.layout.entries} != {entry.name for entry in first.entries}:
+            raise LayoutError(f"cannot stack: found {first.describe_difference(other.layout)}")
+    entries: list[Entry] = []
+    pieces: list[Tensor] = []
+    for entry in first.entries:
+        module, factor = entry.module, entry.factor
+        if factor is Factor.A:
+            tensor = torch.cat([folded(adapter, module)[0] for adapter in adapters], dim=0)
+        elif factor is Factor.B:
+            blocks = [
+                coefficient_of(c, module) * folded(adapter, module)[1]
+                for adapter, c in zip(adapters, coefficients, strict=True)
+            ]
+            tensor = torch.cat(blocks, dim=1)
+        else:
+            terms = [
+                coefficient_of(c, module) * adapter[module, factor]
+                for adapter, c in zip(adapters, coefficients, strict=True)
+            ]
+            tensor = torch.stack(terms).sum(dim=0)
+        entries.append(Entry(module, factor, tuple(tensor.shape)))
+        pieces.append(tensor.reshape(-1))
+    layout = Layout(tuple(entries), dict.fromkeys(first.lora_modules, 1.0), first.base_fingerprint)
+    return Adapter(layout, torch.cat(pieces))
+
+
+def truncate(adapter: Adapter, layout: Layout) -> Adapter:
+    """Best approximation of every delta at the ranks of ``layout`` (Frobenius norm), in that layout.
+
+    QR of B and of A transposed, then an SVD of the small core: ``O((d_in + d_out) r^2)``; equal to truncating the SVD
+    of the dense delta (Eckart-Young). Singular values are split evenly between the factors. Where the target rank
+    exceeds the adapter's, the rest is zero. Signs and rotations of an SVD are arbitrary: reset optimiser moments.
+
+    Raises:
+        LayoutError: ``layout`` has other modules or sizes.
+    """
+    result = Adapter.zeros(layout, adapter.vector.dtype)
+    if {entry.name for entry in layout.entries} != set(adapter.layout.by_name):
+        raise LayoutError(f"cannot truncate: found {layout.describe_difference(adapter.layout)}")
+    for entry, tensor in result.items():
+        if not entry.factor.is_lora:
+            tensor.copy_(adapter[entry.module, entry.factor])
+    for module in layout.lora_modules:
+        a, b = folded(adapter, module)
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.T)
+        u, sigma, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        kept = min(layout.ranks[module], len(sigma))
+        root = sigma[:kept].sqrt()
+        result[module, Factor.A][:kept] = root[:, None] * (v_t[:kept] @ q_a.T)
+        result[module, Factor.B][:, :kept] = (q_b @ u[:, :kept]) * root / layout.scalings[module]
+    return result
+
+
+def inner(first: Adapter, second: Adapter) -> float:
+    """``<Delta_1, Delta_2>`` in delta space (Frobenius), weight and bias entries included; ranks may differ.
+
+    ``tr(A_1^T B_1^T B_2 A_2) = sum((B_1^T B_2) * (A_1 A_2^T))``: two ``r_1 x r_2`` Gram matrices, in float64.
+    """
+    if set(first.layout.by_name) != set(second.layout.by_name):
+        raise LayoutError(f"found {first.layout.describe_difference(second.layout)}")
+    total = 0.0
+    for entry in first.layout.entries:
+        if not entry.factor.is_lora:
+            left = first[entry.module, entry.factor].double()
+            total += float((left * second[entry.module, entry.factor].double()).sum())
+    for module in first.layout.lora_modules:
+        (a_1, b_1), (a_2, b_2) = folded(first, module), folded(second, module)
+        gram_b = b_1.double().T @ b_2.double()
+        total += float((gram_b * (a_1.double() @ a_2.double().T)).sum())
+    return total
+
+
+def gram(adapters: Sequence[Adapter]) -> Tensor:
+    """Inner products of all pairs in delta space, ``[N, N]`` float64, symmetric."""
+    result = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    for i, first in enumerate(adapters):
+        for j, second in enumerate(adapters[: i + 1]):
+            result[i, j] = result[j, i] = inner(first, second)
+    return result
+
+
+def norm(adapter: Adapter) -> float:
+    """Frobenius norm in delta space."""
+    return max(inner(adapter, adapter), 0.0) ** 0.5
+
+
+def distance(first: Adapter, second: Adapter) -> float:
+    """Frobenius norm of the difference of the deltas.
+
+    Computed as the norm of the stacked difference after orthogonalising its factors: the expansion
+    ``|x|^2 + |y|^2 - 2<x,y>`` would lose all digits for neighbours.
+    """
+    difference = stack([first.to(torch.float64), second.to(torch.float64)], [1.0, -1.0])
+    total = 0.0
+    for entry, tensor in difference.items():
+        if not entry.factor.is_lora:
+            total += float(tensor.square().sum())
+    for module in difference.layout.lora_modules:
+        a, b = folded(difference, module)
+        core = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T
+        total += float(core.square().sum())
+    return total**0.5
+
+
+def _require_counts(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> None:
+    if not adapters or len(adapters) != len(coefficients):
+        raise LayoutError(f"got {len(adapters)} adapters and {len(coefficients)} coefficients")

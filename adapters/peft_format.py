@@ -1,0 +1,139 @@
+"""Adapters to and from PEFT: state dicts and directories, strict both ways.
+
+PEFT names LoRA tensors ``base_model.model.<module>.lora_A.weight`` and stores a fully trained module ("modules to
+save") as its whole parameter ``base_model.model.<module>.weight``; FedAlloy holds the difference from the base model's
+own parameter, so conversions take the base model's heads: ``{"classifier.weight": tensor, ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapters.adapter import Adapter
+from adapters.layout import Entry, Factor, Layout, LayoutError
+
+PREFIX = "base_model.model."
+_LORA_NAMES = {Factor.A: "lora_A.weight", Factor.B: "lora_B.weight"}
+
+
+def peft_key(entry: Entry) -> str:
+    """The name of an entry in ``get_peft_model_state_dict``."""
+    return f"{PREFIX}{entry.module}.{_LORA_NAMES.get(entry.factor, entry.factor)}"
+
+
+def to_peft_state(adapter: Adapter, base_heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's state dict for an adapter; head differences are added to ``base_heads``.
+
+    Raises:
+        LayoutError: the base has no parameter for a head, or one of another shape.
+    """
+    state = {}
+    for entry, tensor in adapter.items():
+        value = tensor.detach().clone()
+        if not entry.factor.is_lora:
+            value += _base_parameter(entry, base_heads)
+        state[peft_key(entry)] = value
+    return state
+
+
+def from_peft_state(state: Mapping[str, Tensor], layout: Layout, base_heads: Mapping[str, Tensor]) -> Adapter:
+    """The adapter in PEFT's state dict; every tensor of the layout must be there, and no other.
+
+    Raises:
+        LayoutError: a tensor is missing, unknown, or of another shape.
+    """
+    wanted = {peft_key(entry): entry for entry in layout.entries}
+    for key in state:
+        if key not in wanted:
+            raise LayoutError(f"unknown tensor {key!r} in the PEFT state; the layout has {len(wanted)} tensors")
+    adapter = Adapter.zeros(layout)
+    for key, entry in wanted.items():
+        if key not in state:
+            raise LayoutError(f"the PEFT state has no tensor {key!r}, expected one of shape {entry.shape}")
+        if tuple(state[key].shape) != entry.shape:
+            raise LayoutError(f"{key!r} has shape {tuple(state[key].shape)}, expected {entry.shape}")
+        value = state[key].detach().to("cpu", torch.float32)
+        if not entry.factor.is_lora:
+            value = value - _base_parameter(entry, base_heads)
+        adapter[entry.module, entry.factor].copy_(value)
+    return adapter
+
+
+def peft_config(layout: Layout, base_model: str) -> dict[str, Any]:
+    """``adapter_config.json`` for a layout; ranks and scalings that differ become PEFT's patterns."""
+    heads = list(dict.fromkeys(entry.module for entry in layout.entries if not entry.factor.is_lora))
+    ranks = layout.ranks
+    alphas = {module: layout.scalings[module] * rank for module, rank in ranks.items()}
+    common_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    common_alpha = Counter(alphas.values()).most_common(1)[0][0] if ranks else 1
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "task_type": None,
+        "inference_mode": True,
+        "r": common_rank,
+        "lora_alpha": common_alpha,
+        "rank_pattern": {_exactly(module): rank for module, rank in ranks.items() if rank != common_rank},
+        "alpha_pattern": {_exactly(module): alpha for module, alpha in alphas.items() if alpha != common_alpha},
+        "target_modules": list(layout.lora_modules),
+        "modules_to_save": heads or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+
+
+def write_peft_directory(folder: Path, adapter: Adapter, base_model: str, base_heads: Mapping[str, Tensor]) -> None:
+    """A new folder that ``PeftModel.from_pretrained`` loads; files are flushed to the disk.
+
+    Raises:
+        FileExistsError: the folder exists.
+    """
+    folder.mkdir(parents=True)
+    state = {key: value.contiguous() for key, value in to_peft_state(adapter, base_heads).items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.dumps(peft_config(adapter.layout, base_model), indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(config + "\n")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "."):
+        descriptor = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_peft_directory(folder: Path, layout: Layout, base_heads: Mapping[str, Tensor]) -> Adapter:
+    """The adapter in a PEFT directory, checked against ``layout``.
+
+    Raises:
+        LayoutError: its tensors are not exactly those of the layout, or its config says another scaling.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for module, rank in layout.ranks.items():
+        alpha = config.get("alpha_pattern", {}).get(_exactly(module), config["lora_alpha"])
+        if alpha / rank != layout.scalings[module]:
+            raise LayoutError(f"{module!r} has scaling {alpha / rank}, expected {layout.scalings[module]}")
+    return from_peft_state(load_file(folder / "adapter_model.safetensors"), layout, base_heads)
+
+
+def _base_parameter(entry: Entry, base_heads: Mapping[str, Tensor]) -> Tensor:
+    if entry.name not in base_heads:
+        raise LayoutError(f"the base model has no parameter {entry.name!r}")
+    parameter = base_heads[entry.name].detach().to("cpu", torch.float32)
+    if tuple(parameter.shape) != entry.shape:
+        raise LayoutError(f"base parameter {entry.name!r} has shape {tuple(parameter.shape)}, expected {entry.shape}")
+    return parameter
+
+
+def _exactly(module: str) -> str:
+    """PEFT matches patterns as suffixes after a dot; the full name with an anchor is this module alone."""
+    return "^" + module.replace(".", r"\.") + "$"

@@ -1,0 +1,67 @@
+"""FedAlloy's messages inside Flower's records: one ``bytes`` value, and one packed array per adapter.
+
+The shape is specified in ``proto/README.md``. One Flower ``Array`` per adapter, because Flower makes two calls per
+array, not per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from google.protobuf.message import DecodeError, Message
+
+PLAN_TYPE = "train.plan"
+REGISTER_TYPE = "query.register"
+COUNTERS_TYPE = "query.counters"
+
+ARRAY_DTYPE = "uint8"
+ARRAY_STYPE = "fedalloy.adapter.v1"
+CONFIG_RECORD = "fedalloy"
+ARRAY_RECORD = "adapters"
+FORMAT_VERSION = 1
+
+M = TypeVar("M", bound=Message)
+
+
+class RecordError(ValueError):
+    """A Flower message does not contain what ``proto/README.md`` says."""
+
+
+def pack(key: str, message: Message, blobs: Mapping[str, bytes] | None = None) -> RecordDict:
+    """Records with ``message`` under ``key``, and one array per blob."""
+    records = RecordDict({CONFIG_RECORD: ConfigRecord({key: message.SerializeToString()})})
+    if blobs:
+        arrays = {
+            slot: Array(dtype=ARRAY_DTYPE, shape=(len(blob),), stype=ARRAY_STYPE, data=blob)
+            for slot, blob in blobs.items()
+        }
+        records[ARRAY_RECORD] = ArrayRecord(arrays)
+    return records
+
+
+def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, bytes]]:
+    """The message under ``key`` and the blobs by slot name.
+
+    Raises:
+        RecordError: a record is missing or not of the specified form; the error names what was found.
+    """
+    config = records.config_records.get(CONFIG_RECORD)
+    value = config.get(key) if config is not None else None
+    if not isinstance(value, bytes):
+        raise RecordError(f"expected bytes {key!r} in the config record {CONFIG_RECORD!r}, found {type(value).__name__}")
+    message = kind()
+    try:
+        message.ParseFromString(value)
+    except DecodeError as error:
+        raise RecordError(f"{key!r} is not a {kind.__name__} ({error})") from None
+    version = getattr(message, "version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise RecordError(f"{kind.__name__} has version {version}, expected {FORMAT_VERSION}")
+    blobs: dict[str, bytes] = {}
+    for slot, array in records.array_records.get(ARRAY_RECORD, ArrayRecord()).items():
+        if array.stype != ARRAY_STYPE:
+            raise RecordError(f"array {slot!r} has stype {array.stype!r}, expected {ARRAY_STYPE!r}")
+        blobs[slot] = array.data
+    return message, blobs

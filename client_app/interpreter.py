@@ -1,0 +1,238 @@
+"""Carries out a plan, step by step. It knows steps and slots, and no algorithm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from google.protobuf.message import Message
+
+from adapters.adapter import Adapter
+from adapters.algebra import Coefficient, stack, truncate, weighted_sum
+from adapters.codec import decode, encode, encoding_from_proto
+from adapters.layout import Entry, Factor, Layout
+from adapters.parts import layout_of_part, layouts_of_plan
+from client_app import training
+from client_app.data import ClientData, Dataset
+from client_app.model import PersonalModel
+from client_app.slots import SlotError, SlotStore
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+class PlanError(ValueError):
+    """A plan cannot be carried out: an unknown step, a missing slot, or parts that do not fit."""
+
+
+class Interpreter:
+    """One client's model, data and slots; :meth:`run` carries out one plan.
+
+    Args:
+        client_id: this client; a plan for another one is refused.
+        model: the base model with the client's layout.
+        data: the client's splits.
+        slots: the client's slots, inside a transaction.
+    """
+
+    def __init__(self, client_id: str, model: PersonalModel, data: ClientData, slots: SlotStore) -> None:
+        self.client_id = client_id
+        self.model = model
+        self.data = data
+        self.slots = slots
+        self._received: dict[str, Adapter] = {}
+        self._uploads: dict[str, bytes] = {}
+        self._plan = plan_pb2.Plan()
+        self._index = 0
+        self._steps: dict[str, Callable[..., Message]] = {
+            "initialise": self._initialise,
+            "train": self._train,
+            "merge": self._merge,
+            "evaluate": self._evaluate,
+            "save": self._save,
+            "send": self._send,
+        }
+
+    def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
+        """Install what was received, run the steps in order; the report and the uploads by slot.
+
+        Leading ``initialise`` steps run before the received adapters are installed, so that a received part finds its
+        slot.
+
+        Raises:
+            PlanError: the plan does not fit this client; names the step.
+            CodecError: a received blob cannot be decoded.
+        """
+        started = time.monotonic()
+        if plan.client_id != self.client_id:
+            raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
+        self._plan, self._uploads = plan, {}
+        report = report_pb2.Report(
+            version=1,
+            run_name=plan.run_name,
+            client_id=self.client_id,
+            round=plan.round,
+            examples=len(self.data.splits["train"]),
+        )
+        leading = 0
+        while leading < len(plan.steps) and plan.steps[leading].WhichOneof("kind") == "initialise":
+            leading += 1
+        for index, step in enumerate(plan.steps):
+            if index == leading:
+                self._install(blobs)
+            report.results.append(self._run_step(index, step))
+        if leading == len(plan.steps):
+            self._install(blobs)
+        report.seconds = time.monotonic() - started
+        return report, self._uploads
+
+    def _run_step(self, index: int, step: plan_pb2.Step) -> report_pb2.StepResult:
+        kind = step.WhichOneof("kind")
+        if kind is None or kind not in self._steps:
+            known = ", ".join(self._steps)
+            raise PlanError(
+                f"client {self.client_id!r} does not know step {index} of the plan; it knows {known} "
+                "(is the client older than the server?)"
+            )
+        self._index = index
+        try:
+            result = self._steps[kind](getattr(step, kind))
+        except (PlanError, SlotError, ValueError) as error:
+            raise PlanError(f"client {self.client_id!r}, step {index} ({kind}): {error}") from error
+        return report_pb2.StepResult(**{kind: result})
+
+    def _install(self, blobs: Mapping[str, bytes]) -> None:
+        known = layouts_of_plan(self.model.layout, self._plan.steps)
+        self._received = {}
+        for slot, blob in blobs.items():
+            adapter = decode(blob, layouts=known)
+            if adapter.layout.base_fingerprint != self.model.layout.base_fingerprint:
+                difference = self.model.layout.describe_difference(adapter.layout)
+                raise PlanError(f"client {self.client_id!r} received slot {slot!r} with {difference}")
+            self._received[slot] = adapter
+            if slot in self.slots and adapter.layout.digest != self.slots[slot].layout.digest:
+                if self.slots[slot].layout.contains(adapter.layout):
+                    adapter = self.slots[slot].with_part(adapter)
+            elif slot not in self.slots and _is_partial(adapter.layout, self.model.layout):
+                raise PlanError(
+                    f"client {self.client_id!r} received a part of slot {slot!r}, which it does not hold "
+                    f"(it holds {', '.join(self.slots.names()) or 'none'})"
+                )
+            self.slots[slot] = adapter
+
+    def _initialise(self, step: plan_pb2.InitialiseStep) -> report_pb2.InitialiseResult:
+        created = not (step.keep_existing and step.slot in self.slots)
+        if created:
+            self.slots[step.slot] = Adapter.initial(self.model.layout, step.seed)
+        return report_pb2.InitialiseResult(created=created)
+
+    def _train(self, step: plan_pb2.TrainStep) -> report_pb2.TrainResult:
+        data = self._split(step.split)
+        self._activate(step.mixture)
+        parameters, anchor = {}, {}
+        for slot in step.slots:
+            part = layout_of_part(self.slots[slot].layout, step.part)
+            for name, parameter in self.model.trainable(slot, part).items():
+                parameters[f"{slot}:{name}"] = parameter
+            if step.HasField("proximal"):
+                pulled = training.tensors_by_entry(self.slots[step.proximal.slot].part(part), self.model.device)
+                anchor |= {f"{slot}:{name}": tensor for name, tensor in pulled.items()}
+        if not parameters:
+            raise PlanError("nothing to train: no slot is named")
+        missing = set(step.slots) - {term.slot for term in step.mixture.terms}
+        if missing:
+            raise PlanError(f"slot {sorted(missing)[0]!r} is to be trained but is not in the mixture")
+        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
+        result = training.train(self.model, step, parameters, data, seed, anchor or None)
+        for slot in step.slots:
+            self.slots[slot] = self.model.read(slot)
+        return result
+
+    def _merge(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
+        slots, coefficients = self._terms(step.mixture)
+        adapters = [self.slots[slot] for slot in slots]
+        if step.space == plan_pb2.MERGE_SPACE_DELTA:
+            merged = stack(adapters, coefficients)
+            if step.truncate_rank:
+                merged = truncate(merged, _at_rank(self.model.layout, step.truncate_rank))
+        elif step.space == plan_pb2.MERGE_SPACE_FACTOR:
+            merged = weighted_sum(adapters, coefficients)
+        else:
+            raise PlanError(f"unknown merge space {step.space}, expected delta or factor")
+        self.slots[step.target] = merged
+        return report_pb2.MergeResult(max_rank=max(merged.layout.ranks.values(), default=0))
+
+    def _evaluate(self, step: plan_pb2.EvaluateStep) -> report_pb2.EvaluateResult:
+        started = time.monotonic()
+        data = self._split(step.split)
+        self._activate(step.mixture)
+        metrics = training.evaluate(self.model, data)
+        return report_pb2.EvaluateResult(
+            label=step.label,
+            split=step.split,
+            examples=len(data),
+            metrics=metrics,
+            seconds=time.monotonic() - started,
+        )
+
+    def _save(self, step: plan_pb2.SaveStep) -> report_pb2.SaveResult:
+        slots, coefficients = self._terms(step.mixture)
+        alone = len(slots) == 1 and coefficients[0] == 1.0
+        adapter = self.slots[slots[0]] if alone else stack([self.slots[slot] for slot in slots], coefficients)
+        self.slots.save_personal(adapter)
+        return report_pb2.SaveResult(content_digest=adapter.digest)
+
+    def _send(self, step: plan_pb2.SendStep) -> report_pb2.SendResult:
+        part = layout_of_part(self.slots[step.slot].layout, step.part)
+        adapter, reference = self.slots[step.slot].part(part), None
+        if step.relative_to_received:
+            if step.slot not in self._received or not self._received[step.slot].layout.contains(part):
+                raise PlanError(f"nothing was received for slot {step.slot!r} that an upload could be relative to")
+            reference = self._received[step.slot].part(part)
+            residual = self.slots.residual(step.slot)
+            if residual is not None and residual.layout.digest == part.digest:
+                adapter = Adapter(part, adapter.vector + residual.vector)
+        encoded = encode(
+            adapter, encoding_from_proto(step.encoding), reference=reference, include_layout=False
+        )
+        if step.relative_to_received:
+            self.slots.set_residual(step.slot, Adapter(part, adapter.vector - encoded.decoded.vector))
+        self._uploads[step.slot] = encoded.blob
+        return report_pb2.SendResult(slot=step.slot, content_digest=encoded.decoded.digest)
+
+    def _activate(self, mixture: plan_pb2.Mixture) -> None:
+        slots, coefficients = self._terms(mixture)
+        for slot in slots:
+            self.model.load(slot, self.slots[slot])
+        self.model.activate(dict(zip(slots, coefficients, strict=True)))
+
+    def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
+        slots, coefficients = [], []
+        for term in mixture.terms:
+            kind = term.WhichOneof("coefficient")
+            if kind is None or term.slot in slots:
+                raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient" if kind is None else
+                                f"slot {term.slot!r} occurs twice in a mixture")
+            slots.append(term.slot)
+            coefficients.append(term.scalar if kind == "scalar" else dict(term.per_module.values))
+        return slots, coefficients
+
+    def _split(self, name: str) -> Dataset:
+        if name not in self.data.splits:
+            raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
+        return self.data.splits[name]
+
+
+def _is_partial(found: Layout, full: Layout) -> bool:
+    return found.digest != full.digest and full.contains(found)
+
+
+def _at_rank(layout: Layout, rank: int) -> Layout:
+    """The layout with every LoRA module at ``rank``, scalings unchanged."""
+    entries = []
+    for entry in layout.entries:
+        shape = entry.shape
+        if entry.factor is Factor.A:
+            shape = (rank, shape[1])
+        elif entry.factor is Factor.B:
+            shape = (shape[0], rank)
+        entries.append(Entry(entry.module, entry.factor, shape))
+    return Layout(tuple(entries), layout.scalings, layout.base_fingerprint)

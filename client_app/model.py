@@ -1,0 +1,180 @@
+"""A frozen base model with a client's slots inside it: PEFT's LoRA layers, and heads as base plus differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from adapters.adapter import Adapter, scalings_from
+from adapters.algebra import Coefficient, coefficient_of
+from adapters.layout import Entry, Factor, Layout
+from client_app.data import Base
+
+Mixture = Mapping[str, Coefficient]
+"""Coefficient by slot; the model is the base plus their sum."""
+
+
+class ModelError(ValueError):
+    """The base model lacks a module, or a mixture names a slot that is not loaded."""
+
+
+class _Differences(nn.Module):
+    """Parametrization of a head's parameter: base + sum of coefficient x difference over the active slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_slot = nn.ParameterDict()
+        self.coefficients: dict[str, float] = {}
+
+    def forward(self, base: Tensor) -> Tensor:
+        for slot, coefficient in self.coefficients.items():
+            base = base + coefficient * self.by_slot[slot]
+        return base
+
+
+class PersonalModel:
+    """The base model, and the adapters that are loaded into it by slot name.
+
+    LoRA layers are PEFT's own, one PEFT adapter per slot; a mixture sets which are active and scales them, so several
+    slots act at once and can be trained inside the mixture. A slot may have ranks and scalings of its own.
+    """
+
+    def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        self.base = base
+        self.module = base.model
+        self.module.requires_grad_(False)
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        modules = dict(self.module.named_modules())
+        for name in (*base.targets, *base.heads):
+            if not isinstance(modules.get(name), nn.Linear):
+                raise ModelError(f"{base.name!r} has no linear module {name!r} to adapt")
+        self.layout = self._layout(modules)
+        self.heads = {
+            f"{name}.{kind}": parameter.detach().clone()
+            for name in base.heads
+            for kind, parameter in modules[name].named_parameters(recurse=False)
+        }
+        self._loaded: dict[str, Layout] = {}
+        self._differences: dict[str, _Differences] = {}
+        for key in self.heads:
+            name, kind = key.rsplit(".", 1)
+            self._differences[key] = _Differences()
+            parametrize.register_parametrization(modules[name], kind, self._differences[key], unsafe=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model lies."""
+        return next(self.module.parameters()).device
+
+    def load(self, slot: str, adapter: Adapter) -> None:
+        """Put an adapter into a slot of the model; its ranks may differ from the client's own layout."""
+        if slot in self._loaded and self._loaded[slot].digest != adapter.layout.digest:
+            self.unload(slot)
+        if slot not in self._loaded:
+            self._add(slot, adapter.layout)
+        with torch.no_grad():
+            for entry, tensor in adapter.items():
+                self._parameter(slot, entry).copy_(tensor)
+
+    def unload(self, slot: str) -> None:
+        """Take a slot out of the model."""
+        del self._loaded[slot]
+        for layer in self._lora_layers().values():
+            if slot in layer.r:
+                layer.delete_adapter(slot)
+        for differences in self._differences.values():
+            differences.by_slot.pop(slot)
+
+    def read(self, slot: str) -> Adapter:
+        """A copy of a slot's numbers, float32 on the CPU."""
+        adapter = Adapter.zeros(self._layout_of(slot))
+        with torch.no_grad():
+            for entry, tensor in adapter.items():
+                tensor.copy_(self._parameter(slot, entry))
+        return adapter
+
+    def activate(self, mixture: Mixture) -> None:
+        """Make the model the base plus this mixture; nothing is trainable afterwards."""
+        for slot in mixture:
+            self._layout_of(slot)
+        for name, layer in self._lora_layers().items():
+            active = [slot for slot in mixture if slot in layer.r]
+            layer.set_adapter(active, inference_mode=True)
+            for slot in active:
+                own = self._loaded[slot].scalings[name]
+                layer.scaling[slot] = own * coefficient_of(mixture[slot], name)
+        for key, differences in self._differences.items():
+            module = key.rsplit(".", 1)[0]
+            differences.coefficients = {slot: coefficient_of(mixture[slot], module) for slot in mixture}
+        self.module.requires_grad_(False)
+
+    def trainable(self, slot: str, part: Layout) -> dict[str, nn.Parameter]:
+        """Let the tensors of ``part`` in ``slot`` be trained; returns them by entry name."""
+        found = {}
+        for entry in part.entries:
+            parameter = self._parameter(slot, entry)
+            parameter.requires_grad_(True)
+            found[entry.name] = parameter
+        return found
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The model's logits for a batch of inputs."""
+        output: Tensor = self.module(**inputs).logits
+        return output
+
+    def _layout(self, modules: Mapping[str, nn.Module]) -> Layout:
+        entries: list[Entry] = []
+        for name in self.base.targets:
+            linear = modules[name]
+            assert isinstance(linear, nn.Linear)
+            entries.append(Entry(name, Factor.A, (self.rank, linear.in_features)))
+            entries.append(Entry(name, Factor.B, (linear.out_features, self.rank)))
+        for name in self.base.heads:
+            for kind, parameter in modules[name].named_parameters(recurse=False):
+                entries.append(Entry(name, Factor(kind), tuple(parameter.shape)))
+        scalings = scalings_from(dict.fromkeys(self.base.targets, self.rank), self.alpha)
+        return Layout(tuple(entries), scalings, self.base.fingerprint)
+
+    def _add(self, slot: str, layout: Layout) -> None:
+        ranks = layout.ranks
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=int(self.alpha),
+            rank_pattern={"^" + name.replace(".", r"\.") + "$": rank for name, rank in ranks.items()},
+            target_modules=list(layout.lora_modules),
+            lora_dropout=self.dropout,
+        )
+        inject_adapter_in_model(config, self.module, adapter_name=slot)
+        self._loaded[slot] = layout
+        for key, differences in self._differences.items():
+            differences.by_slot[slot] = nn.Parameter(torch.zeros_like(self.heads[key], device=self.device))
+
+    def _lora_layers(self) -> dict[str, LoraLayer]:
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, LoraLayer)}
+
+    def _layout_of(self, slot: str) -> Layout:
+        if slot not in self._loaded:
+            raise ModelError(f"slot {slot!r} is not loaded; loaded: {', '.join(self._loaded) or 'none'}")
+        return self._loaded[slot]
+
+    def _parameter(self, slot: str, entry: Entry) -> nn.Parameter:
+        if entry.factor.is_lora:
+            layer = self.module.get_submodule(entry.module)
+            pair: Mapping[str, nn.Linear] = layer.lora_A if entry.factor is Factor.A else layer.lora_B  # type: ignore[assignment]
+            return pair[slot].weight
+        return self._differences[entry.name].by_slot[slot]
+
+
+def modules_ending_with(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
+    """Names of linear modules whose last part is one of ``suffixes``, in the model's order."""
+    wanted = set(suffixes)
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in wanted and isinstance(module, nn.Linear)
+    )

@@ -1,0 +1,147 @@
+"""Training and evaluation of a personal model on a client's data; deterministic for a seed on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.adapter import Adapter
+from client_app.data import Dataset
+from client_app.model import PersonalModel
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+EVALUATION_BATCH = 256
+
+
+class TrainingError(RuntimeError):
+    """Training produced a loss that is not a number."""
+
+
+def set_up_torch() -> torch.device:
+    """CUDA where there is one; else the CPU with one thread (clients share cores). Deterministic on the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    return torch.device("cpu")
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that differs wherever any part differs."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Indices ``[b]`` of ``steps`` batches: pass after pass over the examples, each in a new random order.
+
+    The last batch of a pass may be smaller; with fewer examples than ``batch_size`` every batch is all of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    position, order = examples, torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if position >= examples:
+            position, order = 0, torch.randperm(examples, generator=generator)
+        yield order[position : position + batch_size]
+        position += batch_size
+
+
+def train(
+    model: PersonalModel,
+    step: plan_pb2.TrainStep,
+    parameters: Mapping[str, nn.Parameter],
+    data: Dataset,
+    seed: int,
+    anchor: Mapping[str, Tensor] | None = None,
+) -> report_pb2.TrainResult:
+    """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
+
+    Args:
+        model: with the mixture active.
+        step: hyper-parameters.
+        parameters: what is optimised, by entry name.
+        data: training split.
+        seed: decides batches and dropout.
+        anchor: the values that ``step.proximal`` pulls to, by entry name.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite.
+    """
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    optimiser = torch.optim.AdamW(parameters.values(), lr=step.learning_rate, weight_decay=step.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
+    model.module.train()
+    losses = []
+    for indices in batches(len(data), step.batch_size, step.steps, seed):
+        batch = data.batch(indices)
+        with _autocast(model.device):
+            loss = functional.cross_entropy(_logits(model, batch), batch.labels.to(model.device))
+        objective = loss
+        if anchor is not None:
+            pull = torch.stack([(parameters[name] - anchor[name]).square().sum() for name in parameters]).sum()
+            objective = loss + step.proximal.mu / 2 * pull
+        optimiser.zero_grad()
+        objective.backward()  # type: ignore[no-untyped-call]
+        if step.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(parameters.values(), step.max_grad_norm)
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(
+                f"training loss became {losses[-1]} at step {len(losses)} of {step.steps}; lower learning-rate "
+                f"(now {step.learning_rate:g}) or set max-grad-norm"
+            )
+    model.module.eval()
+    return report_pb2.TrainResult(
+        steps=len(losses),
+        examples=min(step.steps * step.batch_size, len(data) * math.ceil(step.steps * step.batch_size / len(data))),
+        first_loss=losses[0],
+        mean_loss=sum(losses) / len(losses),
+        last_loss=losses[-1],
+        seconds=time.monotonic() - started,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: PersonalModel, data: Dataset) -> dict[str, float]:
+    """Mean cross-entropy ``loss`` and ``accuracy`` of the active mixture."""
+    model.module.eval()
+    loss, correct = 0.0, 0
+    for indices in torch.arange(len(data)).split(EVALUATION_BATCH):
+        batch = data.batch(indices)
+        labels = batch.labels.to(model.device)
+        with _autocast(model.device):
+            logits = _logits(model, batch).float()
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(dim=-1) == labels).sum())
+    return {"loss": loss / len(data), "accuracy": correct / len(data)}
+
+
+def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor]:
+    """An adapter's tensors by entry name, on a device."""
+    return {entry.name: tensor.to(device) for entry, tensor in adapter.items()}
+
+
+def _logits(model: PersonalModel, batch: Dataset) -> Tensor:
+    return model.logits({name: tensor.to(model.device) for name, tensor in batch.inputs.items()})
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _schedule(step: plan_pb2.TrainStep) -> object:
+    total = step.steps
+    if step.schedule == plan_pb2.SCHEDULE_LINEAR:
+        return lambda done: max(0.0, 1 - done / total)
+    if step.schedule == plan_pb2.SCHEDULE_COSINE:
+        return lambda done: 0.5 * (1 + math.cos(math.pi * min(done / total, 1.0)))
+    return lambda done: 1.0

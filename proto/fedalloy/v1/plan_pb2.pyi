@@ -1,0 +1,182 @@
+from proto.fedalloy.v1 import adapter_pb2 as _adapter_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Schedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCHEDULE_UNSPECIFIED: _ClassVar[Schedule]
+    SCHEDULE_CONSTANT: _ClassVar[Schedule]
+    SCHEDULE_LINEAR: _ClassVar[Schedule]
+    SCHEDULE_COSINE: _ClassVar[Schedule]
+
+class MergeSpace(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MERGE_SPACE_UNSPECIFIED: _ClassVar[MergeSpace]
+    MERGE_SPACE_DELTA: _ClassVar[MergeSpace]
+    MERGE_SPACE_FACTOR: _ClassVar[MergeSpace]
+SCHEDULE_UNSPECIFIED: Schedule
+SCHEDULE_CONSTANT: Schedule
+SCHEDULE_LINEAR: Schedule
+SCHEDULE_COSINE: Schedule
+MERGE_SPACE_UNSPECIFIED: MergeSpace
+MERGE_SPACE_DELTA: MergeSpace
+MERGE_SPACE_FACTOR: MergeSpace
+
+class ModuleCoefficients(_message.Message):
+    __slots__ = ("values",)
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.ScalarMap[str, float]
+    def __init__(self, values: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Term(_message.Message):
+    __slots__ = ("slot", "scalar", "per_module")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    SCALAR_FIELD_NUMBER: _ClassVar[int]
+    PER_MODULE_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    scalar: float
+    per_module: ModuleCoefficients
+    def __init__(self, slot: _Optional[str] = ..., scalar: _Optional[float] = ..., per_module: _Optional[_Union[ModuleCoefficients, _Mapping]] = ...) -> None: ...
+
+class Mixture(_message.Message):
+    __slots__ = ("terms",)
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    terms: _containers.RepeatedCompositeFieldContainer[Term]
+    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("factors", "modules")
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    factors: _containers.RepeatedScalarFieldContainer[_adapter_pb2.Factor]
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, factors: _Optional[_Iterable[_Union[_adapter_pb2.Factor, str]]] = ..., modules: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class InitialiseStep(_message.Message):
+    __slots__ = ("slot", "seed", "keep_existing")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    KEEP_EXISTING_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    seed: int
+    keep_existing: bool
+    def __init__(self, slot: _Optional[str] = ..., seed: _Optional[int] = ..., keep_existing: _Optional[bool] = ...) -> None: ...
+
+class Proximal(_message.Message):
+    __slots__ = ("slot", "mu")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    MU_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    mu: float
+    def __init__(self, slot: _Optional[str] = ..., mu: _Optional[float] = ...) -> None: ...
+
+class TrainStep(_message.Message):
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split")
+    MIXTURE_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    mixture: Mixture
+    slots: _containers.RepeatedScalarFieldContainer[str]
+    part: Part
+    proximal: Proximal
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: Schedule
+    weight_decay: float
+    max_grad_norm: float
+    split: str
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ...) -> None: ...
+
+class MergeStep(_message.Message):
+    __slots__ = ("target", "mixture", "space", "truncate_rank")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    MIXTURE_FIELD_NUMBER: _ClassVar[int]
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_RANK_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    mixture: Mixture
+    space: MergeSpace
+    truncate_rank: int
+    def __init__(self, target: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., space: _Optional[_Union[MergeSpace, str]] = ..., truncate_rank: _Optional[int] = ...) -> None: ...
+
+class EvaluateStep(_message.Message):
+    __slots__ = ("label", "mixture", "split")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    MIXTURE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    mixture: Mixture
+    split: str
+    def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ...) -> None: ...
+
+class SaveStep(_message.Message):
+    __slots__ = ("mixture",)
+    MIXTURE_FIELD_NUMBER: _ClassVar[int]
+    mixture: Mixture
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ...) -> None: ...
+
+class SendStep(_message.Message):
+    __slots__ = ("slot", "part", "encoding", "relative_to_received")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_TO_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    part: Part
+    encoding: _adapter_pb2.Encoding
+    relative_to_received: bool
+    def __init__(self, slot: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ..., relative_to_received: _Optional[bool] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send")
+    INITIALISE_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    SEND_FIELD_NUMBER: _ClassVar[int]
+    initialise: InitialiseStep
+    train: TrainStep
+    merge: MergeStep
+    evaluate: EvaluateStep
+    save: SaveStep
+    send: SendStep
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_NAME_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    run_name: str
+    client_id: str
+    round: int
+    seed: int
+    steps: _containers.RepeatedCompositeFieldContainer[Step]
+    def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[int] = ..., seed: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,190 @@
+from proto.fedalloy.v1 import adapter_pb2 as _adapter_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ConnectionReading(_message.Message):
+    __slots__ = ("local_address", "local_port", "remote_address", "remote_port", "cookie", "bytes_sent", "bytes_acked", "bytes_received", "bytes_retransmitted", "segments_out", "segments_in", "header_bytes")
+    LOCAL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_PORT_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_PORT_FIELD_NUMBER: _ClassVar[int]
+    COOKIE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_ACKED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RETRANSMITTED_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_OUT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_IN_FIELD_NUMBER: _ClassVar[int]
+    HEADER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    local_address: str
+    local_port: int
+    remote_address: str
+    remote_port: int
+    cookie: int
+    bytes_sent: int
+    bytes_acked: int
+    bytes_received: int
+    bytes_retransmitted: int
+    segments_out: int
+    segments_in: int
+    header_bytes: int
+    def __init__(self, local_address: _Optional[str] = ..., local_port: _Optional[int] = ..., remote_address: _Optional[str] = ..., remote_port: _Optional[int] = ..., cookie: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_acked: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_retransmitted: _Optional[int] = ..., segments_out: _Optional[int] = ..., segments_in: _Optional[int] = ..., header_bytes: _Optional[int] = ...) -> None: ...
+
+class WireReading(_message.Message):
+    __slots__ = ("unix_time", "connections", "not_measured")
+    UNIX_TIME_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    NOT_MEASURED_FIELD_NUMBER: _ClassVar[int]
+    unix_time: float
+    connections: _containers.RepeatedCompositeFieldContainer[ConnectionReading]
+    not_measured: str
+    def __init__(self, unix_time: _Optional[float] = ..., connections: _Optional[_Iterable[_Union[ConnectionReading, _Mapping]]] = ..., not_measured: _Optional[str] = ...) -> None: ...
+
+class Task(_message.Message):
+    __slots__ = ("name", "kind", "examples")
+    class ExamplesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    examples: _containers.ScalarMap[str, int]
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., examples: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class Registration(_message.Message):
+    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    client_id: str
+    base_model: str
+    layout: _adapter_pb2.Layout
+    tasks: _containers.RepeatedCompositeFieldContainer[Task]
+    device: str
+    wire: WireReading
+    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ...) -> None: ...
+
+class InitialiseResult(_message.Message):
+    __slots__ = ("created",)
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    created: bool
+    def __init__(self, created: _Optional[bool] = ...) -> None: ...
+
+class TrainResult(_message.Message):
+    __slots__ = ("steps", "examples", "first_loss", "mean_loss", "last_loss", "seconds")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LOSS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    LAST_LOSS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    examples: int
+    first_loss: float
+    mean_loss: float
+    last_loss: float
+    seconds: float
+    def __init__(self, steps: _Optional[int] = ..., examples: _Optional[int] = ..., first_loss: _Optional[float] = ..., mean_loss: _Optional[float] = ..., last_loss: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class MergeResult(_message.Message):
+    __slots__ = ("max_rank",)
+    MAX_RANK_FIELD_NUMBER: _ClassVar[int]
+    max_rank: int
+    def __init__(self, max_rank: _Optional[int] = ...) -> None: ...
+
+class EvaluateResult(_message.Message):
+    __slots__ = ("label", "split", "examples", "metrics", "seconds")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    split: str
+    examples: int
+    metrics: _containers.ScalarMap[str, float]
+    seconds: float
+    def __init__(self, label: _Optional[str] = ..., split: _Optional[str] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class SaveResult(_message.Message):
+    __slots__ = ("content_digest",)
+    CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    content_digest: bytes
+    def __init__(self, content_digest: _Optional[bytes] = ...) -> None: ...
+
+class SendResult(_message.Message):
+    __slots__ = ("slot", "content_digest")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    content_digest: bytes
+    def __init__(self, slot: _Optional[str] = ..., content_digest: _Optional[bytes] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send")
+    INITIALISE_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    SEND_FIELD_NUMBER: _ClassVar[int]
+    initialise: InitialiseResult
+    train: TrainResult
+    merge: MergeResult
+    evaluate: EvaluateResult
+    save: SaveResult
+    send: SendResult
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ...) -> None: ...
+
+class Report(_message.Message):
+    __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_NAME_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    run_name: str
+    client_id: str
+    round: int
+    results: _containers.RepeatedCompositeFieldContainer[StepResult]
+    examples: int
+    seconds: float
+    wire: WireReading
+    def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[int] = ..., results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ..., examples: _Optional[int] = ..., seconds: _Optional[float] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ...) -> None: ...
+
+class Counters(_message.Message):
+    __slots__ = ("version", "client_id", "wire")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    client_id: str
+    wire: WireReading
+    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ...) -> None: ...

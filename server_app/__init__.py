@@ -1,0 +1,1 @@
+"""The run: rounds, ledger, checkpoints, local cluster and command line."""

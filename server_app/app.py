@@ -1,0 +1,16 @@
+"""The Flower ServerApp: reads run-config, runs the federation, leaves a run directory."""
+
+from __future__ import annotations
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server_app.run import run
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run, from registration to summary."""
+    run(grid, context)

@@ -1,0 +1,22 @@
+"""Strategies by the name that run-config gives them. A new algorithm is a new file and a line here."""
+
+from __future__ import annotations
+
+from strategies.base import AlloyStrategy
+from strategies.fedavg import FedAvg
+from strategies.fedmerge import FedMerge
+from strategies.local import Local
+from strategies.options import RunConfig, require_choice
+
+STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (Local, FedAvg, FedMerge)}
+
+
+def strategy_from_run_config(run_config: RunConfig) -> AlloyStrategy:
+    """The strategy that run-config names, with its options.
+
+    Raises:
+        OptionError: the name is unknown, or an option is not valid.
+    """
+    name = str(run_config.get("strategy", "fedavg"))
+    require_choice("strategy", name, STRATEGIES)
+    return STRATEGIES[name].from_run_config(run_config)

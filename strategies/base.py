@@ -1,0 +1,253 @@
+"""What every strategy shares: the contract, and the bridge to Flower's own ``Strategy``.
+
+A strategy decides *which adapters* a client is sent, *which plan* it runs, and *how answers are merged*. It never sees
+the network, and a client never sees the algorithm. One round is::
+
+    for each client:  brief(round, client)  -> Brief     what to send and what to ask
+    for each answer:  absorb(round, client, answer)      as it arrives
+    once:             settle(round)         -> record    merge; what it returns is written to rounds.jsonl
+
+and after the last round ``deliver(client)`` hands every client its personal model. State is plain tensors and JSON.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from adapters.adapter import Adapter
+from adapters.layout import Layout
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.messages import BadAnswerError, Dispatch, plan_dispatch, read_answer, read_registration, register_message
+from strategies.options import RunConfig, keys_of, read_options
+from strategies.steps import Training
+
+
+@dataclass(frozen=True)
+class Client:
+    """A registered client. ``examples`` counts its training examples; ``id`` is stable across runs and restarts."""
+
+    id: str
+    node_id: int
+    layout: Layout
+    examples: int
+    base_model: str = ""
+    registration: report_pb2.Registration = field(default_factory=report_pb2.Registration, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What one client gets in one round: steps to run, and adapters to install in slots before running them."""
+
+    steps: Sequence[plan_pb2.Step]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client answered, checked.
+
+    ``adapters`` by slot, in the layout that was asked for; ``received`` is what the client started from, after decoding
+    (it differs from what was sent where the encoding is lossy); ``metrics`` by label of the evaluate step.
+    """
+
+    adapters: Mapping[str, Adapter]
+    received: Mapping[str, Adapter]
+    metrics: Mapping[str, Mapping[str, float]]
+    examples: int
+    report: report_pb2.Report
+
+
+@dataclass
+class State:
+    """A strategy's state between rounds: tensors by name, and values that JSON can hold exactly."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class StrategyError(ValueError):
+    """A client does not fit this strategy, or a strategy was asked for something it cannot do."""
+
+
+class AlloyStrategy(Strategy):
+    """Base of all strategies.
+
+    Subclasses set ``name`` (the run-config value), ``Options`` (a frozen dataclass; field ``lr_w`` is the key
+    ``<name>.lr-w``) and implement :meth:`brief`, :meth:`absorb`, :meth:`settle`, :meth:`deliver`, :meth:`state` and
+    :meth:`load_state`. :meth:`enrol` is called once per client, before its first brief.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Any]]
+
+    def __init__(self, options: Any = None, training: Training | None = None, seed: int = 0) -> None:
+        self.options = self.Options() if options is None else options
+        self.training = training or Training()
+        self.seed = seed
+        self.clients: dict[str, Client] = {}
+        self._pending: dict[str, tuple[Client, Dispatch]] = {}
+
+    @classmethod
+    def from_run_config(cls, run_config: RunConfig) -> AlloyStrategy:
+        """Build from run-config keys.
+
+        Raises:
+            OptionError: a value is of the wrong type or out of range.
+        """
+        options = read_options(cls.Options, run_config, f"{cls.name}.")
+        return cls(options, read_options(Training, run_config), int(run_config.get("seed", 0)))
+
+    @classmethod
+    def option_keys(cls) -> dict[str, Any]:
+        """This strategy's own run-config keys with their defaults."""
+        return keys_of(cls.Options, f"{cls.name}.")
+
+    def enrol(self, client: Client) -> None:
+        """Take a client in; it may come at any round.
+
+        Raises:
+            StrategyError: its base model, ranks or modules do not fit the clients already enrolled.
+        """
+        for other in self.clients.values():
+            if other.id != client.id and not self.compatible(other.layout, client.layout):
+                difference = other.layout.describe_difference(client.layout)
+                raise StrategyError(f"client {client.id!r} has {difference} (as client {other.id!r} has)")
+        self.clients[client.id] = client
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Whether two clients' layouts can take part in one federation; by default they must be equal."""
+        return first.digest == second.digest
+
+    @abstractmethod
+    def brief(self, round_: int, client: Client) -> Brief:
+        """What ``client`` is sent and asked in round ``round_`` (from 1)."""
+
+    @abstractmethod
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Take one answer in."""
+
+    @abstractmethod
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Merge what was absorbed; return what the round's record should show (JSON values)."""
+
+    @abstractmethod
+    def deliver(self, client: Client) -> Brief:
+        """After the last round: install, save and evaluate the client's personal model."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything that the next round depends on, between rounds."""
+
+    @abstractmethod
+    def load_state(self, state: State) -> None:
+        """Continue from :meth:`state`."""
+
+    # Flower's own Strategy: the same class runs by `strategy.start(grid, initial_arrays=ArrayRecord(), ...)`.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Register clients on the first round, then one message per client with its own plan and adapters."""
+        if not self.clients:
+            self._enrol_all(grid)
+        return self._messages({client: self.brief(server_round, client) for client in self.clients.values()}, server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Absorb good answers, name bad ones in the log, settle."""
+        self._absorb_all(server_round, replies, absorb=True)
+        self.settle(server_round)
+        return None, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Deliver every client its personal model as it is after this round."""
+        return self._messages({client: self.deliver(client) for client in self.clients.values()}, server_round)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Mean and worst client accuracy of the personal models (accuracy where the task has one)."""
+        found = self._absorb_all(server_round, replies, absorb=False)
+        scores = [answer.metrics["personal"]["accuracy"] for answer in found if "accuracy" in answer.metrics["personal"]]
+        if not scores:
+            return None
+        return MetricRecord({"mean-accuracy": sum(scores) / len(scores), "worst-accuracy": min(scores)})
+
+    def summary(self) -> None:
+        """Log the options."""
+        from flwr.common.logger import log  # Flower's logger, so that the line looks like its neighbours
+
+        log(20, "\t├──> FedAlloy strategy %r: %s", self.name, self.options)
+
+    def _enrol_all(self, grid: Grid) -> None:
+        messages = [register_message(node) for node in grid.get_node_ids()]
+        for reply in sorted(grid.send_and_receive(messages), key=lambda message: message.metadata.src_node_id):
+            registration, layout = read_registration(reply)
+            self.enrol(client_from(registration, layout, reply.metadata.src_node_id))
+
+    def _messages(self, briefs: Mapping[Client, Brief], round_: int) -> list[Message]:
+        self._pending = {}
+        messages = []
+        for client, brief in briefs.items():
+            dispatch = plan_dispatch(
+                brief.steps,
+                brief.adapters,
+                client_id=client.id,
+                layout=client.layout,
+                round_=round_,
+                seed=self.seed,
+                run_name=f"flower-{self.name}",
+                encoding=self.training.downlink_encoding,
+            )
+            self._pending[client.id] = (client, dispatch)
+            messages.append(dispatch.message(client.node_id))
+        return messages
+
+    def _absorb_all(self, round_: int, replies: Iterable[Message], *, absorb: bool) -> list[Answer]:
+        from flwr.common.logger import log
+
+        by_node = {client.node_id: (client, dispatch) for client, dispatch in self._pending.values()}
+        answers = []
+        for reply in replies:
+            if reply.metadata.src_node_id not in by_node:
+                continue
+            client, dispatch = by_node.pop(reply.metadata.src_node_id)
+            try:
+                answer = answer_from(dispatch, reply)
+            except BadAnswerError as error:
+                log(30, "%s", error)
+                continue
+            if absorb:
+                self.absorb(round_, client, answer)
+            answers.append(answer)
+        return answers
+
+
+def client_from(registration: report_pb2.Registration, layout: Layout, node_id: int) -> Client:
+    """The client that a checked registration describes."""
+    examples = sum(int(task.examples.get("train", 0)) for task in registration.tasks)
+    return Client(registration.client_id, node_id, layout, examples, registration.base_model, registration)
+
+
+def answer_from(dispatch: Dispatch, reply: Message) -> Answer:
+    """The checked answer in a client's reply.
+
+    Raises:
+        BadAnswerError: the reply is an error, or not what the plan asked for; names client and reason.
+    """
+    report, adapters = read_answer(dispatch, reply)
+    metrics = {
+        result.evaluate.label: dict(result.evaluate.metrics)
+        for result in report.results
+        if result.WhichOneof("kind") == "evaluate"
+    }
+    return Answer(adapters, dispatch.received, metrics, int(report.examples), report)

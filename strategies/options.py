@@ -1,0 +1,98 @@
+"""Run-config keys to frozen dataclasses: typed, validated, and an unknown key names its nearest neighbour.
+
+A field ``learning_rate`` of a dataclass read with prefix ``"fedmerge."`` is the key ``fedmerge.learning-rate``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+RunConfig = Mapping[str, bool | float | int | str]
+C = TypeVar("C")
+
+
+class OptionError(ValueError):
+    """A run-config key is unknown, or its value has the wrong type or is out of range."""
+
+
+def key_of(field: str, prefix: str = "") -> str:
+    """The run-config key of a dataclass field."""
+    return prefix + field.replace("_", "-")
+
+
+def keys_of(kind: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Every run-config key of an options dataclass, with its default."""
+    return {key_of(field.name, prefix): field.default for field in dataclasses.fields(kind)}
+
+
+def read_options(kind: type[C], run_config: RunConfig, prefix: str = "") -> C:
+    """An options dataclass filled from run-config; absent keys keep their defaults.
+
+    Raises:
+        OptionError: a value has the wrong type, or the dataclass refuses it.
+    """
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        key = key_of(field.name, prefix)
+        if key in run_config:
+            values[field.name] = _convert(key, run_config[key], hints[field.name])
+    try:
+        return kind(**values)
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(f"{prefix or 'run-config: '}{error}") from None
+
+
+def require_known(run_config: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse a key that nobody reads.
+
+    Raises:
+        OptionError: naming the unknown key and the nearest known one.
+    """
+    known = sorted(known)
+    for key in run_config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            raise OptionError(f"unknown run-config key {key!r}; {hint}")
+
+
+def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value that is not among the choices.
+
+    Raises:
+        OptionError: naming the key, the value and the choices.
+    """
+    choices = list(choices)
+    if value not in choices:
+        close = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise OptionError(f"{key} = {value!r}{hint}, expected one of {', '.join(choices)}")
+
+
+def require_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Refuse a number outside ``[low, high]``.
+
+    Raises:
+        OptionError: naming the key, the value and the range.
+    """
+    if not low <= value <= high:
+        upper = f" and at most {high:g}" if high != float("inf") else ""
+        raise OptionError(f"{key} = {value}, expected at least {low:g}{upper}")
+
+
+def _convert(key: str, value: object, hint: Any) -> object:
+    if isinstance(hint, types.UnionType):
+        hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise OptionError(f"{key} = {value!r} is {type(value).__name__}, expected {hint.__name__}")
+    return value

@@ -1,0 +1,132 @@
+"""Plan steps, written the way a strategy reads: ``train(mixture("global"), slots=["global"], ...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from adapters.algebra import Coefficient
+from adapters.codec import Encoding, encoding_to_proto
+from adapters.layout import Factor, factor_to_proto
+from proto.fedalloy.v1 import plan_pb2
+from strategies.options import OptionError, require_choice, require_range
+
+Step = plan_pb2.Step
+
+_SCHEDULES = {
+    "constant": plan_pb2.SCHEDULE_CONSTANT,
+    "linear": plan_pb2.SCHEDULE_LINEAR,
+    "cosine": plan_pb2.SCHEDULE_COSINE,
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Local training and transport, the same for every strategy (run-config keys without prefix)."""
+
+    local_steps: int = 30
+    batch_size: int = 16
+    learning_rate: float = 5e-3
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    evaluate_split: str = "test"
+    uplink_encoding: str = "fp32"
+    downlink_encoding: str = "fp32"
+
+    def __post_init__(self) -> None:
+        require_range("local-steps", self.local_steps, 1)
+        require_range("batch-size", self.batch_size, 1)
+        require_range("weight-decay", self.weight_decay, 0)
+        require_range("max-grad-norm", self.max_grad_norm, 0)
+        if not self.learning_rate > 0:
+            raise OptionError(f"learning-rate = {self.learning_rate}, expected a positive number")
+        require_choice("schedule", self.schedule, _SCHEDULES)
+        require_choice("evaluate-split", self.evaluate_split, ("validation", "test"))
+        require_choice("uplink-encoding", self.uplink_encoding, list(Encoding))
+        require_choice("downlink-encoding", self.downlink_encoding, list(Encoding))
+
+
+def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> plan_pb2.Mixture:
+    """The base model plus coefficient times slot, summed; coefficients default to 1."""
+    terms = []
+    for slot, coefficient in zip(slots, coefficients or [1.0] * len(slots), strict=True):
+        if isinstance(coefficient, Mapping):
+            values = plan_pb2.ModuleCoefficients(values=dict(coefficient))
+            terms.append(plan_pb2.Term(slot=slot, per_module=values))
+        else:
+            terms.append(plan_pb2.Term(slot=slot, scalar=coefficient))
+    return plan_pb2.Mixture(terms=terms)
+
+
+def part(factors: Iterable[Factor] = (), modules: Iterable[str] = ()) -> plan_pb2.Part:
+    """The tensors with these factors and modules; an empty list does not restrict."""
+    return plan_pb2.Part(factors=[factor_to_proto(factor) for factor in factors], modules=list(modules))
+
+
+def initialise(slot: str, seed: int, *, keep_existing: bool = True) -> Step:
+    """Create ``slot`` from a seed."""
+    step = plan_pb2.InitialiseStep(slot=slot, seed=seed, keep_existing=keep_existing)
+    return Step(initialise=step)
+
+
+def train(
+    training: Training,
+    mix: plan_pb2.Mixture,
+    slots: Sequence[str],
+    *,
+    factors: Iterable[Factor] = (),
+    proximal: tuple[str, float] | None = None,
+    steps: int | None = None,
+) -> Step:
+    """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``."""
+    step = plan_pb2.TrainStep(
+        mixture=mix,
+        slots=list(slots),
+        part=part(factors),
+        steps=training.local_steps if steps is None else steps,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        schedule=_SCHEDULES[training.schedule],
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        split="train",
+    )
+    if proximal is not None and proximal[1] > 0:
+        step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
+    return Step(train=step)
+
+
+def merge(target: str, mix: plan_pb2.Mixture, *, space: str = "delta", truncate_rank: int = 0) -> Step:
+    """``target <- mix`` in ``"delta"`` or ``"factor"`` space."""
+    spaces = {"delta": plan_pb2.MERGE_SPACE_DELTA, "factor": plan_pb2.MERGE_SPACE_FACTOR}
+    step = plan_pb2.MergeStep(target=target, mixture=mix, space=spaces[space], truncate_rank=truncate_rank)
+    return Step(merge=step)
+
+
+def evaluate(training: Training, mix: plan_pb2.Mixture, label: str = "personal", split: str | None = None) -> Step:
+    """Metrics of ``mix`` on a split, reported under ``label``."""
+    step = plan_pb2.EvaluateStep(label=label, mixture=mix, split=split or training.evaluate_split)
+    return Step(evaluate=step)
+
+
+def save(mix: plan_pb2.Mixture) -> Step:
+    """Keep ``mix`` as the client's personal model."""
+    return Step(save=plan_pb2.SaveStep(mixture=mix))
+
+
+def send(training: Training, slot: str, *, factors: Iterable[Factor] = (), relative_to_received: bool = True) -> Step:
+    """Upload ``slot`` or its ``factors``, encoded as the run says.
+
+    A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
+    the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
+    for a slot that does not.
+    """
+    encoding = Encoding(training.uplink_encoding)
+    step = plan_pb2.SendStep(
+        slot=slot,
+        part=part(factors),
+        encoding=encoding_to_proto(encoding),
+        relative_to_received=relative_to_received and encoding.is_lossy,
+    )
+    return Step(send=step)

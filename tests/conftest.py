@@ -1,0 +1,46 @@
+"""Plumbing that every test shares: quiet libraries, one thread, tiers by folder. Fixtures live nearer to their tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports torch or Flower. Test processes and the processes they start share two cores on CI.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+E2E = Path(__file__).parent / "e2e"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything below tests/e2e is of that tier; a test marked gpu needs one."""
+    without_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
+    for item in items:
+        if E2E in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+        if item.get_closest_marker("gpu") is not None and not _has_gpu():
+            item.add_marker(without_gpu)
+
+
+def pytest_report_header() -> str:
+    """The versions that numbers depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("flwr", "torch", "transformers", "peft", "protobuf", "grpcio"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
