@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -62,11 +61,10 @@ class Adapter:
     @property
     def digest(self) -> bytes:
         """Content digest, 32 bytes: names exactly these numbers (as binary32) in exactly this layout."""
-        numbers = self.vector.detach().to("cpu", torch.float32).numpy()
-        if sys.byteorder == "big":  # pragma: no cover
-            numbers = numbers.byteswap()
-        header = b"fedalloy.content.v1" + self.layout.digest
-        return hashlib.sha256(header + memoryview(numbers).cast("B")).digest()
+        numbers = self.vector.detach().to("cpu", torch.float32).numpy().astype("<f4", copy=False)
+        digest = hashlib.sha256(b"fedalloy.content.v1" + self.layout.digest)
+        digest.update(numbers.data)
+        return digest.digest()
 
     def select(self, factors: Iterable[Factor] = (), modules: Iterable[str] = ()) -> Adapter:
         """The part with these factors and modules, copied (see ``Layout.select``)."""

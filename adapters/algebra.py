@@ -13,6 +13,7 @@ The scaling is folded in exactly one place, :func:`folded`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -171,7 +172,7 @@ def gram(adapters: Sequence[Adapter]) -> Tensor:
 
 def norm(adapter: Adapter) -> float:
     """Frobenius norm in delta space."""
-    return max(inner(adapter, adapter), 0.0) ** 0.5
+    return math.sqrt(max(inner(adapter, adapter), 0.0))
 
 
 def distance(first: Adapter, second: Adapter) -> float:
@@ -189,7 +190,7 @@ def distance(first: Adapter, second: Adapter) -> float:
         a, b = folded(difference, module)
         core = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T
         total += float(core.square().sum())
-    return total**0.5
+    return math.sqrt(total)
 
 
 def _require_counts(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> None:

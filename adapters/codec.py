@@ -235,9 +235,7 @@ def _split(blob: bytes, max_bytes: int) -> tuple[adapter_pb2.AdapterHeader, memo
     return header, memoryview(blob)[prefix + length :]
 
 
-def _layout_of(
-    header: adapter_pb2.AdapterHeader, known: Mapping[bytes, Layout], expected: Layout | None
-) -> Layout:
+def _layout_of(header: adapter_pb2.AdapterHeader, known: Mapping[bytes, Layout], expected: Layout | None) -> Layout:
     if header.HasField("layout"):
         try:
             layout = Layout.from_proto(header.layout)

@@ -50,7 +50,9 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
     config = records.config_records.get(CONFIG_RECORD)
     value = config.get(key) if config is not None else None
     if not isinstance(value, bytes):
-        raise RecordError(f"expected bytes {key!r} in the config record {CONFIG_RECORD!r}, found {type(value).__name__}")
+        raise RecordError(
+            f"expected bytes {key!r} in the config record {CONFIG_RECORD!r}, found {type(value).__name__}"
+        )
     message = kind()
     try:
         message.ParseFromString(value)

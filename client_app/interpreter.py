@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from google.protobuf.message import Message
+from torch import Tensor, nn
 
 from adapters.adapter import Adapter
 from adapters.algebra import Coefficient, stack, truncate, weighted_sum
@@ -97,7 +98,9 @@ class Interpreter:
             result = self._steps[kind](getattr(step, kind))
         except (PlanError, SlotError, ValueError) as error:
             raise PlanError(f"client {self.client_id!r}, step {index} ({kind}): {error}") from error
-        return report_pb2.StepResult(**{kind: result})
+        outcome = report_pb2.StepResult()
+        getattr(outcome, kind).CopyFrom(result)
+        return outcome
 
     def _install(self, blobs: Mapping[str, bytes]) -> None:
         known = layouts_of_plan(self.model.layout, self._plan.steps)
@@ -127,7 +130,8 @@ class Interpreter:
     def _train(self, step: plan_pb2.TrainStep) -> report_pb2.TrainResult:
         data = self._split(step.split)
         self._activate(step.mixture)
-        parameters, anchor = {}, {}
+        parameters: dict[str, nn.Parameter] = {}
+        anchor: dict[str, Tensor] = {}
         for slot in step.slots:
             part = layout_of_part(self.slots[slot].layout, step.part)
             for name, parameter in self.model.trainable(slot, part).items():
@@ -190,9 +194,7 @@ class Interpreter:
             residual = self.slots.residual(step.slot)
             if residual is not None and residual.layout.digest == part.digest:
                 adapter = Adapter(part, adapter.vector + residual.vector)
-        encoded = encode(
-            adapter, encoding_from_proto(step.encoding), reference=reference, include_layout=False
-        )
+        encoded = encode(adapter, encoding_from_proto(step.encoding), reference=reference, include_layout=False)
         if step.relative_to_received:
             self.slots.set_residual(step.slot, Adapter(part, adapter.vector - encoded.decoded.vector))
         self._uploads[step.slot] = encoded.blob
@@ -205,12 +207,14 @@ class Interpreter:
         self.model.activate(dict(zip(slots, coefficients, strict=True)))
 
     def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
-        slots, coefficients = [], []
+        slots: list[str] = []
+        coefficients: list[Coefficient] = []
         for term in mixture.terms:
             kind = term.WhichOneof("coefficient")
-            if kind is None or term.slot in slots:
-                raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient" if kind is None else
-                                f"slot {term.slot!r} occurs twice in a mixture")
+            if kind is None:
+                raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient")
+            if term.slot in slots:
+                raise PlanError(f"slot {term.slot!r} occurs twice in a mixture")
             slots.append(term.slot)
             coefficients.append(term.scalar if kind == "scalar" else dict(term.per_module.values))
         return slots, coefficients

@@ -165,9 +165,12 @@ class PersonalModel:
     def _parameter(self, slot: str, entry: Entry) -> nn.Parameter:
         if entry.factor.is_lora:
             layer = self.module.get_submodule(entry.module)
-            pair: Mapping[str, nn.Linear] = layer.lora_A if entry.factor is Factor.A else layer.lora_B  # type: ignore[assignment]
-            return pair[slot].weight
-        return self._differences[entry.name].by_slot[slot]
+            assert isinstance(layer, LoraLayer)
+            parameter = (layer.lora_A if entry.factor is Factor.A else layer.lora_B)[slot].weight
+        else:
+            parameter = self._differences[entry.name].by_slot[slot]
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
 
 
 def modules_ending_with(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:

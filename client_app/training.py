@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -115,7 +115,8 @@ def evaluate(model: PersonalModel, data: Dataset) -> dict[str, float]:
     """Mean cross-entropy ``loss`` and ``accuracy`` of the active mixture."""
     model.module.eval()
     loss, correct = 0.0, 0
-    for indices in torch.arange(len(data)).split(EVALUATION_BATCH):
+    for start in range(0, len(data), EVALUATION_BATCH):
+        indices = torch.arange(start, min(start + EVALUATION_BATCH, len(data)))
         batch = data.batch(indices)
         labels = batch.labels.to(model.device)
         with _autocast(model.device):
@@ -138,7 +139,7 @@ def _autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def _schedule(step: plan_pb2.TrainStep) -> object:
+def _schedule(step: plan_pb2.TrainStep) -> Callable[[int], float]:
     total = step.steps
     if step.schedule == plan_pb2.SCHEDULE_LINEAR:
         return lambda done: max(0.0, 1 - done / total)

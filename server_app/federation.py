@@ -65,8 +65,8 @@ class Federation:
             now = time.monotonic()
             if now - started > timeout:
                 raise NotEnoughClientsError(
-                    f"{len(nodes)} of at least {minimum} SuperNodes are online after {timeout:.0f} s (startup-timeout); "
-                    "start the missing ones, or lower min-clients"
+                    f"{len(nodes)} of at least {minimum} SuperNodes are online after {timeout:.0f} s "
+                    "(startup-timeout); start the missing ones, or lower min-clients"
                 )
             if now >= next_word:
                 self.say(f"waiting for clients: {len(nodes)} of at least {minimum} SuperNodes online")

@@ -7,7 +7,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from strategies import STRATEGIES
-from strategies.options import OptionError, RunConfig, keys_of, read_options, require_choice, require_known, require_range
+from strategies.options import (
+    OptionError,
+    RunConfig,
+    keys_of,
+    read_options,
+    require_choice,
+    require_known,
+    require_range,
+)
 from strategies.steps import Training
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

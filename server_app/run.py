@@ -15,7 +15,6 @@ from flwr.app import Context, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from proto.fedalloy.v1 import report_pb2
 from server_app.federation import Federation, NotEnoughClientsError, Reply
 from server_app.options import RunOptions, as_toml, read_run_options
 from server_app.run_directory import RunDirectory
@@ -45,7 +44,9 @@ def run(grid: Grid, context: Context) -> RunDirectory:
         try:
             Run(grid, options, strategy, directory, wire, name).run()
         except NotEnoughClientsError as error:
-            directory.append_round({"phase": "stopped", "round": 0, "clients": {}, "reason": str(error), "seconds": 0.0})
+            directory.append_round(
+                {"phase": "stopped", "round": 0, "clients": {}, "reason": str(error), "seconds": 0.0}
+            )
             raise
     return directory
 
@@ -84,7 +85,9 @@ class Run:
         started = time.monotonic()
         records: dict[str, ClientRecord] = {}
         replies = self.federation.register(
-            self.options.min_clients, self.options.startup_timeout, lambda message: self.wire.sent(0, "", "query", message)
+            self.options.min_clients,
+            self.options.startup_timeout,
+            lambda message: self.wire.sent(0, "", "query", message),
         )
         for reply in replies:
             client = self.federation.clients[reply.client_id]
@@ -106,7 +109,7 @@ class Run:
         if len(self.federation.clients) < self.options.min_clients:
             reasons = "; ".join(self.federation.refused.values())
             raise NotEnoughClientsError(
-                f"{len(self.federation.clients)} of at least {self.options.min_clients} clients can take part. {reasons}"
+                f"{len(self.federation.clients)} of at least {self.options.min_clients} clients fit. {reasons}"
             )
 
     def _round(self, round_: int) -> None:
@@ -179,7 +182,9 @@ class Run:
             client = clients[reply.client_id]
             records[client.id] = record = self._absorb(phase, round_, client, dispatches[client.id], reply, absorb)
             slowest = max(slowest, float(record.get("train_seconds", 0.0)))
-            log(INFO if record["status"] == "ok" else WARNING, "[%s %d] %s: %s", phase, round_, client.id, _line(record))
+            log(
+                INFO if record["status"] == "ok" else WARNING, "[%s %d] %s: %s", phase, round_, client.id, _line(record)
+            )
         self.training_seconds += slowest
         return dict(sorted(records.items()))
 

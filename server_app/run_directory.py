@@ -78,7 +78,9 @@ class RunDirectory:
         try:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, staged / "state.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in state.tensors.items()}, staged / "state.safetensors"
+            )
             (staged / "state.json").write_text(json.dumps({"round": round_, "values": state.values}))
             for path in (staged / "state.safetensors", staged / "state.json", staged):
                 sync_file(path)

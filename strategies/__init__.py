@@ -8,6 +8,8 @@ from strategies.fedmerge import FedMerge
 from strategies.local import Local
 from strategies.options import RunConfig, require_choice
 
+__all__ = ["STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
+
 STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (Local, FedAvg, FedMerge)}
 
 

@@ -25,7 +25,14 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.layout import Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.messages import BadAnswerError, Dispatch, plan_dispatch, read_answer, read_registration, register_message
+from strategies.messages import (
+    BadAnswerError,
+    Dispatch,
+    plan_dispatch,
+    read_answer,
+    read_registration,
+    register_message,
+)
 from strategies.options import RunConfig, keys_of, read_options
 from strategies.steps import Training
 
@@ -158,7 +165,8 @@ class AlloyStrategy(Strategy):
         """Register clients on the first round, then one message per client with its own plan and adapters."""
         if not self.clients:
             self._enrol_all(grid)
-        return self._messages({client: self.brief(server_round, client) for client in self.clients.values()}, server_round)
+        briefs = {client: self.brief(server_round, client) for client in self.clients.values()}
+        return self._messages(briefs, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -176,8 +184,8 @@ class AlloyStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean and worst client accuracy of the personal models (accuracy where the task has one)."""
-        found = self._absorb_all(server_round, replies, absorb=False)
-        scores = [answer.metrics["personal"]["accuracy"] for answer in found if "accuracy" in answer.metrics["personal"]]
+        personal = [answer.metrics["personal"] for answer in self._absorb_all(server_round, replies, absorb=False)]
+        scores = [metrics["accuracy"] for metrics in personal if "accuracy" in metrics]
         if not scores:
             return None
         return MetricRecord({"mean-accuracy": sum(scores) / len(scores), "worst-accuracy": min(scores)})

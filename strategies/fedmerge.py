@@ -128,10 +128,10 @@ def model_coefficients(logits: Tensor, shares: Tensor, *, norm: str = "column", 
 
 
 def cluster(uploads: Tensor, models: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
-    """k-means of the uploads ``[K, P]``: centres ``[d, P]``, and logits ``[K, d]`` from squared distances, rows centred.
+    """k-means of the uploads ``[K, P]``: centres ``[d, P]``, and logits ``[K, d]`` of minus the squared distances.
 
-    Distances are divided by their mean times ``temperature``. With fewer clients than models, the remaining models
-    start at the mean of all uploads.
+    Rows of the logits are centred; distances are divided by their mean times ``temperature``. With fewer clients than
+    models, the remaining models start at the mean of all uploads.
     """
     from sklearn.cluster import KMeans  # only here: importing scikit-learn costs a second
 

@@ -1,4 +1,4 @@
-"""Plumbing that every test shares: quiet libraries, one thread, tiers by folder. Fixtures live nearer to their tests."""
+"""Plumbing that every test shares: quiet libraries, one thread, tiers by folder. Fixtures live near their tests."""
 
 from __future__ import annotations
 

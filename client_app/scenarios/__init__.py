@@ -1,0 +1,35 @@
+"""Bundled scenarios: a data set divided among clients that really differ, and the base model that they adapt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from client_app.data import Base, ClientData
+
+NAMES = ("digits",)
+
+
+class ScenarioError(ValueError):
+    """No scenario has this name, or it cannot be divided among so many clients."""
+
+
+def load_scenario(
+    name: str, partition_id: int, num_partitions: int, seed: int, cache_dir: Path
+) -> tuple[Base, ClientData]:
+    """A scenario's base model and one client's data.
+
+    Args:
+        name: one of :data:`NAMES`.
+        partition_id: this client, from 0.
+        num_partitions: how many clients there are.
+        seed: decides which examples each client holds.
+        cache_dir: where the base model is kept after it was made once.
+
+    Raises:
+        ScenarioError: the name is unknown, or the scenario cannot be divided among so many clients.
+    """
+    if name not in NAMES:
+        raise ScenarioError(f"scenario {name!r} is unknown, expected one of: {', '.join(NAMES)}")
+    from client_app.scenarios import digits
+
+    return digits.load_base(cache_dir), digits.load_client(partition_id, num_partitions, seed)

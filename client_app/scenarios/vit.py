@@ -1,0 +1,196 @@
+"""Tiny ViTs that are pre-trained on first use and kept on disk as ordinary transformers directories.
+
+Processes that start together agree by a file lock on who trains; the others wait and load. A directory counts only if
+its recipe is the wanted one and its weights have the recorded hash, so a torn or foreign one is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
+from torch.nn import functional
+
+from client_app.data import Base
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj")
+HEAD_MODULES = ("classifier",)
+_RECORD = "recipe.json"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a base model, except the last bits of floating point.
+
+    ``data`` says in words which examples :func:`load_or_pretrain` is given. AdamW, linear warm-up over a tenth of the
+    steps, then cosine decay; no augmentation.
+    """
+
+    name: str
+    data: str
+    image_size: int
+    patch_size: int
+    classes: int
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    seed: int
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    initializer_range: float = 0.12
+    version: int = 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the recipe, 64 hex digits: the same on machines whose floating point rounds differently."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def load_or_pretrain(recipe: Recipe, cache_dir: Path, examples: Callable[[], tuple[Tensor, Tensor]]) -> Base:
+    """The base model of a recipe, frozen and in evaluation mode; made on first use and then loaded.
+
+    Args:
+        recipe: what to make.
+        cache_dir: holds one directory per recipe, in transformers' ``save_pretrained`` format.
+        examples: images ``[n, 1, H, W]`` and labels ``[n]``; only called if the model has to be made.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    directory = cache_dir / f"{recipe.name}-{recipe.fingerprint[:16]}"
+    weights = _read_weights(directory, recipe)
+    if weights is None:
+        with _locked(directory.with_name(directory.name + ".lock")):
+            weights = _read_weights(directory, recipe)
+            if weights is None:
+                _install(_pretrain(recipe, *examples()), recipe, directory)
+                weights = _read_weights(directory, recipe)
+    if weights is None:
+        raise RuntimeError(f"{directory} cannot be read back after it was written")
+    model = _build(recipe)
+    model.load_state_dict(weights)
+    model.requires_grad_(False).eval()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return Base(
+        name=recipe.name,
+        model=model,
+        fingerprint=recipe.fingerprint,
+        targets=tuple(name for name in linear if name.rsplit(".", 1)[-1] in TARGET_MODULES),
+        heads=HEAD_MODULES,
+    )
+
+
+def _build(recipe: Recipe) -> nn.Module:
+    # Transformers is slow to import, and this file is imported where only data is wanted.
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+        num_channels=1,
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.depth,
+        num_attention_heads=recipe.heads,
+        intermediate_size=recipe.mlp,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        # transformers' default of 0.02 suits widths near 768; a narrow model starts almost dead with it.
+        initializer_range=recipe.initializer_range,
+        num_labels=recipe.classes,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return ViTForImageClassification(config)
+
+
+def _pretrain(recipe: Recipe, images: Tensor, labels: Tensor) -> nn.Module:
+    model = _build(recipe).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    warm_up = max(1, recipe.steps // 10)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimiser,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm_up, total_iters=warm_up),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps - warm_up),
+        ],
+        milestones=[warm_up],
+    )
+    generator = torch.Generator().manual_seed(recipe.seed)
+    with _one_thread():
+        for _ in range(recipe.steps):
+            chosen = torch.randint(len(labels), (recipe.batch,), generator=generator)
+            loss = functional.cross_entropy(model(pixel_values=images[chosen]).logits, labels[chosen])
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+    return model.eval()
+
+
+def _install(model: nn.Module, recipe: Recipe, directory: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        new = Path(scratch) / "new"
+        model.save_pretrained(new, save_original_format=False)  # type: ignore[operator]
+        digest = hashlib.sha256((new / _WEIGHTS).read_bytes()).hexdigest()
+        record = {"recipe": asdict(recipe), "fingerprint": recipe.fingerprint, "weights": digest}
+        (new / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        for path in (*new.iterdir(), new):
+            _sync(path)
+        if directory.is_dir() and not directory.is_symlink():
+            shutil.rmtree(directory)
+        elif directory.exists() or directory.is_symlink():
+            directory.unlink()
+        os.replace(new, directory)
+        _sync(directory.parent)
+
+
+def _read_weights(directory: Path, recipe: Recipe) -> dict[str, Tensor] | None:
+    try:
+        record = json.loads((directory / _RECORD).read_text())
+        content = (directory / _WEIGHTS).read_bytes()
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.get("fingerprint") != recipe.fingerprint:
+        return None
+    if record.get("weights") != hashlib.sha256(content).hexdigest():
+        return None
+    return load_tensors(content)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The lock goes with the process, however that ends; the file stays, because removing it would split the waiters.
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

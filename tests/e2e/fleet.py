@@ -1,0 +1,191 @@
+"""A SuperLink and SuperNodes as real processes inside :class:`namespaces.Namespaces`, with or without TLS and keys."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from namespaces import Namespaces, enter
+
+BINARIES = Path(sys.executable).parent
+CONNECTION = "here"
+
+
+@dataclass
+class Fleet:
+    """A running federation; ``directory`` holds certificates, keys, logs and each process's ``FLWR_HOME``."""
+
+    namespaces: Namespaces
+    directory: Path
+    tls: bool
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink and wait until it answers."""
+        trust = ["--insecure"]
+        if self.tls:
+            _write_certificates(self.directory, [cable.server_address for cable in self.namespaces.cables])
+            trust = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
+            trust += ["--enable-supernode-auth"]
+        home = self._home("superlink")
+        how = f'root-certificates = "{self.directory}/ca.crt"' if self.tls else "insecure = true"
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:8000"\n{how}\n'
+        )
+        self._start(self.namespaces.server, "superlink", ["flower-superlink", *trust, "--disable-runtime-dependency-installation"])
+        deadline = time.monotonic() + 60
+        while (listed := self.flwr("list", CONNECTION)).returncode != 0:
+            if time.monotonic() > deadline or self.processes[0].poll() is not None:
+                raise RuntimeError(f"the SuperLink did not start:\n{listed.stdout}\n{self.log('superlink')}")
+            time.sleep(0.5)
+
+    def start_supernode(self, number: int, node_config: str) -> None:
+        """Start SuperNode ``number`` in its namespace; with TLS its key is registered first."""
+        cable = self.namespaces.cables[number]
+        trust = ["--insecure"]
+        if self.tls:
+            key = f"node{number}"
+            if not (self.directory / key).exists():
+                _write_key(self.directory / key)
+                registered = self.flwr("supernode", "register", f"{key}.pub", CONNECTION)
+                if registered.returncode != 0:
+                    raise RuntimeError(f"registering {key} failed: {registered.stdout}")
+            trust = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", key]
+        command = ["flower-supernode", *trust, "--superlink", f"{cable.server_address}:9092", "--node-config", node_config]
+        self._start(cable.namespace, f"supernode{number}", command)
+
+    def run(self, app: Path, run_config: str, timeout: float = 400) -> str:
+        """``flwr run`` to its end; its output.
+
+        Raises:
+            RuntimeError: the run did not complete; shows the log.
+        """
+        ended = self.flwr("run", str(app), CONNECTION, "--stream", "--run-config", run_config, timeout=timeout)
+        listed = self.flwr("list", CONNECTION, "--format", "json")
+        if "finished:completed" not in listed.stdout:
+            raise RuntimeError(f"the run did not complete:\n{ended.stdout}\n{listed.stdout}\n{self.log('superlink')}")
+        return ended.stdout
+
+    def flwr(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """The ``flwr`` command beside the SuperLink."""
+        return subprocess.run(
+            [str(BINARIES / "flwr"), *arguments],
+            cwd=self.directory,
+            env=self._environment("superlink"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+            preexec_fn=lambda: enter(self.namespaces.server),
+        )
+
+    def log(self, name: str) -> str:
+        """The last lines of a process's log."""
+        return "\n".join((self.directory / f"{name}.log").read_text(errors="replace").splitlines()[-60:])
+
+    def stop(self) -> None:
+        """End all processes that were started here, SuperNodes first."""
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+
+    def _start(self, namespace: str, name: str, command: list[str]) -> None:
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self.processes.append(
+                subprocess.Popen(
+                    [str(BINARIES / command[0]), *command[1:]],
+                    cwd=self.directory,
+                    env=self._environment(name),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=lambda: enter(namespace),
+                )
+            )
+
+    def _home(self, name: str) -> Path:
+        home = self.directory / f"home-{name}"
+        home.mkdir(exist_ok=True)
+        return home
+
+    def _environment(self, name: str) -> Mapping[str, str]:
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+        # SuperLink and SuperNode look their helpers up in PATH.
+        path = f"{BINARIES}{os.pathsep}{os.environ.get('PATH', '')}"
+        return {**os.environ, **quiet, "PATH": path, "FLWR_HOME": str(self._home(name)), "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def fleet(directory: Path, clients: int, tls: bool) -> Iterator[Fleet]:
+    """A federation with its SuperLink running and no SuperNode yet.
+
+    Raises:
+        NamespacesUnavailableError: no network namespaces here.
+    """
+    with ExitStack() as stack:
+        federation = Fleet(stack.enter_context(Namespaces(clients)), directory, tls)
+        stack.callback(federation.stop)
+        federation.start_superlink()
+        yield federation
+
+
+def _write_key(path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    path.write_bytes(key.private_bytes(*form))
+    path.chmod(0o600)
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_name(path.name + ".pub").write_bytes(public + b"\n")
+
+
+def _write_certificates(directory: Path, addresses: list[str]) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    def name(common: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+    now = datetime.datetime.now(datetime.UTC)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+
+    def builder(subject: str, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        start, end = now - datetime.timedelta(days=1), now + datetime.timedelta(days=2)
+        made = x509.CertificateBuilder().subject_name(name(subject)).issuer_name(name("test CA"))
+        return made.public_key(public_key).serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(end)
+
+    ca = (
+        builder("test CA", ca_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
+    names += [x509.IPAddress(ipaddress.ip_address(address)) for address in ["127.0.0.1", *addresses]]
+    server = (
+        builder("superlink", key.public_key())
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (directory / "ca.crt").write_bytes(ca.public_bytes(pem))
+    (directory / "server.pem").write_bytes(server.public_bytes(pem))
+    form = (pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (directory / "server.key").write_bytes(key.private_bytes(*form))

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import ast
+import io
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("proto", "adapters", "strategies", "client_app", "server_app")
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# Users' commands and config files contain these. Adding one is an interface, renaming or removing one breaks somebody:
+# change this list knowingly, in the same commit as pyproject.toml.
+RUN_CONFIG_KEYS = {
+    "batch-size",
+    "downlink-encoding",
+    "evaluate-split",
+    "fedavg.space",
+    "fedmerge.cluster-temperature",
+    "fedmerge.init",
+    "fedmerge.jitter",
+    "fedmerge.lr-theta",
+    "fedmerge.lr-w",
+    "fedmerge.min-mass",
+    "fedmerge.models",
+    "fedmerge.mu",
+    "fedmerge.theta-norm",
+    "fedmerge.variant",
+    "fedmerge.w-client-weight",
+    "fedmerge.w-layers",
+    "fedmerge.w-step",
+    "fraction-clients",
+    "keep-checkpoints",
+    "learning-rate",
+    "local-steps",
+    "lora-alpha",
+    "lora-dropout",
+    "lora-r",
+    "max-grad-norm",
+    "min-clients",
+    "num-server-rounds",
+    "poll-interval",
+    "round-timeout",
+    "run-name",
+    "runs-dir",
+    "scenario",
+    "schedule",
+    "seed",
+    "startup-timeout",
+    "strategy",
+    "uplink-encoding",
+    "weight-decay",
+}
+
+
+def _sources(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert found
+    return found
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every module that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}: relative import"
+            assert node.module is not None
+            yield node.lineno, node.module
+            # `from a import b` may name the module a.b.
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _run_config(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _run_config(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_import_contracts_hold() -> None:
+    lint_imports = Path(sys.executable).parent / "lint-imports"
+    if not lint_imports.exists():
+        pytest.skip("import-linter is not installed")
+    result = subprocess.run(
+        [lint_imports, "--no-logo", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_no_underscore_module_of_another_package_is_imported() -> None:
+    wrong = []
+    for path in _sources(*PACKAGES):
+        own = path.relative_to(ROOT).parts[0]
+        for line, name in _imports(path):
+            package, *rest = name.split(".")
+            if package in PACKAGES and package != own and any(part.startswith("_") for part in rest):
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert not wrong
+
+
+def test_the_name_proto_is_used_only_below_fedalloy() -> None:
+    # Google's proto-plus has the same import name: `import proto` bare would find whichever comes first.
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in _sources(*PACKAGES, "tests")
+        for line, name in _imports(path)
+        if name.split(".")[0] == "proto" and not f"{name}.".startswith("proto.fedalloy.v1.")
+    ]
+    assert not wrong
+
+
+def test_third_party_imports_are_declared_dependencies() -> None:
+    project = PROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower().replace("_", "-") for group in groups for line in group}
+    distributions = packages_distributions()
+    wrong = set()
+    for path in _sources(*PACKAGES):
+        for line, name in _imports(path):
+            package = name.split(".")[0]
+            if package in PACKAGES or package in sys.stdlib_module_names:
+                continue
+            # google is a namespace of many distributions; the one that we import is protobuf's.
+            owners = ["protobuf"] if name.startswith("google.protobuf") else distributions.get(package, [package])
+            if not {owner.lower().replace("_", "-") for owner in owners} & declared:
+                wrong.add(f"{path.relative_to(ROOT)}:{line}: {package} is in no dependency list of pyproject.toml")
+    assert not wrong
+
+
+def test_every_dependency_has_an_upper_bound() -> None:
+    project = PROJECT["project"]
+    lines = [*project["dependencies"], *(line for group in project["optional-dependencies"].values() for line in group)]
+    assert [line for line in lines if not re.search(r"<|==", line.split(";")[0])] == []
+
+
+def test_run_config_keys_are_frozen() -> None:
+    assert {key for key, _ in _run_config(PROJECT["tool"]["flwr"]["app"]["config"])} == RUN_CONFIG_KEYS
+
+
+def test_run_config_defaults_are_those_of_the_code() -> None:
+    from server_app.options import known_keys
+
+    written = dict(_run_config(PROJECT["tool"]["flwr"]["app"]["config"]))
+    assert written == known_keys()
+    assert {key: type(value) for key, value in written.items()} == {
+        key: type(value) for key, value in known_keys().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle() -> dict[str, bytes]:
+    """Files of the bundle that Flower would ship, as it would build it from this folder."""
+    from flwr.cli.build import build_fab_from_files
+
+    # Only what git would track: walking an environment below the root would cost seconds.
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files: dict[str, bytes | Path] = {
+        name: ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()
+    }
+    # What may lie around on somebody's machine and must not travel.
+    files |= {"runs/x/clients/a/data.json": b"{}", "notes.md": b"", "secret.toml": b"", "tests/helper.py": b""}
+    fab, _ = build_fab_from_files(files)
+    with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_bundle_contains_the_packages_and_nothing_else(bundle: dict[str, bytes]) -> None:
+    wanted = {"pyproject.toml", "LICENSE", ".info/CONTENT"}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in _sources(*PACKAGES)} - {"proto/generate.py"}
+    assert set(bundle) == wanted
+
+
+def test_bundle_is_small(bundle: dict[str, bytes]) -> None:
+    # Every client downloads it once per run, uncompressed; the ledger shows it.
+    assert sum(len(content) for content in bundle.values()) < 2**20
+
+
+def _skips_without_reason(path: Path) -> Iterator[int]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.skip":
+            yield node.lineno  # bare; a call of it is taken out below
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            keywords = {keyword.arg for keyword in node.keywords}
+            if name == "pytest.mark.skip" and (node.args or "reason" in keywords):
+                yield -node.lineno
+            if name in {"pytest.mark.skipif", "pytest.importorskip"} and "reason" not in keywords:
+                yield node.lineno
+            if name == "pytest.skip" and not node.args and "reason" not in keywords:
+                yield node.lineno
+
+
+def test_every_skip_gives_a_reason() -> None:
+    wrong = []
+    for path in _sources("tests"):
+        lines = set(_skips_without_reason(path))
+        wrong += [f"{path.relative_to(ROOT)}:{line}" for line in lines if line > 0 and -line not in lines]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("@pytest.mark.skip\ndef f(): ...", {1}),
+        ("pytest.skip()", {1}),
+        ("pytest.mark.skipif(True)", {1}),
+        ("pytest.skip('no GPU')", set()),
+    ],
+)
+def test_the_search_for_skips_finds_them(source: str, lines: set[int], tmp_path: Path) -> None:
+    path = tmp_path / "test_example.py"
+    path.write_text(source)
+    assert set(_skips_without_reason(path)) == lines
+
+
+def test_ci_script_is_executable() -> None:
+    assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
