@@ -140,6 +140,8 @@ def encode(
     payload = _pack(layout, numbers, encoding)
     restored = _unpack(layout, payload, encoding)
     decoded = Adapter(layout, restored if reference is None else base + restored)
+    if not decoded.is_finite:
+        raise CodecError(CodecErrorCode.NOT_FINITE, f"{encoding} overflows at {float(numbers.abs().max()):.4g}")
     header = adapter_pb2.AdapterHeader(
         version=VERSION,
         nonce=os.urandom(NONCE_BYTES),

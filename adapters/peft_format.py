@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adapters.adapter import Adapter
@@ -100,7 +100,7 @@ def write_peft_directory(folder: Path, adapter: Adapter, base_model: str, base_h
     """
     folder.mkdir(parents=True)
     state = {key: value.contiguous() for key, value in to_peft_state(adapter, base_heads).items()}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
     config = json.dumps(peft_config(adapter.layout, base_model), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(config + "\n")
     for name in ("adapter_model.safetensors", "adapter_config.json", "."):

@@ -65,5 +65,10 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
     for slot, array in records.array_records.get(ARRAY_RECORD, ArrayRecord()).items():
         if array.stype != ARRAY_STYPE:
             raise RecordError(f"array {slot!r} has stype {array.stype!r}, expected {ARRAY_STYPE!r}")
+        if array.dtype != ARRAY_DTYPE or tuple(array.shape) != (len(array.data),):
+            raise RecordError(
+                f"array {slot!r} is {array.dtype} of shape {tuple(array.shape)}, expected {ARRAY_DTYPE} of shape "
+                f"({len(array.data)},)"
+            )
         blobs[slot] = array.data
     return message, blobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -18,6 +19,9 @@ from client_app.data import ClientData, Dataset
 from client_app.model import PersonalModel
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class PlanError(ValueError):
@@ -65,6 +69,7 @@ class Interpreter:
         started = time.monotonic()
         if plan.client_id != self.client_id:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
+        _require_slot_names(plan, blobs)
         self._plan, self._uploads = plan, {}
         report = report_pb2.Report(
             version=1,
@@ -128,6 +133,11 @@ class Interpreter:
         return report_pb2.InitialiseResult(created=created)
 
     def _train(self, step: plan_pb2.TrainStep) -> report_pb2.TrainResult:
+        if step.steps < 1 or step.batch_size < 1 or not step.learning_rate > 0:
+            raise PlanError(
+                f"{step.steps} steps of {step.batch_size} examples at learning rate {step.learning_rate:g}; "
+                "expected at least one of each and a positive rate"
+            )
         data = self._split(step.split)
         self._activate(step.mixture)
         parameters: dict[str, nn.Parameter] = {}
@@ -185,6 +195,8 @@ class Interpreter:
         return report_pb2.SaveResult(content_digest=adapter.digest)
 
     def _send(self, step: plan_pb2.SendStep) -> report_pb2.SendResult:
+        if step.slot in self._uploads:
+            raise PlanError(f"slot {step.slot!r} is sent twice")
         part = layout_of_part(self.slots[step.slot].layout, step.part)
         adapter, reference = self.slots[step.slot].part(part), None
         if step.relative_to_received:
@@ -223,6 +235,24 @@ class Interpreter:
         if name not in self.data.splits:
             raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
         return self.data.splits[name]
+
+
+def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
+    """Slot names become folder names and PEFT adapter names: nothing that leaves the folder, no dots."""
+    named = set(blobs)
+    for step in plan.steps:
+        body = getattr(step, step.WhichOneof("kind") or "initialise")
+        named |= {getattr(body, field) for field in ("slot", "target") if hasattr(body, field)}
+        named |= set(getattr(body, "slots", ()))
+        if hasattr(body, "mixture"):
+            named |= {term.slot for term in body.mixture.terms}
+        if hasattr(body, "proximal") and body.HasField("proximal"):
+            named.add(body.proximal.slot)
+        if step.WhichOneof("kind") is None:
+            named.discard("")
+    for name in sorted(named):
+        if not SLOT_NAME.fullmatch(name):
+            raise PlanError(f"slot name {name[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'")
 
 
 def _is_partial(found: Layout, full: Layout) -> bool:

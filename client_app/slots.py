@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from adapters.adapter import Adapter
 from adapters.layout import Layout, LayoutError
@@ -48,6 +48,8 @@ class SlotStore:
         self._slots: dict[str, Adapter] = {}
         self._residuals: dict[str, Adapter] = {}
         self._dirty: set[str] = set()
+        self._personal: Adapter | None = None
+        self._source = directory / "slots"
 
     @contextmanager
     def transaction(self, round_: int) -> Iterator[SlotStore]:
@@ -61,7 +63,7 @@ class SlotStore:
         source = current
         if _round_of(current) is not None and round_ <= (_round_of(current) or 0):
             source = previous if previous.exists() and (_round_of(previous) or 0) < round_ else current
-        self._slots, self._residuals, self._dirty = {}, {}, set()
+        self._slots, self._residuals, self._dirty, self._personal = {}, {}, set(), None
         self._source = source
         yield self
         self._commit(round_)
@@ -100,12 +102,8 @@ class SlotStore:
         self._dirty.add(slot)
 
     def save_personal(self, adapter: Adapter) -> None:
-        """Write the personal model to ``adapter/``; in place when this returns, whatever becomes of the plan."""
-        staged = self.directory / f".adapter-{os.getpid()}"
-        shutil.rmtree(staged, ignore_errors=True)
-        write_peft_directory(staged, adapter, self.base_model, self.base_heads())
-        _swap(staged, self.directory / "adapter", self.directory / ".adapter-old")
-        shutil.rmtree(self.directory / ".adapter-old", ignore_errors=True)
+        """Write the personal model to ``adapter/`` when the plan has been carried out."""
+        self._personal = adapter
 
     def _read(self, slot: str) -> None:
         path = self._source / slot / "exact.safetensors"
@@ -123,6 +121,8 @@ class SlotStore:
             raise SlotError(f"slot {slot!r} is damaged ({path}): {error}") from None
 
     def _commit(self, round_: int) -> None:
+        if self._personal is not None:
+            self._replace_personal(self._personal)
         staged = self.directory / f".slots-{os.getpid()}"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -140,15 +140,19 @@ class SlotStore:
             _swap(staged, current, self.directory / ".slots-old")
             shutil.rmtree(self.directory / ".slots-old", ignore_errors=True)
 
+    def _replace_personal(self, adapter: Adapter) -> None:
+        staged, kept = self.directory / f".adapter-{os.getpid()}", self.directory / ".adapter-old"
+        shutil.rmtree(staged, ignore_errors=True)
+        write_peft_directory(staged, adapter, self.base_model, self.base_heads())
+        _swap(staged, self.directory / "adapter", kept)
+        shutil.rmtree(kept, ignore_errors=True)
+
     def _write(self, folder: Path, adapter: Adapter, residual: Adapter | None) -> None:
         write_peft_directory(folder, adapter, self.base_model, self.base_heads())
         tensors = {"vector": adapter.vector.contiguous(), "layout": _layout_bytes(adapter.layout)}
         if residual is not None:
             tensors |= {"residual": residual.vector.contiguous(), "residual_layout": _layout_bytes(residual.layout)}
-        save_file(tensors, folder / "exact.safetensors")
-        for path in folder.iterdir():
-            sync_file(path)
-        _sync_directory(folder)
+        write_durably(folder / "exact.safetensors", save(tensors))
 
     def _recover(self) -> None:
         """Undo what a killed process left between two renames, and throw its unfinished folders away."""

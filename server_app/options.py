@@ -79,7 +79,7 @@ def read_run_options(run_config: RunConfig) -> RunOptions:
 
 
 def as_toml(run_config: RunConfig) -> str:
-    """Run-config as a TOML file that ``flwr run --run-config FILE`` accepts; dotted keys are quoted."""
+    """Run-config as a TOML file that ``flwr run --run-config FILE`` accepts."""
     lines = []
     for key in sorted(run_config):
         value = run_config[key]

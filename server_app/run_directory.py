@@ -1,7 +1,7 @@
 """A run on disk: ``runs/<name>/{config.toml, rounds.jsonl, checkpoints/round-0005/, summary.json, ledger.sqlite}``.
 
 Everything is valid after a kill at any moment: files are written, flushed and renamed; ``rounds.jsonl`` is appended to
-line by line, and a torn last line is cut off when it is opened again.
+line by line, and a line that a kill tore is passed over when it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from client_app.slots import sync_file, write_durably
 from strategies.base import State
@@ -31,7 +32,6 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._failed_writes = 0
 
     @classmethod
     def create(cls, runs_dir: Path, name: str, config: str) -> RunDirectory:
@@ -50,7 +50,11 @@ class RunDirectory:
         """Append one line to ``rounds.jsonl`` and flush it to the disk."""
         line = json.dumps(record, sort_keys=False, allow_nan=False) + "\n"
         try:
-            with (self.path / "rounds.jsonl").open("ab") as file:
+            with (self.path / "rounds.jsonl").open("a+b") as file:
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a kill tore the last line; what follows gets one of its own
+                        file.write(b"\n")
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -58,7 +62,7 @@ class RunDirectory:
             raise RunDirectoryError(_explain(self.path, error)) from error
 
     def rounds(self) -> list[dict[str, Any]]:
-        """All records; a torn last line is left out."""
+        """All records; a line that a kill tore is left out."""
         path = self.path / "rounds.jsonl"
         if not path.exists():
             return []
@@ -67,7 +71,7 @@ class RunDirectory:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
-                break
+                continue
         return records
 
     def save_checkpoint(self, round_: int, state: State, keep: int) -> None:
@@ -78,12 +82,9 @@ class RunDirectory:
         try:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-            save_file(
-                {name: tensor.contiguous() for name, tensor in state.tensors.items()}, staged / "state.safetensors"
-            )
-            (staged / "state.json").write_text(json.dumps({"round": round_, "values": state.values}))
-            for path in (staged / "state.safetensors", staged / "state.json", staged):
-                sync_file(path)
+            tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+            write_durably(staged / "state.safetensors", save(tensors))
+            write_durably(staged / "state.json", json.dumps({"round": round_, "values": state.values}).encode())
             shutil.rmtree(final, ignore_errors=True)
             os.rename(staged, final)
             sync_file(folder)
@@ -98,7 +99,7 @@ class RunDirectory:
             try:
                 saved = json.loads((folder / "state.json").read_text())
                 return int(saved["round"]), State(load_file(folder / "state.safetensors"), saved["values"])
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, SafetensorError):
                 continue
         return None
 

@@ -27,7 +27,7 @@ GROUPS = 4
 SIZES = (40, 24, 32, 48)
 
 
-def load_client(partition_id, num_partitions, seed, *, sizes=SIZES, moved=10, groups=None, transforms=(1, 2, 3, 0)):
+def load_client(partition_id, num_partitions, seed, *, sizes=SIZES, moved=10, groups=None, transforms=(1, 2, 3, 0), meanings=(0, 1, 2, 3)):
     images, labels = _digits()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     _, train, validation, test = np.split(order, np.cumsum([PUBLIC, TRAIN, VALIDATION]))
@@ -39,7 +39,7 @@ def load_client(partition_id, num_partitions, seed, *, sizes=SIZES, moved=10, gr
     bounds = np.cumsum([0] + [int(s * scale) for s in all_sizes])
     train = train[bounds[partition_id] : bounds[partition_id + 1]]
     meaning = np.arange(CLASSES)
-    mv = np.random.default_rng((SPLIT_SEED, group)).permutation(CLASSES)[:moved]
+    mv = np.random.default_rng((SPLIT_SEED, meanings[group])).permutation(CLASSES)[:moved]
     meaning[mv] = np.roll(meaning[mv], 1) if moved else mv
     def view(idx):
         x = _transform(images[idx], transforms[group])

@@ -41,11 +41,7 @@ class Fleet:
             f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:8000"\n{how}\n'
         )
         self._start(self.namespaces.server, "superlink", ["flower-superlink", *trust, "--disable-runtime-dependency-installation"])
-        deadline = time.monotonic() + 60
-        while (listed := self.flwr("list", CONNECTION)).returncode != 0:
-            if time.monotonic() > deadline or self.processes[0].poll() is not None:
-                raise RuntimeError(f"the SuperLink did not start:\n{listed.stdout}\n{self.log('superlink')}")
-            time.sleep(0.5)
+        self._persistently("list", CONNECTION)
 
     def start_supernode(self, number: int, node_config: str) -> None:
         """Start SuperNode ``number`` in its namespace; with TLS its key is registered first."""
@@ -55,9 +51,7 @@ class Fleet:
             key = f"node{number}"
             if not (self.directory / key).exists():
                 _write_key(self.directory / key)
-                registered = self.flwr("supernode", "register", f"{key}.pub", CONNECTION)
-                if registered.returncode != 0:
-                    raise RuntimeError(f"registering {key} failed: {registered.stdout}")
+                self._persistently("supernode", "register", f"{key}.pub", CONNECTION)
             trust = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", key]
         command = ["flower-supernode", *trust, "--superlink", f"{cable.server_address}:9092", "--node-config", node_config]
         self._start(cable.namespace, f"supernode{number}", command)
@@ -102,6 +96,14 @@ class Fleet:
                 process.kill()
                 process.wait()
         self.processes.clear()
+
+    def _persistently(self, *arguments: str) -> None:
+        """On a busy machine the SuperLink comes up late and the command's own timeout is short."""
+        deadline = time.monotonic() + 120
+        while (ended := self.flwr(*arguments)).returncode != 0:
+            if time.monotonic() > deadline or self.processes[0].poll() is not None:
+                raise RuntimeError(f"flwr {' '.join(arguments)} failed:\n{ended.stdout}\n{self.log('superlink')}")
+            time.sleep(0.5)
 
     def _start(self, namespace: str, name: str, command: list[str]) -> None:
         with (self.directory / f"{name}.log").open("ab") as log:
