@@ -20,7 +20,6 @@ from client_app.model import PersonalModel
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
-
 SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 

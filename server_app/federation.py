@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
@@ -19,6 +20,16 @@ from strategies.base import Client, client_from
 from strategies.messages import BadAnswerError, read_registration, register_message
 
 Say = Callable[[str], None]
+
+
+class Watch(Protocol):
+    """Is told just before and just after each message is pushed."""
+
+    def pushing(self, client_id: str) -> None:
+        """A message is about to be pushed."""
+
+    def pushed(self, client_id: str, message: Message) -> None:
+        """It has been pushed."""
 
 
 class NotEnoughClientsError(RuntimeError):
@@ -73,10 +84,11 @@ class Federation:
                 next_word = now + 10
             time.sleep(max(self.poll_interval, 0.2))
 
-    def register(self, minimum: int, timeout: float, pushed: Callable[[Message], None]) -> Iterator[Reply]:
-        """Ask every online node who it is; yields replies of registered clients, in order of arrival.
+    def register(self, minimum: int, timeout: float, watch: Watch) -> Iterator[Reply]:
+        """Ask every online node who it is; yields the replies in order of arrival, by the name ``node <id>``.
 
-        Refusals (errors, bad registrations, an id that belongs to somebody else) are collected in ``refused``.
+        Clients that may take part are in ``clients`` afterwards; refusals (errors, bad registrations, an id that
+        belongs to somebody else) in ``refused``.
 
         Raises:
             NotEnoughClientsError: fewer than ``minimum`` registered; names what went wrong.
@@ -84,7 +96,8 @@ class Federation:
         deadline = time.monotonic() + timeout
         nodes = {node.node_id: node for node in self.wait_for_nodes(minimum, timeout)}
         messages = {f"node {node_id}": register_message(node_id, ttl=timeout) for node_id in nodes}
-        for reply in self.exchange(messages, max(deadline - time.monotonic(), self.poll_interval), pushed):
+        for reply in self.exchange(messages, max(deadline - time.monotonic(), self.poll_interval), watch):
+            yield reply
             if reply.message is None:
                 self.refused[reply.client_id] = "did not answer in time"
                 continue
@@ -97,22 +110,19 @@ class Federation:
                 self.say(f"refused: {error}")
                 continue
             self.clients[client.id] = client
-            yield Reply(client.id, reply.message, reply.seconds)
         if len(self.clients) < minimum:
             reasons = "; ".join(f"{who}: {why}" for who, why in self.refused.items())
             raise NotEnoughClientsError(f"{len(self.clients)} of at least {minimum} clients registered. {reasons}")
 
-    def exchange(
-        self, messages: Mapping[str, Message], timeout: float, pushed: Callable[[Message], None] | None = None
-    ) -> Iterator[Reply]:
+    def exchange(self, messages: Mapping[str, Message], timeout: float, watch: Watch) -> Iterator[Reply]:
         """Push one message per client and yield replies as they arrive; None for those that do not in ``timeout`` s."""
         started = time.monotonic()
         waiting: dict[str, str] = {}
         for client_id, message in messages.items():
+            watch.pushing(client_id)
             for message_id in self.grid.push_messages([message]):
                 waiting[message_id] = client_id
-            if pushed is not None:
-                pushed(message)
+            watch.pushed(client_id, message)
         while waiting:
             for reply in self.grid.pull_messages(list(waiting)):
                 client_id = waiting.pop(reply.metadata.reply_to_message_id, "")

@@ -40,7 +40,7 @@ def run(grid: Grid, context: Context) -> RunDirectory:
     name = options.run_name or f"{options.strategy}-{options.scenario}-{context.run_id}"
     directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
     log(INFO, "FedAlloy run %s in %s", name, directory.path.resolve())
-    with WireLog(directory.path / "ledger.sqlite", name) as wire:
+    with WireLog(directory.path / "ledger.sqlite", name, grid) as wire:
         try:
             Run(grid, options, strategy, directory, wire, name).run()
         except NotEnoughClientsError as error:
@@ -84,16 +84,17 @@ class Run:
     def _register(self) -> None:
         started = time.monotonic()
         records: dict[str, ClientRecord] = {}
-        replies = self.federation.register(
-            self.options.min_clients,
-            self.options.startup_timeout,
-            lambda message: self.wire.sent(0, "", "query", message),
-        )
-        for reply in replies:
-            client = self.federation.clients[reply.client_id]
-            assert reply.message is not None
-            self.wire.arrived(0, client.id, "query", reply.message)
-            self.wire.client_reading(0, client.id, client.node_id, client.registration.wire)
+        watch = _Booking(self.wire, 0, "query")
+        arrivals: dict[str, Reply] = {}
+        for reply in self.federation.register(self.options.min_clients, self.options.startup_timeout, watch):
+            arrivals[reply.client_id] = reply
+        names = {f"node {client.node_id}": client for client in self.federation.clients.values()}
+        for node, reply in arrivals.items():
+            client = names.get(node)
+            self.wire.arrived(0, node, "query", reply.message, client.registration.wire if client else None)
+            if client is None:
+                continue
+            self.wire.registered(node, client.id)
             log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, client.base_model)
             records[client.id] = {"status": "ok", "examples": client.examples, "seconds": round(reply.seconds, 3)}
         for client_id in sorted(self.federation.clients):  # enrolled in order of id, not of arrival
@@ -140,20 +141,17 @@ class Run:
         if not self.wire.is_measuring:
             return
         records: dict[str, ClientRecord] = {}
-        clients = {client.id: client for client in self._clients()}
         timeout = min(self.options.round_timeout, 60.0)
-        messages = {name: counters_message(client.node_id, timeout) for name, client in clients.items()}
-        sent: Callable[[Message], None] = lambda message: self.wire.sent(round_, "", "query", message)  # noqa: E731
-        for reply in self.federation.exchange(messages, timeout, sent):
+        messages = {client.id: counters_message(client.node_id, timeout) for client in self._clients()}
+        for reply in self.federation.exchange(messages, timeout, _Booking(self.wire, round_, "query")):
+            record: ClientRecord = {"status": "ok", "seconds": round(reply.seconds, 3)}
+            reading = None
             try:
-                counters = read_counters(_require(reply))
+                reading = read_counters(_require(reply)).wire
             except BadAnswerError as error:
-                records[reply.client_id] = {"status": "failed", "reason": str(error)}
-                continue
-            assert reply.message is not None
-            self.wire.arrived(round_, reply.client_id, "query", reply.message)
-            self.wire.client_reading(round_, reply.client_id, clients[reply.client_id].node_id, counters.wire)
-            records[reply.client_id] = {"status": "ok", "seconds": round(reply.seconds, 3)}
+                record |= {"status": "failed", "reason": str(error)}
+            self.wire.arrived(round_, reply.client_id, "query", reply.message, reading)
+            records[reply.client_id] = record
         self._record("counters", round_, records, started)
 
     def _ask(
@@ -170,15 +168,11 @@ class Run:
             name: dispatch.message(clients[name].node_id, ttl=self.options.round_timeout + 60)
             for name, dispatch in dispatches.items()
         }
-        by_node = {client.node_id: client.id for client in briefs}
-
-        def sent(message: Message) -> None:
-            name = by_node[message.metadata.dst_node_id]
-            self.wire.sent(round_, name, phase, message, dispatches[name].tensor_bytes)
-
+        tensors = {name: dispatch.tensor_bytes for name, dispatch in dispatches.items()}
+        watch = _Booking(self.wire, round_, phase, tensors)
         records: dict[str, ClientRecord] = {}
         slowest = 0.0
-        for reply in self.federation.exchange(messages, self.options.round_timeout, sent):
+        for reply in self.federation.exchange(messages, self.options.round_timeout, watch):
             client = clients[reply.client_id]
             records[client.id] = record = self._absorb(phase, round_, client, dispatches[client.id], reply, absorb)
             slowest = max(slowest, float(record.get("train_seconds", 0.0)))
@@ -198,16 +192,17 @@ class Run:
         absorb: Callable[[int, Client, Answer], None],
     ) -> ClientRecord:
         record: ClientRecord = {"seconds": round(reply.seconds, 3)}
-        if reply.message is None:
-            return record | {"status": "late", "reason": f"no answer within {self.options.round_timeout:.0f} s"}
-        self.wire.arrived(round_, client.id, phase, reply.message, dispatch.expected)
-        if reply.message.has_error():
+        if reply.message is None or reply.message.has_error():
+            self.wire.arrived(round_, client.id, phase, reply.message)
+            if reply.message is None:
+                return record | {"status": "late", "reason": f"no answer within {self.options.round_timeout:.0f} s"}
             return record | {"status": "failed", "reason": reply.message.error.reason}
         try:
             answer = answer_from(dispatch, reply.message)
         except BadAnswerError as error:
+            self.wire.arrived(round_, client.id, phase, reply.message, None, dispatch.upload_bytes)
             return record | {"status": "rejected", "reason": str(error)}
-        self.wire.client_reading(round_, client.id, client.node_id, answer.report.wire)
+        self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch.upload_bytes)
         absorb(round_, client, answer)
         trains = [result.train for result in answer.report.results if result.WhichOneof("kind") == "train"]
         return record | {
@@ -289,6 +284,21 @@ class Run:
         }
         self.directory.write_summary(summary)
         log(INFO, "finished: mean accuracy %s, worst %s", summary["mean_accuracy"], summary["worst_accuracy"])
+
+
+class _Booking:
+    """Books what one exchange pushes: see :class:`server_app.federation.Watch`."""
+
+    def __init__(
+        self, wire: WireLog, round_: int, kind: str, tensors: Mapping[str, Mapping[str, int]] | None = None
+    ) -> None:
+        self.wire, self.round, self.kind, self.tensors = wire, round_, kind, tensors or {}
+
+    def pushing(self, client_id: str) -> None:
+        self.wire.pushing(self.round, client_id, self.kind)
+
+    def pushed(self, client_id: str, message: Message) -> None:
+        self.wire.pushed(self.round, client_id, self.kind, message, self.tensors.get(client_id, {}))
 
 
 def git_commit() -> str | None:

@@ -1,30 +1,82 @@
-"""Provisional."""
+"""The round loop's one way to the ledger: what is about to be sent, what arrived, and the totals at the end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from flwr.app import Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from proto.fedalloy.v1 import report_pb2
+from server_app.fleet_sampler import FleetSampler
+from server_app.flower_calls import BundleCost, bundle_cost
+from server_app.ledger import Ledger
+
+INFO = 20
 
 
 class WireLog:
-    """Provisional: counts nothing yet."""
+    """One run's ledger and the sampler that feeds its server end; a context manager around the run."""
 
-    is_measuring = True
-
-    def __init__(self, path: Path, run_name: str) -> None:
-        self.path = path
+    def __init__(self, path: Path, run_name: str, grid: Grid) -> None:
+        self.ledger = Ledger(path, run_name)
+        self.sampler = FleetSampler(self.ledger)
+        self.grid = grid
 
     def __enter__(self) -> WireLog:
+        self.sampler.start()
+        if not self.sampler.is_measuring:
+            log(INFO, "wire bytes: not measured (%s)", self.sampler.not_measured)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        return None
+        self.sampler.stop()
+        self.ledger.close()
 
-    def sent(self, *args: Any) -> None: ...
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the server's counters can be read here."""
+        return self.sampler.is_measuring
 
-    def arrived(self, *args: Any) -> None: ...
+    def pushing(self, round_: int, client: str, kind: str) -> None:
+        """Call just before a message to ``client`` is pushed."""
+        self.sampler.push(round_, client, kind)
 
-    def client_reading(self, *args: Any) -> None: ...
+    def pushed(self, round_: int, client: str, kind: str, message: Message, tensors: Mapping[str, int]) -> None:
+        """Call when it has been pushed; ``tensors`` are the encoded numbers in it, by slot."""
+        self.ledger.flower_message(round_, client, "down", kind, message, sum(tensors.values()))
 
-    def totals(self) -> tuple[dict[str, Any], float | None]:
-        return {"up": {}, "down": {}}, None
+    def arrived(
+        self,
+        round_: int,
+        client: str,
+        kind: str,
+        message: Message | None,
+        reading: report_pb2.WireReading | None = None,
+        tensors: Mapping[str, int] | None = None,
+    ) -> None:
+        """Call when ``client`` has answered, or (None) will not any more."""
+        if message is not None:
+            self.ledger.flower_message(round_, client, "up", kind, message, sum((tensors or {}).values()))
+        self.sampler.reply(round_, client, kind, reading)
+
+    def registered(self, node: str, client: str) -> None:
+        """The node that was asked as ``node`` is ``client``; it has fetched the app bundle."""
+        self.sampler.rename(node, client)
+        bundle = self._bundle()
+        if bundle is not None:
+            self.ledger.bundle(client, bundle)
+
+    def totals(self) -> tuple[dict[str, dict[str, int | None]], float | None]:
+        """Ends the measurement; bytes by direction and level, and the unexplained fraction (None: not measured)."""
+        self.sampler.stop()
+        return self.ledger.totals(), self.ledger.unexplained_fraction()
+
+    def _bundle(self) -> BundleCost | None:
+        """None where the grid has no network under it."""
+        if not self.is_measuring:
+            return None
+        # Flower runs the app from the folder that it unpacked the bundle to.
+        return bundle_cost(self.grid.run, Path(__file__).resolve().parent.parent)

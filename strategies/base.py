@@ -12,12 +12,14 @@ and after the last round ``deliver(client)`` hands every client its personal mod
 
 from __future__ import annotations
 
+import secrets
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -33,8 +35,11 @@ from strategies.messages import (
     read_registration,
     register_message,
 )
-from strategies.options import RunConfig, keys_of, read_options
+from strategies.options import RunConfig, keys_of, read_options, require_range
 from strategies.steps import Training
+
+_INFO, _WARNING = 20, 30
+_REGISTRATION_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,14 @@ class StrategyError(ValueError):
     """A client does not fit this strategy, or a strategy was asked for something it cannot do."""
 
 
+@dataclass(frozen=True)
+class _Seed:
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("seed", self.seed, 0, 2**62)
+
+
 class AlloyStrategy(Strategy):
     """Base of all strategies.
 
@@ -100,7 +113,8 @@ class AlloyStrategy(Strategy):
         self.training = training or Training()
         self.seed = seed
         self.clients: dict[str, Client] = {}
-        self._pending: dict[str, tuple[Client, Dispatch]] = {}
+        self._pending: list[tuple[Message, Client, Dispatch]] = []
+        self._flower_run = f"flower-{secrets.token_hex(4)}"  # a folder at the clients that no earlier run has used
 
     @classmethod
     def from_run_config(cls, run_config: RunConfig) -> AlloyStrategy:
@@ -110,7 +124,7 @@ class AlloyStrategy(Strategy):
             OptionError: a value is of the wrong type or out of range.
         """
         options = read_options(cls.Options, run_config, f"{cls.name}.")
-        return cls(options, read_options(Training, run_config), int(run_config.get("seed", 0)))
+        return cls(options, read_options(Training, run_config), read_options(_Seed, run_config).seed)
 
     @classmethod
     def option_keys(cls) -> dict[str, Any]:
@@ -121,10 +135,13 @@ class AlloyStrategy(Strategy):
         """Take a client in; it may come at any round.
 
         Raises:
-            StrategyError: its base model, ranks or modules do not fit the clients already enrolled.
+            StrategyError: its base model, ranks or modules do not fit the clients already enrolled, or it has nothing
+                to train on.
         """
+        if client.examples < 1:
+            raise StrategyError(f"client {client.id!r} has {client.examples} training examples, expected at least 1")
         for other in self.clients.values():
-            if other.id != client.id and not self.compatible(other.layout, client.layout):
+            if not self.compatible(other.layout, client.layout):
                 difference = other.layout.describe_difference(client.layout)
                 raise StrategyError(f"client {client.id!r} has {difference} (as client {other.id!r} has)")
         self.clients[client.id] = client
@@ -157,7 +174,9 @@ class AlloyStrategy(Strategy):
     def load_state(self, state: State) -> None:
         """Continue from :meth:`state`."""
 
-    # Flower's own Strategy: the same class runs by `strategy.start(grid, initial_arrays=ArrayRecord(), ...)`.
+    # Flower's own Strategy: the same class runs by `strategy.start(grid, initial_arrays=ArrayRecord(), ...)`. There each
+    # round also delivers, and to a client a delivery is a round of its own: a plan of a round that it knows would start
+    # from the slots before that round, and throw its training away.
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -166,7 +185,7 @@ class AlloyStrategy(Strategy):
         if not self.clients:
             self._enrol_all(grid)
         briefs = {client: self.brief(server_round, client) for client in self.clients.values()}
-        return self._messages(briefs, server_round)
+        return self._messages(briefs, 2 * server_round - 1)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -180,7 +199,7 @@ class AlloyStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Deliver every client its personal model as it is after this round."""
-        return self._messages({client: self.deliver(client) for client in self.clients.values()}, server_round)
+        return self._messages({client: self.deliver(client) for client in self.clients.values()}, 2 * server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean and worst client accuracy of the personal models (accuracy where the task has one)."""
@@ -192,19 +211,40 @@ class AlloyStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the options."""
-        from flwr.common.logger import log  # Flower's logger, so that the line looks like its neighbours
-
-        log(20, "\t├──> FedAlloy strategy %r: %s", self.name, self.options)
+        log(_INFO, "\t├──> FedAlloy strategy %r: %s", self.name, self.options)
 
     def _enrol_all(self, grid: Grid) -> None:
-        messages = [register_message(node) for node in grid.get_node_ids()]
-        for reply in sorted(grid.send_and_receive(messages), key=lambda message: message.metadata.src_node_id):
-            registration, layout = read_registration(reply)
-            self.enrol(client_from(registration, layout, reply.metadata.src_node_id))
+        """Register every node; one that cannot take part is named in the log and left out."""
+        asked = {node: register_message(node, _REGISTRATION_SECONDS) for node in sorted(grid.get_node_ids())}
+        replies = {
+            reply.metadata.reply_to_message_id: reply
+            for reply in grid.send_and_receive(list(asked.values()), timeout=_REGISTRATION_SECONDS)
+        }
+        found: dict[str, Client] = {}
+        for node, message in asked.items():
+            try:
+                if message.metadata.message_id not in replies:
+                    raise BadAnswerError(f"node {node} did not answer in {_REGISTRATION_SECONDS:.0f} s")
+                registration, layout = read_registration(replies[message.metadata.message_id], node)
+                holder = found.setdefault(registration.client_id, client_from(registration, layout, node))
+                if holder.node_id != node:
+                    raise BadAnswerError(
+                        f"node {node} claims client-id {holder.id!r}, which node {holder.node_id} holds already"
+                    )
+            except BadAnswerError as error:
+                log(_WARNING, "refused: %s", error)
+        for client_id in sorted(found):  # not in order of connection
+            try:
+                self.enrol(found[client_id])
+            except StrategyError as error:
+                log(_WARNING, "refused: %s", error)
+        if not self.clients:
+            raise StrategyError(
+                f"no client registered; {len(asked)} nodes are online (the log says why they are refused)"
+            )
 
     def _messages(self, briefs: Mapping[Client, Brief], round_: int) -> list[Message]:
-        self._pending = {}
-        messages = []
+        self._pending = []
         for client, brief in briefs.items():
             dispatch = plan_dispatch(
                 brief.steps,
@@ -213,30 +253,30 @@ class AlloyStrategy(Strategy):
                 layout=client.layout,
                 round_=round_,
                 seed=self.seed,
-                run_name=f"flower-{self.name}",
+                run_name=self._flower_run,
                 encoding=self.training.downlink_encoding,
             )
-            self._pending[client.id] = (client, dispatch)
-            messages.append(dispatch.message(client.node_id))
-        return messages
+            self._pending.append((dispatch.message(client.node_id), client, dispatch))
+        return [message for message, _, _ in self._pending]
 
     def _absorb_all(self, round_: int, replies: Iterable[Message], *, absorb: bool) -> list[Answer]:
-        from flwr.common.logger import log
-
-        by_node = {client.node_id: (client, dispatch) for client, dispatch in self._pending.values()}
+        # By the message that is answered (the grid numbers messages when it sends them): errors carry no sender.
+        asked = {message.metadata.message_id: (client, dispatch) for message, client, dispatch in self._pending}
         answers = []
         for reply in replies:
-            if reply.metadata.src_node_id not in by_node:
+            if reply.metadata.reply_to_message_id not in asked:
                 continue
-            client, dispatch = by_node.pop(reply.metadata.src_node_id)
+            client, dispatch = asked.pop(reply.metadata.reply_to_message_id)
             try:
                 answer = answer_from(dispatch, reply)
             except BadAnswerError as error:
-                log(30, "%s", error)
+                log(_WARNING, "%s", error)
                 continue
             if absorb:
                 self.absorb(round_, client, answer)
             answers.append(answer)
+        for client, _ in asked.values():
+            log(_WARNING, "client %r did not answer in time", client.id)
         return answers
 
 

@@ -112,7 +112,7 @@ def logit_step(gradient: Tensor, shares: Tensor, lr: float, bound: float, *, per
     weighted = shares.double()[:, None] * gradient
     largest = weighted.abs().amax(dim=1, keepdim=True) if per_row else weighted.abs().max().expand(len(weighted), 1)
     usable = torch.isfinite(largest) & (largest > GUARD * bound)
-    return torch.where(usable, lr * weighted / torch.where(usable, largest, torch.ones_like(largest)), 0.0)
+    return torch.where(usable, lr * (weighted / torch.where(usable, largest, torch.ones_like(largest))), 0.0)
 
 
 def model_coefficients(logits: Tensor, shares: Tensor, *, norm: str = "column", min_mass: float = 1e-3) -> Tensor:
@@ -127,6 +127,12 @@ def model_coefficients(logits: Tensor, shares: Tensor, *, norm: str = "column", 
     return torch.where(mass < min_mass, torch.zeros_like(scaled), scaled)
 
 
+def mean_row(logits: Tensor) -> Tensor:
+    """Logits ``[d]`` of the mean weights of the rows of ``logits [K, d]``, centred: the row of a client that is new."""
+    row = torch.softmax(logits.double(), dim=1).mean(dim=0).clamp_min(1e-30).log()
+    return row - row.mean()
+
+
 def cluster(uploads: Tensor, models: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
     """k-means of the uploads ``[K, P]``: centres ``[d, P]``, and logits ``[K, d]`` of minus the squared distances.
 
@@ -136,7 +142,7 @@ def cluster(uploads: Tensor, models: int, temperature: float, seed: int) -> tupl
     from sklearn.cluster import KMeans  # only here: importing scikit-learn costs a second
 
     count = min(models, len(uploads))
-    found = KMeans(count, n_init=10, random_state=seed).fit(uploads.double().numpy())
+    found = KMeans(count, n_init=10, random_state=seed % 2**32).fit(uploads.double().numpy())
     centres = torch.from_numpy(found.cluster_centers_).to(uploads.dtype)
     if count < models:
         centres = torch.cat([centres, uploads.mean(dim=0, keepdim=True).expand(models - count, -1)])
@@ -158,24 +164,24 @@ class FedMerge(AlloyStrategy):
         self.logits = torch.zeros(0, self.options.models, dtype=torch.float64)
         self.theta = torch.zeros(self.options.models, 0)
         self.moments = torch.zeros(2, 0, self.options.models, dtype=torch.float64)  # of "adam"
+        self.updates = torch.zeros(0, dtype=torch.int64)  # of each row's moments
         self.base: Adapter | None = None  # numbers that are not merged: the common A
         self.part: Layout | None = None
+        self.mask = torch.zeros(0, dtype=torch.bool)
         self.settled = 0
         self.arrived: dict[str, tuple[Adapter, Adapter]] = {}
 
     def enrol(self, client: Client) -> None:
-        """A new client's row is the mean of the others'."""
-        super().enrol(client)
-        if self.base is None or self.part is None:
-            self.base = Adapter.initial(client.layout, self.seed)
-            self.part = client.layout.select(() if self.options.variant == "factors" else _NOT_A)
-            self.mask = _mask(self.part, self.options.w_layers)
-            self.theta = _jittered(self.base.part(self.part), self.options, self.seed)
-        if client.id not in self.rows:
-            self.rows[client.id] = len(self.rows)
-            row = self.logits.mean(dim=0, keepdim=True) if len(self.logits) else torch.zeros(1, self.options.models)
-            self.logits = torch.cat([self.logits, row.double()])
-            self.moments = torch.cat([self.moments, torch.zeros(2, 1, self.options.models)], dim=1)
+        """A new client's weights are the mean of the others'."""
+        if self.base is None:
+            part = client.layout.select(() if self.options.variant == "factors" else _NOT_A)
+            mask = _mask(part, self.options.w_layers)
+            super().enrol(client)  # here, so that a client that is refused leaves nothing behind
+            self.base, self.part, self.mask = Adapter.initial(client.layout, self.seed), part, mask
+            self.theta = _jittered(self.base.part(part), self.options, self.seed)
+        else:
+            super().enrol(client)
+        self._add_row(client)
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Send the client its merge; it evaluates, trains with the pull, returns it."""
@@ -225,19 +231,38 @@ class FedMerge(AlloyStrategy):
 
     def state(self) -> State:
         """Models, logits, and the numbers that are not merged."""
-        tensors = {"theta": self.theta, "logits": self.logits, "moments": self.moments, "base": self._base.vector}
-        return State(tensors, {"rows": self.rows, "settled": self.settled})
+        tensors = {
+            "theta": self.theta,
+            "logits": self.logits,
+            "moments": self.moments,
+            "updates": self.updates,
+            "base": self._base.vector,
+        }
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}  # logits and moments change in place
+        return State(copies, {"rows": dict(self.rows), "settled": self.settled})
 
     def load_state(self, state: State) -> None:
-        """Continue from saved numbers; clients are enrolled before."""
-        self.theta, self.logits = state.tensors["theta"], state.tensors["logits"]
-        self.moments = state.tensors["moments"]
-        self.base = Adapter(self._base.layout, state.tensors["base"])
+        """Continue from saved numbers; clients are enrolled before, and one that the state does not know is new."""
+        tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+        self.theta, self.logits, self.moments = tensors["theta"], tensors["logits"], tensors["moments"]
+        self.updates = tensors["updates"]
+        self.base = Adapter(self._base.layout, tensors["base"])
         self.rows, self.settled = dict(state.values["rows"]), int(state.values["settled"])
+        for client in self.clients.values():
+            self._add_row(client)
 
     def _common_start(self) -> list[steps.Step]:
         """Frozen A is drawn from the seed at the client, so it never travels."""
         return [steps.initialise(SLOT, self.seed)] if self.options.variant == "frozen-a" else []
+
+    def _add_row(self, client: Client) -> None:
+        if client.id in self.rows:
+            return
+        self.rows[client.id] = len(self.rows)
+        row = mean_row(self.logits) if self.settled else torch.zeros(self.options.models, dtype=torch.float64)
+        self.logits = torch.cat([self.logits, row[None]])
+        self.moments = torch.cat([self.moments, torch.zeros(2, 1, self.options.models)], dim=1)
+        self.updates = torch.cat([self.updates, torch.zeros(1, dtype=torch.int64)])
 
     def _merged(self, client: Client) -> Adapter:
         row = self.rows[client.id]
@@ -259,7 +284,10 @@ class FedMerge(AlloyStrategy):
         weights = model_coefficients(
             self.logits[rows], shares, norm=self.options.theta_norm, min_mass=self.options.min_mass
         )
-        self.theta = self.theta - self.options.lr_theta * weights.T.to(self.theta.dtype) @ displacement
+        # Equal columns are multiplied once: models that are equal must stay so to the bit, and a product of matrices
+        # may round equal rows differently.
+        columns, which = torch.unique(weights, dim=1, return_inverse=True)
+        self.theta = self.theta - (self.options.lr_theta * columns.T.to(self.theta.dtype) @ displacement)[which]
         return float(step.abs().max())
 
     def _adam(self, gradient: Tensor, rows: Tensor, bound: float) -> Tensor:
@@ -267,14 +295,15 @@ class FedMerge(AlloyStrategy):
             return torch.zeros_like(gradient)
         self.moments[0, rows] = 0.9 * self.moments[0, rows] + 0.1 * gradient
         self.moments[1, rows] = 0.999 * self.moments[1, rows] + 0.001 * gradient.square()
-        count = self.settled + 1
+        self.updates[rows] += 1
+        count = self.updates[rows].double()[:, None]  # of this row: clients join late and miss rounds
         first = self.moments[0, rows] / (1 - 0.9**count)
         second = self.moments[1, rows] / (1 - 0.999**count)
         return self.options.lr_w * first / (second.sqrt() + 1e-30)
 
     def _start_from_clusters(self, uploads: Tensor, rows: Tensor) -> None:
         self.theta, logits = cluster(uploads, self.options.models, self.options.cluster_temperature, self.seed)
-        self.logits[:] = logits.mean(dim=0)  # clients that did not answer
+        self.logits[:] = mean_row(logits)  # clients that did not answer
         self.logits[rows] = logits
 
     def _average_a(self, arrived: dict[str, tuple[Adapter, Adapter]], names: list[str], shares: Tensor) -> None:

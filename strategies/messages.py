@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
+from google.protobuf.message import Message as ProtoMessage
 
 from adapters.adapter import Adapter
-from adapters.codec import CodecError, Encoding, decode, encode, payload_size
+from adapters.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, encode, encoding_from_proto, payload_size
 from adapters.layout import Layout, LayoutError
 from adapters.parts import layout_of_part, layouts_of_plan
 from adapters.records import COUNTERS_TYPE, FORMAT_VERSION, PLAN_TYPE, REGISTER_TYPE, RecordError, pack, unpack
@@ -18,10 +19,16 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Client ids, run names and slot names become folder names."""
+MAX_NUMBER = 1e9
+"""No trained adapter comes near; products of larger numbers would overflow in a merge and take the server down."""
+_MAX_ERROR = 2000
 
 
 class BadAnswerError(ValueError):
-    """A client's reply is an error, or is not what the plan asked for."""
+    """A client's reply is an error, or is not what the plan asked for; long findings are cut, they go to logs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= _MAX_ERROR else f"{message[:_MAX_ERROR]} ...")
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Dispatch:
     """One client's message of one round, and what its answer must look like.
 
     ``received`` holds the adapters as the client will decode them; ``expected`` the layout of every upload asked for;
-    ``tensor_bytes`` the encoded numbers alone, by slot.
+    ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for.
     """
 
     plan: plan_pb2.Plan
@@ -37,6 +44,7 @@ class Dispatch:
     received: Mapping[str, Adapter]
     expected: Mapping[str, Layout]
     tensor_bytes: Mapping[str, int]
+    upload_bytes: Mapping[str, int]
 
     def message(self, node_id: int, ttl: float | None = None) -> Message:
         """The Flower message to one node; ``ttl`` in seconds."""
@@ -68,7 +76,12 @@ def plan_dispatch(
     expected = {
         step.send.slot: layout_of_part(layout, step.send.part) for step in steps if step.WhichOneof("kind") == "send"
     }
-    return Dispatch(plan, pack("plan", plan, blobs), received, expected, tensor_bytes)
+    upload_bytes = {
+        step.send.slot: payload_size(expected[step.send.slot], encoding_from_proto(step.send.encoding))
+        for step in steps
+        if step.WhichOneof("kind") == "send"
+    }
+    return Dispatch(plan, pack("plan", plan, blobs), received, expected, tensor_bytes, upload_bytes)
 
 
 def register_message(node_id: int, ttl: float | None = None) -> Message:
@@ -81,13 +94,17 @@ def counters_message(node_id: int, ttl: float | None = None) -> Message:
     return Message(RecordDict(), dst_node_id=node_id, message_type=COUNTERS_TYPE, ttl=ttl)
 
 
-def read_registration(reply: Message) -> tuple[report_pb2.Registration, Layout]:
+def read_registration(reply: Message, node_id: int | None = None) -> tuple[report_pb2.Registration, Layout]:
     """The registration in a reply, with its validated layout.
+
+    Args:
+        reply: what the node answered.
+        node_id: who was asked, where that is known: an error that the SuperLink made does not say.
 
     Raises:
         BadAnswerError: the node answered with an error, or its registration is not valid.
     """
-    node = f"node {reply.metadata.src_node_id}"
+    node = f"node {reply.metadata.src_node_id if node_id is None else node_id}"
     _require_content(reply, node)
     try:
         registration, _ = unpack(reply.content, "registration", report_pb2.Registration)
@@ -96,9 +113,16 @@ def read_registration(reply: Message) -> tuple[report_pb2.Registration, Layout]:
                 f"client id {registration.client_id[:80]!r}: expected 1 to 64 letters, digits, '.', '_' or '-', "
                 "starting with a letter or digit"
             )
-        return registration, Layout.from_proto(registration.layout)
+        layout = Layout.from_proto(registration.layout)
+        if payload_size(layout, Encoding.FP32) > MAX_BLOB_BYTES:  # a claim; the server is about to allocate it
+            raise LayoutError(
+                f"client {registration.client_id!r} claims an adapter of {layout.size} numbers, "
+                f"expected at most {MAX_BLOB_BYTES // 4}"
+            )
     except (RecordError, LayoutError) as error:
         raise BadAnswerError(f"{node} sent a registration that is not valid: {error}") from None
+    _require_finite(f"client {registration.client_id!r} ({node})", registration)
+    return registration, layout
 
 
 def read_counters(reply: Message) -> report_pb2.Counters:
@@ -110,9 +134,11 @@ def read_counters(reply: Message) -> report_pb2.Counters:
     node = f"node {reply.metadata.src_node_id}"
     _require_content(reply, node)
     try:
-        return unpack(reply.content, "counters", report_pb2.Counters)[0]
+        counters = unpack(reply.content, "counters", report_pb2.Counters)[0]
     except RecordError as error:
         raise BadAnswerError(f"{node}: {error}") from None
+    _require_finite(node, counters)
+    return counters
 
 
 def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, dict[str, Adapter]]:
@@ -136,6 +162,8 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
     wanted_kinds = [step.WhichOneof("kind") for step in plan.steps]
     if kinds != wanted_kinds:
         raise BadAnswerError(f"{who} reports the steps {kinds}, expected {wanted_kinds}")
+    for index, (step, result) in enumerate(zip(plan.steps, report.results, strict=True)):
+        _require_same_step(f"{who}, step {index}", step, result)
     _require_finite(who, report)
     if set(blobs) != set(dispatch.expected):
         raise BadAnswerError(f"{who} sent the slots {sorted(blobs)}, expected {sorted(dispatch.expected)}")
@@ -148,6 +176,11 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
             adapters[slot] = decode(blob, expected=layout, references=_references(dispatch, layout), max_bytes=limit)
         except CodecError as error:
             raise BadAnswerError(f"{who} sent slot {slot!r}: {error}") from None
+        largest = float(adapters[slot].vector.abs().max())
+        if largest > MAX_NUMBER:
+            raise BadAnswerError(
+                f"{who} sent slot {slot!r} with numbers up to {largest:.3g}, expected at most {MAX_NUMBER:g}"
+            )
     return report, adapters
 
 
@@ -161,12 +194,34 @@ def _require_content(reply: Message, who: str) -> None:
         raise BadAnswerError(f"{who} failed (Flower error {reply.error.code}): {reply.error.reason}")
 
 
-def _require_finite(who: str, report: report_pb2.Report) -> None:
-    for step, result in enumerate(report.results):
-        kind = result.WhichOneof("kind")
-        if kind == "train" and not math.isfinite(result.train.mean_loss):
-            raise BadAnswerError(f"{who} reports a training loss of {result.train.mean_loss} in step {step}")
-        if kind == "evaluate":
-            for name, value in result.evaluate.metrics.items():
-                if not math.isfinite(value):
-                    raise BadAnswerError(f"{who} reports {name} = {value} in step {step}")
+def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepResult) -> None:
+    """What a result says about its step is what the plan said: the label decides who reads the metrics."""
+    names = {"evaluate": ("label", "split"), "send": ("slot",)}
+    kind = step.WhichOneof("kind") or ""
+    for name in names.get(kind, ()):
+        found, wanted = getattr(getattr(result, kind), name), getattr(getattr(step, kind), name)
+        if found != wanted:
+            raise BadAnswerError(f"{where} ({kind}): reports {name} {found[:200]!r}, expected {wanted!r}")
+
+
+def _require_finite(who: str, message: ProtoMessage) -> None:
+    for name, number in _floats(message):
+        if not math.isfinite(number):
+            raise BadAnswerError(f"{who} reports {name} = {number}, expected a finite number")
+
+
+def _floats(message: ProtoMessage, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every floating-point number in a message with its path, like ``results[1].train.mean_loss``."""
+    for field, value in message.ListFields():
+        items: list[tuple[str, object]]
+        if isinstance(value, Mapping):
+            items = [(f"{path}{field.name}[{str(key)[:80]!r}]", value[key]) for key in value]
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            items = [(f"{path}{field.name}[{index}]", item) for index, item in enumerate(value)]
+        else:
+            items = [(f"{path}{field.name}", value)]
+        for name, item in items:
+            if isinstance(item, ProtoMessage):
+                yield from _floats(item, f"{name}.")
+            elif isinstance(item, float):
+                yield name, item

@@ -78,21 +78,24 @@ def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
 
 
 def require_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Refuse a number outside ``[low, high]``.
+    """Refuse a number outside ``[low, high]``, and any that is not finite.
 
     Raises:
         OptionError: naming the key, the value and the range.
     """
-    if not low <= value <= high:
-        upper = f" and at most {high:g}" if high != float("inf") else ""
-        raise OptionError(f"{key} = {value}, expected at least {low:g}{upper}")
+    if not low <= value <= high or value == float("inf"):
+        upper = f" and at most {high:.10g}" if high != float("inf") else ""
+        raise OptionError(f"{key} = {value}, expected a finite number of at least {low:g}{upper}")
 
 
 def _convert(key: str, value: object, hint: Any) -> object:
     if isinstance(hint, types.UnionType):
         hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise OptionError(f"{key} is an integer beyond the largest float, expected a finite number") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise OptionError(f"{key} = {value!r} is {type(value).__name__}, expected {hint.__name__}")
     return value

@@ -35,11 +35,11 @@ class Training:
     downlink_encoding: str = "fp32"
 
     def __post_init__(self) -> None:
-        require_range("local-steps", self.local_steps, 1)
-        require_range("batch-size", self.batch_size, 1)
+        require_range("local-steps", self.local_steps, 1, 2**31 - 1)  # uint32 on the wire
+        require_range("batch-size", self.batch_size, 1, 2**31 - 1)
         require_range("weight-decay", self.weight_decay, 0)
         require_range("max-grad-norm", self.max_grad_norm, 0)
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise OptionError(f"learning-rate = {self.learning_rate}, expected a positive number")
         require_choice("schedule", self.schedule, _SCHEDULES)
         require_choice("evaluate-split", self.evaluate_split, ("validation", "test"))

@@ -10,7 +10,7 @@ NAMES = ("digits",)
 
 
 class ScenarioError(ValueError):
-    """No scenario has this name, or it cannot be divided among so many clients."""
+    """No scenario has this name, its data are missing, or it cannot be divided among so many clients."""
 
 
 def load_scenario(

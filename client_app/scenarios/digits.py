@@ -1,76 +1,158 @@
-"""Scenario ``digits``: scikit-learn's 1,797 handwritten digits, 8x8 pixels, and a tiny ViT that knows them upright."""
+"""Scenario ``digits``: scikit-learn's handwritten digits, seen by groups of clients in different ways.
+
+1,797 images of 8x8 pixels are divided once and for all into a public part, which only the base model is pre-trained on
+(upright, with the usual labels), and pools for training, validation and test. No image is in two of them.
+
+Clients come in groups. A group sees every image through its own transform (upright, rotated, inverted) and writes half
+of the digits with codes of its own, as two warehouses number their goods differently. Clients of a group can help each
+other; what one group learns about the codes is wrong in the next. Training shards are disjoint, of unequal size, and
+too small to do well alone. Validation and test pools are shared: each client sees all of them in its own group's way,
+so that accuracies of clients are compared on the same images, and a few hundred of them.
+"""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client_app.data import Base, ClientData, Dataset
+from client_app.scenarios import ScenarioError
 from client_app.scenarios.vit import Recipe, load_or_pretrain
 
 CLASSES = 10
-SPLIT_SEED = 20240501
-PUBLIC, TRAIN, VALIDATION = 500, 600, 200
+POOLS = {"public": 500, "train": 700, "validation": 150, "test": 447}
+POOL_SEED = 1797
+SHARD_SIZES = (90, 50, 70, 110, 60)
+"""Training examples of clients 0, 1, 2, ..., again from the start after the last; less where the pool is too small.
+Their number has no common factor with the numbers of groups, so every group has clients of all sizes."""
+MAX_CLIENTS = 50
+
 BASE_RECIPE = Recipe(
     name="digits-vit",
-    data=f"sklearn digits, permutation seed {SPLIT_SEED}, first {PUBLIC}, upright",
-    image_size=8, patch_size=2, classes=CLASSES, width=48, depth=3, heads=4, mlp=96,
-    seed=0, steps=400, batch=32, learning_rate=3e-3, weight_decay=0.05,
+    data=f"sklearn digits, scaled to [-1, 1], pool 'public' of {POOLS} by NumPy's default_rng({POOL_SEED})",
+    image_size=8,
+    patch_size=2,
+    classes=CLASSES,
+    width=48,
+    depth=3,
+    heads=4,
+    mlp=96,
+    seed=0,
+    steps=400,
+    batch=32,
+    learning_rate=3e-3,
+    weight_decay=0.05,
+    initializer_range=0.12,
 )
-GROUPS = 4
-SIZES = (40, 24, 32, 48)
 
 
-def load_client(partition_id, num_partitions, seed, *, sizes=SIZES, moved=10, groups=None, transforms=(1, 2, 3, 0), meanings=(0, 1, 2, 3)):
-    images, labels = _digits()
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    _, train, validation, test = np.split(order, np.cumsum([PUBLIC, TRAIN, VALIDATION]))
-    g = groups or min(GROUPS, max(1, num_partitions // 2))
-    group = partition_id % g
-    train = np.random.default_rng((seed, 1)).permutation(train)
-    all_sizes = [sizes[i % len(sizes)] for i in range(num_partitions)]
-    scale = min(1.0, len(train) / sum(all_sizes))
-    bounds = np.cumsum([0] + [int(s * scale) for s in all_sizes])
-    train = train[bounds[partition_id] : bounds[partition_id + 1]]
-    meaning = np.arange(CLASSES)
-    mv = np.random.default_rng((SPLIT_SEED, meanings[group])).permutation(CLASSES)[:moved]
-    meaning[mv] = np.roll(meaning[mv], 1) if moved else mv
-    def view(idx):
-        x = _transform(images[idx], transforms[group])
-        return Dataset({"pixel_values": torch.from_numpy(np.ascontiguousarray(x))[:, None]}, torch.from_numpy(meaning[labels[idx]]))
-    return ClientData("digits", "image-classification", {"train": view(train), "validation": view(validation), "test": view(test)})
+@dataclass(frozen=True)
+class Group:
+    """What clients of one group have in common.
+
+    Images are turned counter-clockwise by ``quarter_turns`` x 90 degrees, and black and white are exchanged if
+    ``inverted``; digit ``k`` is labelled ``codes[k]``.
+    """
+
+    name: str
+    quarter_turns: int
+    inverted: bool
+    codes: tuple[int, ...]
 
 
-def _transform(x, t):
-    if t == 0:
-        return x
-    if t == 1:
-        return np.rot90(x, 1, axes=(1, 2))
-    if t == 2:
-        return -x
-    return -np.rot90(x, 2, axes=(1, 2))
+GROUPS = (
+    Group("upright", 0, False, (1, 2, 3, 4, 0, 5, 6, 7, 8, 9)),
+    Group("rotated", 1, False, (0, 1, 2, 3, 4, 6, 7, 8, 9, 5)),
+    Group("inverted", 0, True, (2, 1, 4, 3, 6, 5, 8, 7, 0, 9)),
+    Group("upright-other-codes", 0, False, (0, 9, 2, 1, 4, 3, 6, 5, 8, 7)),
+)
+
+
+def group_of(partition_id: int, num_partitions: int) -> Group:
+    """The group of a client: groups take turns, and there are as many (2 to 4) as can have two members each."""
+    return GROUPS[partition_id % min(len(GROUPS), max(2, num_partitions // 2))]
+
+
+def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData:
+    """One client's splits; inputs are ``pixel_values`` ``[n, 1, 8, 8]`` in [-1, 1].
+
+    Args:
+        partition_id: this client, from 0.
+        num_partitions: how many clients there are, at most :data:`MAX_CLIENTS`.
+        seed: decides which images of the training pool each client holds.
+
+    Raises:
+        ScenarioError: there is no such client, or there are too many.
+    """
+    if not 1 <= num_partitions <= MAX_CLIENTS:
+        raise ScenarioError(f"scenario 'digits' is for 1 to {MAX_CLIENTS} clients, got num-partitions = {num_partitions}")
+    if not 0 <= partition_id < num_partitions:
+        raise ScenarioError(f"partition-id = {partition_id}, expected 0 to {num_partitions - 1}")
+    pools = _pools()
+    group = group_of(partition_id, num_partitions)
+    chosen = pools | {"train": _shards(pools["train"], num_partitions, seed)[partition_id]}
+    splits = {name: _view(chosen[name], group) for name in ("train", "validation", "test")}
+    return ClientData(task="digits", kind="image-classification", splits=splits)
 
 
 def load_base(cache_dir: Path) -> Base:
+    """The base model: pre-trained in a few seconds on first use, then read from ``cache_dir``."""
     return load_or_pretrain(BASE_RECIPE, cache_dir, _public)
 
 
+def base_fingerprint() -> str:
+    """What identifies the base model to the server, without making or loading it."""
+    return BASE_RECIPE.fingerprint
+
+
 def _public() -> tuple[Tensor, Tensor]:
-    images, labels = _digits()
-    public = np.random.default_rng(SPLIT_SEED).permutation(len(images))[:PUBLIC]
+    images, labels = _read()
+    public = _pools()["public"]
     return torch.from_numpy(images[public])[:, None], torch.from_numpy(labels[public])
 
 
+def _pools() -> dict[str, NDArray[np.int64]]:
+    """Image numbers by pool; the same for every seed, or a run would be tested on what another base had seen."""
+    order = np.random.default_rng(POOL_SEED).permutation(sum(POOLS.values()))
+    bounds = np.cumsum(list(POOLS.values()))[:-1]
+    return dict(zip(POOLS, np.split(order, bounds), strict=True))
+
+
+def _shards(pool: NDArray[np.int64], clients: int, seed: int) -> list[NDArray[np.int64]]:
+    wanted = np.array([SHARD_SIZES[client % len(SHARD_SIZES)] for client in range(clients)])
+    sizes = np.floor(wanted * min(1.0, len(pool) / wanted.sum())).astype(int)
+    order = np.random.default_rng((POOL_SEED, seed)).permutation(pool)
+    return np.split(order, np.cumsum(sizes))[:clients]
+
+
+def _view(chosen: NDArray[np.int64], group: Group) -> Dataset:
+    images, labels = _read()
+    seen = np.rot90(images[chosen], group.quarter_turns, axes=(1, 2))
+    seen = np.ascontiguousarray(-seen if group.inverted else seen)
+    codes = np.array(group.codes)[labels[chosen]]
+    return Dataset({"pixel_values": torch.from_numpy(seen)[:, None]}, torch.from_numpy(codes))
+
+
 @cache
-def _digits():
+def _read() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Images ``[1797, 8, 8]`` in [-1, 1] and digits ``[1797]``, from scikit-learn's own file.
+
+    Importing ``sklearn.datasets`` costs a second, which every client would pay for every message.
+    """
     spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise ScenarioError("scenario 'digits' needs scikit-learn, which contains the data: pip install scikit-learn")
     path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    if table.shape != (sum(POOLS.values()), 65):
+        raise ScenarioError(f"{path} has shape {table.shape}, expected {(sum(POOLS.values()), 65)}")
     return table[:, :64].reshape(-1, 8, 8) / 8 - 1, table[:, 64].astype(np.int64)

@@ -52,7 +52,7 @@ class Recipe:
     batch: int
     learning_rate: float
     weight_decay: float
-    initializer_range: float = 0.12
+    initializer_range: float
     version: int = 1
 
     @property

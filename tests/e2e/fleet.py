@@ -40,7 +40,11 @@ class Fleet:
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:8000"\n{how}\n'
         )
-        self._start(self.namespaces.server, "superlink", ["flower-superlink", *trust, "--disable-runtime-dependency-installation"])
+        self._start(
+            self.namespaces.server,
+            "superlink",
+            ["flower-superlink", *trust, "--disable-runtime-dependency-installation"],
+        )
         self._persistently("list", CONNECTION)
 
     def start_supernode(self, number: int, node_config: str) -> None:
@@ -53,7 +57,14 @@ class Fleet:
                 _write_key(self.directory / key)
                 self._persistently("supernode", "register", f"{key}.pub", CONNECTION)
             trust = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", key]
-        command = ["flower-supernode", *trust, "--superlink", f"{cable.server_address}:9092", "--node-config", node_config]
+        command = [
+            "flower-supernode",
+            *trust,
+            "--superlink",
+            f"{cable.server_address}:9092",
+            "--node-config",
+            node_config,
+        ]
         self._start(cable.namespace, f"supernode{number}", command)
 
     def run(self, app: Path, run_config: str, timeout: float = 400) -> str:
@@ -172,7 +183,12 @@ def _write_certificates(directory: Path, addresses: list[str]) -> None:
     def builder(subject: str, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
         start, end = now - datetime.timedelta(days=1), now + datetime.timedelta(days=2)
         made = x509.CertificateBuilder().subject_name(name(subject)).issuer_name(name("test CA"))
-        return made.public_key(public_key).serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(end)
+        return (
+            made.public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(end)
+        )
 
     ca = (
         builder("test CA", ca_key.public_key())

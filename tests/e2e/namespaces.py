@@ -49,9 +49,7 @@ class Namespaces:
     def __init__(self, clients: int) -> None:
         self.prefix = f"fa{os.getpid()}"
         self.server = f"{self.prefix}s"
-        self.cables = [
-            Cable(f"{self.prefix}c{i}", f"s{i}", f"10.77.{i}.1", f"10.77.{i}.2") for i in range(clients)
-        ]
+        self.cables = [Cable(f"{self.prefix}c{i}", f"s{i}", f"10.77.{i}.1", f"10.77.{i}.2") for i in range(clients)]
         self._made: list[str] = []
 
     def __enter__(self) -> Namespaces:

@@ -1,0 +1,436 @@
+"""The ledger's arithmetic: from counters to bytes per client and round, and from bytes to where they went.
+
+One TCP connection has two ends. The client's readings (taken when a message has arrived) and the server's are joined by
+address and port; behind address translation they cannot be, and then the client's end counts alone, from its first
+reading on. Each direction is counted at its sender; the receiver's end is shown beside it.
+
+* up: from one arrival at the client to the next belongs to the message that arrived (its answer travels in between);
+  before the first, to the first; after the last, what the server received from there on belongs to the last.
+* down: from one push to the client to the next belongs to the message that was pushed.
+
+So a sum over rounds is the run's total, by construction. What was sent before the run started is subtracted.
+
+Reconciliation: every category is obtained without looking at the total. Headers, acknowledgements and retransmissions
+are counters of their own; polling, heartbeats and connection setup are what the counters did while no message was under
+way; tensors, message framing, Flower's control messages and the bundle are serialised sizes. A gRPC call's overhead
+(HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured cost of the lone polls of
+this run, less their protobuf; only for DATA frames beyond a call's first there is a formula, 9 bytes and with TLS 22
+more. ``unexplained`` is the counter minus all of these; nothing is scaled to fit.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]
+Key = tuple[str, int, str]  # the SuperNode's address and port, and the cookie of this end's socket
+
+OTHER = "(other)"  # connections of SuperNodes that this run's clients cannot be matched with
+FRAME_HEADER, TLS_RECORD = 9, 22  # RFC 9113, 4.1; RFC 8446, 5.2: header 5, content type 1, tag 16
+PING = FRAME_HEADER + 8  # RFC 9113, 6.7
+POLL_PROTO = 13  # serialised PullMessagesRequest with a 64-bit node id; its answer is empty
+
+CATEGORIES = (
+    "tensors",
+    "message framing",
+    "Flower control",
+    "app bundle",
+    "gRPC calls",
+    "bulk frames",
+    "polling, heartbeats",
+    "connection setup",
+    "retransmissions",
+    "TCP/IP headers",
+    "acknowledgements",
+    "unexplained",
+)
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """Bytes of one client, round and direction. ``wire`` is the sender's end (or what ``source`` says)."""
+
+    round: int
+    client: str
+    direction: str
+    tensor: int
+    message: int
+    wire: int | None
+    other_end: int | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Tally:
+    """One direction of one connection; ``data`` is None where the reader could not tell data segments apart."""
+
+    payload: int = 0
+    retransmitted: int = 0
+    segments: int = 0
+    data: int | None = 0
+    header: int = 0
+
+    @property
+    def wire(self) -> int:
+        """Bytes as a capture shows them."""
+        return self.payload + self.header * self.segments
+
+    def since(self, earlier: Tally) -> Tally:
+        """What was added since ``earlier``."""
+        data = None if self.data is None or earlier.data is None else self.data - earlier.data
+        return Tally(
+            self.payload - earlier.payload,
+            self.retransmitted - earlier.retransmitted,
+            self.segments - earlier.segments,
+            data,
+            self.header,
+        )
+
+
+def sent(row: Row) -> Tally:
+    """What the reader of ``row`` sent."""
+    return Tally(
+        row["bytes_sent"],
+        row["bytes_retransmitted"],
+        row["segments_out"],
+        row["data_segments_out"],
+        row["header_bytes"],
+    )
+
+
+def received(row: Row) -> Tally:
+    """What the reader of ``row`` received; retransmissions that arrived twice are not in it."""
+    return Tally(row["bytes_received"], 0, row["segments_in"], row["data_segments_in"], row["header_bytes"])
+
+
+@dataclass
+class Link:
+    """One TCP connection: its readings at both ends, in order. ``born``: it was opened during the run."""
+
+    client: str
+    at_client: list[Row] = field(default_factory=list)
+    at_server: list[Row] = field(default_factory=list)
+    born: bool = False
+
+    def up(self) -> Iterator[tuple[int, Tally, str]]:
+        """Pieces of what the client sent, with their round and source."""
+        if not self.at_client:
+            yield from ((round_, piece, "server") for round_, piece in self.up_at_server())
+            return
+        first, last = self.at_client[0], self.at_client[-1]
+        before = self._client_base(first)
+        round_ = first["round"]
+        for reading in self.at_client:
+            yield round_, sent(reading).since(before), "client"
+            before, round_ = sent(reading), reading["round"]
+        if self.at_server:
+            end = received(self.at_server[-1])
+            arrived = before.payload - before.retransmitted
+            tail = Tally(max(0, end.payload - arrived), 0, max(0, end.segments - before.segments), None, end.header)
+            yield last["round"], tail, "client"
+
+    def _client_base(self, first: Row) -> Tally:
+        """The client's counters at the start of the run; only the server was looking then."""
+        if not self.at_server:
+            return sent(first)
+        if self.born:
+            return Tally(header=first["header_bytes"])
+        start = received(self.at_server[0])
+        older = first["bytes_retransmitted"]
+        return Tally(start.payload + older, older, start.segments, None, start.header)
+
+    def up_at_server(self) -> Iterator[tuple[int, Tally]]:
+        """Pieces of what the server received, with their round: cut where the client took its readings."""
+        yield from self._cut(self.at_server, received, lambda reading: reading["event"] == "handler")
+
+    def down(self) -> Iterator[tuple[int, Tally, str]]:
+        """Pieces of what the server sent, with their round and source."""
+        if not self.at_server:
+            yield from ((round_, piece, "client") for round_, piece in self.down_at_client())
+            return
+        for round_, piece in self._cut(self.at_server, sent, lambda reading: reading["event"] == "push"):
+            yield round_, piece, "server"
+
+    def down_at_client(self) -> Iterator[tuple[int, Tally]]:
+        """Pieces of what the client received, with the round of the message that had then arrived."""
+        before: Tally | None = None
+        if self.at_server and self.at_client:
+            start = sent(self.at_server[0])
+            base = Tally(start.payload - start.retransmitted, 0, start.segments, None, start.header)
+            before = Tally(header=start.header) if self.born else base
+        for reading in self.at_client:
+            if before is not None:
+                yield reading["round"], received(reading).since(before)
+            before = received(reading)
+
+    def _cut(
+        self, readings: list[Row], of: Callable[[Row], Tally], is_boundary: Callable[[Row], bool]
+    ) -> Iterator[tuple[int, Tally]]:
+        if not readings:
+            return
+        boundaries = [reading for reading in readings if is_boundary(reading)]
+        round_ = boundaries[0]["round"] if boundaries else readings[0]["round"]
+        before = Tally(header=readings[0]["header_bytes"], data=0) if self.born else of(readings[0])
+        for reading in readings:
+            yield round_, of(reading).since(before)
+            before = of(reading)
+            if is_boundary(reading):
+                round_ = reading["round"]
+
+
+class Accounts:
+    """A ledger's rows at one moment; see :mod:`server_app.ledger` for the tables."""
+
+    def __init__(
+        self,
+        meta: dict[str, str],
+        tensors: list[Row],
+        messages: list[Row],
+        bundles: list[Row],
+        readings: list[Row],
+        connections: list[Row],
+        activity: list[Row],
+        small_calls: list[Row],
+    ) -> None:
+        self.meta = meta
+        self.tensors = tensors
+        self.messages = messages
+        self.bundles = bundles
+        self.readings = readings
+        self.activity = activity
+        self.small_calls = small_calls
+        self.links = _links(readings, connections)
+
+    # ---------------------------------------------------------------------------------------------- per round
+
+    def rows(self) -> list[ClientRound]:
+        """One row per client, round and direction, in that order."""
+        tensor, message = defaultdict[tuple[int, str, str], int](int), defaultdict[tuple[int, str, str], int](int)
+        for row in self.tensors:
+            tensor[row["round"], row["client"], row["direction"]] += row["bytes"]
+        for row in self.messages:
+            message[row["round"], row["client"], row["direction"]] += row["bytes"]
+        wire, other, source = self._wire()
+        keys = sorted({*tensor, *message, *wire}, key=lambda key: (key[0], key[1] == OTHER, key[1], key[2] == "down"))
+        return [
+            ClientRound(
+                round=key[0],
+                client=key[1],
+                direction=key[2],
+                tensor=tensor[key],
+                message=message[key],
+                wire=wire.get(key),
+                other_end=other.get(key),
+                source=source.get(key, ""),
+            )
+            for key in keys
+        ]
+
+    def totals(self) -> dict[str, dict[str, int | None]]:
+        """Sums over all clients and rounds."""
+        rows = self.rows()
+        totals: dict[str, dict[str, int | None]] = {}
+        for direction in ("up", "down"):
+            mine = [row for row in rows if row.direction == direction]
+            wires = [row.wire for row in mine if row.wire is not None]
+            totals[direction] = {
+                "tensor": sum(row.tensor for row in mine),
+                "message": sum(row.message for row in mine),
+                "wire": sum(wires) if wires else None,
+            }
+        return totals
+
+    def not_measured(self) -> dict[str, str]:
+        """Who could not read the wire, and why; the server is ``server``."""
+        return {
+            row["client"] if row["end"] == "client" else "server": row["not_measured"]
+            for row in self.readings
+            if row["not_measured"]
+        }
+
+    def unjoined(self) -> list[str]:
+        """Clients whose connection the server does not see under the client's own address (NAT, or no server end)."""
+        return sorted({link.client for link in self.links if not link.at_server})
+
+    def _wire(self) -> tuple[dict[tuple[int, str, str], int], dict[tuple[int, str, str], int], dict[Any, str]]:
+        wire, other = defaultdict[tuple[int, str, str], int](int), defaultdict[tuple[int, str, str], int](int)
+        source: dict[tuple[int, str, str], str] = {}
+        for link in self.links:
+            for direction, pieces in (("up", link.up()), ("down", link.down())):
+                for round_, piece, end in pieces:
+                    wire[round_, link.client, direction] += piece.wire
+                    source[round_, link.client, direction] = end
+            if link.at_client and link.at_server:
+                for round_, piece in link.up_at_server():
+                    other[round_, link.client, "up"] += piece.wire
+                for round_, piece in link.down_at_client():
+                    other[round_, link.client, "down"] += piece.wire
+        return wire, other, source
+
+    # -------------------------------------------------------------------------------------------- where it went
+
+    def reconciliation(self) -> dict[str, dict[str, int]]:
+        """Bytes per direction and category, in the order of ``CATEGORIES``; empty where the wire was not measured."""
+        return {direction: self._reconcile(direction) for direction in ("up", "down")}
+
+    def unexplained_fraction(self) -> float | None:
+        """The larger direction's ``|unexplained| / wire``; None where the wire was not measured."""
+        fractions = [
+            abs(categories["unexplained"]) / max(1, sum(categories.values()))
+            for categories in self.reconciliation().values()
+            if categories
+        ]
+        return max(fractions, default=None)
+
+    def call_overhead(self) -> tuple[float, float] | None:
+        """Up and down bytes that one gRPC call costs beyond its protobuf: the median lone poll of this run.
+
+        HTTP/2 pings that gRPC sends along with a lone call travel in segments of their own and are taken out by number.
+        None when no lone call was seen.
+        """
+        ping = self._ping
+        ups = [(row["up"] - ping * (row["data_in"] - 1), row["count"]) for row in self.small_calls]
+        downs = [(row["down"] - ping * (row["data_out"] - 1), row["count"]) for row in self.small_calls]
+        if not ups:
+            return None
+        return _median(ups) - POLL_PROTO, _median(downs)
+
+    @property
+    def _ping(self) -> int:
+        return PING + (TLS_RECORD if self.meta.get("tls") == "1" else 0)
+
+    def _reconcile(self, direction: str) -> dict[str, int]:
+        pieces = [(link, piece) for link in self.links for _, piece, _ in getattr(link, direction)()]
+        if not pieces:
+            return {}
+        found = dict.fromkeys(CATEGORIES, 0)
+        for _, piece in pieces:
+            found["retransmissions"] += piece.retransmitted
+        for link in self.links:
+            segments, data, header = _segments(link, direction)
+            found["TCP/IP headers"] += header * data
+            found["acknowledgements"] += header * (segments - data)
+        payload = sum(piece.payload for _, piece in pieces)
+        tensors = {(row["client"], row["round"], row["direction"], row["kind"]): 0 for row in self.tensors}
+        for row in self.tensors:
+            tensors[row["client"], row["round"], row["direction"], row["kind"]] += row["bytes"]
+        overhead = self.call_overhead()
+        own, control, calls, frames, meant, polls = 0, 0, 0, 0, 0, 0
+        for row in self._carried():
+            calls += row["calls"]
+            polls += row["direction"] == "up"
+            if row["direction"] == direction:
+                own += row["bytes"]
+                frames += row["frames"]
+                meant += tensors.pop((row["client"], row["round"], direction, row["kind"]), 0)
+            else:
+                control += row["control_bytes"]
+        for row in self._fetched_bundles():
+            found["app bundle"] += row[direction]
+            calls += 2
+            frames += row["frames"] if direction == "down" else 0
+        found["tensors"] = meant
+        found["message framing"] = own - meant
+        found["Flower control"] = control
+        found["bulk frames"] = frames * (FRAME_HEADER + (TLS_RECORD if self.meta.get("tls") == "1" else 0))
+        for row in self.activity:
+            if row["kind"] in ("idle", "setup"):
+                found["polling, heartbeats" if row["kind"] == "idle" else "connection setup"] += row[direction]
+        if overhead is not None:
+            per_call = overhead[0 if direction == "up" else 1]
+            found["gRPC calls"] = round(calls * per_call)
+            # After each answer the SuperNode polls at once, too close to the answer to be seen apart.
+            found["polling, heartbeats"] += round(polls * (per_call + (POLL_PROTO if direction == "up" else 0)))
+        explained = sum(found[name] for name in CATEGORIES[:9])
+        found["unexplained"] = payload - explained
+        return found
+
+    def _carried(self) -> Iterator[Row]:
+        """Messages whose bytes are inside the counted wire."""
+        alone = set(self.unjoined())
+        answered = {(row["client"], row["round"], row["kind"]) for row in self.messages if row["direction"] == "up"}
+        down_wire, _, _ = self._wire()
+        first = {
+            client: min(row["rowid"] for row in self.messages if row["client"] == client)
+            for client in alone
+            if any(row["client"] == client for row in self.messages)
+        }
+        last = {client: max(row["rowid"] for row in self.messages if row["client"] == client) for client in first}
+        for row in self.messages:
+            if row["client"] in alone and row["rowid"] in (first[row["client"]], last[row["client"]]):
+                continue  # before the client's first reading, after its last
+            pushed_only = row["direction"] == "down" and (row["client"], row["round"], row["kind"]) not in answered
+            if pushed_only and down_wire.get((row["round"], row["client"], "down"), 0) < row["bytes"]:
+                continue  # the SuperNode never fetched it
+            yield row
+
+    def _fetched_bundles(self) -> list[Row]:
+        alone = set(self.unjoined())
+        return [row for row in self.bundles if row["client"] not in alone]
+
+
+def _segments(link: Link, direction: str) -> tuple[int, int, int]:
+    """Segments, those with data, and header bytes of each; data segments may have been counted at the other end only."""
+    pieces = [piece for _, piece, _ in getattr(link, direction)()]
+    segments = sum(piece.segments for piece in pieces)
+    header = pieces[-1].header if pieces else 0
+    data = [piece.data for piece in pieces]
+    if any(count is None for count in data):
+        data = [piece.data for _, piece in link.up_at_server()] if direction == "up" else data
+    known = [count for count in data if count is not None]
+    return segments, min(segments, sum(known)) if known and len(known) == len(data) else segments, header
+
+
+def _links(readings: list[Row], connections: list[Row]) -> list[Link]:
+    by_seq = {row["seq"]: row for row in readings}
+    at_client: dict[tuple[str, Key], list[Row]] = defaultdict(list)
+    at_server: dict[Key, list[Row]] = defaultdict(list)
+    first_server: int | None = None
+    for row in readings:
+        if row["end"] == "server" and not row["not_measured"] and first_server is None:
+            first_server = row["seq"]
+    for connection in connections:
+        reading = by_seq[connection["seq"]]
+        row = {**connection, **reading}
+        if reading["end"] == "client":
+            key = (connection["local_address"], connection["local_port"], connection["cookie"])
+            at_client[reading["client"], key].append(row)
+        else:
+            at_server[connection["remote_address"], connection["remote_port"], connection["cookie"]].append(row)
+    for rows in at_server.values():  # the moment of a client's reading is found afterwards
+        rows.sort(key=lambda row: (row["time"], row["seq"]))
+    links = []
+    for (client, key), rows in at_client.items():
+        link = Link(client, at_client=rows)
+        for candidate, seen in at_server.items():
+            if candidate[:2] == key[:2] and _same(rows[-1], seen[-1]):
+                link.at_server = at_server.pop(candidate)
+                link.born = link.at_server[0]["seq"] != first_server
+                break
+        links.append(link)
+    for rows in at_server.values():
+        links.append(Link(OTHER, at_server=rows, born=rows[0]["seq"] != first_server))
+    return links
+
+
+def _same(at_client: Row, at_server: Row) -> bool:
+    """Whether two ends with the same address and port can be one connection: both got at least what the other had."""
+    return bool(
+        at_client["bytes_acked"] - 1 <= at_server["bytes_received"]
+        and at_client["bytes_received"] <= at_server["bytes_sent"]
+    )
+
+
+def _median(values: list[tuple[int, int]]) -> float:
+    """Median of values with counts."""
+    values = sorted(values)
+    half = sum(count for _, count in values) / 2
+    seen = 0
+    for value, count in values:
+        seen += count
+        if seen >= half:
+            return float(value)
+    raise ValueError("no values")

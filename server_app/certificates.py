@@ -1,0 +1,135 @@
+"""Certificates and SuperNode keys for a local cluster, made on the spot; private files are the owner's alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+VALID = timedelta(days=825)
+"""Longest lifetime that common TLS clients accept of a server certificate."""
+_CLOCK_SKEW = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    """Paths of the authority's certificate, and of the server's certificate and key."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+
+def make_server_files(folder: Path, hosts: Iterable[str]) -> ServerFiles:
+    """A fresh certificate authority and one server certificate that it signed, in ``folder`` (0700).
+
+    One certificate serves the Fleet link and the control API, which the ServerApp reaches as 127.0.0.1. The
+    authority's key is not kept: nobody can sign a second server with it.
+
+    Args:
+        folder: made if needed; files in it are replaced.
+        hosts: names and addresses that clients use for the server; ``localhost`` and ``127.0.0.1`` are always in.
+    """
+    private_folder(folder)
+    authority_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedAlloy local authority")])
+    authority = (
+        _builder(issuer, issuer, authority_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA384())
+    )
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedAlloy SuperLink")])
+    names = [_general_name(host) for host in dict.fromkeys(["localhost", "127.0.0.1", *hosts])]
+    certificate = (
+        _builder(subject, issuer, server_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA384())
+    )
+    files = ServerFiles(folder / "ca.crt", folder / "server.pem", folder / "server.key")
+    _write(files.authority, authority.public_bytes(serialization.Encoding.PEM), 0o644)
+    _write(files.certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    pem = server_key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    _write(files.key, pem, 0o600)
+    return files
+
+
+def make_client_key(folder: Path, client_id: str) -> tuple[Path, Path]:
+    """A P-384 key pair in OpenSSH format: ``<folder>/<client-id>`` (0600) and ``<client-id>.pub``."""
+    private_folder(folder)
+    key = ec.generate_private_key(ec.SECP384R1())
+    private, public = folder / client_id, folder / f"{client_id}.pub"
+    openssh = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    _write(private, openssh, 0o600)
+    line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    _write(public, line + b"\n", 0o644)
+    return private, public
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its owner may enter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(now + VALID)
+    )
+
+
+def _usage(*, key_cert_sign: bool = False, crl_sign: bool = False, digital_signature: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Write and rename; the file never exists with wider permissions than ``mode``."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

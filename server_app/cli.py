@@ -1,0 +1,191 @@
+"""The ``fedalloy`` command. Everything that is not here is a stock ``flwr`` command."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Every client its own model: personalised federated LoRA on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cluster_app = typer.Typer(help="A local SuperLink and SuperNodes that stay up.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
+console = Console()
+errors = Console(stderr=True)
+DIRECTORY = Path(".fedalloy/cluster")
+
+RunsDir = Annotated[Path, typer.Option(help="Where runs are written.")]
+Directory = Annotated[Path, typer.Option("--dir", help="The cluster's own folder.")]
+
+
+@app.command()
+def demo(
+    strategies: Annotated[str, typer.Option(help="Comma-separated.")] = "local,fedavg,fedmerge",
+    clients: Annotated[int, typer.Option(min=1, help="How many SuperNodes.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Data, initial adapters and batches.")] = 0,
+    runs_dir: RunsDir = Path("runs"),
+    set_: Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")] = "",
+) -> None:
+    """Compare strategies on a local cluster with real data, and print one table."""
+    from server_app.demo import demo as run_demo
+    from strategies import STRATEGIES
+    from strategies.options import require_choice
+
+    chosen = [name.strip() for name in strategies.split(",") if name.strip()]
+    with _clear_errors():
+        for name in chosen:
+            require_choice("--strategies", name, STRATEGIES)
+        extra = parse_run_config(set_)
+        results = run_demo(chosen, clients, rounds, seed, runs_dir, console, extra)
+    if any(result.summary is None for result in results):
+        raise typer.Exit(1)
+
+
+@cluster_app.command()
+def up(
+    clients: Annotated[int, typer.Option(min=1, help="How many SuperNodes.")] = 4,
+    client_ids: Annotated[str, typer.Option(help="Comma-separated names instead of client-0, ...")] = "",
+    directory: Directory = DIRECTORY,
+    fleet_port: Annotated[int, typer.Option(help="gRPC port for SuperNodes; 0 chooses one.")] = 0,
+    http_port: Annotated[int, typer.Option(help="Port for flwr run; 0 chooses one.")] = 0,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Start a SuperLink and SuperNodes with TLS and keys, and leave them running."""
+    from server_app.cluster import LocalCluster, Settings
+
+    names = [name.strip() for name in client_ids.split(",") if name.strip()] or [f"client-{i}" for i in range(clients)]
+    with _clear_errors():
+        settings = Settings(tuple(names), runs_dir, fleet_port=fleet_port, http_port=http_port)
+        cluster = LocalCluster(directory, settings, lambda text: console.print(text, highlight=False))
+        cluster.up()
+        console.print("\nNow, for example:\n", highlight=False)
+        console.print(cluster.stop_hint(), highlight=False, soft_wrap=True)
+
+
+@cluster_app.command()
+def down(directory: Directory = DIRECTORY) -> None:
+    """Stop the cluster."""
+    from server_app.cluster import stop
+
+    with _clear_errors():
+        count = stop(directory)
+    console.print(f"stopped {count} processes" if count else "no cluster is running", highlight=False)
+
+
+@cluster_app.command()
+def status(directory: Directory = DIRECTORY) -> None:
+    """Show what is running."""
+    from server_app.cluster import Process, read_state
+
+    state = read_state(directory)
+    if state is None:
+        console.print(f"no cluster was started from {directory}", highlight=False)
+        raise typer.Exit(1)
+    table = Table()
+    for column in ("process", "pid", "state"):
+        table.add_column(column)
+    alive = True
+    for item in state["processes"]:
+        found = Process(**item).find()
+        alive = alive and found is not None
+        table.add_row(item["name"], str(item["pid"]), "running" if found else "ended")
+    console.print(table)
+    console.print(f"SuperNodes connect to {state['host']}:{state['fleet_port']}", highlight=False)
+    console.print(f"flwr connects to 127.0.0.1:{state['http_port']}", highlight=False)
+    if not alive:
+        raise typer.Exit(1)
+
+
+@app.command()
+def traffic(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Print where every byte of a run went."""
+    from server_app.traffic import print_traffic
+
+    with _clear_errors():
+        print_traffic(run, console)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    client: Annotated[str, typer.Argument(help="A client id.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Copy a client's personal model to a PEFT directory of its own."""
+    from server_app.export import export_adapter
+
+    with _clear_errors():
+        export_adapter(run, client, destination)
+    console.print(f"exported to {destination}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def options(
+    run_config: Annotated[str, typer.Argument(help="Run-config to check, as for flwr run.")] = "",
+) -> None:
+    """List every run-config key with its default, or check some."""
+    from server_app.options import known_keys, read_run_options
+    from strategies import strategy_from_run_config
+
+    if run_config:
+        with _clear_errors():
+            given = parse_run_config(run_config)
+            read_run_options(given)
+            strategy_from_run_config(given)
+        console.print("run-config is valid", highlight=False)
+        return
+    table = Table()
+    table.add_column("key")
+    table.add_column("default")
+    for key, default in known_keys().items():
+        table.add_row(key, repr(default))
+    console.print(table)
+
+
+def parse_run_config(text: str) -> dict[str, Any]:
+    """``key=value`` pairs separated by spaces, values as in TOML, as ``flwr run --run-config`` reads them.
+
+    Raises:
+        OptionError: a pair is not valid.
+    """
+    from flwr.common.config import parse_config_args
+
+    from strategies.options import OptionError
+
+    if not text.strip():
+        return {}
+    try:
+        return dict(parse_config_args([text]))
+    except (tomllib.TOMLDecodeError, ValueError, typer.Exit) as error:
+        raise OptionError(f"cannot read {text!r}: {error}; expected pairs like \"strategy='fedavg' seed=1\"") from None
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Our own errors are one line and exit code 1; Ctrl-C is exit code 130."""
+    from server_app.cluster import ClusterError
+    from server_app.export import ExportError
+    from server_app.run_directory import RunDirectoryError
+    from strategies.options import OptionError
+
+    try:
+        yield
+    except (ClusterError, ExportError, RunDirectoryError, OptionError) as error:
+        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; every process was stopped, run directories are as they were", highlight=False)
+        raise typer.Exit(130) from None

@@ -1,0 +1,273 @@
+"""Small layouts, clients that answer without a model, and a grid in one process.
+
+``FakeNode`` is a second, much smaller reading of ``proto/README.md`` than ``client_app``: it decodes what it is sent, moves
+its slots by a rule that the test gives, and encodes what it is asked for. Tests of the algorithms use ``play`` instead,
+which hands adapters over directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Error, Message
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from adapters.adapter import Adapter
+from adapters.codec import decode, encode, encoding_from_proto
+from adapters.layout import Entry, Factor, Layout
+from adapters.parts import layout_of_part, layouts_of_plan
+from adapters.records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.base import AlloyStrategy, Answer, Client
+from strategies.messages import Dispatch, plan_dispatch
+
+Move = Callable[[str, int, Adapter], Adapter]
+"""``(client id, round, received adapter) -> trained adapter`` in the same layout."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
+
+
+def layout_of(
+    rank: int = 4,
+    modules: Sequence[str] = ("q_proj", "v_proj"),
+    d_in: int = 6,
+    d_out: int = 5,
+    alpha: float = 8.0,
+    base: str = "base-model",
+    head: int = 3,
+) -> Layout:
+    """LoRA on ``modules``, and a classifier with ``head`` outputs (0: none)."""
+    entries = []
+    for module in modules:
+        entries += [Entry(module, Factor.A, (rank, d_in)), Entry(module, Factor.B, (d_out, rank))]
+    if head:
+        entries += [Entry("head", Factor.WEIGHT, (head, d_out)), Entry("head", Factor.BIAS, (head,))]
+    return Layout(tuple(entries), dict.fromkeys(modules, alpha / rank), base)
+
+
+def client_of(name: str, layout: Layout, examples: int = 10, node_id: int = 7) -> Client:
+    return Client(name, node_id, layout, examples, layout.base_fingerprint)
+
+
+def random_adapter(layout: Layout, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter(layout, scale * torch.randn(layout.size, generator=generator, dtype=torch.float64).to(dtype))
+
+
+def noise(name: str, round_: int, layout: Layout) -> Adapter:
+    """Numbers that depend on client, round and layout only."""
+    return random_adapter(layout, sum(ord(letter) for letter in name) * 1009 + round_)
+
+
+def drift(name: str, round_: int, received: Adapter) -> Adapter:
+    """A move towards the client's own target with some noise: what training does, as far as a server can see."""
+    target = noise(name, 0, received.layout).vector
+    step = 0.3 * (target - received.vector) + 0.05 * noise(name, round_, received.layout).vector
+    return Adapter(received.layout, received.vector + step)
+
+
+def send_step(strategy: AlloyStrategy, round_: int, client: Client) -> plan_pb2.SendStep:
+    sends = [step.send for step in strategy.brief(round_, client).steps if step.WhichOneof("kind") == "send"]
+    assert len(sends) == 1
+    return sends[0]
+
+
+def play(strategy: AlloyStrategy, names: Iterable[str], round_: int, move: Move = drift) -> dict[str, Any]:
+    """One round: every named client moves what it is sent, in the order given; the round's record."""
+    for name in names:
+        client = strategy.clients[name]
+        ((slot, received),) = strategy.brief(round_, client).adapters.items()
+        asked = layout_of_part(client.layout, send_step(strategy, round_, client).part)
+        returned = move(name, round_, received).part(asked)
+        strategy.absorb(
+            round_, client, Answer({slot: returned}, {slot: received}, {}, client.examples, report_pb2.Report())
+        )
+    return strategy.settle(round_)
+
+
+def personal(strategy: AlloyStrategy, name: str) -> Adapter:
+    """What the client would be delivered now."""
+    ((_, adapter),) = strategy.deliver(strategy.clients[name]).adapters.items()
+    return adapter
+
+
+def dispatch_of(strategy: AlloyStrategy, name: str, round_: int = 1) -> Dispatch:
+    client = strategy.clients[name]
+    brief = strategy.brief(round_, client)
+    return plan_dispatch(
+        brief.steps,
+        brief.adapters,
+        client_id=name,
+        layout=client.layout,
+        round_=round_,
+        seed=strategy.seed,
+        run_name="run",
+        encoding=strategy.training.downlink_encoding,
+    )
+
+
+@dataclass
+class FakeNode:
+    """A client: slots in memory, training is ``move`` on the part that the plan trains.
+
+    Like a real one, it starts a round that it knows from the slots before that round.
+    """
+
+    name: str
+    layout: Layout
+    examples: int = 10
+    move: Move = drift
+    slots: dict[str, Adapter] = field(default_factory=dict)
+    before: dict[str, Adapter] = field(default_factory=dict)
+    last_round: int = 0
+    runs: set[str] = field(default_factory=set)
+    plans: list[plan_pb2.Plan] = field(default_factory=list)
+    saved: Adapter | None = None
+
+    def registration(self) -> report_pb2.Registration:
+        task = report_pb2.Task(name="toy", kind="toy", examples={"train": self.examples, "test": 5})
+        return report_pb2.Registration(
+            version=1, client_id=self.name, base_model="toy", layout=self.layout.to_proto(), tasks=[task]
+        )
+
+    def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
+        assert plan.client_id == self.name
+        self.plans.append(plan)
+        self.runs.add(plan.run_name)
+        if plan.round <= self.last_round:
+            self.slots = dict(self.before)
+        self.before, self.last_round = dict(self.slots), plan.round
+        report = report_pb2.Report(
+            version=1, run_name=plan.run_name, client_id=self.name, round=plan.round, examples=self.examples, seconds=0.5
+        )
+        known = layouts_of_plan(self.layout, plan.steps)
+        received = {slot: decode(blob, layouts=known) for slot, blob in blobs.items()}
+        uploads: dict[str, bytes] = {}
+        installed = False
+        for step in plan.steps:
+            if step.WhichOneof("kind") != "initialise" and not installed:
+                installed = True
+                for slot, adapter in received.items():
+                    whole = adapter.layout.digest == self.layout.digest
+                    self.slots[slot] = adapter if whole else self.slots[slot].with_part(adapter)
+            report.results.append(self._step(plan, step, received, uploads))
+        return report, uploads
+
+    def _step(
+        self, plan: plan_pb2.Plan, step: plan_pb2.Step, received: Mapping[str, Adapter], uploads: dict[str, bytes]
+    ) -> report_pb2.StepResult:
+        result = report_pb2.StepResult()
+        match step.WhichOneof("kind"):
+            case "initialise":
+                create = not (step.initialise.keep_existing and step.initialise.slot in self.slots)
+                if create:
+                    self.slots[step.initialise.slot] = Adapter.initial(self.layout, step.initialise.seed)
+                result.initialise.created = create
+            case "train":
+                (slot,) = step.train.slots
+                part = layout_of_part(self.layout, step.train.part)
+                moved = self.move(self.name, plan.round, self.slots[slot].part(part))
+                self.slots[slot] = self.slots[slot].with_part(moved)
+                result.train.CopyFrom(report_pb2.TrainResult(steps=1, examples=1, first_loss=2, mean_loss=1.5, last_loss=1))
+            case "evaluate":
+                (term,) = step.evaluate.mixture.terms
+                result.evaluate.CopyFrom(
+                    report_pb2.EvaluateResult(label=step.evaluate.label, split=step.evaluate.split, examples=5)
+                )
+                for metric, value in self.metrics(self.slots[term.slot]).items():
+                    result.evaluate.metrics[metric] = value
+            case "save":
+                (term,) = step.save.mixture.terms
+                self.saved = self.slots[term.slot].clone()
+                result.save.content_digest = self.saved.digest
+            case "send":
+                part = layout_of_part(self.layout, step.send.part)
+                reference = received[step.send.slot].part(part) if step.send.relative_to_received else None
+                encoded = encode(
+                    self.slots[step.send.slot].part(part),
+                    encoding_from_proto(step.send.encoding),
+                    reference=reference,
+                    include_layout=False,
+                )
+                uploads[step.send.slot] = encoded.blob
+                result.send.CopyFrom(
+                    report_pb2.SendResult(slot=step.send.slot, content_digest=encoded.decoded.digest)
+                )
+            case kind:
+                raise AssertionError(f"a plan of these strategies has no {kind} step")
+        return result
+
+    def metrics(self, model: Adapter) -> dict[str, float]:
+        """Squared distance to the target of ``drift``, and an "accuracy" that grows as it falls."""
+        loss = float((model.vector - noise(self.name, 0, model.layout).vector).square().mean())
+        return {"loss": loss, "accuracy": 1 / (1 + loss)}
+
+
+class FakeGrid(Grid):
+    """Flower's grid over ``FakeNode``s, numbered from 1; ``tamper(message, reply)`` may replace a reply, or drop it."""
+
+    def __init__(
+        self, nodes: Sequence[FakeNode], tamper: Callable[[Message, Message], Message | None] | None = None
+    ) -> None:
+        self.nodes = dict(enumerate(nodes, start=1))
+        self.tamper = tamper or (lambda message, reply: reply)
+        self.count = 0
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node_id) for node_id in self.nodes]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        replies = []
+        for message in messages:
+            self.count += 1
+            message.metadata.__dict__["_message_id"] = f"message-{self.count}"  # as Flower's grids do
+            reply = self.tamper(message, self.answer(message))
+            if reply is not None:
+                replies.append(reply)
+        return replies[::-1]  # in no order that a strategy may rely on
+
+    def answer(self, message: Message) -> Message:
+        node = self.nodes[message.metadata.dst_node_id]
+        kind = message.metadata.message_type
+        if kind == REGISTER_TYPE:
+            return Message(pack("registration", node.registration()), reply_to=message)
+        assert kind in (PLAN_TYPE, COUNTERS_TYPE)
+        plan, blobs = unpack(message.content, "plan", plan_pb2.Plan)
+        report, uploads = node.run(plan, blobs)
+        return Message(pack("report", report, uploads), reply_to=message)
+
+
+def error_from_the_superlink(message: Message, reason: str = "Node Unavailable", code: int = 5) -> Message:
+    """An error that Flower's SuperLink makes for a node: its sender is the SuperLink (1), not the node."""
+    reply = Message(Error(code=code, reason=reason), reply_to=message)
+    reply.metadata.__dict__["_src_node_id"] = 1
+    return reply
