@@ -8,7 +8,6 @@ own parameter, so conversions take the base model's heads: ``{"classifier.weight
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.durable import write_durably
 from adapters.layout import Entry, Factor, Layout, LayoutError
 
 PREFIX = "base_model.model."
@@ -100,15 +100,9 @@ def write_peft_directory(folder: Path, adapter: Adapter, base_model: str, base_h
     """
     folder.mkdir(parents=True)
     state = {key: value.contiguous() for key, value in to_peft_state(adapter, base_heads).items()}
-    (folder / "adapter_model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+    write_durably(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt"}))
     config = json.dumps(peft_config(adapter.layout, base_model), indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(config + "\n")
-    for name in ("adapter_model.safetensors", "adapter_config.json", "."):
-        descriptor = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_durably(folder / "adapter_config.json", (config + "\n").encode())
 
 
 def read_peft_directory(folder: Path, layout: Layout, base_heads: Mapping[str, Tensor]) -> Adapter:

@@ -6,11 +6,16 @@ read first (they contain this message's download), and a request for counters al
 
 from __future__ import annotations
 
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from google.protobuf.message import DecodeError
 
+from adapters.durable import write_durably
 from adapters.records import pack, unpack
 from client_app.settings import Settings, read_settings
 from client_app.wire import read_fleet_wire
@@ -28,17 +33,14 @@ def register(message: Message, context: Context) -> Message:
     """Say who this client is, what its adapters look like, and how many examples it has."""
     wire = read_fleet_wire()
     settings = read_settings(context)
-    model, data = _load(settings)
-    examples = {name: len(split) for name, split in data.splits.items()}
-    registration = report_pb2.Registration(
-        version=1,
-        client_id=settings.client_id,
-        base_model=model.base.name,
-        layout=model.layout.to_proto(),
-        tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples)],
-        device=str(model.device),
-        wire=wire,
-    )
+    remembered = settings.state_dir / ".cache" / f"registration-{_identity(settings)}.pb"
+    registration = report_pb2.Registration()
+    try:
+        registration.ParseFromString(remembered.read_bytes())
+    except (OSError, DecodeError):
+        registration = _registration(settings)
+        write_durably(remembered, registration.SerializeToString())
+    registration.wire.CopyFrom(wire)
     return Message(pack("registration", registration), reply_to=message)
 
 
@@ -66,6 +68,33 @@ def counters(message: Message, context: Context) -> Message:
     """Only read the counters: the last reply of a run is contained in them."""
     reading = report_pb2.Counters(version=1, client_id=read_settings(context).client_id, wire=read_fleet_wire())
     return Message(pack("counters", reading), reply_to=message)
+
+
+def _registration(settings: Settings) -> report_pb2.Registration:
+    model, data = _load(settings)
+    examples = {name: len(split) for name, split in data.splits.items()}
+    return report_pb2.Registration(
+        version=1,
+        client_id=settings.client_id,
+        base_model=model.base.name,
+        layout=model.layout.to_proto(),
+        tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples)],
+        device=str(model.device),
+    )
+
+
+def _identity(settings: Settings) -> str:
+    """What a registration depends on: this client's settings, this version of the app, and the libraries.
+
+    A client that registers again, for the next run, need not load its model to say the same thing; that would cost it
+    seconds of imports.
+    """
+    versions = [version(name) for name in ("torch", "transformers", "peft", "scikit-learn")]
+    app_folder = (
+        Path(__file__).resolve().parent.parent
+    )  # Flower unpacks every version of the app elsewhere
+    sources = sorted((str(path), path.stat().st_mtime_ns) for path in app_folder.glob("client_app/**/*.py"))
+    return hashlib.sha256(repr((settings, versions, sources)).encode()).hexdigest()[:32]
 
 
 def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:

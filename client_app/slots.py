@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from adapters.adapter import Adapter
+from adapters.durable import sync, write_durably
 from adapters.layout import Layout, LayoutError
 from adapters.peft_format import write_peft_directory
 from proto.fedalloy.v1 import adapter_pb2
@@ -132,7 +133,7 @@ class SlotStore:
             else:
                 shutil.copytree(self._source / slot, staged / slot, copy_function=os.link)
         write_durably(staged / "state.json", json.dumps({"round": round_}).encode())
-        _sync_directory(staged)
+        sync(staged)
         current, previous = self.directory / "slots", self.directory / "previous"
         if self._source == current:
             _swap(staged, current, previous)
@@ -169,26 +170,6 @@ class SlotStore:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def sync_file(path: Path) -> None:
-    """Flush a file to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file by way of a temporary one in the same folder: write, fsync, rename."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
-
-
 def _layout_bytes(layout: Layout) -> torch.Tensor:
     return torch.tensor(list(layout.to_proto().SerializeToString()), dtype=torch.uint8)
 
@@ -206,8 +187,4 @@ def _swap(staged: Path, target: Path, kept: Path) -> None:
         shutil.rmtree(kept, ignore_errors=True)
         os.rename(target, kept)
     os.rename(staged, target)
-    _sync_directory(target.parent)
-
-
-def _sync_directory(folder: Path) -> None:
-    sync_file(folder)
+    sync(target.parent)

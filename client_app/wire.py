@@ -2,7 +2,8 @@
 
 Linux keeps counters per TCP connection and hands them out over netlink (``sock_diag``), without privileges. One segment
 of a connection costs ``header_bytes`` on an Ethernet (14) with IPv4 (20) or IPv6 (40) and TCP (20, plus 12 where the
-connection uses timestamps), so ``bytes_sent + header_bytes * segments_out`` is what a packet capture at the sender shows.
+connection uses timestamps), so ``bytes_sent + header_bytes * segments_out`` is what a packet capture at the sender
+shows, but for the options of the handshake (82 bytes per connection).
 
 A ClientApp is a process of its own below the SuperNode (``flower-supernode`` > ``flower-superexec`` > ClientApp), and
 the connection belongs to the SuperNode: it is found through ``/proc``. A ServerApp lives in the network namespace of
@@ -271,9 +272,17 @@ def read_fleet_wire() -> report_pb2.WireReading:
 
 
 def fleet_port() -> int:
-    """The SuperLink's Fleet port: from its command line where it is a parent process, else Flower's default."""
+    """The SuperLink's Fleet port: from its command line where it is a parent process, else Flower's default.
+
+    Raises:
+        WireError: the SuperLink only simulates.
+    """
     found = find_ancestor("flower-superlink")
-    return _port(option(found[1], "--fleet-api-address")) if found else FLEET_PORT
+    if found is None:
+        return FLEET_PORT
+    if "--simulation" in found[1]:
+        raise WireError("a simulation has no network")
+    return _port(option(found[1], "--fleet-api-address"))
 
 
 def server_connections(table: SocketTable, port: int) -> list[Connection]:

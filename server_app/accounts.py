@@ -31,7 +31,9 @@ Key = tuple[str, int, str]  # the SuperNode's address and port, and the cookie o
 OTHER = "(other)"  # connections of SuperNodes that this run's clients cannot be matched with
 FRAME_HEADER, TLS_RECORD = 9, 22  # RFC 9113, 4.1; RFC 8446, 5.2: header 5, content type 1, tag 16
 PING = FRAME_HEADER + 8  # RFC 9113, 6.7
-POLL_PROTO = 13  # serialised PullMessagesRequest with a 64-bit node id; its answer is empty
+BUNDLE_CALLS = 2
+# Serialised request and answer with a 64-bit node id: PullMessages (nothing there), SendNodeHeartbeat.
+POLL_PROTO, HEARTBEAT_PROTO = (13, 0), (22, 2)
 
 CATEGORIES = (
     "tensors",
@@ -114,6 +116,12 @@ class Link:
     at_client: list[Row] = field(default_factory=list)
     at_server: list[Row] = field(default_factory=list)
     born: bool = False
+
+    @property
+    def key(self) -> Key:
+        """The SuperNode's address and port and the cookie of the SuperLink's socket."""
+        row = self.at_server[0]
+        return row["remote_address"], row["remote_port"], row["cookie"]
 
     def up(self) -> Iterator[tuple[int, Tally, str]]:
         """Pieces of what the client sent, with their round and source."""
@@ -202,7 +210,15 @@ class Accounts:
         self.readings = readings
         self.activity = activity
         self.small_calls = small_calls
-        self.links = _links(readings, connections)
+        links = _links(readings, connections)
+        own = [link for link in links if link.client != OTHER]
+        found = {link.client for link in own}
+        # Somebody else's SuperNodes share the Fleet port. Only where a client of this run could not read its own end,
+        # and nobody hides behind address translation, can what is left over be this run's.
+        missing = {row["client"] for row in messages} - found
+        self.counts_other = bool(missing) and all(link.at_server for link in own)
+        self.links = links if self.counts_other else own
+        self.covered = found | (missing if self.counts_other else set())
 
     # ---------------------------------------------------------------------------------------------- per round
 
@@ -285,18 +301,29 @@ class Accounts:
         ]
         return max(fractions, default=None)
 
-    def call_overhead(self) -> tuple[float, float] | None:
-        """Up and down bytes that one gRPC call costs beyond its protobuf: the median lone poll of this run.
+    def call_overhead(self, client: str = "") -> tuple[float, float] | None:
+        """Up and down bytes that one gRPC call costs beyond its protobuf: the median lone poll of ``client``.
 
-        HTTP/2 pings that gRPC sends along with a lone call travel in segments of their own and are taken out by number.
-        None when no lone call was seen.
+        Without one, of all clients; without any, the cheapest lone heartbeat (some carry a timeout as well); None when
+        there was no lone call at all. HTTP/2 pings that gRPC sends along travel in segments of their own and are taken
+        out by number.
         """
-        ping = self._ping
-        ups = [(row["up"] - ping * (row["data_in"] - 1), row["count"]) for row in self.small_calls]
-        downs = [(row["down"] - ping * (row["data_out"] - 1), row["count"]) for row in self.small_calls]
-        if not ups:
+        keys = {link.key for link in self.links if link.client == client and link.at_server}
+        polls = [row for row in self.small_calls if row["phase"] == "poll"]
+        mine = [row for row in polls if (row["address"], row["port"], row["cookie"]) in keys]
+        for calls in (mine, polls):
+            if calls:
+                ups = [(self._lone(row, "up", "data_in"), row["count"]) for row in calls]
+                downs = [(self._lone(row, "down", "data_out"), row["count"]) for row in calls]
+                return _median(ups) - POLL_PROTO[0], _median(downs) - POLL_PROTO[1]
+        if not self.small_calls:
             return None
-        return _median(ups) - POLL_PROTO, _median(downs)
+        up = min(self._lone(row, "up", "data_in") for row in self.small_calls)
+        down = min(self._lone(row, "down", "data_out") for row in self.small_calls)
+        return float(up - HEARTBEAT_PROTO[0]), float(down - HEARTBEAT_PROTO[1])
+
+    def _lone(self, row: Row, direction: str, segments: str) -> int:
+        return int(row[direction]) - self._ping * (int(row[segments]) - 1)
 
     @property
     def _ping(self) -> int:
@@ -317,11 +344,12 @@ class Accounts:
         tensors = {(row["client"], row["round"], row["direction"], row["kind"]): 0 for row in self.tensors}
         for row in self.tensors:
             tensors[row["client"], row["round"], row["direction"], row["kind"]] += row["bytes"]
-        overhead = self.call_overhead()
-        own, control, calls, frames, meant, polls = 0, 0, 0, 0, 0, 0
+        own, control, frames, meant = 0, 0, 0, 0
+        calls, polls = defaultdict[str, int](int), defaultdict[str, int](int)
         for row in self._carried():
-            calls += row["calls"]
-            polls += row["direction"] == "up"
+            calls[row["client"]] += row["calls"]
+            # After each answer the SuperNode polls at once, too close to the answer to be seen apart.
+            polls[row["client"]] += row["direction"] == "up"
             if row["direction"] == direction:
                 own += row["bytes"]
                 frames += row["frames"]
@@ -330,55 +358,62 @@ class Accounts:
                 control += row["control_bytes"]
         for row in self._fetched_bundles():
             found["app bundle"] += row[direction]
-            calls += 2
+            calls[row["client"]] += BUNDLE_CALLS
             frames += row["frames"] if direction == "down" else 0
         found["tensors"] = meant
         found["message framing"] = own - meant
         found["Flower control"] = control
         found["bulk frames"] = frames * (FRAME_HEADER + (TLS_RECORD if self.meta.get("tls") == "1" else 0))
+        counted = {link.key for link in self.links if link.at_server}
         for row in self.activity:
-            if row["kind"] in ("idle", "setup"):
+            if row["kind"] in ("idle", "setup") and (row["address"], row["port"], row["cookie"]) in counted:
                 found["polling, heartbeats" if row["kind"] == "idle" else "connection setup"] += row[direction]
-        if overhead is not None:
-            per_call = overhead[0 if direction == "up" else 1]
-            found["gRPC calls"] = round(calls * per_call)
-            # After each answer the SuperNode polls at once, too close to the answer to be seen apart.
-            found["polling, heartbeats"] += round(polls * (per_call + (POLL_PROTO if direction == "up" else 0)))
-        explained = sum(found[name] for name in CATEGORIES[:9])
-        found["unexplained"] = payload - explained
+        for client in calls:
+            overhead = self.call_overhead(client)
+            if overhead is not None:  # else it stays unexplained
+                end = 0 if direction == "up" else 1
+                found["gRPC calls"] += round(calls[client] * overhead[end])
+                found["polling, heartbeats"] += round(polls[client] * (overhead[end] + POLL_PROTO[end]))
+        headers = found["TCP/IP headers"] + found["acknowledgements"]
+        found["unexplained"] = payload + headers - sum(found.values())
         return found
 
     def _carried(self) -> Iterator[Row]:
         """Messages whose bytes are inside the counted wire."""
-        alone = set(self.unjoined())
+        alone: dict[str, list[tuple[int, str]]] = {client: [] for client in self.unjoined()}
+        for reading in self.readings:
+            if reading["end"] == "client" and reading["client"] in alone:
+                alone[reading["client"]].append((reading["round"], reading["kind"]))
         answered = {(row["client"], row["round"], row["kind"]) for row in self.messages if row["direction"] == "up"}
-        down_wire, _, _ = self._wire()
-        first = {
-            client: min(row["rowid"] for row in self.messages if row["client"] == client)
-            for client in alone
-            if any(row["client"] == client for row in self.messages)
-        }
-        last = {client: max(row["rowid"] for row in self.messages if row["client"] == client) for client in first}
+        wire, _, _ = self._wire()
         for row in self.messages:
-            if row["client"] in alone and row["rowid"] in (first[row["client"]], last[row["client"]]):
-                continue  # before the client's first reading, after its last
-            pushed_only = row["direction"] == "down" and (row["client"], row["round"], row["kind"]) not in answered
-            if pushed_only and down_wire.get((row["round"], row["client"], "down"), 0) < row["bytes"]:
-                continue  # the SuperNode never fetched it
+            client, what = row["client"], (row["round"], row["kind"])
+            if client not in self.covered:
+                continue
+            if client in alone:
+                # Counting starts when the first message has arrived and ends before the last answer.
+                inside = alone[client][1:] if row["direction"] == "down" else alone[client][:-1]
+                if what not in inside:
+                    continue
+            elif row["direction"] == "down" and (client, *what) not in answered:
+                fetched = wire.get((row["round"], client, "down"))
+                if fetched is not None and fetched < row["bytes"]:
+                    continue  # the SuperNode never came for it
             yield row
 
     def _fetched_bundles(self) -> list[Row]:
         alone = set(self.unjoined())
-        return [row for row in self.bundles if row["client"] not in alone]
+        return [row for row in self.bundles if row["client"] in self.covered and row["client"] not in alone]
 
 
 def _segments(link: Link, direction: str) -> tuple[int, int, int]:
-    """Segments, those with data, and header bytes of each; data segments may have been counted at the other end only."""
+    """Segments, those of them with data, and the header bytes of each."""
     pieces = [piece for _, piece, _ in getattr(link, direction)()]
     segments = sum(piece.segments for piece in pieces)
     header = pieces[-1].header if pieces else 0
     data = [piece.data for piece in pieces]
     if any(count is None for count in data):
+        # The wire message of a client's reading has no data segments; the server counts those that arrive.
         data = [piece.data for _, piece in link.up_at_server()] if direction == "up" else data
     known = [count for count in data if count is not None]
     return segments, min(segments, sum(known)) if known and len(known) == len(data) else segments, header

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from client_app.slots import write_durably
+from adapters.durable import write_durably
 from server_app.certificates import ServerFiles, make_client_key, make_server_files, private_folder
 
 CONNECTION = "fedalloy"

@@ -1,8 +1,8 @@
 """Watches the server's end of every Fleet connection while a run goes on.
 
-About ten times a second a thread reads the kernel's counters. Between messages every poll, heartbeat and HTTP/2 ping of a
-SuperNode is a jump of its own, so what they cost is read from the counter instead of assumed, and so is the cost of one
-small gRPC call on these connections. The round loop says when a message is pushed and when an answer is there; the
+About ten times a second a thread reads the kernel's counters. Between messages every poll, heartbeat and HTTP/2 ping of
+a SuperNode is a jump of its own, so what they cost is read from the counter instead of assumed, and so is the cost of
+one small gRPC call on these connections. The round loop says when a message is pushed and when an answer is there; the
 counters at these moments go into the ledger.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from client_app.wire import Connection, SocketTable, WireError, find_ancestor, fleet_port, server_connections
@@ -47,6 +48,7 @@ class _Watched:
     round: int
     seen: deque[tuple[float, Connection]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     burst: _Burst | None = None
+    busy: bool = False  # has fetched a message and not answered it yet
 
 
 class FleetSampler:
@@ -74,8 +76,9 @@ class FleetSampler:
         self._under_way: Counter[str] = Counter()
         self._round = 0
         self._activity: dict[tuple[int, Key, str], list[int]] = defaultdict(lambda: [0] * 7)
-        self._small_calls: Counter[tuple[Key, int, int, int, int]] = Counter()
+        self._small_calls: Counter[tuple[Key, str, int, int, int, int]] = Counter()
         self._tls: bool | None = None
+        self._tls_noted = False
 
     def __enter__(self) -> FleetSampler:
         self.start()
@@ -137,8 +140,8 @@ class FleetSampler:
                 self._client_of[connection.local_address, connection.local_port] = client
         for moment in moments:
             if moment is not None:
-                when, connection = moment
-                self.ledger.server_reading(round_, client, "handler", [connection], kind=kind, unix_time=when)
+                when, seen = moment
+                self.ledger.server_reading(round_, client, "handler", [seen], kind=kind, unix_time=when)
         self._mark(round_, client, "reply", kind)
 
     def rename(self, old: str, new: str) -> None:
@@ -167,10 +170,8 @@ class FleetSampler:
     def _sample(self) -> None:
         while not self._stop.is_set():
             started = time.thread_time()
-            try:
+            with suppress(WireError):  # one sample less; the counters lose nothing by it
                 self._observe(self._table().connections(self._port or 0))
-            except WireError:
-                pass  # one sample less; a reading at the next mark is not lost by it
             cost = time.thread_time() - started
             self.cpu_seconds += cost
             self.samples += 1
@@ -197,7 +198,9 @@ class FleetSampler:
                 c for c in connections if client and self._client_of.get((c.remote_address, c.remote_port)) == client
             ]
             for connection in mine or connections:
-                self._watched[_key(connection)].round = round_
+                watched = self._watched[_key(connection)]
+                watched.round = round_
+                watched.busy = watched.busy and event != "reply"
         self.ledger.server_reading(round_, client, event, mine or connections, kind=kind, unix_time=now)
         self._write_activity()
 
@@ -242,13 +245,14 @@ class FleetSampler:
         up, down, _, _, data_in, data_out = burst.change
         pings = max(up, down) < LONE_CALL_UP[0]
         lone_call = LONE_CALL_UP[0] <= up <= LONE_CALL_UP[1] and down <= LONE_CALL_DOWN and data_in > 0 and data_out > 0
-        idle = pings or lone_call or (burst.started_idle and not self._is_under_way(key))
-        kind = "setup" if burst.setup else "idle" if idle else "burst"
+        at_rest = burst.started_idle and not self._is_under_way(key)
+        kind = "setup" if burst.setup else "idle" if pings or lone_call or at_rest else "burst"
         row = self._activity[watched.round, key, kind]
         for position, value in enumerate((1, *burst.change)):
             row[position] += value
-        if lone_call and not burst.setup:
-            self._small_calls[key, up, down, data_in, data_out] += 1
+        if lone_call and not burst.setup and (at_rest or watched.busy):
+            self._small_calls[key, "poll" if at_rest else "heartbeat", up, down, data_in, data_out] += 1
+        watched.busy = watched.busy or (kind == "burst" and self._is_under_way(key))
         if self._tls is None and pings and up and up == down:
             self._tls = up % (PING + TLS_RECORD) == 0
 
@@ -274,8 +278,9 @@ class FleetSampler:
             self._small_calls.clear()
         if activity or calls:
             self.ledger.activity(activity, calls)
-        if self._tls is not None:
+        if self._tls is not None and not self._tls_noted:
             self.ledger.note("tls", "1" if self._tls else "0")
+            self._tls_noted = True
 
 
 def _key(connection: Connection) -> Key:

@@ -1,12 +1,12 @@
 """What stock Flower 1.39 puts on the Fleet connection for one message: which calls, how many protobuf bytes.
 
-A SuperNode asks for messages (``PullMessages``), fetches each object of the one it gets (``PullObject``) and confirms it
-(``ConfirmMessageReceived``); an answer goes out as ``PushMessages`` and one ``PushObject`` per object, after which the
-SuperNode asks for the next message at once. Once per run it fetches the run's description and the app bundle. Source:
-``flwr/supernode/start_client_internal.py`` and ``flwr/client/grpc_rere_client/connection.py``.
+A SuperNode asks for messages (``PullMessages``), fetches each object of the one it gets (``PullObject``) and confirms
+it (``ConfirmMessageReceived``); an answer goes out as ``PushMessages`` and one ``PushObject`` per object, after which
+the SuperNode asks for the next message at once. Once per run it fetches the run's description and the app bundle.
+Source: ``flwr/supernode/start_client_internal.py`` and ``flwr/client/grpc_rere_client/connection.py``.
 
-The requests and responses are built here from the same message, so sizes are serialised sizes, not estimates. What gRPC,
-HTTP/2 and TLS add is not here: that is measured (:mod:`server_app.accounts`).
+The requests and responses are built here from the same message, so sizes are serialised sizes, not estimates. What
+gRPC, HTTP/2 and TLS add is not here: that is measured (:mod:`server_app.accounts`).
 """
 
 from __future__ import annotations
@@ -128,7 +128,6 @@ class BundleCost:
     up: int
     down: int
     frames: int
-    calls: int = 2
 
 
 def bundle_cost(run: Run, app_directory: Path) -> BundleCost:

@@ -1,15 +1,15 @@
 """The ledger: bytes per client, round and direction at three levels, kept in one SQLite file.
 
-*tensor*: what the algorithm meant to send (encoded adapters). *message*: what Flower serialised for it. *wire*: what the
-kernel's TCP counters say, headers included, counted at each direction's sender (``client_app.wire``).
+*tensor*: what the algorithm meant to send (encoded adapters). *message*: what Flower serialised for it. *wire*: what
+the kernel's TCP counters say, headers included, counted at each direction's sender (:mod:`client_app.wire`).
 
 Tables (times are seconds since the epoch, bytes are bytes):
 
 * ``meta(key, value)``: ``format`` (1), ``run_name``, ``tls`` (1 or 0, when known).
 * ``tensor(round, client, direction, kind, bytes)``: one row per payload; direction is ``up`` or ``down``.
-* ``message(round, client, direction, kind, bytes, objects, calls, control_bytes, frames)``: one row per Flower message; it took
-  ``calls`` gRPC calls, whose small halves add ``control_bytes`` in the *other* direction, and ``frames`` DATA frames
-  beyond each call's first.
+* ``message(round, client, direction, kind, bytes, objects, calls, control_bytes, frames)``: one row per Flower
+  message; it took ``calls`` gRPC calls, whose small halves add ``control_bytes`` in the *other* direction, and
+  ``frames`` DATA frames beyond each call's first.
 * ``bundle(client, up, down, frames)``: app bundle and run description, which a SuperNode fetches once per run.
 * ``reading(seq, end, event, round, client, kind, time, not_measured)``: one moment at which counters were read; end is
   ``client`` (event ``handler``: a message had arrived) or ``server`` (``start``, ``push``: about to send a message,
@@ -17,7 +17,8 @@ Tables (times are seconds since the epoch, bytes are bytes):
 * ``connection(seq, local_address, ..., data_segments_in)``: the counters of that moment, per connection.
 * ``activity(round, address, port, cookie, kind, events, up, down, ...)``: what the server's counters did between
   moments, by :mod:`server_app.fleet_sampler`: kind ``setup``, ``idle`` (polling, heartbeats, pings) or ``burst``.
-* ``small_call(address, port, cookie, up, down, data_in, data_out, count)``: histogram of lone small calls.
+* ``small_call(address, port, cookie, phase, up, down, data_in, data_out, count)``: histogram of lone small calls: phase
+  ``poll`` (the SuperNode was idle) or ``heartbeat`` (it was busy with a message, and then does not poll).
 
 Every call commits (write-ahead log, no fsync per commit), so a kill at any moment leaves a readable ledger; one writer,
 any number of readers. The mathematics is in :mod:`server_app.accounts`.
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
+from flwr.common.constant import SUPERLINK_NODE_ID
 
 from client_app.wire import Connection
 from proto.fedalloy.v1 import report_pb2
@@ -74,9 +76,9 @@ CREATE TABLE IF NOT EXISTS activity (
     segments_out INTEGER NOT NULL, data_in INTEGER NOT NULL, data_out INTEGER NOT NULL,
     PRIMARY KEY (round, address, port, cookie, kind));
 CREATE TABLE IF NOT EXISTS small_call (
-    address TEXT NOT NULL, port INTEGER NOT NULL, cookie TEXT NOT NULL, up INTEGER NOT NULL, down INTEGER NOT NULL,
-    data_in INTEGER NOT NULL, data_out INTEGER NOT NULL, count INTEGER NOT NULL,
-    PRIMARY KEY (address, port, cookie, up, down, data_in, data_out));
+    address TEXT NOT NULL, port INTEGER NOT NULL, cookie TEXT NOT NULL, phase TEXT NOT NULL,
+    up INTEGER NOT NULL, down INTEGER NOT NULL, data_in INTEGER NOT NULL, data_out INTEGER NOT NULL,
+    count INTEGER NOT NULL, PRIMARY KEY (address, port, cookie, phase, up, down, data_in, data_out));
 """
 
 
@@ -150,8 +152,13 @@ class Ledger:
 
     def flower_message(
         self, round_: int, client: str, direction: str, kind: str, message: Message, tensor_bytes: int = 0
-    ) -> MessageCost:
-        """One message with its tensors: :meth:`tensor` and :meth:`message` with what Flower makes of it."""
+    ) -> MessageCost | None:
+        """One message with its tensors: :meth:`tensor` and :meth:`message` with what Flower makes of it.
+
+        None, and nothing is booked, for an answer that the SuperLink made up itself (node unavailable, expired).
+        """
+        if direction == "up" and message.metadata.src_node_id == SUPERLINK_NODE_ID:
+            return None
         cost = message_cost(message, direction)
         if tensor_bytes:
             self.tensor(round_, client, direction, kind, tensor_bytes)
@@ -206,7 +213,7 @@ class Ledger:
                 rows,
             )
             self._db.executemany(
-                "INSERT INTO small_call VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
+                "INSERT INTO small_call VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET count = count + excluded.count",
                 small_calls,
             )
@@ -283,7 +290,8 @@ class Ledger:
     ) -> None:
         with self._lock, _Transaction(self._db):
             cursor = self._db.execute(
-                "INSERT INTO reading (end, event, round, client, kind, time, not_measured) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO reading (end, event, round, client, kind, time, not_measured) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (end, event, round_, client, kind, when, not_measured),
             )
             self._db.executemany(

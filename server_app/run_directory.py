@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from client_app.slots import sync_file, write_durably
+from adapters.durable import sync, write_durably
 from strategies.base import State
 
 
@@ -87,7 +87,7 @@ class RunDirectory:
             write_durably(staged / "state.json", json.dumps({"round": round_, "values": state.values}).encode())
             shutil.rmtree(final, ignore_errors=True)
             os.rename(staged, final)
-            sync_file(folder)
+            sync(folder)
             for old in sorted(folder.glob("round-*"))[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:

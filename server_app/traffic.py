@@ -81,7 +81,9 @@ def _print_where(accounts: Accounts, console: Console) -> None:
     went = accounts.reconciliation()
     if not any(went.values()):
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title="Where every wire byte went", title_justify="left")
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 1, 0, 0), title="Where every wire byte went", title_justify="left"
+    )
     table.add_column("")
     for title in ("up", "%", "down", "%"):
         table.add_column(title, justify="right", no_wrap=True)

@@ -174,7 +174,7 @@ class AlloyStrategy(Strategy):
     def load_state(self, state: State) -> None:
         """Continue from :meth:`state`."""
 
-    # Flower's own Strategy: the same class runs by `strategy.start(grid, initial_arrays=ArrayRecord(), ...)`. There each
+    # Flower's own Strategy: the same class runs by `strategy.start(grid, initial_arrays=ArrayRecord(), ...)`. There a
     # round also delivers, and to a client a delivery is a round of its own: a plan of a round that it knows would start
     # from the slots before that round, and throw its training away.
 

@@ -74,7 +74,7 @@ class Namespaces:
             netns.remove(self._made.pop())
 
     def counters(self, cable: Cable) -> tuple[int, int]:
-        """Bytes received from and sent to the client, at the SuperLink's end of its cable; Ethernet headers included."""
+        """Bytes received from and sent to the client at the SuperLink's end of the cable, Ethernet headers included."""
 
         def read() -> tuple[int, int]:
             for line in Path("/proc/thread-self/net/dev").read_text().splitlines():

@@ -24,7 +24,7 @@ from adapters.layout import Entry, Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
 from adapters.records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.base import AlloyStrategy, Answer, Client
+from strategies.base import AlloyStrategy, Answer, Brief, Client
 from strategies.messages import Dispatch, plan_dispatch
 
 Move = Callable[[str, int, Adapter], Adapter]
@@ -76,8 +76,8 @@ def drift(name: str, round_: int, received: Adapter) -> Adapter:
     return Adapter(received.layout, received.vector + step)
 
 
-def send_step(strategy: AlloyStrategy, round_: int, client: Client) -> plan_pb2.SendStep:
-    sends = [step.send for step in strategy.brief(round_, client).steps if step.WhichOneof("kind") == "send"]
+def send_step(brief: Brief) -> plan_pb2.SendStep:
+    sends = [step.send for step in brief.steps if step.WhichOneof("kind") == "send"]
     assert len(sends) == 1
     return sends[0]
 
@@ -86,8 +86,9 @@ def play(strategy: AlloyStrategy, names: Iterable[str], round_: int, move: Move 
     """One round: every named client moves what it is sent, in the order given; the round's record."""
     for name in names:
         client = strategy.clients[name]
-        ((slot, received),) = strategy.brief(round_, client).adapters.items()
-        asked = layout_of_part(client.layout, send_step(strategy, round_, client).part)
+        brief = strategy.brief(round_, client)
+        ((slot, received),) = brief.adapters.items()
+        asked = layout_of_part(client.layout, send_step(brief).part)
         returned = move(name, round_, received).part(asked)
         strategy.absorb(
             round_, client, Answer({slot: returned}, {slot: received}, {}, client.examples, report_pb2.Report())
