@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,15 +161,18 @@ def parse_run_config(text: str) -> dict[str, Any]:
     Raises:
         OptionError: a pair is not valid.
     """
+    from click import ClickException
     from flwr.common.config import parse_config_args
 
     from strategies.options import OptionError
 
-    if not text.strip():
-        return {}
+    # Flower's reader passes over what it does not understand.
+    left = re.sub(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""", "", text).strip()
     try:
-        return dict(parse_config_args([text]))
-    except (tomllib.TOMLDecodeError, ValueError, typer.Exit) as error:
+        if left:
+            raise ValueError(f"{left!r} is not a key=value pair")
+        return dict(parse_config_args([text])) if text.strip() else {}
+    except (ClickException, ValueError) as error:
         raise OptionError(f"cannot read {text!r}: {error}; expected pairs like \"strategy='fedavg' seed=1\"") from None
 
 

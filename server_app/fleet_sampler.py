@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from client_app.wire import Connection, SocketTable, WireError, find_ancestor, fleet_port, server_connections
@@ -30,12 +31,21 @@ MAX_CPU = 0.015
 REMEMBERED = 600
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """What one look at the kernel's table showed."""
+
+    time: float
+    connections: list[Connection]
+
+
 @dataclass
 class _Burst:
     """Changes of one connection without a pause of ``GAP`` in between."""
 
     started_idle: bool
     setup: bool
+    exchange: int
     change: Change = (0, 0, 0, 0, 0, 0)
     last_change: float = 0.0
 
@@ -48,7 +58,8 @@ class _Watched:
     round: int
     seen: deque[tuple[float, Connection]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     burst: _Burst | None = None
-    busy: bool = False  # has fetched a message and not answered it yet
+    exchange: int = 0  # messages pushed so far
+    busy: bool = False  # has fetched the last of them and not answered it yet
 
 
 class FleetSampler:
@@ -115,11 +126,14 @@ class FleetSampler:
     def push(self, round_: int, client: str, kind: str) -> None:
         """Call this just before a message is pushed to ``client`` (or to a node whose client is not known yet)."""
         self._round = round_
-        if not self.is_measuring:
-            return
-        with self._lock:
+        with self._look() as moment:
+            if moment is None:
+                return
             self._under_way[client] += 1
-        self._mark(round_, client, "push", kind)
+            for connection in self._of(client, moment):
+                watched = self._watched[_key(connection)]
+                watched.round, watched.exchange, watched.busy = round_, watched.exchange + 1, False
+        self._book(round_, client, "push", kind, moment)
 
     def reply(self, round_: int, client: str, kind: str, reading: report_pb2.WireReading | None = None) -> None:
         """Call this when an answer (or an error, or nothing in time) ends what :meth:`push` started.
@@ -129,20 +143,22 @@ class FleetSampler:
         """
         if reading is not None:
             self.ledger.client_reading(round_, client, reading, kind=kind)
-        if not self.is_measuring:
-            return
-        with self._lock:
+        with self._look() as moment:
+            if moment is None:
+                return
             self._under_way[client] -= 1
             if self._under_way[client] <= 0:
                 del self._under_way[client]
-            moments = [self._moment(connection) for connection in (reading.connections if reading else ())]
-            for connection in reading.connections if reading else ():
-                self._client_of[connection.local_address, connection.local_port] = client
-        for moment in moments:
-            if moment is not None:
-                when, seen = moment
-                self.ledger.server_reading(round_, client, "handler", [seen], kind=kind, unix_time=when)
-        self._mark(round_, client, "reply", kind)
+            arrivals = []
+            for end in reading.connections if reading is not None else ():
+                arrivals.append(self._arrival(end))
+                self._client_of[end.local_address, end.local_port] = client
+            for connection in self._of(client, moment):
+                self._watched[_key(connection)].busy = False
+        for arrival in arrivals:
+            if arrival is not None:
+                self._book(round_, client, "handler", kind, arrival)
+        self._book(round_, client, "reply", kind, moment)
 
     def rename(self, old: str, new: str) -> None:
         """A client has told its name; renames it in the ledger as well."""
@@ -158,11 +174,12 @@ class FleetSampler:
             return
         self._stop.set()
         self._thread.join(timeout=10)
-        self._mark(self._round, "", "final", "")
-        with self._lock:
+        with self._look() as moment:
             for key in list(self._watched):
                 self._end_burst(key)
-        self._write_activity()
+        if moment is not None:
+            self._book(self._round, "", "final", "", moment)
+        self._table().close()
         self.not_measured = "stopped"
 
     # ------------------------------------------------------------------------------------------------ inside
@@ -171,7 +188,7 @@ class FleetSampler:
         while not self._stop.is_set():
             started = time.thread_time()
             with suppress(WireError):  # one sample less; the counters lose nothing by it
-                self._observe(self._table().connections(self._port or 0))
+                self._observe(_Moment(time.time(), self._table().connections(self._port or 0)))
             cost = time.thread_time() - started
             self.cpu_seconds += cost
             self.samples += 1
@@ -185,30 +202,32 @@ class FleetSampler:
         table: SocketTable = self._tables.table
         return table
 
-    def _mark(self, round_: int, client: str, event: str, kind: str) -> None:
-        """Write the counters of this moment into the ledger: the client's connections, or all where it has none yet."""
-        try:
-            connections = self._table().connections(self._port or 0)
-        except WireError:
-            return
-        now = time.time()
-        self._observe(connections)
+    @contextmanager
+    def _look(self) -> Iterator[_Moment | None]:
+        """One more sample, now; the lock is held inside. None where nothing can be read."""
+        moment = None
+        if self.is_measuring:
+            with suppress(WireError):
+                moment = _Moment(time.time(), self._table().connections(self._port or 0))
+                self._observe(moment)
         with self._lock:
-            mine = [
-                c for c in connections if client and self._client_of.get((c.remote_address, c.remote_port)) == client
-            ]
-            for connection in mine or connections:
-                watched = self._watched[_key(connection)]
-                watched.round = round_
-                watched.busy = watched.busy and event != "reply"
-        self.ledger.server_reading(round_, client, event, mine or connections, kind=kind, unix_time=now)
+            yield moment
+
+    def _book(self, round_: int, client: str, event: str, kind: str, moment: _Moment) -> None:
+        connections = self._of(client, moment)
+        self.ledger.server_reading(round_, client, event, connections, kind=kind, unix_time=moment.time)
         self._write_activity()
 
-    def _observe(self, connections: list[Connection]) -> None:
-        now = time.time()
+    def _of(self, client: str, moment: _Moment) -> list[Connection]:
+        """The client's connections, or all as long as it is not known which are."""
+        mine = [c for c in moment.connections if client and self._client_of.get(_key(c)[:2]) == client]
+        return mine or moment.connections
+
+    def _observe(self, moment: _Moment) -> None:
+        now = moment.time
         gone: list[tuple[float, Connection]] = []
         with self._lock:
-            current = {_key(connection): connection for connection in connections}
+            current = {_key(connection): connection for connection in moment.connections}
             for key, connection in current.items():
                 watched = self._watched.get(key)
                 if watched is None:
@@ -225,6 +244,7 @@ class FleetSampler:
                 self._end_burst(key)
                 gone.append((now, self._watched.pop(key).connection))
         for when, connection in gone:
+            # Its last bytes may be missing, no more than one sample's worth.
             client = self._client_of.pop((connection.remote_address, connection.remote_port), "")
             self.ledger.server_reading(self._round, client, "gone", [connection], unix_time=when)
 
@@ -232,7 +252,7 @@ class FleetSampler:
         if watched.burst is not None and now - watched.burst.last_change >= GAP:
             self._end_burst(key)
         if watched.burst is None:
-            watched.burst = _Burst(started_idle=not self._is_under_way(key), setup=setup)
+            watched.burst = _Burst(not self._is_under_way(key), setup, watched.exchange)
         burst = watched.burst
         burst.change = tuple(a + b for a, b in zip(burst.change, change, strict=True))  # type: ignore[assignment]
         burst.last_change = now
@@ -252,7 +272,8 @@ class FleetSampler:
             row[position] += value
         if lone_call and not burst.setup and (at_rest or watched.busy):
             self._small_calls[key, "poll" if at_rest else "heartbeat", up, down, data_in, data_out] += 1
-        watched.busy = watched.busy or (kind == "burst" and self._is_under_way(key))
+        if kind == "burst" and burst.exchange == watched.exchange and self._is_under_way(key):
+            watched.busy = True
         if self._tls is None and pings and up and up == down:
             self._tls = up % (PING + TLS_RECORD) == 0
 
@@ -262,12 +283,13 @@ class FleetSampler:
         known = set(self._client_of.values())
         return any(name == client or name not in known for name in self._under_way)
 
-    def _moment(self, reading: report_pb2.ConnectionReading) -> tuple[float, Connection] | None:
+    def _arrival(self, end: report_pb2.ConnectionReading) -> _Moment | None:
         """The sample in which this end had received exactly what the client had sent when it took its reading."""
-        arrived = reading.bytes_sent - reading.bytes_retransmitted
+        arrived = end.bytes_sent - end.bytes_retransmitted
         for key, watched in self._watched.items():
-            if key[:2] == (reading.local_address, reading.local_port):
-                return next((seen for seen in watched.seen if seen[1].bytes_received >= arrived), None)
+            if key[:2] == (end.local_address, end.local_port):
+                found = next((seen for seen in watched.seen if seen[1].bytes_received >= arrived), None)
+                return None if found is None else _Moment(found[0], [found[1]])
         return None
 
     def _write_activity(self) -> None:

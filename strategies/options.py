@@ -70,7 +70,7 @@ def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
     Raises:
         OptionError: naming the key, the value and the choices.
     """
-    choices = list(choices)
+    choices = [str(choice) for choice in choices]
     if value not in choices:
         close = difflib.get_close_matches(value, choices, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""

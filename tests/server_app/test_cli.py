@@ -1,0 +1,143 @@
+"""The command line: errors are one clear line, tables fit a terminal, export copies all or nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from server_app.cli import app, parse_run_config
+from server_app.cluster import ClusterError, LocalCluster, Process, Settings, running, stop
+from server_app.demo import DemoResult, free_name, table
+from server_app.export import ExportError, export_adapter
+from strategies.options import OptionError
+
+runner = CliRunner()
+
+
+def test_help_fits_80_columns_and_names_every_command() -> None:
+    shown = runner.invoke(app, ["--help"], env={"COLUMNS": "80", "TERM": "dumb"}).output
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for command in ("demo", "cluster", "traffic", "export", "options"):
+        assert command in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--strategies", "fedavgg"], "--strategies = 'fedavgg' (did you mean 'fedavg'?)"),
+        (["options", "fedmerge.model=3"], "unknown run-config key 'fedmerge.model'; did you mean 'fedmerge.models'?"),
+        (["options", "seed='x'"], "seed = 'x' is str, expected int"),
+        (["options", "strategy='fedavgg'"], "did you mean 'fedavg'?"),
+        (["options", "fedavg.space='deltas'"], "fedavg.space = 'deltas' (did you mean 'delta'?)"),
+        (["options", "nonsense"], "cannot read 'nonsense'"),
+        (["export", "nowhere", "berlin", "out"], "nowhere has no clients/ folder"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(arguments: list[str], said: str) -> None:
+    result = runner.invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_valid_run_config_is_accepted_and_the_keys_are_listed() -> None:
+    assert runner.invoke(app, ["options", "strategy='fedmerge' fedmerge.models=2 learning-rate=1e-2"]).exit_code == 0
+    shown = runner.invoke(app, ["options"], env={"COLUMNS": "80"}).output
+    assert "fedmerge.cluster-temperature" in shown
+
+
+def test_run_config_text_is_read_as_flower_reads_it() -> None:
+    assert parse_run_config("strategy='fedavg' seed=1 fedmerge.w-client-weight=true") == {
+        "strategy": "fedavg",
+        "seed": 1,
+        "fedmerge.w-client-weight": True,
+    }
+    with pytest.raises(OptionError, match="expected pairs"):
+        parse_run_config("= =")
+
+
+def test_a_port_in_use_names_the_port_and_its_holder(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cluster = LocalCluster(tmp_path / "c", Settings(("a",), tmp_path / "runs", fleet_port=port))
+        with pytest.raises(
+            ClusterError, match=rf"port {port} for the Fleet link is in use by .* \(pid {os.getpid()}\)"
+        ):
+            cluster.up()
+    assert not (tmp_path / "c" / "cluster.json").exists()
+
+
+def test_stop_never_touches_a_recycled_pid_and_twice_is_fine(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        state = {"processes": [{"name": "superlink", "pid": other.pid, "started": 1.0}]}
+        (tmp_path / "cluster.json").write_text(json.dumps(state))
+        assert running(tmp_path) == []
+        assert stop(tmp_path) == 0
+        assert stop(tmp_path) == 0
+        assert other.poll() is None
+        other.kill()
+
+
+def test_stop_ends_descendants_too(tmp_path: Path) -> None:
+    import psutil
+
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    script = f"import subprocess, sys; {child}; input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as parent:
+        family = psutil.Process(parent.pid)
+        while not (children := family.children()):
+            pass
+        assert stop(tmp_path, [Process("x", parent.pid, family.create_time())]) == 2
+        assert not children[0].is_running() or children[0].status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_table_fits_80_columns_and_shows_failures() -> None:
+    summary = {
+        "mean_accuracy": 0.91234,
+        "worst_accuracy": 0.8,
+        "bytes": {"up": {"wire": 12_345_678}, "down": {"wire": None}},
+        "seconds": {"total": 61.4},
+    }
+    out = io.StringIO()
+    results = [DemoResult("fedmerge", Path("r"), summary), DemoResult("local", Path("q"), None, "because")]
+    Console(file=out, width=80).print(table(results))
+    shown = out.getvalue()
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for text in ("0.912", "0.800", "12.35", "not measured", "61", "failed"):
+        assert text in shown
+
+
+def test_a_run_name_is_never_taken_twice(tmp_path: Path) -> None:
+    assert free_name(tmp_path, "demo-local") == "demo-local"
+    (tmp_path / "demo-local").mkdir()
+    (tmp_path / "demo-local-2").mkdir()
+    assert free_name(tmp_path, "demo-local") == "demo-local-3"
+
+
+def test_export_copies_all_or_nothing_and_names_what_there_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    source = run / "clients" / "berlin" / "adapter"
+    source.mkdir(parents=True)
+    (run / "clients" / "paris").mkdir()
+    with pytest.raises(ExportError, match="has no client 'rome'; it has berlin, paris"):
+        export_adapter(run, "rome", tmp_path / "out")
+    with pytest.raises(ExportError, match="client 'berlin' has no personal model yet"):
+        export_adapter(run, "berlin", tmp_path / "out")
+    (source / "adapter_config.json").write_text("{}")
+    (source / "adapter_model.safetensors").write_bytes(b"x")
+    export_adapter(run, "berlin", tmp_path / "deep" / "out")
+    assert (tmp_path / "deep" / "out" / "adapter_model.safetensors").read_bytes() == b"x"
+    with pytest.raises(ExportError, match="exists and is not an empty folder"):
+        export_adapter(run, "berlin", tmp_path / "deep" / "out")
+    assert [path.name for path in tmp_path.glob("**/.*")] == []
