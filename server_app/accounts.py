@@ -11,11 +11,12 @@ reading on. Each direction is counted at its sender; the receiver's end is shown
 So a sum over rounds is the run's total, by construction. What was sent before the run started is subtracted.
 
 Reconciliation: every category is obtained without looking at the total. Headers, acknowledgements and retransmissions
-are counters of their own; polling, heartbeats and connection setup are what the counters did while no message was under
-way; tensors, message framing, Flower's control messages and the bundle are serialised sizes. A gRPC call's overhead
-(HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured cost of the lone polls of
-this run, less their protobuf; only for DATA frames beyond a call's first there is a formula, 9 bytes and with TLS 22
-more. ``unexplained`` is the counter minus all of these; nothing is scaled to fit.
+are counters of their own; polling, heartbeats, pings and connection setup are what the counters did while no message
+was under way; tensors, message framing, Flower's control messages and the bundle are serialised sizes. A gRPC call's
+overhead (HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured cost of the lone
+polls of this run, less their protobuf, and so are the pings that gRPC sends along when calls begin after a pause. Only
+for DATA frames beyond a call's first there is a formula: 9 bytes, with TLS 22 more. ``unexplained`` is the counter
+minus all of these; nothing is scaled to fit.
 """
 
 from __future__ import annotations
@@ -43,12 +44,16 @@ CATEGORIES = (
     "gRPC calls",
     "bulk frames",
     "polling, heartbeats",
+    "HTTP/2 pings",
     "connection setup",
     "retransmissions",
     "TCP/IP headers",
     "acknowledgements",
     "unexplained",
 )
+
+# Kinds of the sampler's activity that are a category by themselves.
+BY_COUNTER = {"idle": "polling, heartbeats", "ping": "HTTP/2 pings", "setup": "connection setup"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,25 @@ def sent(row: Row) -> Tally:
 def received(row: Row) -> Tally:
     """What the reader of ``row`` received; retransmissions that arrived twice are not in it."""
     return Tally(row["bytes_received"], 0, row["segments_in"], row["data_segments_in"], row["header_bytes"])
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """Bytes up and down of one small gRPC call without its protobuf, and of the pings with a group of calls."""
+
+    call: tuple[float, float]
+    pings: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _LoneCall:
+    phase: str
+    key: Key
+    up: int
+    down: int
+    pings_up: int
+    pings_down: int
+    count: int
 
 
 @dataclass
@@ -301,29 +325,36 @@ class Accounts:
         ]
         return max(fractions, default=None)
 
-    def call_overhead(self, client: str = "") -> tuple[float, float] | None:
-        """Up and down bytes that one gRPC call costs beyond its protobuf: the median lone poll of ``client``.
+    def call_overhead(self, client: str = "") -> CallCost | None:
+        """What one gRPC call costs beyond its protobuf: the median lone poll of ``client``.
 
         Without one, of all clients; without any, the cheapest lone heartbeat (some carry a timeout as well); None when
-        there was no lone call at all. HTTP/2 pings that gRPC sends along travel in segments of their own and are taken
-        out by number.
+        there was no lone call at all. gRPC sends HTTP/2 pings after a pause; they travel in segments of their own.
         """
-        keys = {link.key for link in self.links if link.client == client and link.at_server}
-        polls = [row for row in self.small_calls if row["phase"] == "poll"]
-        mine = [row for row in polls if (row["address"], row["port"], row["cookie"]) in keys]
-        for calls in (mine, polls):
-            if calls:
-                ups = [(self._lone(row, "up", "data_in"), row["count"]) for row in calls]
-                downs = [(self._lone(row, "down", "data_out"), row["count"]) for row in calls]
-                return _median(ups) - POLL_PROTO[0], _median(downs) - POLL_PROTO[1]
-        if not self.small_calls:
+        calls = [call for row in self.small_calls if (call := self._lone_call(row)) is not None]
+        if not calls:
             return None
-        up = min(self._lone(row, "up", "data_in") for row in self.small_calls)
-        down = min(self._lone(row, "down", "data_out") for row in self.small_calls)
-        return float(up - HEARTBEAT_PROTO[0]), float(down - HEARTBEAT_PROTO[1])
+        keys = {link.key for link in self.links if link.client == client and link.at_server}
+        polls = [call for call in calls if call.phase == "poll"]
+        polls = [call for call in polls if call.key in keys] or polls
+        count = sum(call.count for call in calls)
+        pings = [sum(getattr(call, name) * call.count for call in calls) / count for name in ("pings_up", "pings_down")]
+        if polls:
+            up = _median([(call.up, call.count) for call in polls]) - POLL_PROTO[0]
+            down = _median([(call.down, call.count) for call in polls]) - POLL_PROTO[1]
+        else:
+            up = min(call.up for call in calls) - HEARTBEAT_PROTO[0]
+            down = min(call.down for call in calls) - HEARTBEAT_PROTO[1]
+        return CallCost((up, down), (pings[0], pings[1]))
 
-    def _lone(self, row: Row, direction: str, segments: str) -> int:
-        return int(row[direction]) - self._ping * (int(row[segments]) - 1)
+    def _lone_call(self, row: Row) -> _LoneCall | None:
+        """A row of ``small_call`` without its pings; None for half a call (the answer came too late)."""
+        pings_up, pings_down = (self._ping * (row[name] - 1) for name in ("data_in", "data_out"))
+        up, down = row["up"] - pings_up, row["down"] - pings_down
+        if min(up, down) <= self._ping:
+            return None
+        key = (row["address"], row["port"], row["cookie"])
+        return _LoneCall(row["phase"], key, up, down, pings_up, pings_down, row["count"])
 
     @property
     def _ping(self) -> int:
@@ -345,9 +376,10 @@ class Accounts:
         for row in self.tensors:
             tensors[row["client"], row["round"], row["direction"], row["kind"]] += row["bytes"]
         own, control, frames, meant = 0, 0, 0, 0
-        calls, polls = defaultdict[str, int](int), defaultdict[str, int](int)
+        calls, polls, groups = (defaultdict[str, int](int) for _ in range(3))
         for row in self._carried():
             calls[row["client"]] += row["calls"]
+            groups[row["client"]] += 1
             # After each answer the SuperNode polls at once, too close to the answer to be seen apart.
             polls[row["client"]] += row["direction"] == "up"
             if row["direction"] == direction:
@@ -366,14 +398,15 @@ class Accounts:
         found["bulk frames"] = frames * (FRAME_HEADER + (TLS_RECORD if self.meta.get("tls") == "1" else 0))
         counted = {link.key for link in self.links if link.at_server}
         for row in self.activity:
-            if row["kind"] in ("idle", "setup") and (row["address"], row["port"], row["cookie"]) in counted:
-                found["polling, heartbeats" if row["kind"] == "idle" else "connection setup"] += row[direction]
+            if row["kind"] in BY_COUNTER and (row["address"], row["port"], row["cookie"]) in counted:
+                found[BY_COUNTER[row["kind"]]] += row[direction]
         for client in calls:
             overhead = self.call_overhead(client)
             if overhead is not None:  # else it stays unexplained
                 end = 0 if direction == "up" else 1
-                found["gRPC calls"] += round(calls[client] * overhead[end])
-                found["polling, heartbeats"] += round(polls[client] * (overhead[end] + POLL_PROTO[end]))
+                found["gRPC calls"] += round(calls[client] * overhead.call[end])
+                found["HTTP/2 pings"] += round(groups[client] * overhead.pings[end])
+                found["polling, heartbeats"] += round(polls[client] * (overhead.call[end] + POLL_PROTO[end]))
         headers = found["TCP/IP headers"] + found["acknowledgements"]
         found["unexplained"] = payload + headers - sum(found.values())
         return found

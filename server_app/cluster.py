@@ -141,7 +141,7 @@ class LocalCluster:
         self._wait_for_nodes()
         self.say(f"{len(self.settings.client_ids)} SuperNodes are online, each with a key of its own")
 
-    def start_supernode(self, index: int, key: Path, files: ServerFiles | None = None) -> Process:
+    def start_supernode(self, index: int, key: Path, files: ServerFiles | None = None, name: str = "") -> Process:
         """Start one SuperNode as client ``index`` with a private key (again, if it was stopped)."""
         authority = files.authority if files else self.directory / "certificates" / "ca.crt"
         client_id = self.settings.client_ids[index]
@@ -150,7 +150,7 @@ class LocalCluster:
             f"state-dir='{self.settings.runs_dir.resolve()}'"
         )
         return self._start(
-            f"supernode-{client_id}",
+            name or f"supernode-{client_id}",
             [
                 "flower-supernode",
                 *("--root-certificates", str(authority), "--auth-supernode-private-key", str(key)),
@@ -159,6 +159,11 @@ class LocalCluster:
                 *("--node-config", node_config),
             ],
         )
+
+    def stop_process(self, process: Process) -> None:
+        """Stop one process with its descendants."""
+        _end([process])
+        self.processes = [other for other in self.processes if other != process]
 
     def down(self) -> None:
         """Stop every process that was started, with all its descendants; nothing happens if nothing runs."""
@@ -322,7 +327,14 @@ def running(directory: Path) -> list[Process]:
 def stop(directory: Path, more: Sequence[Process] = ()) -> int:
     """Stop a cluster: SuperNodes, then the SuperLink, each with its descendants; returns how many processes ended."""
     found = {(process.pid, process.started): process for process in [*running(directory), *more]}
-    roots = [alive for process in found.values() if (alive := process.find()) is not None]
+    count = _end(list(found.values()))
+    (directory / "cluster.json").unlink(missing_ok=True)
+    return count
+
+
+def _end(processes: Sequence[Process]) -> int:
+    """SIGTERM to processes and all their descendants, SIGKILL to what is left; returns how many there were."""
+    roots = [alive for process in processes if (alive := process.find()) is not None]
     family: list[psutil.Process] = []
     for root in roots:
         try:
@@ -335,7 +347,6 @@ def stop(directory: Path, more: Sequence[Process] = ()) -> int:
     for process in alive:
         _quietly(process.kill)
     psutil.wait_procs(alive, timeout=5)
-    (directory / "cluster.json").unlink(missing_ok=True)
     return len(family)
 
 

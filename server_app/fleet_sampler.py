@@ -266,7 +266,7 @@ class FleetSampler:
         pings = max(up, down) < LONE_CALL_UP[0]
         lone_call = LONE_CALL_UP[0] <= up <= LONE_CALL_UP[1] and down <= LONE_CALL_DOWN and data_in > 0 and data_out > 0
         at_rest = burst.started_idle and not self._is_under_way(key)
-        kind = "setup" if burst.setup else "idle" if pings or lone_call or at_rest else "burst"
+        kind = "setup" if burst.setup else "ping" if pings else "idle" if lone_call or at_rest else "burst"
         row = self._activity[watched.round, key, kind]
         for position, value in enumerate((1, *burst.change)):
             row[position] += value

@@ -16,7 +16,8 @@ Tables (times are seconds since the epoch, bytes are bytes):
   ``handler``: the moment at which the client took its reading, ``reply``, ``gone``: a connection's last, ``final``).
 * ``connection(seq, local_address, ..., data_segments_in)``: the counters of that moment, per connection.
 * ``activity(round, address, port, cookie, kind, events, up, down, ...)``: what the server's counters did between
-  moments, by :mod:`server_app.fleet_sampler`: kind ``setup``, ``idle`` (polling, heartbeats, pings) or ``burst``.
+  moments, by :mod:`server_app.fleet_sampler`: kind ``setup``, ``idle`` (polling, heartbeats), ``ping`` or
+  ``burst``.
 * ``small_call(address, port, cookie, phase, up, down, data_in, data_out, count)``: histogram of lone small calls: phase
   ``poll`` (the SuperNode was idle) or ``heartbeat`` (it was busy with a message, and then does not poll).
 

@@ -25,10 +25,14 @@ _MAX_ERROR = 2000
 
 
 class BadAnswerError(ValueError):
-    """A client's reply is an error, or is not what the plan asked for; long findings are cut, they go to logs."""
+    """A client's reply is an error, or is not what the plan asked for.
+
+    The finding may be in a stranger's words and goes to logs: it is cut, and is one line of printable text.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= _MAX_ERROR else f"{message[:_MAX_ERROR]} ...")
+        text = message if len(message) <= _MAX_ERROR else f"{message[:_MAX_ERROR]} ..."
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in text))
 
 
 @dataclass(frozen=True)

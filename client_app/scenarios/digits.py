@@ -93,7 +93,9 @@ def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData
         ScenarioError: there is no such client, or there are too many.
     """
     if not 1 <= num_partitions <= MAX_CLIENTS:
-        raise ScenarioError(f"scenario 'digits' is for 1 to {MAX_CLIENTS} clients, got num-partitions = {num_partitions}")
+        raise ScenarioError(
+            f"scenario 'digits' is for 1 to {MAX_CLIENTS} clients, got num-partitions = {num_partitions}"
+        )
     if not 0 <= partition_id < num_partitions:
         raise ScenarioError(f"partition-id = {partition_id}, expected 0 to {num_partitions - 1}")
     pools = _pools()
@@ -155,4 +157,5 @@ def _read() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     if table.shape != (sum(POOLS.values()), 65):
         raise ScenarioError(f"{path} has shape {table.shape}, expected {(sum(POOLS.values()), 65)}")
-    return table[:, :64].reshape(-1, 8, 8) / 8 - 1, table[:, 64].astype(np.int64)
+    images: NDArray[np.float32] = table[:, :64].reshape(-1, 8, 8) / np.float32(8) - np.float32(1)
+    return images, table[:, 64].astype(np.int64)

@@ -97,7 +97,7 @@ def _build(recipe: Recipe) -> nn.Module:
     # Transformers is slow to import, and this file is imported where only data is wanted.
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(
+    config = ViTConfig(  # type: ignore[call-arg]  # num_labels is one of its keyword arguments
         image_size=recipe.image_size,
         patch_size=recipe.patch_size,
         num_channels=1,
@@ -143,7 +143,9 @@ def _pretrain(recipe: Recipe, images: Tensor, labels: Tensor) -> nn.Module:
 def _install(model: nn.Module, recipe: Recipe, directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
         new = Path(scratch) / "new"
-        model.save_pretrained(new, save_original_format=False)  # type: ignore[operator]
+        with _no_progress_bar():
+            # In the names that this version's modules have, so that loading is a plain load_state_dict.
+            model.save_pretrained(new, save_original_format=False)  # type: ignore[operator]
         digest = hashlib.sha256((new / _WEIGHTS).read_bytes()).hexdigest()
         record = {"recipe": asdict(recipe), "fingerprint": recipe.fingerprint, "weights": digest}
         (new / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -176,6 +178,19 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 @contextmanager

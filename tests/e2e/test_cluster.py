@@ -1,0 +1,211 @@
+"""The main job on real SuperLink and SuperNode processes over gRPC, TLS and SuperNode authentication on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from server_app.certificates import make_client_key
+from server_app.cluster import ClusterError, LocalCluster, app_directory
+from server_app.export import export_adapter
+from server_app.run_directory import RunDirectory
+
+BIN = Path(sys.executable).parent
+SMALL = {"num-server-rounds": 2, "local-steps": 5, "min-clients": 3}
+
+
+def start(cluster: LocalCluster, name: str, **config: Any) -> dict[str, Any]:
+    """Run to the end; the summary. Keys with underscores for dashes."""
+    given = SMALL | {"run-name": name, "runs-dir": str(cluster.settings.runs_dir)}
+    outcome = cluster.run(given | {key.replace("_", "-"): value for key, value in config.items()})
+    assert outcome.completed, outcome.log.read_text()
+    found: dict[str, Any] = json.loads((cluster.settings.runs_dir / name / "summary.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def fedmerge(cluster: LocalCluster) -> dict[str, Any]:
+    return start(cluster, "fedmerge", strategy="fedmerge")
+
+
+def test_every_client_gets_its_own_merge_and_every_byte_is_counted(
+    cluster: LocalCluster, fedmerge: dict[str, Any]
+) -> None:
+    assert set(fedmerge["clients"]) == {"berlin", "paris", "rome"}
+    for direction in ("up", "down"):
+        counted = fedmerge["bytes"][direction]
+        assert 0 < counted["tensor"] < counted["message"] < counted["wire"]
+    assert fedmerge["unexplained_wire_fraction"] < 0.01
+    runs = cluster.settings.runs_dir
+    weights = {
+        client: (runs / "fedmerge" / "clients" / client / "adapter" / "adapter_model.safetensors").read_bytes()
+        for client in fedmerge["clients"]
+    }
+    assert len(set(weights.values())) == 3
+
+
+def test_the_exported_adapter_gives_the_logits_that_the_client_evaluated(
+    cluster: LocalCluster, fedmerge: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT alone, without FedAlloy's model code, on the client's own test split."""
+    from peft import PeftModel
+
+    from client_app.scenarios import load_scenario
+
+    folder = export_adapter(cluster.settings.runs_dir / "fedmerge", "paris", tmp_path / "paris")
+    base, data = load_scenario("digits", 1, 3, 0, cluster.settings.runs_dir / ".cache")
+    model = PeftModel.from_pretrained(base.model, str(folder)).eval()  # type: ignore[arg-type]
+    test = data.splits["test"]
+    with torch.no_grad():
+        logits = model(**test.inputs).logits
+    accuracy = float((logits.argmax(dim=-1) == test.labels).double().mean())
+    loss = float(torch.nn.functional.cross_entropy(logits, test.labels))
+    assert accuracy == pytest.approx(fedmerge["clients"]["paris"]["accuracy"], abs=1e-9)
+    assert loss == pytest.approx(fedmerge["clients"]["paris"]["loss"], abs=1e-5)
+
+
+def test_two_runs_on_one_cluster_do_not_share_slots_or_bytes(cluster: LocalCluster, fedmerge: dict[str, Any]) -> None:
+    local = start(cluster, "local", strategy="local", num_server_rounds=1)
+    assert local["bytes"]["up"]["tensor"] == local["bytes"]["down"]["tensor"] == 0
+    assert 0 < local["bytes"]["up"]["wire"] < fedmerge["bytes"]["up"]["wire"]
+    slots = cluster.settings.runs_dir / "local" / "clients" / "rome" / "slots"
+    assert sorted(path.name for path in slots.iterdir()) == ["local", "state.json"]
+
+
+def test_a_client_killed_mid_round_is_named_and_the_run_goes_on(cluster: LocalCluster) -> None:
+    """SIGKILL of a ClientApp while it trains: Flower reports it after a minute; the round ends before that."""
+    runs = RunDirectory(cluster.settings.runs_dir / "killed")
+    victim = next(process for process in cluster.processes if process.name == "supernode-rome").find()
+    assert victim is not None
+    killed: list[int] = []
+
+    def kill_once() -> None:
+        if killed or not any(record["phase"] == "register" for record in runs.rounds()):
+            return
+        for child in victim.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                registered = (runs.path / "rounds.jsonl").stat().st_mtime
+                # A process that was started before the round is one that has answered the registration already.
+                if child.create_time() > registered and any("flwr-clientapp" in part for part in child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
+                    killed.append(child.pid)
+
+    config = SMALL | {"strategy": "fedavg", "run-name": "killed", "runs-dir": str(cluster.settings.runs_dir)}
+    outcome = cluster.run(config | {"min-clients": 2, "round-timeout": 20.0}, watch=kill_once)
+    assert outcome.completed, outcome.log.read_text()
+    assert killed
+    first = next(record for record in runs.rounds() if record["phase"] == "train")
+    assert first["clients"]["rome"]["status"] in ("late", "failed")
+    assert first["settled"]["merged"] == 2
+    assert {"berlin", "paris"} <= set(json.loads((runs.path / "summary.json").read_text())["clients"])
+
+
+def test_an_unregistered_key_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:
+    private, _ = make_client_key(tmp_path, "stranger")
+    refused = cluster.start_supernode(0, private, name="stranger")
+    log = cluster.directory / "logs" / "stranger.log"
+    deadline = time.monotonic() + 60
+    while refused.find() is not None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert refused.find() is None
+    assert "Failed to activate SuperNode" in log.read_text()
+
+
+def test_a_registered_node_cannot_use_another_clients_id(cluster: LocalCluster, tmp_path: Path) -> None:
+    """The key is registered as 'tokyo'; its SuperNode says it is 'berlin'."""
+    private, public = make_client_key(tmp_path, "tokyo")
+    cluster.flwr("supernode", "register", str(public), "fedalloy", "--name", "tokyo")
+    impostor = cluster.start_supernode(0, private, name="tokyo")
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            listed = json.loads(cluster.flwr("supernode", "list", "fedalloy", "--format", "json"))["nodes"]
+            if sum(node["status"] == "online" for node in listed) == 4:
+                break
+            time.sleep(0.3)
+        start(cluster, "impostor", strategy="local", num_server_rounds=1)
+    finally:
+        cluster.stop_process(impostor)
+    record = RunDirectory(cluster.settings.runs_dir / "impostor").rounds()[0]
+    refused = [client for client in record["clients"].values() if client["status"] == "rejected"]
+    assert len(refused) == 1
+    assert "claims client-id 'berlin', but its key is registered as 'tokyo'" in refused[0]["reason"]
+    assert record["clients"]["berlin"]["status"] == "ok"
+
+
+def test_a_second_cluster_in_the_same_folder_is_refused(cluster: LocalCluster) -> None:
+    with pytest.raises(ClusterError, match="a cluster is running from"):
+        LocalCluster(cluster.directory, cluster.settings).up()
+
+
+def test_an_unknown_key_never_starts(cluster: LocalCluster) -> None:
+    with pytest.raises(ClusterError, match="Invalid run configuration"):
+        cluster.run({"fedmerge.model": 3})
+
+
+def test_ctrl_c_in_the_demo_stops_everything_and_leaves_a_valid_run(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    before = {process.pid for process in psutil.process_iter()}
+    command = [BIN / "fedalloy", "demo", "--clients", "2", "--strategies", "fedavg", "--runs-dir", str(runs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
+        directory = RunDirectory(runs / "demo-fedavg")
+        deadline = time.monotonic() + 180
+        while not directory.rounds():
+            assert demo.poll() is None, demo.stdout and demo.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        family = psutil.Process(demo.pid).children(recursive=True)
+        ports = {c.laddr.port for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        assert len(ports) >= 4  # Fleet, control, and one for each SuperNode
+        demo.send_signal(signal.SIGINT)
+        output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, output
+    assert "interrupted" in output
+    left = [process for process in psutil.process_iter(["pid", "cmdline"]) if process.info["pid"] not in before]
+    assert not [p for p in left if any("flower-" in part or "flwr-" in part for part in p.info["cmdline"] or ())]
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert directory.rounds()[0]["phase"] == "register"
+    assert "strategy" in (directory.path / "config.toml").read_text()
+
+
+def test_flowers_simulation_engine_runs_the_same_app_with_20_clients(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the simulation extra)")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.toml").write_text('[superlink]\ndefault = "local"\n[superlink.local]\naddress = ":local:"\n')
+    environment = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    config = (
+        f"min-clients=20 num-server-rounds=1 strategy='fedmerge' local-steps=3 run-name='sim' runs-dir='{tmp_path}'"
+    )
+    federation = "num-supernodes=20 client-resources-num-cpus=1"
+    try:
+        shown = subprocess.run(
+            ["flwr", "run", str(app_directory()), "local", "--stream", "--federation-config", federation, "--run-config", config],
+            env=environment, capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if str(home) in " ".join(process.info["cmdline"] or ()):
+                process.terminate()  # Flower leaves its simulation SuperLink running
+    found = json.loads((tmp_path / "sim" / "summary.json").read_text())
+    assert len(found["clients"]) == 20, shown.stdout
+    assert found["bytes"]["up"]["wire"] is None
+    assert found["bytes"]["up"]["tensor"] > 0
