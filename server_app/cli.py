@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,18 +162,14 @@ def parse_run_config(text: str) -> dict[str, Any]:
     Raises:
         OptionError: a pair is not valid.
     """
-    from click import ClickException
-    from flwr.common.config import parse_config_args
-
     from strategies.options import OptionError
 
-    # Flower's reader passes over what it does not understand.
-    left = re.sub(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""", "", text).strip()
+    pair = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")
     try:
-        if left:
+        if left := pair.sub("", text).strip():  # Flower's own reader passes over what it does not understand
             raise ValueError(f"{left!r} is not a key=value pair")
-        return dict(parse_config_args([text])) if text.strip() else {}
-    except (ClickException, ValueError) as error:
+        return tomllib.loads("\n".join(f'"{key}" = {value}' for key, value in pair.findall(text)))
+    except ValueError as error:
         raise OptionError(f"cannot read {text!r}: {error}; expected pairs like \"strategy='fedavg' seed=1\"") from None
 
 

@@ -49,6 +49,10 @@ class _Burst:
     change: Change = (0, 0, 0, 0, 0, 0)
     last_change: float = 0.0
 
+    def is_over(self, now: float) -> bool:
+        """Whether it has been quiet for long enough; a new connection may take its time to say the first byte."""
+        return now - self.last_change >= GAP and not (self.setup and self.change[0] == 0)
+
 
 @dataclass
 class _Watched:
@@ -238,7 +242,7 @@ class FleetSampler:
                     self._changed(key, watched, change, now)
                     watched.connection = connection
                     watched.seen.append((now, connection))
-                elif watched.burst is not None and now - watched.burst.last_change >= GAP:
+                elif watched.burst is not None and watched.burst.is_over(now):
                     self._end_burst(key)
             for key in [key for key in self._watched if key not in current]:
                 self._end_burst(key)
@@ -249,7 +253,7 @@ class FleetSampler:
             self.ledger.server_reading(self._round, client, "gone", [connection], unix_time=when)
 
     def _changed(self, key: Key, watched: _Watched, change: Change, now: float, *, setup: bool = False) -> None:
-        if watched.burst is not None and now - watched.burst.last_change >= GAP:
+        if watched.burst is not None and watched.burst.is_over(now):
             self._end_burst(key)
         if watched.burst is None:
             watched.burst = _Burst(not self._is_under_way(key), setup, watched.exchange)
@@ -284,12 +288,22 @@ class FleetSampler:
         return any(name == client or name not in known for name in self._under_way)
 
     def _arrival(self, end: report_pb2.ConnectionReading) -> _Moment | None:
-        """The sample in which this end had received exactly what the client had sent when it took its reading."""
+        """The sample in which this end had received and sent exactly what the client had sent and received.
+
+        If none fell into that moment: the first in which everything from the client was there.
+        """
         arrived = end.bytes_sent - end.bytes_retransmitted
         for key, watched in self._watched.items():
             if key[:2] == (end.local_address, end.local_port):
-                found = next((seen for seen in watched.seen if seen[1].bytes_received >= arrived), None)
-                return None if found is None else _Moment(found[0], [found[1]])
+                near = [look for look in watched.seen if look[1].bytes_received >= arrived]
+                same = (arrived, end.bytes_received)
+                exact = [
+                    (when, seen)
+                    for when, seen in near
+                    if (seen.bytes_received, seen.bytes_sent - seen.bytes_retransmitted) == same
+                ]
+                for when, seen in exact or near:
+                    return _Moment(when, [seen])
         return None
 
     def _write_activity(self) -> None:

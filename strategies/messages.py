@@ -21,6 +21,7 @@ CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Client ids, run names and slot names become folder names."""
 MAX_NUMBER = 1e9
 """No trained adapter comes near; products of larger numbers would overflow in a merge and take the server down."""
+MAX_INTEGER = 2**63 - 1
 _MAX_ERROR = 2000
 
 
@@ -125,7 +126,7 @@ def read_registration(reply: Message, node_id: int | None = None) -> tuple[repor
             )
     except (RecordError, LayoutError) as error:
         raise BadAnswerError(f"{node} sent a registration that is not valid: {error}") from None
-    _require_finite(f"client {registration.client_id!r} ({node})", registration)
+    _require_sane(f"client {registration.client_id!r} ({node})", registration)
     return registration, layout
 
 
@@ -141,7 +142,7 @@ def read_counters(reply: Message) -> report_pb2.Counters:
         counters = unpack(reply.content, "counters", report_pb2.Counters)[0]
     except RecordError as error:
         raise BadAnswerError(f"{node}: {error}") from None
-    _require_finite(node, counters)
+    _require_sane(node, counters)
     return counters
 
 
@@ -168,7 +169,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
         raise BadAnswerError(f"{who} reports the steps {kinds}, expected {wanted_kinds}")
     for index, (step, result) in enumerate(zip(plan.steps, report.results, strict=True)):
         _require_same_step(f"{who}, step {index}", step, result)
-    _require_finite(who, report)
+    _require_sane(who, report)
     if set(blobs) != set(dispatch.expected):
         raise BadAnswerError(f"{who} sent the slots {sorted(blobs)}, expected {sorted(dispatch.expected)}")
     adapters = {}
@@ -208,14 +209,17 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
             raise BadAnswerError(f"{where} ({kind}): reports {name} {found[:200]!r}, expected {wanted!r}")
 
 
-def _require_finite(who: str, message: ProtoMessage) -> None:
-    for name, number in _floats(message):
+def _require_sane(who: str, message: ProtoMessage) -> None:
+    """No NaN, no infinity, no integer that a database cannot hold (a socket's cookie is a name, not a number)."""
+    for name, number in _numbers(message):
         if not math.isfinite(number):
             raise BadAnswerError(f"{who} reports {name} = {number}, expected a finite number")
+        if number > MAX_INTEGER and isinstance(number, int) and not name.endswith(".cookie"):
+            raise BadAnswerError(f"{who} reports {name} = {number}, expected at most {MAX_INTEGER}")
 
 
-def _floats(message: ProtoMessage, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every floating-point number in a message with its path, like ``results[1].train.mean_loss``."""
+def _numbers(message: ProtoMessage, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a message with its path, like ``results[1].train.mean_loss``."""
     for field, value in message.ListFields():
         items: list[tuple[str, object]]
         if isinstance(value, Mapping):
@@ -226,6 +230,6 @@ def _floats(message: ProtoMessage, path: str = "") -> Iterator[tuple[str, float]
             items = [(f"{path}{field.name}", value)]
         for name, item in items:
             if isinstance(item, ProtoMessage):
-                yield from _floats(item, f"{name}.")
-            elif isinstance(item, float):
+                yield from _numbers(item, f"{name}.")
+            elif isinstance(item, float | int):
                 yield name, item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from client_app.data import Base
@@ -232,7 +234,9 @@ def test_another_recipe_is_another_model(tmp_path: Path) -> None:
     assert same(numbers(first), numbers(vit.load_or_pretrain(QUICK, tmp_path, must_not_train)))
 
 
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "alien", "file", "no-record", "record-of-another"])
+@pytest.mark.parametrize(
+    "damage", ["torn", "flipped", "empty", "alien", "file", "no-record", "record-of-another", "other-names"]
+)
 def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     good = numbers(vit.load_or_pretrain(QUICK, tmp_path, quick_examples))
     (directory,) = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -254,6 +258,10 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
         directory.write_text("not a directory")
     elif damage == "no-record":
         record.unlink()
+    elif damage == "other-names":
+        weights.write_bytes(save({f"old.{name}": tensor for name, tensor in load(content).items()}))
+        changed = json.loads(record.read_text())
+        record.write_text(json.dumps(changed | {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()}))
     else:
         changed = json.loads(record.read_text())
         record.write_text(json.dumps(changed | {"fingerprint": "0" * 64}))

@@ -1,7 +1,8 @@
 """Tiny ViTs that are pre-trained on first use and kept on disk as ordinary transformers directories.
 
 Processes that start together agree by a file lock on who trains; the others wait and load. A directory counts only if
-its recipe is the wanted one and its weights have the recorded hash, so a torn or foreign one is made again.
+its recipe is the wanted one and its weights have the recorded hash and the model's names and shapes; a torn or foreign
+one is made again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,16 +72,17 @@ def load_or_pretrain(recipe: Recipe, cache_dir: Path, examples: Callable[[], tup
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     directory = cache_dir / f"{recipe.name}-{recipe.fingerprint[:16]}"
-    weights = _read_weights(directory, recipe)
+    model = _build(recipe)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights = _read_weights(directory, recipe, shapes)
     if weights is None:
         with _locked(directory.with_name(directory.name + ".lock")):
-            weights = _read_weights(directory, recipe)
+            weights = _read_weights(directory, recipe, shapes)
             if weights is None:
                 _install(_pretrain(recipe, *examples()), recipe, directory)
-                weights = _read_weights(directory, recipe)
+                weights = _read_weights(directory, recipe, shapes)
     if weights is None:
         raise RuntimeError(f"{directory} cannot be read back after it was written")
-    model = _build(recipe)
     model.load_state_dict(weights)
     model.requires_grad_(False).eval()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -159,7 +161,7 @@ def _install(model: nn.Module, recipe: Recipe, directory: Path) -> None:
         _sync(directory.parent)
 
 
-def _read_weights(directory: Path, recipe: Recipe) -> dict[str, Tensor] | None:
+def _read_weights(directory: Path, recipe: Recipe, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:
     try:
         record = json.loads((directory / _RECORD).read_text())
         content = (directory / _WEIGHTS).read_bytes()
@@ -169,7 +171,9 @@ def _read_weights(directory: Path, recipe: Recipe) -> dict[str, Tensor] | None:
         return None
     if record.get("weights") != hashlib.sha256(content).hexdigest():
         return None
-    return load_tensors(content)
+    weights = load_tensors(content)
+    # Another version of transformers may have written it under other names.
+    return weights if {name: tensor.shape for name, tensor in weights.items()} == shapes else None
 
 
 @contextmanager
@@ -185,12 +189,12 @@ def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if enabled:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from namespaces import Namespaces, enter
+from server_app.certificates import make_client_key, make_server_files
+from tests.e2e.namespaces import Namespaces, enter
 
 BINARIES = Path(sys.executable).parent
 CONNECTION = "here"
@@ -27,16 +27,23 @@ class Fleet:
     directory: Path
     tls: bool
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    authority: Path = Path()
+
+    @property
+    def certificates(self) -> Path:
+        """Folder of certificates and keys."""
+        return self.directory / "certificates"
 
     def start_superlink(self) -> None:
         """Start the SuperLink and wait until it answers."""
         trust = ["--insecure"]
         if self.tls:
-            _write_certificates(self.directory, [cable.server_address for cable in self.namespaces.cables])
-            trust = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
-            trust += ["--enable-supernode-auth"]
+            files = make_server_files(self.certificates, [cable.server_address for cable in self.namespaces.cables])
+            trust = ["--ssl-ca-certfile", str(files.authority), "--ssl-certfile", str(files.certificate)]
+            trust += ["--ssl-keyfile", str(files.key), "--enable-supernode-auth"]
+            self.authority = files.authority
         home = self._home("superlink")
-        how = f'root-certificates = "{self.directory}/ca.crt"' if self.tls else "insecure = true"
+        how = f'root-certificates = "{self.authority}"' if self.tls else "insecure = true"
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:8000"\n{how}\n'
         )
@@ -52,11 +59,9 @@ class Fleet:
         cable = self.namespaces.cables[number]
         trust = ["--insecure"]
         if self.tls:
-            key = f"node{number}"
-            if not (self.directory / key).exists():
-                _write_key(self.directory / key)
-                self._persistently("supernode", "register", f"{key}.pub", CONNECTION)
-            trust = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", key]
+            private, public = make_client_key(self.certificates, f"node{number}")
+            self._persistently("supernode", "register", str(public), CONNECTION)
+            trust = ["--root-certificates", str(self.authority), "--auth-supernode-private-key", str(private)]
         command = [
             "flower-supernode",
             *trust,
@@ -67,17 +72,21 @@ class Fleet:
         ]
         self._start(cable.namespace, f"supernode{number}", command)
 
-    def run(self, app: Path, run_config: str, timeout: float = 400) -> str:
-        """``flwr run`` to its end; its output.
+    def submit(self, app: Path, run_config: str) -> None:
+        """``flwr run`` without waiting for the run.
 
         Raises:
-            RuntimeError: the run did not complete; shows the log.
+            RuntimeError: the SuperLink did not take it.
         """
-        ended = self.flwr("run", str(app), CONNECTION, "--stream", "--run-config", run_config, timeout=timeout)
+        started = self.flwr("run", str(app), CONNECTION, "--run-config", run_config)
+        if started.returncode != 0:
+            raise RuntimeError(f"flwr run failed:\n{started.stdout}\n{self.log('superlink')}")
+
+    def status(self) -> str:
+        """The last run's status, for example ``finished:completed``."""
         listed = self.flwr("list", CONNECTION, "--format", "json")
-        if "finished:completed" not in listed.stdout:
-            raise RuntimeError(f"the run did not complete:\n{ended.stdout}\n{listed.stdout}\n{self.log('superlink')}")
-        return ended.stdout
+        found = re.search(r'"status": "([^"]*)"', listed.stdout)
+        return found.group(1) if found else "unknown"
 
     def flwr(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """The ``flwr`` command beside the SuperLink."""

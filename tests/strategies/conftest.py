@@ -1,12 +1,13 @@
 """Small layouts, clients that answer without a model, and a grid in one process.
 
-``FakeNode`` is a second, much smaller reading of ``proto/README.md`` than ``client_app``: it decodes what it is sent, moves
-its slots by a rule that the test gives, and encodes what it is asked for. Tests of the algorithms use ``play`` instead,
-which hands adapters over directly.
+``FakeNode`` is a second, much smaller reading of ``proto/README.md`` than ``client_app``: it decodes what it is sent,
+moves its slots by a rule that the test gives, and encodes what it is asked for. Tests of the algorithms use ``play``
+instead, which hands adapters over directly.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,14 +66,25 @@ def random_adapter(layout: Layout, seed: int, scale: float = 1.0, dtype: torch.d
 
 
 def noise(name: str, round_: int, layout: Layout) -> Adapter:
-    """Numbers that depend on client, round and layout only."""
-    return random_adapter(layout, sum(ord(letter) for letter in name) * 1009 + round_)
+    """Numbers that depend on client, round and the tensor's name only: those of a part are a part of those."""
+    found = Adapter.zeros(layout)
+    for entry, tensor in found.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {round_} {entry.name}".encode()))
+        tensor.copy_(torch.randn(entry.shape, generator=generator))
+    return found
+
+
+def target(name: str, layout: Layout) -> Adapter:
+    """Where the client's training goes: partly where everybody's goes, partly its own way."""
+    return Adapter(layout, noise("everybody", 0, layout).vector + 0.5 * noise(name, 0, layout).vector)
 
 
 def drift(name: str, round_: int, received: Adapter) -> Adapter:
     """A move towards the client's own target with some noise: what training does, as far as a server can see."""
-    target = noise(name, 0, received.layout).vector
-    step = 0.3 * (target - received.vector) + 0.05 * noise(name, round_, received.layout).vector
+    step = (
+        0.3 * (target(name, received.layout).vector - received.vector)
+        + 0.05 * noise(name, round_, received.layout).vector
+    )
     return Adapter(received.layout, received.vector + step)
 
 
@@ -149,7 +161,12 @@ class FakeNode:
             self.slots = dict(self.before)
         self.before, self.last_round = dict(self.slots), plan.round
         report = report_pb2.Report(
-            version=1, run_name=plan.run_name, client_id=self.name, round=plan.round, examples=self.examples, seconds=0.5
+            version=1,
+            run_name=plan.run_name,
+            client_id=self.name,
+            round=plan.round,
+            examples=self.examples,
+            seconds=0.5,
         )
         known = layouts_of_plan(self.layout, plan.steps)
         received = {slot: decode(blob, layouts=known) for slot, blob in blobs.items()}
@@ -179,7 +196,9 @@ class FakeNode:
                 part = layout_of_part(self.layout, step.train.part)
                 moved = self.move(self.name, plan.round, self.slots[slot].part(part))
                 self.slots[slot] = self.slots[slot].with_part(moved)
-                result.train.CopyFrom(report_pb2.TrainResult(steps=1, examples=1, first_loss=2, mean_loss=1.5, last_loss=1))
+                result.train.CopyFrom(
+                    report_pb2.TrainResult(steps=1, examples=1, first_loss=2, mean_loss=1.5, last_loss=1)
+                )
             case "evaluate":
                 (term,) = step.evaluate.mixture.terms
                 result.evaluate.CopyFrom(
@@ -201,16 +220,14 @@ class FakeNode:
                     include_layout=False,
                 )
                 uploads[step.send.slot] = encoded.blob
-                result.send.CopyFrom(
-                    report_pb2.SendResult(slot=step.send.slot, content_digest=encoded.decoded.digest)
-                )
+                result.send.CopyFrom(report_pb2.SendResult(slot=step.send.slot, content_digest=encoded.decoded.digest))
             case kind:
                 raise AssertionError(f"a plan of these strategies has no {kind} step")
         return result
 
     def metrics(self, model: Adapter) -> dict[str, float]:
         """Squared distance to the target of ``drift``, and an "accuracy" that grows as it falls."""
-        loss = float((model.vector - noise(self.name, 0, model.layout).vector).square().mean())
+        loss = float((model.vector - target(self.name, model.layout).vector).square().mean())
         return {"loss": loss, "accuracy": 1 / (1 + loss)}
 
 

@@ -166,7 +166,9 @@ def test_everybody_gets_the_same_and_a_lossy_uplink_is_relative_to_it() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(OptionError, match=r"fedavg\.space = 'deltas' \(did you mean 'delta'\?\), expected one of factor"):
+    with pytest.raises(
+        OptionError, match=r"fedavg\.space = 'deltas' \(did you mean 'delta'\?\), expected one of factor"
+    ):
         FedAvgOptions("deltas")
     with pytest.raises(LayoutError, match="rank 2 for 'q_proj', expected 4"):
         average([Adapter.zeros(LAYOUT), Adapter.zeros(layout_of(rank=2))], [1, 1])

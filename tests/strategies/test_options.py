@@ -22,7 +22,7 @@ OPTIONS: list[tuple[type[Any], str]] = [
 OTHER: dict[str, Any] = {
     "schedule": "cosine", "evaluate-split": "validation", "uplink-encoding": "int8", "downlink-encoding": "bf16",
     "fedavg.space": "delta", "fedmerge.variant": "factors", "fedmerge.w-step": "adam", "fedmerge.theta-norm": "none",
-    "fedmerge.init": "cluster", "fedmerge.w-layers": "head.*,*.B",
+    "fedmerge.init": "jitter", "fedmerge.w-layers": "head.*,*.B",
 }  # fmt: skip
 """A valid value that is not the default, for every key of text."""
 
@@ -59,7 +59,11 @@ def test_every_key_is_kebab_case_and_arrives_in_its_field(kind: type[Any], prefi
 def test_a_strategy_is_built_from_run_config(name: str) -> None:
     keys = STRATEGIES[name].option_keys()
     assert all(key.startswith(f"{name}.") for key in keys)
-    config = {key: another(key, default) for key, default in keys.items()} | {"strategy": name, "seed": 9, "local-steps": 7}
+    config = {key: another(key, default) for key, default in keys.items()} | {
+        "strategy": name,
+        "seed": 9,
+        "local-steps": 7,
+    }
     strategy = strategy_from_run_config(config)
     assert type(strategy) is STRATEGIES[name]
     assert (strategy.seed, strategy.training.local_steps) == (9, 7)
@@ -101,7 +105,7 @@ def test_an_unknown_key_that_is_near_to_nothing_lists_the_known_ones() -> None:
     require_known({"local-steps": 2}, ["local-steps", "batch-size"])
 
 
-WRONG = [
+WRONG: list[tuple[dict[str, Any], str]] = [
     # wrong types; a bool is not an int, an int is a float, and nothing else converts
     ({"local-steps": True}, "local-steps = True is bool, expected int"),
     ({"local-steps": 5.0}, "local-steps = 5.0 is float, expected int"),
@@ -139,7 +143,10 @@ WRONG = [
     ({"fedmerge.jitter": float("inf")}, "fedmerge.jitter = inf, expected"),
     ({"fedmerge.cluster-temperature": 0.0}, "fedmerge.cluster-temperature = 0.0, expected .*at least 1e-06"),
     # choices
-    ({"schedule": "cosin"}, r"schedule = 'cosin' \(did you mean 'cosine'\?\), expected one of constant, linear, cosine"),
+    (
+        {"schedule": "cosin"},
+        r"schedule = 'cosin' \(did you mean 'cosine'\?\), expected one of constant, linear, cosine",
+    ),
     ({"evaluate-split": "train"}, "evaluate-split = 'train', expected one of validation, test"),
     ({"uplink-encoding": "fp64"}, r"uplink-encoding = 'fp64' \(did you mean 'fp16'\?\), expected one of fp32, fp16"),
     ({"downlink-encoding": ""}, "downlink-encoding = '', expected one of"),
@@ -149,7 +156,7 @@ WRONG = [
     ({"fedmerge.init": "random"}, "fedmerge.init = 'random', expected one of jitter, cluster"),
     ({"strategy": "fedmerg"}, r"strategy = 'fedmerg' \(did you mean 'fedmerge'\?\), expected one of local, fedavg"),
     ({"strategy": 3}, "strategy = '3', expected one of local, fedavg, fedmerge"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("config", "message"), WRONG, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(WRONG)])

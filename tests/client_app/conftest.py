@@ -1,0 +1,11 @@
+"""One thread: test processes share two cores, and sums are compared bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
