@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -149,7 +150,9 @@ class PersonalModel:
             target_modules=list(layout.lora_modules),
             lora_dropout=self.dropout,
         )
-        inject_adapter_in_model(config, self.module, adapter_name=slot)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point here
+            inject_adapter_in_model(config, self.module, adapter_name=slot)
         self._loaded[slot] = layout
         for key, differences in self._differences.items():
             differences.by_slot[slot] = nn.Parameter(torch.zeros_like(self.heads[key], device=self.device))

@@ -22,7 +22,8 @@ Tables (times are seconds since the epoch, bytes are bytes):
   ``poll`` (the SuperNode was idle) or ``heartbeat`` (it was busy with a message, and then does not poll).
 
 Every call commits (write-ahead log, no fsync per commit), so a kill at any moment leaves a readable ledger; one writer,
-any number of readers. The mathematics is in :mod:`server_app.accounts`.
+any number of readers. The arithmetic is in :mod:`server_app.links` and
+:mod:`server_app.accounts`.
 """
 
 from __future__ import annotations

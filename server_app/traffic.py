@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from server_app.accounts import OTHER, Accounts, ClientRound
-from server_app.ledger import Ledger, LedgerError
+from server_app.accounts import Accounts, ClientRound
+from server_app.ledger import Ledger
+from server_app.links import OTHER
 
 
 def print_traffic(run_dir: Path, console: Console) -> None:
@@ -17,11 +18,8 @@ def print_traffic(run_dir: Path, console: Console) -> None:
     Raises:
         LedgerError: the folder has no readable ledger; names it.
     """
-    try:
-        with Ledger(run_dir / "ledger.sqlite", read_only=True) as ledger:
-            accounts, name = ledger.accounts(), ledger.run_name
-    except LedgerError:
-        raise
+    with Ledger(run_dir / "ledger.sqlite", read_only=True) as ledger:
+        accounts, name = ledger.accounts(), ledger.run_name
     rows = accounts.rows()
     console.print(f"[bold]Traffic of run {name}[/bold] (bytes)", highlight=False)
     if not rows:

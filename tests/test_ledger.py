@@ -23,10 +23,11 @@ from rich.console import Console
 from client_app.wire import Connection
 from proto.fedalloy.v1 import report_pb2
 from server_app import fleet_sampler
-from server_app.accounts import CATEGORIES, OTHER
+from server_app.accounts import CATEGORIES
 from server_app.fleet_sampler import FleetSampler
 from server_app.flower_calls import BundleCost, bundle_size, extra_frames, message_bytes, message_cost
 from server_app.ledger import Ledger, LedgerError
+from server_app.links import OTHER
 from server_app.traffic import print_traffic
 
 ROOT = Path(__file__).parents[1]
