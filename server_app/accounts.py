@@ -2,13 +2,17 @@
 
 Bytes per round come from the connections of :mod:`server_app.links`.
 
-Reconciliation: every category is obtained without looking at the total. Headers, acknowledgements and retransmissions
-are counters of their own; polling, heartbeats, pings and connection setup are what the counters did while no message
-was under way; tensors, message framing, Flower's control messages and the bundle are serialised sizes. A gRPC call's
-overhead (HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured cost of the lone
-polls of this run, less their protobuf, and so are the pings that gRPC sends along when calls begin after a pause. Only
-for DATA frames beyond a call's first there is a formula: 9 bytes, with TLS 22 more. ``unexplained`` is the counter
-minus all of these; nothing is scaled to fit.
+Reconciliation: every category is obtained without looking at the total, and ``unexplained`` is the counter minus all of
+them; nothing is scaled to fit, and it may be negative.
+
+* Headers, acknowledgements and retransmissions are counters of their own.
+* Polling, heartbeats, pings and connection setup are what the counters did while no message was under way, and in
+  small lone jumps meanwhile. Larger jumps are never taken for these.
+* Tensors, message framing, Flower's control messages and the bundle are serialised sizes.
+* A gRPC call's overhead (HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured cost
+  of the lone polls of this run, less their protobuf; so are the pings that gRPC sends along when calls begin after a
+  pause. How many calls a message makes, and that a poll follows each answer at once, is known from Flower's source.
+* Only for DATA frames beyond a call's first there is a formula: 9 bytes, with TLS 22 more.
 """
 
 from __future__ import annotations

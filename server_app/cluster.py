@@ -341,12 +341,11 @@ def _end(processes: Sequence[Process]) -> int:
             family += [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             continue
-    for process in family:
-        _quietly(process.terminate)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for process in alive:
-        _quietly(process.kill)
-    psutil.wait_procs(alive, timeout=5)
+    for member in family:
+        _quietly(member.terminate)
+    for member in psutil.wait_procs(family, timeout=5)[1]:
+        _quietly(member.kill)
+    psutil.wait_procs(family, timeout=5)
     return len(family)
 
 
@@ -392,7 +391,7 @@ def _is_local(host: str) -> bool:
 def _holder(port: int) -> str:
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1:] == (port,) and connection.pid:
                 return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
     except psutil.Error:
         pass

@@ -27,6 +27,8 @@ Change = tuple[int, int, int, int, int, int]  # up, down, segments in, segments 
 GAP = 0.25
 # A lone poll or heartbeat is about 600 bytes up (mostly the SuperNode's key and signature) and 90 down, with its pings.
 LONE_CALL_UP, LONE_CALL_DOWN = (300, 1000), 300
+# A TLS handshake, gRPC's settings, activation and the first poll are about 4,100 bytes up and 3,000 down.
+MAX_SETUP = 8000
 MAX_CPU = 0.015
 REMEMBERED = 600
 
@@ -270,7 +272,15 @@ class FleetSampler:
         pings = max(up, down) < LONE_CALL_UP[0]
         lone_call = LONE_CALL_UP[0] <= up <= LONE_CALL_UP[1] and down <= LONE_CALL_DOWN and data_in > 0 and data_out > 0
         at_rest = burst.started_idle and not self._is_under_way(key)
-        kind = "setup" if burst.setup else "ping" if pings else "idle" if lone_call or at_rest else "burst"
+        # Whatever is larger than what it is taken for (an answer after its deadline, a message on a new connection)
+        # must not hide among the polls.
+        few_calls = up <= 2 * LONE_CALL_UP[1] and down <= 2 * LONE_CALL_DOWN
+        if burst.setup and max(up, down) <= MAX_SETUP:
+            kind = "setup"
+        elif pings and not burst.setup:
+            kind = "ping"
+        else:
+            kind = "idle" if not burst.setup and (lone_call or (at_rest and few_calls)) else "burst"
         row = self._activity[watched.round, key, kind]
         for position, value in enumerate((1, *burst.change)):
             row[position] += value

@@ -534,6 +534,30 @@ def test_sampler_tells_polls_from_messages(ledger: Ledger, kernel: Kernel) -> No
     assert sum(activity(ledger, "down").values()) == last.bytes_sent - 9000
 
 
+def test_an_answer_after_its_deadline_does_not_hide_among_the_polls(ledger: Ledger, kernel: Kernel) -> None:
+    kernel.sockets[5] = at_server(0, 0)
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    sampler.push(1, "berlin", "train")
+    kernel.traffic(sampler, 5, 5000, 100_000)
+    sampler.reply(1, "berlin", "train")  # the round went on without it
+    kernel.traffic(sampler, 5, 100_000, 1000)
+    kernel.traffic(sampler, 5, 1190, 172)  # a poll and a heartbeat together
+    sampler.stop()
+    assert activity(ledger) == {"burst": 105_000, "idle": 1190}
+
+
+def test_a_message_on_a_new_connection_is_not_its_setup(ledger: Ledger, kernel: Kernel) -> None:
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    kernel.sockets[5] = at_server(0, 0)
+    with sampler._look():
+        pass
+    kernel.traffic(sampler, 5, 50_000, 3000)
+    sampler.stop()
+    assert activity(ledger) == {"burst": 50_000}
+
+
 def test_sampler_finds_the_moment_of_the_clients_reading(ledger: Ledger, kernel: Kernel) -> None:
     kernel.sockets[5] = at_server(0, 0)
     sampler = FleetSampler(ledger, port=9092)

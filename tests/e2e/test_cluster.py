@@ -196,11 +196,10 @@ def test_flowers_simulation_engine_runs_the_same_app_with_20_clients(tmp_path: P
         f"min-clients=20 num-server-rounds=1 strategy='fedmerge' local-steps=3 run-name='sim' runs-dir='{tmp_path}'"
     )
     federation = "num-supernodes=20 client-resources-num-cpus=1"
+    command = ["flwr", "run", str(app_directory()), "local", "--stream"]
+    command += ["--federation-config", federation, "--run-config", config]
     try:
-        shown = subprocess.run(
-            ["flwr", "run", str(app_directory()), "local", "--stream", "--federation-config", federation, "--run-config", config],
-            env=environment, capture_output=True, text=True, timeout=300, check=True,
-        )  # fmt: skip
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
     finally:
         for process in psutil.process_iter(["cmdline"]):
             if str(home) in " ".join(process.info["cmdline"] or ()):

@@ -139,7 +139,9 @@ def test_5_with_equal_logits_all_models_move_by_the_same_vector() -> None:
 @pytest.mark.parametrize(("models", "modules", "d_in"), [(2, 1, 3), (3, 2, 6), (5, 3, 31), (7, 2, 201)])
 def test_6_identical_models_stay_identical_and_are_fedavg(models: int, modules: int, d_in: int, w_step: str) -> None:
     layout = layout_of(modules=[f"m{index}" for index in range(modules)], d_in=d_in, d_out=d_in + 2)
-    strategy = FedMerge(FedMergeOptions(models=models, init="jitter", lr_w=0.05, jitter=0.0, w_step=w_step, variant="factors"), seed=3)
+    strategy = FedMerge(
+        FedMergeOptions(models=models, init="jitter", lr_w=0.05, jitter=0.0, w_step=w_step, variant="factors"), seed=3
+    )
     average = FedAvg(seed=3)
     names = [f"c{index}" for index in range(12)]  # so many that a product of matrices rounds equal rows differently
     for count, name in enumerate(names, start=3):
