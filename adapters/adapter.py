@@ -79,7 +79,7 @@ class Adapter:
         if layout is self.layout:
             return self.clone()
         if not self.layout.contains(layout):
-            raise LayoutError(f"not a part of this adapter: {self.layout.describe_difference(layout)}")
+            raise LayoutError(f"not a part of this adapter: {self.layout.describe_difference(layout, part=True)}")
         pieces = [self.vector[self.layout.slice_of(entry.name)] for entry in layout.entries]
         return Adapter(layout, torch.cat(pieces))
 
@@ -90,16 +90,18 @@ class Adapter:
             LayoutError: ``part``'s layout is not contained in this adapter's.
         """
         if not self.layout.contains(part.layout):
-            raise LayoutError(f"not a part of this adapter: {self.layout.describe_difference(part.layout)}")
+            raise LayoutError(f"not a part of this adapter: {self.layout.describe_difference(part.layout, part=True)}")
         vector = self.vector.clone()
         for entry, tensor in part.items():
             vector[self.layout.slice_of(entry.name)] = tensor.reshape(-1).to(vector.dtype)
         return Adapter(self.layout, vector)
 
     @classmethod
-    def zeros(cls, layout: Layout, dtype: torch.dtype = torch.float32) -> Adapter:
+    def zeros(
+        cls, layout: Layout, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Adapter:
         """The adapter whose every number is zero."""
-        return cls(layout, torch.zeros(layout.size, dtype=dtype))
+        return cls(layout, torch.zeros(layout.size, dtype=dtype, device=device))
 
     @classmethod
     def initial(cls, layout: Layout, seed: int) -> Adapter:
@@ -123,9 +125,11 @@ def stack_vectors(adapters: Iterable[Adapter]) -> Tensor:
     """The matrix ``[N, P]`` of N adapters of one layout.
 
     Raises:
-        LayoutError: the layouts differ (says where).
+        LayoutError: the layouts differ (says where), or there is no adapter.
     """
     found = list(adapters)
+    if not found:
+        raise LayoutError("got no adapters, expected at least one")
     for other in found[1:]:
         require_same_layout(found[0].layout, other.layout)
     return torch.stack([adapter.vector for adapter in found])

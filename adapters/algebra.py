@@ -30,18 +30,28 @@ def coefficient_of(coefficient: Coefficient, module: str) -> float:
     """The coefficient of one module.
 
     Raises:
-        LayoutError: a per-module coefficient does not name this module.
+        LayoutError: a per-module coefficient does not name this module, or it is NaN or infinite.
     """
-    if not isinstance(coefficient, Mapping):
-        return float(coefficient)
-    if module not in coefficient:
-        raise LayoutError(f"no coefficient for module {module!r}; given for {', '.join(sorted(coefficient)) or 'none'}")
-    return float(coefficient[module])
+    if isinstance(coefficient, Mapping):
+        if module not in coefficient:
+            given = ", ".join(sorted(coefficient)) or "none"
+            raise LayoutError(f"no coefficient for module {module!r}; given for {given}")
+        coefficient = coefficient[module]
+    if not math.isfinite(coefficient):
+        raise LayoutError(f"coefficient {coefficient} for module {module!r}, expected a finite number")
+    return float(coefficient)
 
 
-def folded(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
-    """``(A [r, d_in], s B [d_out, r])``: the one place where the scaling meets a factor."""
-    return adapter[module, Factor.A], adapter.layout.scalings[module] * adapter[module, Factor.B]
+def folded(adapter: Adapter, module: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``(A [r, d_in], s B [d_out, r])``, in ``dtype`` if given: the one place where the scaling meets a factor.
+
+    Raises:
+        LayoutError: the adapter has only one of the module's two factors, hence no delta.
+    """
+    if not all(f"{module}.{factor}" in adapter.layout.by_name for factor in (Factor.A, Factor.B)):
+        raise LayoutError(f"module {module!r} has one LoRA factor; a delta needs both")
+    a, b = (adapter[module, factor].to(dtype or adapter.vector.dtype) for factor in (Factor.A, Factor.B))
+    return a, adapter.layout.scalings[module] * b
 
 
 def combine_factors(adapters: Sequence[Adapter], weights: Tensor) -> Tensor:
@@ -64,9 +74,9 @@ def weighted_sum(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient
     _require_counts(adapters, coefficients)
     layout = adapters[0].layout
     if all(not isinstance(coefficient, Mapping) for coefficient in coefficients):
-        weights = torch.tensor([[float(c) for c in coefficients]], dtype=torch.float64)  # type: ignore[arg-type]
+        weights = torch.tensor([[coefficient_of(c, "*") for c in coefficients]], dtype=torch.float64)
         return Adapter(layout, combine_factors(adapters, weights)[0])
-    total = Adapter.zeros(layout, adapters[0].vector.dtype)
+    total = Adapter.zeros(layout, adapters[0].vector.dtype, adapters[0].vector.device)
     for adapter, coefficient in zip(adapters, coefficients, strict=True):
         require_same_layout(layout, adapter.layout)
         for entry, tensor in total.items():
@@ -81,15 +91,13 @@ def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> A
     adapters; modules, input and output sizes may not.
 
     Raises:
-        LayoutError: base models or modules differ, counts differ, or a per-module coefficient is missing.
+        LayoutError: base models, modules or sizes differ, counts differ, a module has only one of its factors, or a
+            per-module coefficient is missing.
     """
     _require_counts(adapters, coefficients)
     first = adapters[0].layout
     for other in adapters[1:]:
-        if other.layout.base_fingerprint != first.base_fingerprint:
-            raise LayoutError(f"found {first.describe_difference(other.layout)}")
-        if {entry.name for entry in other.layout.entries} != {entry.name for entry in first.entries}:
-            raise LayoutError(f"cannot stack: found {first.describe_difference(other.layout)}")
+        _require_same_tensors(first, other.layout)
     entries: list[Entry] = []
     pieces: list[Tensor] = []
     for entry in first.entries:
@@ -122,11 +130,10 @@ def truncate(adapter: Adapter, layout: Layout) -> Adapter:
     exceeds the adapter's, the rest is zero. Signs and rotations of an SVD are arbitrary: reset optimiser moments.
 
     Raises:
-        LayoutError: ``layout`` has other modules or sizes.
+        LayoutError: ``layout`` has another base model, other modules or other sizes.
     """
-    result = Adapter.zeros(layout, adapter.vector.dtype)
-    if {entry.name for entry in layout.entries} != set(adapter.layout.by_name):
-        raise LayoutError(f"cannot truncate: found {layout.describe_difference(adapter.layout)}")
+    _require_same_tensors(layout, adapter.layout)
+    result = Adapter.zeros(layout, adapter.vector.dtype, adapter.vector.device)
     for entry, tensor in result.items():
         if not entry.factor.is_lora:
             tensor.copy_(adapter[entry.module, entry.factor])
@@ -146,18 +153,19 @@ def inner(first: Adapter, second: Adapter) -> float:
     """``<Delta_1, Delta_2>`` in delta space (Frobenius), weight and bias entries included; ranks may differ.
 
     ``tr(A_1^T B_1^T B_2 A_2) = sum((B_1^T B_2) * (A_1 A_2^T))``: two ``r_1 x r_2`` Gram matrices, in float64.
+
+    Raises:
+        LayoutError: base models, modules or sizes differ.
     """
-    if set(first.layout.by_name) != set(second.layout.by_name):
-        raise LayoutError(f"found {first.layout.describe_difference(second.layout)}")
+    _require_same_tensors(first.layout, second.layout)
     total = 0.0
     for entry in first.layout.entries:
         if not entry.factor.is_lora:
             left = first[entry.module, entry.factor].double()
             total += float((left * second[entry.module, entry.factor].double()).sum())
     for module in first.layout.lora_modules:
-        (a_1, b_1), (a_2, b_2) = folded(first, module), folded(second, module)
-        gram_b = b_1.double().T @ b_2.double()
-        total += float((gram_b * (a_1.double() @ a_2.double().T)).sum())
+        (a_1, b_1), (a_2, b_2) = (folded(adapter, module, torch.float64) for adapter in (first, second))
+        total += float(((b_1.T @ b_2) * (a_1 @ a_2.T)).sum())
     return total
 
 
@@ -166,7 +174,7 @@ def gram(adapters: Sequence[Adapter]) -> Tensor:
     result = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for i, first in enumerate(adapters):
         for j, second in enumerate(adapters[: i + 1]):
-            result[i, j] = result[j, i] = inner(first, second)
+            result[i, j] = result[j, i] = inner(second, first)
     return result
 
 
@@ -191,6 +199,23 @@ def distance(first: Adapter, second: Adapter) -> float:
         core = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T
         total += float(core.square().sum())
     return math.sqrt(total)
+
+
+def _require_same_tensors(expected: Layout, found: Layout) -> None:
+    """Raise LayoutError, naming the first difference, unless only ranks, scalings and the order of tensors differ."""
+    if found.base_fingerprint != expected.base_fingerprint:
+        raise LayoutError(f"found {expected.describe_difference(found)}")
+    for name, entry in expected.by_name.items():
+        other = found.by_name.get(name)
+        if other is None:
+            raise LayoutError(f"found no tensor {name!r}, expected one of shape {entry.shape}")
+        rank_axis = {Factor.A: 0, Factor.B: 1}.get(entry.factor)
+        sizes, expected_sizes = ([n for axis, n in enumerate(e.shape) if axis != rank_axis] for e in (other, entry))
+        if sizes != expected_sizes:
+            raise LayoutError(f"found shape {other.shape} for {name!r}, expected {entry.shape}")
+    for name in found.by_name:
+        if name not in expected.by_name:
+            raise LayoutError(f"found unknown tensor {name!r}")
 
 
 def _require_counts(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> None:

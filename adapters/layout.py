@@ -192,13 +192,15 @@ class Layout:
             and all(self.scalings.get(module) == scaling for module, scaling in part.scalings.items())
         )
 
-    def describe_difference(self, other: Layout) -> str:
-        """One line naming the first difference: ``expected`` is this layout, ``found`` the other."""
+    def describe_difference(self, other: Layout, part: bool = False) -> str:
+        """One line naming the first difference: ``expected`` is this layout, ``found`` the other.
+
+        With ``part``, the other need only be contained in this one: what it lacks is no difference.
+        """
         if self.base_fingerprint != other.base_fingerprint:
-            return (
-                f"base model {other.base_fingerprint[:12]}, expected {self.base_fingerprint[:12]} "
-                "(fingerprints of the frozen model)"
-            )
+            alike = self.base_fingerprint[:12] == other.base_fingerprint[:12]
+            found, expected = (base[: None if alike else 12] for base in (other.base_fingerprint, self.base_fingerprint))
+            return f"base model {found}, expected {expected} (fingerprints of the frozen model)"
         for module, rank in self.ranks.items():
             if other.ranks.get(module, rank) != rank:
                 return f"rank {other.ranks[module]} for {module!r}, expected {rank}"
@@ -207,12 +209,16 @@ class Layout:
                 return f"scaling {other.scalings[module]} for {module!r}, expected {scaling}"
         for name, entry in self.by_name.items():
             if name not in other.by_name:
+                if part:
+                    continue
                 return f"no tensor {name!r}, expected one of shape {entry.shape}"
             if other.by_name[name] != entry:
                 return f"shape {other.by_name[name].shape} for {name!r}, expected {entry.shape}"
         extra = [name for name in other.by_name if name not in self.by_name]
         if extra:
             return f"unknown tensor {extra[0]!r}"
+        if part:
+            return "no difference"
         return "the same tensors in another order" if self.digest != other.digest else "no difference"
 
     def to_proto(self) -> adapter_pb2.Layout:
@@ -240,6 +246,9 @@ class Layout:
         scalings = {item.module: item.scaling for item in message.scalings}
         if len(scalings) != len(message.scalings):
             raise LayoutError("a module has two scalings")
+        for item in message.entries:
+            if len(item.shape) > MAX_DIMENSIONS:  # before a Python tuple makes a long list of them ten times larger
+                raise LayoutError(f"a tensor has {len(item.shape)} dimensions, expected 1 to {MAX_DIMENSIONS}")
         entries = tuple(
             Entry(item.module, factor_from_proto(item.factor), tuple(item.shape)) for item in message.entries
         )
@@ -269,7 +278,7 @@ def _validate(layout: Layout) -> None:
                 raise LayoutError(f"{entry.module!r} has rank {ranks[entry.module]} in one factor, {rank} in the other")
     if set(layout.scalings) != set(ranks):
         odd = sorted(set(layout.scalings) ^ set(ranks))[0]
-        raise LayoutError(f"scalings and LoRA modules differ: {odd!r} has only one of them")
+        raise LayoutError(f"scalings and LoRA modules differ: {odd[:MAX_NAME_BYTES]!r} has only one of them")
     for module, scaling in layout.scalings.items():
         if not math.isfinite(scaling) or scaling <= 0:
             raise LayoutError(f"scaling {scaling} for {module!r}, expected a positive number")

@@ -8,12 +8,15 @@ own parameter, so conversions take the base model's heads: ``{"classifier.weight
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -38,7 +41,7 @@ def to_peft_state(adapter: Adapter, base_heads: Mapping[str, Tensor]) -> dict[st
     """
     state = {}
     for entry, tensor in adapter.items():
-        value = tensor.detach().clone()
+        value = tensor.detach().to("cpu", copy=True)
         if not entry.factor.is_lora:
             value += _base_parameter(entry, base_heads)
         state[peft_key(entry)] = value
@@ -109,14 +112,32 @@ def read_peft_directory(folder: Path, layout: Layout, base_heads: Mapping[str, T
     """The adapter in a PEFT directory, checked against ``layout``.
 
     Raises:
-        LayoutError: its tensors are not exactly those of the layout, or its config says another scaling.
+        LayoutError: its tensors are not exactly those of the layout, its config says another scaling, or a file is
+            missing or damaged.
     """
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for module, rank in layout.ranks.items():
-        alpha = config.get("alpha_pattern", {}).get(_exactly(module), config["lora_alpha"])
-        if alpha / rank != layout.scalings[module]:
-            raise LayoutError(f"{module!r} has scaling {alpha / rank}, expected {layout.scalings[module]}")
-    return from_peft_state(load_file(folder / "adapter_model.safetensors"), layout, base_heads)
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+        scalings = {module: _scaling_in(config, module, rank) for module, rank in layout.ranks.items()}
+        path = folder / "adapter_model.safetensors"
+        state = load_file(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error, SafetensorError) as error:
+        raise LayoutError(f"{path} cannot be read: {error!r}") from None
+    for module, scaling in scalings.items():
+        # PEFT keeps alpha, and (scaling * rank) / rank is not always scaling to the last bit.
+        if not math.isclose(scaling, layout.scalings[module], rel_tol=1e-12):
+            raise LayoutError(f"{module!r} has scaling {scaling}, expected {layout.scalings[module]}")
+    return from_peft_state(state, layout, base_heads)
+
+
+def _scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The scaling that PEFT would give a module."""
+    alpha = config["lora_alpha"]
+    for pattern, value in config.get("alpha_pattern", {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _base_parameter(entry: Entry, base_heads: Mapping[str, Tensor]) -> Tensor:
@@ -130,4 +151,4 @@ def _base_parameter(entry: Entry, base_heads: Mapping[str, Tensor]) -> Tensor:
 
 def _exactly(module: str) -> str:
     """PEFT matches patterns as suffixes after a dot; the full name with an anchor is this module alone."""
-    return "^" + module.replace(".", r"\.") + "$"
+    return f"^{re.escape(module)}$"

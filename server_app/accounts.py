@@ -9,8 +9,8 @@ them; nothing is scaled to fit, and it may be negative.
 * Polling, heartbeats, pings and connection setup are what the counters did while no message was under way, and in
   small lone jumps meanwhile. Larger jumps are never taken for these.
 * Tensors, message framing, Flower's control messages and the bundle are serialised sizes.
-* A gRPC call's overhead (HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured cost
-  of the lone polls of this run, less their protobuf; so are the pings that gRPC sends along when calls begin after a
+* A gRPC call's overhead (HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured
+  cost of the lone polls of this run, less their protobuf; so are the pings that gRPC sends when calls begin after a
   pause. How many calls a message makes, and that a poll follows each answer at once, is known from Flower's source.
 * Only for DATA frames beyond a call's first there is a formula: 9 bytes, with TLS 22 more.
 """

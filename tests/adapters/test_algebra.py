@@ -398,3 +398,27 @@ def test_modules_with_one_dimension_of_size_one() -> None:
     assert_close(dense(truncate(adapter, layout)), dense(adapter), 1e-12)
     entry = Entry("v", Factor.A, (2, 1))
     assert adapter.layout.by_name["v.A"] == entry
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_results_lie_where_the_arguments_lie(device: str) -> None:
+    """"meta" has shapes and devices but no numbers: an operation that mixes devices fails there as on a GPU."""
+    found = [Adapter(LAYOUTS[0], random_adapter(LAYOUTS[0], seed).vector.to(device)) for seed in range(2)]
+    for total in (
+        weighted_sum(found, [1.0, 2.0]),
+        weighted_sum(found, [1.0, PER_MODULE[0]]),
+        stack(found, [1.0, PER_MODULE[0]]),
+        truncate(stack(found, [1.0, 2.0]), LAYOUTS[0]),
+    ):
+        assert total.vector.device.type == device
+
+
+@pytest.mark.gpu
+def test_closed_forms_agree_on_gpu_and_cpu() -> None:
+    on_gpu = [Adapter(adapter.layout, adapter.vector.cuda()) for adapter in ADAPTERS]
+    assert torch.allclose(gram(on_gpu), gram(ADAPTERS), rtol=1e-12)
+    assert distance(on_gpu[0], on_gpu[1]) == pytest.approx(distance(ADAPTERS[0], ADAPTERS[1]), rel=1e-12)
+    cut = truncate(stack(on_gpu, PER_MODULE), LAYOUTS[0])
+    assert_close(
+        {name: matrix.cpu() for name, matrix in dense(cut).items()}, dense(truncate(stack(ADAPTERS, PER_MODULE), LAYOUTS[0])), 1e-10
+    )

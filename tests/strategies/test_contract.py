@@ -39,7 +39,7 @@ BUILDS: dict[str, Callable[..., AlloyStrategy]] = {
     "fedavg-delta": lambda **k: STRATEGIES["fedavg"](FedAvgOptions("delta"), **k),
     **{
         f"fedmerge-{variant}": lambda variant=variant, **k: STRATEGIES["fedmerge"](
-            FedMergeOptions(models=3, variant=variant), **k
+            FedMergeOptions(models=3, variant=variant, init="jitter", lr_w=0.05), **k
         )
         for variant in ("frozen-a", "trained-a", "factors")
     },
