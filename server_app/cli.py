@@ -35,7 +35,7 @@ Directory = Annotated[Path, typer.Option("--dir", help="The cluster's own folder
 def demo(
     strategies: Annotated[str, typer.Option(help="Comma-separated.")] = "local,fedavg,fedmerge",
     clients: Annotated[int, typer.Option(min=1, help="How many SuperNodes.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Data, initial adapters and batches.")] = 0,
     runs_dir: RunsDir = Path("runs"),
     set_: Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")] = "",

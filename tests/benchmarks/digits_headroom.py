@@ -26,7 +26,7 @@ from client_app.scenarios import load_scenario
 from client_app.slots import SlotStore
 from client_app.training import set_up_torch
 from proto.fedalloy.v1 import plan_pb2
-from server_app.demo import SCENARIO_CONFIG
+from server_app.demo import ROUNDS, SCENARIO_CONFIG
 from strategies import STRATEGIES, steps
 from strategies.options import read_options
 from strategies.steps import Training
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--json", type=Path)
