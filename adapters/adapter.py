@@ -97,9 +97,7 @@ class Adapter:
         return Adapter(self.layout, vector)
 
     @classmethod
-    def zeros(
-        cls, layout: Layout, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Adapter:
+    def zeros(cls, layout: Layout, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Adapter:
         """The adapter whose every number is zero."""
         return cls(layout, torch.zeros(layout.size, dtype=dtype, device=device))
 

@@ -203,19 +203,9 @@ def distance(first: Adapter, second: Adapter) -> float:
 
 def _require_same_tensors(expected: Layout, found: Layout) -> None:
     """Raise LayoutError, naming the first difference, unless only ranks, scalings and the order of tensors differ."""
-    if found.base_fingerprint != expected.base_fingerprint:
-        raise LayoutError(f"found {expected.describe_difference(found)}")
-    for name, entry in expected.by_name.items():
-        other = found.by_name.get(name)
-        if other is None:
-            raise LayoutError(f"found no tensor {name!r}, expected one of shape {entry.shape}")
-        rank_axis = {Factor.A: 0, Factor.B: 1}.get(entry.factor)
-        sizes, expected_sizes = ([n for axis, n in enumerate(e.shape) if axis != rank_axis] for e in (other, entry))
-        if sizes != expected_sizes:
-            raise LayoutError(f"found shape {other.shape} for {name!r}, expected {entry.shape}")
-    for name in found.by_name:
-        if name not in expected.by_name:
-            raise LayoutError(f"found unknown tensor {name!r}")
+    difference = expected.difference(found, any_rank=True)
+    if difference:
+        raise LayoutError(f"found {difference}")
 
 
 def _require_counts(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> None:

@@ -85,6 +85,11 @@ class Entry:
         return math.prod(self.shape)
 
     @property
+    def rank_axis(self) -> int | None:
+        """The dimension that is the rank, of a LoRA factor."""
+        return {Factor.A: 0, Factor.B: 1}.get(self.factor)
+
+    @property
     def rows(self) -> int:
         """How many rows the entry has, seen as a matrix ``(shape[0], rest)``; a 1-d entry is one row."""
         return self.shape[0] if len(self.shape) > 1 else 1
@@ -192,34 +197,46 @@ class Layout:
             and all(self.scalings.get(module) == scaling for module, scaling in part.scalings.items())
         )
 
-    def describe_difference(self, other: Layout, part: bool = False) -> str:
-        """One line naming the first difference: ``expected`` is this layout, ``found`` the other.
+    def difference(self, other: Layout, *, part: bool = False, any_rank: bool = False) -> str | None:
+        """One line naming the first difference, or None: ``expected`` is this layout, the finding is the other.
 
-        With ``part``, the other need only be contained in this one: what it lacks is no difference.
+        Args:
+            other: what was found.
+            part: it need only be contained in this layout; what it lacks is no difference.
+            any_rank: ranks, scalings and the order of tensors may differ, as they may where deltas are added.
         """
         if self.base_fingerprint != other.base_fingerprint:
-            alike = self.base_fingerprint[:12] == other.base_fingerprint[:12]
-            found, expected = (base[: None if alike else 12] for base in (other.base_fingerprint, self.base_fingerprint))
+            found, expected = other.base_fingerprint, self.base_fingerprint
+            if found[:12] != expected[:12]:
+                found, expected = found[:12], expected[:12]
             return f"base model {found}, expected {expected} (fingerprints of the frozen model)"
-        for module, rank in self.ranks.items():
-            if other.ranks.get(module, rank) != rank:
-                return f"rank {other.ranks[module]} for {module!r}, expected {rank}"
-        for module, scaling in self.scalings.items():
-            if other.scalings.get(module, scaling) != scaling:
-                return f"scaling {other.scalings[module]} for {module!r}, expected {scaling}"
+        if not any_rank:
+            for module, rank in self.ranks.items():
+                if other.ranks.get(module, rank) != rank:
+                    return f"rank {other.ranks[module]} for {module!r}, expected {rank}"
+            for module, scaling in self.scalings.items():
+                if other.scalings.get(module, scaling) != scaling:
+                    return f"scaling {other.scalings[module]} for {module!r}, expected {scaling}"
         for name, entry in self.by_name.items():
-            if name not in other.by_name:
+            found_entry = other.by_name.get(name)
+            if found_entry is None:
                 if part:
                     continue
                 return f"no tensor {name!r}, expected one of shape {entry.shape}"
-            if other.by_name[name] != entry:
-                return f"shape {other.by_name[name].shape} for {name!r}, expected {entry.shape}"
+            skip = entry.rank_axis if any_rank else None
+            sizes, wanted = ([n for axis, n in enumerate(e.shape) if axis != skip] for e in (found_entry, entry))
+            if sizes != wanted:
+                return f"shape {found_entry.shape} for {name!r}, expected {entry.shape}"
         extra = [name for name in other.by_name if name not in self.by_name]
         if extra:
             return f"unknown tensor {extra[0]!r}"
-        if part:
-            return "no difference"
-        return "the same tensors in another order" if self.digest != other.digest else "no difference"
+        if part or any_rank or self.digest == other.digest:
+            return None
+        return "the same tensors in another order"
+
+    def describe_difference(self, other: Layout, *, part: bool = False) -> str:
+        """:meth:`difference` for messages that have one to tell."""
+        return self.difference(other, part=part) or "no difference"
 
     def to_proto(self) -> adapter_pb2.Layout:
         """The wire message."""

@@ -85,9 +85,10 @@ def peft_config(layout: Layout, base_model: str) -> dict[str, Any]:
         "inference_mode": True,
         "r": common_rank,
         "lora_alpha": common_alpha,
-        "rank_pattern": {_exactly(module): rank for module, rank in ranks.items() if rank != common_rank},
-        "alpha_pattern": {_exactly(module): alpha for module, alpha in alphas.items() if alpha != common_alpha},
-        "target_modules": list(layout.lora_modules),
+        "rank_pattern": {module_pattern(module): rank for module, rank in ranks.items() if rank != common_rank},
+        "alpha_pattern": {module_pattern(module): alpha for module, alpha in alphas.items() if alpha != common_alpha},
+        # PEFT refuses an empty list; this is its own name for "none" (a layout of heads only).
+        "target_modules": list(layout.lora_modules) or "dummy-target-modules",
         "modules_to_save": heads or None,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -149,6 +150,6 @@ def _base_parameter(entry: Entry, base_heads: Mapping[str, Tensor]) -> Tensor:
     return parameter
 
 
-def _exactly(module: str) -> str:
-    """PEFT matches patterns as suffixes after a dot; the full name with an anchor is this module alone."""
+def module_pattern(module: str) -> str:
+    """A regular expression for this module alone: PEFT would take a bare name for the end of a name, too."""
     return f"^{re.escape(module)}$"

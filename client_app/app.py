@@ -90,9 +90,7 @@ def _identity(settings: Settings) -> str:
     seconds of imports.
     """
     versions = [version(name) for name in ("torch", "transformers", "peft", "scikit-learn")]
-    app_folder = (
-        Path(__file__).resolve().parent.parent
-    )  # Flower unpacks every version of the app elsewhere
+    app_folder = Path(__file__).resolve().parent.parent  # Flower unpacks every version of the app elsewhere
     sources = sorted((str(path), path.stat().st_mtime_ns) for path in app_folder.glob("client_app/**/*.py"))
     return hashlib.sha256(repr((settings, versions, sources)).encode()).hexdigest()[:32]
 

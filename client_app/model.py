@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 from adapters.adapter import Adapter, scalings_from
 from adapters.algebra import Coefficient, coefficient_of
 from adapters.layout import Entry, Factor, Layout
+from adapters.peft_format import module_pattern
 from client_app.data import Base
 
 Mixture = Mapping[str, Coefficient]
@@ -21,7 +23,7 @@ Mixture = Mapping[str, Coefficient]
 
 
 class ModelError(ValueError):
-    """The base model lacks a module, or a mixture names a slot that is not loaded."""
+    """The base model lacks a module, an adapter does not fit it, or a mixture names a slot that is not loaded."""
 
 
 class _Differences(nn.Module):
@@ -54,6 +56,8 @@ class PersonalModel:
         for name in (*base.targets, *base.heads):
             if not isinstance(modules.get(name), nn.Linear):
                 raise ModelError(f"{base.name!r} has no linear module {name!r} to adapt")
+            if name in base.targets and name in base.heads:
+                raise ModelError(f"{base.name!r}: module {name!r} is a target and a head, expected only one of them")
         self.layout = self._layout(modules)
         self.heads = {
             f"{name}.{kind}": parameter.detach().clone()
@@ -61,6 +65,7 @@ class PersonalModel:
             for kind, parameter in modules[name].named_parameters(recurse=False)
         }
         self._loaded: dict[str, Layout] = {}
+        self._mixture: Mixture = {}
         self._differences: dict[str, _Differences] = {}
         for key in self.heads:
             name, kind = key.rsplit(".", 1)
@@ -73,7 +78,16 @@ class PersonalModel:
         return next(self.module.parameters()).device
 
     def load(self, slot: str, adapter: Adapter) -> None:
-        """Put an adapter into a slot of the model; its ranks may differ from the client's own layout."""
+        """Put an adapter into a slot of the model; its ranks and scalings may differ from the client's own layout.
+
+        A slot that is new, or whose layout changes, is not active until :meth:`activate`.
+
+        Raises:
+            ModelError: the adapter has another base, or a tensor that this base has no place for.
+        """
+        difference = self.layout.difference(adapter.layout, part=True, any_rank=True)
+        if difference:
+            raise ModelError(f"an adapter for slot {slot!r} does not fit {self.base.name!r}: found {difference}")
         if slot in self._loaded and self._loaded[slot].digest != adapter.layout.digest:
             self.unload(slot)
         if slot not in self._loaded:
@@ -83,13 +97,16 @@ class PersonalModel:
                 self._parameter(slot, entry).copy_(tensor)
 
     def unload(self, slot: str) -> None:
-        """Take a slot out of the model."""
+        """Take a slot out of the model, and out of the mixture if it is active."""
+        layout = self._layout_of(slot)
+        self.activate({other: coefficient for other, coefficient in self._mixture.items() if other != slot})
         del self._loaded[slot]
-        for layer in self._lora_layers().values():
-            if slot in layer.r:
-                layer.delete_adapter(slot)
-        for differences in self._differences.values():
-            differences.by_slot.pop(slot)
+        for name, layer in self._lora_layers().items():
+            if name in layout.scalings:
+                layer.delete_adapter(_inner(slot))
+        for key, differences in self._differences.items():
+            if key in layout.by_name:
+                differences.by_slot.pop(_inner(slot))
 
     def read(self, slot: str) -> Adapter:
         """A copy of a slot's numbers, float32 on the CPU."""
@@ -100,19 +117,29 @@ class PersonalModel:
         return adapter
 
     def activate(self, mixture: Mixture) -> None:
-        """Make the model the base plus this mixture; nothing is trainable afterwards."""
-        for slot in mixture:
-            self._layout_of(slot)
+        """Make the model the base plus this mixture; nothing is trainable afterwards.
+
+        Raises:
+            ModelError: a slot is not loaded.
+            LayoutError: a coefficient is not finite, or missing for a module of its slot.
+        """
+        layouts = {slot: self._layout_of(slot) for slot in mixture}
+        coefficients = {
+            slot: {module: coefficient_of(mixture[slot], module) for module in layout.modules}
+            for slot, layout in layouts.items()
+        }
         for name, layer in self._lora_layers().items():
-            active = [slot for slot in mixture if slot in layer.r]
-            layer.set_adapter(active, inference_mode=True)
+            active = [slot for slot in mixture if name in layouts[slot].scalings]
+            layer.set_adapter([_inner(slot) for slot in active], inference_mode=True)
             for slot in active:
-                own = self._loaded[slot].scalings[name]
-                layer.scaling[slot] = own * coefficient_of(mixture[slot], name)
+                layer.scaling[_inner(slot)] = layouts[slot].scalings[name] * coefficients[slot][name]
         for key, differences in self._differences.items():
             module = key.rsplit(".", 1)[0]
-            differences.coefficients = {slot: coefficient_of(mixture[slot], module) for slot in mixture}
+            differences.coefficients = {
+                _inner(slot): coefficients[slot][module] for slot in mixture if key in layouts[slot].by_name
+            }
         self.module.requires_grad_(False)
+        self._mixture = dict(mixture)
 
     def trainable(self, slot: str, part: Layout) -> dict[str, nn.Parameter]:
         """Let the tensors of ``part`` in ``slot`` be trained; returns them by entry name."""
@@ -142,20 +169,27 @@ class PersonalModel:
         return Layout(tuple(entries), scalings, self.base.fingerprint)
 
     def _add(self, slot: str, layout: Layout) -> None:
-        ranks = layout.ranks
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=int(self.alpha),
-            rank_pattern={"^" + name.replace(".", r"\.") + "$": rank for name, rank in ranks.items()},
-            target_modules=list(layout.lora_modules),
-            lora_dropout=self.dropout,
-        )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point here
-            inject_adapter_in_model(config, self.module, adapter_name=slot)
-        self._loaded[slot] = layout
+        if layout.lora_modules:
+            common = Counter(layout.ranks.values()).most_common(1)[0][0]
+            config = LoraConfig(
+                r=common,
+                lora_alpha=common,  # an int for PEFT, and of no effect: activate() sets the scalings
+                rank_pattern={module_pattern(name): rank for name, rank in layout.ranks.items() if rank != common},
+                # A list would also match every module whose name ends in one of these.
+                target_modules="|".join(module_pattern(name) for name in layout.lora_modules),
+                lora_dropout=self.dropout,
+            )
+            with warnings.catch_warnings():
+                # Several adapters are the point here.
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                inject_adapter_in_model(config, self.module, adapter_name=_inner(slot))
+            self.module.train(self.module.training)  # PEFT's new dropout is in training mode whatever the model is in
         for key, differences in self._differences.items():
-            differences.by_slot[slot] = nn.Parameter(torch.zeros_like(self.heads[key], device=self.device))
+            if key in layout.by_name:
+                zeros = torch.zeros_like(self.heads[key], device=self.device)
+                differences.by_slot[_inner(slot)] = nn.Parameter(zeros)
+        self._loaded[slot] = layout
+        self.activate(self._mixture)
 
     def _lora_layers(self) -> dict[str, LoraLayer]:
         return {name: module for name, module in self.module.named_modules() if isinstance(module, LoraLayer)}
@@ -169,11 +203,16 @@ class PersonalModel:
         if entry.factor.is_lora:
             layer = self.module.get_submodule(entry.module)
             assert isinstance(layer, LoraLayer)
-            parameter = (layer.lora_A if entry.factor is Factor.A else layer.lora_B)[slot].weight
+            parameter = (layer.lora_A if entry.factor is Factor.A else layer.lora_B)[_inner(slot)].weight
         else:
-            parameter = self._differences[entry.name].by_slot[slot]
+            parameter = self._differences[entry.name].by_slot[_inner(slot)]
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+
+def _inner(slot: str) -> str:
+    """A slot's name inside PyTorch's containers, where names of their methods ("train", "float", "keys") are taken."""
+    return f"slot-{slot}"
 
 
 def modules_ending_with(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:

@@ -3,32 +3,36 @@
 ``<state-dir>/<run-name>/clients/<client-id>/`` holds::
 
     slots/<slot>/adapter_config.json, adapter_model.safetensors    what PEFT loads
-    slots/<slot>/exact.safetensors                                 the vector, its layout, and the sender's residual
+    slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual
     slots/state.json                                               the last round whose plan was carried out
     previous/                                                      the same, one plan earlier
     adapter/                                                       the personal model, a PEFT directory
 
 A plan's changes are staged in a folder of their own and become visible by renames, so that a process killed at any
-moment leaves either the old slots or the new ones. ``exact.safetensors`` exists because PEFT stores a head as base
-plus difference, from which the difference cannot be recovered to the last bit.
+moment leaves either the old slots or the new ones, and the previous ones with them. One process at a time: Flower may
+start a second one for the same client, when a resumed run asks while the old one still trains; it waits.
+``exact.safetensors`` exists because PEFT stores a head as base plus difference, from which the difference cannot be
+recovered to the last bit.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from google.protobuf.message import DecodeError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from adapters.adapter import Adapter
 from adapters.durable import sync, write_durably
-from adapters.layout import Layout, LayoutError
+from adapters.layout import Layout
 from adapters.peft_format import write_peft_directory
 from proto.fedalloy.v1 import adapter_pb2
 
@@ -48,6 +52,7 @@ class SlotStore:
         self.base_heads = base_heads
         self._slots: dict[str, Adapter] = {}
         self._residuals: dict[str, Adapter] = {}
+        self._opened: set[str] = set()
         self._dirty: set[str] = set()
         self._personal: Adapter | None = None
         self._source = directory / "slots"
@@ -58,16 +63,18 @@ class SlotStore:
 
         A round that was carried out before (its answer was lost) starts again from the slots before it. The final
         delivery is a round of its own, after the last.
+
+        Raises:
+            SlotError: the slots before ``round_`` are no longer here, or a file is damaged.
         """
-        self._recover()
-        current, previous = self.directory / "slots", self.directory / "previous"
-        source = current
-        if _round_of(current) is not None and round_ <= (_round_of(current) or 0):
-            source = previous if previous.exists() and (_round_of(previous) or 0) < round_ else current
-        self._slots, self._residuals, self._dirty, self._personal = {}, {}, set(), None
-        self._source = source
-        yield self
-        self._commit(round_)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with _locked(self.directory / ".lock"):
+            self._recover()
+            self._slots, self._residuals, self._personal = {}, {}, None
+            self._opened, self._dirty = set(), set()
+            self._source = self._before(round_)
+            yield self
+            self._commit(round_)
 
     def names(self) -> list[str]:
         """Slots that exist."""
@@ -84,7 +91,9 @@ class SlotStore:
             SlotError: there is no such slot, or its file is damaged.
         """
         if slot not in self._slots:
-            self._read(slot)
+            if slot not in self.names():
+                raise SlotError(f"no slot {slot!r}; this client holds: {', '.join(self.names()) or 'none'}")
+            self._open(slot)
         return self._slots[slot]
 
     def __setitem__(self, slot: str, adapter: Adapter) -> None:
@@ -93,8 +102,7 @@ class SlotStore:
 
     def residual(self, slot: str) -> Adapter | None:
         """What lossy encodings of this slot have dropped so far, or None."""
-        if slot not in self._slots and slot in self:
-            self._read(slot)
+        self._open(slot)
         return self._residuals.get(slot)
 
     def set_residual(self, slot: str, residual: Adapter) -> None:
@@ -106,85 +114,134 @@ class SlotStore:
         """Write the personal model to ``adapter/`` when the plan has been carried out."""
         self._personal = adapter
 
-    def _read(self, slot: str) -> None:
-        path = self._source / slot / "exact.safetensors"
-        if not path.exists():
-            known = ", ".join(self.names()) or "none"
-            raise SlotError(f"no slot {slot!r}; this client holds: {known}")
+    def _before(self, round_: int) -> Path:
+        """The folder with the slots as they were before a round."""
+        current, previous = self.directory / "slots", self.directory / "previous"
+        if round_ > _round_of(current):
+            return current
+        if previous.exists() and round_ > _round_of(previous):
+            return previous
+        kept = [f"{_round_of(folder)}" for folder in (previous, current) if folder.exists()]
+        raise SlotError(
+            f"round {round_} has been carried out, and {self.directory} no longer holds the slots before it, only "
+            f"those after round {' and '.join(kept)}; for a new run under an old name, remove that folder"
+        )
+
+    def _open(self, slot: str) -> None:
+        """Read a slot of the source, once; what the plan has already put in its place stays."""
+        folder = self._source / slot
+        if slot in self._opened or not folder.exists():
+            return
+        path = folder / "exact.safetensors"
         try:
             tensors = load_file(path)
-            layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes(tensors["layout"].tolist())))
-            self._slots[slot] = Adapter(layout, tensors["vector"])
-            if "residual" in tensors:
-                part = Layout.from_proto(adapter_pb2.Layout.FromString(bytes(tensors["residual_layout"].tolist())))
-                self._residuals[slot] = Adapter(part, tensors["residual"])
-        except (SafetensorError, LayoutError, KeyError, ValueError) as error:
+            stored = _from_tensors(tensors, "")
+            residual = _from_tensors(tensors, "residual_") if len(tensors) > 3 else None
+        except (SafetensorError, DecodeError, OSError, KeyError, TypeError, ValueError) as error:
             raise SlotError(f"slot {slot!r} is damaged ({path}): {error}") from None
+        self._opened.add(slot)
+        self._slots.setdefault(slot, stored)
+        if residual is not None:
+            self._residuals.setdefault(slot, residual)
 
     def _commit(self, round_: int) -> None:
-        if self._personal is not None:
-            self._replace_personal(self._personal)
-        staged = self.directory / f".slots-{os.getpid()}"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
+        staged = self.directory / f".staged-{os.getpid()}"
+        (staged / "slots").mkdir(parents=True)
         for slot in self.names():
             if slot in self._dirty:
-                self._write(staged / slot, self[slot], self._residuals.get(slot))
+                self._open(slot)  # a slot that was replaced unseen keeps its residual
+                self._write(staged / "slots" / slot, self[slot], self._residuals.get(slot))
             else:
-                shutil.copytree(self._source / slot, staged / slot, copy_function=os.link)
-        write_durably(staged / "state.json", json.dumps({"round": round_}).encode())
-        sync(staged)
-        current, previous = self.directory / "slots", self.directory / "previous"
-        if self._source == current:
-            _swap(staged, current, previous)
-        else:  # a round carried out again: what it started from stays the previous state
-            _swap(staged, current, self.directory / ".slots-old")
-            shutil.rmtree(self.directory / ".slots-old", ignore_errors=True)
+                shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
+                sync(staged / "slots" / slot)
+        write_durably(staged / "slots" / "state.json", json.dumps({"round": round_}).encode())
+        if self._personal is not None:
+            write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
+            self._rename("adapter", ".adapter-old")
+            os.rename(staged / "adapter", self.directory / "adapter")
+        # From here, _recover knows every state that a kill can leave.
+        if self._source.name == "previous":  # a round carried out again: what it started from stays the previous state
+            self._rename("slots", ".slots-old")
+        else:
+            self._rename("previous", ".previous-old")
+            self._rename("slots", "previous")
+        os.rename(staged / "slots", self.directory / "slots")
+        sync(self.directory)
+        self._clean()
 
-    def _replace_personal(self, adapter: Adapter) -> None:
-        staged, kept = self.directory / f".adapter-{os.getpid()}", self.directory / ".adapter-old"
-        shutil.rmtree(staged, ignore_errors=True)
-        write_peft_directory(staged, adapter, self.base_model, self.base_heads())
-        _swap(staged, self.directory / "adapter", kept)
-        shutil.rmtree(kept, ignore_errors=True)
+    def _rename(self, name: str, new: str) -> bool:
+        """Rename a folder if it exists and the new name is free."""
+        if not (self.directory / name).exists() or (self.directory / new).exists():
+            return False
+        os.rename(self.directory / name, self.directory / new)
+        return True
 
     def _write(self, folder: Path, adapter: Adapter, residual: Adapter | None) -> None:
         write_peft_directory(folder, adapter, self.base_model, self.base_heads())
-        tensors = {"vector": adapter.vector.contiguous(), "layout": _layout_bytes(adapter.layout)}
-        if residual is not None:
-            tensors |= {"residual": residual.vector.contiguous(), "residual_layout": _layout_bytes(residual.layout)}
+        tensors = _to_tensors(adapter, "") | (_to_tensors(residual, "residual_") if residual is not None else {})
         write_durably(folder / "exact.safetensors", save(tensors))
 
     def _recover(self) -> None:
-        """Undo what a killed process left between two renames, and throw its unfinished folders away."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        current = self.directory / "slots"
-        if not current.exists():
-            for fallback in ("previous", ".slots-old"):
-                if (self.directory / fallback).exists():
-                    os.rename(self.directory / fallback, current)
-                    break
-        if not (self.directory / "adapter").exists() and (self.directory / ".adapter-old").exists():
-            os.rename(self.directory / ".adapter-old", self.directory / "adapter")
+        """Undo what a killed process left between two renames of ``_commit``, and throw its unfinished folders away."""
+        self._rename(".adapter-old", "adapter")
+        if not self._rename(".slots-old", "slots") and not (self.directory / "slots").exists():
+            self._rename("previous", "slots")
+        self._rename(".previous-old", "previous")
+        # A new client holds no slots, and that is a state which round 1 can start from again.
+        (self.directory / "slots").mkdir(exist_ok=True)
+        self._clean()
+
+    def _clean(self) -> None:
         for path in self.directory.glob(".*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _layout_bytes(layout: Layout) -> torch.Tensor:
-    return torch.tensor(list(layout.to_proto().SerializeToString()), dtype=torch.uint8)
-
-
-def _round_of(folder: Path) -> int | None:
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for every other process that holds this lock; a process that dies lets go of it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        return int(json.loads((folder / "state.json").read_text())["round"])
-    except (OSError, ValueError, KeyError):
-        return None
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _swap(staged: Path, target: Path, kept: Path) -> None:
-    """``target`` becomes ``kept`` (replacing it), ``staged`` becomes ``target``."""
-    if target.exists():
-        shutil.rmtree(kept, ignore_errors=True)
-        os.rename(target, kept)
-    os.rename(staged, target)
-    sync(target.parent)
+def _link(source: str, target: str) -> None:
+    """A second name for a file that nobody changes in place; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        sync(Path(target))
+
+
+def _to_tensors(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
+    layout = adapter.layout.to_proto().SerializeToString()
+    return {
+        f"{prefix}vector": adapter.vector.contiguous(),
+        f"{prefix}layout": torch.tensor(list(layout), dtype=torch.uint8),
+        f"{prefix}digest": torch.tensor(list(adapter.digest), dtype=torch.uint8),
+    }
+
+
+def _from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Adapter:
+    layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes(tensors[f"{prefix}layout"].tolist())))
+    adapter = Adapter(layout, tensors[f"{prefix}vector"])
+    if adapter.digest != bytes(tensors[f"{prefix}digest"].tolist()):
+        raise ValueError("the numbers are not those that were written")
+    return adapter
+
+
+def _round_of(folder: Path) -> int:
+    """The last round whose plan was carried out, 0 for none."""
+    path = folder / "state.json"
+    try:
+        return int(json.loads(path.read_text())["round"])
+    except FileNotFoundError:
+        if any(folder.iterdir()):
+            raise SlotError(f"{path} is missing") from None
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SlotError(f"{path} is damaged: {error!r}") from None

@@ -79,7 +79,9 @@ def flat(matrices: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([matrices[name].reshape(-1) for name in sorted(matrices)])
 
 
-names = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=12)
+names = st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=12
+)
 """Valid names: any printable text, spaces and dots included."""
 
 

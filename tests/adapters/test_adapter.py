@@ -57,7 +57,12 @@ def test_vectors_that_do_not_fit_are_refused(vector: torch.Tensor, text: str) ->
 def test_copies_share_no_memory() -> None:
     adapter = random_adapter(LAYOUT, 0)
     before = bits(adapter.vector)
-    for copy in (adapter.clone(), adapter.part(LAYOUT), adapter.select(), adapter.with_part(adapter.select([Factor.A]))):
+    for copy in (
+        adapter.clone(),
+        adapter.part(LAYOUT),
+        adapter.select(),
+        adapter.with_part(adapter.select([Factor.A])),
+    ):
         assert bits(copy.vector) == before
         copy.vector.fill_(0)
     assert bits(adapter.vector) == before
@@ -85,7 +90,9 @@ MISFITS = {
     r"shape \(3, 7\) for 'v_proj.A', expected \(3, 6\)": Layout(
         (Entry("v_proj", Factor.A, (3, 7)),), {"v_proj": 2.0}, "base"
     ),
-    "unknown tensor 'q_proj.bias'": Layout((LAYOUT.entries[0], Entry("q_proj", Factor.BIAS, (5,))), {"q_proj": 2.0}, "base"),
+    "unknown tensor 'q_proj.bias'": Layout(
+        (LAYOUT.entries[0], Entry("q_proj", Factor.BIAS, (5,))), {"q_proj": 2.0}, "base"
+    ),
 }
 
 
@@ -145,7 +152,9 @@ def test_initial_depends_on_seed_and_module_only() -> None:
     assert torch.equal(torch.get_rng_state(), state), "the global generator must not move"
 
     reordered = Layout(LAYOUT.entries[::-1], LAYOUT.scalings, "another base")
-    other = layout_of(ranks={"k_proj": 4, "v_proj": 3}, sizes={"k_proj": (9, 9), "v_proj": (6, 8)}, scalings=0.5, head=None)
+    other = layout_of(
+        ranks={"k_proj": 4, "v_proj": 3}, sizes={"k_proj": (9, 9), "v_proj": (6, 8)}, scalings=0.5, head=None
+    )
     for layout in (reordered, other):
         assert bits(Adapter.initial(layout, 5)["v_proj", Factor.A]) == bits(first["v_proj", Factor.A])
     assert bits(Adapter.initial(LAYOUT, 6)["v_proj", Factor.A]) != bits(first["v_proj", Factor.A])

@@ -26,7 +26,7 @@ from adapters.algebra import (
 from adapters.layout import Entry, Factor, Layout, LayoutError
 from tests.adapters.samples import bits, dense, examples, flat, layout_of, random_adapter, tensor_of
 
-# Three clients with ranks and scalings of their own; 4 exceeds what a 4 x 5 delta of rank 3 needs, 7 exceeds both sizes.
+# Three clients with ranks and scalings of their own; rank 7 exceeds both sizes of q_proj.
 LAYOUTS = (
     layout_of(ranks={"q_proj": 2, "v_proj": 3}, scalings={"q_proj": 2.0, "v_proj": 0.5}),
     layout_of(ranks={"q_proj": 4, "v_proj": 1}, scalings={"q_proj": 0.3, "v_proj": 12.5 / 7}),
@@ -78,7 +78,9 @@ def test_stacking_is_the_sum_of_the_dense_deltas(coefficients: list[Coefficient]
         max_size=4,
     )
 )
-def test_stacking_is_exact_for_any_ranks_scalings_and_coefficients(clients: list[tuple[int, float, float, int]]) -> None:
+def test_stacking_is_exact_for_any_ranks_scalings_and_coefficients(
+    clients: list[tuple[int, float, float, int]],
+) -> None:
     found = [random_adapter(layout_of(rank, scaling), seed, torch.float64) for rank, scaling, _, seed in clients]
     coefficients = [coefficient for _, _, coefficient, _ in clients]
     stacked, expected = dense(stack(found, coefficients)), dense_sum(found, coefficients)
@@ -127,7 +129,8 @@ def test_scaling_is_folded_exactly_once(scaling: float, expected: float) -> None
 def best_approximation(matrix: Tensor, rank: int) -> Tensor:
     u, sigma, v_t = torch.linalg.svd(matrix)
     rank = min(rank, len(sigma))
-    return u[:, :rank] @ torch.diag(sigma[:rank]) @ v_t[:rank]
+    approximation: Tensor = u[:, :rank] @ torch.diag(sigma[:rank]) @ v_t[:rank]
+    return approximation
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 9])
@@ -402,7 +405,7 @@ def test_modules_with_one_dimension_of_size_one() -> None:
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_results_lie_where_the_arguments_lie(device: str) -> None:
-    """"meta" has shapes and devices but no numbers: an operation that mixes devices fails there as on a GPU."""
+    """Device "meta" has shapes and devices but no numbers: an operation that mixes devices fails there as on a GPU."""
     found = [Adapter(LAYOUTS[0], random_adapter(LAYOUTS[0], seed).vector.to(device)) for seed in range(2)]
     for total in (
         weighted_sum(found, [1.0, 2.0]),
@@ -418,7 +421,5 @@ def test_closed_forms_agree_on_gpu_and_cpu() -> None:
     on_gpu = [Adapter(adapter.layout, adapter.vector.cuda()) for adapter in ADAPTERS]
     assert torch.allclose(gram(on_gpu), gram(ADAPTERS), rtol=1e-12)
     assert distance(on_gpu[0], on_gpu[1]) == pytest.approx(distance(ADAPTERS[0], ADAPTERS[1]), rel=1e-12)
-    cut = truncate(stack(on_gpu, PER_MODULE), LAYOUTS[0])
-    assert_close(
-        {name: matrix.cpu() for name, matrix in dense(cut).items()}, dense(truncate(stack(ADAPTERS, PER_MODULE), LAYOUTS[0])), 1e-10
-    )
+    found, expected = (dense(truncate(stack(adapters, PER_MODULE), LAYOUTS[0])) for adapters in (on_gpu, ADAPTERS))
+    assert_close({name: matrix.cpu() for name, matrix in found.items()}, expected, 1e-10)

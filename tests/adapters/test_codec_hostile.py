@@ -1,7 +1,8 @@
-"""Blobs that no honest sender makes: each must end in the right error, quickly, and without allocating what it claims."""
+"""Blobs that no honest sender makes: each must end in the right error, and without allocating what it claims."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -16,8 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.adapter import Adapter
-from adapters.codec import MAGIC, MAX_HEADER_BYTES, CodecError, CodecErrorCode, Encoding, decode, encode, encoding_to_proto
-from adapters.layout import Entry, Factor, Layout
+from adapters.codec import (
+    MAGIC,
+    MAX_HEADER_BYTES,
+    CodecError,
+    CodecErrorCode,
+    Encoding,
+    decode,
+    encode,
+    encoding_to_proto,
+)
+from adapters.layout import Entry, Factor, Layout, LayoutError
 from proto.fedalloy.v1 import adapter_pb2
 from tests.adapters.samples import bits, examples, layout_of, random_adapter
 
@@ -46,9 +56,7 @@ class Parts:
     payload: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        encoded = encode(
-            self.adapter, self.encoding, reference=self.reference, include_layout=self.include_layout
-        )
+        encoded = encode(self.adapter, self.encoding, reference=self.reference, include_layout=self.include_layout)
         length = int.from_bytes(encoded.blob[8:12], "little")
         self.header = adapter_pb2.AdapterHeader.FromString(encoded.blob[12 : 12 + length])
         self.payload = encoded.blob[12 + length :]
@@ -62,6 +70,16 @@ def spoil(change: Callable[[Parts], object], **options: object) -> bytes:
     parts = Parts(**options)  # type: ignore[arg-type]
     change(parts)
     return parts.blob
+
+
+def recount(length: int) -> bytes:
+    """An honest blob that claims another length of its header."""
+    return MAGIC + struct.pack("<I", length) + Parts().blob[12:]
+
+
+def shortened(parts: Parts) -> None:
+    parts.payload = parts.payload[:-1]
+    parts.header.payload_bytes -= 1
 
 
 def header(**fields: object) -> bytes:
@@ -146,17 +164,17 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "ends one byte before the payload": (HONEST[: 12 + HEAD_LENGTH - 1], T.TRUNCATED),
     "wrong magic": (b"GALLOY\x00\x01" + HONEST[8:], T.BAD_MAGIC),
     "magic of another version": (b"FALLOY\x00\x02" + HONEST[8:], T.BAD_MAGIC),
-    "a safetensors file": (struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', T.BAD_MAGIC),
+    "a safetensors file": (struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[1]}}', T.BAD_MAGIC),
     "a pickle": (b"\x80\x04\x95" + bytes(40), T.BAD_MAGIC),
     "zeros": (bytes(1000), T.BAD_MAGIC),
     "random bytes": (random.Random(0).randbytes(1000), T.BAD_MAGIC),
-    "header claims 4 GiB": (MAGIC + b"\xff" * 4 + HONEST[12:], T.TOO_LARGE),
+    "header claims 4 GiB": (recount(2**32 - 1), T.TOO_LARGE),
     "header claims one byte more than allowed": (MAGIC + struct.pack("<I", MAX_HEADER_BYTES + 1), T.TOO_LARGE),
-    "header claims all that is allowed": (MAGIC + struct.pack("<I", MAX_HEADER_BYTES) + HONEST[12:], T.TRUNCATED),
-    "header claims one byte more than there is": (MAGIC + struct.pack("<I", len(HONEST) - 11) + HONEST[12:], T.TRUNCATED),
+    "header claims all that is allowed": (recount(MAX_HEADER_BYTES), T.TRUNCATED),
+    "header claims one byte more than there is": (recount(len(HONEST) - 11), T.TRUNCATED),
     # the header
-    "header claims one byte less": (MAGIC + struct.pack("<I", HEAD_LENGTH - 1) + HONEST[12:], T.BAD_HEADER),
-    "header claims the payload too": (MAGIC + struct.pack("<I", len(HONEST) - 12) + HONEST[12:], T.BAD_HEADER),
+    "header claims one byte less": (recount(HEAD_LENGTH - 1), T.BAD_HEADER),
+    "header claims the payload too": (recount(len(HONEST) - 12), T.BAD_HEADER),
     "random bytes as header": (assemble(random.Random(1).randbytes(200), Parts().payload), T.BAD_HEADER),
     "text that is not UTF-8": (UTF8, T.BAD_HEADER),
     "groups nested a thousand deep": (assemble(b"\x7b" * 1000 + b"\x7c" * 1000, b""), T.BAD_HEADER),
@@ -196,7 +214,7 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "name with escape sequence": (layout(entry(module="\x1b[2Jq_proj")), T.BAD_LAYOUT),
     "name with NUL": (layout(entry(module="q_proj\0")), T.BAD_LAYOUT),
     "name with direction mark": (layout(entry(module="q\u202eproj")), T.BAD_LAYOUT),
-    "base fingerprint with control character": (layout(lambda m: setattr(m, "base_fingerprint", "a\x07")), T.BAD_LAYOUT),
+    "base with control character": (layout(lambda m: setattr(m, "base_fingerprint", "a\x07")), T.BAD_LAYOUT),
     "no dimensions": (layout(entry(factor=adapter_pb2.FACTOR_WEIGHT, shape=())), T.BAD_LAYOUT),
     "nine dimensions": (layout(entry(factor=adapter_pb2.FACTOR_WEIGHT, shape=(1,) * 9)), T.BAD_LAYOUT),
     "a million dimensions": (layout(entry(factor=adapter_pb2.FACTOR_WEIGHT, shape=(1,) * 10**6)), T.BAD_LAYOUT),
@@ -215,10 +233,7 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "trailing byte": (HONEST + b"\0", T.BAD_LENGTH),
     "trailing blob": (HONEST + HONEST, T.BAD_LENGTH),
     "payload_bytes zero": (header(payload_bytes=0), T.BAD_LENGTH),
-    "payload_bytes one less, payload too": (
-        spoil(lambda p: (setattr(p.header, "payload_bytes", len(p.payload) - 1), setattr(p, "payload", p.payload[:-1]))),
-        T.BAD_LENGTH,
-    ),
+    "payload_bytes one less, payload too": (spoil(shortened), T.BAD_LENGTH),
     "payload_bytes 2^64 - 1": (header(payload_bytes=2**64 - 1), T.BAD_LENGTH),
     "payload of another encoding": (header(encoding=adapter_pb2.ENCODING_FP16), T.BAD_LENGTH),
     "claims 10^12 numbers": (claiming((10**6, 10**6)), T.BAD_LENGTH),
@@ -233,7 +248,7 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "unknown reference": (Parts(reference=REFERENCE).blob, T.UNKNOWN_REFERENCE),
     "reference that never was": (header(reference_digest=b"\1" * 32), T.UNKNOWN_REFERENCE),
     "reference of another layout": (header(reference_digest=OTHER.digest), T.BAD_LAYOUT),
-    "reference plus difference overflows": (handmade(struct.pack("<8f", *[3e38] * 8), Encoding.FP32, BIG), T.NOT_FINITE),
+    "sum with the reference overflows": (handmade(struct.pack("<8f", *[3e38] * 8), Encoding.FP32, BIG), T.NOT_FINITE),
     # numbers
     "NaN in fp32": (handmade(struct.pack("<8f", *[1.0] * 7, math.nan), Encoding.FP32), T.NOT_FINITE),
     "infinity in fp32": (handmade(struct.pack("<8f", math.inf, *[1.0] * 7), Encoding.FP32), T.NOT_FINITE),
@@ -301,7 +316,7 @@ def test_checks_come_in_the_order_of_the_specification() -> None:
     parts = Parts(reference=REFERENCE)
     good, payload = adapter_pb2.AdapterHeader.FromString(parts.header.SerializeToString()), parts.payload
     head = parts.header
-    head.version, head.nonce, head.encoding, head.payload_bytes = 9, b"", 0, 1
+    head.version, head.nonce, head.encoding, head.payload_bytes = 9, b"", adapter_pb2.ENCODING_UNSPECIFIED, 1
     head.layout_digest, head.content_digest = bytes(32), bytes(32)
     payload = struct.pack(f"<{LAYOUT.size}f", *[math.nan] * LAYOUT.size)
     expected, references = OTHER.layout, dict(HELD)
@@ -441,8 +456,7 @@ def test_damaged_blobs_decode_equal_or_end_in_a_codec_error(blob: bytes) -> None
     known = {LAYOUT.digest: LAYOUT}
     try:
         decoded = decode(blob, layouts=known, references={REFERENCE.digest: REFERENCE})
-    except CodecError as error:
-        assert error.code in CodecErrorCode
+    except CodecError:
         return
     # A nonce, an unknown field, or a header field said twice may change and nothing is lost.
     assert decoded.layout.digest == LAYOUT.digest
@@ -466,7 +480,7 @@ def test_headers_of_the_right_form_with_any_values_end_in_a_codec_error(data: st
     message = adapter_pb2.Layout(base_fingerprint=data.draw(text))
     for _ in range(data.draw(st.integers(0, 3))):
         message.entries.add(
-            module=data.draw(text), factor=data.draw(st.integers(-1, 6)), shape=data.draw(st.lists(numbers, max_size=9))  # type: ignore[arg-type]
+            module=data.draw(text), factor=data.draw(st.integers(-1, 6)), shape=data.draw(st.lists(numbers, max_size=9))
         )
     for _ in range(data.draw(st.integers(0, 2))):
         message.scalings.add(module=data.draw(text), scaling=data.draw(st.floats()))
@@ -482,9 +496,7 @@ def test_headers_of_the_right_form_with_any_values_end_in_a_codec_error(data: st
         layout=message if data.draw(st.booleans()) else None,
     )
     if data.draw(st.booleans()):
-        try:
+        with contextlib.suppress(LayoutError):
             head.layout_digest = Layout.from_proto(message).digest
-        except ValueError:
-            pass
     with pytest.raises(CodecError):
         decode(assemble(head, data.draw(st.binary(max_size=64))), layouts={bytes(32): LAYOUT})

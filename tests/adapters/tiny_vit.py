@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,14 +27,16 @@ def build(seed: int = 0) -> ViTForImageClassification:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.3,
-        num_labels=CLASSES,
+        num_labels=CLASSES,  # type: ignore[call-arg]
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ViTForImageClassification(config)
     with torch.no_grad():
-        model.classifier.bias.copy_(torch.tensor([0.1, -0.2, 0.3]))  # transformers starts it at zero, which hides errors
-    return model.eval()
+        # transformers starts it at zero, which would hide errors
+        model.get_parameter("classifier.bias").copy_(torch.tensor([0.1, -0.2, 0.3]))
+    model.train(False)
+    return model
 
 
 def linear_names(model: nn.Module, *suffixes: str) -> tuple[str, ...]:
@@ -76,15 +77,10 @@ def peft_model(targets: tuple[str, ...] | list[str], **options: Any) -> PeftMode
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
 def assert_same_logits(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
-
-
-def scalars(values: Mapping[str, float] | float, modules: tuple[str, ...]) -> dict[str, float]:
-    """One number for every module."""
-    return dict.fromkeys(modules, values) if isinstance(values, float) else dict(values)

@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.torch import load, save
 
 from adapters.adapter import Adapter
-from adapters.records import PLAN_TYPE, REGISTER_TYPE, pack, unpack
-from proto.fedalloy.v1 import plan_pb2, report_pb2
+from adapters.records import ARRAY_RECORD, PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies import STRATEGIES, AlloyStrategy
 from strategies.base import Client, State, StrategyError
 from strategies.fedavg import FedAvgOptions
@@ -113,6 +113,15 @@ def test_clients_see_every_round_once_in_a_run_of_its_own(name: str) -> None:
             assert all(CLIENT_ID.fullmatch(run) for run in node.runs)
 
 
+def test_clients_are_enrolled_by_id_and_not_by_node() -> None:
+    first, second = STRATEGIES["fedmerge"](seed=7), STRATEGIES["fedmerge"](seed=7)
+    accuracies(first, FakeGrid(nodes()))
+    accuracies(second, FakeGrid(nodes()[::-1]))
+    assert list(second.clients) == list(NAMES)
+    for key, tensor in first.state().tensors.items():
+        assert torch.equal(tensor, second.state().tensors[key])
+
+
 def test_what_flower_runs_is_the_average_computed_by_hand() -> None:
     strategy, found = STRATEGIES["fedavg"](seed=7), nodes()
     accuracies(strategy, FakeGrid(found))
@@ -141,8 +150,17 @@ def test_local_training_goes_on_where_it_was() -> None:
 def test_lossy_transport_both_ways(name: str, log: list[str]) -> None:
     strategy = BUILDS[name](seed=7, training=Training(uplink_encoding="int8", downlink_encoding="bf16"))
     exact = accuracies(BUILDS[name](seed=7), FakeGrid(nodes()))[-1]["mean-accuracy"]
-    lossy = accuracies(strategy, FakeGrid(nodes()))[-1]["mean-accuracy"]
+    sent: set[int] = set()
+
+    def listen(message: Message, reply: Message) -> Message:
+        for array in message.content.array_records.get(ARRAY_RECORD, ArrayRecord()).values():
+            length = int.from_bytes(array.data[8:12], "little")
+            sent.add(adapter_pb2.AdapterHeader.FromString(array.data[12 : 12 + length]).encoding)
+        return reply
+
+    lossy = accuracies(strategy, FakeGrid(nodes(), listen))[-1]["mean-accuracy"]
     assert lossy == pytest.approx(exact, rel=0.05)
+    assert sent == (set() if name == "local" else {adapter_pb2.ENCODING_BF16})
     assert log == []
 
 
