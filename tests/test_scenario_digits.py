@@ -280,11 +280,10 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
 RACER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 import torch, transformers
 from transformers import ViTForImageClassification
 from client_app.scenarios import vit
-from test_scenario_digits import QUICK, quick_examples
+from tests.test_scenario_digits import QUICK, quick_examples
 cache = Path({cache!r})
 def examples():
     (cache / "trained").open("a").write("x")
@@ -299,7 +298,7 @@ print(sum(float(tensor.double().abs().sum()) for tensor in base.model.state_dict
 
 
 def test_processes_that_race_for_the_first_use_train_once(tmp_path: Path) -> None:
-    code = RACER.format(tests=str(Path(__file__).parent), cache=str(tmp_path))
+    code = RACER.format(cache=str(tmp_path))
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", code, number],
