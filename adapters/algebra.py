@@ -84,6 +84,23 @@ def weighted_sum(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient
     return total
 
 
+def precision_mean(adapters: Sequence[Adapter], precisions: Sequence[Adapter]) -> Adapter:
+    """Mean in factor space, each number weighted by its own precision: ``sum_i p_i x_i / sum_i p_i`` elementwise.
+
+    With Fisher information as precision this is Fisher merging (Matena and Raffel, NeurIPS 2022).
+
+    Raises:
+        LayoutError: layouts or counts differ, or a precision is not positive.
+    """
+    _require_counts(adapters, precisions)
+    for precision in precisions:
+        if not bool((precision.vector > 0).all()):
+            raise LayoutError(f"a precision of {float(precision.vector.min()):g}, expected positive numbers")
+    values, weights = stack_vectors(adapters), stack_vectors(precisions)
+    require_same_layout(adapters[0].layout, precisions[0].layout)
+    return Adapter(adapters[0].layout, (weights * values).sum(dim=0) / weights.sum(dim=0))
+
+
 def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:
     """Exact sum in delta space: ``sum_i c_i Delta_i`` as one adapter whose ranks add up and whose scalings are 1.
 
@@ -183,22 +200,30 @@ def norm(adapter: Adapter) -> float:
     return math.sqrt(max(inner(adapter, adapter), 0.0))
 
 
-def distance(first: Adapter, second: Adapter) -> float:
-    """Frobenius norm of the difference of the deltas.
+def squared_distances(first: Adapter, second: Adapter) -> dict[str, float]:
+    """Squared Frobenius norm of the difference of the deltas, by module.
 
-    Computed as the norm of the stacked difference after orthogonalising its factors: the expansion
-    ``|x|^2 + |y|^2 - 2<x,y>`` would lose all digits for neighbours.
+    Computed on the stacked difference after orthogonalising its factors: the expansion ``|x|^2 + |y|^2 - 2<x,y>`` would
+    lose all digits for neighbours.
+
+    Raises:
+        LayoutError: base models, modules or sizes differ.
     """
     difference = stack([first.to(torch.float64), second.to(torch.float64)], [1.0, -1.0])
-    total = 0.0
+    squared = dict.fromkeys(first.layout.modules, 0.0)
     for entry, tensor in difference.items():
         if not entry.factor.is_lora:
-            total += float(tensor.square().sum())
+            squared[entry.module] += float(tensor.square().sum())
     for module in difference.layout.lora_modules:
         a, b = folded(difference, module)
         core = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T
-        total += float(core.square().sum())
-    return math.sqrt(total)
+        squared[module] += float(core.square().sum())
+    return squared
+
+
+def distance(first: Adapter, second: Adapter) -> float:
+    """Frobenius norm of the difference of the deltas."""
+    return math.sqrt(sum(squared_distances(first, second).values()))
 
 
 def _require_same_tensors(expected: Layout, found: Layout) -> None:
@@ -208,6 +233,6 @@ def _require_same_tensors(expected: Layout, found: Layout) -> None:
         raise LayoutError(f"found {difference}")
 
 
-def _require_counts(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> None:
+def _require_counts(adapters: Sequence[Adapter], coefficients: Sequence[object]) -> None:
     if not adapters or len(adapters) != len(coefficients):
         raise LayoutError(f"got {len(adapters)} adapters and {len(coefficients)} coefficients")

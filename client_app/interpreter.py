@@ -6,20 +6,22 @@ import re
 import time
 from collections.abc import Callable, Mapping
 
+import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter
-from adapters.algebra import Coefficient, stack, truncate, weighted_sum
+from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
-from client_app import training
+from client_app import fisher, training
 from client_app.data import ClientData, Dataset
 from client_app.model import PersonalModel
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
+DEFAULT_GRADIENT_BYTES = 2**28
 SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -53,6 +55,8 @@ class Interpreter:
             "evaluate": self._evaluate,
             "save": self._save,
             "send": self._send,
+            "fisher": self._fisher,
+            "distance": self._distance,
         }
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
@@ -138,6 +142,8 @@ class Interpreter:
                 "expected at least one of each and a positive rate"
             )
         data = self._split(step.split)
+        if step.HasField("fold"):
+            data = self._fold(data, step.fold, step.split)
         self._activate(step.mixture)
         parameters: dict[str, nn.Parameter] = {}
         anchor: dict[str, Tensor] = {}
@@ -160,6 +166,8 @@ class Interpreter:
         return result
 
     def _merge(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
+        if any(term.WhichOneof("coefficient") == "precision" for term in step.mixture.terms):
+            return self._merge_by_precision(step)
         slots, coefficients = self._terms(step.mixture)
         adapters = [self.slots[slot] for slot in slots]
         if step.space == plan_pb2.MERGE_SPACE_DELTA:
@@ -172,6 +180,52 @@ class Interpreter:
             raise PlanError(f"unknown merge space {step.space}, expected delta or factor")
         self.slots[step.target] = merged
         return report_pb2.MergeResult(max_rank=max(merged.layout.ranks.values(), default=0))
+
+    def _merge_by_precision(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
+        terms = step.mixture.terms
+        if step.space != plan_pb2.MERGE_SPACE_FACTOR or any(not term.precision for term in terms):
+            raise PlanError("precisions merge in factor space only, and need one in every term")
+        merged = precision_mean(
+            [self.slots[term.slot] for term in terms], [self.slots[term.precision] for term in terms]
+        )
+        self.slots[step.target] = merged
+        return report_pb2.MergeResult(max_rank=max(merged.layout.ranks.values(), default=0))
+
+    def _fisher(self, step: plan_pb2.FisherStep) -> report_pb2.FisherResult:
+        if step.samples < 1 or not step.relative_damping >= 0:
+            raise PlanError(
+                f"{step.samples} samples and damping {step.relative_damping:g}, expected one sample and no less than 0"
+            )
+        layout = self.model.layout
+        pair = tuple(self.slots[slot] for slot in (step.first, step.second))
+        for slot, adapter in zip((step.first, step.second), pair, strict=True):
+            if adapter.layout.digest != layout.digest:
+                raise PlanError(f"slot {slot!r} has {layout.describe_difference(adapter.layout)}")
+            self.model.load(slot, adapter)
+        found = fisher.moments(
+            self.model,
+            (step.first, step.second),
+            layout,
+            self._split(step.split),
+            samples=step.samples,
+            seed=training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index),
+            max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
+        )
+        damping = fisher.damping_of(found, step.relative_damping)
+        for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
+            if slot:
+                self.slots[slot] = Adapter(layout, information + damping)
+        return fisher.result(pair, found, damping, in_delta_space=step.in_delta_space)
+
+    def _distance(self, step: plan_pb2.DistanceStep) -> report_pb2.DistanceResult:
+        squared = squared_distances(self.slots[step.first], self.slots[step.second])
+        return report_pb2.DistanceResult(squared=[squared[module] for module in self.model.layout.modules])
+
+    def _fold(self, data: Dataset, fold: plan_pb2.Fold, split: str) -> Dataset:
+        if not fold.index < fold.count <= len(data):
+            raise PlanError(f"part {fold.index} of {fold.count} of {len(data)} examples: there is no such part")
+        generator = torch.Generator().manual_seed(training.seed_of(self._plan.seed, self.client_id, "fold", split))
+        return data.batch(torch.randperm(len(data), generator=generator)[fold.index :: fold.count])
 
     def _evaluate(self, step: plan_pb2.EvaluateStep) -> report_pb2.EvaluateResult:
         started = time.monotonic()
@@ -222,7 +276,7 @@ class Interpreter:
         coefficients: list[Coefficient] = []
         for term in mixture.terms:
             kind = term.WhichOneof("coefficient")
-            if kind is None:
+            if kind not in ("scalar", "per_module"):
                 raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient")
             if term.slot in slots:
                 raise PlanError(f"slot {term.slot!r} occurs twice in a mixture")
@@ -241,10 +295,12 @@ def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None
     named = set(blobs)
     for step in plan.steps:
         body = getattr(step, step.WhichOneof("kind") or "initialise")
-        named |= {getattr(body, field) for field in ("slot", "target") if hasattr(body, field)}
+        named |= {getattr(body, field) for field in ("slot", "target", "first", "second") if hasattr(body, field)}
+        named |= {name for name in (getattr(body, field, "") for field in ("keep_first", "keep_second")) if name}
         named |= set(getattr(body, "slots", ()))
         if hasattr(body, "mixture"):
             named |= {term.slot for term in body.mixture.terms}
+            named |= {term.precision for term in body.mixture.terms if term.WhichOneof("coefficient") == "precision"}
         if hasattr(body, "proximal") and body.HasField("proximal"):
             named.add(body.proximal.slot)
         if step.WhichOneof("kind") is None:

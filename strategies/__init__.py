@@ -7,10 +7,11 @@ from strategies.fedavg import FedAvg
 from strategies.fedmerge import FedMerge
 from strategies.local import Local
 from strategies.options import RunConfig, require_choice
+from strategies.potara import Potara
 
 __all__ = ["STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
 
-STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (Local, FedAvg, FedMerge)}
+STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (Local, FedAvg, FedMerge, Potara)}
 
 
 def strategy_from_run_config(run_config: RunConfig) -> AlloyStrategy:

@@ -90,8 +90,11 @@ class StrategyError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Seed:
+class _Run:
+    """What a strategy needs to know of the run; 0 rounds: not known."""
+
     seed: int = 0
+    num_server_rounds: int = 0
 
     def __post_init__(self) -> None:
         require_range("seed", self.seed, 0, 2**62)
@@ -108,10 +111,11 @@ class AlloyStrategy(Strategy):
     name: ClassVar[str]
     Options: ClassVar[type[Any]]
 
-    def __init__(self, options: Any = None, training: Training | None = None, seed: int = 0) -> None:
+    def __init__(self, options: Any = None, training: Training | None = None, seed: int = 0, rounds: int = 0) -> None:
         self.options = self.Options() if options is None else options
         self.training = training or Training()
         self.seed = seed
+        self.rounds = rounds  # of the whole run, 0 where that is not known
         self.clients: dict[str, Client] = {}
         self._pending: list[tuple[Message, Client, Dispatch]] = []
         self._flower_run = f"flower-{secrets.token_hex(4)}"  # a folder at the clients that no earlier run has used
@@ -124,7 +128,8 @@ class AlloyStrategy(Strategy):
             OptionError: a value is of the wrong type or out of range.
         """
         options = read_options(cls.Options, run_config, f"{cls.name}.")
-        return cls(options, read_options(Training, run_config), read_options(_Seed, run_config).seed)
+        run = read_options(_Run, run_config)
+        return cls(options, read_options(Training, run_config), run.seed, run.num_server_rounds)
 
     @classmethod
     def option_keys(cls) -> dict[str, Any]:

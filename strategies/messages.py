@@ -23,6 +23,10 @@ MAX_NUMBER = 1e9
 """No trained adapter comes near; products of larger numbers would overflow in a merge and take the server down."""
 MAX_INTEGER = 2**63 - 1
 _MAX_ERROR = 2000
+_PER_MODULE = {
+    "fisher": [name for name, field in report_pb2.FisherResult.DESCRIPTOR.fields_by_name.items() if field.is_repeated],
+    "distance": ["squared"],
+}
 
 
 class BadAnswerError(ValueError):
@@ -38,13 +42,14 @@ class BadAnswerError(ValueError):
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One client's message of one round, and what its answer must look like.
+    """One client's message of one round, and what its answer must look like; ``layout`` is the client's.
 
     ``received`` holds the adapters as the client will decode them; ``expected`` the layout of every upload asked for;
     ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for.
     """
 
     plan: plan_pb2.Plan
+    layout: Layout
     content: RecordDict
     received: Mapping[str, Adapter]
     expected: Mapping[str, Layout]
@@ -86,7 +91,7 @@ def plan_dispatch(
         for step in steps
         if step.WhichOneof("kind") == "send"
     }
-    return Dispatch(plan, pack("plan", plan, blobs), received, expected, tensor_bytes, upload_bytes)
+    return Dispatch(plan, layout, pack("plan", plan, blobs), received, expected, tensor_bytes, upload_bytes)
 
 
 def register_message(node_id: int, ttl: float | None = None) -> Message:
@@ -169,6 +174,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
         raise BadAnswerError(f"{who} reports the steps {kinds}, expected {wanted_kinds}")
     for index, (step, result) in enumerate(zip(plan.steps, report.results, strict=True)):
         _require_same_step(f"{who}, step {index}", step, result)
+        _require_all_modules(f"{who}, step {index}", result, len(dispatch.layout.modules))
     _require_sane(who, report)
     if set(blobs) != set(dispatch.expected):
         raise BadAnswerError(f"{who} sent the slots {sorted(blobs)}, expected {sorted(dispatch.expected)}")
@@ -207,6 +213,22 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
         found, wanted = getattr(getattr(result, kind), name), getattr(getattr(step, kind), name)
         if found != wanted:
             raise BadAnswerError(f"{where} ({kind}): reports {name} {found[:200]!r}, expected {wanted!r}")
+
+
+def _require_all_modules(where: str, result: report_pb2.StepResult, modules: int) -> None:
+    """Lists with one number per module have one per module, and none is negative."""
+    kind = result.WhichOneof("kind") or ""
+    if kind not in ("fisher", "distance"):
+        return
+    body = getattr(result, kind)
+    for name in _PER_MODULE[kind]:
+        numbers = getattr(body, name)
+        if len(numbers) != modules:
+            raise BadAnswerError(
+                f"{where} ({kind}): {len(numbers)} numbers in {name}, expected one for each of {modules} modules"
+            )
+        if any(number < 0 for number in numbers):
+            raise BadAnswerError(f"{where} ({kind}): {name} has {min(numbers)}, expected no negative number")
 
 
 def _require_sane(who: str, message: ProtoMessage) -> None:

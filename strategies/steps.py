@@ -78,8 +78,12 @@ def train(
     factors: Iterable[Factor] = (),
     proximal: tuple[str, float] | None = None,
     steps: int | None = None,
+    fold: tuple[int, int] | None = None,
 ) -> Step:
-    """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``."""
+    """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
+
+    ``fold = (i, n)`` trains on part i of n disjoint parts of the training split.
+    """
     step = plan_pb2.TrainStep(
         mixture=mix,
         slots=list(slots),
@@ -94,6 +98,8 @@ def train(
     )
     if proximal is not None and proximal[1] > 0:
         step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
+    if fold is not None:
+        step.fold.CopyFrom(plan_pb2.Fold(index=fold[0], count=fold[1]))
     return Step(train=step)
 
 
@@ -130,3 +136,37 @@ def send(training: Training, slot: str, *, factors: Iterable[Factor] = (), relat
         relative_to_received=relative_to_received and encoding.is_lossy,
     )
     return Step(send=step)
+
+
+def fisher(
+    first: str,
+    second: str,
+    *,
+    split: str,
+    samples: int,
+    damping: float,
+    in_delta_space: bool = False,
+    keep: tuple[str, str] = ("", ""),
+) -> Step:
+    """Compare two slots by their diagonal Fisher information; ``keep`` names slots that hold it afterwards."""
+    step = plan_pb2.FisherStep(
+        first=first,
+        second=second,
+        split=split,
+        samples=samples,
+        relative_damping=damping,
+        in_delta_space=in_delta_space,
+        keep_first=keep[0],
+        keep_second=keep[1],
+    )
+    return Step(fisher=step)
+
+
+def distance(first: str, second: str) -> Step:
+    """Squared distances of two slots' deltas, by module."""
+    return Step(distance=plan_pb2.DistanceStep(first=first, second=second))
+
+
+def precision_mixture(precisions: Mapping[str, str]) -> plan_pb2.Mixture:
+    """For a merge in factor space: slots, and the slots that hold the weight of each of their numbers."""
+    return plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, precision=name) for slot, name in precisions.items()])

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto.fedalloy.v1 import adapter_pb2 as fedalloy_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64\x61lloy/v1/plan.proto\x12\x0b\x66\x65\x64\x61lloy.v1\x1a\x19\x66\x65\x64\x61lloy/v1/adapter.proto\"\x80\x01\n\x12ModuleCoefficients\x12;\n\x06values\x18\x01 \x03(\x0b\x32+.fedalloy.v1.ModuleCoefficients.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"l\n\x04Term\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x10\n\x06scalar\x18\x02 \x01(\x01H\x00\x12\x35\n\nper_module\x18\x03 \x01(\x0b\x32\x1f.fedalloy.v1.ModuleCoefficientsH\x00\x42\r\n\x0b\x63oefficient\"+\n\x07Mixture\x12 \n\x05terms\x18\x01 \x03(\x0b\x32\x11.fedalloy.v1.Term\"=\n\x04Part\x12$\n\x07\x66\x61\x63tors\x18\x01 \x03(\x0e\x32\x13.fedalloy.v1.Factor\x12\x0f\n\x07modules\x18\x02 \x03(\t\"C\n\x0eInitialiseStep\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x15\n\rkeep_existing\x18\x03 \x01(\x08\"$\n\x08Proximal\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\n\n\x02mu\x18\x02 \x01(\x01\"\xaa\x02\n\tTrainStep\x12%\n\x07mixture\x18\x01 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\x12\r\n\x05slots\x18\x02 \x03(\t\x12\x1f\n\x04part\x18\x03 \x01(\x0b\x32\x11.fedalloy.v1.Part\x12\'\n\x08proximal\x18\x04 \x01(\x0b\x32\x15.fedalloy.v1.Proximal\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\'\n\x08schedule\x18\x08 \x01(\x0e\x32\x15.fedalloy.v1.Schedule\x12\x14\n\x0cweight_decay\x18\t \x01(\x01\x12\x15\n\rmax_grad_norm\x18\n \x01(\x01\x12\r\n\x05split\x18\x0b \x01(\t\"\x81\x01\n\tMergeStep\x12\x0e\n\x06target\x18\x01 \x01(\t\x12%\n\x07mixture\x18\x02 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\x12&\n\x05space\x18\x03 \x01(\x0e\x32\x17.fedalloy.v1.MergeSpace\x12\x15\n\rtruncate_rank\x18\x04 \x01(\r\"S\n\x0c\x45valuateStep\x12\r\n\x05label\x18\x01 \x01(\t\x12%\n\x07mixture\x18\x02 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\x12\r\n\x05split\x18\x03 \x01(\t\"1\n\x08SaveStep\x12%\n\x07mixture\x18\x01 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\"\x80\x01\n\x08SendStep\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x1f\n\x04part\x18\x02 \x01(\x0b\x32\x11.fedalloy.v1.Part\x12\'\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x15.fedalloy.v1.Encoding\x12\x1c\n\x14relative_to_received\x18\x04 \x01(\x08\"\x90\x02\n\x04Step\x12\x31\n\ninitialise\x18\x01 \x01(\x0b\x32\x1b.fedalloy.v1.InitialiseStepH\x00\x12\'\n\x05train\x18\x02 \x01(\x0b\x32\x16.fedalloy.v1.TrainStepH\x00\x12\'\n\x05merge\x18\x03 \x01(\x0b\x32\x16.fedalloy.v1.MergeStepH\x00\x12-\n\x08\x65valuate\x18\x04 \x01(\x0b\x32\x19.fedalloy.v1.EvaluateStepH\x00\x12%\n\x04save\x18\x05 \x01(\x0b\x32\x15.fedalloy.v1.SaveStepH\x00\x12%\n\x04send\x18\x06 \x01(\x0b\x32\x15.fedalloy.v1.SendStepH\x00\x42\x06\n\x04kind\"{\n\x04Plan\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12 \n\x05steps\x18\x06 \x03(\x0b\x32\x11.fedalloy.v1.Step*e\n\x08Schedule\x12\x18\n\x14SCHEDULE_UNSPECIFIED\x10\x00\x12\x15\n\x11SCHEDULE_CONSTANT\x10\x01\x12\x13\n\x0fSCHEDULE_LINEAR\x10\x02\x12\x13\n\x0fSCHEDULE_COSINE\x10\x03*X\n\nMergeSpace\x12\x1b\n\x17MERGE_SPACE_UNSPECIFIED\x10\x00\x12\x15\n\x11MERGE_SPACE_DELTA\x10\x01\x12\x16\n\x12MERGE_SPACE_FACTOR\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64\x61lloy/v1/plan.proto\x12\x0b\x66\x65\x64\x61lloy.v1\x1a\x19\x66\x65\x64\x61lloy/v1/adapter.proto\"\x80\x01\n\x12ModuleCoefficients\x12;\n\x06values\x18\x01 \x03(\x0b\x32+.fedalloy.v1.ModuleCoefficients.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x81\x01\n\x04Term\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x10\n\x06scalar\x18\x02 \x01(\x01H\x00\x12\x35\n\nper_module\x18\x03 \x01(\x0b\x32\x1f.fedalloy.v1.ModuleCoefficientsH\x00\x12\x13\n\tprecision\x18\x04 \x01(\tH\x00\x42\r\n\x0b\x63oefficient\"+\n\x07Mixture\x12 \n\x05terms\x18\x01 \x03(\x0b\x32\x11.fedalloy.v1.Term\"=\n\x04Part\x12$\n\x07\x66\x61\x63tors\x18\x01 \x03(\x0e\x32\x13.fedalloy.v1.Factor\x12\x0f\n\x07modules\x18\x02 \x03(\t\"C\n\x0eInitialiseStep\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x15\n\rkeep_existing\x18\x03 \x01(\x08\"$\n\x08Proximal\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\n\n\x02mu\x18\x02 \x01(\x01\"$\n\x04\x46old\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\xcb\x02\n\tTrainStep\x12%\n\x07mixture\x18\x01 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\x12\r\n\x05slots\x18\x02 \x03(\t\x12\x1f\n\x04part\x18\x03 \x01(\x0b\x32\x11.fedalloy.v1.Part\x12\'\n\x08proximal\x18\x04 \x01(\x0b\x32\x15.fedalloy.v1.Proximal\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\'\n\x08schedule\x18\x08 \x01(\x0e\x32\x15.fedalloy.v1.Schedule\x12\x14\n\x0cweight_decay\x18\t \x01(\x01\x12\x15\n\rmax_grad_norm\x18\n \x01(\x01\x12\r\n\x05split\x18\x0b \x01(\t\x12\x1f\n\x04\x66old\x18\x0c \x01(\x0b\x32\x11.fedalloy.v1.Fold\"\x81\x01\n\tMergeStep\x12\x0e\n\x06target\x18\x01 \x01(\t\x12%\n\x07mixture\x18\x02 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\x12&\n\x05space\x18\x03 \x01(\x0e\x32\x17.fedalloy.v1.MergeSpace\x12\x15\n\rtruncate_rank\x18\x04 \x01(\r\"S\n\x0c\x45valuateStep\x12\r\n\x05label\x18\x01 \x01(\t\x12%\n\x07mixture\x18\x02 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\x12\r\n\x05split\x18\x03 \x01(\t\"1\n\x08SaveStep\x12%\n\x07mixture\x18\x01 \x01(\x0b\x32\x14.fedalloy.v1.Mixture\"\x80\x01\n\x08SendStep\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x1f\n\x04part\x18\x02 \x01(\x0b\x32\x11.fedalloy.v1.Part\x12\'\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x15.fedalloy.v1.Encoding\x12\x1c\n\x14relative_to_received\x18\x04 \x01(\x08\"\xb9\x01\n\nFisherStep\x12\r\n\x05\x66irst\x18\x01 \x01(\t\x12\x0e\n\x06second\x18\x02 \x01(\t\x12\r\n\x05split\x18\x03 \x01(\t\x12\x0f\n\x07samples\x18\x04 \x01(\r\x12\x18\n\x10relative_damping\x18\x05 \x01(\x01\x12\x16\n\x0ein_delta_space\x18\x06 \x01(\x08\x12\x12\n\nkeep_first\x18\x07 \x01(\t\x12\x13\n\x0bkeep_second\x18\x08 \x01(\t\x12\x11\n\tmax_bytes\x18\t \x01(\x04\"-\n\x0c\x44istanceStep\x12\r\n\x05\x66irst\x18\x01 \x01(\t\x12\x0e\n\x06second\x18\x02 \x01(\t\"\xea\x02\n\x04Step\x12\x31\n\ninitialise\x18\x01 \x01(\x0b\x32\x1b.fedalloy.v1.InitialiseStepH\x00\x12\'\n\x05train\x18\x02 \x01(\x0b\x32\x16.fedalloy.v1.TrainStepH\x00\x12\'\n\x05merge\x18\x03 \x01(\x0b\x32\x16.fedalloy.v1.MergeStepH\x00\x12-\n\x08\x65valuate\x18\x04 \x01(\x0b\x32\x19.fedalloy.v1.EvaluateStepH\x00\x12%\n\x04save\x18\x05 \x01(\x0b\x32\x15.fedalloy.v1.SaveStepH\x00\x12%\n\x04send\x18\x06 \x01(\x0b\x32\x15.fedalloy.v1.SendStepH\x00\x12)\n\x06\x66isher\x18\x07 \x01(\x0b\x32\x17.fedalloy.v1.FisherStepH\x00\x12-\n\x08\x64istance\x18\t \x01(\x0b\x32\x19.fedalloy.v1.DistanceStepH\x00\x42\x06\n\x04kind\"{\n\x04Plan\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12 \n\x05steps\x18\x06 \x03(\x0b\x32\x11.fedalloy.v1.Step*e\n\x08Schedule\x12\x18\n\x14SCHEDULE_UNSPECIFIED\x10\x00\x12\x15\n\x11SCHEDULE_CONSTANT\x10\x01\x12\x13\n\x0fSCHEDULE_LINEAR\x10\x02\x12\x13\n\x0fSCHEDULE_COSINE\x10\x03*X\n\nMergeSpace\x12\x1b\n\x17MERGE_SPACE_UNSPECIFIED\x10\x00\x12\x15\n\x11MERGE_SPACE_DELTA\x10\x01\x12\x16\n\x12MERGE_SPACE_FACTOR\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,36 +34,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODULECOEFFICIENTS_VALUESENTRY']._loaded_options = None
   _globals['_MODULECOEFFICIENTS_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_SCHEDULE']._serialized_start=1622
-  _globals['_SCHEDULE']._serialized_end=1723
-  _globals['_MERGESPACE']._serialized_start=1725
-  _globals['_MERGESPACE']._serialized_end=1813
+  _globals['_SCHEDULE']._serialized_start=2040
+  _globals['_SCHEDULE']._serialized_end=2141
+  _globals['_MERGESPACE']._serialized_start=2143
+  _globals['_MERGESPACE']._serialized_end=2231
   _globals['_MODULECOEFFICIENTS']._serialized_start=67
   _globals['_MODULECOEFFICIENTS']._serialized_end=195
   _globals['_MODULECOEFFICIENTS_VALUESENTRY']._serialized_start=150
   _globals['_MODULECOEFFICIENTS_VALUESENTRY']._serialized_end=195
-  _globals['_TERM']._serialized_start=197
-  _globals['_TERM']._serialized_end=305
-  _globals['_MIXTURE']._serialized_start=307
-  _globals['_MIXTURE']._serialized_end=350
-  _globals['_PART']._serialized_start=352
-  _globals['_PART']._serialized_end=413
-  _globals['_INITIALISESTEP']._serialized_start=415
-  _globals['_INITIALISESTEP']._serialized_end=482
-  _globals['_PROXIMAL']._serialized_start=484
-  _globals['_PROXIMAL']._serialized_end=520
-  _globals['_TRAINSTEP']._serialized_start=523
-  _globals['_TRAINSTEP']._serialized_end=821
-  _globals['_MERGESTEP']._serialized_start=824
-  _globals['_MERGESTEP']._serialized_end=953
-  _globals['_EVALUATESTEP']._serialized_start=955
-  _globals['_EVALUATESTEP']._serialized_end=1038
-  _globals['_SAVESTEP']._serialized_start=1040
-  _globals['_SAVESTEP']._serialized_end=1089
-  _globals['_SENDSTEP']._serialized_start=1092
-  _globals['_SENDSTEP']._serialized_end=1220
-  _globals['_STEP']._serialized_start=1223
-  _globals['_STEP']._serialized_end=1495
-  _globals['_PLAN']._serialized_start=1497
-  _globals['_PLAN']._serialized_end=1620
+  _globals['_TERM']._serialized_start=198
+  _globals['_TERM']._serialized_end=327
+  _globals['_MIXTURE']._serialized_start=329
+  _globals['_MIXTURE']._serialized_end=372
+  _globals['_PART']._serialized_start=374
+  _globals['_PART']._serialized_end=435
+  _globals['_INITIALISESTEP']._serialized_start=437
+  _globals['_INITIALISESTEP']._serialized_end=504
+  _globals['_PROXIMAL']._serialized_start=506
+  _globals['_PROXIMAL']._serialized_end=542
+  _globals['_FOLD']._serialized_start=544
+  _globals['_FOLD']._serialized_end=580
+  _globals['_TRAINSTEP']._serialized_start=583
+  _globals['_TRAINSTEP']._serialized_end=914
+  _globals['_MERGESTEP']._serialized_start=917
+  _globals['_MERGESTEP']._serialized_end=1046
+  _globals['_EVALUATESTEP']._serialized_start=1048
+  _globals['_EVALUATESTEP']._serialized_end=1131
+  _globals['_SAVESTEP']._serialized_start=1133
+  _globals['_SAVESTEP']._serialized_end=1182
+  _globals['_SENDSTEP']._serialized_start=1185
+  _globals['_SENDSTEP']._serialized_end=1313
+  _globals['_FISHERSTEP']._serialized_start=1316
+  _globals['_FISHERSTEP']._serialized_end=1501
+  _globals['_DISTANCESTEP']._serialized_start=1503
+  _globals['_DISTANCESTEP']._serialized_end=1548
+  _globals['_STEP']._serialized_start=1551
+  _globals['_STEP']._serialized_end=1913
+  _globals['_PLAN']._serialized_start=1915
+  _globals['_PLAN']._serialized_end=2038
 # @@protoc_insertion_point(module_scope)

@@ -143,21 +143,55 @@ class SendResult(_message.Message):
     content_digest: bytes
     def __init__(self, slot: _Optional[str] = ..., content_digest: _Optional[bytes] = ...) -> None: ...
 
+class FisherResult(_message.Message):
+    __slots__ = ("samples", "dropped", "damping", "information_first", "information_second", "variance_first", "variance_second", "covariance", "information_distance", "effective_dimension")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    INFORMATION_FIRST_FIELD_NUMBER: _ClassVar[int]
+    INFORMATION_SECOND_FIELD_NUMBER: _ClassVar[int]
+    VARIANCE_FIRST_FIELD_NUMBER: _ClassVar[int]
+    VARIANCE_SECOND_FIELD_NUMBER: _ClassVar[int]
+    COVARIANCE_FIELD_NUMBER: _ClassVar[int]
+    INFORMATION_DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_DIMENSION_FIELD_NUMBER: _ClassVar[int]
+    samples: int
+    dropped: int
+    damping: float
+    information_first: _containers.RepeatedScalarFieldContainer[float]
+    information_second: _containers.RepeatedScalarFieldContainer[float]
+    variance_first: _containers.RepeatedScalarFieldContainer[float]
+    variance_second: _containers.RepeatedScalarFieldContainer[float]
+    covariance: _containers.RepeatedScalarFieldContainer[float]
+    information_distance: _containers.RepeatedScalarFieldContainer[float]
+    effective_dimension: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, samples: _Optional[int] = ..., dropped: _Optional[int] = ..., damping: _Optional[float] = ..., information_first: _Optional[_Iterable[float]] = ..., information_second: _Optional[_Iterable[float]] = ..., variance_first: _Optional[_Iterable[float]] = ..., variance_second: _Optional[_Iterable[float]] = ..., covariance: _Optional[_Iterable[float]] = ..., information_distance: _Optional[_Iterable[float]] = ..., effective_dimension: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class DistanceResult(_message.Message):
+    __slots__ = ("squared",)
+    SQUARED_FIELD_NUMBER: _ClassVar[int]
+    squared: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, squared: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class StepResult(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     SAVE_FIELD_NUMBER: _ClassVar[int]
     SEND_FIELD_NUMBER: _ClassVar[int]
+    FISHER_FIELD_NUMBER: _ClassVar[int]
+    DISTANCE_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseResult
     train: TrainResult
     merge: MergeResult
     evaluate: EvaluateResult
     save: SaveResult
     send: SendResult
-    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ...) -> None: ...
+    fisher: FisherResult
+    distance: DistanceResult
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire")

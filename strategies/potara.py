@@ -1,0 +1,343 @@
+r"""Potara: a federated adapter and each client's own, merged once per client with a weight in closed form.
+
+Zou, Shisher, Brinton and Tripathi, "Communication-Efficient Personalized Adaptation via Federated-Local Model Merging",
+2026 (arXiv 2602.18658). Two branches from one seeded start, which never touch:
+
+* *federated*: rounds 1 to ``federated-rounds`` are FedAvg of the factors (FedIT);
+* *local*: in the rounds after, each client trains an adapter that starts from the seed and is never uploaded.
+
+In the last round every client holds both and reports, for each, a few numbers per module (traces of its inverse
+Fisher information, distances, losses of mixtures). The server turns them into this client's weight w
+(:mod:`strategies.weighting`) and the client's model is ``w x federated + (1 - w) x local``: in delta space, exactly, at
+rank 2r. Merging A and B separately would add ``-w (1-w) (B_f - B_l)(A_f - A_l)``.
+
+The federated branch stops early, so for equal training a client moves fewer bytes than with FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from adapters.adapter import Adapter
+from adapters.algebra import Coefficient, stack, truncate, weighted_sum
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies import steps, weighting
+from strategies.base import AlloyStrategy, Answer, Brief, Client, State
+from strategies.fedavg import SLOT as FEDERATED
+from strategies.fedavg import FedAvg
+from strategies.options import OptionError, RunConfig, require_choice, require_range
+from strategies.weighting import Evidence, Weight
+
+LOCAL = "local"
+MERGED = "merged"
+_HALVES = ("half-0", "half-1")
+_KEPT = {FEDERATED: "precision-global", LOCAL: "precision-local"}
+_NEEDS_B = ("random-effects", "plugin")
+
+
+@dataclass(frozen=True)
+class PotaraOptions:
+    """How the two branches are trained, weighed and merged.
+
+    Attributes:
+        federated_rounds: rounds of the federated branch; those after train the local one.
+        local_steps: steps of the local branch in each of its rounds; 0: ``local-steps``, as in a federated round.
+        weight: how the weight is found; see :mod:`strategies.weighting`.
+        granularity: one weight per client, per ``"module"``, or per ``"parameter"`` (Fisher merging, factor space).
+        space: ``"delta"`` (exact) or ``"factor"``.
+        truncate: after a delta merge, back to the client's own rank (best approximation).
+        merge_at: ``"client"``, or ``"server"``: then the local adapter is uploaded once and the merge sent down.
+        calibration: examples of which split the Fisher information is taken on, ``"train"`` or ``"validation"``.
+        fisher_samples: how many examples at most.
+        damping: times the mean information of both adapters together; added to all information.
+        trace_space: variances of ``"factor"`` numbers, or of the ``"delta"`` they make.
+        fed_scale: whether the federated adapter's information is that of the ``"client"``'s or of the ``"total"`` data.
+        variance: where ``plugin`` and ``random-effects`` take b from: ``"split-half"`` trains two more adapters on half
+            the data each, ``"curvature"`` takes the effective dimension over the number of examples.
+        search_points: mixtures of the line search on the validation split, from local to federated; 3: a parabola; 0:
+            none. Searched in every weight mode, for the record.
+    """
+
+    federated_rounds: int = 2
+    local_steps: int = 0
+    weight: str = "random-effects"
+    granularity: str = "scalar"
+    space: str = "delta"
+    truncate: bool = False
+    merge_at: str = "client"
+    calibration: str = "train"
+    fisher_samples: int = 30
+    damping: float = 1.0
+    trace_space: str = "factor"
+    fed_scale: str = "client"
+    variance: str = "split-half"
+    search_points: int = 21
+
+    def __post_init__(self) -> None:
+        require_range("potara.federated-rounds", self.federated_rounds, 1, 10**6)
+        require_range("potara.local-steps", self.local_steps, 0, 2**31 - 1)
+        require_range("potara.fisher-samples", self.fisher_samples, 1, 10**6)
+        require_range("potara.damping", self.damping, 0)
+        require_choice("potara.weight", self.weight, weighting.MODES)
+        require_choice("potara.granularity", self.granularity, ("scalar", "module", "parameter"))
+        require_choice("potara.space", self.space, ("delta", "factor"))
+        require_choice("potara.merge-at", self.merge_at, ("client", "server"))
+        require_choice("potara.calibration", self.calibration, ("train", "validation"))
+        require_choice("potara.trace-space", self.trace_space, ("factor", "delta"))
+        require_choice("potara.fed-scale", self.fed_scale, ("client", "total"))
+        require_choice("potara.variance", self.variance, ("split-half", "curvature"))
+        if self.search_points != 0:
+            require_range("potara.search-points", self.search_points, 3, 1001)
+        if self.weight == "line-search" and (self.search_points == 0 or self.granularity != "scalar"):
+            raise OptionError(
+                f"potara.weight = 'line-search' with search-points = {self.search_points} and granularity "
+                f"{self.granularity!r}, expected at least 3 points and 'scalar'"
+            )
+        if self.granularity == "parameter" and (
+            self.weight != "client-fisher" or self.space != "factor" or self.merge_at != "client"
+        ):
+            raise OptionError(
+                f"potara.granularity = 'parameter' with weight {self.weight!r}, space {self.space!r}, merge-at "
+                f"{self.merge_at!r}, expected 'client-fisher', 'factor' and 'client': weights of single numbers exist "
+                "only at the client"
+            )
+        if self.truncate and self.space == "factor":
+            raise OptionError("potara.truncate needs potara.space = 'delta': a factor merge has no ranks to truncate")
+
+
+class Potara(AlloyStrategy):
+    """Two branches, one weight per client."""
+
+    name = "potara"
+    Options = PotaraOptions
+    options: PotaraOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.federated = FedAvg(training=self.training, seed=self.seed)
+        self.trained: set[str] = set()  # clients whose data are in the federated adapter
+        self.evidence: dict[str, Evidence] = {}  # what clients reported
+        self.local: dict[str, Adapter] = {}  # of clients that uploaded theirs (merge-at = "server")
+        self.weights: dict[str, dict[str, Weight]] = {}
+
+    @classmethod
+    def from_run_config(cls, run_config: RunConfig) -> AlloyStrategy:
+        """Also refuses a run that would end before the branches are merged."""
+        strategy = super().from_run_config(run_config)
+        federated = strategy.options.federated_rounds
+        if 0 < strategy.rounds <= federated:
+            raise OptionError(
+                f"potara.federated-rounds = {federated} of num-server-rounds = {strategy.rounds}, expected at least "
+                "one round after them, for the local branch and the weights"
+            )
+        return strategy
+
+    def enrol(self, client: Client) -> None:
+        """Both branches start from the seed."""
+        super().enrol(client)
+        self.federated.enrol(client)
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """A federated round; or local training, and in the last round what the weight is made of."""
+        if round_ <= self.options.federated_rounds:
+            return self.federated.brief(round_, client)
+        own = round_ - self.options.federated_rounds
+        mix = steps.mixture(LOCAL)
+        amount = self.options.local_steps or self.training.local_steps
+        plan = [
+            steps.initialise(LOCAL, self.seed, keep_existing=own > 1),
+            steps.evaluate(self.training, mix),
+            steps.train(self.training, mix, [LOCAL], steps=amount),
+        ]
+        if not self._is_last(round_):
+            return Brief(plan)
+        if self._splits(client):
+            for index, half in enumerate(_HALVES):
+                plan.append(steps.initialise(half, self.seed, keep_existing=False))
+                plan.append(
+                    steps.train(self.training, steps.mixture(half), [half], steps=amount * own, fold=(index, 2))
+                )
+            plan.append(steps.distance(*_HALVES))
+        plan += [
+            steps.distance(FEDERATED, LOCAL),
+            steps.fisher(
+                FEDERATED,
+                LOCAL,
+                split=self.options.calibration,
+                samples=self.options.fisher_samples,
+                damping=self.options.damping,
+                in_delta_space=self.options.trace_space == "delta",
+                keep=(_KEPT[FEDERATED], _KEPT[LOCAL]) if self.options.granularity == "parameter" else ("", ""),
+            ),
+        ]
+        for weight in self._grid():
+            plan += self._evaluated(client, weight, f"search-{weight:.3f}", split="validation")
+        if self.options.merge_at == "server":
+            plan.append(steps.send(self.training, LOCAL, relative_to_received=False))
+        return Brief(plan, {FEDERATED: self.federated.model} if self.federated.model else {})
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep a trained federated adapter, or what the weight is made of."""
+        if round_ <= self.options.federated_rounds:
+            self.federated.absorb(round_, client, answer)
+            self.trained.add(client.id)
+        elif self._is_last(round_):
+            self.evidence[client.id] = self._evidence(client, answer)
+            if LOCAL in answer.adapters:
+                self.local[client.id] = answer.adapters[LOCAL]
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Average the federated branch, or weigh the two."""
+        if round_ <= self.options.federated_rounds:
+            return {"branch": "federated"} | self.federated.settle(round_)
+        record: dict[str, Any] = {"branch": "local"}
+        if self._is_last(round_):
+            self.weights = self._weigh()
+            record["weights"] = {name: self._logged(name) for name in sorted(self.clients)}
+        return record
+
+    def deliver(self, client: Client) -> Brief:
+        """This client's merge; a client without a weight, which missed the last round, has the federated adapter."""
+        if client.id not in self.weights:
+            return self.federated.deliver(client)
+        plan: list[steps.Step] = []
+        if self.options.search_points:
+            searched = weighting.best_of(self.evidence[client.id].losses).value
+            named = {"local": 0.0, "half": 0.5, "federated": 1.0, "searched": searched}
+            for label, weight in named.items():
+                plan += self._evaluated(client, weight, label)
+        if self.options.merge_at == "server":
+            mix = steps.mixture(MERGED)
+            return Brief([*plan, steps.save(mix), steps.evaluate(self.training, mix)], {MERGED: self._merged(client)})
+        if self.options.granularity == "parameter":
+            plan.append(steps.merge(MERGED, steps.precision_mixture(_KEPT), space="factor"))
+            mix = steps.mixture(MERGED)
+        else:
+            before, mix = self._mixture(client, self._coefficients(client))
+            plan += before
+        return Brief([*plan, steps.save(mix), steps.evaluate(self.training, mix)])
+
+    def state(self) -> State:
+        """The federated adapter, what clients reported and uploaded; weights follow from them."""
+        tensors = {f"local/{name}": adapter.vector for name, adapter in self.local.items()}
+        evidence = {name: asdict(found) for name, found in self.evidence.items()}
+        values = {"trained": sorted(self.trained), "evidence": evidence}
+        return State(self.federated.state().tensors | tensors, values)
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        self.federated.load_state(State({"model": state.tensors["model"]}))
+        self.trained = set(state.values["trained"])
+        self.evidence = {name: Evidence(**found) for name, found in state.values["evidence"].items()}
+        self.local = {
+            name: Adapter(client.layout, state.tensors[f"local/{name}"])
+            for name, client in self.clients.items()
+            if f"local/{name}" in state.tensors
+        }
+        self.weights = self._weigh()
+
+    def _is_last(self, round_: int) -> bool:
+        """Whether the weights are made in this round; without a known end, in every round of the local branch."""
+        return round_ > self.options.federated_rounds and round_ >= self.rounds
+
+    def _splits(self, client: Client) -> bool:
+        """Whether this client trains on halves of its data; one example has no halves."""
+        return self.options.weight in _NEEDS_B and self.options.variance == "split-half" and client.examples > 1
+
+    def _grid(self) -> list[float]:
+        return weighting.grid(self.options.search_points) if self.options.search_points else []
+
+    def _mixture(
+        self, client: Client, coefficients: tuple[Coefficient, Coefficient]
+    ) -> tuple[list[steps.Step], plan_pb2.Mixture]:
+        """The merged model, and what must run before it exists. An endpoint is that adapter itself, to the bit."""
+        if coefficients in ((1.0, 0.0), (0.0, 1.0)):
+            return [], steps.mixture((FEDERATED, LOCAL)[coefficients.index(1.0)])
+        mix = steps.mixture(FEDERATED, LOCAL, coefficients=coefficients)
+        if self.options.space == "delta" and not self.options.truncate:
+            return [], mix
+        rank = max(client.layout.ranks.values()) if self.options.truncate else 0
+        return [steps.merge(MERGED, mix, space=self.options.space, truncate_rank=rank)], steps.mixture(MERGED)
+
+    def _evaluated(self, client: Client, weight: float, label: str, split: str | None = None) -> list[steps.Step]:
+        before, mix = self._mixture(client, (weight, 1.0 - weight))
+        return [*before, steps.evaluate(self.training, mix, label, split)]
+
+    def _evidence(self, client: Client, answer: Answer) -> Evidence:
+        distances = [list(result.distance.squared) for result in _results(answer, "distance")]
+        found = _results(answer, "fisher")[0].fisher
+        b: list[float] = []
+        if self.options.variance == "curvature":
+            b = [dimension / client.examples for dimension in found.effective_dimension]
+        elif self._splits(client):  # each half has twice the variance, hence their difference four times it
+            b = [squared / 4 for squared in distances[0]]
+        return Evidence(
+            examples=client.examples,
+            takes_part=client.id in self.trained,
+            variance_fed=list(found.variance_first),
+            variance_local=list(found.variance_second),
+            covariance=list(found.covariance),
+            distance=distances[-1],
+            b=b,
+            q=list(found.information_distance) if self.options.variance == "curvature" else distances[-1],
+            losses=[answer.metrics[f"search-{weight:.3f}"]["loss"] for weight in self._grid()],
+            samples=found.samples,
+        )
+
+    def _weigh(self) -> dict[str, dict[str, Weight]]:
+        """Weights of every client that reported, by module; the key "" stands for all modules together."""
+        names = sorted(self.evidence)
+        if not names:
+            return {}
+        evidence = [self.evidence[name] for name in names]
+        modules = self.clients[names[0]].layout.modules
+        by_module = self.options.granularity == "module"
+        found = {
+            module: weighting.weigh(evidence, self.options.weight, index, self.options.fed_scale)
+            for module, index in ([(m, i) for i, m in enumerate(modules)] if by_module else [("", None)])
+        }
+        return {name: {module: column[k] for module, column in found.items()} for k, name in enumerate(names)}
+
+    def _coefficients(self, client: Client) -> tuple[Coefficient, Coefficient]:
+        values = {module: weight.value for module, weight in self.weights[client.id].items()}
+        if "" in values:
+            return values[""], 1.0 - values[""]
+        return values, {module: 1.0 - value for module, value in values.items()}
+
+    def _merged(self, client: Client) -> Adapter:
+        """The merge, on the server; the same steps as at the client give the same bits."""
+        federated, local = self.federated.model, self.local[client.id]
+        assert federated is not None
+        coefficients = self._coefficients(client)
+        if coefficients in ((1.0, 0.0), (0.0, 1.0)):
+            return (federated, local)[coefficients.index(1.0)]
+        if self.options.space == "factor":
+            return weighted_sum([federated, local], coefficients)
+        merged = stack([federated, local], coefficients)
+        return truncate(merged, client.layout) if self.options.truncate else merged
+
+    def _logged(self, name: str) -> dict[str, Any]:
+        """What the round's record shows of a client's weight."""
+        if name not in self.weights:
+            return {"weight": 1.0, "flag": "absent"}
+        evidence, weights = self.evidence[name], self.weights[name]
+        shown: dict[str, Any] = {"q": sum(evidence.distance), "samples": evidence.samples}
+        if evidence.losses:
+            shown |= {"searched": weighting.best_of(evidence.losses).value, "search_losses": list(evidence.losses)}
+        if "" in weights:
+            return shown | _shown(weights[""])
+        return shown | {"modules": {module: _shown(weight) for module, weight in weights.items()}}
+
+
+def _shown(weight: Weight) -> dict[str, Any]:
+    """A weight as JSON; moments that a rule does not have are left out."""
+    numbers: Mapping[str, float] = {"a": weight.a, "b": weight.b, "c": weight.c, "D": weight.denominator}
+    finite = {name: number for name, number in numbers.items() if abs(number) < float("inf")}
+    flag = {"flag": weight.flag} if weight.flag else {}
+    return {"weight": weight.value, "raw": weight.raw, **finite, **flag}
+
+
+def _results(answer: Answer, kind: str) -> list[report_pb2.StepResult]:
+    return [result for result in answer.report.results if result.WhichOneof("kind") == kind]
