@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.adapter import Adapter
 from adapters.layout import Factor, Layout
@@ -56,7 +57,9 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
         return functional.cross_entropy(logits, label[None])
 
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-    found = vmap(grad(loss), in_dims=(None, 0, 0))(values, inputs, batch.labels.to(model.device))
+    # The fused attention kernels have no batching rule: vmap would loop over them, and say so on every run.
+    with sdpa_kernel(SDPBackend.MATH):
+        found = vmap(grad(loss), in_dims=(None, 0, 0))(values, inputs, batch.labels.to(model.device))
     flat = [found[names[parameter]].reshape(len(batch), -1) for parameter in parameters.values()]
     return torch.cat(flat, dim=1).float()
 

@@ -24,6 +24,7 @@ from strategies.base import Answer, Brief, Client, StrategyError, answer_from
 from strategies.messages import BadAnswerError, Dispatch, counters_message, plan_dispatch, read_counters
 
 INFO, WARNING = 20, 30
+_SHOWN = 5
 ClientRecord = dict[str, Any]
 
 
@@ -318,5 +319,7 @@ def _line(record: ClientRecord) -> str:
         return f"{record['status']} ({record.get('reason', '')})"
     parts = [f"{record['seconds']:.1f} s"]
     parts += [f"loss {loss:.3f}" for loss in record["train_loss"]]
-    parts += [f"{label} accuracy {m['accuracy']:.3f}" for label, m in record["metrics"].items() if "accuracy" in m]
+    scored = [f"{label} accuracy {m['accuracy']:.3f}" for label, m in record["metrics"].items() if "accuracy" in m]
+    scored.sort(key=lambda text: not text.startswith("personal "))  # a line search has dozens
+    parts += scored[:_SHOWN] + [f"... ({len(scored) - _SHOWN} more in rounds.jsonl)"] * (len(scored) > _SHOWN)
     return ", ".join(parts)

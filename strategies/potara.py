@@ -27,11 +27,12 @@ from strategies import steps, weighting
 from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 from strategies.fedavg import SLOT as FEDERATED
 from strategies.fedavg import FedAvg
-from strategies.options import OptionError, RunConfig, require_choice, require_range
+from strategies.options import OptionError, require_choice, require_range
 from strategies.weighting import Evidence, Weight
 
 LOCAL = "local"
 MERGED = "merged"
+PROBE = "probe"  # mixtures that are only evaluated
 _HALVES = ("half-0", "half-1")
 _KEPT = {FEDERATED: "precision-global", LOCAL: "precision-local"}
 _NEEDS_B = ("random-effects", "plugin")
@@ -42,12 +43,13 @@ class PotaraOptions:
     """How the two branches are trained, weighed and merged.
 
     Attributes:
-        federated_rounds: rounds of the federated branch; those after train the local one.
+        federated_rounds: rounds of the federated branch; those after train the local one. 0: half of the run's, rounded
+            down.
         local_steps: steps of the local branch in each of its rounds; 0: ``local-steps``, as in a federated round.
         weight: how the weight is found; see :mod:`strategies.weighting`.
         granularity: one weight per client, per ``"module"``, or per ``"parameter"`` (Fisher merging, factor space).
-        space: ``"delta"`` (exact) or ``"factor"``.
-        truncate: after a delta merge, back to the client's own rank (best approximation).
+        space: ``"delta"`` (exact, rank 2r), ``"delta-truncated"`` (the best approximation of that at the client's own
+            rank) or ``"factor"``.
         merge_at: ``"client"``, or ``"server"``: then the local adapter is uploaded once and the merge sent down.
         calibration: examples of which split the Fisher information is taken on, ``"train"`` or ``"validation"``.
         fisher_samples: how many examples at most.
@@ -60,12 +62,11 @@ class PotaraOptions:
             none. Searched in every weight mode, for the record.
     """
 
-    federated_rounds: int = 2
+    federated_rounds: int = 0
     local_steps: int = 0
     weight: str = "random-effects"
     granularity: str = "scalar"
     space: str = "delta"
-    truncate: bool = False
     merge_at: str = "client"
     calibration: str = "train"
     fisher_samples: int = 30
@@ -76,13 +77,13 @@ class PotaraOptions:
     search_points: int = 21
 
     def __post_init__(self) -> None:
-        require_range("potara.federated-rounds", self.federated_rounds, 1, 10**6)
+        require_range("potara.federated-rounds", self.federated_rounds, 0, 10**6)
         require_range("potara.local-steps", self.local_steps, 0, 2**31 - 1)
         require_range("potara.fisher-samples", self.fisher_samples, 1, 10**6)
         require_range("potara.damping", self.damping, 0)
         require_choice("potara.weight", self.weight, weighting.MODES)
         require_choice("potara.granularity", self.granularity, ("scalar", "module", "parameter"))
-        require_choice("potara.space", self.space, ("delta", "factor"))
+        require_choice("potara.space", self.space, ("delta", "delta-truncated", "factor"))
         require_choice("potara.merge-at", self.merge_at, ("client", "server"))
         require_choice("potara.calibration", self.calibration, ("train", "validation"))
         require_choice("potara.trace-space", self.trace_space, ("factor", "delta"))
@@ -103,8 +104,6 @@ class PotaraOptions:
                 f"{self.merge_at!r}, expected 'client-fisher', 'factor' and 'client': weights of single numbers exist "
                 "only at the client"
             )
-        if self.truncate and self.space == "factor":
-            raise OptionError("potara.truncate needs potara.space = 'delta': a factor merge has no ranks to truncate")
 
 
 class Potara(AlloyStrategy):
@@ -116,23 +115,17 @@ class Potara(AlloyStrategy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.federated_rounds = self.options.federated_rounds or max(1, self.rounds // 2)
+        if 0 < self.rounds <= self.federated_rounds:
+            raise OptionError(
+                f"potara.federated-rounds = {self.federated_rounds} of num-server-rounds = {self.rounds}, expected at "
+                "least one round after them, for the local branch and the weights"
+            )
         self.federated = FedAvg(training=self.training, seed=self.seed)
         self.trained: set[str] = set()  # clients whose data are in the federated adapter
         self.evidence: dict[str, Evidence] = {}  # what clients reported
         self.local: dict[str, Adapter] = {}  # of clients that uploaded theirs (merge-at = "server")
         self.weights: dict[str, dict[str, Weight]] = {}
-
-    @classmethod
-    def from_run_config(cls, run_config: RunConfig) -> AlloyStrategy:
-        """Also refuses a run that would end before the branches are merged."""
-        strategy = super().from_run_config(run_config)
-        federated = strategy.options.federated_rounds
-        if 0 < strategy.rounds <= federated:
-            raise OptionError(
-                f"potara.federated-rounds = {federated} of num-server-rounds = {strategy.rounds}, expected at least "
-                "one round after them, for the local branch and the weights"
-            )
-        return strategy
 
     def enrol(self, client: Client) -> None:
         """Both branches start from the seed."""
@@ -141,9 +134,9 @@ class Potara(AlloyStrategy):
 
     def brief(self, round_: int, client: Client) -> Brief:
         """A federated round; or local training, and in the last round what the weight is made of."""
-        if round_ <= self.options.federated_rounds:
+        if round_ <= self.federated_rounds:
             return self.federated.brief(round_, client)
-        own = round_ - self.options.federated_rounds
+        own = round_ - self.federated_rounds
         mix = steps.mixture(LOCAL)
         amount = self.options.local_steps or self.training.local_steps
         plan = [
@@ -180,7 +173,7 @@ class Potara(AlloyStrategy):
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep a trained federated adapter, or what the weight is made of."""
-        if round_ <= self.options.federated_rounds:
+        if round_ <= self.federated_rounds:
             self.federated.absorb(round_, client, answer)
             self.trained.add(client.id)
         elif self._is_last(round_):
@@ -190,7 +183,7 @@ class Potara(AlloyStrategy):
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Average the federated branch, or weigh the two."""
-        if round_ <= self.options.federated_rounds:
+        if round_ <= self.federated_rounds:
             return {"branch": "federated"} | self.federated.settle(round_)
         record: dict[str, Any] = {"branch": "local"}
         if self._is_last(round_):
@@ -240,7 +233,7 @@ class Potara(AlloyStrategy):
 
     def _is_last(self, round_: int) -> bool:
         """Whether the weights are made in this round; without a known end, in every round of the local branch."""
-        return round_ > self.options.federated_rounds and round_ >= self.rounds
+        return round_ > self.federated_rounds and round_ >= self.rounds
 
     def _splits(self, client: Client) -> bool:
         """Whether this client trains on halves of its data; one example has no halves."""
@@ -250,19 +243,21 @@ class Potara(AlloyStrategy):
         return weighting.grid(self.options.search_points) if self.options.search_points else []
 
     def _mixture(
-        self, client: Client, coefficients: tuple[Coefficient, Coefficient]
+        self, client: Client, coefficients: tuple[Coefficient, Coefficient], target: str = MERGED
     ) -> tuple[list[steps.Step], plan_pb2.Mixture]:
         """The merged model, and what must run before it exists. An endpoint is that adapter itself, to the bit."""
         if coefficients in ((1.0, 0.0), (0.0, 1.0)):
             return [], steps.mixture((FEDERATED, LOCAL)[coefficients.index(1.0)])
         mix = steps.mixture(FEDERATED, LOCAL, coefficients=coefficients)
-        if self.options.space == "delta" and not self.options.truncate:
+        if self.options.space == "delta":
             return [], mix
-        rank = max(client.layout.ranks.values()) if self.options.truncate else 0
-        return [steps.merge(MERGED, mix, space=self.options.space, truncate_rank=rank)], steps.mixture(MERGED)
+        space, rank = self.options.space, 0
+        if space == "delta-truncated":
+            space, rank = "delta", max(client.layout.ranks.values())
+        return [steps.merge(target, mix, space=space, truncate_rank=rank)], steps.mixture(target)
 
     def _evaluated(self, client: Client, weight: float, label: str, split: str | None = None) -> list[steps.Step]:
-        before, mix = self._mixture(client, (weight, 1.0 - weight))
+        before, mix = self._mixture(client, (weight, 1.0 - weight), PROBE)
         return [*before, steps.evaluate(self.training, mix, label, split)]
 
     def _evidence(self, client: Client, answer: Answer) -> Evidence:
@@ -316,7 +311,7 @@ class Potara(AlloyStrategy):
         if self.options.space == "factor":
             return weighted_sum([federated, local], coefficients)
         merged = stack([federated, local], coefficients)
-        return truncate(merged, client.layout) if self.options.truncate else merged
+        return truncate(merged, client.layout) if self.options.space == "delta-truncated" else merged
 
     def _logged(self, name: str) -> dict[str, Any]:
         """What the round's record shows of a client's weight."""

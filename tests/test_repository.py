@@ -61,7 +61,6 @@ RUN_CONFIG_KEYS = {
     "potara.search-points",
     "potara.space",
     "potara.trace-space",
-    "potara.truncate",
     "potara.variance",
     "potara.weight",
     "round-timeout",

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from adapters.adapter import Adapter
+from adapters.algebra import Coefficient, precision_mean, squared_distances, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
@@ -200,15 +201,13 @@ class FakeNode:
                     report_pb2.TrainResult(steps=1, examples=1, first_loss=2, mean_loss=1.5, last_loss=1)
                 )
             case "evaluate":
-                (term,) = step.evaluate.mixture.terms
                 result.evaluate.CopyFrom(
                     report_pb2.EvaluateResult(label=step.evaluate.label, split=step.evaluate.split, examples=5)
                 )
-                for metric, value in self.metrics(self.slots[term.slot]).items():
+                for metric, value in self.metrics(self.mixed(step.evaluate.mixture)).items():
                     result.evaluate.metrics[metric] = value
             case "save":
-                (term,) = step.save.mixture.terms
-                self.saved = self.slots[term.slot].clone()
+                self.saved = self.mixed(step.save.mixture)
                 result.save.content_digest = self.saved.digest
             case "send":
                 part = layout_of_part(self.layout, step.send.part)
@@ -221,9 +220,43 @@ class FakeNode:
                 )
                 uploads[step.send.slot] = encoded.blob
                 result.send.CopyFrom(report_pb2.SendResult(slot=step.send.slot, content_digest=encoded.decoded.digest))
+            case "merge":
+                self.slots[step.merge.target] = self.mixed(step.merge.mixture)
+                result.merge.max_rank = max(self.layout.ranks.values())
+            case "distance":
+                first, second = self.slots[step.distance.first], self.slots[step.distance.second]
+                squared = squared_distances(first, second)
+                result.distance.squared.extend(squared[module] for module in self.layout.modules)
+            case "fisher":
+                slots = {step.fisher.first: step.fisher.keep_first, step.fisher.second: step.fisher.keep_second}
+                for slot, kept in slots.items():
+                    if kept:
+                        self.slots[kept] = Adapter(self.layout, 1 + self.slots[slot].vector.square())
+                result.fisher.CopyFrom(self.fisher())
             case kind:
                 raise AssertionError(f"a plan of these strategies has no {kind} step")
         return result
+
+    def mixed(self, mixture: plan_pb2.Mixture) -> Adapter:
+        """The mixture in factor space: these clients measure factors."""
+        if mixture.terms[0].WhichOneof("coefficient") == "precision":
+            pairs = [(self.slots[term.slot], self.slots[term.precision]) for term in mixture.terms]
+            return precision_mean(*zip(*pairs, strict=True))
+        coefficients: list[Coefficient] = [
+            term.scalar if term.WhichOneof("coefficient") == "scalar" else dict(term.per_module.values)
+            for term in mixture.terms
+        ]
+        if len(coefficients) == 1 and coefficients[0] == 1.0:
+            return self.slots[mixture.terms[0].slot].clone()
+        return weighted_sum([self.slots[term.slot] for term in mixture.terms], coefficients)
+
+    def fisher(self) -> report_pb2.FisherResult:
+        """Numbers of the client's name; nothing is computed."""
+        modules = len(self.layout.modules)
+        drawn = torch.rand(7, modules, generator=torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
+        fields = [field.name for field in report_pb2.FisherResult.DESCRIPTOR.fields if field.is_repeated]
+        lists = dict(zip(fields, drawn.tolist(), strict=True))
+        return report_pb2.FisherResult(samples=3, damping=1.0, **lists)
 
     def metrics(self, model: Adapter) -> dict[str, float]:
         """Squared distance to the target of ``drift``, and an "accuracy" that grows as it falls."""

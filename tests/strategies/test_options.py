@@ -23,6 +23,9 @@ OTHER: dict[str, Any] = {
     "schedule": "cosine", "evaluate-split": "validation", "uplink-encoding": "int8", "downlink-encoding": "bf16",
     "fedavg.space": "delta", "fedmerge.variant": "factors", "fedmerge.w-step": "adam", "fedmerge.theta-norm": "none",
     "fedmerge.init": "jitter", "fedmerge.w-layers": "head.*,*.B",
+    "potara.weight": "plugin", "potara.granularity": "module", "potara.space": "factor", "potara.merge-at": "server",
+    "potara.calibration": "validation", "potara.trace-space": "delta", "potara.fed-scale": "total",
+    "potara.variance": "curvature",
 }  # fmt: skip
 """A valid value that is not the default, for every key of text."""
 
