@@ -120,6 +120,15 @@ def traffic(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> No
 
 
 @app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Every client's models next to each other, and the weights that merged them."""
+    from server_app.report import print_report
+
+    with _clear_errors():
+        print_report(run, console)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     client: Annotated[str, typer.Argument(help="A client id.")],
