@@ -46,7 +46,9 @@ class PotaraOptions:
         federated_rounds: rounds of the federated branch; those after train the local one. 0: half of the run's, rounded
             down.
         local_steps: steps of the local branch in each of its rounds; 0: ``local-steps``, as in a federated round.
-        weight: how the weight is found; see :mod:`strategies.weighting`.
+        weight: how the weight is found; see :mod:`strategies.weighting`. The closed forms need no held-out examples.
+            Those of Fisher information alone cannot see that clients differ; those that can need b in a metric that the
+            loss agrees with. So the default is the line search (tests/benchmarks/potara_digits.py compares them).
         granularity: one weight per client, per ``"module"``, or per ``"parameter"`` (Fisher merging, factor space).
         space: ``"delta"`` (exact, rank 2r), ``"delta-truncated"`` (the best approximation of that at the client's own
             rank) or ``"factor"``.
@@ -64,7 +66,7 @@ class PotaraOptions:
 
     federated_rounds: int = 0
     local_steps: int = 0
-    weight: str = "random-effects"
+    weight: str = "line-search"
     granularity: str = "scalar"
     space: str = "delta"
     merge_at: str = "client"

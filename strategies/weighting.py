@@ -214,8 +214,6 @@ def weigh(
     def numbers(rows: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([sum(row) if module is None else row[module] for row in rows], dtype=torch.float64)
 
-    if mode == "line-search":
-        return [best_of(client.losses) for client in evidence]
     examples = torch.tensor([client.examples for client in evidence], dtype=torch.float64)
     counted = examples * torch.tensor([client.takes_part for client in evidence])
     shares = counted / counted.sum().clamp_min(1.0)
@@ -237,4 +235,12 @@ def weigh(
         covariance = torch.zeros_like(covariance)
     rows = zip(fed.tolist(), local.tolist(), covariance.tolist(), strict=True)
     weights = [fisher_weight(*row) for row in rows]
-    return [replace(weight, value=0.5, raw=0.5, flag="") for weight in weights] if mode == "half" else weights
+    if mode == "half":
+        return [replace(weight, value=0.5, raw=0.5, flag="") for weight in weights]
+    if mode == "line-search":  # the moments stay, for the record
+        best = [best_of(client.losses) for client in evidence]
+        return [
+            replace(weight, value=found.value, raw=found.raw, flag=found.flag)
+            for weight, found in zip(weights, best, strict=True)
+        ]
+    return weights

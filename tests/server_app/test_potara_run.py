@@ -56,8 +56,10 @@ def test_the_local_adapter_never_leaves_and_training_costs_fewer_bytes_than_feda
 
 @pytest.mark.parametrize("space", ["delta", "factor"])
 def test_merged_at_the_server_it_is_the_same_model_for_more_bytes(run: Runner, space: str) -> None:
-    at_client = run(run_name="client", potara__space=space, **POTARA)
-    at_server = run(run_name="server", potara__space=space, potara__merge_at="server", **POTARA)
+    at_client = run(run_name="client", potara__space=space, potara__weight="plugin", **POTARA)
+    at_server = run(
+        run_name="server", potara__space=space, potara__merge_at="server", potara__weight="plugin", **POTARA
+    )
     for client in ("client-0", "client-1", "client-2"):
         assert personal(at_client, client) == personal(at_server, client)
     one = totals(at_client, "up")["tensor"]
@@ -70,7 +72,7 @@ def test_the_personal_model_is_one_peft_adapter_of_twice_the_rank(run: Runner) -
 
     from client_app.scenarios import load_scenario
 
-    directory = run(**POTARA)
+    directory = run(potara__weight="half", **POTARA)  # a line search may find an endpoint, of rank r
     folder = directory.path / "clients" / "client-1" / "adapter"
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
     base, data = load_scenario("digits", 1, 3, 0, directory.path.parent / ".cache")
@@ -88,8 +90,7 @@ def test_every_mode_logs_what_its_weight_is_made_of(run: Runner, mode: str) -> N
     logged = last(directory, "train")["settled"]["weights"]
     for client in ("client-0", "client-1", "client-2"):
         found = logged[client]
-        moments = set() if mode == "line-search" else {"a", "b", "c", "D"}
-        assert {"weight", "raw", "q", "samples", "searched", "search_losses"} | moments <= set(found)
+        assert {"weight", "raw", "a", "b", "c", "D", "q", "samples", "searched", "search_losses"} <= set(found)
         assert 0 <= found["weight"] <= 1
         assert found["q"] > 0
         metrics = last(directory, "deliver")["clients"][client]["metrics"]
@@ -101,14 +102,14 @@ def test_every_mode_logs_what_its_weight_is_made_of(run: Runner, mode: str) -> N
 def test_per_parameter_weights_and_truncation_run(run: Runner) -> None:
     parameter = {"potara__granularity": "parameter", "potara__space": "factor", "potara__weight": "client-fisher"}
     first = run(run_name="parameter", **parameter, **POTARA)
-    second = run(run_name="truncated", potara__space="delta-truncated", **POTARA)
+    second = run(run_name="truncated", potara__space="delta-truncated", potara__weight="half", **POTARA)
     for directory in (first, second):
         config = json.loads(personal(directory, "client-0")["adapter_config.json"])
         assert config["r"] == 8
 
 
 def test_runs_stay_on_disk_where_a_stranger_finds_them(run: Runner, runs_dir: Path) -> None:
-    directory = run(**POTARA)
-    slots = runs_dir / "test" / "clients" / "client-0" / "slots"
+    directory = run(run_name="halves", potara__weight="plugin", **POTARA)
+    slots = runs_dir / "halves" / "clients" / "client-0" / "slots"
     assert {"global", "local", "half-0", "half-1"} <= {path.name for path in slots.iterdir()}
-    assert directory.path == runs_dir / "test"
+    assert directory.path == runs_dir / "halves"

@@ -53,7 +53,8 @@ BUILDS: dict[str, Callable[..., AlloyStrategy]] = {
         )
         for label, options in {
             "default": {},
-            "server": {"merge_at": "server", "granularity": "module", "space": "factor"},
+            "plugin": {"weight": "plugin"},
+            "server": {"weight": "random-effects", "merge_at": "server", "granularity": "module", "space": "factor"},
             "parameter": {"weight": "client-fisher", "granularity": "parameter", "space": "factor"},
             "search": {"weight": "line-search", "search_points": 3, "space": "delta-truncated"},
         }.items()

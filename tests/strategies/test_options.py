@@ -29,6 +29,9 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 """A valid value that is not the default, for every key of text."""
 
+ALONG: dict[str, dict[str, Any]] = {"potara.granularity": {"potara.weight": "plugin"}}
+"""What else must change for a key's other value to be valid."""
+
 
 def another(key: str, default: Any) -> Any:
     """A valid value that is not the default."""
@@ -46,13 +49,14 @@ def test_every_key_is_kebab_case_and_arrives_in_its_field(kind: type[Any], prefi
     for key, default in defaults.items():
         assert KEBAB.fullmatch(key), key
         value = another(key, default)
-        options = read_options(kind, {key: value, "somebody-elses.key": 1}, prefix)
+        given = {key: value} | ALONG.get(key, {})
+        options = read_options(kind, given | {"somebody-elses.key": 1}, prefix)
         changed = {
             key_of(field.name, prefix): getattr(options, field.name)
             for field in dataclasses.fields(kind)
             if getattr(options, field.name) != field.default
         }
-        assert changed == {key: value}
+        assert changed == given
     together = {key: another(key, default) for key, default in defaults.items()}
     options = read_options(kind, together, prefix)
     assert {key_of(field.name, prefix): getattr(options, field.name) for field in dataclasses.fields(kind)} == together

@@ -138,7 +138,7 @@ def test_the_merge_is_the_mixture_with_the_weight_on_the_federated_adapter() -> 
 
 @pytest.mark.parametrize("space", ["delta", "delta-truncated", "factor"])
 def test_merged_at_the_server_it_is_what_the_spaces_say(space: str) -> None:
-    strategy = potara(space=space, merge_at="server", granularity="module")
+    strategy = potara(space=space, merge_at="server", granularity="module", weight="plugin")
     weighed(strategy, "ada", {"q_proj": 0.2, "v_proj": 0.9, "head": 0.5})
     federated, local = random_adapter(LAYOUT, 1), random_adapter(LAYOUT, 2)
     strategy.federated.model, strategy.local["ada"] = federated, local
@@ -195,7 +195,7 @@ def test_state_holds_uploaded_local_adapters() -> None:
     ("options", "finding"),
     [
         ({"weight": "fisher"}, r"potara.weight = 'fisher'.*expected one of client-fisher"),
-        ({"granularity": "parameter"}, "potara.granularity = 'parameter' with weight 'random-effects'"),
+        ({"weight": "plugin", "granularity": "parameter"}, "potara.granularity = 'parameter' with weight 'plugin'"),
         ({"weight": "line-search", "search_points": 0}, "search-points = 0"),
         ({"weight": "line-search", "granularity": "module"}, "granularity 'module'"),
         ({"search_points": 2}, "potara.search-points = 2, expected a finite number of at least 3"),

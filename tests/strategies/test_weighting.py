@@ -235,7 +235,9 @@ def test_modes_use_what_they_say() -> None:
     assert weigh(found, "half")[1].a == pytest.approx(a)
     scalar = weigh(found, "server-scalar")[1]
     assert scalar.a == pytest.approx(sum(sum(client.variance_local) / 30 for client in found) / 9)
-    assert weigh(found, "line-search")[0] == best_of(found[0].losses)
+    searched = weigh(found, "line-search")[0]
+    assert (searched.value, searched.raw) == (best_of(found[0].losses).value, best_of(found[0].losses).raw)
+    assert searched.a == pytest.approx(sum(found[0].variance_fed))
 
 
 def test_per_module_weights_lower_the_bound() -> None:
