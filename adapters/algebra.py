@@ -90,15 +90,18 @@ def precision_mean(adapters: Sequence[Adapter], precisions: Sequence[Adapter]) -
     With Fisher information as precision this is Fisher merging (Matena and Raffel, NeurIPS 2022).
 
     Raises:
-        LayoutError: layouts or counts differ, or a precision is not positive.
+        LayoutError: layouts or counts differ, a precision is negative, or all of a number's are 0.
     """
     _require_counts(adapters, precisions)
     for precision in precisions:
-        if not bool((precision.vector > 0).all()):
-            raise LayoutError(f"a precision of {float(precision.vector.min()):g}, expected positive numbers")
+        if not bool((precision.vector >= 0).all()):
+            raise LayoutError(f"a precision of {float(precision.vector.min()):g}, expected no negative number")
     values, weights = stack_vectors(adapters), stack_vectors(precisions)
     require_same_layout(adapters[0].layout, precisions[0].layout)
-    return Adapter(adapters[0].layout, (weights * values).sum(dim=0) / weights.sum(dim=0))
+    total = weights.sum(dim=0)
+    if not bool((total > 0).all()):
+        raise LayoutError(f"{int((total == 0).sum())} numbers have no precision in any adapter, expected one above 0")
+    return Adapter(adapters[0].layout, (weights * values).sum(dim=0) / total)
 
 
 def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:

@@ -25,6 +25,8 @@ from proto.fedalloy.v1 import report_pb2
 
 MAX_CHUNK = 32
 """Examples at once, whatever the bound on gradients allows: activations need memory, too."""
+_COPIES = 8
+"""Of a chunk's gradients that are alive at the peak: both slots, as they come, flat, and their squares."""
 MAX_DROPPED = 0.1
 """Share of examples that may have a gradient that is not finite."""
 
@@ -45,7 +47,10 @@ class Moments:
 
 
 def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Dataset) -> Tensor:
-    """Gradients ``[b, P]``, float32, of each example's loss in the slot's numbers, the slot alone being active."""
+    """Gradients ``[b, P]``, float32, of each example's loss in the slot's numbers, the slot alone being active.
+
+    By vmap; a model whose code vmap cannot trace goes example by example.
+    """
     model.activate({slot: 1.0})
     parameters = model.trainable(slot, layout)
     names = {parameter: name for name, parameter in model.module.named_parameters()}
@@ -57,9 +62,17 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
         return functional.cross_entropy(logits, label[None])
 
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    labels = batch.labels.to(model.device)
     # The fused attention kernels have no batching rule: vmap would loop over them, and say so on every run.
     with sdpa_kernel(SDPBackend.MATH):
-        found = vmap(grad(loss), in_dims=(None, 0, 0))(values, inputs, batch.labels.to(model.device))
+        try:
+            found = vmap(grad(loss), in_dims=(None, 0, 0))(values, inputs, labels)
+        except RuntimeError:  # control flow that depends on the data, or an operator without a batching rule
+            each = [
+                grad(loss)(values, {name: tensor[index] for name, tensor in inputs.items()}, labels[index])
+                for index in range(len(batch))
+            ]
+            found = {name: torch.stack([gradient[name] for gradient in each]) for name in values}
     flat = [found[names[parameter]].reshape(len(batch), -1) for parameter in parameters.values()]
     return torch.cat(flat, dim=1).float()
 
@@ -83,7 +96,7 @@ def moments(
         data: where examples are drawn from, without replacement.
         samples: how many at most.
         seed: decides which.
-        max_bytes: bound on the gradients that are held at once; at least one example is.
+        max_bytes: bound on the memory of gradients; one example at a time at least.
 
     Raises:
         FisherError: no example, or more than a tenth of the gradients are not finite.
@@ -94,7 +107,7 @@ def moments(
     model.module.eval()
     total = torch.zeros(3, layout.size, device=model.device)
     kept = 0
-    chunk = max(1, min(MAX_CHUNK, max_bytes // (2 * 4 * layout.size)))
+    chunk = max(1, min(MAX_CHUNK, max_bytes // (_COPIES * 4 * layout.size)))
     chosen = next(batches(len(data), count, 1, seed))
     for indices in torch.split(chosen, chunk):
         batch = data.batch(indices)
@@ -133,12 +146,14 @@ def result(
 ) -> report_pb2.FisherResult:
     """What is reported; ``pair`` are the two slots' adapters.
 
-    With damping 0 a number without information has no finite variance; it is left out of the sums.
+    With damping 0 a number without information has no finite variance: it is left out of the variances of both slots,
+    since leaving it out of one would make that one look certain.
     """
     layout = pair[0].layout
     first, second, product = (tensor.double() for tensor in (found.first, found.second, found.product))
+    usable = (first + damping > 0) & (second + damping > 0)
     variance_first, variance_second = (
-        torch.where(information + damping > 0, 1 / (information + damping), 0.0) for information in (first, second)
+        torch.where(usable, 1 / (information + damping), 0.0) for information in (first, second)
     )
     if in_delta_space:
         variance_first = variance_first * delta_weights(pair[0])

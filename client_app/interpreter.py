@@ -212,9 +212,10 @@ class Interpreter:
             max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
         )
         damping = fisher.damping_of(found, step.relative_damping)
+        blind = (found.first + found.second + damping == 0).float()  # neither knows anything: equal precisions
         for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
             if slot:
-                self.slots[slot] = Adapter(layout, information + damping)
+                self.slots[slot] = Adapter(layout, information + damping + blind)
         return fisher.result(pair, found, damping, in_delta_space=step.in_delta_space)
 
     def _distance(self, step: plan_pb2.DistanceStep) -> report_pb2.DistanceResult:

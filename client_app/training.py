@@ -20,8 +20,8 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 EVALUATION_BATCH = 256
 
 
-class TrainingError(RuntimeError):
-    """Training produced a loss that is not a number."""
+class TrainingError(ValueError):
+    """Training produced a loss that is not a number, or there is nothing to evaluate."""
 
 
 def set_up_torch() -> torch.device:
@@ -112,7 +112,13 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: PersonalModel, data: Dataset) -> dict[str, float]:
-    """Mean cross-entropy ``loss`` and ``accuracy`` of the active mixture."""
+    """Mean cross-entropy ``loss`` and ``accuracy`` of the active mixture.
+
+    Raises:
+        TrainingError: there is no example.
+    """
+    if len(data) == 0:
+        raise TrainingError("nothing to evaluate: the split has no example")
     model.module.eval()
     loss, correct = 0.0, 0
     for start in range(0, len(data), EVALUATION_BATCH):

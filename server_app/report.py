@@ -42,14 +42,17 @@ def print_report(run_dir: Path, console: Console) -> None:
         table.add_row(name + failed, *row, *([_weight(weights.get(name))] if weights else []))
     scored = [client["metrics"] for client in clients.values() if client["status"] == "ok"]
     if len(scored) > 1:
-        means = [_number(_mean([m[label][metric] for m in scored if label in m])) for label in labels]
+        means = [_number(_mean([m[label][metric] for m in scored if metric in m.get(label, {})])) for label in labels]
         table.add_section()
         table.add_row("mean", *means, *([""] if weights else []))
     console.print(table)
     for name, found in weights.items():
-        if isinstance(found, Mapping) and "a" in found:
-            text = ", ".join(f"{key} {found[key]:.4g}" for key in ("raw", "a", "b", "c", "D", "q") if key in found)
-            console.print(f"  {name}: {text}{' (' + found['flag'] + ')' if 'flag' in found else ''}", highlight=False)
+        if isinstance(found, Mapping):
+            rows = {"": found} | {f" {module}": one for module, one in found.get("modules", {}).items()}
+            for module, one in rows.items():
+                text = ", ".join(f"{key} {one[key]:.4g}" for key in ("raw", "a", "b", "c", "D", "q") if key in one)
+                flag = f" ({one['flag']})" if "flag" in one else ""
+                console.print(f"  {name}{module}: {text}{flag}", highlight=False, soft_wrap=True)
 
 
 def _last_weights(records: list[dict[str, Any]]) -> Mapping[str, Any]:

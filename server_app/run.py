@@ -232,7 +232,7 @@ class Run:
     def _sample(self, round_: int) -> list[Client]:
         clients = self._clients()
         count = max(self.options.min_clients, round(self.options.fraction_clients * len(clients)))
-        if count >= len(clients):
+        if count >= len(clients) or self.strategy.needs_everyone(round_):
             return clients
         chosen = random.Random(f"{self.options.seed}:{round_}").sample(clients, count)
         return sorted(chosen, key=lambda client: client.id)

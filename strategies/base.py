@@ -155,6 +155,10 @@ class AlloyStrategy(Strategy):
         """Whether two clients' layouts can take part in one federation; by default they must be equal."""
         return first.digest == second.digest
 
+    def needs_everyone(self, round_: int) -> bool:
+        """Whether all clients take part in this round, whatever fraction the run samples; by default never."""
+        return False
+
     @abstractmethod
     def brief(self, round_: int, client: Client) -> Brief:
         """What ``client`` is sent and asked in round ``round_`` (from 1)."""

@@ -21,6 +21,8 @@ CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Client ids, run names and slot names become folder names."""
 MAX_NUMBER = 1e9
 """No trained adapter comes near; products of larger numbers would overflow in a merge and take the server down."""
+MAX_SUM = 1e60
+"""No sum of squares or of damped inverses comes near; sums, products and squares of larger numbers would overflow."""
 MAX_INTEGER = 2**63 - 1
 _MAX_ERROR = 2000
 _PER_MODULE = {
@@ -174,7 +176,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
         raise BadAnswerError(f"{who} reports the steps {kinds}, expected {wanted_kinds}")
     for index, (step, result) in enumerate(zip(plan.steps, report.results, strict=True)):
         _require_same_step(f"{who}, step {index}", step, result)
-        _require_all_modules(f"{who}, step {index}", result, len(dispatch.layout.modules))
+        _require_complete(f"{who}, step {index}", result, len(dispatch.layout.modules))
     _require_sane(who, report)
     if set(blobs) != set(dispatch.expected):
         raise BadAnswerError(f"{who} sent the slots {sorted(blobs)}, expected {sorted(dispatch.expected)}")
@@ -215,9 +217,11 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
             raise BadAnswerError(f"{where} ({kind}): reports {name} {found[:200]!r}, expected {wanted!r}")
 
 
-def _require_all_modules(where: str, result: report_pb2.StepResult, modules: int) -> None:
-    """Lists with one number per module have one per module, and none is negative."""
+def _require_complete(where: str, result: report_pb2.StepResult, modules: int) -> None:
+    """An evaluation has a loss; lists with one number per module have one per module, from 0 to ``MAX_SUM``."""
     kind = result.WhichOneof("kind") or ""
+    if kind == "evaluate" and "loss" not in result.evaluate.metrics:
+        raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):
         return
     body = getattr(result, kind)
@@ -227,8 +231,10 @@ def _require_all_modules(where: str, result: report_pb2.StepResult, modules: int
             raise BadAnswerError(
                 f"{where} ({kind}): {len(numbers)} numbers in {name}, expected one for each of {modules} modules"
             )
-        if any(number < 0 for number in numbers):
-            raise BadAnswerError(f"{where} ({kind}): {name} has {min(numbers)}, expected no negative number")
+        if any(not 0 <= number <= MAX_SUM for number in numbers):
+            raise BadAnswerError(
+                f"{where} ({kind}): {name} has {min(numbers):g} to {max(numbers):g}, expected 0 to {MAX_SUM:g}"
+            )
 
 
 def _require_sane(who: str, message: ProtoMessage) -> None:

@@ -44,7 +44,7 @@ class PotaraOptions:
 
     Attributes:
         federated_rounds: rounds of the federated branch; those after train the local one. 0: half of the run's, rounded
-            down.
+            down, or 1 where Flower runs the strategy and the number of rounds is not known.
         local_steps: steps of the local branch in each of its rounds; 0: ``local-steps``, as in a federated round.
         weight: how the weight is found; see :mod:`strategies.weighting`. The closed forms need no held-out examples.
             Those of Fisher information alone cannot see that clients differ; those that can need b in a metric that the
@@ -120,11 +120,14 @@ class Potara(AlloyStrategy):
         self.federated_rounds = self.options.federated_rounds or max(1, self.rounds // 2)
         if 0 < self.rounds <= self.federated_rounds:
             raise OptionError(
-                f"potara.federated-rounds = {self.federated_rounds} of num-server-rounds = {self.rounds}, expected at "
-                "least one round after them, for the local branch and the weights"
+                f"num-server-rounds = {self.rounds} with potara.federated-rounds = {self.options.federated_rounds}, "
+                f"expected at least {self.federated_rounds + 1} rounds: one more for the local branch and the weights"
             )
+        self.steps = self.options.local_steps or self.training.local_steps
+        require_range("potara.local-steps, in all rounds,", self.steps * max(self.rounds, 1), 1, 2**31 - 1)
         self.federated = FedAvg(training=self.training, seed=self.seed)
         self.trained: set[str] = set()  # clients whose data are in the federated adapter
+        self.local_rounds: dict[str, int] = {}  # in which the client has trained its own
         self.evidence: dict[str, Evidence] = {}  # what clients reported
         self.local: dict[str, Adapter] = {}  # of clients that uploaded theirs (merge-at = "server")
         self.weights: dict[str, dict[str, Weight]] = {}
@@ -134,41 +137,43 @@ class Potara(AlloyStrategy):
         super().enrol(client)
         self.federated.enrol(client)
 
+    def needs_everyone(self, round_: int) -> bool:
+        """The local branch costs no bytes, and every client is to have a weight."""
+        return round_ > self.federated_rounds
+
     def brief(self, round_: int, client: Client) -> Brief:
         """A federated round; or local training, and in the last round what the weight is made of."""
         if round_ <= self.federated_rounds:
             return self.federated.brief(round_, client)
-        own = round_ - self.federated_rounds
         mix = steps.mixture(LOCAL)
-        amount = self.options.local_steps or self.training.local_steps
         plan = [
-            steps.initialise(LOCAL, self.seed, keep_existing=own > 1),
+            steps.initialise(LOCAL, self.seed, keep_existing=client.id in self.local_rounds),
             steps.evaluate(self.training, mix),
-            steps.train(self.training, mix, [LOCAL], steps=amount),
+            steps.train(self.training, mix, [LOCAL], steps=self.steps),
         ]
         if not self._is_last(round_):
             return Brief(plan)
-        if self._splits(client):
+        if self._splits(client):  # with as many steps as the local adapter has had by now
+            own = self.steps * (self.local_rounds.get(client.id, 0) + 1)
             for index, half in enumerate(_HALVES):
+                mix = steps.mixture(half)
                 plan.append(steps.initialise(half, self.seed, keep_existing=False))
-                plan.append(
-                    steps.train(self.training, steps.mixture(half), [half], steps=amount * own, fold=(index, 2))
-                )
+                plan.append(steps.train(self.training, mix, [half], steps=own, fold=(index, 2)))
             plan.append(steps.distance(*_HALVES))
         plan += [
             steps.distance(FEDERATED, LOCAL),
             steps.fisher(
                 FEDERATED,
                 LOCAL,
-                split=self.options.calibration,
+                split=self.options.calibration if _held_out(client) else "train",
                 samples=self.options.fisher_samples,
                 damping=self.options.damping,
                 in_delta_space=self.options.trace_space == "delta",
                 keep=(_KEPT[FEDERATED], _KEPT[LOCAL]) if self.options.granularity == "parameter" else ("", ""),
             ),
         ]
-        for weight in self._grid():
-            plan += self._evaluated(client, weight, f"search-{weight:.3f}", split="validation")
+        for weight in self._grid(client):
+            plan += self._evaluated(client, weight, _label(weight), split="validation")
         if self.options.merge_at == "server":
             plan.append(steps.send(self.training, LOCAL, relative_to_received=False))
         return Brief(plan, {FEDERATED: self.federated.model} if self.federated.model else {})
@@ -178,7 +183,9 @@ class Potara(AlloyStrategy):
         if round_ <= self.federated_rounds:
             self.federated.absorb(round_, client, answer)
             self.trained.add(client.id)
-        elif self._is_last(round_):
+            return
+        self.local_rounds[client.id] = self.local_rounds.get(client.id, 0) + 1
+        if self._is_last(round_):
             self.evidence[client.id] = self._evidence(client, answer)
             if LOCAL in answer.adapters:
                 self.local[client.id] = answer.adapters[LOCAL]
@@ -198,14 +205,15 @@ class Potara(AlloyStrategy):
         if client.id not in self.weights:
             return self.federated.deliver(client)
         plan: list[steps.Step] = []
-        if self.options.search_points:
+        if self.evidence[client.id].losses:
             searched = weighting.best_of(self.evidence[client.id].losses).value
             named = {"local": 0.0, "half": 0.5, "federated": 1.0, "searched": searched}
             for label, weight in named.items():
                 plan += self._evaluated(client, weight, label)
-        if self.options.merge_at == "server":
+        merged = self._merged(client) if self.options.merge_at == "server" else None
+        if merged is not None:
             mix = steps.mixture(MERGED)
-            return Brief([*plan, steps.save(mix), steps.evaluate(self.training, mix)], {MERGED: self._merged(client)})
+            return Brief([*plan, steps.save(mix), steps.evaluate(self.training, mix)], {MERGED: merged})
         if self.options.granularity == "parameter":
             plan.append(steps.merge(MERGED, steps.precision_mixture(_KEPT), space="factor"))
             mix = steps.mixture(MERGED)
@@ -218,7 +226,7 @@ class Potara(AlloyStrategy):
         """The federated adapter, what clients reported and uploaded; weights follow from them."""
         tensors = {f"local/{name}": adapter.vector for name, adapter in self.local.items()}
         evidence = {name: asdict(found) for name, found in self.evidence.items()}
-        values = {"trained": sorted(self.trained), "evidence": evidence}
+        values = {"trained": sorted(self.trained), "local_rounds": self.local_rounds, "evidence": evidence}
         return State(self.federated.state().tensors | tensors, values)
 
     def load_state(self, state: State) -> None:
@@ -226,11 +234,10 @@ class Potara(AlloyStrategy):
         self.federated.load_state(State({"model": state.tensors["model"]}))
         self.trained = set(state.values["trained"])
         self.evidence = {name: Evidence(**found) for name, found in state.values["evidence"].items()}
-        self.local = {
-            name: Adapter(client.layout, state.tensors[f"local/{name}"])
-            for name, client in self.clients.items()
-            if f"local/{name}" in state.tensors
-        }
+        self.local_rounds = dict(state.values["local_rounds"])
+        layout = next(iter(self.clients.values())).layout  # one for all, also of clients that are not back yet
+        uploaded = {name: tensor for name, tensor in state.tensors.items() if name.startswith("local/")}
+        self.local = {name.removeprefix("local/"): Adapter(layout, tensor) for name, tensor in uploaded.items()}
         self.weights = self._weigh()
 
     def _is_last(self, round_: int) -> bool:
@@ -241,8 +248,9 @@ class Potara(AlloyStrategy):
         """Whether this client trains on halves of its data; one example has no halves."""
         return self.options.weight in _NEEDS_B and self.options.variance == "split-half" and client.examples > 1
 
-    def _grid(self) -> list[float]:
-        return weighting.grid(self.options.search_points) if self.options.search_points else []
+    def _grid(self, client: Client) -> list[float]:
+        """Weights of the line search, none for a client without held-out examples."""
+        return weighting.grid(self.options.search_points) if self.options.search_points and _held_out(client) else []
 
     def _mixture(
         self, client: Client, coefficients: tuple[Coefficient, Coefficient], target: str = MERGED
@@ -263,7 +271,7 @@ class Potara(AlloyStrategy):
         return [*before, steps.evaluate(self.training, mix, label, split)]
 
     def _evidence(self, client: Client, answer: Answer) -> Evidence:
-        distances = [list(result.distance.squared) for result in _results(answer, "distance")]
+        distances = [list(result.distance.squared) for result in _results(answer, "distance")]  # halves, if any, first
         found = _results(answer, "fisher")[0].fisher
         b: list[float] = []
         if self.options.variance == "curvature":
@@ -279,8 +287,9 @@ class Potara(AlloyStrategy):
             distance=distances[-1],
             b=b,
             q=list(found.information_distance) if self.options.variance == "curvature" else distances[-1],
-            losses=[answer.metrics[f"search-{weight:.3f}"]["loss"] for weight in self._grid()],
+            losses=[answer.metrics[_label(weight)]["loss"] for weight in self._grid(client)],
             samples=found.samples,
+            dropped=found.dropped,
         )
 
     def _weigh(self) -> dict[str, dict[str, Weight]]:
@@ -289,27 +298,31 @@ class Potara(AlloyStrategy):
         if not names:
             return {}
         evidence = [self.evidence[name] for name in names]
-        modules = self.clients[names[0]].layout.modules
+        modules = next(iter(self.clients.values())).layout.modules  # one layout for all
+        total = sum(client.examples for client in self.clients.values() if client.id in self.trained)
         by_module = self.options.granularity == "module"
         found = {
-            module: weighting.weigh(evidence, self.options.weight, index, self.options.fed_scale)
+            module: weighting.weigh(evidence, self.options.weight, index, self.options.fed_scale, total)
             for module, index in ([(m, i) for i, m in enumerate(modules)] if by_module else [("", None)])
         }
         return {name: {module: column[k] for module, column in found.items()} for k, name in enumerate(names)}
 
     def _coefficients(self, client: Client) -> tuple[Coefficient, Coefficient]:
         values = {module: weight.value for module, weight in self.weights[client.id].items()}
-        if "" in values:
-            return values[""], 1.0 - values[""]
+        if len(set(values.values())) == 1:  # so that an endpoint is one, whatever the granularity
+            (value,) = set(values.values())
+            return value, 1.0 - value
         return values, {module: 1.0 - value for module, value in values.items()}
 
-    def _merged(self, client: Client) -> Adapter:
-        """The merge, on the server; the same steps as at the client give the same bits."""
-        federated, local = self.federated.model, self.local[client.id]
-        assert federated is not None
+    def _merged(self, client: Client) -> Adapter | None:
+        """The merge, on the server; None for an endpoint, which the client holds.
+
+        With fp32 both ways the client would compute the same bits; a lossy encoding is in between otherwise.
+        """
         coefficients = self._coefficients(client)
-        if coefficients in ((1.0, 0.0), (0.0, 1.0)):
-            return (federated, local)[coefficients.index(1.0)]
+        federated, local = self.federated.model, self.local.get(client.id)
+        if federated is None or local is None or coefficients in ((1.0, 0.0), (0.0, 1.0)):
+            return None
         if self.options.space == "factor":
             return weighted_sum([federated, local], coefficients)
         merged = stack([federated, local], coefficients)
@@ -321,8 +334,15 @@ class Potara(AlloyStrategy):
             return {"weight": 1.0, "flag": "absent"}
         evidence, weights = self.evidence[name], self.weights[name]
         shown: dict[str, Any] = {"q": sum(evidence.distance), "samples": evidence.samples}
+        if evidence.samples < min(3, self.options.fisher_samples):
+            shown["few_samples"] = True
+        if evidence.dropped:
+            shown["dropped"] = evidence.dropped
         if evidence.losses:
             shown |= {"searched": weighting.best_of(evidence.losses).value, "search_losses": list(evidence.losses)}
+        if self.options.granularity == "parameter":  # those weights never leave the client
+            moments = {key: number for key, number in _shown(weights[""]).items() if key not in ("weight", "raw")}
+            return shown | {"granularity": "parameter"} | moments
         if "" in weights:
             return shown | _shown(weights[""])
         return shown | {"modules": {module: _shown(weight) for module, weight in weights.items()}}
@@ -334,6 +354,15 @@ def _shown(weight: Weight) -> dict[str, Any]:
     finite = {name: number for name, number in numbers.items() if abs(number) < float("inf")}
     flag = {"flag": weight.flag} if weight.flag else {}
     return {"weight": weight.value, "raw": weight.raw, **finite, **flag}
+
+
+def _label(weight: float) -> str:
+    return f"search-{weight:.3f}"
+
+
+def _held_out(client: Client) -> int:
+    """Validation examples that the client registered with."""
+    return sum(int(task.examples.get("validation", 0)) for task in client.registration.tasks)
 
 
 def _results(answer: Answer, kind: str) -> list[report_pb2.StepResult]:

@@ -9,7 +9,7 @@ the error of the merge is ``V(w) = w^2 a + (1-w)^2 b + 2 w (1-w) c``, with ``D =
 .. math:: w^* = (b - c) / D, \qquad V(w^*) = (ab - c^2) / D \le \min(a, b),
 
 and an error e in the weight costs exactly ``D e^2``. Zou, Shisher, Brinton and Tripathi, "Communication-Efficient
-Personalized Adaptation via Federated-Local Model Merging" (Potara), 2026, eq. for the weight; the estimators that see
+Personalized Adaptation via Federated-Local Model Merging" (Potara), 2026; the estimators that see
 heterogeneity (:func:`shared_variance`, :func:`random_effects`, :func:`plug_in`) are ours, for theta_fed close to
 ``sum_j p_j theta_j``. The weight is always that of the *federated* adapter.
 
@@ -59,7 +59,7 @@ def closed_form(a: float, b: float, c: float = 0.0, denominator: float | None = 
         return Weight(0.5, 0.5, a, b, c, math.nan, "undefined")
     a, b = max(a, 0.0), max(b, 0.0)
     distance = a + b - 2 * c if denominator is None else denominator
-    if a + b == 0:
+    if a + b == 0 or not math.isfinite(distance):
         return Weight(0.5, 0.5, a, b, c, distance, "undefined")
     if distance <= IDENTICAL * (a + b):
         return Weight(1.0, 1.0, a, b, c, distance, "identical")
@@ -76,7 +76,7 @@ def error_of(weight: float, a: float, b: float, c: float) -> float:
 def fisher_weight(variance_fed: float, variance_local: float, covariance: float = 0.0) -> Weight:
     """From traces of damped inverse Fisher information; the covariance is bounded by both variances.
 
-    The bound keeps a noisy correlation from extrapolating (Potara, with a pooled damping: section 5.2 of our notes).
+    The bound keeps a noisy correlation from extrapolating.
     """
     return closed_form(variance_fed, variance_local, min(covariance, 0.999 * min(variance_fed, variance_local)))
 
@@ -186,6 +186,7 @@ class Evidence:
     q: Sequence[float] = ()
     losses: Sequence[float] = ()
     samples: int = 0
+    dropped: int = 0
 
 
 MODES = (
@@ -200,7 +201,7 @@ MODES = (
 
 
 def weigh(
-    evidence: Sequence[Evidence], mode: str, module: int | None = None, fed_scale: str = "client"
+    evidence: Sequence[Evidence], mode: str, module: int | None = None, fed_scale: str = "client", total: int = 0
 ) -> list[Weight]:
     """The weight of every client by one of :data:`MODES`.
 
@@ -209,14 +210,31 @@ def weigh(
         mode: the rule.
         module: from this module's numbers alone; None: from the sums over modules.
         fed_scale: ``"total"`` takes the federated adapter's information for that of all clients' examples.
+        total: examples of all clients that trained the federated adapter, where some of them did not report.
+
+    Returns:
+        Weights; flagged ``"identical"`` with 1 where the two adapters do not differ (but in mode "half"), and
+        ``"no-held-out"`` with 0.5 where a line search had no examples to search with.
     """
+    weights = _weigh(evidence, mode, module, fed_scale, total)
+    if mode == "half":
+        return weights
+    apart = [sum(client.distance) if module is None else client.distance[module] for client in evidence]
+    return [
+        weight if distance > 0 else replace(weight, value=1.0, raw=1.0, flag="identical")
+        for weight, distance in zip(weights, apart, strict=True)
+    ]
+
+
+def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scale: str, total: int) -> list[Weight]:
 
     def numbers(rows: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([sum(row) if module is None else row[module] for row in rows], dtype=torch.float64)
 
     examples = torch.tensor([client.examples for client in evidence], dtype=torch.float64)
     counted = examples * torch.tensor([client.takes_part for client in evidence])
-    shares = counted / counted.sum().clamp_min(1.0)
+    everybody = max(total, float(counted.sum()))
+    shares = counted / max(everybody, 1.0)
     fed = numbers([client.variance_fed for client in evidence])
     local = numbers([client.variance_local for client in evidence])
     if mode == "server-scalar":
@@ -228,9 +246,10 @@ def weigh(
         variances = torch.where(known, variances, (variances * examples)[known].mean() / examples)
         rule = random_effects if mode == "random-effects" else plug_in
         return rule(variances, numbers([client.q for client in evidence]), shares)
-    if fed_scale == "total":
-        fed = fed * examples / counted.sum().clamp_min(1.0)
     covariance = numbers([client.covariance for client in evidence])
+    if fed_scale == "total" and everybody > 0:
+        scale = examples / everybody
+        fed, covariance = fed * scale, covariance * scale.sqrt()
     if mode != "client-fisher-clipped":
         covariance = torch.zeros_like(covariance)
     rows = zip(fed.tolist(), local.tolist(), covariance.tolist(), strict=True)
@@ -238,7 +257,8 @@ def weigh(
     if mode == "half":
         return [replace(weight, value=0.5, raw=0.5, flag="") for weight in weights]
     if mode == "line-search":  # the moments stay, for the record
-        best = [best_of(client.losses) for client in evidence]
+        undecided = Weight(0.5, 0.5, 0.0, 0.0, 0.0, 0.0, "no-held-out")
+        best = [best_of(client.losses) if client.losses else undecided for client in evidence]
         return [
             replace(weight, value=found.value, raw=found.raw, flag=found.flag)
             for weight, found in zip(weights, best, strict=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from adapters.adapter import Adapter
 from adapters.algebra import distance, precision_mean
 from adapters.layout import Factor, LayoutError
-from client_app import fisher
+from client_app import fisher, training
 from client_app.data import ClientData, Dataset
-from client_app.fisher import FisherError
+from client_app.fisher import FisherError, Moments
 from client_app.interpreter import Interpreter, PlanError
 from client_app.model import PersonalModel
 from client_app.slots import SlotStore
@@ -83,11 +85,18 @@ def test_an_untrained_slot_has_no_information_in_a_and_its_variance_is_finite(mo
     pair = (Adapter.initial(model.layout, 5), model.read("own"))
     damping = fisher.damping_of(found, 1.0)
     assert damping == pytest.approx(0.5 * float(found.first.double().mean() + found.second.double().mean()))
+    assert fisher.damping_of(found, 0.1) == pytest.approx(0.1 * damping)
     for in_delta_space in (False, True):
         numbers = fisher.result(pair, found, damping, in_delta_space=in_delta_space)
         assert all(0 <= number < float("inf") for number in numbers.variance_first)
     undamped = fisher.result(pair, found, 0.0, in_delta_space=False)
     assert all(0 <= number < float("inf") for number in undamped.variance_first)
+    # What one slot knows nothing of is left out of both: else that slot would look certain.
+    nothing = Moments(torch.zeros(model.layout.size), torch.ones(model.layout.size), torch.zeros(1), 9, 0)
+    blind = fisher.result(pair, nothing, 0.0, in_delta_space=False)
+    assert set(blind.variance_first) == set(blind.variance_second) == {0.0}
+    known = fisher.result(pair, nothing, 0.5, in_delta_space=False)
+    assert sum(known.variance_first) / (sum(known.variance_first) + sum(known.variance_second)) > 0.5
 
 
 def test_sums_by_module(model: PersonalModel) -> None:
@@ -113,7 +122,35 @@ def test_sums_by_module(model: PersonalModel) -> None:
         assert numbers.covariance[index] == pytest.approx(total(expected), rel=1e-6)
         bound = (numbers.variance_first[index] * numbers.variance_second[index]) ** 0.5
         assert 0 <= numbers.covariance[index] <= bound * (1 + 1e-9)
+        away = [(pair[0][e.module, e.factor] - pair[1][e.module, e.factor]).double().square() for e in mine]
+        expected = [y * d for y, d in zip(o, away, strict=True)]
+        assert numbers.information_distance[index] == pytest.approx(total(expected))
         assert numbers.effective_dimension[index] == pytest.approx(total([y / (y + damping) for y in o]))
+
+
+def test_both_slots_are_weighed_with_their_own_delta(model: PersonalModel) -> None:
+    found = fisher.moments(model, ("fed", "own"), model.layout, data_of(), samples=9, seed=1, max_bytes=10**9)
+    pair = (model.read("fed"), model.read("own"))
+    numbers = fisher.result(pair, found, 0.01, in_delta_space=True)
+    for adapter, information, reported in (
+        (pair[0], found.first, numbers.variance_first),
+        (pair[1], found.second, numbers.variance_second),
+    ):
+        expected = fisher.module_sums(model.layout, fisher.delta_weights(adapter) / (information.double() + 0.01))
+        assert list(reported) == pytest.approx(expected)
+
+
+def test_a_model_that_vmap_cannot_trace_goes_example_by_example(model: PersonalModel) -> None:
+    data = data_of(4)
+    expected = fisher.example_gradients(model, "own", model.layout, data)
+
+    def depends_on_data(module: nn.Module, arguments: tuple[object, ...], output: Any) -> None:
+        if float(output.logits.detach().sum()) > 1e9:
+            raise AssertionError
+
+    model.module.register_forward_hook(depends_on_data)
+    found = fisher.example_gradients(model, "own", model.layout, data)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_trace_in_delta_space_is_the_variance_of_the_delta(model: PersonalModel) -> None:
@@ -198,6 +235,12 @@ def test_fisher_step_reports_one_number_per_module_and_keeps_what_it_is_told(tmp
         if field.is_repeated:
             assert len(getattr(found, field.name)) == len(modules)
     assert found.samples == 5
+    again = fisher.moments(
+        bench.model, ("first", "second"), bench.model.layout, bench.data.splits["train"], samples=5,
+        seed=training.seed_of(3, "ada", 1, 0), max_bytes=10**9,
+    )  # fmt: skip
+    torch.testing.assert_close(slots["p1"].vector, again.first + found.damping, rtol=1e-5, atol=0)
+    torch.testing.assert_close(slots["p2"].vector, again.second + found.damping, rtol=1e-5, atol=0)
     assert found.ByteSize() < 8 * 7 * len(modules) + 60  # a few bytes per module, whatever the model's size
     assert sum(report.results[1].distance.squared) == pytest.approx(distance(bench.first, bench.second) ** 2)
     expected = precision_mean([bench.first, bench.second], [slots["p1"], slots["p2"]])
@@ -251,7 +294,7 @@ def test_folds_are_disjoint_and_together_the_whole_split(tmp_path: Path) -> None
         ),
         (
             steps.merge("m", steps.precision_mixture({"first": "second"}), space="factor"),
-            "expected positive numbers",
+            "expected no negative number",
         ),
     ],
 )

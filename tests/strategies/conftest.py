@@ -58,7 +58,8 @@ def layout_of(
 
 
 def client_of(name: str, layout: Layout, examples: int = 10, node_id: int = 7) -> Client:
-    return Client(name, node_id, layout, examples, layout.base_fingerprint)
+    task = report_pb2.Task(name="toy", kind="toy", examples={"train": examples, "validation": 4, "test": 5})
+    return Client(name, node_id, layout, examples, layout.base_fingerprint, report_pb2.Registration(tasks=[task]))
 
 
 def random_adapter(layout: Layout, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Adapter:
@@ -149,7 +150,7 @@ class FakeNode:
     saved: Adapter | None = None
 
     def registration(self) -> report_pb2.Registration:
-        task = report_pb2.Task(name="toy", kind="toy", examples={"train": self.examples, "test": 5})
+        task = report_pb2.Task(name="toy", kind="toy", examples={"train": self.examples, "validation": 4, "test": 5})
         return report_pb2.Registration(
             version=1, client_id=self.name, base_model="toy", layout=self.layout.to_proto(), tasks=[task]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from adapters.adapter import Adapter
 from adapters.algebra import stack, truncate, weighted_sum
-from proto.fedalloy.v1 import plan_pb2
-from strategies.base import Brief
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.base import Answer, Brief, Client
 from strategies.fedavg import FedAvg
 from strategies.options import OptionError
 from strategies.potara import LOCAL, MERGED, Potara, PotaraOptions
@@ -41,6 +42,21 @@ def weighed(strategy: Potara, name: str, value: float | dict[str, float]) -> Non
     strategy.evidence[name] = evidence()
 
 
+def answer(
+    fisher: report_pb2.FisherResult | None = None,
+    distances: Sequence[Sequence[float]] = (),
+    losses: Sequence[float] = (),
+) -> Answer:
+    report = report_pb2.Report()
+    for squared in distances:
+        report.results.add().distance.squared.extend(squared)
+    if fisher is not None:
+        report.results.add().fisher.CopyFrom(fisher)
+    points = [i / max(len(losses) - 1, 1) for i in range(len(losses))]
+    metrics = {f"search-{point:.3f}": {"loss": loss} for point, loss in zip(points, losses, strict=True)}
+    return Answer({}, {}, metrics, 10, report)
+
+
 def kinds(brief: Brief) -> list[str]:
     return [step.WhichOneof("kind") or "" for step in brief.steps]
 
@@ -68,7 +84,9 @@ def test_the_local_branch_starts_from_the_seed_and_is_never_sent_anything() -> N
     strategy = potara(local_steps=17)
     play(strategy, NAMES, 1)
     play(strategy, NAMES, 2)
-    third, fourth = (strategy.brief(round_, strategy.clients["ada"]) for round_ in (3, 4))
+    third = strategy.brief(3, strategy.clients["ada"])
+    strategy.absorb(3, strategy.clients["ada"], answer())
+    fourth = strategy.brief(4, strategy.clients["ada"])
     assert third.adapters == {}
     assert kinds(third) == ["initialise", "evaluate", "train"]
     assert (third.steps[0].initialise.seed, third.steps[0].initialise.keep_existing) == (5, False)
@@ -92,6 +110,7 @@ def test_halves_of_the_data_are_trained_where_a_rule_needs_the_variance() -> Non
         ({"weight": "line-search"}, 1),
     ):
         strategy = potara(local_steps=10, **options)
+        strategy.absorb(3, strategy.clients["ada"], answer())
         brief = strategy.brief(4, strategy.clients["ada"])
         trains = [step.train for step in brief.steps if step.HasField("train")]
         assert len(trains) == trained
@@ -116,8 +135,7 @@ def test_an_endpoint_is_that_adapter_itself() -> None:
             weighed(server, "ada", value)
             federated, local = random_adapter(LAYOUT, 1), random_adapter(LAYOUT, 2)
             server.federated.model, server.local["ada"] = federated, local
-            merged = server.deliver(server.clients["ada"]).adapters[MERGED]
-            assert merged is (federated if value else local)
+            assert server.deliver(server.clients["ada"]) == brief  # the client holds it: nothing is sent
 
 
 def test_the_merge_is_the_mixture_with_the_weight_on_the_federated_adapter() -> None:
@@ -210,7 +228,105 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], fi
 
 
 def test_a_run_that_would_end_before_the_merge_is_refused() -> None:
-    with pytest.raises(OptionError, match="federated-rounds = 4 of num-server-rounds = 4, expected at least one round"):
+    finding = r"num-server-rounds = 4 with potara.federated-rounds = 4, expected at least 5 rounds"
+    with pytest.raises(OptionError, match=finding):
         Potara(PotaraOptions(federated_rounds=4), rounds=4)
-    with pytest.raises(OptionError, match="federated-rounds = 1 of num-server-rounds = 1"):
+    with pytest.raises(OptionError, match=r"num-server-rounds = 1 .*expected at least 2 rounds"):
         Potara(rounds=1)
+    with pytest.raises(OptionError, match=r"potara.local-steps, in all rounds, = 4294967294"):
+        Potara(PotaraOptions(local_steps=2**31 - 1), rounds=2)
+
+
+def test_the_search_looks_at_validation_only_and_options_reach_the_steps() -> None:
+    strategy = potara(calibration="validation", trace_space="delta", damping=0.1, fisher_samples=7)
+    plan = strategy.brief(4, strategy.clients["ada"]).steps
+    splits = [step.evaluate.split for step in plan if step.evaluate.label.startswith("search-")]
+    assert splits == ["validation"] * 21
+    (found,) = [step.fisher for step in plan if step.HasField("fisher")]
+    assert (found.first, found.second) == ("global", LOCAL)
+    assert (found.split, found.in_delta_space, found.relative_damping, found.samples) == ("validation", True, 0.1, 7)
+    truncated = potara(space="delta-truncated")
+    weighed(truncated, "ada", 0.25)
+    merges = [step.merge for step in truncated.deliver(truncated.clients["ada"]).steps if step.HasField("merge")]
+    assert {merge.truncate_rank for merge in merges} == {4}
+    weighed(strategy, "ada", 0.3)
+    shown = [step.evaluate.split for step in strategy.deliver(strategy.clients["ada"]).steps if step.evaluate.label]
+    assert shown == ["test"] * 5
+
+
+def distinct() -> report_pb2.FisherResult:
+    """A different number in every place."""
+    found = report_pb2.FisherResult(samples=6, dropped=1)
+    lists = [field.name for field in report_pb2.FisherResult.DESCRIPTOR.fields if field.is_repeated]
+    for index, name in enumerate(lists):
+        getattr(found, name).extend([10.0 * (index + 1) + module for module in range(3)])
+    return found
+
+
+def test_evidence_is_what_the_client_reported() -> None:
+    strategy = potara(weight="plugin", search_points=3)
+    play(strategy, ["ada", "ben"], 1)
+    reported = answer(distinct(), [[4.0, 8.0, 12.0], [1.0, 2.0, 3.0]], [3.0, 1.0, 2.0])
+    for name in NAMES:
+        strategy.absorb(4, strategy.clients[name], reported)
+    found = strategy.evidence["ada"]
+    assert (found.examples, found.samples, found.dropped, found.losses) == (10, 6, 1, [3.0, 1.0, 2.0])
+    assert (found.variance_fed, found.variance_local) == ([30.0, 31.0, 32.0], [40.0, 41.0, 42.0])
+    assert found.covariance == [50.0, 51.0, 52.0]
+    assert (found.distance, found.q) == ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert found.b == [1.0, 2.0, 3.0]  # of two halves: a quarter of their squared distance
+    assert [strategy.evidence[name].takes_part for name in NAMES] == [True, True, False]
+    curved = potara(weight="plugin", variance="curvature", search_points=0)
+    curved.absorb(4, curved.clients["ada"], answer(distinct(), [[1.0, 2.0, 3.0]]))
+    assert curved.evidence["ada"].b == [7.0, 7.1, 7.2]  # effective dimension over 10 examples
+    assert curved.evidence["ada"].q == [60.0, 61.0, 62.0]
+    assert curved.evidence["ada"].distance == [1.0, 2.0, 3.0]
+    for scale, expected in (("client", 123 / 216), ("total", 123 / (93 * 10 / 45 + 123))):
+        total = potara(weight="client-fisher", fed_scale=scale, search_points=0)
+        play(total, ["ada", "ben"], 1)
+        total.absorb(4, total.clients["ada"], answer(distinct(), [[1.0, 2.0, 3.0]]))
+        total.settle(4)
+        assert total.weights["ada"][""].value == pytest.approx(expected)
+
+
+def test_everyone_takes_part_in_the_local_branch_whatever_is_sampled() -> None:
+    strategy = potara()
+    assert [strategy.needs_everyone(round_) for round_ in (1, 2, 3, 4)] == [False, False, True, True]
+
+
+def test_a_client_without_held_out_examples_gets_half_and_says_so() -> None:
+    strategy = potara()
+    task = report_pb2.Task(name="toy", kind="toy", examples={"train": 10, "test": 5})
+    bare = Client("bare", 7, LAYOUT, 10, "base", report_pb2.Registration(tasks=[task]))
+    strategy.enrol(bare)
+    plan = strategy.brief(4, bare).steps
+    assert "validation" not in {step.evaluate.split for step in plan} | {step.fisher.split for step in plan}
+    strategy.absorb(4, bare, answer(distinct(), [[1.0, 2.0, 3.0]]))
+    record = strategy.settle(4)
+    assert (record["weights"]["bare"]["weight"], record["weights"]["bare"]["flag"]) == (0.5, "no-held-out")
+    labels = [step.evaluate.label for step in strategy.deliver(bare).steps if step.HasField("evaluate")]
+    assert labels == ["personal"]
+
+
+def test_resumed_without_a_client_and_with_one_that_comes_later() -> None:
+    strategy = potara(merge_at="server", weight="half")
+    play(strategy, NAMES, 1)
+    for seed, name in enumerate(NAMES):
+        strategy.local[name] = random_adapter(LAYOUT, seed)
+        strategy.evidence[name] = evidence()
+    state = strategy.state()
+    again = Potara(PotaraOptions(merge_at="server", weight="half"), seed=5, rounds=4)
+    again.enrol(client_of("ben", LAYOUT, 35))  # ada, who was first, is gone
+    again.load_state(state)
+    again.enrol(client_of("cyd", LAYOUT, 5))
+    assert set(again.state().tensors) == set(state.tensors)
+    assert {name: list(again.deliver(again.clients[name]).adapters) for name in ("ben", "cyd")} == {
+        "ben": [MERGED],
+        "cyd": [MERGED],
+    }
+
+
+def test_per_module_weights_that_agree_are_one_weight() -> None:
+    strategy = potara(weight="plugin", granularity="module")
+    weighed(strategy, "ada", {"q_proj": 1.0, "v_proj": 1.0, "head": 1.0})
+    assert terms(strategy.deliver(strategy.clients["ada"]).steps[-2].save.mixture) == {"global": 1.0}

@@ -92,6 +92,7 @@ def test_closed_form_is_the_minimum_on_quadratic_losses() -> None:
         ((1.0, 3.0, 0.0), 0.75, ""),
         ((-1.0, 3.0, 0.0), 1.0, ""),  # a negative estimate of a variance counts as none
         ((1.0, 1e300, 0.0), 1.0, ""),
+        ((1e308, 1e308, 0.0), 0.5, "undefined"),  # their sum overflows
     ],
 )
 def test_special_cases_of_the_closed_form(moments: tuple[float, float, float], value: float, flag: str) -> None:
@@ -261,6 +262,27 @@ def test_a_client_that_cannot_tell_its_variance_gets_the_others_by_its_size(mode
     assert all(math.isfinite(weight.value) for weight in weights)
     nobody = weigh([replace(client, b=[]) for client in known], mode)
     assert [(weight.value, weight.flag) for weight in nobody] == [(0.5, "undefined")] * 3
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "half"])
+def test_adapters_that_do_not_differ_get_the_shared_one(mode: str) -> None:
+    found = [replace(evidence(seed, modules=2), losses=[3.0, 1.0, 2.0]) for seed in range(3)]
+    found[1] = replace(found[1], distance=[0.0, 0.0])
+    weights = weigh(found, mode)
+    assert (weights[1].value, weights[1].flag) == (1.0, "identical")
+    assert [weight.flag == "identical" for weight in weights] == [False, True, False]
+    found[1] = replace(found[1], distance=[0.0, 1.0])
+    assert weigh(found, mode, module=0)[1].flag == "identical"
+    assert weigh(found, mode, module=1)[1].flag != "identical"
+
+
+def test_a_common_scale_scales_the_covariance_by_its_root_and_needs_somebody_who_trained() -> None:
+    found = [evidence(seed, 10) for seed in range(4)]
+    plain, scaled = (weigh(found, "client-fisher-clipped", fed_scale=scale)[0] for scale in ("client", "total"))
+    assert scaled.a == pytest.approx(plain.a / 4)
+    assert scaled.c == pytest.approx(min(sum(found[0].covariance) / 2, 0.999 * min(scaled.a, scaled.b)))
+    nobody = [replace(client, takes_part=False) for client in found]
+    assert weigh(nobody, "client-fisher", fed_scale="total") == weigh(nobody, "client-fisher")
 
 
 @pytest.mark.parametrize("mode", MODES)
