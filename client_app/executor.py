@@ -60,8 +60,7 @@ class Executor:
         """Let go of model and data, on the GPU too."""
         self._settings, self._held = None, None
         gc.collect()  # modules and their hooks refer to each other
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def _load(self, settings: Settings) -> tuple[PersonalModel, ClientData]:
         if self._held is None or self._settings != settings:

@@ -162,6 +162,11 @@ class Residence:
                 path.unlink(missing_ok=True)
 
 
+def temporary_folders() -> list[str]:
+    """Where sockets may lie; the first that serves is used, by every process of this user alike."""
+    return list(dict.fromkeys((tempfile.gettempdir(), "/tmp")))
+
+
 @cache
 def code_digest() -> bytes:
     """32 bytes that change with the code of the app, the libraries that matter, and the Python that runs them."""
@@ -192,7 +197,7 @@ def _private_folder(name_length: int) -> Path:
     """A folder for sockets that only this user may enter."""
     name = f"fedalloy-{os.geteuid()}"
     tried = []
-    for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
+    for parent in temporary_folders():
         folder = Path(parent) / name
         length = len(os.fsencode(folder)) + name_length
         if length > MAX_SOCKET_PATH:

@@ -23,14 +23,19 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from client_app.progress import Cancelled, listening
 from client_app.residence import NO_LIMIT, Owner, Residence, code_digest
+from client_app.settings import read_settings
+from client_app.trainer_client import context_of, in_pieces
 from proto.fedalloy.v1 import trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from client_app.executor import Executor
 
 PROGRESS_INTERVAL = 0.5
 STARTUP_SECONDS = 60.0
@@ -80,6 +85,7 @@ class Trainer(TrainerServiceServicer):
         self._admission = threading.Lock()
         self._retiring = False
         self._idle_seconds = STARTUP_SECONDS
+        self._executor: Executor | None = None
 
     def retire(self) -> None:
         """Take no more jobs; leave after those that were taken."""
@@ -118,10 +124,6 @@ class Trainer(TrainerServiceServicer):
 
     def work(self) -> None:
         """Carry out jobs until there is a reason to leave."""
-        # Imported while the first ClientApp connects and sends its job.
-        from client_app.executor import Executor
-
-        executor = Executor()
         while True:
             try:
                 task = self._tasks.get(timeout=self._idle_seconds)
@@ -132,17 +134,18 @@ class Trainer(TrainerServiceServicer):
             if task is None:
                 return
             self._idle_seconds = task.job.idle_seconds
-            if not self._carry_out(executor, task):
+            if not self._carry_out(task):
                 self.retire()
+            del task  # and its blobs
 
-    def _carry_out(self, executor: Any, task: Task) -> bool:
+    def _carry_out(self, task: Task) -> bool:
         """One job; whether this process can be trusted with another one."""
         if task.cancelled.is_set():
             return True
         sound = True
         try:
             with listening(task.listen):
-                for answer in _outcome(executor, task):
+                for answer in self._outcome(task):
                     task.answers.put(answer)
         except Exception as error:
             sound = _is_sound(error)
@@ -152,6 +155,20 @@ class Trainer(TrainerServiceServicer):
             task.answers.put(trainer_pb2.RunResponse(failure=failure))
         task.answers.put(None)
         return sound
+
+    def _outcome(self, task: Task) -> Iterator[trainer_pb2.RunResponse]:
+        if self._executor is None:
+            from client_app.executor import Executor  # seconds of imports
+
+            self._executor = Executor()
+        settings = read_settings(context_of(task.job))
+        if task.job.WhichOneof("kind") == "register":
+            yield trainer_pb2.RunResponse(registration=self._executor.register(settings))
+            return
+        report, uploads = self._executor.carry_out(settings, task.job.plan, task.blobs)
+        for chunk in in_pieces(uploads):
+            yield trainer_pb2.RunResponse(chunk=chunk)
+        yield trainer_pb2.RunResponse(report=report)
 
     def _close_the_door(self) -> bool:
         """Idle: take no more jobs, unless one has just come."""
@@ -170,20 +187,6 @@ def _receive(requests: Iterable[trainer_pb2.RunRequest]) -> Task:
         else:
             pieces.setdefault(request.chunk.slot, []).append(request.chunk.data)
     return Task(job, {slot: b"".join(found) for slot, found in pieces.items()})
-
-
-def _outcome(executor: Any, task: Task) -> Iterator[trainer_pb2.RunResponse]:
-    from client_app.settings import read_settings
-    from client_app.trainer_client import context_of, in_pieces
-
-    settings = read_settings(context_of(task.job))
-    if task.job.WhichOneof("kind") == "register":
-        yield trainer_pb2.RunResponse(registration=executor.register(settings))
-        return
-    report, uploads = executor.carry_out(settings, task.job.plan, task.blobs)
-    for chunk in in_pieces(uploads):
-        yield trainer_pb2.RunResponse(chunk=chunk)
-    yield trainer_pb2.RunResponse(report=report)
 
 
 def _is_sound(error: Exception) -> bool:
@@ -220,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _serve(trainer: Trainer, path: Path) -> grpc.Server:
     """Open the socket, for its owner only."""
     server = grpc.server(ThreadPoolExecutor(max_workers=8), options=NO_LIMIT)
-    add_TrainerServiceServicer_to_server(trainer, server)
+    add_TrainerServiceServicer_to_server(trainer, server)  # type: ignore[no-untyped-call]
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging import INFO
@@ -48,6 +48,21 @@ class _LostError(RuntimeError):
         self.accepted = accepted
 
 
+Listener = Callable[[str, trainer_pb2.Progress], None]
+
+
+class _Log:
+    """Progress in Flower's log, which is the SuperNode's output."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, job: str, progress: trainer_pb2.Progress) -> None:
+        if time.monotonic() - self.said > SAY_SECONDS:
+            self.said = time.monotonic()
+            log(INFO, "%s: %s %d/%d", job, progress.activity, progress.done, progress.total)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came back: a registration, or a report with its uploads."""
@@ -63,10 +78,12 @@ class TrainerClient:
     Args:
         owner: whose trainer.
         timeout: seconds for everything that this object is asked to do.
+        listen: told what is done, and how far it is; the default writes to Flower's log now and then.
     """
 
-    def __init__(self, owner: Owner, timeout: float) -> None:
+    def __init__(self, owner: Owner, timeout: float, listen: Listener | None = None) -> None:
         self.residence = Residence.of(owner)
+        self.listen = listen or _Log()
         self.deadline = time.monotonic() + timeout
 
     def register(self, context: Context, idle_seconds: float) -> report_pb2.Registration:
@@ -109,7 +126,7 @@ class TrainerClient:
                         log(INFO, "the trainer (process %d) ended during %s; once more", pid, _name(job))
 
     def _ask(self, stub: TrainerServiceStub, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Outcome:
-        accepted, said = False, time.monotonic()
+        accepted = False
         pieces: dict[str, list[bytes]] = {}
         try:
             for answer in stub.Run(_requests(job, blobs), timeout=self._left()):
@@ -123,15 +140,11 @@ class TrainerClient:
                     return Outcome(None, answer.report, {slot: b"".join(found) for slot, found in pieces.items()})
                 elif part == "failure":
                     raise JobFailedError(f"{answer.failure.error}: {answer.failure.message}")
-                elif time.monotonic() - said > SAY_SECONDS:
-                    said = time.monotonic()
-                    progress = answer.progress
-                    log(INFO, "%s: %s %d/%d", _name(job), progress.activity, progress.done, progress.total)
+                elif part == "progress":
+                    self.listen(_name(job), answer.progress)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise TrainerError(
-                    f"{_name(job)} took longer than the message's time to live; it was given up"
-                ) from None
+                raise TrainerError(f"{_name(job)} took longer than the message may live; it was given up") from None
             raise _LostError(accepted, f"{error.code().name}: {error.details()}") from None
         raise _LostError(accepted, "the trainer ended the call without an outcome")
 
@@ -147,7 +160,7 @@ class TrainerClient:
         while True:
             if _listens(self.residence.socket):
                 with grpc.insecure_channel(f"unix:{self.residence.socket}", options=NO_LIMIT) as channel:
-                    stub = TrainerServiceStub(channel)
+                    stub = TrainerServiceStub(channel)  # type: ignore[no-untyped-call]
                     greeting = self._greet(stub)
                     if greeting is not None and greeting.code_digest == code_digest() and not greeting.retiring:
                         yield stub, greeting.pid
@@ -166,7 +179,10 @@ class TrainerClient:
 
     def _greet(self, stub: TrainerServiceStub) -> trainer_pb2.GreetResponse | None:
         try:
-            return stub.Greet(trainer_pb2.GreetRequest(), timeout=self._left(GREETING_SECONDS))
+            greeting: trainer_pb2.GreetResponse = stub.Greet(
+                trainer_pb2.GreetRequest(), timeout=self._left(GREETING_SECONDS)
+            )
+            return greeting
         except grpc.RpcError:
             return None  # it has just gone, or it hangs: whether somebody else may start is up to the lock
 

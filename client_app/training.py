@@ -79,7 +79,7 @@ def train(
     optimiser = torch.optim.AdamW(parameters.values(), lr=step.learning_rate, weight_decay=step.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
     model.module.train()
-    losses = []
+    losses: list[float] = []
     for indices in batches(len(data), step.batch_size, step.steps, seed):
         tick("train", len(losses), step.steps)
         batch = data.batch(indices)
