@@ -364,17 +364,17 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
     where, same = context(home, "killed"), context(home, "killed-alone")
     slots = read_settings(where).run_directory("run") / "slots"
     killed: list[int] = []
-    kills = 1
+    kills, when = 1, "train"
 
     def kill(job: str, progress: trainer_pb2.Progress) -> None:
-        if progress.activity == "train" and len(killed) < kills:
+        if progress.activity == when and len(killed) < kills:
             killed.extend(trainers_of(owner))
             os.kill(killed[-1], signal.SIGKILL)
 
     first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan(steps=40), {}))
     assert len(killed) == 1
     assert [first] == alone(same, plan(steps=40))
-    kills = 3
+    kills, when = 3, "accepted"
     before = {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()}
     with pytest.raises(TrainerError, match=r"ended while it carried out the plan .* and so did the one before it"):
         TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan(steps=40, round_=2), {})
