@@ -18,6 +18,7 @@ from adapters.parts import layout_of_part, layouts_of_plan
 from client_app import fisher, training
 from client_app.data import ClientData, Dataset
 from client_app.model import PersonalModel
+from client_app.progress import tick
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -102,6 +103,7 @@ class Interpreter:
                 "(is the client older than the server?)"
             )
         self._index = index
+        tick(kind)
         try:
             result = self._steps[kind](getattr(step, kind))
         except (PlanError, SlotError, ValueError) as error:

@@ -108,6 +108,12 @@ class PersonalModel:
             if key in layout.by_name:
                 differences.by_slot.pop(_inner(slot))
 
+    def unload_all(self) -> None:
+        """Leave the base model alone, as it was before the first :meth:`load`."""
+        for slot in list(self._loaded):
+            self.unload(slot)
+        self.module.eval()
+
     def read(self, slot: str) -> Adapter:
         """A copy of a slot's numbers, float32 on the CPU."""
         adapter = Adapter.zeros(self._layout_of(slot))

@@ -15,6 +15,7 @@ from torch.nn import functional
 from adapters.adapter import Adapter
 from client_app.data import Dataset
 from client_app.model import PersonalModel
+from client_app.progress import tick
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 EVALUATION_BATCH = 256
@@ -78,8 +79,9 @@ def train(
     optimiser = torch.optim.AdamW(parameters.values(), lr=step.learning_rate, weight_decay=step.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
     model.module.train()
-    losses = []
+    losses: list[float] = []
     for indices in batches(len(data), step.batch_size, step.steps, seed):
+        tick("train", len(losses), step.steps)
         batch = data.batch(indices)
         with _autocast(model.device):
             loss = functional.cross_entropy(_logits(model, batch), batch.labels.to(model.device))
@@ -122,6 +124,7 @@ def evaluate(model: PersonalModel, data: Dataset) -> dict[str, float]:
     model.module.eval()
     loss, correct = 0.0, 0
     for start in range(0, len(data), EVALUATION_BATCH):
+        tick("evaluate", start, len(data))
         indices = torch.arange(start, min(start + EVALUATION_BATCH, len(data)))
         batch = data.batch(indices)
         labels = batch.labels.to(model.device)

@@ -28,7 +28,9 @@ def generate(destination: Path) -> dict[str, str]:
     well_known = resources.files("grpc_tools") / "_proto"
     arguments = ["protoc", f"-I{PROTO_ROOT}", f"-I{well_known}"]
     arguments += [f"--python_out={destination}", f"--pyi_out={destination}", *sources]
-    if protoc.main(arguments) != 0:
+    services = [source for source in sources if "\nservice " in (PROTO_ROOT / source).read_text()]
+    with_services = [*arguments[:3], f"--grpc_python_out={destination}", *services]
+    if protoc.main(arguments) != 0 or protoc.main(with_services) != 0:
         raise SystemExit("protoc failed; its message is above")
     return {
         path.name: path.read_text().replace("from fedalloy.v1 import", "from proto.fedalloy.v1 import")

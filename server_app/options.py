@@ -19,7 +19,13 @@ from strategies.options import (
 from strategies.steps import Training
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-CLIENT_KEYS = {"lora-r": 8, "lora-alpha": 16.0, "lora-dropout": 0.0}
+CLIENT_KEYS = {
+    "lora-r": 8,
+    "lora-alpha": 16.0,
+    "lora-dropout": 0.0,
+    "trainer.resident": True,
+    "trainer.idle-seconds": 300.0,
+}
 """Keys that only clients read."""
 
 

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import Descriptor
 from adapters.adapter import Adapter
 from adapters.codec import CodecErrorCode, Encoding, decode, encode
 from adapters.layout import Entry, Factor, Layout
-from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
+from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2, trainer_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATION = (ROOT / "proto" / "README.md").read_text()
@@ -46,7 +46,7 @@ def _messages(descriptor: Descriptor) -> list[Descriptor]:
 
 
 def test_specification_names_every_message_field_and_enum_value() -> None:
-    files = [adapter_pb2.DESCRIPTOR, plan_pb2.DESCRIPTOR, report_pb2.DESCRIPTOR]
+    files = [adapter_pb2.DESCRIPTOR, plan_pb2.DESCRIPTOR, report_pb2.DESCRIPTOR, trainer_pb2.DESCRIPTOR]
     names: set[str] = set()
     for file in files:
         for message in (inner for kind in file.message_types_by_name.values() for inner in _messages(kind)):

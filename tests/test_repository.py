@@ -71,6 +71,8 @@ RUN_CONFIG_KEYS = {
     "seed",
     "startup-timeout",
     "strategy",
+    "trainer.idle-seconds",
+    "trainer.resident",
     "uplink-encoding",
     "weight-decay",
 }

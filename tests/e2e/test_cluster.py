@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from server_app.certificates import make_client_key
-from server_app.cluster import ClusterError, LocalCluster, app_directory
+from server_app.cluster import ClusterError, LocalCluster, Process, app_directory
 from server_app.export import export_adapter
 from server_app.run_directory import RunDirectory
 
@@ -27,11 +27,21 @@ SMALL = {"num-server-rounds": 2, "local-steps": 5, "min-clients": 3}
 
 
 def start(cluster: LocalCluster, name: str, **config: Any) -> dict[str, Any]:
-    """Run to the end; the summary. Keys with underscores for dashes."""
+    """Run to the end; the summary. Keys with underscores for dashes, two for dots."""
     given = SMALL | {"run-name": name, "runs-dir": str(cluster.settings.runs_dir)}
-    outcome = cluster.run(given | {key.replace("_", "-"): value for key, value in config.items()})
+    outcome = cluster.run(given | {key.replace("__", ".").replace("_", "-"): value for key, value in config.items()})
     assert outcome.completed, outcome.log.read_text()
     found: dict[str, Any] = json.loads((cluster.settings.runs_dir / name / "summary.json").read_text())
+    return found
+
+
+def trainers_of(supernode: Process) -> list[psutil.Process]:
+    """The resident trainers that belong to a SuperNode."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "client_app.trainer" in command and any(part.startswith(f"{supernode.pid}-") for part in command):
+            found.append(process)
     return found
 
 
@@ -76,6 +86,18 @@ def test_the_exported_adapter_gives_the_logits_that_the_client_evaluated(
     assert loss == pytest.approx(fedmerge["clients"]["paris"]["loss"], abs=1e-5)
 
 
+def test_without_resident_trainers_the_numbers_are_the_same(cluster: LocalCluster, fedmerge: dict[str, Any]) -> None:
+    for process in cluster.processes:
+        assert len(trainers_of(process)) == (process.name != "superlink"), process.name
+    plain = start(cluster, "no-trainers", strategy="fedmerge", trainer__resident=False)
+    assert plain["clients"] == fedmerge["clients"]
+    runs = cluster.settings.runs_dir
+    for client in fedmerge["clients"]:
+        for path in (runs / "fedmerge" / "clients" / client).rglob("adapter_model.safetensors"):
+            same = runs / "no-trainers" / path.relative_to(runs / "fedmerge")
+            assert path.read_bytes() == same.read_bytes()
+
+
 def test_two_runs_on_one_cluster_do_not_share_slots_or_bytes(cluster: LocalCluster, fedmerge: dict[str, Any]) -> None:
     local = start(cluster, "local", strategy="local", num_server_rounds=1)
     assert local["bytes"]["up"]["tensor"] == local["bytes"]["down"]["tensor"] == 0
@@ -106,6 +128,7 @@ def test_a_client_killed_mid_round_is_named_and_the_run_goes_on(cluster: LocalCl
     outcome = cluster.run(config | {"min-clients": 2, "round-timeout": 20.0}, watch=kill_once)
     assert outcome.completed, outcome.log.read_text()
     assert killed
+    assert len(trainers_of(next(p for p in cluster.processes if p.name == "supernode-rome"))) == 1
     first = next(record for record in runs.rounds() if record["phase"] == "train")
     assert first["clients"]["rome"]["status"] in ("late", "failed")
     assert first["settled"]["merged"] == 2
@@ -173,8 +196,9 @@ def test_ctrl_c_in_the_demo_stops_everything_and_leaves_a_valid_run(tmp_path: Pa
         output, _ = demo.communicate(timeout=60)
     assert demo.returncode == 130, output
     assert "interrupted" in output
+    ours = ("flower-", "flwr-", "client_app.trainer")
     left = [process for process in psutil.process_iter(["pid", "cmdline"]) if process.info["pid"] not in before]
-    assert not [p for p in left if any("flower-" in part or "flwr-" in part for part in p.info["cmdline"] or ())]
+    assert not [p for p in left if any(name in part for part in p.info["cmdline"] or () for name in ours)]
     for port in ports:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0

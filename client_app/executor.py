@@ -1,0 +1,92 @@
+"""Carries out what the server asks a client for; the only way there is, in the ClientApp's process or in the trainer.
+
+An executor keeps the base model and the data between requests, as long as the settings stay the same.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+
+import torch
+
+from client_app.data import ClientData
+from client_app.interpreter import Interpreter
+from client_app.model import PersonalModel
+from client_app.progress import Cancelled, tick
+from client_app.scenarios import load_scenario
+from client_app.settings import Settings
+from client_app.slots import SlotStore
+from client_app.training import set_up_torch
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+class Executor:
+    """One client's base model and data; holds those of one run's settings at a time."""
+
+    def __init__(self) -> None:
+        self._settings: Settings | None = None
+        self._held: tuple[PersonalModel, ClientData] | None = None
+
+    def register(self, settings: Settings) -> report_pb2.Registration:
+        """Who this client is, what its adapters look like, and how many examples it has."""
+        return _registration(settings, *self._load(settings))
+
+    def carry_out(
+        self, settings: Settings, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]
+    ) -> tuple[report_pb2.Report, dict[str, bytes]]:
+        """Run a plan; the report and the uploads by slot. All changes to slots become visible together, or none.
+
+        The model is left as it was loaded; after an error it is not trusted any more, and loaded again next time.
+        """
+        model, data = self._load(settings)
+        store = SlotStore(settings.run_directory(plan.run_name), model.base.name, lambda: model.heads)
+        try:
+            with store.transaction(plan.round) as slots:
+                answer = Interpreter(settings.client_id, model, data, slots).run(plan, blobs)
+            model.unload_all()
+        except Cancelled:  # between two batches or steps, where the model is sound
+            model.unload_all()
+            raise
+        except BaseException:
+            del model, data, store
+            self.evict()
+            raise
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # between messages, the memory is for whoever else uses this GPU
+        return answer
+
+    def evict(self) -> None:
+        """Let go of model and data, on the GPU too."""
+        self._settings, self._held = None, None
+        gc.collect()  # modules and their hooks refer to each other
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
+
+    def _load(self, settings: Settings) -> tuple[PersonalModel, ClientData]:
+        if self._held is None or self._settings != settings:
+            self.evict()  # before the next one: there may not be room for two
+            tick("loading")
+            self._held, self._settings = _load(settings), settings
+        return self._held
+
+
+def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
+    examples = {name: len(split) for name, split in data.splits.items()}
+    return report_pb2.Registration(
+        version=1,
+        client_id=settings.client_id,
+        base_model=model.base.name,
+        layout=model.layout.to_proto(),
+        tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples)],
+        device=str(model.device),
+    )
+
+
+def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
+    device = set_up_torch()
+    base, data = load_scenario(
+        settings.scenario, settings.partition_id, settings.num_partitions, settings.seed, settings.state_dir / ".cache"
+    )
+    model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout)
+    model.module.to(device)
+    return model, data
