@@ -1,0 +1,190 @@
+"""The compose files for real: build, demo, ledger against interface counters, and everything that can fail does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server_app.ledger import Ledger
+from server_app.links import OTHER
+from tests.docker.engine import NoEngineError, engine
+from tests.docker.stack import CLIENTS, Stack
+
+CAP = 12 * 60
+MAX_IMAGE = 2_000_000_000
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(CAP + 180)]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A project with its image built; nothing runs yet."""
+    deadline = time.monotonic() + CAP
+    try:
+        with engine() as environment:
+            stack = Stack(tmp_path_factory.mktemp("checkout"), environment, deadline)
+            try:
+                stack.build()
+                yield stack
+            finally:
+                stack.close()
+    except NoEngineError as error:
+        pytest.skip(str(error))
+
+
+def summary(stack: Stack, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((stack.folder / "runs" / name / "summary.json").read_text())
+    return found
+
+
+def demo(stack: Stack, *arguments: str) -> str:
+    """The documented command, with less to do."""
+    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", "2", "--set", "local-steps=20"]
+    return stack.compose("run", "--rm", "-T", "cli", "demo", *less, *arguments)
+
+
+def check_ledger(stack: Stack, name: str, tolerance: float = 0.02) -> None:
+    """The run's ledger against both of its ends, and against the interfaces of the pods."""
+    path = stack.folder / "runs" / name / "ledger.sqlite"
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        ((start, end),) = db.execute("SELECT min(time), max(time) FROM reading WHERE event IN ('start', 'final')")
+    with Ledger(path, read_only=True) as ledger:
+        accounts = ledger.accounts()
+    assert not accounts.not_measured()
+    assert not accounts.unjoined()
+    assert {row.client for row in accounts.rows()} - {OTHER} == set(CLIENTS)
+    fraction = accounts.unexplained_fraction()
+    assert fraction is not None
+    assert fraction < 0.01, accounts.reconciliation()
+    counted = {client: {"up": 0, "down": 0} for client in CLIENTS}
+    other_end = {client: {"up": 0, "down": 0} for client in CLIENTS}
+    for row in accounts.rows():
+        assert row.wire is not None
+        counted[row.client][row.direction] += row.wire
+        other_end[row.client][row.direction] += row.other_end or 0
+    for client in CLIENTS:
+        received, sent = stack.meters[client].between(start, end)
+        assert counted[client]["up"] == pytest.approx(sent, rel=tolerance), client
+        assert counted[client]["down"] == pytest.approx(received, rel=tolerance), client
+        for direction, count in counted[client].items():
+            assert other_end[client][direction] == pytest.approx(count, rel=0.01), (client, direction)
+    received, sent = stack.meters["server"].between(start, end)
+    assert sum(count["up"] for count in counted.values()) == pytest.approx(received, rel=tolerance)
+    assert sum(count["down"] for count in counted.values()) == pytest.approx(sent, rel=tolerance)
+
+
+def test_the_image_is_small_and_runs_as_a_user(stack: Stack, record_property: Any) -> None:
+    size, user = json.loads(
+        stack.docker("image", "inspect", stack.image, "--format", '[{{.Size}}, "{{.Config.User}}"]')
+    )
+    record_property("image_bytes", size)
+    print(f"image: {size / 1e6:.0f} MB")
+    assert size < MAX_IMAGE
+    assert user == "app"
+    assert stack.docker("run", "--rm", stack.image, "id", "-u").strip() == "49999"
+    inside = stack.docker("run", "--rm", stack.image, "sh", "-c", "ls -A /app/data /app/runs /app/keys /app/state")
+    assert re.findall(r"^[^/\n].*$", inside, re.MULTILINE) == [], "data, runs and keys stay out of the image"
+
+
+def test_the_demo_prints_its_table_and_leaves_runs_to_their_owner(stack: Stack) -> None:
+    """Process isolation, the default."""
+    stack.compose("up", "--detach", "server-pod", *(f"{client}-pod" for client in CLIENTS))
+    stack.start_meters()
+    said = demo(stack)
+    assert re.search(r"fedmerge\s+│\s+0\.\d{3}\s+│\s+0\.\d{3}\s+│\s+\d+\.\d\d\s+│\s+\d+\.\d\d", said), said
+    found = summary(stack, "demo-fedmerge")
+    assert set(found["clients"]) == set(CLIENTS)
+    assert found["mean_accuracy"] > 0.3, "chance is 0.1"
+    run = stack.folder / "runs" / "demo-fedmerge"
+    mine = os.stat(stack.folder / "pyproject.toml")
+    for path in [run.parent, run, *run.rglob("*")]:
+        assert (path.stat().st_uid, path.stat().st_gid) == (mine.st_uid, mine.st_gid), path
+    for client in CLIENTS:
+        assert (run / "clients" / client / "adapter" / "adapter_model.safetensors").exists()
+    check_ledger(stack, "demo-fedmerge")
+
+
+def test_an_unregistered_key_is_refused(stack: Stack) -> None:
+    command = (
+        "fedalloy certificates /tmp/k --clients stranger && exec flower-supernode --superlink=superlink:9092 "
+        "--root-certificates=/app/keys/public/ca.crt --port=9095 "
+        "--auth-supernode-private-key=/tmp/k/clients/stranger/stranger"
+    )
+    said = stack.compose(
+        "run", "--rm", "-T", "--no-deps", "--entrypoint", "sh", "supernode-0", "-c", command, check=False
+    )
+    assert "Failed to activate SuperNode" in said, said
+
+
+def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
+    """SuperLink killed and restarted, a client killed mid-round and back later, another client's network cut and healed."""
+    name, rounds = "faults", 6
+    stack.submit(name, num_server_rounds=rounds, min_clients=2, round_timeout=75.0, local_steps=20)
+    stack.wait_for_round(name, "register")
+
+    stack.compose("kill", "--signal", "KILL", "superlink")
+    stack.compose("start", "superlink")
+    stack.wait_for_round(name, "train", 1)
+
+    slots = "cat /app/runs/faults/clients/client-2/slots/*/adapter_model.safetensors | sha256sum"
+    stack.compose("kill", "--signal", "KILL", "supernode-2", "superexec-clientapp-2")
+    killed = time.monotonic()
+    before = stack.compose("exec", "-T", "superexec-serverapp", "sh", "-c", slots)
+    # Until it counts as offline, a killed client is refused.
+    stack.wait_for("a minute to pass", lambda: time.monotonic() > killed + 50)
+    stack.compose("start", "supernode-2", "superexec-clientapp-2")
+    assert stack.compose("exec", "-T", "superexec-clientapp-2", "sh", "-c", slots) == before
+
+    stack.wait_for_round(name, "train", 3)
+    network, pod = f"{stack.project}_fleet", stack.container("client-1-pod")
+    stack.docker("network", "disconnect", network, pod)
+    time.sleep(8)
+    stack.docker("network", "connect", network, pod)
+    stack.wait_for_round(name, "counters")
+    stack.compose("run", "--rm", "-T", "cli", "true")
+
+    records = stack.rounds(name)
+    trained = {record["round"]: record["clients"] for record in records if record["phase"] == "train"}
+    assert sorted(trained) == list(range(1, rounds + 1))
+    assert all(record["status"] == "ok" for record in trained[1].values()), "the SuperLink's restart cost an answer"
+    assert trained[2]["client-2"]["status"] in ("failed", "late")
+    assert trained[rounds]["client-2"]["status"] == "ok", trained
+    assert trained[rounds]["client-1"]["status"] == "ok", trained
+    assert all(clients["client-0"]["status"] == "ok" for clients in trained.values())
+    found = summary(stack, name)
+    assert set(found["clients"]) == set(CLIENTS)
+    assert found["mean_accuracy"] > 0.3
+    with Ledger(stack.folder / "runs" / name / "ledger.sqlite", read_only=True) as ledger:
+        accounts = ledger.accounts()
+    assert not [who for who in accounts.not_measured() if who == "server"]
+    assert all(levels["wire"] for levels in accounts.totals().values())
+
+
+def test_subprocess_isolation_counts_the_same_way(stack: Stack) -> None:
+    """The lighter overlay, on the same keys and the same database."""
+    stack.stop_meters()
+    stack.overlays = ["subprocess.yaml"]
+    stack.compose("up", "--detach", "--remove-orphans", "supernode-0", "supernode-1", "supernode-2")
+    for service in ("superexec-serverapp", *(f"superexec-clientapp-{number}" for number in range(3))):
+        stack.docker("rm", "--force", f"{stack.project}-{service}-1", check=False)
+    stack.start_meters()
+    demo(stack)
+    check_ledger(stack, "demo-fedmerge-2")
+
+
+def test_nothing_is_left_behind(stack: Stack) -> None:
+    stack.close()
+    for kind in ("container", "network", "volume"):
+        left = stack.docker(
+            kind, "ls", "--quiet", "--filter", f"name={stack.project}", *(["-a"] if kind == "container" else [])
+        )
+        assert left.strip() == "", kind
