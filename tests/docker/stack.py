@@ -42,7 +42,7 @@ while True:
         off.add(name)
     fields = [line.split() for line in open("/proc/net/dev") if ":" in line]
     print(time.time(), *(f"{f[0][:-1]}={f[1]}/{f[9]}" for f in fields if f[0].startswith("eth")), flush=True)
-    time.sleep(0.05)
+    time.sleep(0.1)
 """
 
 
@@ -132,8 +132,8 @@ class Stack:
         wheels = self.folder / "docker" / "wheels"
         if torch.version.cuda is None:
             got = subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
-                + [f"torch=={torch.__version__}"],
+                [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"torch=={torch.__version__}"],
+                cwd=wheels,
                 capture_output=True, check=False, timeout=self.remaining(),
             )  # fmt: skip
             if got.returncode == 0:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from server_app.accounts import Accounts
 from server_app.ledger import Ledger
-from server_app.links import OTHER
 from tests.docker.engine import NoEngineError, engine
 from tests.docker.stack import CLIENTS, Stack
 
 CAP = 12 * 60
 MAX_IMAGE = 2_000_000_000
+Counts = dict[str, dict[str, int]]  # bytes by client and direction
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(CAP + 180)]
 
@@ -46,40 +46,56 @@ def summary(stack: Stack, name: str) -> dict[str, Any]:
     return found
 
 
-def demo(stack: Stack, *arguments: str) -> str:
+def demo(stack: Stack, rounds: int) -> str:
     """The documented command, with less to do."""
-    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", "2", "--set", "local-steps=20"]
-    return stack.compose("run", "--rm", "-T", "cli", "demo", *less, *arguments)
+    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", str(rounds), "--set", "local-steps=20"]
+    return stack.compose("run", "--rm", "-T", "cli", "demo", *less)
 
 
-def check_ledger(stack: Stack, name: str, tolerance: float = 0.02) -> None:
+def check_ledger(stack: Stack, name: str) -> None:
     """The run's ledger against both of its ends, and against the interfaces of the pods."""
-    path = stack.folder / "runs" / name / "ledger.sqlite"
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        ((start, end),) = db.execute("SELECT min(time), max(time) FROM reading WHERE event IN ('start', 'final')")
-    with Ledger(path, read_only=True) as ledger:
-        accounts = ledger.accounts()
-    assert not accounts.not_measured()
-    assert not accounts.unjoined()
-    assert {row.client for row in accounts.rows()} - {OTHER} == set(CLIENTS)
+    accounts, counted, other_end = read_ledger(stack, name)
     fraction = accounts.unexplained_fraction()
     assert fraction is not None
     assert fraction < 0.01, accounts.reconciliation()
-    counted = {client: {"up": 0, "down": 0} for client in CLIENTS}
-    other_end = {client: {"up": 0, "down": 0} for client in CLIENTS}
+    compare(stack, name, counted, 0.02)
+    for client, directions in counted.items():
+        for direction, count in directions.items():
+            assert other_end[client][direction] == pytest.approx(count, rel=0.01), (client, direction)
+
+
+def compare(stack: Stack, name: str, counted: Counts, tolerance: float) -> None:
+    """The ledger's bytes and those of the pods' interfaces, from its first to its last reading."""
+    with sqlite3.connect(f"file:{ledger_of(stack, name)}?mode=ro", uri=True) as db:
+        ((start, end),) = db.execute("SELECT min(time), max(time) FROM reading WHERE event IN ('start', 'final')")
+    for client, directions in counted.items():
+        received, sent = stack.meters[client].between(start, end)
+        print(f"{name} {client}: up {directions['up']} / {sent}, down {directions['down']} / {received} (ledger / eth)")
+        assert directions["up"] == pytest.approx(sent, rel=tolerance), client
+        assert directions["down"] == pytest.approx(received, rel=tolerance), client
+    received, sent = stack.meters["server"].between(start, end)
+    assert sum(count["up"] for count in counted.values()) == pytest.approx(received, rel=tolerance)
+    assert sum(count["down"] for count in counted.values()) == pytest.approx(sent, rel=tolerance)
+
+
+def read_ledger(stack: Stack, name: str) -> tuple[Accounts, Counts, Counts]:
+    """The run's accounts, and its wire bytes per client and direction at each direction's sender and receiver."""
+    with Ledger(ledger_of(stack, name), read_only=True) as ledger:
+        accounts = ledger.accounts()
+    assert not accounts.not_measured()
+    assert not accounts.unjoined()
+    assert {row.client for row in accounts.rows()} == set(CLIENTS)
+    counted: Counts = {client: {"up": 0, "down": 0} for client in CLIENTS}
+    other_end: Counts = {client: {"up": 0, "down": 0} for client in CLIENTS}
     for row in accounts.rows():
         assert row.wire is not None
         counted[row.client][row.direction] += row.wire
         other_end[row.client][row.direction] += row.other_end or 0
-    for client in CLIENTS:
-        received, sent = stack.meters[client].between(start, end)
-        assert counted[client]["up"] == pytest.approx(sent, rel=tolerance), client
-        assert counted[client]["down"] == pytest.approx(received, rel=tolerance), client
-        for direction, count in counted[client].items():
-            assert other_end[client][direction] == pytest.approx(count, rel=0.01), (client, direction)
-    received, sent = stack.meters["server"].between(start, end)
-    assert sum(count["up"] for count in counted.values()) == pytest.approx(received, rel=tolerance)
-    assert sum(count["down"] for count in counted.values()) == pytest.approx(sent, rel=tolerance)
+    return accounts, counted, other_end
+
+
+def ledger_of(stack: Stack, name: str) -> Path:
+    return stack.folder / "runs" / name / "ledger.sqlite"
 
 
 def test_the_image_is_small_and_runs_as_a_user(stack: Stack, record_property: Any) -> None:
@@ -99,7 +115,7 @@ def test_the_demo_prints_its_table_and_leaves_runs_to_their_owner(stack: Stack) 
     """Process isolation, the default."""
     stack.compose("up", "--detach", "server-pod", *(f"{client}-pod" for client in CLIENTS))
     stack.start_meters()
-    said = demo(stack)
+    said = demo(stack, 2)
     assert re.search(r"fedmerge\s+│\s+0\.\d{3}\s+│\s+0\.\d{3}\s+│\s+\d+\.\d\d\s+│\s+\d+\.\d\d", said), said
     found = summary(stack, "demo-fedmerge")
     assert set(found["clients"]) == set(CLIENTS)
@@ -126,8 +142,8 @@ def test_an_unregistered_key_is_refused(stack: Stack) -> None:
 
 
 def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
-    """SuperLink killed and restarted, a client killed mid-round and back later, another client's network cut and healed."""
-    name, rounds = "faults", 6
+    """SuperLink killed and restarted, a client killed mid-round and back later, another's network cut and healed."""
+    name, rounds = "faults", 4
     stack.submit(name, num_server_rounds=rounds, min_clients=2, round_timeout=75.0, local_steps=20)
     stack.wait_for_round(name, "register")
 
@@ -144,7 +160,7 @@ def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
     stack.compose("start", "supernode-2", "superexec-clientapp-2")
     assert stack.compose("exec", "-T", "superexec-clientapp-2", "sh", "-c", slots) == before
 
-    stack.wait_for_round(name, "train", 3)
+    stack.wait_for_round(name, "train", 2)
     network, pod = f"{stack.project}_fleet", stack.container("client-1-pod")
     stack.docker("network", "disconnect", network, pod)
     time.sleep(8)
@@ -163,10 +179,9 @@ def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
     found = summary(stack, name)
     assert set(found["clients"]) == set(CLIENTS)
     assert found["mean_accuracy"] > 0.3
-    with Ledger(stack.folder / "runs" / name / "ledger.sqlite", read_only=True) as ledger:
-        accounts = ledger.accounts()
-    assert not [who for who in accounts.not_measured() if who == "server"]
-    assert all(levels["wire"] for levels in accounts.totals().values())
+    # A killed process takes the last moments of its counters with it, and handshakes that failed belong to nobody.
+    _, counted, _ = read_ledger(stack, name)
+    compare(stack, name, counted, 0.05)
 
 
 def test_subprocess_isolation_counts_the_same_way(stack: Stack) -> None:
@@ -177,8 +192,10 @@ def test_subprocess_isolation_counts_the_same_way(stack: Stack) -> None:
     for service in ("superexec-serverapp", *(f"superexec-clientapp-{number}" for number in range(3))):
         stack.docker("rm", "--force", f"{stack.project}-{service}-1", check=False)
     stack.start_meters()
-    demo(stack)
-    check_ledger(stack, "demo-fedmerge-2")
+    before = {path.name for path in (stack.folder / "runs").glob("*")}
+    demo(stack, 1)
+    (name,) = {path.name for path in (stack.folder / "runs").glob("*")} - before
+    check_ledger(stack, name)
 
 
 def test_nothing_is_left_behind(stack: Stack) -> None:
