@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(os.environ.get("FEDALLOY_ENGINE_SCRIPT", ROOT.parent / "shared" / "tools" / "docker-engine.sh"))
 OLDEST_COMPOSE = (2, 20)
+BASE_IMAGE = "python:3.11-slim-bookworm"  # the Dockerfile's
+_BASE = (("image", "inspect", BASE_IMAGE), ("pull", "--quiet", BASE_IMAGE))
 _SHELL = """
 . "$1"
 engine_up || { echo "no: $ENGINE_WHY"; exit 0; }
@@ -37,7 +39,7 @@ def engine() -> Iterator[dict[str, str]]:
     """
     environment = dict(os.environ)
     problem = _problem(environment)
-    if not problem:
+    if not problem and (not SCRIPT.exists() or _can_build(environment)):
         yield environment
         return
     if not SCRIPT.exists():
@@ -52,7 +54,7 @@ def engine() -> Iterator[dict[str, str]]:
     try:
         said = next((line for line in shell.stdout if line.startswith(("up: ", "no: "))), "no: it said nothing")
         if said.startswith("no: "):
-            raise NoEngineError(f"{problem}; {said[4:].strip()}")
+            raise NoEngineError("; ".join(filter(None, [problem, said[4:].strip()])))
         host, _, config = said[4:].rstrip("\n").partition(" ")
         mine = {"DOCKER_HOST": host, "DOCKER_CONFIG": config}
         environment |= {name: value for name, value in mine.items() if value}
@@ -83,7 +85,15 @@ def _problem(environment: dict[str, str]) -> str:
     return ""
 
 
+def _can_build(environment: dict[str, str]) -> bool:
+    """Whether the image's base is there or can be pulled."""
+    try:
+        return any(_docker(environment, *command).returncode == 0 for command in _BASE)
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def _docker(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["docker", *arguments], capture_output=True, text=True, env=environment, timeout=30, check=False
+        ["docker", *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
     )
