@@ -48,7 +48,7 @@ def summary(stack: Stack, name: str) -> dict[str, Any]:
 
 def demo(stack: Stack, rounds: int) -> str:
     """The documented command, with less to do."""
-    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", str(rounds), "--set", "local-steps=20"]
+    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", str(rounds), "--set", "local-steps=20 lora-r=32"]
     return stack.compose("run", "--rm", "-T", "cli", "demo", *less)
 
 
