@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(os.environ.get("FEDALLOY_ENGINE_SCRIPT", ROOT.parent / "shared" / "tools" / "docker-engine.sh"))
@@ -24,6 +28,23 @@ echo "up: $DOCKER_HOST $DOCKER_CONFIG"
 cat > /dev/null
 engine_down
 """
+
+
+CAP = 12 * 60
+"""Seconds for everything here, the engine's start and the image's build included."""
+
+
+@dataclass
+class Engine:
+    """What the tests of this folder share; ``missing`` says why there is none."""
+
+    deadline: float = field(default_factory=lambda: time.monotonic() + CAP)
+    environment: dict[str, str] = field(default_factory=dict)
+    missing: str = ""
+    cleanup: ExitStack = field(default_factory=ExitStack)
+
+
+ENGINE = pytest.StashKey[Engine]()
 
 
 class NoEngineError(RuntimeError):
@@ -42,7 +63,7 @@ def engine() -> Iterator[dict[str, str]]:
     if not problem and (not SCRIPT.exists() or _can_build(environment)):
         yield environment
         return
-    if not SCRIPT.exists():
+    if not SCRIPT.exists() or environment.get("CC_ENGINE") == "off":
         raise NoEngineError(problem)
     given = {"CC_INSTALL": "1"} | environment
     shell = subprocess.Popen(
@@ -54,7 +75,7 @@ def engine() -> Iterator[dict[str, str]]:
     try:
         said = next((line for line in shell.stdout if line.startswith(("up: ", "no: "))), "no: it said nothing")
         if said.startswith("no: "):
-            raise NoEngineError("; ".join(filter(None, [problem, said[4:].strip()])))
+            raise NoEngineError("; ".join(dict.fromkeys(filter(None, [problem, said[4:].strip()]))))
         host, _, config = said[4:].rstrip("\n").partition(" ")
         mine = {"DOCKER_HOST": host, "DOCKER_CONFIG": config}
         environment |= {name: value for name, value in mine.items() if value}
@@ -68,7 +89,7 @@ def engine() -> Iterator[dict[str, str]]:
 def _problem(environment: dict[str, str]) -> str:
     """Why ``docker compose`` does not work in this environment; empty if it does."""
     if environment.get("CC_ENGINE") == "off":
-        return "turned off (CC_ENGINE=off)"
+        return "no Docker engine: turned off (CC_ENGINE=off)"
     try:
         info = _docker(environment, "info", "--format", "{{.ServerVersion}}")
         if info.returncode != 0:

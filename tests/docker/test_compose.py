@@ -15,10 +15,9 @@ import pytest
 
 from server_app.accounts import Accounts
 from server_app.ledger import Ledger
-from tests.docker.engine import NoEngineError, engine
+from tests.docker.engine import CAP, ENGINE
 from tests.docker.stack import CLIENTS, Stack
 
-CAP = 12 * 60
 MAX_IMAGE = 2_000_000_000
 Counts = dict[str, dict[str, int]]  # bytes by client and direction
 
@@ -26,19 +25,16 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(CAP + 180)]
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A project with its image built; nothing runs yet."""
-    deadline = time.monotonic() + CAP
-    try:
-        with engine() as environment:
-            stack = Stack(tmp_path_factory.mktemp("checkout"), environment, deadline)
-            try:
-                stack.build()
-                yield stack
-            finally:
-                stack.close()
-    except NoEngineError as error:
-        pytest.skip(str(error))
+    found = request.config.stash[ENGINE]
+    with found.cleanup:
+        stack = Stack(tmp_path_factory.mktemp("checkout"), found.environment, found.deadline)
+        try:
+            stack.build()
+            yield stack
+        finally:
+            stack.close()
 
 
 def summary(stack: Stack, name: str) -> dict[str, Any]:
