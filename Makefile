@@ -27,16 +27,19 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test unit lint format proto clean
+.PHONY: help demo test test-docker unit lint format proto clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## A SuperLink and several SuperNodes on this machine, several strategies, one table.
 	@$(BIN)/fedalloy demo
 
 test: $(STAMP) lint ## Lint and all tests (unit and end-to-end); what was skipped is listed with its reason.
 	@$(BIN)/python -m pytest -rs
+
+test-docker: $(STAMP) ## The image and the compose files, with a real cluster in containers; part of `make test`.
+	@$(BIN)/python -m pytest -rs tests/docker
 
 unit: $(STAMP) ## The tests that start no Flower process.
 	@$(BIN)/python -m pytest -rs -m "not e2e"

@@ -7,8 +7,10 @@ shows, but for the options of the handshake (82 bytes per connection).
 
 A ClientApp is a process of its own below the SuperNode (``flower-supernode`` > ``flower-superexec`` > ClientApp), and
 the connection belongs to the SuperNode: it is found through ``/proc``. A ServerApp lives in the network namespace of
-the SuperLink and sees the same connections from the other end. Where any of this does not hold, a reading says
-``not_measured`` and why; it never guesses.
+the SuperLink and sees the same connections from the other end. With process isolation in containers the SuperNode is
+no parent process and not to be seen in ``/proc``; who gives a SuperNode and its SuperExec a network namespace of their
+own says so by ``FEDALLOY_FLEET_PORT``, and then every connection to that port in the namespace is the SuperNode's.
+Where none of this holds, a reading says ``not_measured`` and why; it never guesses.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from typing import Any
 from proto.fedalloy.v1 import report_pb2
 
 FLEET_PORT = 9092
+OWN_NAMESPACE = "FEDALLOY_FLEET_PORT"
+"""Environment variable: the Fleet port, where the network namespace belongs to one SuperLink or one SuperNode alone."""
 
 _ETHERNET, _IPV4, _IPV6, _TCP, _TCP_TIMESTAMPS = 14, 20, 40, 20, 12
 _ESTABLISHED, _LISTEN = 1, 10  # enum in the kernel's net/tcp_states.h
@@ -260,7 +264,7 @@ def read_fleet_wire() -> report_pb2.WireReading:
     try:
         found = find_ancestor("flower-supernode")
         if found is None:
-            raise WireError("no flower-supernode among the parent processes (a simulation, or process isolation)")
+            return reading_of(_connections_of_namespace())
         pid, arguments = found
         port = _port(option(arguments, "--superlink"))
         connections = connections_of(pid, port)
@@ -271,15 +275,43 @@ def read_fleet_wire() -> report_pb2.WireReading:
         return _not_measured(error)
 
 
+def _connections_of_namespace() -> list[Connection]:
+    """Established connections from this network namespace to the Fleet port, where that is declared."""
+    port = _declared_port()
+    if port is None:
+        raise WireError(
+            "no flower-supernode among the parent processes (a simulation, or process isolation without "
+            f"{OWN_NAMESPACE})"
+        )
+    with SocketTable() as table:
+        if table.listeners(port):
+            raise WireError(
+                f"this network namespace listens on the Fleet port {port}, so it is not a SuperNode's alone"
+            )
+        connections = [connection for connection in table.connections() if connection.remote_port == port]
+    if not connections:
+        raise WireError(f"no established connection to port {port} in this network namespace")
+    return connections
+
+
+def _declared_port() -> int | None:
+    text = os.environ.get(OWN_NAMESPACE)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise WireError(f"{OWN_NAMESPACE}={text!r}, expected a port number")
+    return int(text)
+
+
 def fleet_port() -> int:
-    """The SuperLink's Fleet port: from its command line where it is a parent process, else Flower's default.
+    """The SuperLink's Fleet port: from its command line where it is a parent process, else declared, else the default.
 
     Raises:
         WireError: the SuperLink only simulates.
     """
     found = find_ancestor("flower-superlink")
     if found is None:
-        return FLEET_PORT
+        return _declared_port() or FLEET_PORT
     if "--simulation" in found[1]:
         raise WireError("a simulation has no network")
     return _port(option(found[1], "--fleet-api-address"))

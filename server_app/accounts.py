@@ -305,8 +305,20 @@ class Accounts:
             yield row
 
     def _fetched_bundles(self) -> list[Row]:
+        """One per fetch: a SuperNode that was started again fetches the bundle again, on a connection of its own."""
         alone = set(self.unjoined())
-        return [row for row in self.bundles if row["client"] in self.covered and row["client"] not in alone]
+        rows = [row for row in self.bundles if row["client"] in self.covered and row["client"] not in alone]
+        sent = defaultdict[tuple[str, int, str], int](int)
+        for row in self.messages:
+            if row["direction"] == "down":
+                sent[row["client"], row["round"], row["kind"]] += row["bytes"]
+        again = []
+        for row in rows:
+            later = [link.at_client[0] for link in self.links if link.client == row["client"] and link.at_client][1:]
+            for first in later:  # what came before and with the connection's first message, less that message
+                arrived = first["bytes_received"] - sent[row["client"], first["round"], first["kind"]]
+                again += [row] if arrived >= row["down"] else []
+        return rows + again
 
 
 def _median(values: list[tuple[int, int]]) -> float:

@@ -19,6 +19,10 @@ VALID = timedelta(days=825)
 _CLOCK_SKEW = timedelta(minutes=5)
 
 
+class CertificateError(RuntimeError):
+    """Certificates are not as expected; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class ServerFiles:
     """Paths of the authority's certificate, and of the server's certificate and key."""
@@ -81,6 +85,52 @@ def make_client_key(folder: Path, client_id: str) -> tuple[Path, Path]:
     line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(public, line + b"\n", 0o644)
     return private, public
+
+
+def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], renew: Iterable[str] = ()) -> list[str]:
+    """What a federation needs and ``folder`` lacks; returns a line for everything that was made.
+
+    ``public/`` gets ``ca.crt`` and ``<client-id>.pub`` and may be shown to anybody, ``server/`` ``server.pem`` and
+    ``server.key``, ``clients/<client-id>/`` the private key ``<client-id>``. Every private file has a folder of its
+    own, so that each machine can be given its folder and no other.
+
+    Args:
+        folder: made if needed; what is there stays.
+        hosts: names and addresses of the server; what its certificate lacks is an error.
+        clients: client ids.
+        renew: make these anew: client ids, or ``server`` (every client then needs the new ``ca.crt``).
+
+    Raises:
+        CertificateError: the server's certificate does not name a host; an unknown name to renew.
+    """
+    clients, renew = list(clients), set(renew)
+    if unknown := renew - {*clients, "server"}:
+        raise CertificateError(f"cannot renew {', '.join(sorted(unknown))}: expected server, {', '.join(clients)}")
+    public, server = folder / "public", folder / "server"
+    made = []
+    if "server" in renew or not (server / "server.key").exists():
+        files = make_server_files(server, hosts)
+        public.mkdir(parents=True, exist_ok=True)
+        _write(public / "ca.crt", files.authority.read_bytes(), 0o644)
+        made.append("server: authority and certificate made")
+    elif missing := set(hosts) - _names(server / "server.pem"):
+        raise CertificateError(
+            f"the server's certificate in {server} does not name {', '.join(sorted(missing))}; "
+            "renew 'server', and give every client the new ca.crt"
+        )
+    for client_id in clients:
+        private = folder / "clients" / client_id
+        if client_id in renew or not (private / client_id).exists() or not (public / f"{client_id}.pub").exists():
+            _, line = make_client_key(private, client_id)
+            _write(public / line.name, line.read_bytes(), 0o644)
+            made.append(f"{client_id}: key pair made")
+    return made
+
+
+def _names(certificate: Path) -> set[str]:
+    loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
+    names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))}
 
 
 def private_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -39,18 +40,20 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Data, initial adapters and batches.")] = 0,
     runs_dir: RunsDir = Path("runs"),
     set_: Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")] = "",
+    connection: Annotated[str, typer.Option(help="A flwr connection to a cluster that runs already.")] = "",
+    collect_to: Annotated[Path | None, typer.Option(help="Copy finished runs to this folder.")] = None,
 ) -> None:
     """Compare strategies on a local cluster with real data, and print one table."""
     from server_app.demo import demo as run_demo
     from strategies import STRATEGIES
     from strategies.options import require_choice
 
-    chosen = [name.strip() for name in strategies.split(",") if name.strip()]
+    chosen = _listed(strategies)
     with _clear_errors():
         for name in chosen:
             require_choice("--strategies", name, STRATEGIES)
         extra = parse_run_config(set_)
-        results = run_demo(chosen, clients, rounds, seed, runs_dir, console, extra)
+        results = run_demo(chosen, clients, rounds, seed, runs_dir, console, extra, connection, collect_to)
     if any(result.summary is None for result in results):
         raise typer.Exit(1)
 
@@ -67,7 +70,7 @@ def up(
     """Start a SuperLink and SuperNodes with TLS and keys, and leave them running."""
     from server_app.cluster import LocalCluster, Settings
 
-    names = [name.strip() for name in client_ids.split(",") if name.strip()] or [f"client-{i}" for i in range(clients)]
+    names = _listed(client_ids) or [f"client-{i}" for i in range(clients)]
     with _clear_errors():
         settings = Settings(tuple(names), runs_dir, fleet_port=fleet_port, http_port=http_port)
         cluster = LocalCluster(directory, settings, lambda text: console.print(text, highlight=False))
@@ -143,6 +146,53 @@ def export(
 
 
 @app.command()
+def collect(
+    runs: Annotated[Path, typer.Argument(help="Where a cluster keeps its runs.")],
+    destination: Annotated[Path, typer.Argument(help="A folder of yours.")],
+) -> None:
+    """Copy all runs of a cluster's own storage to a folder, owned by who owns that folder."""
+    from server_app.collect import collect_all
+
+    with _clear_errors():
+        for copy in collect_all(runs, destination):
+            console.print(str(copy), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def certificates(
+    folder: Annotated[Path, typer.Argument(help="Files that are there already stay.")],
+    hosts: Annotated[str, typer.Option(help="Comma-separated names and addresses of the server.")] = "",
+    clients: Annotated[str, typer.Option(help="Comma-separated client ids.")] = "",
+    renew: Annotated[str, typer.Option(help="Comma-separated client ids, or server: make these anew.")] = "",
+    owner: Annotated[int, typer.Option(help="User id that the files shall belong to (needs root).")] = -1,
+) -> None:
+    """Make what a federation lacks: certificate authority, server certificate, a key pair for each client."""
+    from server_app.certificates import make_missing
+
+    with _clear_errors():
+        for line in make_missing(folder, _listed(hosts), _listed(clients), _listed(renew)):
+            console.print(line, highlight=False)
+    if owner >= 0:
+        for path in [folder, *folder.rglob("*")]:
+            os.chown(path, owner, owner)
+
+
+@app.command()
+def register(
+    public: Annotated[Path, typer.Argument(help="A folder with a file <client-id>.pub for each client.")],
+    connection: Annotated[str, typer.Argument(help="A flwr connection to the SuperLink.")],
+    remembered: Annotated[Path, typer.Option(help="Where to remember what was registered.")],
+) -> None:
+    """Let the SuperLink accept the keys of a folder and no others."""
+    from server_app.registry import register_clients
+    from server_app.superlink import SuperLink
+
+    with _clear_errors():
+        for line in register_clients(SuperLink(connection, remembered.parent), public, remembered):
+            console.print(line, highlight=False)
+
+
+@app.command()
 def options(
     run_config: Annotated[str, typer.Argument(help="Run-config to check, as for flwr run.")] = "",
 ) -> None:
@@ -182,17 +232,23 @@ def parse_run_config(text: str) -> dict[str, Any]:
         raise OptionError(f"cannot read {text!r}: {error}; expected pairs like \"strategy='fedavg' seed=1\"") from None
 
 
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Our own errors are one line and exit code 1; Ctrl-C is exit code 130."""
-    from server_app.cluster import ClusterError
+    from server_app.certificates import CertificateError
+    from server_app.collect import CollectError
     from server_app.export import ExportError
     from server_app.run_directory import RunDirectoryError
+    from server_app.superlink import ClusterError
     from strategies.options import OptionError
 
     try:
         yield
-    except (ClusterError, ExportError, RunDirectoryError, OptionError) as error:
+    except (CertificateError, ClusterError, CollectError, ExportError, RunDirectoryError, OptionError) as error:
         errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

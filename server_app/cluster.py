@@ -24,13 +24,10 @@ import psutil
 
 from adapters.durable import write_durably
 from server_app.certificates import ServerFiles, make_client_key, make_server_files, private_folder
+from server_app.superlink import ClusterError, SuperLink, app_directory, last_words
 
 CONNECTION = "fedalloy"
 Say = Callable[[str], None]
-
-
-class ClusterError(RuntimeError):
-    """The cluster cannot be started, or is not as expected; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +62,11 @@ class Settings:
     startup_timeout: float = 90.0
 
 
-@dataclass(frozen=True)
-class RunOutcome:
-    """How a run ended: Flower's own status (``finished:completed``), and where its log is."""
-
-    run_id: str
-    status: str
-    log: Path
-
-    @property
-    def completed(self) -> bool:
-        """Whether the ServerApp ended without an error."""
-        return self.status == "finished:completed"
-
-
-class LocalCluster:
+class LocalCluster(SuperLink):
     """Start, watch and stop; a context manager that always stops what it started."""
 
     def __init__(self, directory: Path, settings: Settings, say: Say = lambda text: None) -> None:
+        super().__init__(CONNECTION, directory.resolve() / "logs")
         self.directory = directory.resolve()
         self.settings = settings
         self.say = say
@@ -169,49 +153,6 @@ class LocalCluster:
         """Stop every process that was started, with all its descendants; nothing happens if nothing runs."""
         stop(self.directory, self.processes)
         self.processes = []
-
-    def run(self, run_config: Mapping[str, Any], watch: Callable[[], None] = lambda: None) -> RunOutcome:
-        """``flwr run`` with these run-config keys; ``watch`` is called a few times a second while it runs.
-
-        Flower's exit code says nothing about the run, so its status is asked for afterwards.
-
-        Raises:
-            ClusterError: Flower refused the run.
-        """
-        log = self.directory / "logs" / f"run-{int(time.time() * 1000)}.log"
-        config = " ".join(f"{key}={_literal(value)}" for key, value in run_config.items())
-        command = ["flwr", "run", str(app_directory()), CONNECTION, "--stream", "--run-config", config]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment(),
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                while process.poll() is None:
-                    watch()
-                    time.sleep(0.2)
-                watch()
-            finally:
-                process.kill()
-                process.wait()
-        text = log.read_text(errors="replace")
-        marker = "Successfully started run "
-        if marker not in text:
-            raise ClusterError(f"flwr run failed: {_last_words(text)}")
-        run_id = text.split(marker, 1)[1].split()[0]
-        listed = json.loads(self.flwr("list", CONNECTION, "--run-id", run_id, "--format", "json"))
-        return RunOutcome(run_id, str(listed["runs"][0]["status"]), log)
-
-    def flwr(self, *arguments: str) -> str:
-        """Run a stock ``flwr`` command against this cluster and return what it printed.
-
-        Raises:
-            ClusterError: it failed; the message has its last words.
-        """
-        done = subprocess.run(["flwr", *arguments], capture_output=True, text=True, env=self.environment(), check=False)
-        if done.returncode != 0:
-            raise ClusterError(f"flwr {' '.join(arguments[:2])} failed: {_last_words(done.stdout + done.stderr)}")
-        return done.stdout
 
     def environment(self, home: str = "flwr-home") -> dict[str, str]:
         """The environment of a process; every process has a ``FLWR_HOME`` of its own."""
@@ -305,7 +246,7 @@ class LocalCluster:
         for process in self.processes:
             if process.find() is None:
                 log = self.directory / "logs" / f"{process.name}.log"
-                raise ClusterError(f"{process.name} ended: {_last_words(log.read_text(errors='replace'))} (log: {log})")
+                raise ClusterError(f"{process.name} ended: {last_words(log.read_text(errors='replace'))} (log: {log})")
 
 
 def read_state(directory: Path) -> dict[str, Any] | None:
@@ -349,19 +290,6 @@ def _end(processes: Sequence[Process]) -> int:
     return len(family)
 
 
-def app_directory() -> Path:
-    """The checkout: the folder with the ``pyproject.toml`` of the Flower app.
-
-    Raises:
-        ClusterError: neither this package nor the current folder belongs to a checkout.
-    """
-    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
-        project = folder / "pyproject.toml"
-        if project.exists() and "[tool.flwr.app]" in project.read_text():
-            return folder
-    raise ClusterError("no FedAlloy checkout found: run this from the repository, or install it with pip install -e .")
-
-
 def _free_port(host: str, port: int, purpose: str) -> int:
     """``port`` if it is free, a free one for 0.
 
@@ -396,20 +324,6 @@ def _holder(port: int) -> str:
     except psutil.Error:
         pass
     return ""
-
-
-def _literal(value: object) -> str:
-    """A run-config value as ``flwr run --run-config`` reads it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, int | float) else f"'{value}'"
-
-
-def _last_words(text: str) -> str:
-    """The last line that says something, without the box that Flower draws around errors."""
-    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
-    said = [line for line in lines if line and line != "Error"]
-    return said[-1] if said else "it said nothing"
 
 
 def _quietly(action: Callable[[], None]) -> None:

@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from server_app.cluster import ClusterError, LocalCluster, RunOutcome, Settings
+from server_app.cluster import LocalCluster, Settings
+from server_app.collect import collect
 from server_app.run_directory import RunDirectory
+from server_app.superlink import ClusterError, RunOutcome, SuperLink
 
 ROUNDS = 4
 """Every message costs each client a fresh process and seconds of imports: four rounds of three strategies stay well
@@ -44,42 +46,63 @@ def demo(
     runs_dir: Path,
     console: Console,
     options: Mapping[str, Any] | None = None,
+    connection: str = "",
+    collect_to: Path | None = None,
 ) -> list[DemoResult]:
-    """Bring an ephemeral cluster up, run every strategy on it, print the table, stop everything.
+    """Run every strategy on a cluster and print the table.
+
+    ``connection`` is that of a SuperLink that runs already, with ``runs_dir`` as its ServerApps see it; by default a
+    cluster is started for this and stopped afterwards. Finished runs are copied to ``collect_to``.
 
     Raises:
-        ClusterError: the cluster could not be started.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; everything has been stopped, run directories are left as they are.
+        ClusterError: the cluster could not be started or reached.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what was started has been stopped, run directories are left as they are.
     """
     results: list[DemoResult] = []
-    names = tuple(f"client-{index}" for index in range(clients))
-    with _terminate_as_interrupt(), tempfile.TemporaryDirectory(prefix="fedalloy-demo-") as folder:
-        settings = Settings(names, runs_dir.resolve())
-        console.print(f"Starting a SuperLink and {clients} SuperNodes (TLS, one registered key each)...")
-        with LocalCluster(Path(folder) / "cluster", settings, lambda text: console.print(f"  {text}")) as cluster:
-            for strategy in strategies:
-                name = free_name(runs_dir, f"demo-{strategy}")
-                config = {
-                    **SCENARIO_CONFIG,
-                    "strategy": strategy,
-                    "run-name": name,
-                    "runs-dir": str(runs_dir.resolve()),
-                    "num-server-rounds": rounds,
-                    "min-clients": clients,
-                    "seed": seed,
-                    **(options or {}),
-                }
-                results.append(_run(cluster, strategy, runs_dir / name, config, rounds, console))
+    with (
+        _terminate_as_interrupt(),
+        tempfile.TemporaryDirectory(prefix="fedalloy-demo-") as folder,
+        _cluster(clients, runs_dir, Path(folder), console, connection) as cluster,
+    ):
+        for strategy in strategies:
+            name = free_name(runs_dir, f"demo-{strategy}", *([collect_to] if collect_to else []))
+            config = {
+                **SCENARIO_CONFIG,
+                "strategy": strategy,
+                "run-name": name,
+                "runs-dir": str(runs_dir.resolve()),
+                "num-server-rounds": rounds,
+                "min-clients": clients,
+                "seed": seed,
+                **(options or {}),
+            }
+            results.append(_run(cluster, strategy, runs_dir / name, config, rounds, console))
+            if collect_to is not None:
+                collect(runs_dir / name, collect_to)
     console.print(table(results))
     for result in results:
         if result.summary is None:
             console.print(f"{result.strategy}: {result.reason}", style="red", highlight=False)
-    console.print(f"Runs: {', '.join(str(result.run) for result in results)}", highlight=False, soft_wrap=True)
+    shown = [runs_dir / result.run.name if collect_to is None else Path("runs") / result.run.name for result in results]
+    console.print(f"Runs: {', '.join(map(str, shown))}", highlight=False, soft_wrap=True)
     return results
 
 
+@contextmanager
+def _cluster(clients: int, runs_dir: Path, folder: Path, console: Console, connection: str) -> Iterator[SuperLink]:
+    """The SuperLink that runs behind ``connection``, or a cluster of its own."""
+    if connection:
+        yield SuperLink(connection, folder / "logs")
+        return
+    names = tuple(f"client-{index}" for index in range(clients))
+    console.print(f"Starting a SuperLink and {clients} SuperNodes (TLS, one registered key each)...")
+    settings = Settings(names, runs_dir.resolve())
+    with LocalCluster(folder / "cluster", settings, lambda text: console.print(f"  {text}")) as cluster:
+        yield cluster
+
+
 def _run(
-    cluster: LocalCluster, strategy: str, run: Path, config: Mapping[str, Any], rounds: int, console: Console
+    cluster: SuperLink, strategy: str, run: Path, config: Mapping[str, Any], rounds: int, console: Console
 ) -> DemoResult:
     watcher = _Watcher(run, strategy, rounds, console)
     with watcher:
@@ -181,10 +204,10 @@ def table(results: Sequence[DemoResult]) -> Table:
     return found
 
 
-def free_name(runs_dir: Path, name: str) -> str:
-    """``name``, or ``name-2``, ``name-3``... where that run exists."""
+def free_name(runs_dir: Path, name: str, *more: Path) -> str:
+    """``name``, or ``name-2``, ``name-3``... where that run exists, there or in one of ``more`` folders."""
     candidate, count = name, 1
-    while (runs_dir / candidate).exists():
+    while any((folder / candidate).exists() for folder in (runs_dir, *more)):
         count += 1
         candidate = f"{name}-{count}"
     return candidate

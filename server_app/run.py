@@ -304,7 +304,10 @@ class _Booking:
 
 def git_commit() -> str | None:
     """The commit of the checkout that the process was started in, or None."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
     return found.stdout.strip() or None if found.returncode == 0 else None
 
 

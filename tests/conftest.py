@@ -14,14 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-E2E = Path(__file__).parent / "e2e"
+E2E = (Path(__file__).parent / "e2e", Path(__file__).parent / "docker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below tests/e2e is of that tier; a test marked gpu needs one."""
+    """Everything below tests/e2e and tests/docker is of that tier; a test marked gpu needs one."""
     without_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
     for item in items:
-        if E2E in item.path.parents:
+        if any(folder in item.path.parents for folder in E2E):
             item.add_marker(pytest.mark.e2e)
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(without_gpu)

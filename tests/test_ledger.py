@@ -279,6 +279,22 @@ def test_bytes_without_a_source_stay_unexplained(ledger: Ledger) -> None:
     assert ledger.unexplained_fraction() == max(777 / up, 333 / down)
 
 
+@pytest.mark.parametrize(("arrived", "fetches"), [(1000 + 4000, 2), (1000 + 3999, 1)])
+def test_a_supernode_that_was_started_again_fetches_the_bundle_again(
+    ledger: Ledger, arrived: int, fetches: int
+) -> None:
+    """A network that was cut makes a new connection, too, but no new SuperNode."""
+    ledger.bundle("berlin", BundleCost(up=110, down=4000, frames=1))
+    ledger.message(1, "berlin", "down", "train", 1000, 6, calls=8)
+    ledger.server_reading(0, "", "start", [at_server(0, 0)], unix_time=1)
+    ledger.client_reading(0, "berlin", reading(at_client(100, 4000)), kind="query")
+    ledger.server_reading(0, "berlin", "gone", [at_server(100, 4000)], unix_time=2)
+    ledger.server_reading(1, "berlin", "push", [at_server(0, 0, port=6)], unix_time=3)
+    ledger.client_reading(1, "berlin", reading(at_client(100, arrived, port=6)), kind="train")
+    ledger.server_reading(1, "", "final", [at_server(100, arrived, port=6)], unix_time=4)
+    assert ledger.reconciliation()["down"]["app bundle"] == fetches * 4000
+
+
 def test_without_a_lone_call_the_calls_stay_unexplained(ledger: Ledger) -> None:
     ledger.message(0, "berlin", "up", "train", 2000, 6, calls=7)
     ledger.server_reading(0, "", "start", [at_server(0, 0)], unix_time=1)

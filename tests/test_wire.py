@@ -199,3 +199,38 @@ def test_importing_it_is_cheap() -> None:
     script = "import sys, client_app.wire; print(sorted({'torch', 'pyroute2', 'flwr'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+@linux
+def test_a_declared_namespace_gives_all_connections_to_the_fleet_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pair("127.0.0.1") as (client, server):
+        port = client.getpeername()[1]
+        send(client, server, 1000)
+        # The listener of this test would be on another machine.
+        monkeypatch.setattr(SocketTable, "listeners", lambda self, local_port=0: {})
+        monkeypatch.setenv(wire.OWN_NAMESPACE, str(port))
+        (found,) = wire.read_fleet_wire().connections
+        assert (found.local_port, found.remote_port) == (client.getsockname()[1], port)
+        assert found.bytes_sent == 1000
+
+
+@linux
+@pytest.mark.parametrize("declared", ["", "fleet", "-1"])
+def test_a_declaration_that_is_no_port_is_not_measured(declared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.OWN_NAMESPACE, declared)
+    assert f"{declared!r}, expected a port number" in wire.read_fleet_wire().not_measured
+
+
+@linux
+def test_a_declaration_that_cannot_be_true_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pair("127.0.0.1") as (client, _):
+        port = client.getpeername()[1]
+        monkeypatch.setenv(wire.OWN_NAMESPACE, str(port))
+        assert f"listens on the Fleet port {port}" in wire.read_fleet_wire().not_measured
+    assert "no established connection" in wire.read_fleet_wire().not_measured
+
+
+def test_a_serverapp_apart_from_its_superlink_takes_the_declared_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "find_ancestor", lambda program: None)
+    monkeypatch.setenv(wire.OWN_NAMESPACE, "9443")
+    assert wire.fleet_port() == 9443

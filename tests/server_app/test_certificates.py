@@ -8,11 +8,12 @@ import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from server_app.certificates import make_client_key, make_server_files
+from server_app.certificates import CertificateError, make_client_key, make_missing, make_server_files
 
 
 def mode(path: Path) -> int:
@@ -71,3 +72,41 @@ def test_client_keys_are_fresh_p384_pairs_in_openssh_format(tmp_path: Path) -> N
     assert loaded == key.public_key()
     again, _ = make_client_key(tmp_path, "berlin")
     assert serialization.load_ssh_private_key(again.read_bytes(), None).private_numbers() != key.private_numbers()  # type: ignore[union-attr]
+
+
+def test_what_is_missing_is_made_and_what_is_there_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    assert make_missing(folder, ["superlink"], ["berlin"]) == [
+        "server: authority and certificate made",
+        "berlin: key pair made",
+    ]
+    authority, berlin = (folder / "public" / "ca.crt").read_bytes(), (folder / "clients/berlin/berlin").read_bytes()
+    assert make_missing(folder, ["superlink"], ["berlin", "paris"]) == ["paris: key pair made"]
+    assert make_missing(folder, ["superlink"], ["berlin", "paris"]) == []
+    assert (folder / "public" / "ca.crt").read_bytes() == authority
+    assert (folder / "clients/berlin/berlin").read_bytes() == berlin
+    public = serialization.load_ssh_public_key((folder / "public" / "berlin.pub").read_bytes())
+    private = serialization.load_ssh_private_key(berlin, None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    assert private.public_key() == public
+    assert {path.name for path in (folder / "public").iterdir()} == {"ca.crt", "berlin.pub", "paris.pub"}
+
+
+def test_a_client_or_the_server_can_be_renewed_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    make_missing(folder, ["superlink"], ["berlin", "paris"])
+    files = [folder / "public" / name for name in ("ca.crt", "berlin.pub", "paris.pub")]
+    before = [path.read_bytes() for path in files]
+    assert make_missing(folder, ["superlink"], ["berlin", "paris"], ["berlin"]) == ["berlin: key pair made"]
+    assert [path.read_bytes() == old for path, old in zip(files, before, strict=True)] == [True, False, True]
+    make_missing(folder, ["superlink", "10.0.0.1"], ["berlin", "paris"], ["server"])
+    assert files[0].read_bytes() != before[0]
+    with pytest.raises(CertificateError, match=r"cannot renew rome: expected server, berlin, paris"):
+        make_missing(folder, ["superlink"], ["berlin", "paris"], ["rome"])
+
+
+def test_a_certificate_that_lacks_a_host_is_no_success(tmp_path: Path) -> None:
+    make_missing(tmp_path, ["superlink"], [])
+    make_missing(tmp_path, ["superlink", "127.0.0.1"], [])
+    with pytest.raises(CertificateError, match=r"does not name other.example.org; renew 'server'"):
+        make_missing(tmp_path, ["superlink", "other.example.org"], [])

@@ -1,0 +1,13 @@
+#!/bin/sh
+# The entry point of the `cli` service: `demo [options]`, or any command. Afterwards the runs are in /out (./runs of the
+# checkout) and belong to its owner.
+if [ "$1" = demo ]; then
+    shift
+    set -- fedalloy demo --connection fedalloy --runs-dir /app/runs --collect-to /out "$@"
+fi
+# Docker has just made the folder, as root: then it is for the owner of the checkout.
+[ "$(stat -c %u /out)" != 0 ] || chown "$(stat -c %u:%g /app/checkout)" /out
+"$@"
+code=$?
+fedalloy collect /app/runs /out > /tmp/collected || { [ "$code" != 0 ] || code=1; }
+exit "$code"

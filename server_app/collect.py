@@ -1,0 +1,60 @@
+"""Brings runs from a cluster's own storage (a container's volume) to a folder of the user's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+class CollectError(RuntimeError):
+    """A run cannot be copied; the message names it and says why."""
+
+
+def collect(run: Path, destination: Path) -> Path:
+    """Copy a run directory into ``destination``, again if it was copied before; returns the copy.
+
+    Who may change owners (root in a container) gives the copy to the owner of ``destination``.
+
+    Raises:
+        CollectError: another run has this name there, or it cannot be written.
+    """
+    target = destination / run.name
+    config = "config.toml"
+    try:
+        if target.exists() and _content(target / config) != _content(run / config):
+            raise CollectError(f"{target} is another run; move it away to collect {run.name!r}")
+        shutil.copytree(run, target, dirs_exist_ok=True, symlinks=True)
+        if os.geteuid() == 0:
+            give_to_owner_of(destination, target)
+    except (OSError, shutil.Error) as error:
+        raise CollectError(f"cannot copy {run} to {destination}: {error}") from error
+    return target
+
+
+def collect_all(runs: Path, destination: Path) -> list[Path]:
+    """:meth:`collect` every run below ``runs``.
+
+    Raises:
+        CollectError: as above; the others have been copied.
+    """
+    copies, failed = [], []
+    for config in sorted(runs.glob("*/config.toml")):
+        try:
+            copies.append(collect(config.parent, destination))
+        except CollectError as error:
+            failed.append(str(error))
+    if failed:
+        raise CollectError("; ".join(failed))
+    return copies
+
+
+def give_to_owner_of(example: Path, folder: Path) -> None:
+    """``folder`` with all that is in it belongs to who owns ``example``."""
+    owner = example.stat()
+    for path in [folder, *folder.rglob("*")]:
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None

@@ -1,0 +1,202 @@
+"""The compose files for real: build, demo, ledger against interface counters, and everything that can fail does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server_app.accounts import Accounts
+from server_app.ledger import Ledger
+from tests.docker.engine import CAP, ENGINE
+from tests.docker.stack import CLIENTS, Stack
+
+MAX_IMAGE = 2_000_000_000
+Counts = dict[str, dict[str, int]]  # bytes by client and direction
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(CAP + 180)]
+
+
+@pytest.fixture(scope="module")
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A project with its image built; nothing runs yet."""
+    found = request.config.stash[ENGINE]
+    with found.cleanup:
+        stack = Stack(tmp_path_factory.mktemp("checkout"), found.environment, found.deadline)
+        try:
+            stack.build()
+            yield stack
+        finally:
+            stack.close()
+
+
+def summary(stack: Stack, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((stack.folder / "runs" / name / "summary.json").read_text())
+    return found
+
+
+def demo(stack: Stack, rounds: int) -> str:
+    """The documented command, with less to do."""
+    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", str(rounds), "--set", "local-steps=20 lora-r=32"]
+    return stack.compose("run", "--rm", "-T", "cli", "demo", *less)
+
+
+def check_ledger(stack: Stack, name: str) -> None:
+    """The run's ledger against both of its ends, and against the interfaces of the pods."""
+    accounts, counted, other_end = read_ledger(stack, name)
+    fraction = accounts.unexplained_fraction()
+    assert fraction is not None
+    assert fraction < 0.01, accounts.reconciliation()
+    compare(stack, name, counted, 0.02)
+    for client, directions in counted.items():
+        for direction, count in directions.items():
+            assert other_end[client][direction] == pytest.approx(count, rel=0.01), (client, direction)
+
+
+def compare(stack: Stack, name: str, counted: Counts, tolerance: float) -> None:
+    """The ledger's bytes and those of the pods' interfaces, from its first to its last reading."""
+    with sqlite3.connect(f"file:{ledger_of(stack, name)}?mode=ro", uri=True) as db:
+        ((start, end),) = db.execute("SELECT min(time), max(time) FROM reading WHERE event IN ('start', 'final')")
+    for client, directions in counted.items():
+        received, sent = stack.meters[client].between(start, end)
+        print(f"{name} {client}: up {directions['up']} / {sent}, down {directions['down']} / {received} (ledger / eth)")
+        assert directions["up"] == pytest.approx(sent, rel=tolerance), client
+        assert directions["down"] == pytest.approx(received, rel=tolerance), client
+    received, sent = stack.meters["server"].between(start, end)
+    assert sum(count["up"] for count in counted.values()) == pytest.approx(received, rel=tolerance)
+    assert sum(count["down"] for count in counted.values()) == pytest.approx(sent, rel=tolerance)
+
+
+def read_ledger(stack: Stack, name: str) -> tuple[Accounts, Counts, Counts]:
+    """The run's accounts, and its wire bytes per client and direction at each direction's sender and receiver."""
+    with Ledger(ledger_of(stack, name), read_only=True) as ledger:
+        accounts = ledger.accounts()
+    assert not accounts.not_measured()
+    assert not accounts.unjoined()
+    assert {row.client for row in accounts.rows()} == set(CLIENTS)
+    counted: Counts = {client: {"up": 0, "down": 0} for client in CLIENTS}
+    other_end: Counts = {client: {"up": 0, "down": 0} for client in CLIENTS}
+    for row in accounts.rows():
+        counted[row.client][row.direction] += row.wire or 0  # None: a message to a client that was not there
+        other_end[row.client][row.direction] += row.other_end or 0
+    return accounts, counted, other_end
+
+
+def ledger_of(stack: Stack, name: str) -> Path:
+    return stack.folder / "runs" / name / "ledger.sqlite"
+
+
+def test_the_image_is_small_and_runs_as_a_user(stack: Stack, record_property: Any) -> None:
+    size, user = json.loads(
+        stack.docker("image", "inspect", stack.image, "--format", '[{{.Size}}, "{{.Config.User}}"]')
+    )
+    record_property("image_bytes", size)
+    print(f"image: {size / 1e6:.0f} MB")
+    assert size < MAX_IMAGE
+    assert user == "app"
+    assert stack.docker("run", "--rm", stack.image, "id", "-u").strip() == "49999"
+    inside = stack.docker("run", "--rm", stack.image, "sh", "-c", "ls -A /app/data /app/runs /app/keys /app/state")
+    assert re.findall(r"^[^/\n].*$", inside, re.MULTILINE) == [], "data, runs and keys stay out of the image"
+
+
+def test_the_demo_prints_its_table_and_leaves_runs_to_their_owner(stack: Stack) -> None:
+    """Process isolation, the default."""
+    stack.compose("up", "--detach", "server-pod", *(f"{client}-pod" for client in CLIENTS))
+    stack.start_meters()
+    said = demo(stack, 2)
+    assert re.search(r"fedmerge\s+│\s+0\.\d{3}\s+│\s+0\.\d{3}\s+│\s+\d+\.\d\d\s+│\s+\d+\.\d\d", said), said
+    found = summary(stack, "demo-fedmerge")
+    assert set(found["clients"]) == set(CLIENTS)
+    assert found["mean_accuracy"] > 0.3, "chance is 0.1"
+    run = stack.folder / "runs" / "demo-fedmerge"
+    mine = os.stat(stack.folder / "pyproject.toml")
+    for path in [run.parent, run, *run.rglob("*")]:
+        assert (path.stat().st_uid, path.stat().st_gid) == (mine.st_uid, mine.st_gid), path
+    for client in CLIENTS:
+        assert (run / "clients" / client / "adapter" / "adapter_model.safetensors").exists()
+    check_ledger(stack, "demo-fedmerge")
+
+
+def test_an_unregistered_key_is_refused(stack: Stack) -> None:
+    command = (
+        "fedalloy certificates /tmp/k --clients stranger && exec flower-supernode --superlink=superlink:9092 "
+        "--root-certificates=/app/keys/public/ca.crt --port=9095 "
+        "--auth-supernode-private-key=/tmp/k/clients/stranger/stranger"
+    )
+    said = stack.compose(
+        "run", "--rm", "-T", "--no-deps", "--entrypoint", "sh", "supernode-0", "-c", command, check=False
+    )
+    assert "Failed to activate SuperNode" in said, said
+
+
+def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
+    """SuperLink killed and restarted, a client killed mid-round and back later, another's network cut and healed."""
+    name, rounds = "faults", 4
+    stack.submit(name, num_server_rounds=rounds, min_clients=2, round_timeout=75.0, local_steps=20)
+    stack.wait_for_round(name, "register")
+
+    stack.compose("kill", "--signal", "KILL", "superlink")
+    stack.compose("start", "superlink")
+    stack.wait_for_round(name, "train", 1)
+
+    slots = "cat /app/runs/faults/clients/client-2/slots/*/adapter_model.safetensors | sha256sum"
+    stack.compose("kill", "--signal", "KILL", "supernode-2", "superexec-clientapp-2")
+    killed = time.monotonic()
+    before = stack.compose("exec", "-T", "superexec-serverapp", "sh", "-c", slots)
+    # Until it counts as offline, a killed client is refused.
+    stack.wait_for("a minute to pass", lambda: time.monotonic() > killed + 50)
+    stack.compose("start", "supernode-2", "superexec-clientapp-2")
+    assert stack.compose("exec", "-T", "superexec-clientapp-2", "sh", "-c", slots) == before
+
+    stack.wait_for_round(name, "train", 2)
+    network, pod = f"{stack.project}_fleet", stack.container("client-1-pod")
+    stack.docker("network", "disconnect", network, pod)
+    time.sleep(8)
+    stack.docker("network", "connect", network, pod)
+    stack.wait_for_round(name, "counters")
+    stack.compose("run", "--rm", "-T", "cli", "true")
+
+    records = stack.rounds(name)
+    trained = {record["round"]: record["clients"] for record in records if record["phase"] == "train"}
+    assert sorted(trained) == list(range(1, rounds + 1))
+    assert all(record["status"] == "ok" for record in trained[1].values()), "the SuperLink's restart cost an answer"
+    assert trained[2]["client-2"]["status"] in ("failed", "late")
+    assert trained[rounds]["client-2"]["status"] == "ok", trained
+    assert trained[rounds]["client-1"]["status"] == "ok", trained
+    assert all(clients["client-0"]["status"] == "ok" for clients in trained.values())
+    found = summary(stack, name)
+    assert set(found["clients"]) == set(CLIENTS)
+    assert found["mean_accuracy"] > 0.3
+    # A killed process takes the last moments of its counters with it, and handshakes that failed belong to nobody.
+    _, counted, _ = read_ledger(stack, name)
+    compare(stack, name, counted, 0.05)
+
+
+def test_subprocess_isolation_counts_the_same_way(stack: Stack) -> None:
+    """The lighter overlay, on the same keys and the same database."""
+    stack.stop_meters()
+    stack.overlays = ["subprocess.yaml"]
+    stack.compose("up", "--detach", "--remove-orphans", "supernode-0", "supernode-1", "supernode-2")
+    for service in ("superexec-serverapp", *(f"superexec-clientapp-{number}" for number in range(3))):
+        stack.docker("rm", "--force", f"{stack.project}-{service}-1", check=False)
+    stack.start_meters()
+    before = {path.name for path in (stack.folder / "runs").glob("*")}
+    demo(stack, 1)
+    (name,) = {path.name for path in (stack.folder / "runs").glob("*")} - before
+    check_ledger(stack, name)
+
+
+def test_nothing_is_left_behind(stack: Stack) -> None:
+    stack.close()
+    for kind in ("container", "network", "volume"):
+        left = stack.docker(
+            kind, "ls", "--quiet", "--filter", f"name={stack.project}", *(["-a"] if kind == "container" else [])
+        )
+        assert left.strip() == "", kind
