@@ -25,6 +25,7 @@ from flwr.app import Context, RecordDict
 from client_app.executor import Executor
 from client_app.residence import Owner, Residence, TrainerError, find_owner, read_trainer_settings
 from client_app.settings import SettingsError, read_settings
+from client_app.trainer import Task, Trainer
 from client_app.trainer_client import JobFailedError, TrainerClient
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from strategies.steps import Training, evaluate, initialise, mixture, send, train
@@ -241,6 +242,7 @@ def test_it_leaves_with_its_owner_and_nothing_stays(home: Path) -> None:
         pid = pid_of(owner)
         assert os.getsid(pid) == pid  # in a session of its own
         residence = Residence.of(owner)
+        assert residence.lock.exists()
         make.__self__.end(owner)  # type: ignore[attr-defined]
         wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
         assert not residence.socket.exists()
@@ -325,6 +327,27 @@ def test_large_blobs_cross_in_pieces(home: Path, shared: Owner, monkeypatch: pyt
     report, again = TrainerClient(shared, PATIENCE).carry_out(where, 60.0, back, {"a": uploads["a"]})
     assert len(again["a"]) == len(uploads["a"])
     assert report.results[0].send.content_digest in uploads["a"]
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"), [(ValueError("no slot"), True), (RuntimeError("CUDA error"), False), (MemoryError(), False)]
+)
+def test_after_an_error_that_may_have_broken_the_process_it_leaves(home: Path, error: Exception, stays: bool) -> None:
+    class Broken:
+        def register(self, settings: Any) -> Any:
+            raise error
+
+    trainer = Trainer(b"digest")
+    trainer._executor = Broken()  # type: ignore[assignment]
+    job = trainer_pb2.Job(register=trainer_pb2.RegisterJob(), idle_seconds=0.01)
+    job.node_config["partition-id"].integer = 0
+    job.node_config["num-partitions"].integer = 1
+    tasks = [Task(job, {}), Task(job, {})]
+    for task in tasks:
+        trainer._tasks.put(task)
+    trainer.work()
+    assert tasks[0].answers.get_nowait().failure.error == type(error).__name__  # type: ignore[union-attr]
+    assert tasks[1].answers.empty() is not stays
 
 
 def test_an_error_is_named_and_the_next_plan_runs(home: Path, shared: Owner) -> None:
