@@ -1,10 +1,11 @@
 """Where a client's resident trainer lives: whose it is, its socket, its lock, and which code it runs.
 
 A trainer belongs to one SuperNode (its *owner*) and leaves with it. ``<temporary folder>/fedalloy-<uid>/`` (mode 0700)
-holds, for an owner with process id P that started at kernel tick T::
+holds, for an owner with process id P of process namespace N (containers may share the folder) that started at kernel
+tick T::
 
-    P-T.sock    the socket, mode 0600
-    P-T.lock    locked (flock) by whoever starts the trainer, and by the trainer as long as it lives
+    N-P-T.sock    the socket, mode 0600
+    N-P-T.lock    locked (flock) by whoever starts the trainer, and by the trainer as long as it lives
 
 The path is short because a Unix-domain socket's may have no more than 107 bytes. Nothing here imports torch.
 """
@@ -133,32 +134,28 @@ class Residence:
 
     @classmethod
     def of(cls, owner: Owner) -> Residence:
-        """The residence of an owner; its folder is made if needed, and what dead owners left is removed.
+        """The residence of an owner; its folder is made if needed.
 
         Raises:
             TrainerError: the folder belongs to somebody else, or the path would be too long for a socket.
         """
-        folder = _private_folder(len(f"/{owner}.sock"))
-        return cls(owner, folder)
+        return cls(owner, _private_folder(len(f"/{_namespace()}-{owner}.sock")))
 
     @property
     def socket(self) -> Path:
         """The socket's path."""
-        return self.folder / f"{self.owner}.sock"
+        return self.folder / f"{_namespace()}-{self.owner}.sock"
 
     @property
     def lock(self) -> Path:
         """The lock file's path."""
-        return self.folder / f"{self.owner}.lock"
+        return self.folder / f"{_namespace()}-{self.owner}.lock"
 
     def sweep(self) -> None:
         """Remove what trainers of dead owners left when they were killed."""
-        for path in self.folder.glob("*-*.*"):
-            try:
-                owner = Owner.parse(path.stem)
-            except ValueError:
-                continue
-            if not owner.lives:
+        prefix = f"{_namespace()}-"
+        for path in self.folder.glob(f"{prefix}*-*.*"):
+            if not Owner.parse(path.stem.removeprefix(prefix)).lives:
                 path.unlink(missing_ok=True)
 
 
@@ -181,6 +178,12 @@ def code_digest() -> bytes:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.digest()
+
+
+@cache
+def _namespace() -> int:
+    """Process ids and start ticks mean something only inside their namespace."""
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def _start_tick(pid: int) -> int | None:

@@ -136,6 +136,7 @@ class Trainer(TrainerServiceServicer):
             self._idle_seconds = task.job.idle_seconds
             if not self._carry_out(task):
                 self.retire()
+                return
             del task  # and its blobs
 
     def _carry_out(self, task: Task) -> bool:

@@ -25,6 +25,7 @@ from flwr.app import Context, RecordDict
 from client_app.executor import Executor
 from client_app.residence import Owner, Residence, TrainerError, find_owner, read_trainer_settings
 from client_app.settings import SettingsError, read_settings
+from client_app.trainer import Task, Trainer
 from client_app.trainer_client import JobFailedError, TrainerClient
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from strategies.steps import Training, evaluate, initialise, mixture, send, train
@@ -109,12 +110,12 @@ def pid_of(owner: Owner) -> int:
         return pid
 
 
-def context(home: Path, state: str = "state", partition: int = 0, **run_config: Any) -> Context:
-    node = {"partition-id": partition, "num-partitions": 2, "state-dir": str(home / state), "client-id": "berlin"}
+def context(home: Path, partition: int = 0, **run_config: Any) -> Context:
+    node = {"partition-id": partition, "num-partitions": 2, "state-dir": str(home / "state"), "client-id": "berlin"}
     return Context(1, 7, node, RecordDict(), {"lora-r": 4, **run_config})
 
 
-def plan(steps: int = 3, round_: int = 1, run_name: str = "run", split: str = "train") -> plan_pb2.Plan:
+def plan(run_name: str, round_: int = 1, steps: int = 3, split: str = "train") -> plan_pb2.Plan:
     training = Training(local_steps=steps, batch_size=8)
     made = [initialise("a", seed=5), train(training, mixture("a"), ["a"])]
     made[1].train.split = split
@@ -136,9 +137,12 @@ def answer(report: report_pb2.Report, uploads: Any) -> tuple[list[Any], list[str
 
 
 def alone(where: Context, *plans: plan_pb2.Plan) -> list[Any]:
-    """The answers of a fresh executor per plan, as in a fresh process."""
-    settings = read_settings(where)
-    return [answer(*Executor().carry_out(settings, request, {})) for request in plans]
+    """The answers of a fresh executor per plan, as in a fresh process, in a run of their own."""
+    found = []
+    for request in plans:
+        request.run_name += "-alone"
+        found.append(answer(*Executor().carry_out(read_settings(where), request, {})))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- where it is
@@ -238,6 +242,7 @@ def test_it_leaves_with_its_owner_and_nothing_stays(home: Path) -> None:
         pid = pid_of(owner)
         assert os.getsid(pid) == pid  # in a session of its own
         residence = Residence.of(owner)
+        assert residence.lock.exists()
         make.__self__.end(owner)  # type: ignore[attr-defined]
         wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
         assert not residence.socket.exists()
@@ -286,9 +291,9 @@ def test_one_with_other_code_retires(home: Path, new_owner: Callable[[], Owner])
 def test_the_clientapp_imports_neither_torch_nor_transformers_nor_peft(home: Path, shared: Owner) -> None:
     """A registration and a plan through the real handlers, in a process as thin as Flower's."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.client_app.thin_worker", str(shared), str(home / "thin")],
+        [sys.executable, "-m", "tests.client_app.thin_worker", str(shared), str(home / "state")],
         cwd=ROOT,
-        input=plan(run_name="thin").SerializeToString(),
+        input=plan("thin").SerializeToString(),
         capture_output=True,
         check=False,
     )
@@ -302,67 +307,83 @@ def test_the_clientapp_imports_neither_torch_nor_transformers_nor_peft(home: Pat
 
 def test_answers_are_those_of_a_fresh_process_and_models_are_evicted(home: Path, shared: Owner) -> None:
     """Plan after plan on one model, and another client's settings in between."""
-    here, there = context(home, "here"), context(home, "there")
-    other = context(home, "other", 1, **{"lora-r": 2, "lora-dropout": 0.2})
-    other_alone = context(home, "other-alone", 1, **{"lora-r": 2, "lora-dropout": 0.2})
-    found = []
-    for round_ in (1, 2):
-        found.append(answer(*TrainerClient(shared, PATIENCE).carry_out(here, 60.0, plan(round_=round_), {})))
-    aside = answer(*TrainerClient(shared, PATIENCE).carry_out(other, 60.0, plan(), {}))
-    found.append(answer(*TrainerClient(shared, PATIENCE).carry_out(here, 60.0, plan(round_=3), {})))
-    assert found == alone(there, plan(), plan(round_=2), plan(round_=3))
-    assert [aside] == alone(other_alone, plan())
-    assert len({json.dumps([repr(part) for part in each]) for each in found}) == 3
+    here, other = context(home), context(home, 1, **{"lora-r": 2, "lora-dropout": 0.2})
+    plans = [plan("here", round_) for round_ in (1, 2, 3)]
+    found = [answer(*TrainerClient(shared, PATIENCE).carry_out(here, 60.0, request, {})) for request in plans[:2]]
+    aside = answer(*TrainerClient(shared, PATIENCE).carry_out(other, 60.0, plan("other"), {}))
+    found.append(answer(*TrainerClient(shared, PATIENCE).carry_out(here, 60.0, plans[2], {})))
+    assert found == alone(here, *plans)
+    assert [aside] == alone(other, plan("other"))
+    assert len({repr(each) for each in found}) == 3
 
 
 def test_large_blobs_cross_in_pieces(home: Path, shared: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter goes there and comes back, in pieces of 1000 bytes on the way there."""
-    where = context(home, "pieces")
-    _, uploads = TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan(), {})
+    where = context(home)
+    _, uploads = TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan("pieces"), {})
     monkeypatch.setattr("client_app.trainer_client.CHUNK_BYTES", 1000)
     assert len(uploads["a"]) > 10_000
-    back = plan_pb2.Plan(version=1, run_name="run", client_id="berlin", round=2, steps=[send(Training(), "a")])
+    back = plan_pb2.Plan(version=1, run_name="pieces", client_id="berlin", round=2, steps=[send(Training(), "a")])
     report, again = TrainerClient(shared, PATIENCE).carry_out(where, 60.0, back, {"a": uploads["a"]})
     assert len(again["a"]) == len(uploads["a"])
     assert report.results[0].send.content_digest in uploads["a"]
 
 
+@pytest.mark.parametrize(
+    ("error", "stays"), [(ValueError("no slot"), True), (RuntimeError("CUDA error"), False), (MemoryError(), False)]
+)
+def test_after_an_error_that_may_have_broken_the_process_it_leaves(home: Path, error: Exception, stays: bool) -> None:
+    class Broken:
+        def register(self, settings: Any) -> Any:
+            raise error
+
+    trainer = Trainer(b"digest")
+    trainer._executor = Broken()  # type: ignore[assignment]
+    job = trainer_pb2.Job(register=trainer_pb2.RegisterJob(), idle_seconds=0.01)
+    job.node_config["partition-id"].integer = 0
+    job.node_config["num-partitions"].integer = 1
+    tasks = [Task(job, {}), Task(job, {})]
+    for task in tasks:
+        trainer._tasks.put(task)
+    trainer.work()
+    assert tasks[0].answers.get_nowait().failure.error == type(error).__name__  # type: ignore[union-attr]
+    assert tasks[1].answers.empty() is not stays
+
+
 def test_an_error_is_named_and_the_next_plan_runs(home: Path, shared: Owner) -> None:
-    where = context(home, "error")
+    where = context(home)
     pid = pid_of(shared)
     with pytest.raises(JobFailedError, match=r"PlanError: client 'berlin', step 1 \(train\): no split 'nowhere'"):
-        TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan(split="nowhere"), {})
-    TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan(), {})
+        TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan("error", split="nowhere"), {})
+    TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan("error"), {})
     assert pid_of(shared) == pid
 
 
-def test_a_plan_past_its_deadline_is_given_up_and_changes_nothing(home: Path, shared: Owner) -> None:
-    """Also what becomes of the plan of a ClientApp that is killed: its call ends."""
-    where, same = context(home, "late"), context(home, "late-alone")
-    TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan(), {})
+def test_a_plan_that_nobody_waits_for_is_given_up_and_changes_nothing(home: Path, shared: Owner) -> None:
+    """Its ClientApp was killed, which ends the call; or its deadline has passed."""
+    where = context(home)
+    TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan("late"), {})
     pid = pid_of(shared)
-    client = TrainerClient(shared, PATIENCE)
 
-    def shorten(job: str, progress: trainer_pb2.Progress) -> None:
+    def leave(job: str, progress: trainer_pb2.Progress) -> None:
         if progress.activity == "train":
-            raise KeyboardInterrupt  # leaves the call, as the end of the process would
+            raise KeyboardInterrupt
 
-    client.listen = shorten
+    endless = plan("late", 2, steps=10**6)
     with pytest.raises(KeyboardInterrupt):
-        client.carry_out(where, 60.0, plan(steps=10**6, round_=2), {})
-    with pytest.raises(TrainerError, match=r"the plan of client 'berlin' for round 2 of run 'run' took longer"):
-        TrainerClient(shared, 1.5).carry_out(where, 60.0, plan(steps=10**6, round_=2), {})
-    after = answer(*TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan(round_=2), {}))
-    assert [after] == alone(same, plan(), plan(round_=2))[1:]
+        TrainerClient(shared, PATIENCE, leave).carry_out(where, 60.0, endless, {})
+    with pytest.raises(TrainerError, match=r"the plan of client 'berlin' for round 2 of run 'late' took longer"):
+        TrainerClient(shared, 1.5).carry_out(where, 60.0, endless, {})
+    after = answer(*TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan("late", 2), {}))
+    assert [after] == alone(where, plan("late"), plan("late", 2))[1:]
     assert pid_of(shared) == pid
 
 
 def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
     home: Path, new_owner: Callable[[], Owner]
 ) -> None:
-    owner = new_owner()
-    where, same = context(home, "killed"), context(home, "killed-alone")
-    slots = read_settings(where).run_directory("run") / "slots"
+    owner, where = new_owner(), context(home)
+    slots = read_settings(where).run_directory("killed") / "slots"
     killed: list[int] = []
     kills, when = 1, "train"
 
@@ -371,13 +392,14 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
             killed.extend(trainers_of(owner))
             os.kill(killed[-1], signal.SIGKILL)
 
-    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan(steps=40), {}))
+    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", steps=40), {}))
     assert len(killed) == 1
-    assert [first] == alone(same, plan(steps=40))
+    assert [first] == alone(where, plan("killed", steps=40))
     kills, when = 3, "accepted"
     before = {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()}
+    assert before
     with pytest.raises(TrainerError, match=r"ended while it carried out the plan .* and so did the one before it"):
-        TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan(steps=40, round_=2), {})
+        TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", 2), {})
     assert len(set(killed)) == 3
     assert {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()} == before
 
@@ -388,6 +410,10 @@ def test_a_run_with_resident_trainers_has_the_numbers_of_one_without(
 ) -> None:
     options = {"strategy": strategy, "num_server_rounds": 3, "local_steps": 4, "lora_dropout": 0.1}
     options |= {"uplink_encoding": "int8", "run_name": "same", "potara__local_steps": 4}
+    read_base = read_settings(context(home))
+    Executor().register(read_base)
+    for way in ("off", "on"):  # the base model is made once
+        shutil.copytree(read_base.state_dir / ".cache", home / strategy / way / ".cache")
     run_in_process(home / strategy / "off", 2, **options)
     by_node: dict[int, Owner] = {1: new_owner(), 2: new_owner()}
     asked: list[int] = []
