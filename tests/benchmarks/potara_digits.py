@@ -3,6 +3,8 @@
     python -m tests.benchmarks.potara_digits                        # seeds 0 1 2, test split: the README's table
     python -m tests.benchmarks.potara_digits --seeds 100 101 102 --split validation      # for choosing settings
 
+(Not for choosing among weight modes: the line search is fitted to the validation split.)
+
 The same training for all (half of the rounds federated, the rest local; FedAvg has as many steps, all federated),
 through the real round loop and client code in one process. Bytes are the encoded tensors, per client and direction.
 """
