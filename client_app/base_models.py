@@ -129,7 +129,8 @@ def load_base(
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise BaseModelError(f"base-model {found.name!r} ({config.model_type}) has no gradient checkpointing")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     model.requires_grad_(False).eval()
     shared = bool(settings.label_names) or not heads
     return Base(

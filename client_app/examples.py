@@ -38,7 +38,8 @@ class Example:
     @property
     def content(self) -> str:
         """What two copies of one example have in common."""
-        image = str(self.image) if isinstance(self.image, Path) else repr(self.image)
+        # Not where the folder lies: a copy of it elsewhere is divided in the same way.
+        image = "/".join(self.image.parts[-2:]) if isinstance(self.image, Path) else repr(self.image)
         return json.dumps([self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image])
 
 

@@ -12,9 +12,9 @@ from adapters.durable import write_durably
 from client_app.base_models import find_model, load_base
 from client_app.data import Base, ClientData
 from client_app.encoding import Encoder, load_encoder
-from client_app.examples import Example, guess_kind, read_example
+from client_app.examples import Example, guess_kind, open_image, read_example
 from client_app.settings import DataSettings, Settings
-from client_app.tables import SPLIT_NAMES, SPLITS, DataError, Table, read_table
+from client_app.tables import SPLIT_NAMES, SPLITS, DataError, Table, read_table, stamp
 from client_app.tasks import Kind, kind_of
 
 MIN_EXAMPLES = 3
@@ -43,6 +43,8 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     chat = any(example.messages for split in found.splits.values() for example in split)
     model = find_model(settings.model.base_model, cache)
     encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
+    if found.kind.has_image:
+        _check_images(found, settings)
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
     base = load_base(model, found.kind, settings.model, found.labels, encoder.padding_id)
     notes = _notes(found, encoder)
@@ -83,6 +85,17 @@ def read_own(settings: Settings) -> Found:
     if table.blank_lines:
         found.findings.append(f"{table.blank_lines} blank lines were skipped")
     return found
+
+
+def _check_images(found: Found, settings: Settings) -> None:
+    """Decode every image once; that is remembered until the files change."""
+    key = hashlib.sha256(repr((settings.data, stamp(settings.data.data_path))).encode()).hexdigest()[:32]
+    marker = settings.state_dir / ".cache" / f"images-{key}.checked"
+    if not marker.exists():
+        for examples in found.splits.values():
+            for example in examples:
+                open_image(example)
+        write_durably(marker, b"")
 
 
 def report(found: Found, notes: Sequence[str]) -> str:

@@ -73,6 +73,9 @@ class DataSettings:
     partition_alpha: float = 0.5
     partition_classes: int = 2
 
+    def __post_init__(self) -> None:
+        _ = self.fractions
+
     @property
     def fractions(self) -> tuple[float, float, float]:
         """Shares of train, validation and test.
