@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from examples import three_clients
+from server_app.cli import read_clients_file
 from server_app.cluster import LocalCluster, Settings
 from server_app.export import export_adapter
 from server_app.run_directory import RunDirectory
@@ -31,29 +33,24 @@ def losses(run: RunDirectory, client: str) -> list[float]:
     return [r["clients"][client]["train_loss"][0] for r in run.rounds() if r["phase"] == "train"]
 
 
-def test_a_causal_language_model_learns_completions_from_jsonl(tmp_path: Path) -> None:
-    base = tiny_models.save_llama(tmp_path / "llama")
-    answers = {"berlin": "xyz", "paris": "xyw"}
-    node = {
-        client: {"data-path": str(toy_data.write_jsonl(tmp_path / f"{client}.jsonl", toy_data.echoes(60, i, answer)))}
-        for i, (client, answer) in enumerate(answers.items())
-    }
+def test_the_worked_example_of_the_readme(tmp_path: Path) -> None:
+    """Three JSONL files and a causal LM: every client's model answers in its own language."""
+    three_clients.write(tmp_path)
     run, summary = start(
         tmp_path,
-        node,
+        read_clients_file(tmp_path / "clients.toml"),
         strategy="local",
-        base_model=str(base),
+        base_model=str(tmp_path / "base"),
         target_modules="all-linear",
-        local_steps=60,
+        local_steps=80,
         learning_rate=1e-2,
         generate_examples=4,
-        max_new_tokens=5,
+        max_new_tokens=8,
     )
-    for client, answer in answers.items():
-        found = summary["clients"][client]
-        assert found["exact_match"] == found["rouge_l"] == 1.0
-        assert losses(run, client)[0] < 3.0  # a mean over the steps; untrained it is near 5
-        assert _written(base, export_adapter(run.path, client, tmp_path / client)) == answer
+    for client, greeting in three_clients.GREETINGS.items():
+        assert summary["clients"][client]["exact_match"] == summary["clients"][client]["rouge_l"] == 1.0
+        assert losses(run, client)[0] < 3.5  # a mean over the steps; untrained it is near 5
+        assert _written(tmp_path / "base", export_adapter(run.path, client, tmp_path / client)) == greeting
 
 
 def _written(base: Path, adapter: Path) -> str:
@@ -63,8 +60,8 @@ def _written(base: Path, adapter: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
-    prompt = tokenizer("fad>", return_tensors="pt")
-    written = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    prompt = tokenizer("Kim and Zoe say:", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     return str(tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
