@@ -1,8 +1,8 @@
 """Benchmark scenarios with real data, read from a folder that the user names (``data-root``).
 
 The folder has ``text/<task>.jsonl.gz``, ``gen/<set>.jsonl.gz``, ``vision/<set>.npz`` and ``models/<base>/``. The first
-line of a text file is ``{"meta": name, "labels": [...]}``, the others are ``{"s": split, "x": text, "y": number}``; each
-line of the ``gen`` file has prompt, completion and task.
+line of a text file is ``{"meta": name, "labels": [...]}``, the others are ``{"s": split, "x": text, "y": number}``;
+lines of the ``gen`` file have prompt, completion and task.
 """
 
 from __future__ import annotations
