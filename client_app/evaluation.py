@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from client_app.data import MASK, ClientData, Dataset
 from client_app.model import PersonalModel
+from client_app.progress import tick
 from client_app.tasks import IGNORED, example_losses, kind_of
-from client_app.training import autocast, logits_of
+from client_app.training import TrainingError, autocast, logits_of
 
 _MAX_EXPONENT = 700.0
 
@@ -34,7 +35,12 @@ def evaluate(model: PersonalModel, data: Dataset, client: ClientData | None = No
     Classification: mean cross-entropy ``loss`` and ``accuracy``, and ``f1`` (mean over classes) where the client asks
     for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; where the client
     asks for texts, ``exact_match`` and ``rouge_l`` of at most so many examples and new tokens.
+
+    Raises:
+        TrainingError: there is no example.
     """
+    if len(data) == 0:
+        raise TrainingError("nothing to evaluate: the split has no example")
     model.module.eval()
     kind = kind_of(data.kind)
     size = min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
@@ -42,6 +48,7 @@ def evaluate(model: PersonalModel, data: Dataset, client: ClientData | None = No
     answers: list[Tensor] = []
     classes = 0
     for indices in torch.split(torch.arange(len(data)), size):
+        tick("evaluate", int(indices[0]), len(data))
         batch = data.batch(indices)
         labels = batch.labels.to(model.device)
         with autocast(model.device):
@@ -92,6 +99,7 @@ def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: i
     assert client.decode is not None
     texts, references = [], []
     for indices in torch.split(torch.arange(len(data)), batch_size):
+        tick("generate", int(indices[0]), len(data))
         batch = data.batch(indices)
         width, starts, ends = _last_answers(batch)
         prompts = torch.zeros(len(batch), width, dtype=torch.long)

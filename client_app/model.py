@@ -110,6 +110,8 @@ class PersonalModel:
         layout = self._layout_of(slot)
         self.activate({other: coefficient for other, coefficient in self._mixture.items() if other != slot})
         del self._loaded[slot]
+        if slot == OWN_HEAD:
+            self.activate(self._mixture)
         for name, layer in self._lora_layers().items():
             if name in layout.scalings:
                 layer.delete_adapter(_inner(slot))
@@ -156,7 +158,7 @@ class PersonalModel:
                 _inner(slot): coefficients[slot][module] for slot in mixture if key in layouts[slot].by_name
             }
         self.module.requires_grad_(False)
-        self._mixture = dict(mixture)
+        self._mixture = {slot: coefficient for slot, coefficient in mixture.items() if slot != OWN_HEAD}
 
     def trainable(self, slot: str, part: Layout) -> dict[str, nn.Parameter]:
         """Let the tensors of ``part`` in ``slot`` be trained; returns them by entry name."""

@@ -66,7 +66,9 @@ def read_table(path: str, config: str = "", cache_dir: Path | None = None) -> Ta
 
 
 def stamp(path: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files below a data path: it changes when the data do."""
+    """Names, sizes and times of the files below a data path: it changes when the data do (a hub id has none)."""
+    if not path:
+        return ()
     local = Path(path).expanduser()
     files = sorted(local.rglob("*")) if local.is_dir() else [local]
     found = [(file, file.stat()) for file in files if file.is_file()]
