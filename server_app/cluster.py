@@ -24,7 +24,7 @@ import psutil
 
 from adapters.durable import write_durably
 from server_app.certificates import ServerFiles, make_client_key, make_server_files, private_folder
-from server_app.superlink import ClusterError, SuperLink, app_directory, last_words
+from server_app.superlink import ClusterError, SuperLink, app_directory, last_words, literal
 
 CONNECTION = "fedalloy"
 Say = Callable[[str], None]
@@ -138,7 +138,7 @@ class LocalCluster(SuperLink):
             f"state-dir='{self.settings.runs_dir.resolve()}'"
         )
         more = self.settings.node_config.get(client_id, {})
-        node_config += "".join(f" {key}={_literal(value)}" for key, value in more.items())
+        node_config += "".join(f" {option}={literal(value)}" for option, value in more.items())
         return self._start(
             name or f"supernode-{client_id}",
             [
