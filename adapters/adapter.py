@@ -133,6 +133,22 @@ def stack_vectors(adapters: Iterable[Adapter]) -> Tensor:
     return torch.stack([adapter.vector for adapter in found])
 
 
+def joined(first: Adapter, second: Adapter) -> Adapter:
+    """One adapter with the tensors of both, which must be over one base and have no tensor in common.
+
+    Raises:
+        LayoutError: they overlap, or their bases differ.
+    """
+    if first.layout.base_fingerprint != second.layout.base_fingerprint:
+        raise LayoutError(f"adapters of two bases: {first.layout.describe_difference(second.layout)}")
+    layout = Layout(
+        (*first.layout.entries, *second.layout.entries),
+        {**first.layout.scalings, **second.layout.scalings},
+        first.layout.base_fingerprint,
+    )
+    return Adapter(layout, torch.cat([first.vector, second.vector]))
+
+
 def require_same_layout(expected: Layout, found: Layout) -> None:
     """Raise LayoutError, naming the first difference, unless the layouts are equal."""
     if expected is not found and expected.digest != found.digest:

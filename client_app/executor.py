@@ -1,6 +1,7 @@
 """Carries out what the server asks a client for; the only way there is, in the ClientApp's process or in the trainer.
 
-An executor keeps the base model and the data between requests, as long as the settings stay the same.
+An executor keeps the base model and the data between requests, as long as settings and data files
+stay the same.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from collections.abc import Mapping
 
 import torch
 
-from client_app.data import ClientData
+from adapters.adapter import Adapter
+from client_app.data import Base, ClientData
 from client_app.interpreter import Interpreter
 from client_app.model import PersonalModel
+from client_app.own_data import load_own
 from client_app.progress import Cancelled, tick
-from client_app.scenarios import load_scenario
+from client_app.scenarios import FROM_FILES, load_scenario
+from client_app.scenarios.files import load_files
 from client_app.settings import Settings
 from client_app.slots import SlotStore
+from client_app.start_adapter import read_start_adapter
+from client_app.tables import stamp
 from client_app.training import set_up_torch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -25,7 +31,7 @@ class Executor:
     """One client's base model and data; holds those of one run's settings at a time."""
 
     def __init__(self) -> None:
-        self._settings: Settings | None = None
+        self._key: object = None
         self._held: tuple[PersonalModel, ClientData] | None = None
 
     def register(self, settings: Settings) -> report_pb2.Registration:
@@ -43,7 +49,8 @@ class Executor:
         store = SlotStore(settings.run_directory(plan.run_name), model.base.name, lambda: model.heads)
         try:
             with store.transaction(plan.round) as slots:
-                answer = Interpreter(settings.client_id, model, data, slots).run(plan, blobs)
+                starts = _starts(settings, model)
+                answer = Interpreter(settings.client_id, model, data, slots, starts).run(plan, blobs)
             model.unload_all()
         except Cancelled:  # between two batches or steps, where the model is sound
             model.unload_all()
@@ -58,15 +65,16 @@ class Executor:
 
     def evict(self) -> None:
         """Let go of model and data, on the GPU too."""
-        self._settings, self._held = None, None
+        self._key, self._held = None, None
         gc.collect()  # modules and their hooks refer to each other
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def _load(self, settings: Settings) -> tuple[PersonalModel, ClientData]:
-        if self._held is None or self._settings != settings:
+        key = (settings, stamp(settings.data.data_path))
+        if self._held is None or self._key != key:
             self.evict()  # before the next one: there may not be room for two
             tick("loading")
-            self._held, self._settings = _load(settings), settings
+            self._held, self._key = _load(settings), key
         return self._held
 
 
@@ -77,16 +85,32 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
         client_id=settings.client_id,
         base_model=model.base.name,
         layout=model.layout.to_proto(),
-        tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples)],
+        tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples, notes=data.notes)],
         device=str(model.device),
     )
 
 
 def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     device = set_up_torch()
-    base, data = load_scenario(
-        settings.scenario, settings.partition_id, settings.num_partitions, settings.seed, settings.state_dir / ".cache"
-    )
+    base, data = _base_and_data(settings)
     model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout)
+    model.micro_batch = settings.model.micro_batch_size
     model.module.to(device)
     return model, data
+
+
+def _base_and_data(settings: Settings) -> tuple[Base, ClientData]:
+    if settings.data.data_path:
+        return load_own(settings)
+    if settings.scenario in FROM_FILES:
+        return load_files(settings.scenario, settings)
+    return load_scenario(
+        settings.scenario, settings.partition_id, settings.num_partitions, settings.seed, settings.state_dir / ".cache"
+    )
+
+
+def _starts(settings: Settings, model: PersonalModel) -> dict[str, Adapter]:
+    """What slots start from where the client was given an adapter."""
+    if not settings.start_adapter:
+        return {}
+    return {settings.start_slot: read_start_adapter(settings.start_adapter, model.layout, model.heads)}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +20,8 @@ from adapters.adapter import Adapter
 from adapters.layout import Factor, Layout
 from client_app.data import Dataset
 from client_app.model import PersonalModel
-from client_app.training import batches
+from client_app.tasks import example_losses
+from client_app.training import batches, logits_of
 from proto.fedalloy.v1 import report_pb2
 
 MAX_CHUNK = 32
@@ -53,6 +54,8 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
     """
     model.activate({slot: 1.0})
     parameters = model.trainable(slot, layout)
+    if batch.kind != "image-classification":
+        return _one_by_one(model, list(parameters.values()), batch)
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     values = {names[parameter]: parameter.detach() for parameter in parameters.values()}
 
@@ -75,6 +78,17 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
             found = {name: torch.stack([gradient[name] for gradient in each]) for name in values}
     flat = [found[names[parameter]].reshape(len(batch), -1) for parameter in parameters.values()]
     return torch.cat(flat, dim=1).float()
+
+
+def _one_by_one(model: PersonalModel, parameters: list[nn.Parameter], batch: Dataset) -> Tensor:
+    """The same without vmap: attention masks of texts decide by their values which kernel to use, which it forbids."""
+    gradients = []
+    for index in range(len(batch)):
+        one = batch.batch(torch.tensor([index]))
+        loss = example_losses(one.kind, logits_of(model, one), one.labels.to(model.device)).sum()
+        found = torch.autograd.grad(loss, parameters)
+        gradients.append(torch.cat([tensor.reshape(-1) for tensor in found]))
+    return torch.stack(gradients).float()
 
 
 def moments(

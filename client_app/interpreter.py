@@ -10,14 +10,14 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, joined
 from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
-from client_app import fisher, training
+from client_app import evaluation, fisher, training
 from client_app.data import ClientData, Dataset
-from client_app.model import PersonalModel
+from client_app.model import OWN_HEAD, PersonalModel
 from client_app.progress import tick
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -38,13 +38,22 @@ class Interpreter:
         model: the base model with the client's layout.
         data: the client's splits.
         slots: the client's slots, inside a transaction.
+        starts: adapters that slots of these names start from when they are created from a seed.
     """
 
-    def __init__(self, client_id: str, model: PersonalModel, data: ClientData, slots: SlotStore) -> None:
+    def __init__(
+        self,
+        client_id: str,
+        model: PersonalModel,
+        data: ClientData,
+        slots: SlotStore,
+        starts: Mapping[str, Adapter] | None = None,
+    ) -> None:
         self.client_id = client_id
         self.model = model
         self.data = data
         self.slots = slots
+        self.starts = starts or {}
         self._received: dict[str, Adapter] = {}
         self._uploads: dict[str, bytes] = {}
         self._plan = plan_pb2.Plan()
@@ -134,7 +143,8 @@ class Interpreter:
     def _initialise(self, step: plan_pb2.InitialiseStep) -> report_pb2.InitialiseResult:
         created = not (step.keep_existing and step.slot in self.slots)
         if created:
-            self.slots[step.slot] = Adapter.initial(self.model.layout, step.seed)
+            start = self.starts.get(step.slot)
+            self.slots[step.slot] = start.clone() if start else Adapter.initial(self.model.layout, step.seed)
         return report_pb2.InitialiseResult(created=created)
 
     def _train(self, step: plan_pb2.TrainStep) -> report_pb2.TrainResult:
@@ -161,9 +171,13 @@ class Interpreter:
         missing = set(step.slots) - {term.slot for term in step.mixture.terms}
         if missing:
             raise PlanError(f"slot {sorted(missing)[0]!r} is to be trained but is not in the mixture")
+        own = [OWN_HEAD] if self.model.own_layout is not None else []
+        for slot in own:
+            for name, parameter in self.model.trainable(slot, self.slots[slot].layout).items():
+                parameters[f"{slot}:{name}"] = parameter
         seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
         result = training.train(self.model, step, parameters, data, seed, anchor or None)
-        for slot in step.slots:
+        for slot in [*step.slots, *own]:
             self.slots[slot] = self.model.read(slot)
         return result
 
@@ -228,13 +242,13 @@ class Interpreter:
         if not fold.index < fold.count <= len(data):
             raise PlanError(f"part {fold.index} of {fold.count} of {len(data)} examples: there is no such part")
         generator = torch.Generator().manual_seed(training.seed_of(self._plan.seed, self.client_id, "fold", split))
-        return data.batch(torch.randperm(len(data), generator=generator)[fold.index :: fold.count])
+        return data.subset(torch.randperm(len(data), generator=generator)[fold.index :: fold.count])
 
     def _evaluate(self, step: plan_pb2.EvaluateStep) -> report_pb2.EvaluateResult:
         started = time.monotonic()
         data = self._split(step.split)
         self._activate(step.mixture)
-        metrics = training.evaluate(self.model, data)
+        metrics = evaluation.evaluate(self.model, data, self.data)
         return report_pb2.EvaluateResult(
             label=step.label,
             split=step.split,
@@ -247,7 +261,7 @@ class Interpreter:
         slots, coefficients = self._terms(step.mixture)
         alone = len(slots) == 1 and coefficients[0] == 1.0
         adapter = self.slots[slots[0]] if alone else stack([self.slots[slot] for slot in slots], coefficients)
-        self.slots.save_personal(adapter)
+        self.slots.save_personal(joined(adapter, self.slots[OWN_HEAD]) if self.model.own_layout else adapter)
         return report_pb2.SaveResult(content_digest=adapter.digest)
 
     def _send(self, step: plan_pb2.SendStep) -> report_pb2.SendResult:
@@ -270,6 +284,10 @@ class Interpreter:
 
     def _activate(self, mixture: plan_pb2.Mixture) -> None:
         slots, coefficients = self._terms(mixture)
+        if self.model.own_layout is not None:
+            if OWN_HEAD not in self.slots:
+                self.slots[OWN_HEAD] = Adapter.zeros(self.model.own_layout)
+            self.model.load(OWN_HEAD, self.slots[OWN_HEAD])
         for slot in slots:
             self.model.load(slot, self.slots[slot])
         self.model.activate(dict(zip(slots, coefficients, strict=True)))
@@ -311,6 +329,8 @@ def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None
     for name in sorted(named):
         if not SLOT_NAME.fullmatch(name):
             raise PlanError(f"slot name {name[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'")
+        if name == OWN_HEAD:
+            raise PlanError(f"slot {name!r} is the client's own: its heads are in no plan and never leave the client")
 
 
 def _is_partial(found: Layout, full: Layout) -> bool:

@@ -20,6 +20,8 @@ from client_app.data import Base
 
 Mixture = Mapping[str, Coefficient]
 """Coefficient by slot; the model is the base plus their sum."""
+OWN_HEAD = "own-head"
+"""The slot of heads that never leave the client: in every mixture, trained in every train step, in no plan."""
 
 
 class ModelError(ValueError):
@@ -36,7 +38,7 @@ class _Differences(nn.Module):
 
     def forward(self, base: Tensor) -> Tensor:
         for slot, coefficient in self.coefficients.items():
-            base = base + coefficient * self.by_slot[slot]
+            base = base + (coefficient * self.by_slot[slot]).to(base.dtype)
         return base
 
 
@@ -45,7 +47,11 @@ class PersonalModel:
 
     LoRA layers are PEFT's own, one PEFT adapter per slot; a mixture sets which are active and scales them, so several
     slots act at once and can be trained inside the mixture. A slot may have ranks and scalings of its own.
+    ``micro_batch`` bounds how many examples are computed at once (0: no bound); ``own_layout`` is that of the slot
+    :data:`OWN_HEAD`, where the client's labels are its own.
     """
+
+    micro_batch: int = 0
 
     def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0) -> None:
         self.base = base
@@ -53,15 +59,17 @@ class PersonalModel:
         self.module.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         modules = dict(self.module.named_modules())
-        for name in (*base.targets, *base.heads):
+        for name in (*base.targets, *base.heads, *base.own_heads):
             if not isinstance(modules.get(name), nn.Linear):
                 raise ModelError(f"{base.name!r} has no linear module {name!r} to adapt")
             if name in base.targets and name in base.heads:
                 raise ModelError(f"{base.name!r}: module {name!r} is a target and a head, expected only one of them")
         self.layout = self._layout(modules)
+        own = tuple(_head_entries(modules, base.own_heads))
+        self.own_layout = Layout(own, {}, base.fingerprint) if own else None
         self.heads = {
             f"{name}.{kind}": parameter.detach().clone()
-            for name in base.heads
+            for name in (*base.heads, *base.own_heads)
             for kind, parameter in modules[name].named_parameters(recurse=False)
         }
         self._loaded: dict[str, Layout] = {}
@@ -85,7 +93,8 @@ class PersonalModel:
         Raises:
             ModelError: the adapter has another base, or a tensor that this base has no place for.
         """
-        difference = self.layout.difference(adapter.layout, part=True, any_rank=True)
+        place = self.own_layout if slot == OWN_HEAD and self.own_layout is not None else self.layout
+        difference = place.difference(adapter.layout, part=True, any_rank=True)
         if difference:
             raise ModelError(f"an adapter for slot {slot!r} does not fit {self.base.name!r}: found {difference}")
         if slot in self._loaded and self._loaded[slot].digest != adapter.layout.digest:
@@ -101,6 +110,8 @@ class PersonalModel:
         layout = self._layout_of(slot)
         self.activate({other: coefficient for other, coefficient in self._mixture.items() if other != slot})
         del self._loaded[slot]
+        if slot == OWN_HEAD:
+            self.activate(self._mixture)
         for name, layer in self._lora_layers().items():
             if name in layout.scalings:
                 layer.delete_adapter(_inner(slot))
@@ -129,6 +140,8 @@ class PersonalModel:
             ModelError: a slot is not loaded.
             LayoutError: a coefficient is not finite, or missing for a module of its slot.
         """
+        if OWN_HEAD in self._loaded:
+            mixture = {**mixture, OWN_HEAD: 1.0}
         layouts = {slot: self._layout_of(slot) for slot in mixture}
         coefficients = {
             slot: {module: coefficient_of(mixture[slot], module) for module in layout.modules}
@@ -145,7 +158,7 @@ class PersonalModel:
                 _inner(slot): coefficients[slot][module] for slot in mixture if key in layouts[slot].by_name
             }
         self.module.requires_grad_(False)
-        self._mixture = dict(mixture)
+        self._mixture = {slot: coefficient for slot, coefficient in mixture.items() if slot != OWN_HEAD}
 
     def trainable(self, slot: str, part: Layout) -> dict[str, nn.Parameter]:
         """Let the tensors of ``part`` in ``slot`` be trained; returns them by entry name."""
@@ -168,9 +181,7 @@ class PersonalModel:
             assert isinstance(linear, nn.Linear)
             entries.append(Entry(name, Factor.A, (self.rank, linear.in_features)))
             entries.append(Entry(name, Factor.B, (linear.out_features, self.rank)))
-        for name in self.base.heads:
-            for kind, parameter in modules[name].named_parameters(recurse=False):
-                entries.append(Entry(name, Factor(kind), tuple(parameter.shape)))
+        entries.extend(_head_entries(modules, self.base.heads))
         scalings = scalings_from(dict.fromkeys(self.base.targets, self.rank), self.alpha)
         return Layout(tuple(entries), scalings, self.base.fingerprint)
 
@@ -189,16 +200,23 @@ class PersonalModel:
                 # Several adapters are the point here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 inject_adapter_in_model(config, self.module, adapter_name=_inner(slot))
+            for parameter in self._lora_parameters(slot):
+                parameter.data = parameter.data.float()  # adapters are float32 over a base of any dtype
             self.module.train(self.module.training)  # PEFT's new dropout is in training mode whatever the model is in
         for key, differences in self._differences.items():
             if key in layout.by_name:
-                zeros = torch.zeros_like(self.heads[key], device=self.device)
+                zeros = torch.zeros_like(self.heads[key], device=self.device, dtype=torch.float32)
                 differences.by_slot[_inner(slot)] = nn.Parameter(zeros)
         self._loaded[slot] = layout
         self.activate(self._mixture)
 
     def _lora_layers(self) -> dict[str, LoraLayer]:
         return {name: module for name, module in self.module.named_modules() if isinstance(module, LoraLayer)}
+
+    def _lora_parameters(self, slot: str) -> list[nn.Parameter]:
+        inner = _inner(slot)
+        tables = [table for layer in self._lora_layers().values() for table in (layer.lora_A, layer.lora_B)]
+        return [parameter for table in tables if inner in table for parameter in table[inner].parameters()]
 
     def _layout_of(self, slot: str) -> Layout:
         if slot not in self._loaded:
@@ -214,6 +232,14 @@ class PersonalModel:
             parameter = self._differences[entry.name].by_slot[_inner(slot)]
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+
+def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> list[Entry]:
+    return [
+        Entry(name, Factor(kind), tuple(parameter.shape))
+        for name in heads
+        for kind, parameter in modules[name].named_parameters(recurse=False)
+    ]
 
 
 def _inner(slot: str) -> str:

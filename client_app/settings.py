@@ -1,19 +1,99 @@
-"""Who this client is, where it keeps its files, and what the run asks of its model."""
+"""Who this client is, where it keeps its files, and what the run asks of its model and data."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 from flwr.app import Context
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Config = Mapping[str, Any]
+C = TypeVar("C")
 
 
 class SettingsError(ValueError):
     """A node-config or run-config value is missing or not valid."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model and how it is held; the field ``base_model`` is the key ``base-model``.
+
+    Every key may be in run-config, for all clients, and in a client's node-config, which wins. ``pyproject.toml`` says
+    what each means.
+    """
+
+    base_model: str = ""
+    task: str = ""
+    labels: str = ""
+    target_modules: str = ""
+    model_dtype: str = "float32"
+    quantization: str = "none"
+    gradient_checkpointing: bool = False
+    micro_batch_size: int = 0
+    max_length: int = 512
+    max_new_tokens: int = 64
+    generate_examples: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choice("model-dtype", self.model_dtype, ("float32", "bfloat16"))
+        _require_choice("quantization", self.quantization, ("none", "4bit"))
+        for key, least in (("micro_batch_size", 0), ("max_length", 2), ("max_new_tokens", 1), ("generate_examples", 0)):
+            if getattr(self, key) < least:
+                raise SettingsError(f"{_key(key)} = {getattr(self, key)}, expected at least {least}")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels that all clients share, in order; empty where each has its own."""
+        return tuple(name.strip() for name in self.labels.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the client's data are and what their columns are called; keys as in :class:`ModelSettings`."""
+
+    data_path: str = ""
+    data_config: str = ""
+    data_root: str = ""
+    text_column: str = "text"
+    label_column: str = "label"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    messages_column: str = "messages"
+    image_column: str = "image"
+    split_column: str = ""
+    split_fractions: str = "0.8,0.1,0.1"
+    partitioner: str = ""
+    partition_by: str = ""
+    partition_alpha: float = 0.5
+    partition_classes: int = 2
+
+    def __post_init__(self) -> None:
+        _ = self.fractions
+
+    @property
+    def fractions(self) -> tuple[float, float, float]:
+        """Shares of train, validation and test.
+
+        Raises:
+            SettingsError: these are not three numbers that make sense.
+        """
+        try:
+            train, validation, test = (float(part) for part in self.split_fractions.split(","))
+        except ValueError:
+            raise SettingsError(
+                f"split-fractions = {self.split_fractions!r}, expected three numbers like 0.8,0.1,0.1"
+            ) from None
+        if min(train, validation, test) < 0 or not train or abs(train + validation + test - 1) > 1e-6:
+            raise SettingsError(
+                f"split-fractions = {self.split_fractions!r}, expected shares of train, validation and test with sum 1"
+            )
+        return train, validation, test
 
 
 @dataclass(frozen=True)
@@ -22,6 +102,7 @@ class Settings:
 
     ``client_id`` is node-config's ``client-id``, else ``client-<partition-id>``, else ``node-<node id>``.
     ``state_dir`` holds all runs of this client: node-config's ``state-dir``, else ``fedalloy`` below ``FLWR_HOME``.
+    ``start_adapter`` is a PEFT directory that the slot ``start_slot`` starts from, instead of from zero.
     """
 
     client_id: str
@@ -33,6 +114,10 @@ class Settings:
     rank: int
     alpha: float
     dropout: float
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    start_adapter: str = ""
+    start_slot: str = "local"
 
     def run_directory(self, run_name: str) -> Path:
         """This client's folder in a run.
@@ -51,16 +136,27 @@ def read_settings(context: Context) -> Settings:
         SettingsError: a value is missing or not valid; names the key.
     """
     node, run = context.node_config, context.run_config
-    if "partition-id" not in node or "num-partitions" not in node:
-        raise SettingsError("node-config has no partition-id and num-partitions, which a built-in scenario needs")
-    partition, count = int(node["partition-id"]), int(node["num-partitions"])
+    data = _read(DataSettings, node, run)
+    has_partition = "partition-id" in node and "num-partitions" in node
+    if not has_partition and not data.data_path:
+        raise SettingsError(
+            "node-config has neither a data-path, for data of its own, nor partition-id and num-partitions, which a "
+            "built-in scenario needs"
+        )
+    partition, count = (int(node["partition-id"]), int(node["num-partitions"])) if has_partition else (0, 1)
     if not 0 <= partition < count:
         raise SettingsError(f"partition-id = {partition}, expected 0 to {count - 1} (num-partitions = {count})")
-    client_id = str(node.get("client-id", f"client-{partition}"))
+    if data.partitioner and not has_partition:
+        raise SettingsError(f"partitioner = {data.partitioner!r} needs partition-id and num-partitions in node-config")
+    fallback = f"client-{partition}" if has_partition else f"node-{context.node_id}"
+    client_id = str(node.get("client-id", fallback))
     _require_name("client-id", client_id)
-    rank = int(run.get("lora-r", 8))
+    rank = int(node.get("lora-r", run.get("lora-r", 8)))
     if rank < 1:
         raise SettingsError(f"lora-r = {rank}, expected at least 1")
+    dropout = float(node.get("lora-dropout", run.get("lora-dropout", 0.0)))
+    if not 0 <= dropout < 1:
+        raise SettingsError(f"lora-dropout = {dropout}, expected at least 0 and less than 1")
     return Settings(
         client_id=client_id,
         state_dir=Path(str(node.get("state-dir", default_state_dir()))).expanduser(),
@@ -68,15 +164,55 @@ def read_settings(context: Context) -> Settings:
         partition_id=partition,
         num_partitions=count,
         seed=int(run.get("seed", 0)),
-        rank=int(node.get("lora-r", rank)),
-        alpha=float(run.get("lora-alpha", 16)),
-        dropout=float(run.get("lora-dropout", 0.0)),
+        rank=rank,
+        alpha=float(node.get("lora-alpha", run.get("lora-alpha", 16))),
+        dropout=dropout,
+        model=_read(ModelSettings, node, run),
+        data=data,
+        start_adapter=str(node.get("start-adapter", "")),
+        start_slot=str(node.get("start-slot", "local")),
     )
+
+
+def run_config_keys() -> dict[str, Any]:
+    """Run-config keys that only clients read, with their defaults."""
+    keys: dict[str, Any] = {"lora-r": 8, "lora-alpha": 16.0, "lora-dropout": 0.0}
+    for kind in (ModelSettings, DataSettings):
+        keys |= {_key(item.name): item.default for item in fields(kind)}
+    return keys
 
 
 def default_state_dir() -> Path:
     """``fedalloy`` below ``FLWR_HOME``, which is each SuperNode's own."""
     return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedalloy"
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _read(kind: type[C], node: Config, run: Config) -> C:
+    """A settings dataclass: node-config's value, else run-config's, else the default."""
+    hints, values = get_type_hints(kind), {}
+    for item in fields(kind):  # type: ignore[arg-type]
+        key, hint = _key(item.name), hints[item.name]
+        for source, config in (("node-config", node), ("run-config", run)):
+            if key in config:
+                value = config[key]
+                if hint is float and isinstance(value, int) and not isinstance(value, bool):
+                    value = float(value)
+                if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+                    raise SettingsError(
+                        f"{source} {key} = {value!r} is {type(value).__name__}, expected {hint.__name__}"
+                    )
+                values[item.name] = value
+                break
+    return kind(**values)
+
+
+def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingsError(f"{key} = {value!r}, expected one of {', '.join(choices)}")
 
 
 def _require_name(what: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Training and evaluation of a personal model on a client's data; deterministic for a seed on the CPU."""
+"""Training of a personal model on a client's data; deterministic for a seed on the CPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from adapters.adapter import Adapter
 from client_app.data import Dataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
+from client_app.tasks import mean_loss, targets_in
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-
-EVALUATION_BATCH = 256
 
 
 class TrainingError(ValueError):
@@ -82,20 +80,25 @@ def train(
     losses: list[float] = []
     for indices in batches(len(data), step.batch_size, step.steps, seed):
         tick("train", len(losses), step.steps)
-        batch = data.batch(indices)
-        with _autocast(model.device):
-            loss = functional.cross_entropy(_logits(model, batch), batch.labels.to(model.device))
-        objective = loss
-        if anchor is not None:
-            pull = torch.stack([(parameters[name] - anchor[name]).square().sum() for name in parameters]).sum()
-            objective = loss + step.proximal.mu / 2 * pull
         optimiser.zero_grad()
-        objective.backward()  # type: ignore[no-untyped-call]
+        loss = 0.0
+        parts = [data.batch(part) for part in torch.split(indices, model.micro_batch or len(indices))]
+        targets = [targets_in(part) for part in parts]
+        for position, part in enumerate(parts):
+            with autocast(model.device):
+                objective = mean_loss(part.kind, logits_of(model, part), part.labels.to(model.device))
+            if len(parts) > 1:  # gradients of the parts add up to that of the whole batch
+                objective = objective * (targets[position] / max(sum(targets), 1))
+            loss += float(objective.detach())
+            if anchor is not None and position == 0:
+                pull = torch.stack([(parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
+                objective = objective + step.proximal.mu / 2 * pull
+            objective.backward()  # type: ignore[no-untyped-call]
         if step.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(parameters.values(), step.max_grad_norm)
         optimiser.step()
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(loss)
         if not math.isfinite(losses[-1]):
             raise TrainingError(
                 f"training loss became {losses[-1]} at step {len(losses)} of {step.steps}; lower learning-rate "
@@ -112,39 +115,18 @@ def train(
     )
 
 
-@torch.no_grad()
-def evaluate(model: PersonalModel, data: Dataset) -> dict[str, float]:
-    """Mean cross-entropy ``loss`` and ``accuracy`` of the active mixture.
-
-    Raises:
-        TrainingError: there is no example.
-    """
-    if len(data) == 0:
-        raise TrainingError("nothing to evaluate: the split has no example")
-    model.module.eval()
-    loss, correct = 0.0, 0
-    for start in range(0, len(data), EVALUATION_BATCH):
-        tick("evaluate", start, len(data))
-        indices = torch.arange(start, min(start + EVALUATION_BATCH, len(data)))
-        batch = data.batch(indices)
-        labels = batch.labels.to(model.device)
-        with _autocast(model.device):
-            logits = _logits(model, batch).float()
-        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(dim=-1) == labels).sum())
-    return {"loss": loss / len(data), "accuracy": correct / len(data)}
-
-
 def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor]:
     """An adapter's tensors by entry name, on a device."""
     return {entry.name: tensor.to(device) for entry, tensor in adapter.items()}
 
 
-def _logits(model: PersonalModel, batch: Dataset) -> Tensor:
+def logits_of(model: PersonalModel, batch: Dataset) -> Tensor:
+    """The model's logits for a batch, on its device."""
     return model.logits({name: tensor.to(model.device) for name, tensor in batch.inputs.items()})
 
 
-def _autocast(device: torch.device) -> AbstractContextManager[object]:
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 arithmetic on CUDA; the CPU computes as the numbers are."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 

@@ -62,6 +62,9 @@ def demo(
 def up(
     clients: Annotated[int, typer.Option(min=1, help="How many SuperNodes.")] = 4,
     client_ids: Annotated[str, typer.Option(help="Comma-separated names instead of client-0, ...")] = "",
+    clients_file: Annotated[
+        Path | None, typer.Option(help="TOML: a table of node-config keys for each client, by its name.")
+    ] = None,
     directory: Directory = DIRECTORY,
     fleet_port: Annotated[int, typer.Option(help="gRPC port for SuperNodes; 0 chooses one.")] = 0,
     http_port: Annotated[int, typer.Option(help="Port for flwr run; 0 chooses one.")] = 0,
@@ -70,9 +73,11 @@ def up(
     """Start a SuperLink and SuperNodes with TLS and keys, and leave them running."""
     from server_app.cluster import LocalCluster, Settings
 
-    names = _listed(client_ids) or [f"client-{i}" for i in range(clients)]
+    names = _listed(client_ids)
     with _clear_errors():
-        settings = Settings(tuple(names), runs_dir, fleet_port=fleet_port, http_port=http_port)
+        node_config = read_clients_file(clients_file) if clients_file else {}
+        names = names or list(node_config) or [f"client-{index}" for index in range(clients)]
+        settings = Settings(tuple(names), runs_dir, fleet_port=fleet_port, http_port=http_port, node_config=node_config)
         cluster = LocalCluster(directory, settings, lambda text: console.print(text, highlight=False))
         cluster.up()
         console.print("\nNow, for example:\n", highlight=False)
@@ -213,6 +218,29 @@ def options(
     for key, default in known_keys().items():
         table.add_row(key, repr(default))
     console.print(table)
+
+
+def read_clients_file(path: Path) -> dict[str, dict[str, Any]]:
+    """Node-config by client id, from a TOML file with one table for each client.
+
+    Raises:
+        OptionError: the file cannot be read, or has something else in it.
+    """
+    from strategies.options import OptionError
+
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} cannot be read: {error}") from None
+    for client, table in found.items():
+        if not isinstance(table, dict):
+            raise OptionError(f"{path}: {client!r} is not a table, expected [client-id] and its node-config keys below")
+        for key, value in table.items():
+            if not isinstance(value, bool | int | float | str) or "'" in str(value):
+                raise OptionError(
+                    f"{path}: {client}.{key} = {value!r}, expected a number, true, false or text without '"
+                )
+    return found
 
 
 def parse_run_config(text: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import psutil
 
 from adapters.durable import write_durably
 from server_app.certificates import ServerFiles, make_client_key, make_server_files, private_folder
-from server_app.superlink import ClusterError, SuperLink, app_directory, last_words
+from server_app.superlink import ClusterError, SuperLink, app_directory, last_words, literal
 
 CONNECTION = "fedalloy"
 Say = Callable[[str], None]
@@ -50,7 +50,10 @@ class Process:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to start. Ports of 0 are chosen; ``prefixes`` put a command before a process's own (by process name)."""
+    """What to start. Ports of 0 are chosen; ``prefixes`` put a command before a process's own (by process name).
+
+    ``node_config`` has more keys for clients, by their ids.
+    """
 
     client_ids: tuple[str, ...]
     runs_dir: Path
@@ -60,6 +63,7 @@ class Settings:
     prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     superlink_arguments: tuple[str, ...] = ()
     startup_timeout: float = 90.0
+    node_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class LocalCluster(SuperLink):
@@ -133,6 +137,8 @@ class LocalCluster(SuperLink):
             f"client-id='{client_id}' partition-id={index} num-partitions={len(self.settings.client_ids)} "
             f"state-dir='{self.settings.runs_dir.resolve()}'"
         )
+        more = self.settings.node_config.get(client_id, {})
+        node_config += "".join(f" {option}={literal(value)}" for option, value in more.items())
         return self._start(
             name or f"supernode-{client_id}",
             [

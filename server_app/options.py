@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from client_app.settings import run_config_keys
 from strategies import STRATEGIES
 from strategies.options import (
     OptionError,
@@ -19,13 +20,7 @@ from strategies.options import (
 from strategies.steps import Training
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-CLIENT_KEYS = {
-    "lora-r": 8,
-    "lora-alpha": 16.0,
-    "lora-dropout": 0.0,
-    "trainer.resident": True,
-    "trainer.idle-seconds": 300.0,
-}
+CLIENT_KEYS = run_config_keys() | {"trainer.resident": True, "trainer.idle-seconds": 300.0}
 """Keys that only clients read."""
 
 

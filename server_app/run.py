@@ -97,6 +97,8 @@ class Run:
                 continue
             self.wire.registered(node, client.id)
             log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, client.base_model)
+            for note in [note for task in client.registration.tasks for note in task.notes][:_SHOWN]:
+                log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
             records[client.id] = {"status": "ok", "examples": client.examples, "seconds": round(reply.seconds, 3)}
         for client_id in sorted(self.federation.clients):  # enrolled in order of id, not of arrival
             try:
@@ -322,7 +324,12 @@ def _line(record: ClientRecord) -> str:
         return f"{record['status']} ({record.get('reason', '')})"
     parts = [f"{record['seconds']:.1f} s"]
     parts += [f"loss {loss:.3f}" for loss in record["train_loss"]]
-    scored = [f"{label} accuracy {m['accuracy']:.3f}" for label, m in record["metrics"].items() if "accuracy" in m]
+    scored = [
+        f"{label} {name} {metrics[name]:.3f}"
+        for label, metrics in record["metrics"].items()
+        for name in (("accuracy",) if "accuracy" in metrics else ("exact_match", "perplexity"))
+        if name in metrics
+    ]
     scored.sort(key=lambda text: not text.startswith("personal "))  # a line search has dozens
     parts += scored[:_SHOWN] + [f"... ({len(scored) - _SHOWN} more in rounds.jsonl)"] * (len(scored) > _SHOWN)
     return ", ".join(parts)

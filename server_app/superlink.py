@@ -61,7 +61,7 @@ class SuperLink:
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"run-{int(time.time() * 1000)}.log"
-        config = " ".join(f"{key}={_literal(value)}" for key, value in run_config.items())
+        config = " ".join(f"{key}={literal(value)}" for key, value in run_config.items())
         command = ["flwr", "run", str(app_directory()), self.connection, "--stream", "--run-config", config]
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -137,7 +137,7 @@ def _run_id(log: Path) -> str:
     return text.split(marker, 1)[1].split()[0]
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
     """A run-config value as ``flwr run --run-config`` reads it."""
     if isinstance(value, bool):
         return str(value).lower()

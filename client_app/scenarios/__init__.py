@@ -7,6 +7,8 @@ from pathlib import Path
 from client_app.data import Base, ClientData
 
 NAMES = ("digits",)
+FROM_FILES = ("cifar100", "pacs", "text-tasks", "prompt-tasks")
+"""Benchmarks with data in a folder that the user names; see ``client_app.scenarios.files``."""
 
 
 class ScenarioError(ValueError):
@@ -29,7 +31,7 @@ def load_scenario(
         ScenarioError: the name is unknown, or the scenario cannot be divided among so many clients.
     """
     if name not in NAMES:
-        raise ScenarioError(f"scenario {name!r} is unknown, expected one of: {', '.join(NAMES)}")
+        raise ScenarioError(f"scenario {name!r} is unknown, expected one of: {', '.join((*NAMES, *FROM_FILES))}")
     from client_app.scenarios import digits
 
     return digits.load_base(cache_dir), digits.load_client(partition_id, num_partitions, seed)

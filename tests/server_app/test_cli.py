@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from server_app.cli import app, parse_run_config
+from server_app.cli import app, parse_run_config, read_clients_file
 from server_app.cluster import ClusterError, LocalCluster, Process, Settings, running, stop
 from server_app.demo import DemoResult, free_name, table
 from server_app.export import ExportError, export_adapter
@@ -141,3 +141,13 @@ def test_export_copies_all_or_nothing_and_names_what_there_is(tmp_path: Path) ->
     with pytest.raises(ExportError, match="exists and is not an empty folder"):
         export_adapter(run, "berlin", tmp_path / "deep" / "out")
     assert [path.name for path in tmp_path.glob("**/.*")] == []
+
+
+def test_a_clients_file_has_a_table_for_each_client(tmp_path: Path) -> None:
+    path = tmp_path / "clients.toml"
+    path.write_text("[berlin]\ndata-path = 'a.jsonl'\nlora-r = 4\n[paris]\n")
+    assert read_clients_file(path) == {"berlin": {"data-path": "a.jsonl", "lora-r": 4}, "paris": {}}
+    for content, said in (("berlin = 1", "not a table"), ("[a]\nb = [1]", "a.b = "), ("[", "cannot be read")):
+        path.write_text(content)
+        with pytest.raises(OptionError, match=said):
+            read_clients_file(path)

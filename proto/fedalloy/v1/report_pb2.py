@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto.fedalloy.v1 import adapter_pb2 as fedalloy_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64\x61lloy/v1/report.proto\x12\x0b\x66\x65\x64\x61lloy.v1\x1a\x19\x66\x65\x64\x61lloy/v1/adapter.proto\"\x9a\x02\n\x11\x43onnectionReading\x12\x15\n\rlocal_address\x18\x01 \x01(\t\x12\x12\n\nlocal_port\x18\x02 \x01(\r\x12\x16\n\x0eremote_address\x18\x03 \x01(\t\x12\x13\n\x0bremote_port\x18\x04 \x01(\r\x12\x0e\n\x06\x63ookie\x18\x05 \x01(\x04\x12\x12\n\nbytes_sent\x18\x06 \x01(\x04\x12\x13\n\x0b\x62ytes_acked\x18\x07 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x08 \x01(\x04\x12\x1b\n\x13\x62ytes_retransmitted\x18\t \x01(\x04\x12\x14\n\x0csegments_out\x18\n \x01(\x04\x12\x13\n\x0bsegments_in\x18\x0b \x01(\x04\x12\x14\n\x0cheader_bytes\x18\x0c \x01(\r\"k\n\x0bWireReading\x12\x11\n\tunix_time\x18\x01 \x01(\x01\x12\x33\n\x0b\x63onnections\x18\x02 \x03(\x0b\x32\x1e.fedalloy.v1.ConnectionReading\x12\x14\n\x0cnot_measured\x18\x03 \x01(\t\"\x86\x01\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x31\n\x08\x65xamples\x18\x03 \x03(\x0b\x32\x1f.fedalloy.v1.Task.ExamplesEntry\x1a/\n\rExamplesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xc5\x01\n\x0cRegistration\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12#\n\x06layout\x18\x04 \x01(\x0b\x32\x13.fedalloy.v1.Layout\x12 \n\x05tasks\x18\x05 \x03(\x0b\x32\x11.fedalloy.v1.Task\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12&\n\x04wire\x18\x07 \x01(\x0b\x32\x18.fedalloy.v1.WireReading\"#\n\x10InitialiseResult\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\"y\n\x0bTrainResult\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x10\n\x08\x65xamples\x18\x02 \x01(\x04\x12\x12\n\nfirst_loss\x18\x03 \x01(\x01\x12\x11\n\tmean_loss\x18\x04 \x01(\x01\x12\x11\n\tlast_loss\x18\x05 \x01(\x01\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"\x1f\n\x0bMergeResult\x12\x10\n\x08max_rank\x18\x01 \x01(\r\"\xbc\x01\n\x0e\x45valuateResult\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x39\n\x07metrics\x18\x04 \x03(\x0b\x32(.fedalloy.v1.EvaluateResult.MetricsEntry\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"$\n\nSaveResult\x12\x16\n\x0e\x63ontent_digest\x18\x01 \x01(\x0c\"2\n\nSendResult\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\x0c\"\xf8\x01\n\x0c\x46isherResult\x12\x0f\n\x07samples\x18\x01 \x01(\r\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x19\n\x11information_first\x18\x04 \x03(\x01\x12\x1a\n\x12information_second\x18\x05 \x03(\x01\x12\x16\n\x0evariance_first\x18\x06 \x03(\x01\x12\x17\n\x0fvariance_second\x18\x07 \x03(\x01\x12\x12\n\ncovariance\x18\x08 \x03(\x01\x12\x1c\n\x14information_distance\x18\t \x03(\x01\x12\x1b\n\x13\x65\x66\x66\x65\x63tive_dimension\x18\n \x03(\x01\"!\n\x0e\x44istanceResult\x12\x0f\n\x07squared\x18\x01 \x03(\x01\"\x80\x03\n\nStepResult\x12\x33\n\ninitialise\x18\x01 \x01(\x0b\x32\x1d.fedalloy.v1.InitialiseResultH\x00\x12)\n\x05train\x18\x02 \x01(\x0b\x32\x18.fedalloy.v1.TrainResultH\x00\x12)\n\x05merge\x18\x03 \x01(\x0b\x32\x18.fedalloy.v1.MergeResultH\x00\x12/\n\x08\x65valuate\x18\x04 \x01(\x0b\x32\x1b.fedalloy.v1.EvaluateResultH\x00\x12\'\n\x04save\x18\x05 \x01(\x0b\x32\x17.fedalloy.v1.SaveResultH\x00\x12\'\n\x04send\x18\x06 \x01(\x0b\x32\x17.fedalloy.v1.SendResultH\x00\x12+\n\x06\x66isher\x18\x07 \x01(\x0b\x32\x19.fedalloy.v1.FisherResultH\x00\x12/\n\x08\x64istance\x18\t \x01(\x0b\x32\x1b.fedalloy.v1.DistanceResultH\x00\x42\x06\n\x04kind\"\xc2\x01\n\x06Report\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12(\n\x07results\x18\x05 \x03(\x0b\x32\x17.fedalloy.v1.StepResult\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x04\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12&\n\x04wire\x18\x08 \x01(\x0b\x32\x18.fedalloy.v1.WireReading\"V\n\x08\x43ounters\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12&\n\x04wire\x18\x03 \x01(\x0b\x32\x18.fedalloy.v1.WireReadingb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64\x61lloy/v1/report.proto\x12\x0b\x66\x65\x64\x61lloy.v1\x1a\x19\x66\x65\x64\x61lloy/v1/adapter.proto\"\x9a\x02\n\x11\x43onnectionReading\x12\x15\n\rlocal_address\x18\x01 \x01(\t\x12\x12\n\nlocal_port\x18\x02 \x01(\r\x12\x16\n\x0eremote_address\x18\x03 \x01(\t\x12\x13\n\x0bremote_port\x18\x04 \x01(\r\x12\x0e\n\x06\x63ookie\x18\x05 \x01(\x04\x12\x12\n\nbytes_sent\x18\x06 \x01(\x04\x12\x13\n\x0b\x62ytes_acked\x18\x07 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x08 \x01(\x04\x12\x1b\n\x13\x62ytes_retransmitted\x18\t \x01(\x04\x12\x14\n\x0csegments_out\x18\n \x01(\x04\x12\x13\n\x0bsegments_in\x18\x0b \x01(\x04\x12\x14\n\x0cheader_bytes\x18\x0c \x01(\r\"k\n\x0bWireReading\x12\x11\n\tunix_time\x18\x01 \x01(\x01\x12\x33\n\x0b\x63onnections\x18\x02 \x03(\x0b\x32\x1e.fedalloy.v1.ConnectionReading\x12\x14\n\x0cnot_measured\x18\x03 \x01(\t\"\x95\x01\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x31\n\x08\x65xamples\x18\x03 \x03(\x0b\x32\x1f.fedalloy.v1.Task.ExamplesEntry\x12\r\n\x05notes\x18\x04 \x03(\t\x1a/\n\rExamplesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xc5\x01\n\x0cRegistration\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12#\n\x06layout\x18\x04 \x01(\x0b\x32\x13.fedalloy.v1.Layout\x12 \n\x05tasks\x18\x05 \x03(\x0b\x32\x11.fedalloy.v1.Task\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12&\n\x04wire\x18\x07 \x01(\x0b\x32\x18.fedalloy.v1.WireReading\"#\n\x10InitialiseResult\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\"y\n\x0bTrainResult\x12\r\n\x05steps\x18\x01 \x01(\r\x12\x10\n\x08\x65xamples\x18\x02 \x01(\x04\x12\x12\n\nfirst_loss\x18\x03 \x01(\x01\x12\x11\n\tmean_loss\x18\x04 \x01(\x01\x12\x11\n\tlast_loss\x18\x05 \x01(\x01\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"\x1f\n\x0bMergeResult\x12\x10\n\x08max_rank\x18\x01 \x01(\r\"\xbc\x01\n\x0e\x45valuateResult\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x39\n\x07metrics\x18\x04 \x03(\x0b\x32(.fedalloy.v1.EvaluateResult.MetricsEntry\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"$\n\nSaveResult\x12\x16\n\x0e\x63ontent_digest\x18\x01 \x01(\x0c\"2\n\nSendResult\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\x0c\"\xf8\x01\n\x0c\x46isherResult\x12\x0f\n\x07samples\x18\x01 \x01(\r\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x61mping\x18\x03 \x01(\x01\x12\x19\n\x11information_first\x18\x04 \x03(\x01\x12\x1a\n\x12information_second\x18\x05 \x03(\x01\x12\x16\n\x0evariance_first\x18\x06 \x03(\x01\x12\x17\n\x0fvariance_second\x18\x07 \x03(\x01\x12\x12\n\ncovariance\x18\x08 \x03(\x01\x12\x1c\n\x14information_distance\x18\t \x03(\x01\x12\x1b\n\x13\x65\x66\x66\x65\x63tive_dimension\x18\n \x03(\x01\"!\n\x0e\x44istanceResult\x12\x0f\n\x07squared\x18\x01 \x03(\x01\"\x80\x03\n\nStepResult\x12\x33\n\ninitialise\x18\x01 \x01(\x0b\x32\x1d.fedalloy.v1.InitialiseResultH\x00\x12)\n\x05train\x18\x02 \x01(\x0b\x32\x18.fedalloy.v1.TrainResultH\x00\x12)\n\x05merge\x18\x03 \x01(\x0b\x32\x18.fedalloy.v1.MergeResultH\x00\x12/\n\x08\x65valuate\x18\x04 \x01(\x0b\x32\x1b.fedalloy.v1.EvaluateResultH\x00\x12\'\n\x04save\x18\x05 \x01(\x0b\x32\x17.fedalloy.v1.SaveResultH\x00\x12\'\n\x04send\x18\x06 \x01(\x0b\x32\x17.fedalloy.v1.SendResultH\x00\x12+\n\x06\x66isher\x18\x07 \x01(\x0b\x32\x19.fedalloy.v1.FisherResultH\x00\x12/\n\x08\x64istance\x18\t \x01(\x0b\x32\x1b.fedalloy.v1.DistanceResultH\x00\x42\x06\n\x04kind\"\xc2\x01\n\x06Report\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12(\n\x07results\x18\x05 \x03(\x0b\x32\x17.fedalloy.v1.StepResult\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x04\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12&\n\x04wire\x18\x08 \x01(\x0b\x32\x18.fedalloy.v1.WireReading\"V\n\x08\x43ounters\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12&\n\x04wire\x18\x03 \x01(\x0b\x32\x18.fedalloy.v1.WireReadingb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,33 +41,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WIREREADING']._serialized_start=353
   _globals['_WIREREADING']._serialized_end=460
   _globals['_TASK']._serialized_start=463
-  _globals['_TASK']._serialized_end=597
-  _globals['_TASK_EXAMPLESENTRY']._serialized_start=550
-  _globals['_TASK_EXAMPLESENTRY']._serialized_end=597
-  _globals['_REGISTRATION']._serialized_start=600
-  _globals['_REGISTRATION']._serialized_end=797
-  _globals['_INITIALISERESULT']._serialized_start=799
-  _globals['_INITIALISERESULT']._serialized_end=834
-  _globals['_TRAINRESULT']._serialized_start=836
-  _globals['_TRAINRESULT']._serialized_end=957
-  _globals['_MERGERESULT']._serialized_start=959
-  _globals['_MERGERESULT']._serialized_end=990
-  _globals['_EVALUATERESULT']._serialized_start=993
-  _globals['_EVALUATERESULT']._serialized_end=1181
-  _globals['_EVALUATERESULT_METRICSENTRY']._serialized_start=1135
-  _globals['_EVALUATERESULT_METRICSENTRY']._serialized_end=1181
-  _globals['_SAVERESULT']._serialized_start=1183
-  _globals['_SAVERESULT']._serialized_end=1219
-  _globals['_SENDRESULT']._serialized_start=1221
-  _globals['_SENDRESULT']._serialized_end=1271
-  _globals['_FISHERRESULT']._serialized_start=1274
-  _globals['_FISHERRESULT']._serialized_end=1522
-  _globals['_DISTANCERESULT']._serialized_start=1524
-  _globals['_DISTANCERESULT']._serialized_end=1557
-  _globals['_STEPRESULT']._serialized_start=1560
-  _globals['_STEPRESULT']._serialized_end=1944
-  _globals['_REPORT']._serialized_start=1947
-  _globals['_REPORT']._serialized_end=2141
-  _globals['_COUNTERS']._serialized_start=2143
-  _globals['_COUNTERS']._serialized_end=2229
+  _globals['_TASK']._serialized_end=612
+  _globals['_TASK_EXAMPLESENTRY']._serialized_start=565
+  _globals['_TASK_EXAMPLESENTRY']._serialized_end=612
+  _globals['_REGISTRATION']._serialized_start=615
+  _globals['_REGISTRATION']._serialized_end=812
+  _globals['_INITIALISERESULT']._serialized_start=814
+  _globals['_INITIALISERESULT']._serialized_end=849
+  _globals['_TRAINRESULT']._serialized_start=851
+  _globals['_TRAINRESULT']._serialized_end=972
+  _globals['_MERGERESULT']._serialized_start=974
+  _globals['_MERGERESULT']._serialized_end=1005
+  _globals['_EVALUATERESULT']._serialized_start=1008
+  _globals['_EVALUATERESULT']._serialized_end=1196
+  _globals['_EVALUATERESULT_METRICSENTRY']._serialized_start=1150
+  _globals['_EVALUATERESULT_METRICSENTRY']._serialized_end=1196
+  _globals['_SAVERESULT']._serialized_start=1198
+  _globals['_SAVERESULT']._serialized_end=1234
+  _globals['_SENDRESULT']._serialized_start=1236
+  _globals['_SENDRESULT']._serialized_end=1286
+  _globals['_FISHERRESULT']._serialized_start=1289
+  _globals['_FISHERRESULT']._serialized_end=1537
+  _globals['_DISTANCERESULT']._serialized_start=1539
+  _globals['_DISTANCERESULT']._serialized_end=1572
+  _globals['_STEPRESULT']._serialized_start=1575
+  _globals['_STEPRESULT']._serialized_end=1959
+  _globals['_REPORT']._serialized_start=1962
+  _globals['_REPORT']._serialized_end=2156
+  _globals['_COUNTERS']._serialized_start=2158
+  _globals['_COUNTERS']._serialized_end=2244
 # @@protoc_insertion_point(module_scope)
