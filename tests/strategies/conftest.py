@@ -128,6 +128,7 @@ def dispatch_of(strategy: AlloyStrategy, name: str, round_: int = 1) -> Dispatch
         seed=strategy.seed,
         run_name="run",
         encoding=strategy.training.downlink_encoding,
+        reference=client.reference,
     )
 
 
