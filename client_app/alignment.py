@@ -48,7 +48,7 @@ class AlignOptions:
     seed: int = 0
     batch_size: int = 32
     steps: int = 500
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-2
     penalty: float = 0.5
     ridge: float = 1e-4
     orthonormal_b: bool = False
@@ -85,10 +85,15 @@ def align(
             )
         moments = _moments(pivot, start, target, data, folder, options, progress)
         _keep(tensors, _aligned(target, start, pivot.layout, moments, options, progress))
-    metadata = {"format": FORMAT, "pivot": pivot.base.fingerprint, "convention": "s (x A^T P + Q) B^T"}
-    metadata["options"] = json.dumps(asdict(options), sort_keys=True)
-    metadata["models"] = json.dumps({model.base.fingerprint: model.base.name for model in (pivot, *targets)})
-    content = save(tensors, metadata=metadata)
+    about = {
+        "format": FORMAT,
+        "pivot": pivot.base.fingerprint,
+        "models": {model.base.fingerprint: model.base.name for model in (pivot, *targets)},
+        "convention": "s (x A^T P + Q) B^T",
+        "options": asdict(options),
+    }
+    # One key: safetensors writes several in a random order, and the hash would differ from run to run.
+    content = save(tensors, metadata={"fedalloy": json.dumps(about, sort_keys=True)})
     path = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
     write_durably(path, content)
     for target in targets:
@@ -114,19 +119,19 @@ def load_alignment(folder: Path, digest: str, layout: Layout) -> Adapter:
         raise AlignmentError(f"{path} has the hash {found}, expected {digest}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get("fedalloy", "{}"))
         tensors = load(content)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise AlignmentError(f"{path} is damaged: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise AlignmentError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}")
+    if about.get("format") != FORMAT:
+        raise AlignmentError(f"{path} has format {about.get('format')!r}, expected {FORMAT!r}")
     basis = basis_of(Adapter.zeros(layout))
     for entry, tensor in basis.items():
         value = tensors.get(f"{layout.base_fingerprint}/{entry.name}")
         if value is None:
             raise AlignmentError(
                 f"{path} has nothing for {entry.name!r} of base model {layout.base_fingerprint[:12]}; it is for "
-                f"{metadata.get('models', 'none')}"
+                f"{', '.join(about.get('models', {}).values()) or 'none'}"
             )
         if tuple(value.shape) != entry.shape:
             raise AlignmentError(f"{path} has shape {tuple(value.shape)} for {entry.name!r}, expected {entry.shape}")
