@@ -165,14 +165,14 @@ class FedMosaic(AlloyStrategy):
         return ours.digest == theirs.digest
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Install the global adapter, train the local one and the gates beside it, sketch, send the local one."""
+        """Install the global adapter, evaluate, train the local one and the gates, sketch, send the local one."""
         mix = steps.gated(GLOBAL, LOCAL, GATES)
         rates = {Factor.GATE: self.options.gate_rate, **dict.fromkeys(_SHARED, self.options.shared_rate)}
         plan = [
             *self._slots(),
             steps.copy(GLOBAL, LOCAL),  # what no peer contributes to
-            steps.train(self.training, mix, [LOCAL, GATES], without_basis=True, rate_scales=rates),
             steps.evaluate(self.training, mix),
+            steps.train(self.training, mix, [LOCAL, GATES], without_basis=True, rate_scales=rates),
             self._sketch(client),
             self._send(),
         ]

@@ -182,7 +182,7 @@ def test_a_client_that_misses_a_round_is_represented_by_its_last_upload() -> Non
 def test_the_plan_trains_the_local_adapter_and_the_gates_beside_the_frozen_global_one() -> None:
     strategy = strategy_of({"ada": SMALL}, gate="input", gate_rate=7.0)
     brief = strategy.brief(1, strategy.clients["ada"])
-    assert kinds(brief.steps) == ["initialise", "initialise", "initialise", "train", "evaluate", "sketch", "send"]
+    assert kinds(brief.steps) == ["initialise", "initialise", "initialise", "evaluate", "train", "sketch", "send"]
     (train,) = [step.train for step in brief.steps if step.HasField("train")]
     assert list(train.slots) == [LOCAL, GATES]
     assert train.part.without_basis
