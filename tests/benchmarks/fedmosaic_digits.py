@@ -3,10 +3,10 @@
     python -m tests.benchmarks.fedmosaic_digits                       # seeds 0 1 2, test split: the README's tables
     python -m tests.benchmarks.fedmosaic_digits --seeds 100 101 --split validation     # for choosing settings
 
-Through the real round loop and client code, in one process. ``digits``: four clients with one base model. ``digits-mixed``:
-eight clients, two architectures. There the other strategies run once in each architecture's half of the federation, as they
-must, and local training also with the layout of Co-LoRA. Prints mean (worst) client accuracy, and the encoded numbers that
-a client sends and gets in a round.
+Through the real round loop and client code, in one process. ``digits``: four clients with one base model.
+``digits-mixed``: eight clients, two architectures. There the other strategies run once in each half of the
+federation, as they must. Prints mean (worst) client accuracy, and the bytes of encoded numbers that a client gets and
+sends in a round.
 """
 
 from __future__ import annotations

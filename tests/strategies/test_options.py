@@ -27,8 +27,8 @@ OTHER: dict[str, Any] = {
     "potara.calibration": "validation", "potara.trace-space": "delta", "potara.fed-scale": "total",
     "potara.variance": "curvature",
     "fedmosaic.similarity": "column-mean", "fedmosaic.gate": "input", "fedmosaic.sketch-row-choice": "first",
-    "fedmosaic.sketch-noise-at": "gradients", "fedmosaic.sketch-gradient": "diagonal", "fedmosaic.sketch-encoding": "int8",
-    "fedmosaic.sketch-rows": 0.75, "fedmosaic.sketch-new-weight": 0.25,
+    "fedmosaic.sketch-noise-at": "gradients", "fedmosaic.sketch-gradient": "diagonal",
+    "fedmosaic.sketch-encoding": "int8", "fedmosaic.sketch-rows": 0.75, "fedmosaic.sketch-new-weight": 0.25,
 }  # fmt: skip
 """A valid value that is not the default, for every key of text and for shares."""
 
