@@ -98,7 +98,9 @@ class Base:
 
     ``targets`` are the names of the linear modules that get LoRA factors, ``heads`` those whose weight and bias are
     trained in full, as differences. ``own_heads`` are trained in full, too, but never leave the client: heads for
-    labels that only this client has. ``fingerprint`` is 64 hex digits that all clients of a federation must share.
+    labels that only this client has. ``fingerprint`` is 64 hex digits that all clients of a federation must share,
+    except with a strategy that crosses architectures. ``reference`` is the small model that sketches are gradients of,
+    with the same inputs and the same for all clients; None: this base model itself.
     """
 
     name: str
@@ -107,3 +109,4 @@ class Base:
     targets: tuple[str, ...]
     heads: tuple[str, ...]
     own_heads: tuple[str, ...] = ()
+    reference: Base | None = None

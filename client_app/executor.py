@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from adapters.adapter import Adapter
+from client_app.alignment import load_alignment
 from client_app.data import Base, ClientData
 from client_app.interpreter import Interpreter
 from client_app.model import PersonalModel
@@ -20,6 +21,7 @@ from client_app.progress import Cancelled, tick
 from client_app.scenarios import FROM_FILES, load_scenario
 from client_app.scenarios.files import load_files
 from client_app.settings import Settings
+from client_app.sketch import reference_layout
 from client_app.slots import SlotStore
 from client_app.start_adapter import read_start_adapter
 from client_app.tables import stamp
@@ -79,6 +81,7 @@ class Executor:
 
 
 def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
+    reference = reference_layout(model)
     examples = {name: len(split) for name, split in data.splits.items()}
     return report_pb2.Registration(
         version=1,
@@ -87,14 +90,17 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
         layout=model.layout.to_proto(),
         tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples, notes=data.notes)],
         device=str(model.device),
+        reference=reference.to_proto() if reference is not None else None,
     )
 
 
 def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     device = set_up_torch()
     base, data = _base_and_data(settings)
-    model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout)
+    model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
     model.micro_batch = settings.model.micro_batch_size
+    if settings.alignment:
+        model.align(load_alignment(settings.alignments, settings.alignment, model.layout))
     model.module.to(device)
     return model, data
 

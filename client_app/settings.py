@@ -103,6 +103,7 @@ class Settings:
     ``client_id`` is node-config's ``client-id``, else ``client-<partition-id>``, else ``node-<node id>``.
     ``state_dir`` holds all runs of this client: node-config's ``state-dir``, else ``fedalloy`` below ``FLWR_HOME``.
     ``start_adapter`` is a PEFT directory that the slot ``start_slot`` starts from, instead of from zero.
+    ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
     """
 
     client_id: str
@@ -118,6 +119,9 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     start_adapter: str = ""
     start_slot: str = "local"
+    blocks: int = 0
+    alignment: str = ""
+    alignments: Path = Path()
 
     def run_directory(self, run_name: str) -> Path:
         """This client's folder in a run.
@@ -157,9 +161,13 @@ def read_settings(context: Context) -> Settings:
     dropout = float(node.get("lora-dropout", run.get("lora-dropout", 0.0)))
     if not 0 <= dropout < 1:
         raise SettingsError(f"lora-dropout = {dropout}, expected at least 0 and less than 1")
+    state_dir = Path(str(node.get("state-dir", default_state_dir()))).expanduser()
+    alignment = str(run.get("lora-alignment", ""))
+    if alignment and not re.fullmatch(r"[0-9a-f]{64}", alignment):
+        raise SettingsError(f"lora-alignment = {alignment[:80]!r}, expected a SHA-256, 64 hexadecimal digits")
     return Settings(
         client_id=client_id,
-        state_dir=Path(str(node.get("state-dir", default_state_dir()))).expanduser(),
+        state_dir=state_dir,
         scenario=str(run.get("scenario", "digits")),
         partition_id=partition,
         num_partitions=count,
@@ -171,12 +179,16 @@ def read_settings(context: Context) -> Settings:
         data=data,
         start_adapter=str(node.get("start-adapter", "")),
         start_slot=str(node.get("start-slot", "local")),
+        blocks=int(run.get("lora-blocks", 0)),
+        alignment=alignment,
+        alignments=Path(str(node.get("alignments", state_dir / "alignments"))).expanduser(),
     )
 
 
 def run_config_keys() -> dict[str, Any]:
     """Run-config keys that only clients read, with their defaults."""
     keys: dict[str, Any] = {"lora-r": 8, "lora-alpha": 16.0, "lora-dropout": 0.0}
+    keys |= {"lora-blocks": 0, "lora-alignment": ""}
     for kind in (ModelSettings, DataSettings):
         keys |= {_key(item.name): item.default for item in fields(kind)}
     return keys
