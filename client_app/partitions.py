@@ -29,7 +29,11 @@ def partition(table: Table, settings: DataSettings, partition_id: int, num_parti
         DataError: no such partitioner or column, or this client would get nothing.
     """
     import datasets
-    from flwr_datasets import partitioner as partitioners
+
+    try:
+        from flwr_datasets import partitioner as partitioners
+    except ImportError:
+        raise DataError("a partitioner needs flwr-datasets: pip install 'fedalloy[simulation]'") from None
 
     column = settings.partition_by or settings.label_column
     makers: dict[str, Callable[[], Any]] = {

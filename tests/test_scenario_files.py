@@ -16,7 +16,7 @@ from client_app.scenarios.files import SCENARIOS, TEXT_TASKS, load_files
 from client_app.settings import DataSettings, ModelSettings, Settings
 from tests import tiny_models, toy_data
 
-ROOT = Path(os.environ.get("FEDALLOY_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
+ROOT = Path(os.environ.get("FEDALLOY_BENCHMARK_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 
 
 def settings_for(state: Path, client: int, clients: int, seed: int = 0, root: Path = ROOT, **model: Any) -> Settings:
@@ -27,7 +27,7 @@ def settings_for(state: Path, client: int, clients: int, seed: int = 0, root: Pa
 @pytest.fixture(scope="module")
 def root() -> Path:
     if not (ROOT / "vision").is_dir():
-        pytest.skip(f"no benchmark data in {ROOT} (set FEDALLOY_DATA)")
+        pytest.skip(f"no benchmark data in {ROOT} (set FEDALLOY_BENCHMARK_DATA)")
     return ROOT
 
 
