@@ -20,6 +20,7 @@ from adapters.adapter import Adapter
 from adapters.layout import Factor, Layout
 from client_app.data import Dataset
 from client_app.model import PersonalModel
+from client_app.progress import tick
 from client_app.tasks import example_losses
 from client_app.training import batches, logits_of
 from proto.fedalloy.v1 import report_pb2
@@ -124,6 +125,7 @@ def moments(
     chunk = max(1, min(MAX_CHUNK, max_bytes // (_COPIES * 4 * layout.size)))
     chosen = next(batches(len(data), count, 1, seed))
     for indices in torch.split(chosen, chunk):
+        tick("fisher")
         batch = data.batch(indices)
         first, second = (example_gradients(model, slot, layout, batch) for slot in slots)
         finite = (first.isfinite() & second.isfinite()).all(dim=1)

@@ -161,7 +161,9 @@ class PersonalModel:
     def unload_all(self) -> None:
         """Leave the base model alone, as it was before the first :meth:`load`."""
         for slot in list(self._loaded):
+            self._mixture = {}  # what it named may have been unloaded already
             self.unload(slot)
+        self.activate({})
         self.module.eval()
 
     def read(self, slot: str) -> Adapter:

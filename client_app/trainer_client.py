@@ -171,6 +171,8 @@ class TrainerClient:
                             stub.Retire(trainer_pb2.RetireRequest(), timeout=self._left(GREETING_SECONDS))
                         asked_to_retire = greeting.pid
             elif child is None or child.poll() is not None:
+                if child is not None and child.pid == asked_to_retire:
+                    raise TrainerError("the files of the app changed while this process was running; try again")
                 if child is not None:
                     raise TrainerError(f"the trainer ended as it started (status {child.returncode}); {_last_words()}")
                 child = self._start_alone()

@@ -22,8 +22,8 @@ from server_app.run_directory import RunDirectory
 from server_app.superlink import ClusterError, RunOutcome, SuperLink
 
 ROUNDS = 4
-"""Every message costs each client a fresh process and seconds of imports: four rounds of three strategies stay well
-below five minutes on two cores."""
+"""Every message costs each client a fresh process and Flower's pauses: four rounds of three strategies stay well below
+five minutes on two cores."""
 SCENARIO_CONFIG: Mapping[str, Any] = {"scenario": "digits"}
 """Run-config of the demo beyond the defaults; how it was chosen: tests/benchmarks/digits_headroom.py."""
 
