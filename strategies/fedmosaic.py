@@ -64,17 +64,18 @@ _SHARED = (Factor.P, Factor.Q)
 class FedMosaicOptions:
     """See the module's docstring for the choices.
 
-    ``temperature`` of the softmax over peers. ``gate_rate`` and ``shared_rate`` multiply the learning rate of gates,
-    and of P and Q. ``sketch_every`` so many local steps one gradient; ``sketch_rows`` the share of its rows that is
+    ``temperature`` of the softmax over peers: 0.5 in the paper, which has more clients; 0.2 was better on validation
+    data of ``digits`` with 4 and with 8. ``gate_rate`` and ``shared_rate`` multiply the learning rate of gates, and of
+    P and Q. ``sketch_every`` so many local steps one gradient; ``sketch_rows`` the share of its rows that is
     sent; ``sketch_noise`` the standard deviation of what is added to each number; ``sketch_new_weight`` of a round's
     gradient in the moving average.
     """
 
-    temperature: float = 0.5
+    temperature: float = 0.2
     similarity: str = "cosine"
     include_self: bool = False
     gate: str = "scalar"
-    gate_rate: float = 10.0
+    gate_rate: float = 1.0
     shared_rate: float = 2.5
     share_conventional_lora: bool = True
     sketch_every: int = 10
