@@ -107,16 +107,28 @@ class Adapter:
 
         A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), which is the Kaiming-uniform (a = sqrt 5) draw of the LoRA
         paper's code. Every module has a generator of its own, seeded by ``seed`` and the module's name, so clients
-        with different layouts agree on the modules they share.
+        with different layouts agree on the modules they share. A module with P gets orthonormal rows in A and
+        orthonormal columns in B (the polar factors of such draws), which make the map from P to the update an
+        isometry; it is P and Q that are zero.
         """
         adapter = cls.zeros(layout)
         for entry, tensor in adapter.items():
-            if entry.factor is Factor.A:
-                name = hashlib.sha256(f"{seed}:{entry.module}".encode()).digest()
+            is_basis = layout.is_basis(entry)
+            if entry.factor is Factor.A or is_basis:
+                suffix = ":B" if entry.factor is Factor.B else ""
+                name = hashlib.sha256(f"{seed}:{entry.module}{suffix}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(name[:8], "little", signed=True))
                 bound = 1 / math.sqrt(entry.shape[1])
-                tensor.copy_(torch.empty(entry.shape).uniform_(-bound, bound, generator=generator))
+                drawn = torch.empty(entry.shape).uniform_(-bound, bound, generator=generator)
+                tensor.copy_(polar(drawn) if is_basis else drawn)
         return adapter
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows or columns, whichever are fewer, ``U V^T`` of its thin SVD."""
+    u, _, v_t = torch.linalg.svd(matrix, full_matrices=False)
+    product: Tensor = u @ v_t
+    return product
 
 
 def stack_vectors(adapters: Iterable[Adapter]) -> Tensor:

@@ -5,7 +5,8 @@ can be taken in two spaces:
 
 * *factor space*: numbers are added one by one. Linear in the vector, but the product of two sums has cross terms, so
   this is not the sum of the deltas unless all A (or all B) agree.
-* *delta space*: the deltas are added. Exact as a stack of ranks; a best approximation at a given rank by truncation.
+* *delta space*: the deltas are added (with P and Q: the maps ``x -> s (x A^T P + Q) B^T``). Exact as a stack of ranks;
+  a best approximation at a given rank by truncation.
 
 Weight and bias entries are differences from the base model and add linearly in both spaces.
 The scaling is folded in exactly one place, :func:`folded`.
@@ -45,13 +46,32 @@ def coefficient_of(coefficient: Coefficient, module: str) -> float:
 def folded(adapter: Adapter, module: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """``(A [r, d_in], s B [d_out, r])``, in ``dtype`` if given: the one place where the scaling meets a factor.
 
+    With P, A is ``P^T A``. With Q, A has one more column, Q, which acts on a constant input of one: ``[r, d_in + 1]``.
+
     Raises:
         LayoutError: the adapter has only one of the module's two factors, hence no delta.
     """
     if not all(f"{module}.{factor}" in adapter.layout.by_name for factor in (Factor.A, Factor.B)):
         raise LayoutError(f"module {module!r} has one LoRA factor; a delta needs both")
     a, b = (adapter[module, factor].to(dtype or adapter.vector.dtype) for factor in (Factor.A, Factor.B))
+    if f"{module}.{Factor.P}" in adapter.layout.by_name:
+        a = adapter[module, Factor.P].to(a).T @ a
+    if f"{module}.{Factor.Q}" in adapter.layout.by_name:
+        a = torch.cat([a, adapter[module, Factor.Q].to(a)[:, None]], dim=1)
     return a, adapter.layout.scalings[module] * b
+
+
+def fold(adapter: Adapter) -> Adapter:
+    """The same update without P: ``A <- P^T A``; Q stays (as the bias of B it is ``s B Q``)."""
+    if adapter.layout.folded is adapter.layout:
+        return adapter
+    result = Adapter.zeros(adapter.layout.folded, adapter.vector.dtype, adapter.vector.device)
+    for entry, tensor in result.items():
+        value = adapter[entry.module, entry.factor]
+        if entry.factor is Factor.A and f"{entry.module}.{Factor.P}" in adapter.layout.by_name:
+            value = adapter[entry.module, Factor.P].T @ value
+        tensor.copy_(value)
+    return result
 
 
 def combine_factors(adapters: Sequence[Adapter], weights: Tensor) -> Tensor:
@@ -107,7 +127,8 @@ def precision_mean(adapters: Sequence[Adapter], precisions: Sequence[Adapter]) -
 def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:
     """Exact sum in delta space: ``sum_i c_i Delta_i`` as one adapter whose ranks add up and whose scalings are 1.
 
-    ``A' = [A_1; A_2; ...]`` and ``B' = [c_1 s_1 B_1, c_2 s_2 B_2, ...]``. Ranks and scalings may differ between the
+    ``A' = [A_1; A_2; ...]``, ``B' = [c_1 s_1 B_1, c_2 s_2 B_2, ...]`` and ``Q' = [Q_1; Q_2; ...]``, with each P
+    multiplied into its A. Ranks and scalings may differ between the
     adapters; modules, input and output sizes may not.
 
     Raises:
@@ -115,6 +136,7 @@ def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> A
             per-module coefficient is missing.
     """
     _require_counts(adapters, coefficients)
+    adapters = [fold(adapter) for adapter in adapters]
     first = adapters[0].layout
     for other in adapters[1:]:
         _require_same_tensors(first, other.layout)
@@ -123,7 +145,9 @@ def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> A
     for entry in first.entries:
         module, factor = entry.module, entry.factor
         if factor is Factor.A:
-            tensor = torch.cat([folded(adapter, module)[0] for adapter in adapters], dim=0)
+            tensor = torch.cat([folded(adapter, module)[0][:, : entry.shape[1]] for adapter in adapters], dim=0)
+        elif factor is Factor.Q:
+            tensor = torch.cat([adapter[module, factor] for adapter in adapters])
         elif factor is Factor.B:
             blocks = [
                 coefficient_of(c, module) * folded(adapter, module)[1]
@@ -143,7 +167,7 @@ def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> A
 
 
 def truncate(adapter: Adapter, layout: Layout) -> Adapter:
-    """Best approximation of every delta at the ranks of ``layout`` (Frobenius norm), in that layout.
+    """Best approximation of every delta at the ranks of ``layout`` (Frobenius norm), in that layout without P.
 
     QR of B and of A transposed, then an SVD of the small core: ``O((d_in + d_out) r^2)``; equal to truncating the SVD
     of the dense delta (Eckart-Young). Singular values are split evenly between the factors. Where the target rank
@@ -153,6 +177,7 @@ def truncate(adapter: Adapter, layout: Layout) -> Adapter:
         LayoutError: ``layout`` has another base model, other modules or other sizes.
     """
     _require_same_tensors(layout, adapter.layout)
+    layout = layout.folded
     result = Adapter.zeros(layout, adapter.vector.dtype, adapter.vector.device)
     for entry, tensor in result.items():
         if not entry.factor.is_lora:
@@ -164,7 +189,10 @@ def truncate(adapter: Adapter, layout: Layout) -> Adapter:
         u, sigma, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         kept = min(layout.ranks[module], len(sigma))
         root = sigma[:kept].sqrt()
-        result[module, Factor.A][:kept] = root[:, None] * (v_t[:kept] @ q_a.T)
+        new_a = root[:, None] * (v_t[:kept] @ q_a.T)
+        result[module, Factor.A][:kept] = new_a[:, : result[module, Factor.A].shape[1]]
+        if f"{module}.{Factor.Q}" in layout.by_name:
+            result[module, Factor.Q][:kept] = new_a[:, -1]
         result[module, Factor.B][:, :kept] = (q_b @ u[:, :kept]) * root / layout.scalings[module]
     return result
 
@@ -230,8 +258,8 @@ def distance(first: Adapter, second: Adapter) -> float:
 
 
 def _require_same_tensors(expected: Layout, found: Layout) -> None:
-    """Raise LayoutError, naming the first difference, unless only ranks, scalings and the order of tensors differ."""
-    difference = expected.difference(found, any_rank=True)
+    """Raise LayoutError, naming the first difference, unless only ranks, scalings, P and the order differ."""
+    difference = expected.folded.difference(found.folded, any_rank=True)
     if difference:
         raise LayoutError(f"found {difference}")
 

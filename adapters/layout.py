@@ -25,19 +25,30 @@ class LayoutError(ValueError):
 class Factor(enum.StrEnum):
     """Which part of a module's update a tensor is.
 
-    ``A`` and ``B`` are LoRA factors; ``WEIGHT`` and ``BIAS`` are differences from the base model's own parameter, so
-    that for every factor zero means "as the base model", and a mixture is a plain sum.
+    ``A`` and ``B`` are LoRA factors, ``P`` and ``Q`` what Co-LoRA puts between them: ``x -> s (x A^T P + Q) B^T``.
+    ``WEIGHT`` and ``BIAS`` are differences from the base model's own parameter, so that zero means "as the base model",
+    and a mixture is a plain sum. ``GATE`` and ``GRADIENT`` are no part of an update: a mixture's learned coefficients,
+    and a sketch.
     """
 
     A = "A"
     B = "B"
     WEIGHT = "weight"
     BIAS = "bias"
+    P = "P"
+    Q = "Q"
+    GATE = "gate"
+    GRADIENT = "gradient"
 
     @property
     def is_lora(self) -> bool:
-        """Whether this is one of the two LoRA factors."""
-        return self in (Factor.A, Factor.B)
+        """Whether this is a factor of a low-rank update."""
+        return self in (Factor.A, Factor.B, Factor.P, Factor.Q)
+
+    @property
+    def is_update(self) -> bool:
+        """Whether this changes the model, and PEFT has a name for it."""
+        return self not in (Factor.GATE, Factor.GRADIENT)
 
 
 _TO_PROTO = {
@@ -45,6 +56,10 @@ _TO_PROTO = {
     Factor.B: adapter_pb2.FACTOR_B,
     Factor.WEIGHT: adapter_pb2.FACTOR_WEIGHT,
     Factor.BIAS: adapter_pb2.FACTOR_BIAS,
+    Factor.P: adapter_pb2.FACTOR_P,
+    Factor.Q: adapter_pb2.FACTOR_Q,
+    Factor.GATE: adapter_pb2.FACTOR_GATE,
+    Factor.GRADIENT: adapter_pb2.FACTOR_GRADIENT,
 }
 _FROM_PROTO = {number: factor for factor, number in _TO_PROTO.items()}
 
@@ -66,9 +81,12 @@ def factor_from_proto(number: int) -> Factor:
         raise LayoutError(f"unknown factor number {number}, expected one of {sorted(_FROM_PROTO)}") from None
 
 
+_RANK_AXES = {Factor.A: (0,), Factor.B: (1,), Factor.P: (0, 1), Factor.Q: (0,)}
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One named tensor: LoRA A is ``(rank, d_in)``, LoRA B is ``(d_out, rank)``."""
+    """One named tensor: A is ``(rank, d_in)``, B ``(d_out, rank)``, P ``(rank, rank)`` and Q ``(rank,)``."""
 
     module: str
     factor: Factor
@@ -85,9 +103,9 @@ class Entry:
         return math.prod(self.shape)
 
     @property
-    def rank_axis(self) -> int | None:
-        """The dimension that is the rank, of a LoRA factor."""
-        return {Factor.A: 0, Factor.B: 1}.get(self.factor)
+    def rank_axes(self) -> tuple[int, ...]:
+        """The dimensions that are the rank, of a LoRA factor."""
+        return _RANK_AXES.get(self.factor, ())
 
     @property
     def rows(self) -> int:
@@ -99,7 +117,8 @@ class Entry:
 class Layout:
     """Ordered entries, one scaling per LoRA module, and the fingerprint of the base model they belong to.
 
-    Two adapters can be added number by number exactly if their layouts have the same ``digest``.
+    Two adapters can be added number by number exactly if their layouts have the same ``digest``. ``shared_names`` gives
+    modules with P and Q the names by which layouts of other architectures know them (:mod:`adapters.shared`).
 
     Raises:
         LayoutError: a name, shape, rank or scaling is not valid (says which).
@@ -108,6 +127,7 @@ class Layout:
     entries: tuple[Entry, ...]
     scalings: Mapping[str, float]
     base_fingerprint: str
+    shared_names: Mapping[str, str] = field(default_factory=dict)
     _offsets: dict[str, tuple[int, int]] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -140,11 +160,7 @@ class Layout:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """Rank of each LoRA module."""
-        return {
-            entry.module: entry.shape[0] if entry.factor is Factor.A else entry.shape[1]
-            for entry in self.entries
-            if entry.factor.is_lora
-        }
+        return {entry.module: entry.shape[entry.rank_axes[0]] for entry in self.entries if entry.factor.is_lora}
 
     @cached_property
     def by_name(self) -> dict[str, Entry]:
@@ -158,15 +174,21 @@ class Layout:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the canonical JSON text (proto/README.md), 32 bytes."""
-        canonical = {
+        canonical: dict[str, object] = {
             "base": self.base_fingerprint,
             "entries": [[entry.module, str(entry.factor), list(entry.shape)] for entry in self.entries],
             "scalings": [[module, float(self.scalings[module]).hex()] for module in self.lora_modules],
         }
+        if self.shared_names:  # left out where there are none: layouts without P and Q keep their digests
+            canonical["shared"] = sorted([module, name] for module, name in self.shared_names.items())
         return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).digest()
 
-    def select(self, factors: Iterable[Factor] = (), modules: Iterable[str] = ()) -> Layout:
+    def select(
+        self, factors: Iterable[Factor] = (), modules: Iterable[str] = (), *, without_basis: bool = False
+    ) -> Layout:
         """The part with these factors and modules; an empty list does not restrict.
+
+        ``without_basis`` leaves out A and B of modules that have P: they are common to all and never trained.
 
         Raises:
             LayoutError: a module is not in this layout, or nothing is left.
@@ -180,9 +202,26 @@ class Layout:
             for entry in self.entries
             if (not wanted_factors or entry.factor in wanted_factors)
             and (not wanted_modules or entry.module in wanted_modules)
+            and not (without_basis and self.is_basis(entry))
         )
         if not kept:
             raise LayoutError(f"factors {sorted(wanted_factors)} of modules {sorted(wanted_modules)} select nothing")
+        if len(kept) == len(self.entries):
+            return self
+        lora = {entry.module for entry in kept if entry.factor.is_lora}
+        scalings = {module: self.scalings[module] for module in self.lora_modules if module in lora}
+        shared = {entry.module for entry in kept if entry.factor in (Factor.P, Factor.Q)}
+        names = {module: name for module, name in self.shared_names.items() if module in shared}
+        return Layout(kept, scalings, self.base_fingerprint, names)
+
+    def is_basis(self, entry: Entry) -> bool:
+        """Whether this is A or B of a module that has P between them."""
+        return entry.factor in (Factor.A, Factor.B) and f"{entry.module}.{Factor.P}" in self.by_name
+
+    @cached_property
+    def folded(self) -> Layout:
+        """This layout as it is once P is multiplied into A (:func:`adapters.algebra.fold`)."""
+        kept = tuple(entry for entry in self.entries if entry.factor is not Factor.P)
         if len(kept) == len(self.entries):
             return self
         lora = {entry.module for entry in kept if entry.factor.is_lora}
@@ -223,8 +262,8 @@ class Layout:
                 if part:
                     continue
                 return f"no tensor {name!r}, expected one of shape {entry.shape}"
-            skip = entry.rank_axis if any_rank else None
-            sizes, wanted = ([n for axis, n in enumerate(e.shape) if axis != skip] for e in (found_entry, entry))
+            skip = entry.rank_axes if any_rank else ()
+            sizes, wanted = ([n for axis, n in enumerate(e.shape) if axis not in skip] for e in (found_entry, entry))
             if sizes != wanted:
                 return f"shape {found_entry.shape} for {name!r}, expected {entry.shape}"
         extra = [name for name in other.by_name if name not in self.by_name]
@@ -232,6 +271,8 @@ class Layout:
             return f"unknown tensor {extra[0]!r}"
         if part or any_rank or self.digest == other.digest:
             return None
+        if dict(self.shared_names) != dict(other.shared_names):
+            return f"shared names {dict(other.shared_names)}, expected {dict(self.shared_names)}"
         return "the same tensors in another order"
 
     def describe_difference(self, other: Layout, *, part: bool = False) -> str:
@@ -249,6 +290,9 @@ class Layout:
             scalings=[
                 adapter_pb2.ModuleScaling(module=module, scaling=self.scalings[module]) for module in self.lora_modules
             ],
+            shared_names=[
+                adapter_pb2.SharedName(module=module, name=name) for module, name in sorted(self.shared_names.items())
+            ],
         )
 
     @classmethod
@@ -263,13 +307,16 @@ class Layout:
         scalings = {item.module: item.scaling for item in message.scalings}
         if len(scalings) != len(message.scalings):
             raise LayoutError("a module has two scalings")
+        shared_names = {item.module: item.name for item in message.shared_names}
+        if len(shared_names) != len(message.shared_names):
+            raise LayoutError("a module has two shared names")
         for item in message.entries:
             if len(item.shape) > MAX_DIMENSIONS:  # before a Python tuple makes a long list of them ten times larger
                 raise LayoutError(f"a tensor has {len(item.shape)} dimensions, expected 1 to {MAX_DIMENSIONS}")
         entries = tuple(
             Entry(item.module, factor_from_proto(item.factor), tuple(item.shape)) for item in message.entries
         )
-        return cls(entries, scalings, message.base_fingerprint)
+        return cls(entries, scalings, message.base_fingerprint, shared_names)
 
 
 def _validate(layout: Layout) -> None:
@@ -288,9 +335,13 @@ def _validate(layout: Layout) -> None:
         if any(not 1 <= size <= MAX_SIZE for size in entry.shape):
             raise LayoutError(f"{entry.name!r} has shape {entry.shape}, expected sizes from 1 to {MAX_SIZE}")
         if entry.factor.is_lora:
-            if len(entry.shape) != 2:
-                raise LayoutError(f"{entry.name!r} has shape {entry.shape}, expected two dimensions")
-            rank = entry.shape[0] if entry.factor is Factor.A else entry.shape[1]
+            dimensions = 1 if entry.factor is Factor.Q else 2
+            if len(entry.shape) != dimensions:
+                expected = "one dimension" if dimensions == 1 else "two dimensions"
+                raise LayoutError(f"{entry.name!r} has shape {entry.shape}, expected {expected}")
+            rank = entry.shape[entry.rank_axes[0]]
+            if entry.factor is Factor.P and entry.shape != (rank, rank):
+                raise LayoutError(f"{entry.name!r} has shape {entry.shape}, expected a square")
             if ranks.setdefault(entry.module, rank) != rank:
                 raise LayoutError(f"{entry.module!r} has rank {ranks[entry.module]} in one factor, {rank} in the other")
     if set(layout.scalings) != set(ranks):
@@ -299,6 +350,13 @@ def _validate(layout: Layout) -> None:
     for module, scaling in layout.scalings.items():
         if not math.isfinite(scaling) or scaling <= 0:
             raise LayoutError(f"scaling {scaling} for {module!r}, expected a positive number")
+    shareable = {entry.module for entry in layout.entries if entry.factor in (Factor.P, Factor.Q)}
+    for module, name in layout.shared_names.items():
+        _validate_name("shared", name)
+        if module not in shareable:
+            raise LayoutError(f"module {module[:MAX_NAME_BYTES]!r} has a shared name, but neither P nor Q")
+    if len(set(layout.shared_names.values())) != len(layout.shared_names):
+        raise LayoutError(f"two modules have the same shared name: {sorted(layout.shared_names.values())[:8]}")
 
 
 def _validate_name(what: str, name: str) -> None:

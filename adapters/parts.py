@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adapters.layout import Layout, factor_from_proto
+from adapters.layout import Entry, Layout, LayoutError, factor_from_proto
 from proto.fedalloy.v1 import plan_pb2
 
 
@@ -14,10 +14,24 @@ def layout_of_part(layout: Layout, part: plan_pb2.Part) -> Layout:
     Raises:
         LayoutError: it names an unknown factor or module, or selects nothing.
     """
-    return layout.select([factor_from_proto(number) for number in part.factors], list(part.modules))
+    factors = [factor_from_proto(number) for number in part.factors]
+    return layout.select(factors, list(part.modules), without_basis=part.without_basis)
 
 
 def layouts_of_plan(layout: Layout, steps: Iterable[plan_pb2.Step]) -> dict[bytes, Layout]:
     """The client's layout and every part of it that the plan sends, by digest."""
     parts = [layout_of_part(layout, step.send.part) for step in steps if step.WhichOneof("kind") == "send"]
     return {found.digest: found for found in [layout, *parts]}
+
+
+def layout_of_sketch(reference: Layout, row_count: int) -> Layout:
+    """What a sketch with ``row_count`` rows of the reference gradient ``[d, f]`` looks like.
+
+    Raises:
+        LayoutError: the gradient is not one matrix with so many rows.
+    """
+    shapes = [entry.shape for entry in reference.entries]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or not 1 <= row_count <= shapes[0][0]:
+        raise LayoutError(f"{row_count} rows of a reference gradient of shape {shapes}, expected one matrix with more")
+    (entry,) = reference.entries
+    return Layout((Entry(entry.module, entry.factor, (row_count, entry.shape[1])),), {}, reference.base_fingerprint)

@@ -2,7 +2,8 @@
 
 PEFT names LoRA tensors ``base_model.model.<module>.lora_A.weight`` and stores a fully trained module ("modules to
 save") as its whole parameter ``base_model.model.<module>.weight``; FedAlloy holds the difference from the base model's
-own parameter, so conversions take the base model's heads: ``{"classifier.weight": tensor, ...}``.
+own parameter, so conversions take the base model's heads: ``{"classifier.weight": tensor, ...}``. PEFT knows neither P
+nor Q: P is multiplied into A, and Q becomes the bias that PEFT can give B (``lora_bias``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.algebra import fold
 from adapters.durable import write_durably
 from adapters.layout import Entry, Factor, Layout, LayoutError
 
@@ -36,11 +38,23 @@ def peft_key(entry: Entry) -> str:
 def to_peft_state(adapter: Adapter, base_heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's state dict for an adapter; head differences are added to ``base_heads``.
 
+    With Q anywhere, every LoRA module gets a ``lora_B.bias`` ``[d_out]``, because PEFT has one switch for all of them:
+    ``B Q``, or zero.
+
     Raises:
         LayoutError: the base has no parameter for a head, or one of another shape.
     """
     state = {}
+    adapter = fold(adapter)
+    has_bias = _has_bias(adapter.layout)
     for entry, tensor in adapter.items():
+        if entry.factor is Factor.Q:
+            continue
+        if entry.factor is Factor.B and has_bias:
+            key = f"{PREFIX}{entry.module}.lora_B.bias"
+            has_q = f"{entry.module}.{Factor.Q}" in adapter.layout.by_name
+            bias = tensor @ adapter[entry.module, Factor.Q] if has_q else torch.zeros(entry.shape[0])
+            state[key] = bias.detach().to("cpu", torch.float32)
         value = tensor.detach().to("cpu", copy=True)
         if not entry.factor.is_lora:
             value += _base_parameter(entry, base_heads)
@@ -52,8 +66,11 @@ def from_peft_state(state: Mapping[str, Tensor], layout: Layout, base_heads: Map
     """The adapter in PEFT's state dict; every tensor of the layout must be there, and no other.
 
     Raises:
-        LayoutError: a tensor is missing, unknown, or of another shape.
+        LayoutError: a tensor is missing, unknown, or of another shape; or the layout has P or Q, which PEFT lacks.
     """
+    folded = [entry.name for entry in layout.entries if entry.factor in (Factor.P, Factor.Q)]
+    if folded:
+        raise LayoutError(f"PEFT keeps no {folded[0]!r}: it is multiplied into other tensors and cannot be read back")
     wanted = {peft_key(entry): entry for entry in layout.entries}
     for key in state:
         if key not in wanted:
@@ -92,6 +109,7 @@ def peft_config(layout: Layout, base_model: str) -> dict[str, Any]:
         "modules_to_save": heads or None,
         "lora_dropout": 0.0,
         "bias": "none",
+        "lora_bias": _has_bias(layout),
         "fan_in_fan_out": False,
     }
 
@@ -139,6 +157,10 @@ def _scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _has_bias(layout: Layout) -> bool:
+    return any(entry.factor is Factor.Q for entry in layout.entries)
 
 
 def _base_parameter(entry: Entry, base_heads: Mapping[str, Tensor]) -> Tensor:

@@ -37,7 +37,9 @@ class Base:
     """A frozen base model and what of it adapters change.
 
     ``targets`` are the names of the linear modules that get LoRA factors, ``heads`` those whose weight and bias are
-    trained in full, as differences. ``fingerprint`` is 64 hex digits that all clients of a federation must share.
+    trained in full, as differences. ``fingerprint`` is 64 hex digits that all clients of a federation must share,
+    except with a strategy that crosses architectures. ``reference`` is the small model that sketches are gradients of,
+    with the same inputs and the same for all clients; None: this base model itself.
     """
 
     name: str
@@ -45,3 +47,4 @@ class Base:
     fingerprint: str
     targets: tuple[str, ...]
     heads: tuple[str, ...]
+    reference: Base | None = None

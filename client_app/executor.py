@@ -10,12 +10,14 @@ from collections.abc import Mapping
 
 import torch
 
+from client_app.alignment import load_alignment
 from client_app.data import ClientData
 from client_app.interpreter import Interpreter
 from client_app.model import PersonalModel
 from client_app.progress import Cancelled, tick
 from client_app.scenarios import load_scenario
 from client_app.settings import Settings
+from client_app.sketch import reference_layout
 from client_app.slots import SlotStore
 from client_app.training import set_up_torch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -71,6 +73,7 @@ class Executor:
 
 
 def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
+    reference = reference_layout(model)
     examples = {name: len(split) for name, split in data.splits.items()}
     return report_pb2.Registration(
         version=1,
@@ -79,6 +82,7 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
         layout=model.layout.to_proto(),
         tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples)],
         device=str(model.device),
+        reference=reference.to_proto() if reference is not None else None,
     )
 
 
@@ -87,6 +91,8 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     base, data = load_scenario(
         settings.scenario, settings.partition_id, settings.num_partitions, settings.seed, settings.state_dir / ".cache"
     )
-    model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout)
+    model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
+    if settings.alignment:
+        model.align(load_alignment(settings.alignments, settings.alignment, model.layout))
     model.module.to(device)
     return model, data

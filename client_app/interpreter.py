@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +17,11 @@ from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
 from client_app import fisher, training
+from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
+from client_app.sketch import ReferenceModel, take_sketch
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -58,6 +61,7 @@ class Interpreter:
             "send": self._send,
             "fisher": self._fisher,
             "distance": self._distance,
+            "sketch": self._sketch,
         }
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
@@ -106,7 +110,7 @@ class Interpreter:
         tick(kind)
         try:
             result = self._steps[kind](getattr(step, kind))
-        except (PlanError, SlotError, ValueError) as error:
+        except (PlanError, SlotError, GateError, ValueError) as error:
             raise PlanError(f"client {self.client_id!r}, step {index} ({kind}): {error}") from error
         outcome = report_pb2.StepResult()
         getattr(outcome, kind).CopyFrom(result)
@@ -133,8 +137,15 @@ class Interpreter:
 
     def _initialise(self, step: plan_pb2.InitialiseStep) -> report_pb2.InitialiseResult:
         created = not (step.keep_existing and step.slot in self.slots)
-        if created:
-            self.slots[step.slot] = Adapter.initial(self.model.layout, step.seed)
+        if created and step.copy_of:
+            self.slots[step.slot] = self.slots[step.copy_of].clone()
+        elif created and step.gate:
+            if step.gate not in plan_pb2.GateKind.values():
+                raise PlanError(f"unknown kind of gate {step.gate}, expected one of {plan_pb2.GateKind.keys()}")
+            looks = step.gate == plan_pb2.GATE_KIND_INPUT
+            self.slots[step.slot] = Adapter.zeros(self.model.gate_layout(looks_at_input=looks))
+        elif created:
+            self.slots[step.slot] = self.model.initial(step.seed)
         return report_pb2.InitialiseResult(created=created)
 
     def _train(self, step: plan_pb2.TrainStep) -> report_pb2.TrainResult:
@@ -150,15 +161,18 @@ class Interpreter:
         parameters: dict[str, nn.Parameter] = {}
         anchor: dict[str, Tensor] = {}
         for slot in step.slots:
-            part = layout_of_part(self.slots[slot].layout, step.part)
+            layout = self.slots[slot].layout
+            is_gates = any(entry.factor is Factor.GATE for entry in layout.entries)
+            part = layout if is_gates else layout_of_part(layout, step.part)
             for name, parameter in self.model.trainable(slot, part).items():
                 parameters[f"{slot}:{name}"] = parameter
-            if step.HasField("proximal"):
+            if step.HasField("proximal") and not is_gates:
                 pulled = training.tensors_by_entry(self.slots[step.proximal.slot].part(part), self.model.device)
                 anchor |= {f"{slot}:{name}": tensor for name, tensor in pulled.items()}
         if not parameters:
             raise PlanError("nothing to train: no slot is named")
-        missing = set(step.slots) - {term.slot for term in step.mixture.terms}
+        gates = {term.gate.slot for term in step.mixture.terms if term.HasField("gate")}
+        missing = set(step.slots) - {term.slot for term in step.mixture.terms} - gates
         if missing:
             raise PlanError(f"slot {sorted(missing)[0]!r} is to be trained but is not in the mixture")
         seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
@@ -170,7 +184,7 @@ class Interpreter:
     def _merge(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
         if any(term.WhichOneof("coefficient") == "precision" for term in step.mixture.terms):
             return self._merge_by_precision(step)
-        slots, coefficients = self._terms(step.mixture)
+        slots, coefficients = self._fixed_terms(step.mixture)
         adapters = [self.slots[slot] for slot in slots]
         if step.space == plan_pb2.MERGE_SPACE_DELTA:
             merged = stack(adapters, coefficients)
@@ -244,7 +258,12 @@ class Interpreter:
         )
 
     def _save(self, step: plan_pb2.SaveStep) -> report_pb2.SaveResult:
-        slots, coefficients = self._terms(step.mixture)
+        slots, terms = self._terms(step.mixture)
+        if self._looks_at_input(terms):
+            gates = {term.slot: self.slots[term.slot] for term in terms if isinstance(term, Gate)}
+            digest = self.slots.save_parts({slot: self.slots[slot] for slot in slots}, gates, step.mixture)
+            return report_pb2.SaveResult(content_digest=digest, in_parts=True)
+        slots, coefficients = self._fixed_terms(step.mixture)
         alone = len(slots) == 1 and coefficients[0] == 1.0
         adapter = self.slots[slots[0]] if alone else stack([self.slots[slot] for slot in slots], coefficients)
         self.slots.save_personal(adapter)
@@ -268,22 +287,61 @@ class Interpreter:
         self._uploads[step.slot] = encoded.blob
         return report_pb2.SendResult(slot=step.slot, content_digest=encoded.decoded.digest)
 
+    def _sketch(self, step: plan_pb2.SketchStep) -> report_pb2.SketchResult:
+        started = time.monotonic()
+        if step.slot in self._uploads:
+            raise PlanError(f"slot {step.slot!r} is sent twice")
+        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
+        data = self._split(step.split)
+        sketch = take_sketch(ReferenceModel(self.model), step, data, self._held(step.slot), seed, self._plan.seed)
+        self.slots[step.slot] = sketch.state
+        encoded = encode(sketch.upload, encoding_from_proto(step.encoding), include_layout=False)
+        self._uploads[step.slot] = encoded.blob
+        seconds = time.monotonic() - started
+        return report_pb2.SketchResult(slot=step.slot, examples=sketch.examples, norm=sketch.norm, seconds=seconds)
+
+    def _held(self, slot: str) -> Adapter | None:
+        if slot not in self.slots:
+            return None
+        return self.slots[slot]
+
     def _activate(self, mixture: plan_pb2.Mixture) -> None:
         slots, coefficients = self._terms(mixture)
-        for slot in slots:
+        for slot in [*slots, *{gate.slot for gate in coefficients if isinstance(gate, Gate)}]:
             self.model.load(slot, self.slots[slot])
         self.model.activate(dict(zip(slots, coefficients, strict=True)))
 
-    def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
+    def _looks_at_input(self, coefficients: list[Coefficient | Gate]) -> bool:
+        gates = [self.slots[gate.slot] for gate in coefficients if isinstance(gate, Gate)]
+        return any(entry.shape != (1,) for gate in gates for entry in gate.layout.entries)
+
+    def _fixed_terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
+        """The terms with numbers for gates: what the gates are now."""
+        slots, coefficients = self._terms(mixture)
+        if self._looks_at_input(coefficients):
+            raise PlanError("gates that look at the input cannot be folded into one adapter")
+        fixed: list[Coefficient] = []
+        for coefficient in coefficients:
+            if isinstance(coefficient, Gate):
+                logits = {e.module: float(t) for e, t in self.slots[coefficient.slot].to(torch.float64).items()}
+                sign = -1 if coefficient.complement else 1
+                coefficient = {module: 1 / (1 + math.exp(-sign * logit)) for module, logit in logits.items()}
+            fixed.append(coefficient)
+        return slots, fixed
+
+    def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient | Gate]]:
         slots: list[str] = []
-        coefficients: list[Coefficient] = []
+        coefficients: list[Coefficient | Gate] = []
         for term in mixture.terms:
             kind = term.WhichOneof("coefficient")
-            if kind not in ("scalar", "per_module"):
+            if kind not in ("scalar", "per_module", "gate"):
                 raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient")
             if term.slot in slots:
                 raise PlanError(f"slot {term.slot!r} occurs twice in a mixture")
             slots.append(term.slot)
+            if kind == "gate":
+                coefficients.append(Gate(term.gate.slot, term.gate.complement))
+                continue
             coefficients.append(term.scalar if kind == "scalar" else dict(term.per_module.values))
         return slots, coefficients
 
@@ -304,6 +362,9 @@ def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None
         if hasattr(body, "mixture"):
             named |= {term.slot for term in body.mixture.terms}
             named |= {term.precision for term in body.mixture.terms if term.WhichOneof("coefficient") == "precision"}
+            named |= {term.gate.slot for term in body.mixture.terms if term.HasField("gate")}
+        if getattr(body, "copy_of", ""):
+            named.add(body.copy_of)
         if hasattr(body, "proximal") and body.HasField("proximal"):
             named.add(body.proximal.slot)
         if step.WhichOneof("kind") is None:
@@ -318,13 +379,10 @@ def _is_partial(found: Layout, full: Layout) -> bool:
 
 
 def _at_rank(layout: Layout, rank: int) -> Layout:
-    """The layout with every LoRA module at ``rank``, scalings unchanged."""
+    """The layout without P and with every LoRA module at ``rank``, scalings unchanged."""
+    layout = layout.folded
     entries = []
     for entry in layout.entries:
-        shape = entry.shape
-        if entry.factor is Factor.A:
-            shape = (rank, shape[1])
-        elif entry.factor is Factor.B:
-            shape = (shape[0], rank)
+        shape = tuple(rank if axis in entry.rank_axes else size for axis, size in enumerate(entry.shape))
         entries.append(Entry(entry.module, entry.factor, shape))
     return Layout(tuple(entries), layout.scalings, layout.base_fingerprint)

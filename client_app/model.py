@@ -16,9 +16,11 @@ from adapters.adapter import Adapter, scalings_from
 from adapters.algebra import Coefficient, coefficient_of
 from adapters.layout import Entry, Factor, Layout
 from adapters.peft_format import module_pattern
+from client_app.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
 from client_app.data import Base
+from client_app.roles import RoleError, depth_of, shared_names
 
-Mixture = Mapping[str, Coefficient]
+Mixture = Mapping[str, Coefficient | Gate]
 """Coefficient by slot; the model is the base plus their sum."""
 
 
@@ -32,11 +34,12 @@ class _Differences(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.by_slot = nn.ParameterDict()
-        self.coefficients: dict[str, float] = {}
+        self.coefficients: dict[str, float | ModuleGate] = {}
 
     def forward(self, base: Tensor) -> Tensor:
         for slot, coefficient in self.coefficients.items():
-            base = base + coefficient * self.by_slot[slot]
+            weight = coefficient(base) if isinstance(coefficient, ModuleGate) else coefficient
+            base = base + weight * self.by_slot[slot]
         return base
 
 
@@ -44,11 +47,21 @@ class PersonalModel:
     """The base model, and the adapters that are loaded into it by slot name.
 
     LoRA layers are PEFT's own, one PEFT adapter per slot; a mixture sets which are active and scales them, so several
-    slots act at once and can be trained inside the mixture. A slot may have ranks and scalings of its own.
+    slots act at once and can be trained inside the mixture. A slot may have ranks and scalings of its own. A slot of
+    gates holds a mixture's learned coefficients.
+
+    Args:
+        base: the frozen model and what of it adapters change.
+        rank: of every LoRA module.
+        alpha: LoRA's; the scaling is alpha / rank.
+        dropout: at the input of A.
+        blocks: Co-LoRA's number of blocks: at the last layer of each, the modules get P and Q. 0: plain LoRA.
     """
 
-    def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0, blocks: int = 0) -> None:
         self.base = base
+        self.blocks = blocks
+        self.basis: Adapter | None = None
         self.module = base.model
         self.module.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
@@ -59,6 +72,9 @@ class PersonalModel:
             if name in base.targets and name in base.heads:
                 raise ModelError(f"{base.name!r}: module {name!r} is a target and a head, expected only one of them")
         self.layout = self._layout(modules)
+        self._gates: dict[str, dict[str, nn.Parameter]] = {}
+        self._context = GateContext()
+        self._context.attach(self.module)
         self.heads = {
             f"{name}.{kind}": parameter.detach().clone()
             for name in base.heads
@@ -77,6 +93,28 @@ class PersonalModel:
         """Where the base model lies."""
         return next(self.module.parameters()).device
 
+    def align(self, basis: Adapter) -> None:
+        """Start from these A and B in modules with P; without this they are drawn from the seed.
+
+        Raises:
+            ModelError: they are not those of this model's layout.
+        """
+        if not self.layout.contains(basis.layout):
+            difference = self.layout.describe_difference(basis.layout, part=True)
+            raise ModelError(f"the alignment does not fit {self.base.name!r}: found {difference}")
+        self.basis = basis
+
+    def initial(self, seed: int) -> Adapter:
+        """The starting adapter of a seed, with the aligned basis where there is one: the model is the base."""
+        adapter = Adapter.initial(self.layout, seed)
+        return adapter if self.basis is None else adapter.with_part(self.basis)
+
+    def gate_layout(self, *, looks_at_input: bool) -> Layout:
+        """A slot of gates: one number for each module, or one for each input of a LoRA module (a head has one)."""
+        widths = {e.module: e.shape[1] for e in self.layout.entries if e.factor is Factor.A and looks_at_input}
+        entries = tuple(Entry(name, Factor.GATE, (widths.get(name, 1),)) for name in self.layout.modules)
+        return Layout(entries, {}, self.base.fingerprint)
+
     def load(self, slot: str, adapter: Adapter) -> None:
         """Put an adapter into a slot of the model; its ranks and scalings may differ from the client's own layout.
 
@@ -85,7 +123,7 @@ class PersonalModel:
         Raises:
             ModelError: the adapter has another base, or a tensor that this base has no place for.
         """
-        difference = self.layout.difference(adapter.layout, part=True, any_rank=True)
+        difference = self._place_of(adapter.layout).difference(adapter.layout, part=True, any_rank=True)
         if difference:
             raise ModelError(f"an adapter for slot {slot!r} does not fit {self.base.name!r}: found {difference}")
         if slot in self._loaded and self._loaded[slot].digest != adapter.layout.digest:
@@ -99,8 +137,10 @@ class PersonalModel:
     def unload(self, slot: str) -> None:
         """Take a slot out of the model, and out of the mixture if it is active."""
         layout = self._layout_of(slot)
-        self.activate({other: coefficient for other, coefficient in self._mixture.items() if other != slot})
+        uses = {other: c.slot if isinstance(c, Gate) else None for other, c in self._mixture.items()}
+        self.activate({other: c for other, c in self._mixture.items() if slot not in (other, uses[other])})
         del self._loaded[slot]
+        self._gates.pop(slot, None)
         for name, layer in self._lora_layers().items():
             if name in layout.scalings:
                 layer.delete_adapter(_inner(slot))
@@ -130,21 +170,32 @@ class PersonalModel:
             LayoutError: a coefficient is not finite, or missing for a module of its slot.
         """
         layouts = {slot: self._layout_of(slot) for slot in mixture}
-        coefficients = {
-            slot: {module: coefficient_of(mixture[slot], module) for module in layout.modules}
-            for slot, layout in layouts.items()
-        }
+        coefficients: dict[str, dict[str, float | ModuleGate]] = {}
+        for slot, layout in layouts.items():
+            chosen = mixture[slot]
+            if isinstance(chosen, Gate):
+                coefficients[slot] = {module: self._module_gate(chosen, module) for module in layout.modules}
+            else:
+                coefficients[slot] = {module: coefficient_of(chosen, module) for module in layout.modules}
         for name, layer in self._lora_layers().items():
             active = [slot for slot in mixture if name in layouts[slot].scalings]
             layer.set_adapter([_inner(slot) for slot in active], inference_mode=True)
             for slot in active:
-                layer.scaling[_inner(slot)] = layouts[slot].scalings[name] * coefficients[slot][name]
+                coefficient, scaling = coefficients[slot][name], layouts[slot].scalings[name]
+                gate = coefficient if isinstance(coefficient, ModuleGate) else None
+                layer.scaling[_inner(slot)] = scaling if isinstance(coefficient, ModuleGate) else scaling * coefficient
+                layer.lora_variant.pop(_inner(slot), None)
+                if gate is not None or any(f"{name}.{factor}" in layouts[slot].by_name for factor in SHARED_FACTORS):
+                    layer.lora_variant[_inner(slot)] = TermVariant(gate)
         for key, differences in self._differences.items():
             module = key.rsplit(".", 1)[0]
             differences.coefficients = {
                 _inner(slot): coefficients[slot][module] for slot in mixture if key in layouts[slot].by_name
             }
         self.module.requires_grad_(False)
+        for gates in self._gates.values():
+            for parameter in gates.values():
+                parameter.requires_grad_(False)
         self._mixture = dict(mixture)
 
     def trainable(self, slot: str, part: Layout) -> dict[str, nn.Parameter]:
@@ -163,16 +214,40 @@ class PersonalModel:
 
     def _layout(self, modules: Mapping[str, nn.Module]) -> Layout:
         entries: list[Entry] = []
+        names = self._shared_names(modules)
         for name in self.base.targets:
             linear = modules[name]
             assert isinstance(linear, nn.Linear)
             entries.append(Entry(name, Factor.A, (self.rank, linear.in_features)))
             entries.append(Entry(name, Factor.B, (linear.out_features, self.rank)))
+            if name in names:
+                entries.append(Entry(name, Factor.P, (self.rank, self.rank)))
+                entries.append(Entry(name, Factor.Q, (self.rank,)))
         for name in self.base.heads:
             for kind, parameter in modules[name].named_parameters(recurse=False):
                 entries.append(Entry(name, Factor(kind), tuple(parameter.shape)))
         scalings = scalings_from(dict.fromkeys(self.base.targets, self.rank), self.alpha)
-        return Layout(tuple(entries), scalings, self.base.fingerprint)
+        return Layout(tuple(entries), scalings, self.base.fingerprint, names)
+
+    def _shared_names(self, modules: Iterable[str]) -> dict[str, str]:
+        if not self.blocks:
+            return {}
+        try:
+            return shared_names(self.base.targets, depth_of(modules), self.blocks)
+        except RoleError as error:
+            raise ModelError(f"{self.base.name!r} cannot have Co-LoRA adapters: {error}") from None
+
+    def _place_of(self, found: Layout) -> Layout:
+        """The layout that an adapter has to fit into: the client's own, or that of its gates."""
+        gates = [entry for entry in found.entries if entry.factor is Factor.GATE]
+        return self.gate_layout(looks_at_input=any(e.shape != (1,) for e in gates)) if gates else self.layout
+
+    def _module_gate(self, gate: Gate, module: str) -> ModuleGate:
+        self._layout_of(gate.slot)
+        parameter = self._gates.get(gate.slot, {}).get(module)
+        if parameter is None:
+            raise ModelError(f"slot {gate.slot!r} has no gate for module {module!r}")
+        return ModuleGate(module, parameter, gate.complement, self._context)
 
     def _add(self, slot: str, layout: Layout) -> None:
         if layout.lora_modules:
@@ -189,11 +264,18 @@ class PersonalModel:
                 # Several adapters are the point here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 inject_adapter_in_model(config, self.module, adapter_name=_inner(slot))
+            layers = self._lora_layers()
+            for entry in layout.entries:
+                if entry.factor in SHARED_FACTORS:
+                    add_factor(layers[entry.module], _inner(slot), entry.factor, entry.shape)
             self.module.train(self.module.training)  # PEFT's new dropout is in training mode whatever the model is in
         for key, differences in self._differences.items():
             if key in layout.by_name:
                 zeros = torch.zeros_like(self.heads[key], device=self.device)
                 differences.by_slot[_inner(slot)] = nn.Parameter(zeros)
+        gates = [entry for entry in layout.entries if entry.factor is Factor.GATE]
+        if gates:
+            self._gates[slot] = {e.module: nn.Parameter(torch.zeros(e.shape, device=self.device)) for e in gates}
         self._loaded[slot] = layout
         self.activate(self._mixture)
 
@@ -206,9 +288,15 @@ class PersonalModel:
         return self._loaded[slot]
 
     def _parameter(self, slot: str, entry: Entry) -> nn.Parameter:
+        if entry.factor is Factor.GATE:
+            return self._gates[slot][entry.module]
         if entry.factor.is_lora:
             layer = self.module.get_submodule(entry.module)
             assert isinstance(layer, LoraLayer)
+            if entry.factor in SHARED_FACTORS:
+                shared = getattr(layer, SHARED_FACTORS[entry.factor])[_inner(slot)]
+                assert isinstance(shared, nn.Parameter)
+                return shared
             parameter = (layer.lora_A if entry.factor is Factor.A else layer.lora_B)[_inner(slot)].weight
         else:
             parameter = self._differences[entry.name].by_slot[_inner(slot)]

@@ -22,6 +22,7 @@ class Settings:
 
     ``client_id`` is node-config's ``client-id``, else ``client-<partition-id>``, else ``node-<node id>``.
     ``state_dir`` holds all runs of this client: node-config's ``state-dir``, else ``fedalloy`` below ``FLWR_HOME``.
+    ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
     """
 
     client_id: str
@@ -33,6 +34,9 @@ class Settings:
     rank: int
     alpha: float
     dropout: float
+    blocks: int = 0
+    alignment: str = ""
+    alignments: Path = Path()
 
     def run_directory(self, run_name: str) -> Path:
         """This client's folder in a run.
@@ -61,9 +65,13 @@ def read_settings(context: Context) -> Settings:
     rank = int(run.get("lora-r", 8))
     if rank < 1:
         raise SettingsError(f"lora-r = {rank}, expected at least 1")
+    state_dir = Path(str(node.get("state-dir", default_state_dir()))).expanduser()
+    alignment = str(run.get("lora-alignment", ""))
+    if alignment and not re.fullmatch(r"[0-9a-f]{64}", alignment):
+        raise SettingsError(f"lora-alignment = {alignment[:80]!r}, expected a SHA-256, 64 hexadecimal digits")
     return Settings(
         client_id=client_id,
-        state_dir=Path(str(node.get("state-dir", default_state_dir()))).expanduser(),
+        state_dir=state_dir,
         scenario=str(run.get("scenario", "digits")),
         partition_id=partition,
         num_partitions=count,
@@ -71,6 +79,9 @@ def read_settings(context: Context) -> Settings:
         rank=int(node.get("lora-r", rank)),
         alpha=float(run.get("lora-alpha", 16)),
         dropout=float(run.get("lora-dropout", 0.0)),
+        blocks=int(run.get("lora-blocks", 0)),
+        alignment=alignment,
+        alignments=Path(str(node.get("alignments", state_dir / "alignments"))).expanduser(),
     )
 
 

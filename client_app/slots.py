@@ -6,7 +6,9 @@
     slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual
     slots/state.json                                               the last round whose plan was carried out
     previous/                                                      the same, one plan earlier
-    adapter/                                                       the personal model, a PEFT directory
+    adapter/                                                       the personal model, a PEFT directory; or, where its
+                                                                   coefficients depend on the input, mixture.json,
+                                                                   gates.safetensors and a PEFT directory per slot
 
 A plan's changes are staged in a folder of their own and become visible by renames, so that a process killed at any
 moment leaves either the old slots or the new ones, and the previous ones with them. One process at a time: Flower may
@@ -18,6 +20,7 @@ recovered to the last bit.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import DecodeError, Message
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -36,6 +40,8 @@ from adapters.layout import Layout
 from adapters.peft_format import write_peft_directory
 from proto.fedalloy.v1 import adapter_pb2
 
+MIXTURE_FILE = "mixture.json"
+Parts = tuple[Mapping[str, Adapter], Mapping[str, Adapter], Message]
 HeadReader = Callable[[], dict[str, torch.Tensor]]
 
 
@@ -55,6 +61,7 @@ class SlotStore:
         self._opened: set[str] = set()
         self._dirty: set[str] = set()
         self._personal: Adapter | None = None
+        self._parts: Parts | None = None
         self._source = directory / "slots"
 
     @contextmanager
@@ -70,7 +77,7 @@ class SlotStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(self.directory / ".lock"):
             self._recover()
-            self._slots, self._residuals, self._personal = {}, {}, None
+            self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
             self._opened, self._dirty = set(), set()
             self._source = self._before(round_)
             yield self
@@ -112,7 +119,13 @@ class SlotStore:
 
     def save_personal(self, adapter: Adapter) -> None:
         """Write the personal model to ``adapter/`` when the plan has been carried out."""
-        self._personal = adapter
+        self._personal, self._parts = adapter, None
+
+    def save_parts(self, slots: Mapping[str, Adapter], gates: Mapping[str, Adapter], mixture: Message) -> bytes:
+        """Write a mixture that is no single adapter to ``adapter/``: one PEFT directory per slot, and the gates."""
+        self._personal, self._parts = None, (slots, gates, mixture)
+        found = b"".join(adapter.digest for adapter in [*slots.values(), *gates.values()])
+        return hashlib.sha256(found + mixture.SerializeToString(deterministic=True)).digest()
 
     def _before(self, round_: int) -> Path:
         """The folder with the slots as they were before a round."""
@@ -155,8 +168,11 @@ class SlotStore:
                 shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
                 sync(staged / "slots" / slot)
         write_durably(staged / "slots" / "state.json", json.dumps({"round": round_}).encode())
-        if self._personal is not None:
-            write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
+        if self._personal is not None or self._parts is not None:
+            if self._personal is not None:
+                write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
+            elif self._parts is not None:
+                self._write_parts(staged / "adapter", *self._parts)
             self._rename("adapter", ".adapter-old")
             os.rename(staged / "adapter", self.directory / "adapter")
         # From here, _recover knows every state that a kill can leave.
@@ -177,9 +193,21 @@ class SlotStore:
         return True
 
     def _write(self, folder: Path, adapter: Adapter, residual: Adapter | None) -> None:
-        write_peft_directory(folder, adapter, self.base_model, self.base_heads())
+        if all(entry.factor.is_update for entry in adapter.layout.entries):  # PEFT has no gates and no sketches
+            write_peft_directory(folder, adapter, self.base_model, self.base_heads())
         tensors = _to_tensors(adapter, "") | (_to_tensors(residual, "residual_") if residual is not None else {})
         write_durably(folder / "exact.safetensors", save(tensors))
+
+    def _write_parts(
+        self, folder: Path, slots: Mapping[str, Adapter], gates: Mapping[str, Adapter], mixture: Message
+    ) -> None:
+        for slot, adapter in slots.items():
+            write_peft_directory(folder / slot, adapter, self.base_model, self.base_heads())
+        tensors = {
+            f"{slot}/{entry.module}": value.clone() for slot, found in gates.items() for entry, value in found.items()
+        }
+        write_durably(folder / "gates.safetensors", save(tensors))
+        write_durably(folder / MIXTURE_FILE, (MessageToJson(mixture) + "\n").encode())
 
     def _recover(self) -> None:
         """Undo what a killed process left between two renames of ``_commit``, and throw its unfinished folders away."""

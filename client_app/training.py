@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.adapter import Adapter
+from adapters.layout import factor_from_proto
 from client_app.data import Dataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
@@ -76,7 +78,7 @@ def train(
     """
     started = time.monotonic()
     torch.manual_seed(seed)
-    optimiser = torch.optim.AdamW(parameters.values(), lr=step.learning_rate, weight_decay=step.weight_decay)
+    optimiser = torch.optim.AdamW(_groups(step, parameters), lr=step.learning_rate, weight_decay=step.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
     model.module.train()
     losses: list[float] = []
@@ -87,7 +89,7 @@ def train(
             loss = functional.cross_entropy(_logits(model, batch), batch.labels.to(model.device))
         objective = loss
         if anchor is not None:
-            pull = torch.stack([(parameters[name] - anchor[name]).square().sum() for name in parameters]).sum()
+            pull = torch.stack([(parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
             objective = loss + step.proximal.mu / 2 * pull
         optimiser.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
@@ -146,6 +148,15 @@ def _logits(model: PersonalModel, batch: Dataset) -> Tensor:
 
 def _autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _groups(step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """AdamW's groups: parameters by the factor in their names, each with its scale of the learning rate."""
+    scales = {str(factor_from_proto(item.factor)): item.scale for item in step.rate_scales}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(scales.get(name.rsplit(".", 1)[-1], 1.0), []).append(parameter)
+    return [{"params": found, "lr": scale * step.learning_rate} for scale, found in groups.items()]
 
 
 def _schedule(step: plan_pb2.TrainStep) -> Callable[[int], float]:

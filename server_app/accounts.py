@@ -30,8 +30,11 @@ BUNDLE_CALLS = 2
 # Serialised request and answer with a 64-bit node id: PullMessages (nothing there), SendNodeHeartbeat.
 POLL_PROTO, HEARTBEAT_PROTO = (13, 0), (22, 2)
 
+SKETCH = "sketch"
+"""Kind of a tensor that is no adapter: what a client says of its data's gradient."""
 CATEGORIES = (
     "tensors",
+    "sketches",
     "message framing",
     "Flower control",
     "app bundle",
@@ -245,7 +248,7 @@ class Accounts:
         tensors = {(row["client"], row["round"], row["direction"], row["kind"]): 0 for row in self.tensors}
         for row in self.tensors:
             tensors[row["client"], row["round"], row["direction"], row["kind"]] += row["bytes"]
-        own, control, frames, meant = 0, 0, 0, 0
+        own, control, frames, meant, sketched = 0, 0, 0, 0, 0
         calls, polls, groups = (defaultdict[str, int](int) for _ in range(3))
         for row in self._carried():
             calls[row["client"]] += row["calls"]
@@ -256,6 +259,7 @@ class Accounts:
                 own += row["bytes"]
                 frames += row["frames"]
                 meant += tensors.pop((row["client"], row["round"], direction, row["kind"]), 0)
+                sketched += tensors.pop((row["client"], row["round"], direction, SKETCH), 0)
             else:
                 control += row["control_bytes"]
         for row in self._fetched_bundles():
@@ -263,7 +267,8 @@ class Accounts:
             calls[row["client"]] += BUNDLE_CALLS
             frames += row["frames"] if direction == "down" else 0
         found["tensors"] = meant
-        found["message framing"] = own - meant
+        found["sketches"] = sketched
+        found["message framing"] = own - meant - sketched
         found["Flower control"] = control
         found["bulk frames"] = frames * (FRAME_HEADER + (TLS_RECORD if self.meta.get("tls") == "1" else 0))
         counted = {link.key for link in self.links if link.at_server}

@@ -138,11 +138,37 @@ def export(
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
 ) -> None:
     """Copy a client's personal model to a PEFT directory of its own."""
-    from server_app.export import export_adapter
+    from server_app.export import export_adapter, is_in_parts
 
     with _clear_errors():
         export_adapter(run, client, destination)
     console.print(f"exported to {destination}", highlight=False, soft_wrap=True)
+    if is_in_parts(destination):
+        console.print(
+            "Its coefficients depend on the input, so it cannot be one PEFT adapter: each slot is a PEFT directory of "
+            "its own, gates.safetensors holds the gates, and mixture.json says how they add up.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def align(
+    scenario: Annotated[str, typer.Argument(help="A scenario with several architectures, as digits-mixed.")],
+    blocks: Annotated[int, typer.Option(min=1, help="lora-blocks of the runs it is for.")] = 2,
+    rank: Annotated[int, typer.Option(min=1, help="lora-r of the runs it is for.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the pivot's A and B.")] = 0,
+    penalty: Annotated[float, typer.Option(min=0, help="Weight of A's orthogonality.")] = 0.5,
+    orthonormal_b: Annotated[bool, typer.Option(help="Make B's columns orthonormal at the end.")] = False,
+    state_dir: Annotated[Path, typer.Option(help="The clients' state-dir.")] = Path("runs"),
+) -> None:
+    """Align the frozen A and B of different architectures; run it again to go on where it was stopped."""
+    from server_app.align import align_scenario
+
+    with _clear_errors():
+        path = align_scenario(scenario, blocks, rank, seed, penalty, orthonormal_b, state_dir, console)
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    console.print(f"run-config: lora-blocks={blocks} lora-r={rank} lora-alignment='{path.stem}'", soft_wrap=True)
 
 
 @app.command()
@@ -239,6 +265,7 @@ def _listed(text: str) -> list[str]:
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Our own errors are one line and exit code 1; Ctrl-C is exit code 130."""
+    from server_app.align import AlignCommandError
     from server_app.certificates import CertificateError
     from server_app.collect import CollectError
     from server_app.export import ExportError
@@ -248,7 +275,15 @@ def _clear_errors() -> Iterator[None]:
 
     try:
         yield
-    except (CertificateError, ClusterError, CollectError, ExportError, RunDirectoryError, OptionError) as error:
+    except (
+        AlignCommandError,
+        CertificateError,
+        ClusterError,
+        CollectError,
+        ExportError,
+        RunDirectoryError,
+        OptionError,
+    ) as error:
         errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

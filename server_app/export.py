@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+MIXTURE_FILE = "mixture.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -16,7 +17,7 @@ class ExportError(RuntimeError):
 def export_adapter(run: Path, client_id: str, destination: Path) -> Path:
     """Copy ``<run>/clients/<client-id>/adapter`` to ``destination``, all of it or nothing.
 
-    ``PeftModel.from_pretrained(base_model, destination)`` loads it.
+    ``PeftModel.from_pretrained(base_model, destination)`` loads it; where it :func:`is_in_parts`, each folder in it.
 
     Args:
         run: a run directory on the machine that holds this client's files.
@@ -33,7 +34,8 @@ def export_adapter(run: Path, client_id: str, destination: Path) -> Path:
     if client_id not in known:
         raise ExportError(f"run {run.name!r} has no client {client_id!r}; it has {', '.join(known) or 'none'}")
     source = clients / client_id / "adapter"
-    if not all((source / name).is_file() for name in FILES):
+    in_parts = is_in_parts(source)
+    if not in_parts and not all((source / name).is_file() for name in FILES):
         raise ExportError(f"client {client_id!r} has no personal model yet in {run} (it is saved after the last round)")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ExportError(f"{destination} exists and is not an empty folder")
@@ -41,9 +43,12 @@ def export_adapter(run: Path, client_id: str, destination: Path) -> Path:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        for name in FILES:
-            shutil.copyfile(source / name, staged / name)
+        if in_parts:
+            shutil.copytree(source, staged)
+        else:
+            staged.mkdir()
+            for name in FILES:
+                shutil.copyfile(source / name, staged / name)
         if destination.exists():
             destination.rmdir()
         os.rename(staged, destination)
@@ -51,3 +56,11 @@ def export_adapter(run: Path, client_id: str, destination: Path) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
         raise ExportError(f"cannot write {destination}: {error.strerror or error}") from error
     return destination
+
+
+def is_in_parts(folder: Path) -> bool:
+    """Whether a personal model could not become one adapter, because its coefficients depend on the input.
+
+    It is then a PEFT directory per slot, ``gates.safetensors``, and ``mixture.json``, which says how they add up.
+    """
+    return (folder / MIXTURE_FILE).is_file()

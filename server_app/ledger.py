@@ -6,7 +6,8 @@ the kernel's TCP counters say, headers included, counted at each direction's sen
 Tables (times are seconds since the epoch, bytes are bytes):
 
 * ``meta(key, value)``: ``format`` (1), ``run_name``, ``tls`` (1 or 0, when known).
-* ``tensor(round, client, direction, kind, bytes)``: one row per payload; direction is ``up`` or ``down``.
+* ``tensor(round, client, direction, kind, bytes)``: one row per payload; direction is ``up`` or ``down``; kind is the
+  message's, or ``sketch``.
 * ``message(round, client, direction, kind, bytes, objects, calls, control_bytes, frames)``: one row per Flower
   message; it took ``calls`` gRPC calls, whose small halves add ``control_bytes`` in the *other* direction, and
   ``frames`` DATA frames beyond each call's first.

@@ -23,6 +23,8 @@ CLIENT_KEYS = {
     "lora-r": 8,
     "lora-alpha": 16.0,
     "lora-dropout": 0.0,
+    "lora-blocks": 0,
+    "lora-alignment": "",
     "trainer.resident": True,
     "trainer.idle-seconds": 300.0,
 }

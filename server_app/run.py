@@ -201,9 +201,9 @@ class Run:
         try:
             answer = answer_from(dispatch, reply.message)
         except BadAnswerError as error:
-            self.wire.arrived(round_, client.id, phase, reply.message, None, dispatch.upload_bytes)
+            self.wire.arrived(round_, client.id, phase, reply.message, None, dispatch)
             return record | {"status": "rejected", "reason": str(error)}
-        self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch.upload_bytes)
+        self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
         absorb(round_, client, answer)
         trains = [result.train for result in answer.report.results if result.WhichOneof("kind") == "train"]
         return record | {
@@ -224,6 +224,7 @@ class Run:
             seed=self.options.seed,
             run_name=self.name,
             encoding=self.strategy.training.downlink_encoding,
+            reference=client.reference,
         )
 
     def _clients(self) -> list[Client]:

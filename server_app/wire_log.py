@@ -10,9 +10,11 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from proto.fedalloy.v1 import report_pb2
+from server_app.accounts import SKETCH
 from server_app.fleet_sampler import FleetSampler
 from server_app.flower_calls import BundleCost, bundle_cost
 from server_app.ledger import Ledger
+from strategies.messages import Dispatch
 
 INFO = 20
 
@@ -55,11 +57,16 @@ class WireLog:
         kind: str,
         message: Message | None,
         reading: report_pb2.WireReading | None = None,
-        tensors: Mapping[str, int] | None = None,
+        asked: Dispatch | None = None,
     ) -> None:
-        """Call when ``client`` has answered, or (None) will not any more."""
+        """Call when ``client`` has answered, or (None) will not any more; ``asked`` says what the answer carries."""
         if message is not None:
-            self.ledger.flower_message(round_, client, "up", kind, message, sum((tensors or {}).values()))
+            sizes = asked.upload_bytes if asked is not None else {}
+            sketches = asked.sketches if asked is not None else frozenset()
+            adapters = sum(size for slot, size in sizes.items() if slot not in sketches)
+            booked = self.ledger.flower_message(round_, client, "up", kind, message, adapters)
+            for slot in sketches if booked is not None else ():
+                self.ledger.tensor(round_, client, "up", SKETCH, sizes[slot])
         self.sampler.reply(round_, client, kind, reading)
 
     def registered(self, node: str, client: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from strategies.base import AlloyStrategy
 from strategies.fedavg import FedAvg
 from strategies.fedmerge import FedMerge
+from strategies.fedmosaic import FedMosaic
 from strategies.local import Local
 from strategies.options import RunConfig, require_choice
 from strategies.potara import Potara
 
 __all__ = ["STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
 
-STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (Local, FedAvg, FedMerge, Potara)}
+_ALL: tuple[type[AlloyStrategy], ...] = (Local, FedAvg, FedMerge, FedMosaic, Potara)
+STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in _ALL}
 
 
 def strategy_from_run_config(run_config: RunConfig) -> AlloyStrategy:

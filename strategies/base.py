@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from adapters.adapter import Adapter
-from adapters.layout import Layout
+from adapters.layout import Layout, LayoutError
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.messages import (
     BadAnswerError,
@@ -44,7 +44,10 @@ _REGISTRATION_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Client:
-    """A registered client. ``examples`` counts its training examples; ``id`` is stable across runs and restarts."""
+    """A registered client. ``examples`` counts its training examples; ``id`` is stable across runs and restarts.
+
+    ``reference`` is the gradient that its sketches are made of, None for a client that cannot make any.
+    """
 
     id: str
     node_id: int
@@ -52,6 +55,7 @@ class Client:
     examples: int
     base_model: str = ""
     registration: report_pb2.Registration = field(default_factory=report_pb2.Registration, compare=False, repr=False)
+    reference: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,7 @@ class AlloyStrategy(Strategy):
                 seed=self.seed,
                 run_name=self._flower_run,
                 encoding=self.training.downlink_encoding,
+                reference=client.reference,
             )
             self._pending.append((dispatch.message(client.node_id), client, dispatch))
         return [message for message, _, _ in self._pending]
@@ -290,9 +295,19 @@ class AlloyStrategy(Strategy):
 
 
 def client_from(registration: report_pb2.Registration, layout: Layout, node_id: int) -> Client:
-    """The client that a checked registration describes."""
+    """The client that a checked registration describes.
+
+    Raises:
+        BadAnswerError: its reference model's layout is not valid.
+    """
     examples = sum(int(task.examples.get("train", 0)) for task in registration.tasks)
-    return Client(registration.client_id, node_id, layout, examples, registration.base_model, registration)
+    reference = None
+    if registration.HasField("reference"):
+        try:
+            reference = Layout.from_proto(registration.reference)
+        except LayoutError as error:
+            raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
+    return Client(registration.client_id, node_id, layout, examples, registration.base_model, registration, reference)
 
 
 def answer_from(dispatch: Dispatch, reply: Message) -> Answer:

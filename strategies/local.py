@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from adapters.layout import Layout
 from strategies import steps
 from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 
@@ -25,6 +26,10 @@ class Local(AlloyStrategy):
 
     name = "local"
     Options = LocalOptions
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Always: nothing is merged."""
+        return True
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate what there is, train on."""

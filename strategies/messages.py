@@ -13,7 +13,7 @@ from google.protobuf.message import Message as ProtoMessage
 from adapters.adapter import Adapter
 from adapters.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, encode, encoding_from_proto, payload_size
 from adapters.layout import Layout, LayoutError
-from adapters.parts import layout_of_part, layouts_of_plan
+from adapters.parts import layout_of_part, layout_of_sketch, layouts_of_plan
 from adapters.records import COUNTERS_TYPE, FORMAT_VERSION, PLAN_TYPE, REGISTER_TYPE, RecordError, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -47,7 +47,8 @@ class Dispatch:
     """One client's message of one round, and what its answer must look like; ``layout`` is the client's.
 
     ``received`` holds the adapters as the client will decode them; ``expected`` the layout of every upload asked for;
-    ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for.
+    ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for;
+    ``sketches`` names the uploads that are sketches.
     """
 
     plan: plan_pb2.Plan
@@ -57,6 +58,7 @@ class Dispatch:
     expected: Mapping[str, Layout]
     tensor_bytes: Mapping[str, int]
     upload_bytes: Mapping[str, int]
+    sketches: frozenset[str] = frozenset()
 
     def message(self, node_id: int, ttl: float | None = None) -> Message:
         """The Flower message to one node; ``ttl`` in seconds."""
@@ -75,8 +77,13 @@ def plan_dispatch(
     seed: int,
     run_name: str,
     encoding: str = "fp32",
+    reference: Layout | None = None,
 ) -> Dispatch:
-    """Encode one client's round. ``layout`` is the client's registered layout, which needs no repeating."""
+    """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
+
+    Raises:
+        LayoutError: a sketch is asked of a client that registered no reference model, or of more rows than that has.
+    """
     plan = plan_pb2.Plan(
         version=FORMAT_VERSION, run_name=run_name, client_id=client_id, round=round_, seed=seed, steps=steps
     )
@@ -93,7 +100,22 @@ def plan_dispatch(
         for step in steps
         if step.WhichOneof("kind") == "send"
     }
-    return Dispatch(plan, layout, pack("plan", plan, blobs), received, expected, tensor_bytes, upload_bytes)
+    sketches = [step.sketch for step in steps if step.WhichOneof("kind") == "sketch"]
+    for sketch in sketches:
+        if reference is None:
+            raise LayoutError(f"client {client_id!r} has no reference model for a sketch")
+        expected[sketch.slot] = layout_of_sketch(reference, sketch.row_count)
+        upload_bytes[sketch.slot] = payload_size(expected[sketch.slot], encoding_from_proto(sketch.encoding))
+    return Dispatch(
+        plan,
+        layout,
+        pack("plan", plan, blobs),
+        received,
+        expected,
+        tensor_bytes,
+        upload_bytes,
+        frozenset(sketch.slot for sketch in sketches),
+    )
 
 
 def register_message(node_id: int, ttl: float | None = None) -> Message:
@@ -209,7 +231,7 @@ def _require_content(reply: Message, who: str) -> None:
 
 def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepResult) -> None:
     """What a result says about its step is what the plan said: the label decides who reads the metrics."""
-    names = {"evaluate": ("label", "split"), "send": ("slot",)}
+    names = {"evaluate": ("label", "split"), "send": ("slot",), "sketch": ("slot",)}
     kind = step.WhichOneof("kind") or ""
     for name in names.get(kind, ()):
         found, wanted = getattr(getattr(result, kind), name), getattr(getattr(step, kind), name)

@@ -59,15 +59,37 @@ def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> p
     return plan_pb2.Mixture(terms=terms)
 
 
-def part(factors: Iterable[Factor] = (), modules: Iterable[str] = ()) -> plan_pb2.Part:
+def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
+    """``sigmoid(g) first + (1 - sigmoid(g)) second`` for each module, with the gates g of the slot ``gates``."""
+    return plan_pb2.Mixture(
+        terms=[
+            plan_pb2.Term(slot=first, gate=plan_pb2.Gate(slot=gates)),
+            plan_pb2.Term(slot=second, gate=plan_pb2.Gate(slot=gates, complement=True)),
+        ]
+    )
+
+
+def part(factors: Iterable[Factor] = (), modules: Iterable[str] = (), *, without_basis: bool = False) -> plan_pb2.Part:
     """The tensors with these factors and modules; an empty list does not restrict."""
-    return plan_pb2.Part(factors=[factor_to_proto(factor) for factor in factors], modules=list(modules))
+    numbers = [factor_to_proto(factor) for factor in factors]
+    return plan_pb2.Part(factors=numbers, modules=list(modules), without_basis=without_basis)
 
 
 def initialise(slot: str, seed: int, *, keep_existing: bool = True) -> Step:
     """Create ``slot`` from a seed."""
     step = plan_pb2.InitialiseStep(slot=slot, seed=seed, keep_existing=keep_existing)
     return Step(initialise=step)
+
+
+def initialise_gates(slot: str, kind: str) -> Step:
+    """Create a slot of gates at one half, ``"scalar"`` or ``"input"``, unless it exists."""
+    kinds = {"scalar": plan_pb2.GATE_KIND_SCALAR, "input": plan_pb2.GATE_KIND_INPUT}
+    return Step(initialise=plan_pb2.InitialiseStep(slot=slot, gate=kinds[kind], keep_existing=True))
+
+
+def copy(slot: str, source: str) -> Step:
+    """``slot`` becomes a copy of ``source``; at the start of a plan this happens before received adapters go in."""
+    return Step(initialise=plan_pb2.InitialiseStep(slot=slot, copy_of=source))
 
 
 def train(
@@ -79,15 +101,18 @@ def train(
     proximal: tuple[str, float] | None = None,
     steps: int | None = None,
     fold: tuple[int, int] | None = None,
+    without_basis: bool = False,
+    rate_scales: Mapping[Factor, float] | None = None,
 ) -> Step:
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
-    ``fold = (i, n)`` trains on part i of n disjoint parts of the training split.
+    ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
+    learning rate of tensors with a factor.
     """
     step = plan_pb2.TrainStep(
         mixture=mix,
         slots=list(slots),
-        part=part(factors),
+        part=part(factors, without_basis=without_basis),
         steps=training.local_steps if steps is None else steps,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,
@@ -95,6 +120,10 @@ def train(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         split="train",
+        rate_scales=[
+            plan_pb2.RateScale(factor=factor_to_proto(factor), scale=scale)
+            for factor, scale in (rate_scales or {}).items()
+        ],
     )
     if proximal is not None and proximal[1] > 0:
         step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
@@ -121,7 +150,14 @@ def save(mix: plan_pb2.Mixture) -> Step:
     return Step(save=plan_pb2.SaveStep(mixture=mix))
 
 
-def send(training: Training, slot: str, *, factors: Iterable[Factor] = (), relative_to_received: bool = True) -> Step:
+def send(
+    training: Training,
+    slot: str,
+    *,
+    factors: Iterable[Factor] = (),
+    relative_to_received: bool = True,
+    without_basis: bool = False,
+) -> Step:
     """Upload ``slot`` or its ``factors``, encoded as the run says.
 
     A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
@@ -131,7 +167,7 @@ def send(training: Training, slot: str, *, factors: Iterable[Factor] = (), relat
     encoding = Encoding(training.uplink_encoding)
     step = plan_pb2.SendStep(
         slot=slot,
-        part=part(factors),
+        part=part(factors, without_basis=without_basis),
         encoding=encoding_to_proto(encoding),
         relative_to_received=relative_to_received and encoding.is_lossy,
     )
@@ -170,3 +206,35 @@ def distance(first: str, second: str) -> Step:
 def precision_mixture(precisions: Mapping[str, str]) -> plan_pb2.Mixture:
     """For a merge in factor space: slots, and the slots that hold the weight of each of their numbers."""
     return plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, precision=name) for slot, name in precisions.items()])
+
+
+def sketch(
+    training: Training,
+    slot: str,
+    *,
+    batches: int,
+    rows: int,
+    row_choice: str = "random",
+    gradient: str = "exact",
+    noise: float = 0.0,
+    noise_on_gradients: bool = False,
+    new_weight: float = 1.0,
+    encoding: str = "bf16",
+) -> Step:
+    """Upload ``rows`` rows of the reference model's gradient on ``batches`` batches; ``slot`` averages over rounds."""
+    choices = {"first": plan_pb2.SKETCH_ROWS_FIRST, "random": plan_pb2.SKETCH_ROWS_RANDOM}
+    gradients = {"exact": plan_pb2.SKETCH_GRADIENT_EXACT, "diagonal": plan_pb2.SKETCH_GRADIENT_DIAGONAL}
+    step = plan_pb2.SketchStep(
+        slot=slot,
+        split="train",
+        batches=batches,
+        batch_size=training.batch_size,
+        gradient=gradients[gradient],
+        rows=choices[row_choice],
+        row_count=rows,
+        noise=noise,
+        noise_on_gradients=noise_on_gradients,
+        new_weight=new_weight,
+        encoding=encoding_to_proto(Encoding(encoding)),
+    )
+    return Step(sketch=step)

@@ -104,13 +104,19 @@ class InProcessGrid(Grid):
             return Message(Error(code=2, reason=f"{type(error)}:<'{error}'>"), reply_to=message)
 
 
-def run_in_process(runs_dir: Path, clients: int = 4, tamper: Tamper | None = None, **run_config: Any) -> Any:
+def run_in_process(
+    runs_dir: Path,
+    clients: int = 4,
+    tamper: Tamper | None = None,
+    node_config: Callable[[int], dict[str, Any]] | None = None,
+    **run_config: Any,
+) -> Any:
     """Run the real server loop; keys with underscores for dashes and dots: ``fedmerge__lr_w`` is ``fedmerge.lr-w``."""
     from server_app.run import run
 
     config = {key.replace("__", ".").replace("_", "-"): value for key, value in run_config.items()}
     config.setdefault("runs-dir", str(runs_dir))
     config.setdefault("min-clients", clients)
-    grid = InProcessGrid(clients, runs_dir, config, tamper=tamper)
+    grid = InProcessGrid(clients, runs_dir, config, node_config, tamper)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     return run(grid, context)

@@ -251,6 +251,7 @@ def test_every_category_from_its_own_source(ledger: Ledger) -> None:
     assert tuple(went["up"]) == tuple(went["down"]) == CATEGORIES
     assert went["up"] == {
         "tensors": 1900,
+        "sketches": 0,
         "message framing": 100,
         "Flower control": 630,
         "app bundle": 110,

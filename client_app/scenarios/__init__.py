@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from client_app.data import Base, ClientData
+from client_app.data import Base, ClientData, Dataset
 
-NAMES = ("digits",)
+NAMES = ("digits", "digits-mixed")
 
 
 class ScenarioError(ValueError):
@@ -30,6 +30,22 @@ def load_scenario(
     """
     if name not in NAMES:
         raise ScenarioError(f"scenario {name!r} is unknown, expected one of: {', '.join(NAMES)}")
-    from client_app.scenarios import digits
+    from client_app.scenarios import digits, digits_mixed
 
+    if name == "digits-mixed":
+        data = digits_mixed.load_client(partition_id, num_partitions, seed)
+        return digits_mixed.load_base(partition_id, num_partitions, cache_dir), data
     return digits.load_base(cache_dir), digits.load_client(partition_id, num_partitions, seed)
+
+
+def bases_to_align(name: str, cache_dir: Path) -> tuple[list[Base], Dataset]:
+    """The base models of a scenario with several architectures, the pivot first, and public data to align them on.
+
+    Raises:
+        ScenarioError: the scenario has one architecture, or its name is unknown.
+    """
+    from client_app.scenarios import digits_mixed
+
+    if name != "digits-mixed":
+        raise ScenarioError(f"scenario {name!r} has nothing to align; of these there are: digits-mixed")
+    return digits_mixed.bases_to_align(cache_dir)

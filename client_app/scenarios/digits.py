@@ -76,18 +76,24 @@ GROUPS = (
 )
 
 
-def group_of(partition_id: int, num_partitions: int) -> Group:
+def group_of(partition_id: int, num_partitions: int, groups: tuple[Group, ...] = GROUPS) -> Group:
     """The group of a client: groups take turns, and there are as many (2 to 4) as can have two members each."""
-    return GROUPS[partition_id % min(len(GROUPS), max(2, num_partitions // 2))]
+    return groups[partition_id % group_count(num_partitions)]
 
 
-def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData:
+def group_count(num_partitions: int) -> int:
+    """How many groups so many clients come in."""
+    return min(len(GROUPS), max(2, num_partitions // 2))
+
+
+def load_client(partition_id: int, num_partitions: int, seed: int, groups: tuple[Group, ...] = GROUPS) -> ClientData:
     """One client's splits; inputs are ``pixel_values`` ``[n, 1, 8, 8]`` in [-1, 1].
 
     Args:
         partition_id: this client, from 0.
         num_partitions: how many clients there are, at most :data:`MAX_CLIENTS`.
         seed: decides which images of the training pool each client holds.
+        groups: four of them, or those of this scenario.
 
     Raises:
         ScenarioError: there is no such client, or there are too many.
@@ -99,7 +105,7 @@ def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData
     if not 0 <= partition_id < num_partitions:
         raise ScenarioError(f"partition-id = {partition_id}, expected 0 to {num_partitions - 1}")
     pools = _pools()
-    group = group_of(partition_id, num_partitions)
+    group = group_of(partition_id, num_partitions, groups)
     chosen = pools | {"train": _shards(pools["train"], num_partitions, seed)[partition_id]}
     splits = {name: _view(chosen[name], group) for name in ("train", "validation", "test")}
     return ClientData(task="digits", kind="image-classification", splits=splits)
@@ -107,7 +113,7 @@ def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData
 
 def load_base(cache_dir: Path) -> Base:
     """The base model: pre-trained in a few seconds on first use, then read from ``cache_dir``."""
-    return load_or_pretrain(BASE_RECIPE, cache_dir, _public)
+    return load_or_pretrain(BASE_RECIPE, cache_dir, public)
 
 
 def base_fingerprint() -> str:
@@ -115,10 +121,11 @@ def base_fingerprint() -> str:
     return BASE_RECIPE.fingerprint
 
 
-def _public() -> tuple[Tensor, Tensor]:
+def public() -> tuple[Tensor, Tensor]:
+    """Images ``[n, 1, 8, 8]`` that no client holds, and their digits ``[n]``."""
     images, labels = _read()
-    public = _pools()["public"]
-    return torch.from_numpy(images[public])[:, None], torch.from_numpy(labels[public])
+    chosen = _pools()["public"]
+    return torch.from_numpy(images[chosen])[:, None], torch.from_numpy(labels[chosen])
 
 
 def _pools() -> dict[str, NDArray[np.int64]]:

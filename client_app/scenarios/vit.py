@@ -26,6 +26,7 @@ from torch.nn import functional
 from client_app.data import Base
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj")
+ALL_MODULES = (*TARGET_MODULES, "o_proj", "fc1", "fc2")
 HEAD_MODULES = ("classifier",)
 _RECORD = "recipe.json"
 _WEIGHTS = "model.safetensors"
@@ -62,13 +63,19 @@ class Recipe:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def load_or_pretrain(recipe: Recipe, cache_dir: Path, examples: Callable[[], tuple[Tensor, Tensor]]) -> Base:
+def load_or_pretrain(
+    recipe: Recipe,
+    cache_dir: Path,
+    examples: Callable[[], tuple[Tensor, Tensor]],
+    targets: tuple[str, ...] = TARGET_MODULES,
+) -> Base:
     """The base model of a recipe, frozen and in evaluation mode; made on first use and then loaded.
 
     Args:
         recipe: what to make.
         cache_dir: holds one directory per recipe, in transformers' ``save_pretrained`` format.
         examples: images ``[n, 1, H, W]`` and labels ``[n]``; only called if the model has to be made.
+        targets: last parts of the names of the modules that get LoRA factors.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     directory = cache_dir / f"{recipe.name}-{recipe.fingerprint[:16]}"
@@ -90,7 +97,7 @@ def load_or_pretrain(recipe: Recipe, cache_dir: Path, examples: Callable[[], tup
         name=recipe.name,
         model=model,
         fingerprint=recipe.fingerprint,
-        targets=tuple(name for name in linear if name.rsplit(".", 1)[-1] in TARGET_MODULES),
+        targets=tuple(name for name in linear if name.rsplit(".", 1)[-1] in targets),
         heads=HEAD_MODULES,
     )
 

@@ -99,10 +99,14 @@ def layouts(draw: st.DrawFn) -> Layout:
                 shape: tuple[int, ...] = (rank, draw(small))
             elif factor is Factor.B:
                 shape = (draw(small), rank)
+            elif factor is Factor.P:
+                shape = (rank, rank)
+            elif factor is Factor.Q:
+                shape = (rank,)
             else:
                 shape = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)))
             entries.append(Entry(module, factor, shape))
-        if kinds & {Factor.A, Factor.B}:
+        if any(factor.is_lora for factor in kinds):
             scalings[module] = draw(st.floats(0, exclude_min=True, allow_infinity=False))
     return Layout(tuple(draw(st.permutations(entries))), scalings, draw(names))
 

@@ -23,7 +23,7 @@ from adapters.adapter import Adapter
 from adapters.algebra import Coefficient, precision_mean, squared_distances, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
-from adapters.parts import layout_of_part, layouts_of_plan
+from adapters.parts import layout_of_part, layout_of_sketch, layouts_of_plan
 from adapters.records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.base import AlloyStrategy, Answer, Brief, Client
@@ -57,9 +57,13 @@ def layout_of(
     return Layout(tuple(entries), dict.fromkeys(modules, alpha / rank), base)
 
 
+REFERENCE = Layout((Entry("down_proj", Factor.GRADIENT, (10, 6)),), {}, "reference")
+
+
 def client_of(name: str, layout: Layout, examples: int = 10, node_id: int = 7) -> Client:
     task = report_pb2.Task(name="toy", kind="toy", examples={"train": examples, "validation": 4, "test": 5})
-    return Client(name, node_id, layout, examples, layout.base_fingerprint, report_pb2.Registration(tasks=[task]))
+    registration = report_pb2.Registration(tasks=[task])
+    return Client(name, node_id, layout, examples, layout.base_fingerprint, registration, REFERENCE)
 
 
 def random_adapter(layout: Layout, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Adapter:
@@ -101,12 +105,15 @@ def play(strategy: AlloyStrategy, names: Iterable[str], round_: int, move: Move 
     for name in names:
         client = strategy.clients[name]
         brief = strategy.brief(round_, client)
-        ((slot, received),) = brief.adapters.items()
+        sketches = [step.sketch for step in brief.steps if step.HasField("sketch")]
+        if sketches:  # it sends what it keeps, and what it receives it only uses
+            slot, received = send_step(brief).slot, Adapter.initial(client.layout, round_)
+        else:
+            ((slot, received),) = brief.adapters.items()
         asked = layout_of_part(client.layout, send_step(brief).part)
-        returned = move(name, round_, received).part(asked)
-        strategy.absorb(
-            round_, client, Answer({slot: returned}, {slot: received}, {}, client.examples, report_pb2.Report())
-        )
+        answers = {slot: move(name, round_, received).part(asked)}
+        answers |= {step.slot: noise(name, 0, layout_of_sketch(REFERENCE, step.row_count)) for step in sketches}
+        strategy.absorb(round_, client, Answer(answers, {slot: received}, {}, client.examples, report_pb2.Report()))
     return strategy.settle(round_)
 
 
@@ -128,6 +135,7 @@ def dispatch_of(strategy: AlloyStrategy, name: str, round_: int = 1) -> Dispatch
         seed=strategy.seed,
         run_name="run",
         encoding=strategy.training.downlink_encoding,
+        reference=client.reference,
     )
 
 
@@ -152,7 +160,12 @@ class FakeNode:
     def registration(self) -> report_pb2.Registration:
         task = report_pb2.Task(name="toy", kind="toy", examples={"train": self.examples, "validation": 4, "test": 5})
         return report_pb2.Registration(
-            version=1, client_id=self.name, base_model="toy", layout=self.layout.to_proto(), tasks=[task]
+            version=1,
+            client_id=self.name,
+            base_model="toy",
+            layout=self.layout.to_proto(),
+            tasks=[task],
+            reference=REFERENCE.to_proto(),
         )
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
@@ -190,11 +203,13 @@ class FakeNode:
         match step.WhichOneof("kind"):
             case "initialise":
                 create = not (step.initialise.keep_existing and step.initialise.slot in self.slots)
-                if create:
+                if create and step.initialise.copy_of:
+                    self.slots[step.initialise.slot] = self.slots[step.initialise.copy_of].clone()
+                elif create:  # gates, too: here a gate is always one half
                     self.slots[step.initialise.slot] = Adapter.initial(self.layout, step.initialise.seed)
                 result.initialise.created = create
             case "train":
-                (slot,) = step.train.slots
+                slot = step.train.slots[0]
                 part = layout_of_part(self.layout, step.train.part)
                 moved = self.move(self.name, plan.round, self.slots[slot].part(part))
                 self.slots[slot] = self.slots[slot].with_part(moved)
@@ -221,6 +236,12 @@ class FakeNode:
                 )
                 uploads[step.send.slot] = encoded.blob
                 result.send.CopyFrom(report_pb2.SendResult(slot=step.send.slot, content_digest=encoded.decoded.digest))
+            case "sketch":
+                layout = layout_of_sketch(REFERENCE, step.sketch.row_count)
+                self.slots[step.sketch.slot] = noise(self.name, 0, layout)
+                encoding = encoding_from_proto(step.sketch.encoding)
+                uploads[step.sketch.slot] = encode(self.slots[step.sketch.slot], encoding, include_layout=False).blob
+                result.sketch.CopyFrom(report_pb2.SketchResult(slot=step.sketch.slot, examples=1, norm=1.0))
             case "merge":
                 self.slots[step.merge.target] = self.mixed(step.merge.mixture)
                 result.merge.max_rank = max(self.layout.ranks.values())
@@ -244,7 +265,11 @@ class FakeNode:
             pairs = [(self.slots[term.slot], self.slots[term.precision]) for term in mixture.terms]
             return precision_mean(*zip(*pairs, strict=True))
         coefficients: list[Coefficient] = [
-            term.scalar if term.WhichOneof("coefficient") == "scalar" else dict(term.per_module.values)
+            dict(term.per_module.values)
+            if term.HasField("per_module")
+            else 0.5
+            if term.HasField("gate")
+            else term.scalar
             for term in mixture.terms
         ]
         if len(coefficients) == 1 and coefficients[0] == 1.0:

@@ -16,7 +16,7 @@ from adapters.adapter import Adapter
 from adapters.records import ARRAY_RECORD, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies import STRATEGIES, AlloyStrategy
-from strategies.base import Client, State, StrategyError
+from strategies.base import State, StrategyError
 from strategies.fedavg import FedAvgOptions
 from strategies.fedmerge import FedMergeOptions
 from strategies.messages import CLIENT_ID
@@ -60,6 +60,7 @@ BUILDS: dict[str, Callable[..., AlloyStrategy]] = {
         }.items()
     },
 }
+BUILDS["fedmosaic"] = lambda **k: STRATEGIES["fedmosaic"](**k)
 every_strategy = pytest.mark.parametrize("name", BUILDS)
 
 
@@ -282,7 +283,7 @@ def test_the_summary_shows_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------ enrolment
 
 
-@every_strategy
+@pytest.mark.parametrize("name", [name for name in BUILDS if name != "local"])  # where nothing is merged, all fit
 @pytest.mark.parametrize(
     ("layout", "finding"),
     [
@@ -312,7 +313,7 @@ def test_a_client_that_does_not_fit_is_refused_by_name(name: str, layout: Any, f
 def test_a_client_may_come_again_and_may_come_late(name: str) -> None:
     strategy = enrolled(name)
     play_if_it_sends(strategy)
-    strategy.enrol(Client("ada", 99, LAYOUT, 50))
+    strategy.enrol(client_of("ada", LAYOUT, 50, node_id=99))
     assert strategy.clients["ada"].node_id == 99
     strategy.enrol(client_of("zoe", LAYOUT))
     for client in strategy.clients.values():

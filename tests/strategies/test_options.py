@@ -26,8 +26,11 @@ OTHER: dict[str, Any] = {
     "potara.weight": "plugin", "potara.granularity": "module", "potara.space": "factor", "potara.merge-at": "server",
     "potara.calibration": "validation", "potara.trace-space": "delta", "potara.fed-scale": "total",
     "potara.variance": "curvature",
+    "fedmosaic.similarity": "column-mean", "fedmosaic.gate": "input", "fedmosaic.sketch-row-choice": "first",
+    "fedmosaic.sketch-noise-at": "gradients", "fedmosaic.sketch-gradient": "diagonal",
+    "fedmosaic.sketch-encoding": "int8", "fedmosaic.sketch-rows": 0.75, "fedmosaic.sketch-new-weight": 0.25,
 }  # fmt: skip
-"""A valid value that is not the default, for every key of text."""
+"""A valid value that is not the default, for every key of text and for shares."""
 
 ALONG: dict[str, dict[str, Any]] = {"potara.granularity": {"potara.weight": "plugin"}}
 """What else must change for a key's other value to be valid."""
@@ -35,11 +38,14 @@ ALONG: dict[str, dict[str, Any]] = {"potara.granularity": {"potara.weight": "plu
 
 def another(key: str, default: Any) -> Any:
     """A valid value that is not the default."""
+    if key in OTHER:
+        return OTHER[key]
     if isinstance(default, bool):
         return not default
     if isinstance(default, int):
         return default + 3
-    return default * 2 + 0.5 if isinstance(default, float) else OTHER[key]
+    assert isinstance(default, float), f"{key} needs another value in OTHER"
+    return default * 2 + 0.5
 
 
 @pytest.mark.parametrize(("kind", "prefix"), OPTIONS, ids=lambda value: value if isinstance(value, str) else "")

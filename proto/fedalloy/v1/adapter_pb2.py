@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64\x61lloy/v1/adapter.proto\x12\x0b\x66\x65\x64\x61lloy.v1\"Q\n\x0bTensorEntry\x12\x0e\n\x06module\x18\x01 \x01(\t\x12#\n\x06\x66\x61\x63tor\x18\x02 \x01(\x0e\x32\x13.fedalloy.v1.Factor\x12\r\n\x05shape\x18\x03 \x03(\r\"0\n\rModuleScaling\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x0f\n\x07scaling\x18\x02 \x01(\x01\"{\n\x06Layout\x12\x18\n\x10\x62\x61se_fingerprint\x18\x01 \x01(\t\x12)\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x18.fedalloy.v1.TensorEntry\x12,\n\x08scalings\x18\x03 \x03(\x0b\x32\x1a.fedalloy.v1.ModuleScaling\"\xdd\x01\n\rAdapterHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\'\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x15.fedalloy.v1.Encoding\x12\x15\n\rlayout_digest\x18\x04 \x01(\x0c\x12#\n\x06layout\x18\x05 \x01(\x0b\x32\x13.fedalloy.v1.Layout\x12\x16\n\x0e\x63ontent_digest\x18\x06 \x01(\x0c\x12\x18\n\x10reference_digest\x18\x07 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x08 \x01(\x04*p\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x11\n\rENCODING_FP32\x10\x01\x12\x11\n\rENCODING_FP16\x10\x02\x12\x11\n\rENCODING_BF16\x10\x03\x12\x11\n\rENCODING_INT8\x10\x04*`\n\x06\x46\x61\x63tor\x12\x16\n\x12\x46\x41\x43TOR_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x46\x41\x43TOR_A\x10\x01\x12\x0c\n\x08\x46\x41\x43TOR_B\x10\x02\x12\x11\n\rFACTOR_WEIGHT\x10\x03\x12\x0f\n\x0b\x46\x41\x43TOR_BIAS\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64\x61lloy/v1/adapter.proto\x12\x0b\x66\x65\x64\x61lloy.v1\"Q\n\x0bTensorEntry\x12\x0e\n\x06module\x18\x01 \x01(\t\x12#\n\x06\x66\x61\x63tor\x18\x02 \x01(\x0e\x32\x13.fedalloy.v1.Factor\x12\r\n\x05shape\x18\x03 \x03(\r\"0\n\rModuleScaling\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x0f\n\x07scaling\x18\x02 \x01(\x01\"*\n\nSharedName\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xaa\x01\n\x06Layout\x12\x18\n\x10\x62\x61se_fingerprint\x18\x01 \x01(\t\x12)\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x18.fedalloy.v1.TensorEntry\x12,\n\x08scalings\x18\x03 \x03(\x0b\x32\x1a.fedalloy.v1.ModuleScaling\x12-\n\x0cshared_names\x18\x04 \x03(\x0b\x32\x17.fedalloy.v1.SharedName\"\xdd\x01\n\rAdapterHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\'\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x15.fedalloy.v1.Encoding\x12\x15\n\rlayout_digest\x18\x04 \x01(\x0c\x12#\n\x06layout\x18\x05 \x01(\x0b\x32\x13.fedalloy.v1.Layout\x12\x16\n\x0e\x63ontent_digest\x18\x06 \x01(\x0c\x12\x18\n\x10reference_digest\x18\x07 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x08 \x01(\x04*p\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x11\n\rENCODING_FP32\x10\x01\x12\x11\n\rENCODING_FP16\x10\x02\x12\x11\n\rENCODING_BF16\x10\x03\x12\x11\n\rENCODING_INT8\x10\x04*\xa2\x01\n\x06\x46\x61\x63tor\x12\x16\n\x12\x46\x41\x43TOR_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x46\x41\x43TOR_A\x10\x01\x12\x0c\n\x08\x46\x41\x43TOR_B\x10\x02\x12\x11\n\rFACTOR_WEIGHT\x10\x03\x12\x0f\n\x0b\x46\x41\x43TOR_BIAS\x10\x04\x12\x0c\n\x08\x46\x41\x43TOR_P\x10\x05\x12\x0c\n\x08\x46\x41\x43TOR_Q\x10\x06\x12\x0f\n\x0b\x46\x41\x43TOR_GATE\x10\x07\x12\x13\n\x0f\x46\x41\x43TOR_GRADIENT\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedalloy.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=524
-  _globals['_ENCODING']._serialized_end=636
-  _globals['_FACTOR']._serialized_start=638
-  _globals['_FACTOR']._serialized_end=734
+  _globals['_ENCODING']._serialized_start=616
+  _globals['_ENCODING']._serialized_end=728
+  _globals['_FACTOR']._serialized_start=731
+  _globals['_FACTOR']._serialized_end=893
   _globals['_TENSORENTRY']._serialized_start=42
   _globals['_TENSORENTRY']._serialized_end=123
   _globals['_MODULESCALING']._serialized_start=125
   _globals['_MODULESCALING']._serialized_end=173
-  _globals['_LAYOUT']._serialized_start=175
-  _globals['_LAYOUT']._serialized_end=298
-  _globals['_ADAPTERHEADER']._serialized_start=301
-  _globals['_ADAPTERHEADER']._serialized_end=522
+  _globals['_SHAREDNAME']._serialized_start=175
+  _globals['_SHAREDNAME']._serialized_end=217
+  _globals['_LAYOUT']._serialized_start=220
+  _globals['_LAYOUT']._serialized_end=390
+  _globals['_ADAPTERHEADER']._serialized_start=393
+  _globals['_ADAPTERHEADER']._serialized_end=614
 # @@protoc_insertion_point(module_scope)

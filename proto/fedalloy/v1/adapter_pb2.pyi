@@ -22,6 +22,10 @@ class Factor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FACTOR_B: _ClassVar[Factor]
     FACTOR_WEIGHT: _ClassVar[Factor]
     FACTOR_BIAS: _ClassVar[Factor]
+    FACTOR_P: _ClassVar[Factor]
+    FACTOR_Q: _ClassVar[Factor]
+    FACTOR_GATE: _ClassVar[Factor]
+    FACTOR_GRADIENT: _ClassVar[Factor]
 ENCODING_UNSPECIFIED: Encoding
 ENCODING_FP32: Encoding
 ENCODING_FP16: Encoding
@@ -32,6 +36,10 @@ FACTOR_A: Factor
 FACTOR_B: Factor
 FACTOR_WEIGHT: Factor
 FACTOR_BIAS: Factor
+FACTOR_P: Factor
+FACTOR_Q: Factor
+FACTOR_GATE: Factor
+FACTOR_GRADIENT: Factor
 
 class TensorEntry(_message.Message):
     __slots__ = ("module", "factor", "shape")
@@ -51,15 +59,25 @@ class ModuleScaling(_message.Message):
     scaling: float
     def __init__(self, module: _Optional[str] = ..., scaling: _Optional[float] = ...) -> None: ...
 
+class SharedName(_message.Message):
+    __slots__ = ("module", "name")
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    module: str
+    name: str
+    def __init__(self, module: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
 class Layout(_message.Message):
-    __slots__ = ("base_fingerprint", "entries", "scalings")
+    __slots__ = ("base_fingerprint", "entries", "scalings", "shared_names")
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     SCALINGS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_NAMES_FIELD_NUMBER: _ClassVar[int]
     base_fingerprint: str
     entries: _containers.RepeatedCompositeFieldContainer[TensorEntry]
     scalings: _containers.RepeatedCompositeFieldContainer[ModuleScaling]
-    def __init__(self, base_fingerprint: _Optional[str] = ..., entries: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., scalings: _Optional[_Iterable[_Union[ModuleScaling, _Mapping]]] = ...) -> None: ...
+    shared_names: _containers.RepeatedCompositeFieldContainer[SharedName]
+    def __init__(self, base_fingerprint: _Optional[str] = ..., entries: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ..., scalings: _Optional[_Iterable[_Union[ModuleScaling, _Mapping]]] = ..., shared_names: _Optional[_Iterable[_Union[SharedName, _Mapping]]] = ...) -> None: ...
 
 class AdapterHeader(_message.Message):
     __slots__ = ("version", "nonce", "encoding", "layout_digest", "layout", "content_digest", "reference_digest", "payload_bytes")

@@ -8,6 +8,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class GateKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GATE_KIND_UNSPECIFIED: _ClassVar[GateKind]
+    GATE_KIND_SCALAR: _ClassVar[GateKind]
+    GATE_KIND_INPUT: _ClassVar[GateKind]
+
 class Schedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCHEDULE_UNSPECIFIED: _ClassVar[Schedule]
@@ -20,6 +26,21 @@ class MergeSpace(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MERGE_SPACE_UNSPECIFIED: _ClassVar[MergeSpace]
     MERGE_SPACE_DELTA: _ClassVar[MergeSpace]
     MERGE_SPACE_FACTOR: _ClassVar[MergeSpace]
+
+class SketchRows(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SKETCH_ROWS_UNSPECIFIED: _ClassVar[SketchRows]
+    SKETCH_ROWS_FIRST: _ClassVar[SketchRows]
+    SKETCH_ROWS_RANDOM: _ClassVar[SketchRows]
+
+class SketchGradient(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SKETCH_GRADIENT_UNSPECIFIED: _ClassVar[SketchGradient]
+    SKETCH_GRADIENT_EXACT: _ClassVar[SketchGradient]
+    SKETCH_GRADIENT_DIAGONAL: _ClassVar[SketchGradient]
+GATE_KIND_UNSPECIFIED: GateKind
+GATE_KIND_SCALAR: GateKind
+GATE_KIND_INPUT: GateKind
 SCHEDULE_UNSPECIFIED: Schedule
 SCHEDULE_CONSTANT: Schedule
 SCHEDULE_LINEAR: Schedule
@@ -27,6 +48,12 @@ SCHEDULE_COSINE: Schedule
 MERGE_SPACE_UNSPECIFIED: MergeSpace
 MERGE_SPACE_DELTA: MergeSpace
 MERGE_SPACE_FACTOR: MergeSpace
+SKETCH_ROWS_UNSPECIFIED: SketchRows
+SKETCH_ROWS_FIRST: SketchRows
+SKETCH_ROWS_RANDOM: SketchRows
+SKETCH_GRADIENT_UNSPECIFIED: SketchGradient
+SKETCH_GRADIENT_EXACT: SketchGradient
+SKETCH_GRADIENT_DIAGONAL: SketchGradient
 
 class ModuleCoefficients(_message.Message):
     __slots__ = ("values",)
@@ -41,17 +68,27 @@ class ModuleCoefficients(_message.Message):
     values: _containers.ScalarMap[str, float]
     def __init__(self, values: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
+class Gate(_message.Message):
+    __slots__ = ("slot", "complement")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    COMPLEMENT_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    complement: bool
+    def __init__(self, slot: _Optional[str] = ..., complement: _Optional[bool] = ...) -> None: ...
+
 class Term(_message.Message):
-    __slots__ = ("slot", "scalar", "per_module", "precision")
+    __slots__ = ("slot", "scalar", "per_module", "precision", "gate")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SCALAR_FIELD_NUMBER: _ClassVar[int]
     PER_MODULE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     slot: str
     scalar: float
     per_module: ModuleCoefficients
     precision: str
-    def __init__(self, slot: _Optional[str] = ..., scalar: _Optional[float] = ..., per_module: _Optional[_Union[ModuleCoefficients, _Mapping]] = ..., precision: _Optional[str] = ...) -> None: ...
+    gate: Gate
+    def __init__(self, slot: _Optional[str] = ..., scalar: _Optional[float] = ..., per_module: _Optional[_Union[ModuleCoefficients, _Mapping]] = ..., precision: _Optional[str] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
 
 class Mixture(_message.Message):
     __slots__ = ("terms",)
@@ -60,22 +97,36 @@ class Mixture(_message.Message):
     def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
 
 class Part(_message.Message):
-    __slots__ = ("factors", "modules")
+    __slots__ = ("factors", "modules", "without_basis")
     FACTORS_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_BASIS_FIELD_NUMBER: _ClassVar[int]
     factors: _containers.RepeatedScalarFieldContainer[_adapter_pb2.Factor]
     modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, factors: _Optional[_Iterable[_Union[_adapter_pb2.Factor, str]]] = ..., modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    without_basis: bool
+    def __init__(self, factors: _Optional[_Iterable[_Union[_adapter_pb2.Factor, str]]] = ..., modules: _Optional[_Iterable[str]] = ..., without_basis: _Optional[bool] = ...) -> None: ...
 
 class InitialiseStep(_message.Message):
-    __slots__ = ("slot", "seed", "keep_existing")
+    __slots__ = ("slot", "seed", "keep_existing", "gate", "copy_of")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     KEEP_EXISTING_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
+    COPY_OF_FIELD_NUMBER: _ClassVar[int]
     slot: str
     seed: int
     keep_existing: bool
-    def __init__(self, slot: _Optional[str] = ..., seed: _Optional[int] = ..., keep_existing: _Optional[bool] = ...) -> None: ...
+    gate: GateKind
+    copy_of: str
+    def __init__(self, slot: _Optional[str] = ..., seed: _Optional[int] = ..., keep_existing: _Optional[bool] = ..., gate: _Optional[_Union[GateKind, str]] = ..., copy_of: _Optional[str] = ...) -> None: ...
+
+class RateScale(_message.Message):
+    __slots__ = ("factor", "scale")
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    factor: _adapter_pb2.Factor
+    scale: float
+    def __init__(self, factor: _Optional[_Union[_adapter_pb2.Factor, str]] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class Proximal(_message.Message):
     __slots__ = ("slot", "mu")
@@ -94,7 +145,7 @@ class Fold(_message.Message):
     def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +158,7 @@ class TrainStep(_message.Message):
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     FOLD_FIELD_NUMBER: _ClassVar[int]
+    RATE_SCALES_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
     part: Part
@@ -119,7 +171,8 @@ class TrainStep(_message.Message):
     max_grad_norm: float
     split: str
     fold: Fold
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ...) -> None: ...
+    rate_scales: _containers.RepeatedCompositeFieldContainer[RateScale]
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ...) -> None: ...
 
 class MergeStep(_message.Message):
     __slots__ = ("target", "mixture", "space", "truncate_rank")
@@ -142,6 +195,32 @@ class EvaluateStep(_message.Message):
     mixture: Mixture
     split: str
     def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ...) -> None: ...
+
+class SketchStep(_message.Message):
+    __slots__ = ("slot", "split", "batches", "batch_size", "gradient", "rows", "row_count", "noise", "noise_on_gradients", "new_weight", "encoding")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_ON_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    NEW_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    split: str
+    batches: int
+    batch_size: int
+    gradient: SketchGradient
+    rows: SketchRows
+    row_count: int
+    noise: float
+    noise_on_gradients: bool
+    new_weight: float
+    encoding: _adapter_pb2.Encoding
+    def __init__(self, slot: _Optional[str] = ..., split: _Optional[str] = ..., batches: _Optional[int] = ..., batch_size: _Optional[int] = ..., gradient: _Optional[_Union[SketchGradient, str]] = ..., rows: _Optional[_Union[SketchRows, str]] = ..., row_count: _Optional[int] = ..., noise: _Optional[float] = ..., noise_on_gradients: _Optional[bool] = ..., new_weight: _Optional[float] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ...) -> None: ...
 
 class SaveStep(_message.Message):
     __slots__ = ("mixture",)
@@ -192,7 +271,7 @@ class DistanceStep(_message.Message):
     def __init__(self, first: _Optional[str] = ..., second: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +280,7 @@ class Step(_message.Message):
     SEND_FIELD_NUMBER: _ClassVar[int]
     FISHER_FIELD_NUMBER: _ClassVar[int]
     DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseStep
     train: TrainStep
     merge: MergeStep
@@ -209,7 +289,8 @@ class Step(_message.Message):
     send: SendStep
     fisher: FisherStep
     distance: DistanceStep
-    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ...) -> None: ...
+    sketch: SketchStep
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps")

@@ -63,7 +63,7 @@ class Task(_message.Message):
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., examples: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Registration(_message.Message):
-    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire")
+    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Registration(_message.Message):
     TASKS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     version: int
     client_id: str
     base_model: str
@@ -78,7 +79,8 @@ class Registration(_message.Message):
     tasks: _containers.RepeatedCompositeFieldContainer[Task]
     device: str
     wire: WireReading
-    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ...) -> None: ...
+    reference: _adapter_pb2.Layout
+    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., reference: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ...) -> None: ...
 
 class InitialiseResult(_message.Message):
     __slots__ = ("created",)
@@ -130,10 +132,12 @@ class EvaluateResult(_message.Message):
     def __init__(self, label: _Optional[str] = ..., split: _Optional[str] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class SaveResult(_message.Message):
-    __slots__ = ("content_digest",)
+    __slots__ = ("content_digest", "in_parts")
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    IN_PARTS_FIELD_NUMBER: _ClassVar[int]
     content_digest: bytes
-    def __init__(self, content_digest: _Optional[bytes] = ...) -> None: ...
+    in_parts: bool
+    def __init__(self, content_digest: _Optional[bytes] = ..., in_parts: _Optional[bool] = ...) -> None: ...
 
 class SendResult(_message.Message):
     __slots__ = ("slot", "content_digest")
@@ -173,8 +177,20 @@ class DistanceResult(_message.Message):
     squared: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, squared: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class SketchResult(_message.Message):
+    __slots__ = ("slot", "examples", "norm", "seconds")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    examples: int
+    norm: float
+    seconds: float
+    def __init__(self, slot: _Optional[str] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class StepResult(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +199,7 @@ class StepResult(_message.Message):
     SEND_FIELD_NUMBER: _ClassVar[int]
     FISHER_FIELD_NUMBER: _ClassVar[int]
     DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseResult
     train: TrainResult
     merge: MergeResult
@@ -191,7 +208,8 @@ class StepResult(_message.Message):
     send: SendResult
     fisher: FisherResult
     distance: DistanceResult
-    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ...) -> None: ...
+    sketch: SketchResult
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire")

@@ -1,0 +1,101 @@
+"""Which module plays which part in a transformer, by name; for Co-LoRA's correspondences and the sketch's gradient.
+
+Families name the same linear layer differently: ``self_attn.q_proj``, ``attention.self.query``, ``attention.q_proj``
+are all a query projection. Layers are numbered by the first number in a module's path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+_ROLES = (
+    ("q", r"(q_proj|query|q_lin|wq)"),
+    ("k", r"(k_proj|key|k_lin|wk)"),
+    ("v", r"(v_proj|value|v_lin|wv)"),
+    ("o", r"(o_proj|out_proj|out_lin|wo|attention\.output\.dense|attn\.c_proj)"),
+    ("gate", r"(gate_proj|w1)"),
+    ("up", r"(up_proj|fc1|lin1|w3|intermediate\.dense|mlp\.c_fc|dense_h_to_4h)"),
+    # BERT's output.dense follows its intermediate.dense; its attention.output.dense has been taken above.
+    ("down", r"(down_proj|fc2|lin2|w2|output\.dense|mlp\.c_proj|dense_4h_to_h)"),
+)
+_PATTERNS = tuple((role, re.compile(rf"(.*\.)?{pattern}")) for role, pattern in _ROLES)
+_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+class RoleError(ValueError):
+    """A model's modules do not say what is asked; names the module or the finding."""
+
+
+def role_of(module: str) -> str:
+    """One of ``q, k, v, o, gate, up, down``.
+
+    Raises:
+        RoleError: the name says none of them.
+    """
+    for role, pattern in _PATTERNS:
+        if pattern.fullmatch(module):
+            return role
+    raise RoleError(f"module {module!r} has no known role; known are {', '.join(role for role, _ in _ROLES)}")
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module is in, from 0; None outside the layers."""
+    found = _NUMBER.search(module)
+    return int(found[1]) if found else None
+
+
+def depth_of(modules: Iterable[str]) -> int:
+    """How many layers a model has, from the names of its modules."""
+    return 1 + max((layer for layer in map(layer_of, modules) if layer is not None), default=-1)
+
+
+def block_ends(depth: int, blocks: int) -> tuple[int, ...]:
+    """The last layer of each of ``blocks`` blocks of equal relative depth (Co-LoRA): ``step = floor(depth / blocks)``.
+
+    Raises:
+        RoleError: there are more blocks than layers.
+    """
+    if not 1 <= blocks <= depth:
+        raise RoleError(f"{blocks} blocks of {depth} layers, expected 1 to {depth}")
+    step = depth // blocks
+    return (*(index * step - 1 for index in range(1, blocks)), depth - 1)
+
+
+def shared_names(modules: Iterable[str], depth: int, blocks: int) -> dict[str, str]:
+    """Names like ``blocks.0.q`` for those of ``modules`` that lie at block ends.
+
+    Raises:
+        RoleError: fewer layers than blocks, a module without a role, or two with the same.
+    """
+    ends = {layer: block for block, layer in enumerate(block_ends(depth, blocks))}
+    found: dict[str, str] = {}
+    for module in modules:
+        layer = layer_of(module)
+        if layer in ends:
+            name = f"blocks.{ends[layer]}.{role_of(module)}"
+            if name in found.values():
+                raise RoleError(f"module {module!r} is a second {name!r} in its layer")
+            found[module] = name
+    return found
+
+
+def last_down_projection(model: nn.Module) -> str:
+    """The MLP down-projection of the last layer: what a sketch is the gradient of.
+
+    Raises:
+        RoleError: there is none by a known name.
+    """
+    downs: list[str] = []
+    for name, module in model.named_modules():
+        base: str = name.removesuffix(".base_layer")  # PEFT wraps a module that has adapters
+        if isinstance(module, nn.Linear) and layer_of(base) is not None and ".lora_" not in base:
+            try:
+                downs += [base] * (role_of(base) == "down")
+            except RoleError:
+                continue
+    if not downs:
+        raise RoleError("the model has no MLP down-projection by a known name (down_proj, fc2, output.dense, ...)")
+    return max(downs, key=lambda name: layer_of(name) or 0)

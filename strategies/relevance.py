@@ -1,0 +1,58 @@
+r"""RELA: who is relevant to whom, from sketches of their gradients; pure functions of tensors.
+
+FedMosaic (arXiv 2506.11024; ICLR 2026 as Co-LoRA): with :math:`S_{ij}` the similarity of clients i and j,
+:math:`w_{i\cdot} = softmax_{j \ne i}(S_{ij} / \tau)` are the weights of client i's own "global" adapter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def similarity(sketches: Tensor, kind: str = "cosine") -> Tensor:
+    """Similarity of all pairs, ``[N, N]`` float64, symmetric, 1 on the diagonal.
+
+    Args:
+        sketches: ``[N, rows, columns]``.
+        kind: ``"cosine"`` of the flat sketches (the paper), or ``"column-mean"``, the mean over the columns of the
+            cosine of single columns (the authors' code). The second counts columns of tiny gradients as much as any,
+            and so suffers far more from noise. A sketch or column of zeros is similar to nothing, not even to itself.
+    """
+    if kind == "column-mean":
+        columns = torch.nn.functional.normalize(sketches.double(), dim=1)
+        flat = columns.flatten(1) / math.sqrt(sketches.shape[2])
+    else:
+        flat = torch.nn.functional.normalize(sketches.double().flatten(1), dim=1)
+    product = flat @ flat.T
+    return (product + product.T) / 2
+
+
+def relevance(similarities: Tensor, temperature: float, peers: Tensor, *, include_self: bool = False) -> Tensor:
+    """Weights ``[N, N]``: each row a softmax of ``similarities / temperature`` over that client's peers.
+
+    Args:
+        similarities: ``[N, N]``.
+        temperature: towards zero the nearest peer takes all, towards infinity all peers are equal.
+        peers: ``[N, N]`` bool, who may contribute to whom; the diagonal does not count.
+        include_self: a client is one of its own peers, if it has any other.
+
+    Returns:
+        Rows that sum to one, and a row of zeros where a client has no peer.
+    """
+    itself = torch.eye(len(peers), dtype=torch.bool)
+    allowed = peers & ~itself
+    has_peers = allowed.any(dim=1, keepdim=True)
+    if include_self:
+        allowed = allowed | (itself & has_peers)
+    logits = (similarities.double() / temperature).masked_fill(~allowed, -math.inf)
+    return torch.where(has_peers, torch.softmax(logits, dim=1), 0.0)
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Entropy of each row over its maximum, ``[N]`` in [0, 1]: 1 for uniform weights; NaN with fewer than two peers."""
+    counts = (weights > 0).sum(dim=1)
+    found = -torch.special.xlogy(weights, weights).sum(dim=1)
+    return torch.where(counts > 1, found / counts.double().log(), math.nan)
