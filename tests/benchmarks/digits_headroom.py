@@ -3,7 +3,7 @@
     python -m tests.benchmarks.digits_headroom                        # seeds 0 1 2, test split: the README's table
     python -m tests.benchmarks.digits_headroom --seeds 100 101 --split validation      # for choosing settings
 
-For every seed, with the demo's clients, rounds and settings, through the real round loop and client code (one process,
+For every seed, with the demo's clients and settings, through the real round loop and client code (one process,
 no network): every strategy, and the control that any claim of merging has to beat: each client's *own* adapter averaged
 with a second local run of the same client that only drew its batches in another order (exact average of the deltas).
 Prints mean and worst client accuracy per seed, and whether the issue's conditions hold.
@@ -26,7 +26,7 @@ from client_app.scenarios import load_scenario
 from client_app.slots import SlotStore
 from client_app.training import set_up_torch
 from proto.fedalloy.v1 import plan_pb2
-from server_app.demo import ROUNDS, SCENARIO_CONFIG
+from server_app.demo import SCENARIO_CONFIG
 from strategies import STRATEGIES, steps
 from strategies.options import read_options
 from strategies.steps import Training
@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--strategies", nargs="+", default=["local", "fedavg", "fedmerge"], choices=STRATEGIES)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
