@@ -392,9 +392,9 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
             killed.extend(trainers_of(owner))
             os.kill(killed[-1], signal.SIGKILL)
 
-    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", steps=40), {}))
+    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", steps=400), {}))
     assert len(killed) == 1
-    assert [first] == alone(where, plan("killed", steps=40))
+    assert [first] == alone(where, plan("killed", steps=400))
     kills, when = 3, "accepted"
     before = {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()}
     assert before
