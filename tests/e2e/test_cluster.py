@@ -23,8 +23,8 @@ from server_app.export import export_adapter
 from server_app.run_directory import RunDirectory
 
 BIN = Path(sys.executable).parent
-# Rank 32: with 16 kB an adapter, a run of seconds is little more than bundles and polls, and what the ledger estimates of
-# those (a few kB of pings and polls) comes to one per cent.
+# Rank 32: with adapters of 16 kB a run of seconds is little more than bundles and polls, and a few kB by which the
+# ledger misjudges pings and polls come to one per cent.
 SMALL = {"num-server-rounds": 2, "local-steps": 5, "min-clients": 3, "lora-r": 32}
 
 
