@@ -9,11 +9,13 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("proto", "adapters", "strategies", "client_app", "server_app")
@@ -294,3 +296,25 @@ def test_the_search_for_skips_finds_them(source: str, lines: set[int], tmp_path:
 
 def test_ci_script_is_executable() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
+
+
+def test_the_image_pins_what_the_packages_ask_for() -> None:
+    """docker/constraints.txt names every dependency, and no pin contradicts what a package requires."""
+    text = (ROOT / "docker" / "constraints.txt").read_text()
+    pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)}
+    todo = [(Requirement(line), {""}) for line in PROJECT["project"]["dependencies"]]
+    seen: set[str] = set()
+    while todo:
+        requirement, extras = todo.pop()
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        name = canonicalize_name(requirement.name)
+        if name not in ("torch", "setuptools") and sys.platform == "linux":  # an argument of the build; venv's own
+            assert name in pins, f"docker/constraints.txt lacks {name}"
+            assert requirement.specifier.contains(pins[name], prereleases=True), (
+                f"{requirement}: pinned to {pins[name]}"
+            )
+        if str(requirement) not in seen:
+            seen.add(str(requirement))
+            required = distribution(requirement.name).requires or []
+            todo += [(Requirement(line), set(requirement.extras) or {""}) for line in required]
