@@ -50,6 +50,7 @@ class Task:
     blobs: dict[str, bytes]
     answers: queue.SimpleQueue[trainer_pb2.RunResponse | None] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    _activity: str = ""
     _said: float = 0.0
 
     def cancel(self) -> None:
@@ -58,7 +59,7 @@ class Task:
         self.answers.put(None)
 
     def listen(self, activity: str, done: int, total: int) -> None:
-        """Pass progress on, now and then.
+        """Pass progress on: what is new at once, how far it is now and then.
 
         Raises:
             Cancelled: nobody waits any more.
@@ -66,8 +67,8 @@ class Task:
         if self.cancelled.is_set():
             raise Cancelled("cancelled, or past its deadline")
         now = time.monotonic()
-        if now - self._said >= PROGRESS_INTERVAL:
-            self._said = now
+        if activity != self._activity or now - self._said >= PROGRESS_INTERVAL:
+            self._activity, self._said = activity, now
             progress = trainer_pb2.Progress(activity=activity, done=done, total=total)
             self.answers.put(trainer_pb2.RunResponse(progress=progress))
 

@@ -399,7 +399,7 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
     before = {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()}
     assert before
     with pytest.raises(TrainerError, match=r"ended while it carried out the plan .* and so did the one before it"):
-        TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", 2), {})
+        TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", 2, steps=10**6), {})
     assert len(set(killed)) == 3
     assert {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()} == before
 
