@@ -275,7 +275,8 @@ class Interpreter:
         slots, terms = self._terms(step.mixture)
         if self._looks_at_input(terms):
             gates = {term.slot: self.slots[term.slot] for term in terms if isinstance(term, Gate)}
-            digest = self.slots.save_parts({slot: self.slots[slot] for slot in slots}, gates, step.mixture)
+            own = [OWN_HEAD] if self.model.own_layout is not None else []
+            digest = self.slots.save_parts({slot: self.slots[slot] for slot in [*slots, *own]}, gates, step.mixture)
             return report_pb2.SaveResult(content_digest=digest, in_parts=True)
         slots, coefficients = self._fixed_terms(step.mixture)
         alone = len(slots) == 1 and coefficients[0] == 1.0

@@ -276,12 +276,12 @@ class PersonalModel:
                 # Several adapters are the point here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 inject_adapter_in_model(config, self.module, adapter_name=_inner(slot))
+            for parameter in self._lora_parameters(slot):
+                parameter.data = parameter.data.float()  # adapters are float32 over a base of any dtype
             layers = self._lora_layers()
             for entry in layout.entries:
                 if entry.factor in SHARED_FACTORS:
                     add_factor(layers[entry.module], _inner(slot), entry.factor, entry.shape)
-            for parameter in self._lora_parameters(slot):
-                parameter.data = parameter.data.float()  # adapters are float32 over a base of any dtype
             self.module.train(self.module.training)  # PEFT's new dropout is in training mode whatever the model is in
         for key, differences in self._differences.items():
             if key in layout.by_name:

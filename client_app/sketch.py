@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from adapters.adapter import Adapter
 from adapters.layout import Entry, Factor, Layout
@@ -22,6 +21,7 @@ from adapters.parts import layout_of_sketch
 from client_app.data import Dataset
 from client_app.model import PersonalModel
 from client_app.roles import RoleError, last_down_projection, layer_of
+from client_app.tasks import mean_loss
 from client_app.training import batches, seed_of
 from proto.fedalloy.v1 import plan_pb2
 
@@ -44,7 +44,8 @@ class ReferenceModel:
     """The frozen model that sketches are gradients of.
 
     Raises:
-        SketchError: it has no MLP down-projection by a known name.
+        RoleError: it has no MLP down-projection by a known name.
+        SketchError: that is quantised.
     """
 
     def __init__(self, personal: PersonalModel) -> None:
@@ -56,6 +57,8 @@ class ReferenceModel:
         self.name = last_down_projection(self.module)
         layer = self.module.get_submodule(self.name)
         self.linear = layer if isinstance(layer, nn.Linear) else layer.get_submodule("base_layer")
+        if not self.weight.is_floating_point():
+            raise SketchError(f"{self.name!r} of the reference model is quantised, so it has no gradient")
         fingerprint = personal.base.fingerprint if reference is None else reference.fingerprint
         self.layout = Layout((Entry(self.name, Factor.GRADIENT, tuple(self.weight.shape)),), {}, fingerprint)
 
@@ -86,7 +89,7 @@ class ReferenceModel:
                 f"the reference model scores {logits.shape[-1]} classes, but this client has the label "
                 f"{int(labels.max())}"
             )
-        return functional.cross_entropy(logits.float(), labels)
+        return mean_loss(batch.kind, logits.float(), labels)
 
     def _diagonal(self, batch: Dataset) -> Tensor:
         """With the diagonal of the last RMS norm's Jacobian: the authors' closed form, without autograd below it."""
@@ -135,7 +138,7 @@ def reference_layout(personal: PersonalModel) -> Layout | None:
     """The gradient that this client's sketches are made of; None for a model without a known down-projection."""
     try:
         return ReferenceModel(personal).layout
-    except RoleError:
+    except (RoleError, SketchError):
         return None
 
 

@@ -310,3 +310,14 @@ def test_a_slot_reads_back_as_it_was_loaded() -> None:
     model = gated(model_of(), "input")
     for name, adapter in {**slots_of(model), "gates": gates_of(model, "input")}.items():
         assert torch.equal(model.read(name).vector, adapter.vector)
+
+
+def test_p_and_q_are_float32_over_a_base_of_less() -> None:
+    base = base_of(SUFFIXES)
+    base.model.to(torch.bfloat16)
+    model = PersonalModel(base, 3, 6.0, blocks=1)
+    model.load("local", slots_of(model)["local"])
+    model.activate({"local": 1.0})
+    parameters = model.trainable("local", model.layout.select(without_basis=True))
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    assert model.logits({"pixel_values": images().bfloat16()}).isfinite().all()

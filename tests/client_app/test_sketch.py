@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from adapters.adapter import Adapter
 from client_app.data import Base, Dataset
 from client_app.model import PersonalModel
-from client_app.sketch import ReferenceModel, SketchError, row_subset, take_sketch
+from client_app.sketch import ReferenceModel, SketchError, reference_layout, row_subset, take_sketch
 from proto.fedalloy.v1 import plan_pb2
 from tests.adapters.samples import random_adapter
 from tests.adapters.tiny_vit import CLASSES, base_of, images
@@ -169,3 +169,33 @@ def test_what_cannot_be_sketched_is_refused() -> None:
     wrong = Dataset(data.inputs, data.labels + CLASSES)
     with pytest.raises(SketchError, match=f"scores {CLASSES} classes, but this client has the label"):
         reference.gradient(wrong)
+
+
+def test_a_text_generator_is_sketched_by_its_targets_only() -> None:
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    module: Any = LlamaForCausalLM(config).eval()
+    targets = tuple(n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.endswith("down_proj"))
+    personal = PersonalModel(Base("llama", module, "f" * 64, targets, ()), 2, 4.0)
+    tokens = text().inputs["input_ids"]
+    labels = tokens.clone()
+    labels[:, :3] = -100
+    found = ReferenceModel(personal).gradient(Dataset(text().inputs, labels, "causal-lm"))
+    weight = personal.module.get_submodule("model.layers.1.mlp.down_proj").weight
+    assert isinstance(weight, nn.Parameter)
+    weight.requires_grad_(True)
+    logits = module(**text().inputs).logits
+    loss = torch.stack(
+        [-torch.log_softmax(logits[i, t], -1)[tokens[i, t + 1]] for i in range(6) for t in (2, 3)]
+    ).mean()
+    torch.testing.assert_close(found, torch.autograd.grad(loss, weight)[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_quantised_reference_cannot_be_sketched() -> None:
+    personal = PersonalModel(base_of(), 2, 4.0)
+    name = ReferenceModel(personal).name
+    layer = personal.module.get_submodule(name)
+    layer.weight = nn.Parameter(torch.zeros(16, 24, dtype=torch.uint8), requires_grad=False)
+    assert reference_layout(personal) is None
