@@ -28,6 +28,7 @@ from strategies import steps
 from strategies.base import answer_from, client_from
 from strategies.messages import (
     BadAnswerError,
+    Dispatch,
     counters_message,
     plan_dispatch,
     read_answer,
@@ -147,6 +148,54 @@ def test_a_hostile_answer_is_refused_by_name(name: str) -> None:
         assert text.startswith("client 'berlin'"), text
         assert re.search(finding, text), text
         assert text.isprintable()
+
+
+def evidence_reply(spoil: Callable[[report_pb2.Report], object]) -> tuple[Dispatch, Message]:
+    """An answer with what Potara's weights are made of, and one thing in it spoilt."""
+    training, mix = Training(), steps.mixture("global")
+    plan = [
+        steps.evaluate(training, mix, "search-0.500", "validation"),
+        steps.distance("global", "local"),
+        steps.fisher("global", "local", split="train", samples=3, damping=1.0),
+    ]
+    dispatch = plan_dispatch(plan, {}, client_id=NAME, layout=LAYOUT, round_=3, seed=4, run_name="run", encoding="fp32")
+    node = FakeNode(NAME, LAYOUT)
+    node.slots |= {"global": random_adapter(LAYOUT, 1), "local": random_adapter(LAYOUT, 2)}
+    report, uploads = node.run(unpack(asked(dispatch).content, "plan", plan_pb2.Plan)[0], {})
+    spoil(report)
+    return dispatch, reply_with(dispatch, report, uploads)
+
+
+EVIDENCE: dict[str, tuple[Callable[[report_pb2.Report], object], str]] = {
+    "no loss": (lambda r: r.results[0].evaluate.metrics.pop("loss"), "no loss under the label 'search-0.500'"),
+    "a loss that is no number": (lambda r: r.results[0].evaluate.metrics.update(loss=float("nan")), "finite"),
+    "a distance too few": (lambda r: r.results[1].distance.squared.pop(), "numbers in squared, expected one for each"),
+    "a distance too many": (lambda r: r.results[1].distance.squared.append(1.0), "numbers in squared"),
+    "a distance whose sum overflows": (lambda r: r.results[1].distance.squared.__setitem__(0, 1e300), "0 to 1e"),
+    "a negative distance": (lambda r: r.results[1].distance.squared.__setitem__(0, -1.0), "expected 0 to"),
+    "no variances": (lambda r: r.results[2].fisher.ClearField("variance_first"), "0 numbers in variance_first"),
+    "a negative variance": (lambda r: r.results[2].fisher.variance_second.__setitem__(1, -1e-9), "variance_second"),
+    "an infinite covariance": (
+        lambda r: r.results[2].fisher.covariance.__setitem__(0, float("inf")),
+        "to inf, expected 0 to",
+    ),
+    "a huge dimension": (lambda r: r.results[2].fisher.effective_dimension.__setitem__(0, 1e61), "0 to 1e"),
+}
+
+
+def test_evidence_for_a_weight_arrives() -> None:
+    dispatch, reply = evidence_reply(lambda _: None)
+    report, _ = read_answer(dispatch, reply)
+    assert len(report.results) == 3
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_hostile_evidence_for_a_weight_is_refused_by_name(name: str) -> None:
+    spoil, finding = EVIDENCE[name]
+    dispatch, reply = evidence_reply(spoil)
+    with pytest.raises(BadAnswerError, match=finding) as caught:
+        read_answer(dispatch, reply)
+    assert str(caught.value).startswith("client 'berlin'")
 
 
 def test_any_change_of_bytes_is_refused_or_changes_nothing() -> None:
