@@ -60,7 +60,9 @@ def check_ledger(stack: Stack, name: str) -> None:
     for direction in ("up", "down"):
         for client in CLIENTS:
             assert counted[client][direction] == pytest.approx(crossed[client][direction], rel=0.02), client
-            assert other_end[client][direction] == pytest.approx(counted[client][direction], rel=0.01), client
+            # A segment that arrived twice crossed twice, but its receiver's kernel counts its data once.
+            arrived = counted[client][direction] - retransmitted(accounts, client, direction)
+            assert other_end[client][direction] == pytest.approx(arrived, rel=0.01), client
         total = sum(counted[client][direction] for client in CLIENTS)
         assert total == pytest.approx(crossed["server"][direction], rel=0.02)
 
@@ -91,6 +93,12 @@ def read_ledger(stack: Stack, name: str) -> tuple[Accounts, Counts, Counts]:
         counted[row.client][row.direction] += row.wire or 0  # None: a message to a client that was not there
         other_end[row.client][row.direction] += row.other_end or 0
     return accounts, counted, other_end
+
+
+def retransmitted(accounts: Accounts, client: str, direction: str) -> int:
+    """Payload bytes that their sender sent again."""
+    links = [link for link in accounts.links if link.client == client]
+    return sum(piece.retransmitted for link in links for _, piece, _ in getattr(link, direction)())
 
 
 def ledger_of(stack: Stack, name: str) -> Path:
@@ -142,7 +150,7 @@ def test_an_unregistered_key_is_refused(stack: Stack) -> None:
 
 def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
     """SuperLink killed and restarted, a client killed mid-round and back later, another's network cut and healed."""
-    name, rounds = "faults", 4
+    name, rounds = "faults", 12  # a round takes seconds, and there must be some left when everybody is back
     stack.submit(name, num_server_rounds=rounds, min_clients=2, round_timeout=75.0, local_steps=20)
     stack.wait_for_round(name, "register")
 
@@ -159,7 +167,7 @@ def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
     stack.compose("start", "supernode-2", "superexec-clientapp-2")
     assert stack.compose("exec", "-T", "superexec-clientapp-2", "sh", "-c", slots) == before
 
-    stack.wait_for_round(name, "train", 2)
+    stack.wait_for("client-2 to be back", lambda: trained_again(stack, name, "client-2"))
     network, pod = f"{stack.project}_fleet", stack.container("client-1-pod")
     stack.docker("network", "disconnect", network, pod)
     time.sleep(8)
@@ -172,8 +180,8 @@ def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
     assert sorted(trained) == list(range(1, rounds + 1))
     assert all(record["status"] == "ok" for record in trained[1].values()), "the SuperLink's restart cost an answer"
     assert trained[2]["client-2"]["status"] in ("failed", "late")
-    assert trained[rounds]["client-2"]["status"] == "ok", trained
-    assert trained[rounds]["client-1"]["status"] == "ok", trained
+    for client in ("client-1", "client-2"):
+        assert trained[rounds][client]["status"] == "ok", f"{client}: {trained}\n{stack.logs()}"
     assert all(clients["client-0"]["status"] == "ok" for clients in trained.values())
     found = summary(stack, name)
     assert set(found["clients"]) == set(CLIENTS)
@@ -189,11 +197,19 @@ def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
         assert counted["client-0"][direction] == pytest.approx(crossed["client-0"][direction], rel=0.05)
 
 
+def trained_again(stack: Stack, name: str, client: str) -> bool:
+    """Whether the client has answered in the last round so far, after one in which it did not."""
+    statuses = [record["clients"][client]["status"] for record in stack.rounds(name) if record["phase"] == "train"]
+    return len(set(statuses)) > 1 and statuses[-1] == "ok"
+
+
 def test_subprocess_isolation_counts_the_same_way(stack: Stack) -> None:
     """The lighter overlay, on the same keys and the same database."""
     stack.stop_meters()
+    supernodes = [f"supernode-{number}" for number in range(3)]
+    stack.compose("stop", *supernodes)  # while they can still say goodbye to their SuperLink
     stack.overlays = ["subprocess.yaml"]
-    stack.compose("up", "--detach", "--remove-orphans", "supernode-0", "supernode-1", "supernode-2")
+    stack.compose("up", "--detach", "--remove-orphans", *supernodes)
     for service in ("superexec-serverapp", *(f"superexec-clientapp-{number}" for number in range(3))):
         stack.docker("rm", "--force", f"{stack.project}-{service}-1", check=False)
     stack.start_meters()
