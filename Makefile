@@ -36,13 +36,17 @@ demo: $(STAMP) ## A SuperLink and several SuperNodes on this machine, several st
 	@$(BIN)/fedalloy demo
 
 test: $(STAMP) lint ## Lint and all tests (unit and end-to-end); what was skipped is listed with its reason.
-	@$(BIN)/python -m pytest -rs
+	@# What starts clusters needs the machine to itself; the rest shares its cores.
+	@status=0; \
+	$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 -m "not e2e" || status=1; \
+	$(BIN)/python -m pytest -rs -m e2e || status=1; \
+	exit $$status
 
 test-docker: $(STAMP) ## The image and the compose files, with a real cluster in containers; part of `make test`.
 	@$(BIN)/python -m pytest -rs tests/docker
 
 unit: $(STAMP) ## The tests that start no Flower process.
-	@$(BIN)/python -m pytest -rs -m "not e2e"
+	@$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 -m "not e2e"
 
 lint: $(STAMP) ## ruff, mypy, import contracts, generated code, buf.
 	@$(BIN)/ruff check --quiet .
