@@ -37,8 +37,8 @@ from flwr.proto.run_pb2 import GetRunRequest, GetRunResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.run import Run
 
-# Default SETTINGS_MAX_FRAME_SIZE (RFC 9113, 6.5.2).
-FRAME_BYTES = 16384
+# Most that a TLS record holds (RFC 8446, 5.1).
+RECORD_BYTES = 16384
 SESSION_ID_BYTES = 36
 
 
@@ -51,14 +51,14 @@ class MessageCost:
         objects: Flower objects in it.
         calls: gRPC calls that carry it.
         control_bytes: protobuf bytes of the same calls in the other direction.
-        frames: HTTP/2 DATA frames beyond each call's first one, in the message's direction.
+        tls_records: TLS records beyond each call's first one, in the message's direction.
     """
 
     bytes: int
     objects: int
     calls: int
     control_bytes: int
-    frames: int
+    tls_records: int
 
 
 def message_bytes(message: Message) -> tuple[int, int]:
@@ -112,13 +112,17 @@ def message_cost(message: Message, direction: str) -> MessageCost:
         control = answer.ByteSize() + len(contents) * PushObjectResponse(stored=True).ByteSize()
         calls = len(contents) + 1
     return MessageCost(
-        bytes=sum(own), objects=len(contents), calls=calls, control_bytes=control, frames=sum(map(extra_frames, own))
+        bytes=sum(own),
+        objects=len(contents),
+        calls=calls,
+        control_bytes=control,
+        tls_records=sum(map(extra_records, own)),
     )
 
 
-def extra_frames(nbytes: int) -> int:
-    """DATA frames beyond the first for one gRPC message of ``nbytes``."""
-    return max(0, -(-(nbytes + 5) // FRAME_BYTES) - 1)
+def extra_records(nbytes: int) -> int:
+    """TLS records beyond the first for one gRPC message of ``nbytes``."""
+    return max(0, -(-(nbytes + 5) // RECORD_BYTES) - 1)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class BundleCost:
 
     up: int
     down: int
-    frames: int
+    tls_records: int
 
 
 def bundle_cost(run: Run, app_directory: Path) -> BundleCost:
@@ -138,7 +142,7 @@ def bundle_cost(run: Run, app_directory: Path) -> BundleCost:
     description = GetRunResponse(run=run_to_proto(run)).ByteSize()
     fab = Fab(hash_str=run.fab_hash, content=b"\0" * bundle_size(app_directory))
     bundle = GetFabResponse(fab=fab).ByteSize()
-    return BundleCost(up, description + bundle, extra_frames(description) + extra_frames(bundle))
+    return BundleCost(up, description + bundle, extra_records(description) + extra_records(bundle))
 
 
 def bundle_size(app_directory: Path) -> int:

@@ -8,10 +8,10 @@ Tables (times are seconds since the epoch, bytes are bytes):
 * ``meta(key, value)``: ``format`` (1), ``run_name``, ``tls`` (1 or 0, when known).
 * ``tensor(round, client, direction, kind, bytes)``: one row per payload; direction is ``up`` or ``down``; kind is the
   message's, or ``sketch``.
-* ``message(round, client, direction, kind, bytes, objects, calls, control_bytes, frames)``: one row per Flower
+* ``message(round, client, direction, kind, bytes, objects, calls, control_bytes, tls_records)``: one row per Flower
   message; it took ``calls`` gRPC calls, whose small halves add ``control_bytes`` in the *other* direction, and
-  ``frames`` DATA frames beyond each call's first.
-* ``bundle(client, up, down, frames)``: app bundle and run description, which a SuperNode fetches once per run.
+  ``tls_records`` TLS records beyond each call's first.
+* ``bundle(client, up, down, tls_records)``: app bundle and run description, which a SuperNode fetches once per run.
 * ``reading(seq, end, event, round, client, kind, time, not_measured)``: one moment at which counters were read; end is
   ``client`` (event ``handler``: a message had arrived) or ``server`` (``start``, ``push``: about to send a message,
   ``handler``: the moment at which the client took its reading, ``reply``, ``gone``: a connection's last, ``final``).
@@ -60,9 +60,9 @@ CREATE TABLE IF NOT EXISTS tensor (
     round INTEGER NOT NULL, client TEXT NOT NULL, direction TEXT NOT NULL, kind TEXT NOT NULL, bytes INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS message (
     round INTEGER NOT NULL, client TEXT NOT NULL, direction TEXT NOT NULL, kind TEXT NOT NULL, bytes INTEGER NOT NULL,
-    objects INTEGER NOT NULL, calls INTEGER NOT NULL, control_bytes INTEGER NOT NULL, frames INTEGER NOT NULL);
+    objects INTEGER NOT NULL, calls INTEGER NOT NULL, control_bytes INTEGER NOT NULL, tls_records INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS bundle (
-    client TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL, frames INTEGER NOT NULL);
+    client TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL, tls_records INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS reading (
     seq INTEGER PRIMARY KEY, end TEXT NOT NULL, event TEXT NOT NULL, round INTEGER NOT NULL, client TEXT NOT NULL,
     kind TEXT NOT NULL, time REAL NOT NULL, not_measured TEXT NOT NULL);
@@ -147,10 +147,10 @@ class Ledger:
         *,
         calls: int = 0,
         control_bytes: int = 0,
-        frames: int = 0,
+        tls_records: int = 0,
     ) -> None:
         """Flower serialised ``nbytes`` in ``objects`` for one message; see :func:`message_cost` for the rest."""
-        row = (round_, client, _direction(direction), kind, nbytes, objects, calls, control_bytes, frames)
+        row = (round_, client, _direction(direction), kind, nbytes, objects, calls, control_bytes, tls_records)
         self._write("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def flower_message(
@@ -174,13 +174,13 @@ class Ledger:
             cost.objects,
             calls=cost.calls,
             control_bytes=cost.control_bytes,
-            frames=cost.frames,
+            tls_records=cost.tls_records,
         )
         return cost
 
     def bundle(self, client: str, cost: BundleCost) -> None:
         """This client's SuperNode fetched the app bundle and the run's description (once per run)."""
-        self._write("INSERT OR REPLACE INTO bundle VALUES (?, ?, ?, ?)", (client, cost.up, cost.down, cost.frames))
+        self._write("INSERT OR REPLACE INTO bundle VALUES (?, ?, ?, ?)", (client, cost.up, cost.down, cost.tls_records))
 
     def client_reading(
         self, round_: int, client: str, reading: report_pb2.WireReading, unix_time: float | None = None, kind: str = ""

@@ -25,7 +25,7 @@ from proto.fedalloy.v1 import report_pb2
 from server_app import fleet_sampler
 from server_app.accounts import CATEGORIES
 from server_app.fleet_sampler import FleetSampler
-from server_app.flower_calls import BundleCost, bundle_size, extra_frames, message_bytes, message_cost
+from server_app.flower_calls import BundleCost, bundle_size, extra_records, message_bytes, message_cost
 from server_app.ledger import Ledger, LedgerError
 from server_app.links import OTHER
 from server_app.traffic import print_traffic
@@ -229,16 +229,16 @@ def reconciled(ledger: Ledger, *, extra_up: int = 0, extra_down: int = 0) -> dic
     ledger.tensor(0, "berlin", "down", "train", 800)
     ledger.message(0, "berlin", "down", "train", 1000, 6, calls=8, control_bytes=630)
     ledger.tensor(0, "berlin", "up", "train", 1900)
-    ledger.message(0, "berlin", "up", "train", 2000, 6, calls=7, control_bytes=520, frames=2)
-    ledger.bundle("berlin", BundleCost(up=110, down=4000, frames=1))
+    ledger.message(0, "berlin", "up", "train", 2000, 6, calls=7, control_bytes=520, tls_records=2)
+    ledger.bundle("berlin", BundleCost(up=110, down=4000, tls_records=1))
     key = ("10.0.0.2", 5, "205")
     ledger.activity(
         [(0, *key, "idle", 3, 3 * 590, 3 * 86, 3, 3, 3, 3), (0, *key, "burst", 1, 9, 9, 9, 9, 9, 9)],
         [(*key, "poll", 590, 86, 1, 1, 3), (*key, "heartbeat", 638, 39, 2, 1, 1)],
     )
     calls = 8 + 7 + 2
-    up = 2000 + 630 + 110 + calls * CALL_UP + 2 * 31 + 590 + 3 * 590 + extra_up
-    down = 1000 + 520 + 4000 + calls * CALL_DOWN + 1 * 31 + CALL_DOWN + 3 * CALL_DOWN + extra_down
+    up = 2000 + 630 + 110 + calls * CALL_UP + 2 * 22 + 590 + 3 * 590 + extra_up
+    down = 1000 + 520 + 4000 + calls * CALL_DOWN + 1 * 22 + CALL_DOWN + 3 * CALL_DOWN + extra_down
     ledger.server_reading(0, "", "start", [at_server(50, 50, into=2, out=2, data_in=1, data_out=1)], unix_time=1)
     ledger.client_reading(0, "berlin", reading(at_client(60, 60, out=2, into=2)), kind="train")
     end = at_server(50 + up, 50 + down, into=42, out=32, data_in=31, data_out=26)
@@ -256,7 +256,7 @@ def test_every_category_from_its_own_source(ledger: Ledger) -> None:
         "Flower control": 630,
         "app bundle": 110,
         "gRPC calls": 17 * CALL_UP,
-        "bulk frames": 62,
+        "TLS records": 44,
         "polling, heartbeats": 4 * 590,
         "HTTP/2 pings": 0,
         "connection setup": 0,
@@ -280,12 +280,37 @@ def test_bytes_without_a_source_stay_unexplained(ledger: Ledger) -> None:
     assert ledger.unexplained_fraction() == max(777 / up, 333 / down)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_polls_between_a_messages_calls_are_recognised_by_both_directions(ledger: Ledger, count: int) -> None:
+    went = reconciled(ledger, extra_up=count * 590 + 40, extra_down=count * CALL_DOWN - 25)
+    assert went["up"]["polling, heartbeats"] == (4 + count) * 590
+    assert (went["up"]["unexplained"], went["down"]["unexplained"]) == (40, -25)
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [(590, 590), (590, -500), (100, 86), (5 * 590, 5 * CALL_DOWN), (20_000, 3000), (-590, 400)],
+    ids=[
+        "as much down as up",
+        "less down",
+        "a fraction",
+        "more than the time allows",
+        "far more",
+        "less up, more down",
+    ],
+)
+def test_what_does_not_look_like_polls_in_both_directions_stays_unexplained(ledger: Ledger, up: int, down: int) -> None:
+    went = reconciled(ledger, extra_up=up, extra_down=down)
+    assert went["up"]["unexplained"] == up
+    assert went["down"]["unexplained"] == down
+
+
 @pytest.mark.parametrize(("arrived", "fetches"), [(1000 + 4000, 2), (1000 + 3999, 1)])
 def test_a_supernode_that_was_started_again_fetches_the_bundle_again(
     ledger: Ledger, arrived: int, fetches: int
 ) -> None:
     """A network that was cut makes a new connection, too, but no new SuperNode."""
-    ledger.bundle("berlin", BundleCost(up=110, down=4000, frames=1))
+    ledger.bundle("berlin", BundleCost(up=110, down=4000, tls_records=1))
     ledger.message(1, "berlin", "down", "train", 1000, 6, calls=8)
     ledger.server_reading(0, "", "start", [at_server(0, 0)], unix_time=1)
     ledger.client_reading(0, "berlin", reading(at_client(100, 4000)), kind="query")
@@ -411,7 +436,7 @@ def test_message_cost_is_what_is_serialised(nbytes: int, objects: int) -> None:
     bare = message_to_proto(remove_content_from_message(message)).ByteSize()
     # Beyond that: the object tree and a few bytes of protobuf around each.
     assert 0 < cost.bytes - bodies - bare < 120 * objects
-    assert cost.frames >= nbytes // 16384 - objects
+    assert cost.tls_records >= nbytes // 16384 - objects
     assert message_bytes(message) == (cost.bytes, cost.objects)
 
 
@@ -441,9 +466,9 @@ def test_flower_message_books_all_levels(ledger: Ledger) -> None:
     assert (row.tensor, row.message) == (100, cost.bytes)
 
 
-@pytest.mark.parametrize(("nbytes", "frames"), [(0, 0), (16379, 0), (16380, 1), (5_000_000, 305)])
-def test_extra_frames(nbytes: int, frames: int) -> None:
-    assert extra_frames(nbytes) == frames
+@pytest.mark.parametrize(("nbytes", "records"), [(0, 0), (16379, 0), (16380, 1), (5_000_000, 305)])
+def test_extra_records(nbytes: int, records: int) -> None:
+    assert extra_records(nbytes) == records
 
 
 def test_bundle_size_is_the_bundles(tmp_path: Path) -> None:
