@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adapters.layout import Entry, Layout, LayoutError, factor_from_proto
+from adapters.layout import Entry, Factor, Layout, LayoutError, factor_from_proto
 from proto.fedalloy.v1 import plan_pb2
 
 
@@ -35,3 +35,16 @@ def layout_of_sketch(reference: Layout, row_count: int) -> Layout:
         raise LayoutError(f"{row_count} rows of a reference gradient of shape {shapes}, expected one matrix with more")
     (entry,) = reference.entries
     return Layout((Entry(entry.module, entry.factor, (row_count, entry.shape[1])),), {}, reference.base_fingerprint)
+
+
+def layout_of_gram(layout: Layout) -> Layout:
+    """What the second moments of a client's module inputs look like: an upper triangle for each module with an input.
+
+    Raises:
+        LayoutError: no module is a matrix.
+    """
+    widths = {
+        e.module: e.shape[1] for e in layout.entries if e.factor in (Factor.A, Factor.WEIGHT) and len(e.shape) == 2
+    }
+    entries = tuple(Entry(module, Factor.GRAM, (width * (width + 1) // 2,)) for module, width in widths.items())
+    return Layout(entries, {}, layout.base_fingerprint)

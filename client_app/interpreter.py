@@ -11,14 +11,15 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter, joined
+from adapters.adapter import Adapter, joined, stack_vectors
 from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
-from adapters.layout import Entry, Factor, Layout
+from adapters.layout import Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
 from client_app import evaluation, fisher, training
 from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
+from client_app.inputs import improvement_weights, input_moments
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.progress import tick
 from client_app.sketch import ReferenceModel, take_sketch
@@ -71,6 +72,8 @@ class Interpreter:
             "fisher": self._fisher,
             "distance": self._distance,
             "sketch": self._sketch,
+            "select": self._select,
+            "gram": self._gram,
         }
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
@@ -190,10 +193,76 @@ class Interpreter:
             for name, parameter in self.model.trainable(slot, self.slots[slot].layout).items():
                 parameters[f"{slot}:{name}"] = parameter
         seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
-        result = training.train(self.model, step, parameters, data, seed, anchor or None)
+        teach = self._teacher(step, parameters) if step.HasField("distillation") else None
+        result = training.train(self.model, step, parameters, data, seed, anchor or None, teach)
         for slot in [*step.slots, *own]:
             self.slots[slot] = self.model.read(slot)
         return result
+
+    def _teacher(self, step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter]) -> Callable[[Dataset], Tensor]:
+        lesson = step.distillation
+        if not 0 <= lesson.weight <= 1 or not lesson.temperature > 0:
+            raise PlanError(
+                f"distillation with weight {lesson.weight:g} at temperature {lesson.temperature:g}, expected 0 to 1 "
+                "and a positive one"
+            )
+        trained, teacher = (dict(zip(*self._terms(mix), strict=True)) for mix in (step.mixture, lesson.teacher))
+        for slot in [*teacher, *(c.slot for c in teacher.values() if isinstance(c, Gate))]:
+            if slot not in trained:
+                self.model.load(slot, self.slots[slot])
+
+        def teach(batch: Dataset) -> Tensor:
+            self.model.activate(teacher)
+            self.model.module.eval()
+            with torch.no_grad(), training.autocast(self.model.device):
+                found = training.logits_of(self.model, batch)
+            self.model.module.train()
+            self.model.activate(trained)
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            return found
+
+        return teach
+
+    def _select(self, step: plan_pb2.SelectStep) -> report_pb2.SelectResult:
+        if not step.slots or step.rule not in (plan_pb2.SELECT_RULE_BEST, plan_pb2.SELECT_RULE_IMPROVEMENT):
+            raise PlanError(f"rule {step.rule} over {len(step.slots)} slots, expected a known rule and at least one")
+        data = self._drawn(step.split, step.samples)
+
+        def loss(slot: str) -> float:
+            self._activate(plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, scalar=1.0)]))
+            return evaluation.evaluate(self.model, data)["loss"]
+
+        result = report_pb2.SelectResult(losses=[loss(slot) for slot in step.slots])
+        if step.rule == plan_pb2.SELECT_RULE_BEST:
+            best = min(range(len(step.slots)), key=lambda index: result.losses[index])
+            result.weights.extend(float(index == best) for index in range(len(step.slots)))
+            self.slots[step.target] = self.slots[step.slots[best]].clone()
+            return result
+        own = self.slots[step.target]
+        result.target_loss = loss(step.target)
+        moves = stack_vectors([own, *(self.slots[slot] for slot in step.slots)])[1:] - own.vector
+        weights = improvement_weights(result.target_loss, torch.tensor(list(result.losses)).double(), moves)
+        result.weights.extend(weights.tolist())
+        self.slots[step.target] = Adapter(own.layout, own.vector + weights.to(moves.dtype) @ moves)
+        return result
+
+    def _gram(self, step: plan_pb2.GramStep) -> report_pb2.GramResult:
+        if step.slot in self._uploads:
+            raise PlanError(f"slot {step.slot!r} is sent twice")
+        data = self._drawn(step.split, step.samples)
+        self._activate(step.mixture)
+        found = input_moments(self.model, data)
+        self._uploads[step.slot] = encode(found, encoding_from_proto(step.encoding), include_layout=False).blob
+        return report_pb2.GramResult(slot=step.slot, examples=len(data))
+
+    def _drawn(self, split: str, samples: int) -> Dataset:
+        """All examples of a split, or so many drawn without replacement."""
+        data = self._split(split)
+        if not samples or samples >= len(data):
+            return data
+        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
+        return data.subset(next(training.batches(len(data), samples, 1, seed)))
 
     def _merge(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
         if any(term.WhichOneof("coefficient") == "precision" for term in step.mixture.terms):
@@ -203,7 +272,8 @@ class Interpreter:
         if step.space == plan_pb2.MERGE_SPACE_DELTA:
             merged = stack(adapters, coefficients)
             if step.truncate_rank:
-                merged = truncate(merged, _at_rank(self.model.layout, step.truncate_rank))
+                ranks = dict.fromkeys(self.model.layout.lora_modules, step.truncate_rank)
+                merged = truncate(merged, self.model.layout.with_ranks(ranks))
         elif step.space == plan_pb2.MERGE_SPACE_FACTOR:
             merged = weighted_sum(adapters, coefficients)
         else:
@@ -384,6 +454,8 @@ def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None
             named |= {term.gate.slot for term in body.mixture.terms if term.HasField("gate")}
         if getattr(body, "copy_of", ""):
             named.add(body.copy_of)
+        if hasattr(body, "distillation"):
+            named |= {term.slot for term in body.distillation.teacher.terms}
         if hasattr(body, "proximal") and body.HasField("proximal"):
             named.add(body.proximal.slot)
         if step.WhichOneof("kind") is None:
@@ -397,13 +469,3 @@ def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None
 
 def _is_partial(found: Layout, full: Layout) -> bool:
     return found.digest != full.digest and full.contains(found)
-
-
-def _at_rank(layout: Layout, rank: int) -> Layout:
-    """The layout without P and with every LoRA module at ``rank``, scalings unchanged."""
-    layout = layout.folded
-    entries = []
-    for entry in layout.entries:
-        shape = tuple(rank if axis in entry.rank_axes else size for axis, size in enumerate(entry.shape))
-        entries.append(Entry(entry.module, entry.factor, shape))
-    return Layout(tuple(entries), layout.scalings, layout.base_fingerprint)

@@ -17,7 +17,7 @@ from adapters.layout import factor_from_proto
 from client_app.data import Dataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
-from client_app.tasks import mean_loss, targets_in
+from client_app.tasks import distillation_loss, mean_loss, targets_in
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
@@ -60,6 +60,7 @@ def train(
     data: Dataset,
     seed: int,
     anchor: Mapping[str, Tensor] | None = None,
+    teach: Callable[[Dataset], Tensor] | None = None,
 ) -> report_pb2.TrainResult:
     """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
 
@@ -70,6 +71,7 @@ def train(
         data: training split.
         seed: decides batches and dropout.
         anchor: the values that ``step.proximal`` pulls to, by entry name.
+        teach: the logits of ``step.distillation``'s teacher for a batch; leaves the mixture as it was.
 
     Raises:
         TrainingError: the loss became NaN or infinite.
@@ -87,8 +89,14 @@ def train(
         parts = [data.batch(part) for part in torch.split(indices, model.micro_batch or len(indices))]
         targets = [targets_in(part) for part in parts]
         for position, part in enumerate(parts):
+            lesson = teach(part) if teach is not None else None
             with autocast(model.device):
-                objective = mean_loss(part.kind, logits_of(model, part), part.labels.to(model.device))
+                logits, labels = logits_of(model, part), part.labels.to(model.device)
+                objective = mean_loss(part.kind, logits, labels)
+                if lesson is not None:
+                    asked = step.distillation
+                    distance = distillation_loss(part.kind, logits, lesson, labels, asked.temperature)
+                    objective = (1 - asked.weight) * objective + asked.weight * distance
             if len(parts) > 1:  # gradients of the parts add up to that of the whole batch
                 objective = objective * (targets[position] / max(sum(targets), 1))
             loss += float(objective.detach())

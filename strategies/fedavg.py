@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from adapters.adapter import Adapter
 from adapters.algebra import stack, truncate, weighted_sum
+from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
 from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 from strategies.options import require_choice
@@ -50,11 +51,14 @@ def average(adapters: Sequence[Adapter], examples: Sequence[int], space: str = "
 
 
 class FedAvg(AlloyStrategy):
-    """One adapter for all."""
+    """One adapter for all.
+
+    Variants override what a client prepares (:meth:`prepare`), how it trains (:meth:`train`), which model is its own
+    (:meth:`personal`) and how uploads are averaged (:meth:`average`).
+    """
 
     name = "fedavg"
-    Options = FedAvgOptions
-    options: FedAvgOptions
+    Options: ClassVar[type[Any]] = FedAvgOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,16 +72,14 @@ class FedAvg(AlloyStrategy):
             self.model = Adapter.initial(client.layout, self.seed)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Install the global adapter, evaluate it, train it, send it back."""
-        mix = steps.mixture(SLOT)
-        return Brief(
-            [
-                steps.evaluate(self.training, mix),
-                steps.train(self.training, mix, [SLOT]),
-                steps.send(self.training, SLOT),
-            ],
-            {SLOT: self._model},
-        )
+        """Install the global adapter, evaluate the client's model, train, send the global adapter back."""
+        plan = [
+            *self.prepare(round_, client),
+            steps.evaluate(self.training, self.personal(client)),
+            *self.train(round_, client),
+            steps.send(self.training, SLOT),
+        ]
+        return Brief(plan, {SLOT: self.global_model})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the trained adapter until the round settles."""
@@ -89,24 +91,42 @@ class FedAvg(AlloyStrategy):
         self.arrived = {}
         if arrived:
             adapters, examples = zip(*arrived, strict=True)
-            self.model = average(adapters, examples, self.options.space)
+            self.model = self.average(adapters, examples)
         return {"merged": len(arrived)}
 
     def deliver(self, client: Client) -> Brief:
-        """The global adapter is everybody's."""
-        mix = steps.mixture(SLOT)
-        return Brief([steps.save(mix), steps.evaluate(self.training, mix)], {SLOT: self._model})
+        """The global adapter, and what the client has made of it where that is more."""
+        mix = self.personal(client)
+        plan = [*self.prepare(0, client), steps.save(mix), steps.evaluate(self.training, mix)]
+        return Brief(plan, {SLOT: self.global_model})
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """Steps before the adapter is installed; round 0 is the delivery."""
+        return []
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """Steps that train the global adapter, and others where there are some."""
+        return [steps.train(self.training, steps.mixture(SLOT), [SLOT])]
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The client's model: here the global adapter is everybody's."""
+        return steps.mixture(SLOT)
+
+    def average(self, adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
+        """What becomes of the round's uploads; variants without the option average factors."""
+        return average(adapters, examples, getattr(self.options, "space", "factor"))
 
     def state(self) -> State:
         """The global adapter's numbers."""
-        return State({"model": self._model.vector})
+        return State({"model": self.global_model.vector})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
-        self.model = Adapter(self._model.layout, state.tensors["model"])
+        self.model = Adapter(self.global_model.layout, state.tensors["model"])
 
     @property
-    def _model(self) -> Adapter:
+    def global_model(self) -> Adapter:
+        """The global adapter, of which :attr:`model` is None before the first client."""
         if self.model is None:
             raise RuntimeError("no client is enrolled yet")
         return self.model

@@ -98,21 +98,24 @@ def train(
     slots: Sequence[str],
     *,
     factors: Iterable[Factor] = (),
+    modules: Iterable[str] = (),
     proximal: tuple[str, float] | None = None,
     steps: int | None = None,
     fold: tuple[int, int] | None = None,
     without_basis: bool = False,
     rate_scales: Mapping[Factor, float] | None = None,
+    distillation: tuple[plan_pb2.Mixture, float, float] | None = None,
 ) -> Step:
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
     ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
-    learning rate of tensors with a factor.
+    learning rate of tensors with a factor. ``distillation = (teacher, w, T)`` makes the loss (1 - w) times the task's
+    plus w times the divergence from the teacher's predictions at temperature T.
     """
     step = plan_pb2.TrainStep(
         mixture=mix,
         slots=list(slots),
-        part=part(factors, without_basis=without_basis),
+        part=part(factors, modules, without_basis=without_basis),
         steps=training.local_steps if steps is None else steps,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,
@@ -127,6 +130,9 @@ def train(
     )
     if proximal is not None and proximal[1] > 0:
         step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
+    if distillation is not None and distillation[1] > 0:
+        teacher, weight, temperature = distillation
+        step.distillation.CopyFrom(plan_pb2.Distillation(teacher=teacher, weight=weight, temperature=temperature))
     if fold is not None:
         step.fold.CopyFrom(plan_pb2.Fold(index=fold[0], count=fold[1]))
     return Step(train=step)
@@ -155,10 +161,11 @@ def send(
     slot: str,
     *,
     factors: Iterable[Factor] = (),
+    modules: Iterable[str] = (),
     relative_to_received: bool = True,
     without_basis: bool = False,
 ) -> Step:
-    """Upload ``slot`` or its ``factors``, encoded as the run says.
+    """Upload ``slot`` or its ``factors`` and ``modules``, encoded as the run says.
 
     A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
     the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
@@ -167,7 +174,7 @@ def send(
     encoding = Encoding(training.uplink_encoding)
     step = plan_pb2.SendStep(
         slot=slot,
-        part=part(factors, without_basis=without_basis),
+        part=part(factors, modules, without_basis=without_basis),
         encoding=encoding_to_proto(encoding),
         relative_to_received=relative_to_received and encoding.is_lossy,
     )
@@ -238,3 +245,17 @@ def sketch(
         encoding=encoding_to_proto(Encoding(encoding)),
     )
     return Step(sketch=step)
+
+
+def select(target: str, candidates: Sequence[str], rule: str, *, split: str, samples: int = 0) -> Step:
+    """``target`` becomes the ``"best"`` candidate, or moves towards those that are an ``"improvement"``."""
+    rules = {"best": plan_pb2.SELECT_RULE_BEST, "improvement": plan_pb2.SELECT_RULE_IMPROVEMENT}
+    step = plan_pb2.SelectStep(slots=list(candidates), target=target, rule=rules[rule], split=split, samples=samples)
+    return Step(select=step)
+
+
+def gram(training: Training, slot: str, mix: plan_pb2.Mixture, *, samples: int = 0) -> Step:
+    """Upload the second moments of every module's inputs, under the name ``slot``."""
+    encoding = encoding_to_proto(Encoding(training.uplink_encoding))
+    step = plan_pb2.GramStep(slot=slot, mixture=mix, split="train", samples=samples, encoding=encoding)
+    return Step(gram=step)

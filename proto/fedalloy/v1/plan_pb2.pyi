@@ -38,6 +38,12 @@ class SketchGradient(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SKETCH_GRADIENT_UNSPECIFIED: _ClassVar[SketchGradient]
     SKETCH_GRADIENT_EXACT: _ClassVar[SketchGradient]
     SKETCH_GRADIENT_DIAGONAL: _ClassVar[SketchGradient]
+
+class SelectRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SELECT_RULE_UNSPECIFIED: _ClassVar[SelectRule]
+    SELECT_RULE_BEST: _ClassVar[SelectRule]
+    SELECT_RULE_IMPROVEMENT: _ClassVar[SelectRule]
 GATE_KIND_UNSPECIFIED: GateKind
 GATE_KIND_SCALAR: GateKind
 GATE_KIND_INPUT: GateKind
@@ -54,6 +60,9 @@ SKETCH_ROWS_RANDOM: SketchRows
 SKETCH_GRADIENT_UNSPECIFIED: SketchGradient
 SKETCH_GRADIENT_EXACT: SketchGradient
 SKETCH_GRADIENT_DIAGONAL: SketchGradient
+SELECT_RULE_UNSPECIFIED: SelectRule
+SELECT_RULE_BEST: SelectRule
+SELECT_RULE_IMPROVEMENT: SelectRule
 
 class ModuleCoefficients(_message.Message):
     __slots__ = ("values",)
@@ -136,6 +145,16 @@ class Proximal(_message.Message):
     mu: float
     def __init__(self, slot: _Optional[str] = ..., mu: _Optional[float] = ...) -> None: ...
 
+class Distillation(_message.Message):
+    __slots__ = ("teacher", "weight", "temperature")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    teacher: Mixture
+    weight: float
+    temperature: float
+    def __init__(self, teacher: _Optional[_Union[Mixture, _Mapping]] = ..., weight: _Optional[float] = ..., temperature: _Optional[float] = ...) -> None: ...
+
 class Fold(_message.Message):
     __slots__ = ("index", "count")
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -145,7 +164,7 @@ class Fold(_message.Message):
     def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "distillation")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +178,7 @@ class TrainStep(_message.Message):
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     FOLD_FIELD_NUMBER: _ClassVar[int]
     RATE_SCALES_FIELD_NUMBER: _ClassVar[int]
+    DISTILLATION_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
     part: Part
@@ -172,7 +192,8 @@ class TrainStep(_message.Message):
     split: str
     fold: Fold
     rate_scales: _containers.RepeatedCompositeFieldContainer[RateScale]
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ...) -> None: ...
+    distillation: Distillation
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., distillation: _Optional[_Union[Distillation, _Mapping]] = ...) -> None: ...
 
 class MergeStep(_message.Message):
     __slots__ = ("target", "mixture", "space", "truncate_rank")
@@ -270,8 +291,36 @@ class DistanceStep(_message.Message):
     second: str
     def __init__(self, first: _Optional[str] = ..., second: _Optional[str] = ...) -> None: ...
 
+class SelectStep(_message.Message):
+    __slots__ = ("slots", "target", "rule", "split", "samples")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[str]
+    target: str
+    rule: SelectRule
+    split: str
+    samples: int
+    def __init__(self, slots: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., rule: _Optional[_Union[SelectRule, str]] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class GramStep(_message.Message):
+    __slots__ = ("slot", "mixture", "split", "samples", "encoding")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    MIXTURE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    mixture: Mixture
+    split: str
+    samples: int
+    encoding: _adapter_pb2.Encoding
+    def __init__(self, slot: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ...) -> None: ...
+
 class Step(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -281,6 +330,8 @@ class Step(_message.Message):
     FISHER_FIELD_NUMBER: _ClassVar[int]
     DISTANCE_FIELD_NUMBER: _ClassVar[int]
     SKETCH_FIELD_NUMBER: _ClassVar[int]
+    SELECT_FIELD_NUMBER: _ClassVar[int]
+    GRAM_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseStep
     train: TrainStep
     merge: MergeStep
@@ -290,7 +341,9 @@ class Step(_message.Message):
     fisher: FisherStep
     distance: DistanceStep
     sketch: SketchStep
-    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ...) -> None: ...
+    select: SelectStep
+    gram: GramStep
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps")
