@@ -112,10 +112,11 @@ class OneShot(AlloyStrategy):
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Merge, in the last round."""
-        names = sorted(self.uploads)
-        if names and self._is_last(round_):
+        arrived, self.uploads = self.uploads, {}
+        names = sorted(arrived)
+        if names:
             counts = [self.clients[name].examples for name in names]
-            self.merged = self.merge([self.uploads[name] for name in names], [n / sum(counts) for n in counts])
+            self.merged = self.merge([arrived[name] for name in names], [n / sum(counts) for n in counts])
         return {"merged": len(names)}
 
     def deliver(self, client: Client) -> Brief:
