@@ -278,8 +278,11 @@ class FakeNode:
                 squared = squared_distances(first, second)
                 result.distance.squared.extend(squared[module] for module in self.layout.modules)
             case "fisher":
-                slots = {step.fisher.first: step.fisher.keep_first, step.fisher.second: step.fisher.keep_second}
-                for slot, kept in slots.items():
+                slots = (
+                    (step.fisher.first, step.fisher.keep_first),
+                    (step.fisher.second, step.fisher.keep_second),
+                )
+                for slot, kept in slots:
                     if kept:
                         self.slots[kept] = Adapter(self.layout, 1 + self.slots[slot].vector.square())
                 result.fisher.CopyFrom(self.fisher())

@@ -52,7 +52,9 @@ class Fleet:
     def play(self, deaf: str = "", only: tuple[str, ...] = NAMES) -> dict[str, Any]:
         self.round_ += 1
         briefs = {
-            client: self.strategy.brief(self.round_, client) for client in self.strategy.clients.values() if client.id in only
+            client: self.strategy.brief(self.round_, client)
+            for client in self.strategy.clients.values()
+            if client.id in only
         }
         replies = list(self.grid.send_and_receive(self.strategy._messages(briefs, self.round_)))
         kept = [reply for reply, client in zip(replies, briefs, strict=True) if client.id != deaf]
@@ -123,7 +125,9 @@ def test_the_residual_has_the_rank_that_is_sent() -> None:
     mean = Adapter(adapters[0].layout, sum(w * a.vector for w, a in zip([0.1, 0.2, 0.3, 0.4], adapters, strict=True)))
     for module in found.layout.lora_modules:
         ideal = sum(w * dense(a, module) for w, a in zip([0.1, 0.2, 0.3, 0.4], adapters, strict=True))
-        torch.testing.assert_close(dense(found, module) + dense(mean, module), torch.as_tensor(ideal), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            dense(found, module) + dense(mean, module), torch.as_tensor(ideal), rtol=0, atol=1e-5
+        )
     assert float(found["head", Factor.WEIGHT].abs().max()) == 0
 
 

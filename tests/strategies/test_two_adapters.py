@@ -145,4 +145,3 @@ def test_options() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             STRATEGIES[name].Options(**options)
-
