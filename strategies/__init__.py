@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.apfl import APFL
 from strategies.base import AlloyStrategy
+from strategies.controls import CONTROLS
 from strategies.dare import DARE
 from strategies.ditto import Ditto
 from strategies.fedalt import FedALT
@@ -33,7 +34,7 @@ from strategies.rolora import RoLoRA
 from strategies.task_arithmetic import TaskArithmetic
 from strategies.ties import TIES
 
-__all__ = ["STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
+__all__ = ["CONTROLS", "STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
 
 _OWN: tuple[type[AlloyStrategy], ...] = (Local, FedAvg, FedMerge, FedMosaic, Potara)
 _RIVALS: tuple[type[AlloyStrategy], ...] = (
@@ -61,7 +62,7 @@ _RIVALS: tuple[type[AlloyStrategy], ...] = (
     FisherMerge,
     RegMean,
 )
-STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (*_OWN, *_RIVALS)}
+STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (*_OWN, *_RIVALS, *CONTROLS)}
 
 
 def strategy_from_run_config(run_config: RunConfig) -> AlloyStrategy:

@@ -73,5 +73,9 @@ class FlexLoRA(FedAvg):
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before, and may have higher ranks than were saved."""
         self.averaged = bool(state.values["averaged"])
-        saved = Adapter(self.global_model.layout.with_ranks(state.values["ranks"]), state.tensors["model"])
-        self.model = truncate(saved, self.global_model.layout, balanced=False) if self.averaged else self.model
+        layout, ranks = self.global_model.layout, state.values["ranks"]
+        saved = Adapter(layout if ranks == layout.ranks else layout.with_ranks(ranks), state.tensors["model"])
+        if ranks == layout.ranks:
+            self.model = saved
+        elif self.averaged:
+            self.model = truncate(saved, layout, balanced=False)

@@ -41,6 +41,8 @@ RUN_CONFIG_KEYS = {
     "fedamp.alpha",
     "fedamp.pull",
     "fedamp.sigma",
+    "fedavg-head.steps",
+    "fedavg-tuned.federated-rounds",
     "fedavg.space",
     "feddpa.federated-rounds",
     "feddpa.local-share",
