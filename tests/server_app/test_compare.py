@@ -31,9 +31,8 @@ def test_runs_are_named_by_what_they_are_told() -> None:
     options = {"fedmerge.models": 2, "local-steps": 3}
     first = {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, options)}
     assert len(first) == 4
-    more_models = {
-        job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, options | {"fedmerge.models": 3})
-    }
+    changed = options | {"fedmerge.models": 3}
+    more_models = {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, changed)}
     assert {name.split("-")[0] for name in first & more_models} == {"local"}
     assert not first & {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 3, options)}
     (job,) = jobs_of(["local"], [7], "digits", 3, 2, options)
