@@ -37,8 +37,13 @@ def test_runs_are_named_by_what_they_are_told() -> None:
     assert not first & {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 3, options)}
     (job,) = jobs_of(["local"], [7], "digits", 3, 2, options)
     assert job.config == {
-        "strategy": "local", "scenario": "digits", "seed": 7, "num-server-rounds": 2, "min-clients": 3, "local-steps": 3,
-    }  # fmt: skip
+        "strategy": "local",
+        "scenario": "digits",
+        "seed": 7,
+        "num-server-rounds": 2,
+        "min-clients": 3,
+        "local-steps": 3,
+    }
 
 
 def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path, alone: None) -> None:
