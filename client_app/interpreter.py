@@ -11,30 +11,24 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter, joined, stack_vectors
-from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
+from adapters.adapter import Adapter, joined
+from adapters.algebra import Coefficient, precision_mean, stack, truncate, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
-from client_app import evaluation, fisher, training
+from client_app import ensembles, evaluation, training
 from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
-from client_app.inputs import improvement_weights, input_moments
+from client_app.measures import Measures, PlanError
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.progress import tick
-from client_app.sketch import ReferenceModel, take_sketch
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
-DEFAULT_GRADIENT_BYTES = 2**28
 SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-class PlanError(ValueError):
-    """A plan cannot be carried out: an unknown step, a missing slot, or parts that do not fit."""
-
-
-class Interpreter:
+class Interpreter(Measures):
     """One client's model, data and slots; :meth:`run` carries out one plan.
 
     Args:
@@ -60,6 +54,7 @@ class Interpreter:
         self.starts = starts or {}
         self._received: dict[str, Adapter] = {}
         self._uploads: dict[str, bytes] = {}
+        self._attributions: dict[str, Tensor] = {}
         self._plan = plan_pb2.Plan()
         self._index = 0
         self._steps: dict[str, Callable[..., Message]] = {
@@ -74,6 +69,7 @@ class Interpreter:
             "sketch": self._sketch,
             "select": self._select,
             "gram": self._gram,
+            "attribute": self._attribute,
         }
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
@@ -90,7 +86,7 @@ class Interpreter:
         if plan.client_id != self.client_id:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
         _require_slot_names(plan, blobs)
-        self._plan, self._uploads = plan, {}
+        self._plan, self._uploads, self._attributions = plan, {}, {}
         report = report_pb2.Report(
             version=1,
             run_name=plan.run_name,
@@ -194,7 +190,8 @@ class Interpreter:
                 parameters[f"{slot}:{name}"] = parameter
         seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
         teach = self._teacher(step, parameters) if step.HasField("distillation") else None
-        result = training.train(self.model, step, parameters, data, seed, anchor or None, teach)
+        weights = self._attributed(step) if step.attributed_to else None
+        result = training.train(self.model, step, parameters, data, seed, anchor or None, teach, weights)
         for slot in [*step.slots, *own]:
             self.slots[slot] = self.model.read(slot)
         return result
@@ -224,45 +221,18 @@ class Interpreter:
 
         return teach
 
-    def _select(self, step: plan_pb2.SelectStep) -> report_pb2.SelectResult:
-        if not step.slots or step.rule not in (plan_pb2.SELECT_RULE_BEST, plan_pb2.SELECT_RULE_IMPROVEMENT):
-            raise PlanError(f"rule {step.rule} over {len(step.slots)} slots, expected a known rule and at least one")
-        data = self._drawn(step.split, step.samples)
+    def _attributed(self, step: plan_pb2.TrainStep) -> Tensor:
+        found = self._attributions.get(step.attributed_to)
+        if found is None or step.HasField("fold") or len(found) != len(self._split(step.split)):
+            raise PlanError(f"the split that is trained on was not attributed to slot {step.attributed_to!r}")
+        return found
 
-        def loss(slot: str) -> float:
-            self._activate(plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, scalar=1.0)]))
-            return evaluation.evaluate(self.model, data)["loss"]
-
-        result = report_pb2.SelectResult(losses=[loss(slot) for slot in step.slots])
-        if step.rule == plan_pb2.SELECT_RULE_BEST:
-            best = min(range(len(step.slots)), key=lambda index: result.losses[index])
-            result.weights.extend(float(index == best) for index in range(len(step.slots)))
-            self.slots[step.target] = self.slots[step.slots[best]].clone()
-            return result
-        own = self.slots[step.target]
-        result.target_loss = loss(step.target)
-        moves = stack_vectors([own, *(self.slots[slot] for slot in step.slots)])[1:] - own.vector
-        weights = improvement_weights(result.target_loss, torch.tensor(list(result.losses)).double(), moves)
-        result.weights.extend(weights.tolist())
-        self.slots[step.target] = Adapter(own.layout, own.vector + weights.to(moves.dtype) @ moves)
-        return result
-
-    def _gram(self, step: plan_pb2.GramStep) -> report_pb2.GramResult:
-        if step.slot in self._uploads:
-            raise PlanError(f"slot {step.slot!r} is sent twice")
-        data = self._drawn(step.split, step.samples)
-        self._activate(step.mixture)
-        found = input_moments(self.model, data)
-        self._uploads[step.slot] = encode(found, encoding_from_proto(step.encoding), include_layout=False).blob
-        return report_pb2.GramResult(slot=step.slot, examples=len(data))
-
-    def _drawn(self, split: str, samples: int) -> Dataset:
-        """All examples of a split, or so many drawn without replacement."""
-        data = self._split(split)
-        if not samples or samples >= len(data):
-            return data
-        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
-        return data.subset(next(training.batches(len(data), samples, 1, seed)))
+    def _ensemble(self, mixture: plan_pb2.Mixture) -> Callable[[Dataset], Tensor]:
+        slots, coefficients = self._terms(mixture)
+        if any(coefficient != 1.0 for coefficient in coefficients):
+            raise PlanError("an ensemble's coefficients are 1: its shares say how much each slot counts")
+        shares = ensembles.shares_of(self.slots[mixture.shares], self._loaded(slots))
+        return lambda batch: ensembles.log_probabilities(self.model, slots, shares, batch)
 
     def _merge(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
         if any(term.WhichOneof("coefficient") == "precision" for term in step.mixture.terms):
@@ -291,37 +261,6 @@ class Interpreter:
         self.slots[step.target] = merged
         return report_pb2.MergeResult(max_rank=max(merged.layout.ranks.values(), default=0))
 
-    def _fisher(self, step: plan_pb2.FisherStep) -> report_pb2.FisherResult:
-        if step.samples < 1 or not step.relative_damping >= 0:
-            raise PlanError(
-                f"{step.samples} samples and damping {step.relative_damping:g}, expected one sample and no less than 0"
-            )
-        layout = self.model.layout
-        pair = tuple(self.slots[slot] for slot in (step.first, step.second))
-        for slot, adapter in zip((step.first, step.second), pair, strict=True):
-            if adapter.layout.digest != layout.digest:
-                raise PlanError(f"slot {slot!r} has {layout.describe_difference(adapter.layout)}")
-            self.model.load(slot, adapter)
-        found = fisher.moments(
-            self.model,
-            (step.first, step.second),
-            layout,
-            self._split(step.split),
-            samples=step.samples,
-            seed=training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index),
-            max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
-        )
-        damping = fisher.damping_of(found, step.relative_damping)
-        blind = (found.first + found.second + damping == 0).float()  # neither knows anything: equal precisions
-        for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
-            if slot:
-                self.slots[slot] = Adapter(layout, information + damping + blind)
-        return fisher.result(pair, found, damping, in_delta_space=step.in_delta_space)
-
-    def _distance(self, step: plan_pb2.DistanceStep) -> report_pb2.DistanceResult:
-        squared = squared_distances(self.slots[step.first], self.slots[step.second])
-        return report_pb2.DistanceResult(squared=[squared[module] for module in self.model.layout.modules])
-
     def _fold(self, data: Dataset, fold: plan_pb2.Fold, split: str) -> Dataset:
         if not fold.index < fold.count <= len(data):
             raise PlanError(f"part {fold.index} of {fold.count} of {len(data)} examples: there is no such part")
@@ -330,9 +269,12 @@ class Interpreter:
 
     def _evaluate(self, step: plan_pb2.EvaluateStep) -> report_pb2.EvaluateResult:
         started = time.monotonic()
-        data = self._split(step.split)
-        self._activate(step.mixture)
-        metrics = evaluation.evaluate(self.model, data, self.data)
+        data, forward = self._split(step.split), None
+        if step.mixture.shares:
+            forward = self._ensemble(step.mixture)
+        else:
+            self._activate(step.mixture)
+        metrics = evaluation.evaluate(self.model, data, self.data, forward)
         return report_pb2.EvaluateResult(
             label=step.label,
             split=step.split,
@@ -343,8 +285,9 @@ class Interpreter:
 
     def _save(self, step: plan_pb2.SaveStep) -> report_pb2.SaveResult:
         slots, terms = self._terms(step.mixture)
-        if self._looks_at_input(terms):
-            gates = {term.slot: self.slots[term.slot] for term in terms if isinstance(term, Gate)}
+        if step.mixture.shares or self._looks_at_input(terms):
+            beside = {term.slot for term in terms if isinstance(term, Gate)} | ({step.mixture.shares} - {""})
+            gates = {slot: self.slots[slot] for slot in sorted(beside)}
             own = [OWN_HEAD] if self.model.own_layout is not None else []
             digest = self.slots.save_parts({slot: self.slots[slot] for slot in [*slots, *own]}, gates, step.mixture)
             return report_pb2.SaveResult(content_digest=digest, in_parts=True)
@@ -372,40 +315,14 @@ class Interpreter:
         self._uploads[step.slot] = encoded.blob
         return report_pb2.SendResult(slot=step.slot, content_digest=encoded.decoded.digest)
 
-    def _sketch(self, step: plan_pb2.SketchStep) -> report_pb2.SketchResult:
-        started = time.monotonic()
-        if step.slot in self._uploads:
-            raise PlanError(f"slot {step.slot!r} is sent twice")
-        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
-        data = self._split(step.split)
-        sketch = take_sketch(ReferenceModel(self.model), step, data, self._held(step.slot), seed, self._plan.seed)
-        self.slots[step.slot] = sketch.state
-        encoded = encode(sketch.upload, encoding_from_proto(step.encoding), include_layout=False)
-        self._uploads[step.slot] = encoded.blob
-        seconds = time.monotonic() - started
-        return report_pb2.SketchResult(slot=step.slot, examples=sketch.examples, norm=sketch.norm, seconds=seconds)
-
-    def _held(self, slot: str) -> Adapter | None:
-        if slot not in self.slots:
-            return None
-        return self.slots[slot]
-
-    def _activate(self, mixture: plan_pb2.Mixture) -> None:
-        slots, coefficients = self._terms(mixture)
-        if self.model.own_layout is not None:
-            if OWN_HEAD not in self.slots:
-                self.slots[OWN_HEAD] = Adapter.zeros(self.model.own_layout)
-            self.model.load(OWN_HEAD, self.slots[OWN_HEAD])
-        for slot in [*slots, *{gate.slot for gate in coefficients if isinstance(gate, Gate)}]:
-            self.model.load(slot, self.slots[slot])
-        self.model.activate(dict(zip(slots, coefficients, strict=True)))
-
     def _looks_at_input(self, coefficients: list[Coefficient | Gate]) -> bool:
         gates = [self.slots[gate.slot] for gate in coefficients if isinstance(gate, Gate)]
         return any(entry.shape != (1,) for gate in gates for entry in gate.layout.entries)
 
     def _fixed_terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
         """The terms with numbers for gates: what the gates are now."""
+        if mixture.shares:
+            raise PlanError("an ensemble is no sum of adapters")
         slots, coefficients = self._terms(mixture)
         if self._looks_at_input(coefficients):
             raise PlanError("gates that look at the input cannot be folded into one adapter")
@@ -418,38 +335,19 @@ class Interpreter:
             fixed.append(coefficient)
         return slots, fixed
 
-    def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient | Gate]]:
-        slots: list[str] = []
-        coefficients: list[Coefficient | Gate] = []
-        for term in mixture.terms:
-            kind = term.WhichOneof("coefficient")
-            if kind not in ("scalar", "per_module", "gate"):
-                raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient")
-            if term.slot in slots:
-                raise PlanError(f"slot {term.slot!r} occurs twice in a mixture")
-            slots.append(term.slot)
-            if kind == "gate":
-                coefficients.append(Gate(term.gate.slot, term.gate.complement))
-                continue
-            coefficients.append(term.scalar if kind == "scalar" else dict(term.per_module.values))
-        return slots, coefficients
-
-    def _split(self, name: str) -> Dataset:
-        if name not in self.data.splits:
-            raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
-        return self.data.splits[name]
-
 
 def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
     """Slot names become folder names and PEFT adapter names: nothing that leaves the folder, no dots."""
     named = set(blobs)
     for step in plan.steps:
         body = getattr(step, step.WhichOneof("kind") or "initialise")
-        named |= {getattr(body, field) for field in ("slot", "target", "first", "second") if hasattr(body, field)}
+        named |= {
+            getattr(body, field) for field in ("slot", "target", "first", "second", "shares") if hasattr(body, field)
+        }
         named |= {name for name in (getattr(body, field, "") for field in ("keep_first", "keep_second")) if name}
         named |= set(getattr(body, "slots", ()))
         if hasattr(body, "mixture"):
-            named |= {term.slot for term in body.mixture.terms}
+            named |= {term.slot for term in body.mixture.terms} | ({body.mixture.shares} - {""})
             named |= {term.precision for term in body.mixture.terms if term.WhichOneof("coefficient") == "precision"}
             named |= {term.gate.slot for term in body.mixture.terms if term.HasField("gate")}
         if getattr(body, "copy_of", ""):

@@ -17,7 +17,7 @@ from adapters.layout import factor_from_proto
 from client_app.data import Dataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
-from client_app.tasks import distillation_loss, mean_loss, targets_in
+from client_app.tasks import distillation_loss, example_losses, mean_loss, targets_in
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
@@ -61,6 +61,7 @@ def train(
     seed: int,
     anchor: Mapping[str, Tensor] | None = None,
     teach: Callable[[Dataset], Tensor] | None = None,
+    example_weights: Tensor | None = None,
 ) -> report_pb2.TrainResult:
     """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
 
@@ -72,6 +73,7 @@ def train(
         seed: decides batches and dropout.
         anchor: the values that ``step.proximal`` pulls to, by entry name.
         teach: the logits of ``step.distillation``'s teacher for a batch; leaves the mixture as it was.
+        example_weights: how much each example of ``data`` counts, ``[n]``.
 
     Raises:
         TrainingError: the loss became NaN or infinite.
@@ -86,13 +88,18 @@ def train(
         tick("train", len(losses), step.steps)
         optimiser.zero_grad()
         loss = 0.0
-        parts = [data.batch(part) for part in torch.split(indices, model.micro_batch or len(indices))]
+        chosen = torch.split(indices, model.micro_batch or len(indices))
+        parts = [data.batch(part) for part in chosen]
         targets = [targets_in(part) for part in parts]
         for position, part in enumerate(parts):
             lesson = teach(part) if teach is not None else None
             with autocast(model.device):
                 logits, labels = logits_of(model, part), part.labels.to(model.device)
-                objective = mean_loss(part.kind, logits, labels)
+                if example_weights is None:
+                    objective = mean_loss(part.kind, logits, labels)
+                else:
+                    each = example_losses(part.kind, logits, labels)
+                    objective = (each * example_weights[chosen[position]].to(each)).mean()
                 if lesson is not None:
                     asked = step.distillation
                     distance = distillation_loss(part.kind, logits, lesson, labels, asked.temperature)

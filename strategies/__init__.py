@@ -11,6 +11,7 @@ from strategies.fedalt import FedALT
 from strategies.fedamp import FedAMP
 from strategies.fedavg import FedAvg
 from strategies.feddpa import FedDPA
+from strategies.fedem import FedEM
 from strategies.fedex_lora import FedExLoRA
 from strategies.fedfomo import FedFomo
 from strategies.fedmerge import FedMerge
@@ -52,6 +53,7 @@ _RIVALS: tuple[type[AlloyStrategy], ...] = (
     FedRep,
     FML,
     IFCA,
+    FedEM,
     FedAMP,
     FedFomo,
     PFedGraph,

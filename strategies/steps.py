@@ -59,6 +59,18 @@ def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> p
     return plan_pb2.Mixture(terms=terms)
 
 
+def ensemble(slots: Sequence[str], shares: str) -> plan_pb2.Mixture:
+    """The probabilities that the slots predict, each alone, averaged by what the slot ``shares`` holds."""
+    mix = mixture(*slots)
+    mix.shares = shares
+    return mix
+
+
+def attribute(slots: Sequence[str], shares: str) -> Step:
+    """Divide every training example among ``slots``; ``shares`` holds the means."""
+    return Step(attribute=plan_pb2.AttributeStep(slots=list(slots), shares=shares, split="train"))
+
+
 def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
     """``sigmoid(g) first + (1 - sigmoid(g)) second`` for each module, with the gates g of the slot ``gates``."""
     return plan_pb2.Mixture(
@@ -105,12 +117,14 @@ def train(
     without_basis: bool = False,
     rate_scales: Mapping[Factor, float] | None = None,
     distillation: tuple[plan_pb2.Mixture, float, float] | None = None,
+    attributed_to: str = "",
 ) -> Step:
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
     ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
     learning rate of tensors with a factor. ``distillation = (teacher, w, T)`` makes the loss (1 - w) times the task's
-    plus w times the divergence from the teacher's predictions at temperature T.
+    plus w times the divergence from the teacher's predictions at temperature T. ``attributed_to`` weighs examples by
+    how much of them :func:`attribute` gave to that slot.
     """
     step = plan_pb2.TrainStep(
         mixture=mix,
@@ -123,6 +137,7 @@ def train(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         split="train",
+        attributed_to=attributed_to,
         rate_scales=[
             plan_pb2.RateScale(factor=factor_to_proto(factor), scale=scale)
             for factor, scale in (rate_scales or {}).items()

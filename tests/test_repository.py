@@ -47,6 +47,7 @@ RUN_CONFIG_KEYS = {
     "feddpa.federated-rounds",
     "feddpa.local-share",
     "feddpa.variant",
+    "fedem.learners",
     "fedex-lora.uniform",
     "fedfomo.candidates",
     "fedfomo.explore",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,58 @@ def test_a_weight_of_zero_is_no_distillation(client: Client) -> None:
     torch.testing.assert_close(client.slots["a"].vector, expected, rtol=0, atol=1e-6)
 
 
+def attributed(client: Client, shares: list[float]) -> torch.Tensor:
+    """``q [n, 2]`` for the slots a and b, from the definition."""
+    columns = []
+    for slot in "ab":
+        columns.append(functional.cross_entropy(client.logits(slot), client.data.labels, reduction="none"))
+    weights = torch.tensor(shares) * torch.exp(-torch.stack(columns, dim=1))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def test_examples_are_attributed_and_shares_follow(client: Client) -> None:
+    expected = attributed(client, [0.5, 0.5])
+    (result,) = client.run(steps.attribute(["a", "b"], "shares"))
+    assert result.attribute.examples == 12
+    torch.testing.assert_close(client.slots["shares"].vector, expected.mean(dim=0), rtol=0, atol=1e-5)
+    again = attributed(client, client.slots["shares"].vector.tolist())
+    client.run(steps.attribute(["a", "b"], "shares"))
+    torch.testing.assert_close(client.slots["shares"].vector, again.mean(dim=0), rtol=0, atol=1e-5)
+    assert float((again.mean(dim=0) - expected.mean(dim=0)).abs().max()) > 1e-4
+
+
+def test_an_ensemble_averages_probabilities_and_not_logits(client: Client) -> None:
+    mix = steps.ensemble(["a", "b"], "shares")
+    _, result = client.run(steps.attribute(["a", "b"], "shares"), steps.evaluate(Training(), mix))
+    shares = client.slots["shares"].vector
+    mean = sum(share * client.logits(slot).softmax(dim=1) for share, slot in zip(shares, "ab", strict=True))
+    loss = float(functional.nll_loss(torch.as_tensor(mean).log(), client.data.labels))
+    assert result.evaluate.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    accuracy = float((torch.as_tensor(mean).argmax(dim=1) == client.data.labels).float().mean())
+    assert result.evaluate.metrics["accuracy"] == pytest.approx(accuracy)
+
+
+def test_a_saved_ensemble_is_its_slots_and_shares(client: Client, tmp_path: Path) -> None:
+    mix = steps.ensemble(["a", "b"], "shares")
+    (_, result) = client.run(steps.attribute(["a", "b"], "shares"), steps.save(mix))
+    assert result.save.in_parts
+    found = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert found == {"a", "b", "gates.safetensors", "mixture.json"}
+    assert json.loads((tmp_path / "adapter" / "mixture.json").read_text())["shares"] == "shares"
+
+
+def test_training_counts_examples_by_what_was_attributed(client: Client) -> None:
+    """One step of the whole split is a step down the weighted loss: the first step's loss says which loss it is."""
+    q = attributed(client, [0.5, 0.5])
+    training = Training(local_steps=1, batch_size=12)
+    _, result = client.run(
+        steps.attribute(["a", "b"], "shares"), steps.train(training, steps.mixture("a"), ["a"], attributed_to="a")
+    )
+    client.slots["a"] = random_adapter(client.model.layout, 0, scale=0.3)
+    each = functional.cross_entropy(client.logits("a"), client.data.labels, reduction="none")
+    assert result.train.first_loss == pytest.approx(float((q[:, 0] * each).mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -189,6 +242,15 @@ def test_a_weight_of_zero_is_no_distillation(client: Client) -> None:
         (steps.select("a", ["b"], "best", split="nowhere"), "no split 'nowhere'"),
         (steps.select("a", ["b", "../x"], "best", split="train"), "slot name '../x'"),
         (steps.gram(Training(), "..", steps.mixture("a")), "slot name '..'"),
+        (steps.gram(Training(), "g", steps.ensemble(["a", "b"], "c")), "an ensemble can be evaluated and saved, not"),
+        (steps.merge("a", steps.ensemble(["a", "b"], "c")), "an ensemble is no sum of adapters"),
+        (steps.evaluate(Training(), steps.ensemble(["a", "b"], "../c")), "slot name '../c'"),
+        (steps.evaluate(Training(), steps.ensemble(["a", "b"], "c")), "for 2 slots"),
+        (steps.attribute(["a", "a"], "shares"), "expected at least one and none twice"),
+        (
+            steps.train(Training(), steps.mixture("a"), ["a"], attributed_to="a"),
+            "the split that is trained on was not attributed to slot 'a'",
+        ),
         (
             steps.train(Training(), steps.mixture("a"), ["a"], distillation=(steps.mixture("../b"), 0.5, 1.0)),
             "slot name '../b'",

@@ -252,6 +252,8 @@ class FakeNode:
                     moments, encoding_from_proto(step.gram.encoding), include_layout=False
                 ).blob
                 result.gram.slot = step.gram.slot
+            case "attribute":
+                result.attribute.examples = 5
             case "select":
                 losses = [self.metrics(self.slots[slot])["loss"] for slot in step.select.slots]
                 best = min(range(len(losses)), key=lambda index: losses[index])
@@ -303,6 +305,8 @@ class FakeNode:
             else term.scalar
             for term in mixture.terms
         ]
+        if mixture.shares:
+            coefficients = [1 / len(mixture.terms)] * len(mixture.terms)
         slots = [self.slots[term.slot] for term in mixture.terms]
         if len(coefficients) == 1 and coefficients[0] == 1.0:
             return slots[0].clone()

@@ -143,3 +143,28 @@ def test_ifca_averages_clusters_and_leaves_an_empty_one() -> None:
     after = fleet.strategy.state().tensors
     chosen = [key for key in models if not torch.equal(models[key], after[key])]
     assert len(chosen) == 1
+
+
+def test_fedem_with_one_learner_is_fedavg() -> None:
+    one, fedavg = Fleet("fedem", learners=1), Fleet("fedavg")
+    for fleet in (one, fedavg):
+        fleet.play()
+        fleet.play()
+    assert torch.equal(one.strategy.state().tensors["learner-0"], fedavg.strategy.state().tensors["model"])
+
+
+def test_fedem_trains_each_learner_on_its_share_and_keeps_the_shares_at_the_client() -> None:
+    fleet = Fleet("fedem", learners=3)
+    brief = fleet.brief("ada")
+    slots = [f"learner-{index}" for index in range(3)]
+    assert list(brief.adapters) == slots
+    assert len({adapter.digest for adapter in brief.adapters.values()}) == 3  # equal ones would stay equal
+    trains = [step.train for step in brief.steps if step.HasField("train")]
+    assert [(list(t.slots), t.attributed_to) for t in trains] == [([slot], slot) for slot in slots]
+    assert [step.send.slot for step in brief.steps if step.HasField("send")] == slots
+    evaluated = next(step.evaluate.mixture for step in brief.steps if step.HasField("evaluate"))
+    assert ([term.slot for term in evaluated.terms], evaluated.shares) == (slots, "shares")
+    fleet.play()
+    for slot in slots:  # by example counts, each on its own
+        mean = sum(share * fleet[who].slots[slot].vector for share, who in zip(SHARES, NAMES, strict=True))
+        torch.testing.assert_close(fleet.strategy.state().tensors[slot], torch.as_tensor(mean), rtol=0, atol=1e-6)

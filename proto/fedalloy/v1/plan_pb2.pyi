@@ -100,10 +100,12 @@ class Term(_message.Message):
     def __init__(self, slot: _Optional[str] = ..., scalar: _Optional[float] = ..., per_module: _Optional[_Union[ModuleCoefficients, _Mapping]] = ..., precision: _Optional[str] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
 
 class Mixture(_message.Message):
-    __slots__ = ("terms",)
+    __slots__ = ("terms", "shares")
     TERMS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     terms: _containers.RepeatedCompositeFieldContainer[Term]
-    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
+    shares: str
+    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ..., shares: _Optional[str] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("factors", "modules", "without_basis")
@@ -164,7 +166,7 @@ class Fold(_message.Message):
     def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "distillation")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "distillation", "attributed_to")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +181,7 @@ class TrainStep(_message.Message):
     FOLD_FIELD_NUMBER: _ClassVar[int]
     RATE_SCALES_FIELD_NUMBER: _ClassVar[int]
     DISTILLATION_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTED_TO_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
     part: Part
@@ -193,7 +196,8 @@ class TrainStep(_message.Message):
     fold: Fold
     rate_scales: _containers.RepeatedCompositeFieldContainer[RateScale]
     distillation: Distillation
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., distillation: _Optional[_Union[Distillation, _Mapping]] = ...) -> None: ...
+    attributed_to: str
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., distillation: _Optional[_Union[Distillation, _Mapping]] = ..., attributed_to: _Optional[str] = ...) -> None: ...
 
 class MergeStep(_message.Message):
     __slots__ = ("target", "mixture", "space", "truncate_rank")
@@ -319,8 +323,18 @@ class GramStep(_message.Message):
     encoding: _adapter_pb2.Encoding
     def __init__(self, slot: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ...) -> None: ...
 
+class AttributeStep(_message.Message):
+    __slots__ = ("slots", "shares", "split")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[str]
+    shares: str
+    split: str
+    def __init__(self, slots: _Optional[_Iterable[str]] = ..., shares: _Optional[str] = ..., split: _Optional[str] = ...) -> None: ...
+
 class Step(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -332,6 +346,7 @@ class Step(_message.Message):
     SKETCH_FIELD_NUMBER: _ClassVar[int]
     SELECT_FIELD_NUMBER: _ClassVar[int]
     GRAM_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseStep
     train: TrainStep
     merge: MergeStep
@@ -343,7 +358,8 @@ class Step(_message.Message):
     sketch: SketchStep
     select: SelectStep
     gram: GramStep
-    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ...) -> None: ...
+    attribute: AttributeStep
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps")

@@ -209,8 +209,14 @@ class GramResult(_message.Message):
     examples: int
     def __init__(self, slot: _Optional[str] = ..., examples: _Optional[int] = ...) -> None: ...
 
+class AttributeResult(_message.Message):
+    __slots__ = ("examples",)
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    def __init__(self, examples: _Optional[int] = ...) -> None: ...
+
 class StepResult(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +228,7 @@ class StepResult(_message.Message):
     SKETCH_FIELD_NUMBER: _ClassVar[int]
     SELECT_FIELD_NUMBER: _ClassVar[int]
     GRAM_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseResult
     train: TrainResult
     merge: MergeResult
@@ -233,7 +240,8 @@ class StepResult(_message.Message):
     sketch: SketchResult
     select: SelectResult
     gram: GramResult
-    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ...) -> None: ...
+    attribute: AttributeResult
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire")
