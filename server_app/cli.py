@@ -72,8 +72,11 @@ def compare(
         "comparison"
     ),
     set_: Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")] = "",
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="On local SuperNodes, with bytes on the wire; slower.")
+    ] = False,
 ) -> None:
-    """Which strategy for these clients, at what cost: in this process, without a network."""
+    """Which strategy for these clients, at what cost; by default in this process, without a network."""
     from server_app.compare import compare as run_comparison
     from server_app.comparison import as_markdown
 
@@ -81,7 +84,15 @@ def compare(
     with _clear_errors():
         extra = parse_run_config(set_)
         found, failed = run_comparison(
-            scenario, _listed(strategies), chosen, out, console, clients=clients, rounds=rounds, options=extra
+            scenario,
+            _listed(strategies),
+            chosen,
+            out,
+            console,
+            clients=clients,
+            rounds=rounds,
+            options=extra,
+            place="cluster" if cluster else "process",
         )
     console.print(as_markdown(found, scenario), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}", highlight=False, soft_wrap=True)

@@ -16,9 +16,11 @@ import io
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from adapters.durable import write_durably
+from server_app.cluster import LocalCluster, Settings
 from server_app.comparison import Comparison, Row, as_markdown, comparison_of
 from server_app.comparison_report import ReportError, as_html
+from server_app.demo import terminate_as_interrupt
 from server_app.in_process import InProcessGrid
 from server_app.ledger import Ledger
 from server_app.run_directory import RunDirectory
+from server_app.superlink import ClusterError, SuperLink
 from strategies import CONTROLS, STRATEGIES
 from strategies.options import require_choice
 
@@ -43,16 +48,17 @@ LEVELS = ("tensor", "message", "wire")
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a comparison."""
+    """One run of a comparison; ``place`` is where it is carried out, which decides what of its bytes is measured."""
 
     strategy: str
     seed: int
     config: Mapping[str, Any]
+    place: str = "process"
 
     @property
     def name(self) -> str:
         """The run's folder: strategy, seed, and a digest of everything that the run is told."""
-        text = json.dumps(dict(self.config), sort_keys=True)
+        text = json.dumps([self.place, dict(self.config)], sort_keys=True)
         return f"{self.strategy}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -67,10 +73,12 @@ def compare(
     rounds: int = 4,
     options: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
+    place: str = "process",
 ) -> tuple[Comparison, dict[str, str]]:
     """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
 
     Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
+    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes that are started for this and stopped after.
 
     Raises:
         OptionError: a strategy is unknown.
@@ -78,15 +86,20 @@ def compare(
     chosen = list(dict.fromkeys([*REFERENCES, *strategies, *(control.name for control in CONTROLS)]))
     for name in chosen:
         require_choice("--strategies", name, STRATEGIES)
-    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}))
+    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place))
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
-    with _quiet(), _progress(console, len(jobs)) as (progress, overall):
+    finished = all(is_finished(runs / job.name) for job in jobs)
+    with (
+        _quiet(),
+        _started(place if not finished and engine is None else "process", clients, runs, console) as started,
+        _progress(console, len(jobs)) as (progress, overall),
+    ):
         for job in jobs:
             kept = is_finished(runs / job.name)
             if not kept:
-                failed |= _run(job, clients, runs, engine or in_process, progress, rounds)
+                failed |= _run(job, clients, runs, engine or started, progress, rounds)
             progress.advance(overall)
             if not console.is_terminal:
                 word = "kept" if kept else f"failed ({failed[job.name]})" if job.name in failed else "finished"
@@ -111,6 +124,7 @@ def jobs_of(
     clients: int,
     rounds: int,
     options: Mapping[str, Any],
+    place: str = "process",
 ) -> Iterator[Job]:
     """Every run, seed by seed: a comparison that is interrupted has all strategies of the first seeds."""
     for seed in seeds:
@@ -118,7 +132,7 @@ def jobs_of(
             others = tuple(f"{name}." for name in STRATEGIES if name != strategy)
             config: dict[str, Any] = {key: value for key, value in options.items() if not key.startswith(others)}
             config |= {"strategy": strategy, "scenario": scenario, "seed": seed}
-            yield Job(strategy, seed, config | {"num-server-rounds": rounds, "min-clients": clients})
+            yield Job(strategy, seed, config | {"num-server-rounds": rounds, "min-clients": clients}, place)
 
 
 def is_finished(run: Path) -> bool:
@@ -137,6 +151,27 @@ def in_process(config: Mapping[str, Any], clients: int, runs: Path, answered: Ca
     config = {**config, "runs-dir": str(runs)}
     grid = InProcessGrid(clients, runs, config, None, count)
     run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
+
+
+def on_cluster(
+    cluster: SuperLink, config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]
+) -> None:
+    """The engine on real Flower processes, with every byte on the wire.
+
+    Raises:
+        ClusterError: the run did not end well; its last records are in its folder.
+    """
+    directory, seen = RunDirectory(runs / str(config["run-name"])), [0]
+
+    def look() -> None:
+        answers = sum(len(record["clients"]) for record in directory.rounds())
+        for _ in range(answers - seen[0]):
+            answered()
+        seen[0] = max(seen[0], answers)
+
+    outcome = cluster.run({**config, "runs-dir": str(runs.resolve())}, look)
+    if not outcome.completed or not is_finished(directory.path):
+        raise ClusterError(f"the run ended as {outcome.status}")
 
 
 def rows_of(job: Job, run: Path) -> Iterator[Row]:
@@ -219,6 +254,21 @@ def _progress(console: Console, total: int) -> Iterator[tuple[Progress, Any]]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield progress, progress.add_task("runs", total=total)
+
+
+@contextmanager
+def _started(place: str, clients: int, runs: Path, console: Console) -> Iterator[Engine]:
+    if place == "process":
+        yield in_process
+        return
+    names = tuple(f"client-{index}" for index in range(clients))
+    console.print(f"Starting a SuperLink and {clients} SuperNodes (TLS, one registered key each)...")
+    with (
+        terminate_as_interrupt(),
+        tempfile.TemporaryDirectory(prefix="fedalloy-compare-") as folder,
+        LocalCluster(Path(folder) / "cluster", Settings(names, runs.resolve())) as cluster,
+    ):
+        yield partial(on_cluster, cluster)
 
 
 @contextmanager

@@ -35,6 +35,8 @@ def test_runs_are_named_by_what_they_are_told() -> None:
     more_models = {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, changed)}
     assert {name.split("-")[0] for name in first & more_models} == {"local"}
     assert not first & {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 3, options)}
+    on_wire = {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, options, "cluster")}
+    assert not first & on_wire  # what was measured differs
     (job,) = jobs_of(["local"], [7], "digits", 3, 2, options)
     assert job.config == {
         "strategy": "local",
