@@ -65,8 +65,10 @@ def improvement_weights(own: float, losses: Tensor, moves: Tensor) -> Tensor:
     Args:
         own: loss of where one is.
         losses: the candidates' ``[M]``.
-        moves: candidate minus where one is, ``[M, P]``; one that is no move has weight 0.
+        moves: candidate minus where one is, ``[M, P]``; one that is no move has weight 0, as one without a finite loss.
     """
     distances = moves.double().norm(dim=1)
-    gains = torch.where(distances > 0, (own - losses).clamp_min(0) / distances.clamp_min(1e-30), 0.0)
+    gains = torch.where(distances > 0, (own - losses).clamp_min(0) / distances.clamp_min(1e-30), 0.0).nan_to_num(
+        0, 0, 0
+    )
     return gains / gains.sum() if gains.sum() > 0 else gains

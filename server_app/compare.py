@@ -78,7 +78,7 @@ def compare(
     """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
 
     Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
-    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes that are started for this and stopped after.
+    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after.
 
     Raises:
         OptionError: a strategy is unknown.

@@ -55,7 +55,9 @@ class FedRep(PartAverage):
         mix, total = steps.mixture(SLOT), self.training.local_steps
         if self.options.joint:
             return [steps.train(self.training, mix, [SLOT])]
-        first = min(total, round(self.options.own_steps * total))
+        first = round(self.options.own_steps * total)
+        if 0 < self.options.own_steps < 1 < total:  # both get some
+            first = min(max(first, 1), total - 1)
         parts = ((self._own(client.layout), first), (self.shared(round_, client).modules, total - first))
         return [steps.train(self.training, mix, [SLOT], modules=part, steps=n) for part, n in parts if n]
 

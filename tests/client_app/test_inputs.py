@@ -111,6 +111,8 @@ def test_improvement_is_per_distance() -> None:
     moves = torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     found = improvement_weights(2.0, torch.tensor([1.0, 1.5, 2.5, 0.0], dtype=torch.float64), moves)
     assert found.tolist() == pytest.approx([0.2 / 0.7, 0.5 / 0.7, 0, 0])
+    broken = improvement_weights(2.0, torch.tensor([float("nan"), 1.5, float("inf"), 0.0]).double(), moves)
+    assert broken.tolist() == [0, 1, 0, 0]
 
 
 def test_moments_are_those_of_the_inputs(client: Client) -> None:

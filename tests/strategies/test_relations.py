@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -143,6 +145,33 @@ def test_ifca_averages_clusters_and_leaves_an_empty_one() -> None:
     after = fleet.strategy.state().tensors
     chosen = [key for key in models if not torch.equal(models[key], after[key])]
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda found: found.losses.pop(), "1 numbers in losses, expected one for each of 2 candidates"),
+        (lambda found: found.weights.pop(), "1 numbers in weights, expected one for each of 2 candidates"),
+        (lambda found: found.weights.__setitem__(0, 7.0), "expected 0 to 1"),
+        (lambda found: found.losses.__setitem__(0, float("nan")), "expected a finite number"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(spoil: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("strategies.base.log", lambda level, text, *args: lines.append(text % args))
+    fleet = Fleet("ifca")
+    fleet.play()
+    honest = fleet["ben"]._step
+
+    def step(*arguments: Any) -> Any:
+        result = honest(*arguments)
+        if result.HasField("select"):
+            spoil(result.select)
+        return result
+
+    monkeypatch.setattr(fleet["ben"], "_step", step)
+    assert fleet.play()["merged"] == 2
+    assert any("client 'ben'" in line and reason in line for line in lines), lines
 
 
 def test_fedem_with_one_learner_is_fedavg() -> None:
