@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -79,7 +79,8 @@ class ClientData:
 
     ``metrics`` are wanted beyond those that logits give at once. Where texts are generated, ``decode`` turns token ids
     into text, and at most ``generate_examples`` texts of ``max_new_tokens`` tokens are written in an evaluation.
-    ``notes`` are findings about the data that contain none of it, for the server's log.
+    ``notes`` are findings about the data that contain none of it, for the server's log. ``for_reference`` holds splits as
+    the reference model reads them, where that has a tokenizer or processor of its own.
     """
 
     task: str
@@ -90,6 +91,7 @@ class ClientData:
     generate_examples: int = 0
     max_new_tokens: int = 64
     notes: tuple[str, ...] = ()
+    for_reference: Mapping[str, Dataset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Base:
     trained in full, as differences. ``own_heads`` are trained in full, too, but never leave the client: heads for
     labels that only this client has. ``fingerprint`` is 64 hex digits that all clients of a federation must share,
     except with a strategy that crosses architectures. ``reference`` is the small model that sketches are gradients of,
-    with the same inputs and the same for all clients; None: this base model itself.
+    the same for all clients; None: this base model itself.
     """
 
     name: str

@@ -307,7 +307,8 @@ class Interpreter:
         if step.slot in self._uploads:
             raise PlanError(f"slot {step.slot!r} is sent twice")
         seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
-        data = self._split(step.split)
+        readings = self.data.for_reference
+        data = readings[step.split] if step.split in readings else self._split(step.split)
         sketch = take_sketch(ReferenceModel(self.model), step, data, self._held(step.slot), seed, self._plan.seed)
         self.slots[step.slot] = sketch.state
         encoded = encode(sketch.upload, encoding_from_proto(step.encoding), include_layout=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from adapters.durable import write_durably
 from client_app.base_models import find_model, load_base
-from client_app.data import Base, ClientData
+from client_app.data import Base, ClientData, Dataset
 from client_app.encoding import Encoder, load_encoder
 from client_app.examples import Example, guess_kind, open_image, read_example
 from client_app.settings import DataSettings, Settings
@@ -48,6 +48,10 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
     base = load_base(model, found.kind, settings.model, found.labels, encoder.padding_id)
     notes = _notes(found, encoder)
+    for_reference: dict[str, Dataset] = {}
+    if settings.model.reference_model:
+        reference, for_reference["train"] = _reference(found, settings, chat=chat)
+        base = replace(base, reference=reference)
     write_durably(settings.state_dir / f"data-{settings.client_id}.txt", report(found, notes).encode())
     generates = found.kind.generative
     return base, ClientData(
@@ -59,6 +63,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         generate_examples=settings.model.generate_examples,
         max_new_tokens=settings.model.max_new_tokens,
         notes=tuple(notes),
+        for_reference=for_reference,
     )
 
 
@@ -85,6 +90,16 @@ def read_own(settings: Settings) -> Found:
     if table.blank_lines:
         found.findings.append(f"{table.blank_lines} blank lines were skipped")
     return found
+
+
+def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, Dataset]:
+    """The model that sketches are gradients of, and the training examples as it reads them."""
+    model = find_model(settings.model.reference_model, settings.state_dir / ".cache")
+    encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
+    # Nothing of it is adapted, and a quantised weight has no gradient.
+    plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
+    base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
+    return base, encoder.encode(found.splits["train"], found.labels)
 
 
 def _check_images(found: Found, settings: Settings) -> None:

@@ -29,6 +29,7 @@ class ModelSettings:
     """
 
     base_model: str = ""
+    reference_model: str = ""
     task: str = ""
     labels: str = ""
     target_modules: str = ""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.layout import Layout, LayoutError
+from adapters.parts import layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.messages import (
     BadAnswerError,
@@ -34,6 +35,7 @@ from strategies.messages import (
     read_answer,
     read_registration,
     register_message,
+    require_size,
 )
 from strategies.options import RunConfig, keys_of, read_options, require_range
 from strategies.steps import Training
@@ -305,6 +307,8 @@ def client_from(registration: report_pb2.Registration, layout: Layout, node_id: 
     if registration.HasField("reference"):
         try:
             reference = Layout.from_proto(registration.reference)
+            require_size(reference)
+            layout_of_sketch(reference, 1)
         except LayoutError as error:
             raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
     return Client(registration.client_id, node_id, layout, examples, registration.base_model, registration, reference)

@@ -148,15 +148,24 @@ def read_registration(reply: Message, node_id: int | None = None) -> tuple[repor
                 "starting with a letter or digit"
             )
         layout = Layout.from_proto(registration.layout)
-        if payload_size(layout, Encoding.FP32) > MAX_BLOB_BYTES:  # a claim; the server is about to allocate it
-            raise LayoutError(
-                f"client {registration.client_id!r} claims an adapter of {layout.size} numbers, "
-                f"expected at most {MAX_BLOB_BYTES // 4}"
-            )
+        try:
+            require_size(layout)
+        except LayoutError as error:
+            raise LayoutError(f"client {registration.client_id!r}: {error}") from None
     except (RecordError, LayoutError) as error:
         raise BadAnswerError(f"{node} sent a registration that is not valid: {error}") from None
     _require_sane(f"client {registration.client_id!r} ({node})", registration)
     return registration, layout
+
+
+def require_size(layout: Layout) -> None:
+    """A layout is a claim, and the server is about to allocate it.
+
+    Raises:
+        LayoutError: more numbers than any blob can hold.
+    """
+    if payload_size(layout, Encoding.FP32) > MAX_BLOB_BYTES:
+        raise LayoutError(f"claims {layout.size} numbers, expected at most {MAX_BLOB_BYTES // 4}")
 
 
 def read_counters(reply: Message) -> report_pb2.Counters:

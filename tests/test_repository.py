@@ -105,6 +105,7 @@ RUN_CONFIG_KEYS = {
     "quantization",
     "round-timeout",
     "run-name",
+    "reference-model",
     "runs-dir",
     "scenario",
     "schedule",

@@ -92,6 +92,13 @@ def save_llama(folder: Path, *, chat: bool = False) -> Path:
     return _save(folder, lambda: transformers.LlamaForCausalLM(llama_config(tokenizer)), tokenizer)
 
 
+def save_llama_reader(folder: Path, words: Sequence[str], width: int = 32, layers: int = 2) -> Path:
+    """A Llama-style causal LM over the same words as :func:`save_bert`, so that texts have as many tokens in both."""
+    tokenizer = word_tokenizer(words)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return _save(folder, lambda: transformers.LlamaForCausalLM(llama_config(tokenizer, width, layers)), tokenizer)
+
+
 def save_bert(folder: Path, words: Sequence[str]) -> Path:
     """A BERT-style encoder without a head, as most checkpoints are."""
     tokenizer = word_tokenizer(words)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client_app.training import set_up_torch
-from server_app.align import align_scenario
+from server_app.align import Aligned, align_models
 from tests.in_process import run_in_process
 
 MIXED_CLIENTS = 8
@@ -81,7 +81,7 @@ class Bench:
         """``digits-mixed``."""
         rank, blocks = self.arguments.rank, self.arguments.blocks
         state, quiet = self.folder, Console(quiet=True)
-        alignment = align_scenario("digits-mixed", blocks, rank, 0, 0.5, False, state, quiet).stem
+        alignment = align_models(Aligned("digits-mixed"), blocks, rank, 0, 0.5, False, state, quiet).stem
         plain: dict[str, Any] = {"lora_r": rank, "lora_alpha": 2.0 * rank}
         shared = plain | {"lora_blocks": blocks, "lora_alignment": alignment}
         everybody = range(MIXED_CLIENTS)

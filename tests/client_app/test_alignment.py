@@ -113,7 +113,7 @@ def test_stage_a_finds_the_map_that_explains_the_pivot() -> None:
 def test_aligned_models_start_from_the_file_and_the_pivot_is_orthonormal(tmp_path: Path) -> None:
     pivot, target = model_of(16, 2), model_of(24, 5)
     said: list[tuple[str, int, int]] = []
-    path = align(pivot, [target], text(), tmp_path, QUICK, lambda *news: said.append(news))
+    path = align(pivot, [target], [text()] * 2, tmp_path, QUICK, lambda *news: said.append(news))
     assert {what for what, _, _ in said} == {"reading for llama-24", "fitting llama-24"}
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
     for model in (pivot, target):
@@ -136,7 +136,7 @@ def test_alignment_brings_the_activations_of_the_models_together(tmp_path: Path)
     """What it is for: after it, A x means more of the same in both models than before."""
     pivot, target = model_of(16, 2), model_of(24, 4)
     data = text(60)
-    path = align(pivot, [target], data, tmp_path, AlignOptions(steps=300, batch_size=16))
+    path = align(pivot, [target], [data] * 2, tmp_path, AlignOptions(steps=300, batch_size=16))
 
     def correlation(bases: dict[str, Adapter]) -> float:
         ours, theirs = (alignment._inputs(model, data) for model in (target, pivot))
@@ -161,7 +161,7 @@ def module_of(model: PersonalModel, name: str) -> str:
 
 def test_a_stopped_alignment_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pivot, target, data = model_of(16, 2), model_of(24, 3), text(20)
-    whole = align(pivot, [target], data, tmp_path / "whole", QUICK)
+    whole = align(pivot, [target], [data] * 2, tmp_path / "whole", QUICK)
     monkeypatch.setattr(alignment, "_SAVE_EVERY", 2)
     read: list[int] = []
 
@@ -173,9 +173,9 @@ def test_a_stopped_alignment_goes_on_and_ends_the_same(tmp_path: Path, monkeypat
             raise Stop
 
     with pytest.raises(Stop):
-        align(pivot, [target], data, tmp_path / "stopped", QUICK, stop)
+        align(pivot, [target], [data] * 2, tmp_path / "stopped", QUICK, stop)
     assert [path.name.startswith(".partial-") for path in (tmp_path / "stopped").iterdir()] == [True]
-    again = align(pivot, [target], data, tmp_path / "stopped", QUICK, lambda what, done, total: read.append(done))
+    again = align(pivot, [target], [data] * 2, tmp_path / "stopped", QUICK, lambda what, done, total: read.append(done))
     assert read[0] == 8
     assert again.name == whole.name
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == [whole.name]
@@ -183,7 +183,7 @@ def test_a_stopped_alignment_goes_on_and_ends_the_same(tmp_path: Path, monkeypat
 
 def test_a_missing_changed_or_foreign_file_is_refused(tmp_path: Path) -> None:
     pivot, target = model_of(16, 2), model_of(24, 2)
-    path = align(pivot, [target], text(), tmp_path, QUICK)
+    path = align(pivot, [target], [text()] * 2, tmp_path, QUICK)
     with pytest.raises(AlignmentError, match="no alignment 'abc' in"):
         load_alignment(tmp_path, "abc", pivot.layout)
     with pytest.raises(AlignmentError, match=r"nothing for '.*' of base model 3232"):
@@ -194,7 +194,7 @@ def test_a_missing_changed_or_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AlignmentError, match="has the hash"):
         load_alignment(tmp_path, path.stem, pivot.layout)
     with pytest.raises(AlignmentError, match="'llama-24' shares"):
-        align(pivot, [model_of(24, 2, blocks=1)], text(), tmp_path, QUICK)
+        align(pivot, [model_of(24, 2, blocks=1)], [text()] * 2, tmp_path, QUICK)
 
 
 def test_models_with_other_tokens_cannot_be_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,5 +206,5 @@ def test_models_with_other_tokens_cannot_be_aligned(tmp_path: Path, monkeypatch:
         return {name: x[::2] for name, x in found.items()} if model is pivot else found
 
     monkeypatch.setattr(alignment, "_inputs", halved)
-    with pytest.raises(AlignmentError, match="different tokenizers"):
-        align(pivot, [target], text(), tmp_path, QUICK)
+    with pytest.raises(AlignmentError, match="divide their inputs differently"):
+        align(pivot, [target], [text()] * 2, tmp_path, QUICK)
