@@ -79,7 +79,7 @@ class ClientData:
 
     ``metrics`` are wanted beyond those that logits give at once. Where texts are generated, ``decode`` turns token ids
     into text, and at most ``generate_examples`` texts of ``max_new_tokens`` tokens are written in an evaluation.
-    ``notes`` are findings about the data that contain none of it, for the server's log. ``for_reference`` holds splits as
+    ``notes`` are findings about the data that contain none of it, for the server's log. ``for_reference`` has splits as
     the reference model reads them, where that has a tokenizer or processor of its own.
     """
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -89,6 +91,14 @@ def test_equal_activations_need_no_recolouring() -> None:
     torch.testing.assert_close(
         recolouring(gram, gram, gram, 1e-4), torch.eye(4, dtype=torch.float64), atol=1e-5, rtol=0
     )
+
+
+def test_an_identical_model_that_starts_at_the_pivots_a_stays_there() -> None:
+    a, x = polar(draw(3, 8)), draw(100, 8, seed=1)
+    z = x @ a.T
+    found = fit_a(a, x.T @ x / 100, x.T @ z / 100, AlignOptions(penalty=0.0, steps=50))
+    torch.testing.assert_close(found, a, atol=1e-3, rtol=0)  # Adam's steps do not get smaller with the gradient
+    assert float((x @ found.T - z).square().mean()) < 1e-6
 
 
 def test_the_column_penalty_is_the_mean_squared_cosine_and_has_welchs_floor() -> None:
@@ -190,6 +200,15 @@ def test_a_missing_changed_or_foreign_file_is_refused(tmp_path: Path) -> None:
         load_alignment(tmp_path, path.stem, model_of(32, 2).layout)
     with pytest.raises(AlignmentError, match=r"has shape \(3, 16\) for .*expected \(2, 16\)"):
         load_alignment(tmp_path, path.stem, model_of(16, 2, rank=2).layout)
+    for content, message in (
+        (save(load_file(path), metadata={"fedalloy": '{"format": "fedalloy.alignment.v2"}'}), "has format .*v2'"),
+        (save(load_file(path)), "has format None, expected 'fedalloy.alignment.v1'"),
+        (path.read_bytes()[:100], "is damaged"),
+    ):
+        digest = hashlib.sha256(content).hexdigest()
+        (tmp_path / f"{digest}.safetensors").write_bytes(content)
+        with pytest.raises(AlignmentError, match=message):
+            load_alignment(tmp_path, digest, pivot.layout)
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(AlignmentError, match="has the hash"):
         load_alignment(tmp_path, path.stem, pivot.layout)
@@ -208,3 +227,14 @@ def test_models_with_other_tokens_cannot_be_aligned(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(alignment, "_inputs", halved)
     with pytest.raises(AlignmentError, match="divide their inputs differently"):
         align(pivot, [target], [text()] * 2, tmp_path, QUICK)
+
+
+def test_texts_of_other_lengths_cannot_be_aligned(tmp_path: Path) -> None:
+    pivot, target = model_of(16, 2), model_of(24, 2)
+    longer = text()
+    mask = longer.inputs["attention_mask"].clone()
+    mask[2, 4] = 0
+    mask[0, 3] = 1  # as many in all
+    other = Dataset({**longer.inputs, "attention_mask": mask}, longer.labels)
+    with pytest.raises(AlignmentError, match="a text has 3 tokens for one model and 4 for the other"):
+        align(pivot, [target], [text(), other], tmp_path, QUICK)
