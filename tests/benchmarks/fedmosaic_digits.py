@@ -91,8 +91,9 @@ class Bench:
         versions: dict[str, dict[str, Any]] = {
             "fedmosaic": shared,
             "fedmosaic, P and Q only": shared | {"fedmosaic__share_conventional_lora": False},
-            "fedmosaic, not aligned": shared | {"lora_alignment": ""},
         }
+        if self.arguments.unaligned:
+            versions["fedmosaic, not aligned"] = shared | {"lora_alignment": ""}
         for title, config in versions.items():
             found[title] = self.run("fedmosaic", seed, "digits-mixed", everybody, MIXED_CLIENTS, **config)
         return found
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8, help="Of digits-mixed.")
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--unaligned", action="store_true", help="Also with A and B drawn for each architecture.")
     parser.add_argument("--scenarios", nargs="+", default=["digits", "digits-mixed"])
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--json", type=Path)
