@@ -174,14 +174,14 @@ class PersonalModel:
                 tensor.copy_(self._parameter(slot, entry))
         return adapter
 
-    def activate(self, mixture: Mixture) -> None:
-        """Make the model the base plus this mixture; nothing is trainable afterwards.
+    def activate(self, mixture: Mixture, *, own_head: bool = True) -> None:
+        """Make the model the base plus this mixture and, where it is loaded, the own head; nothing is trainable then.
 
         Raises:
             ModelError: a slot is not loaded.
             LayoutError: a coefficient is not finite, or missing for a module of its slot.
         """
-        if OWN_HEAD in self._loaded:
+        if own_head and OWN_HEAD in self._loaded:
             mixture = {**mixture, OWN_HEAD: 1.0}
         layouts = {slot: self._layout_of(slot) for slot in mixture}
         coefficients: dict[str, dict[str, float | ModuleGate]] = {}
