@@ -320,7 +320,8 @@ def _partial(
     content = hashlib.sha256()
     for read in data:
         content.update(read.labels.numpy().tobytes())
-        for name, value in sorted(read.inputs.items()):
+        first = read.batch(torch.arange(min(len(read), options.batch_size)))  # images may be in batches only
+        for name, value in [*sorted(read.inputs.items()), *sorted(first.inputs.items())]:
             content.update(name.encode() + value.contiguous().numpy().tobytes())
     identity = (pivot.layout.digest, target.layout.digest, asdict(options), content.hexdigest())
     return folder / f".partial-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.safetensors"

@@ -25,7 +25,7 @@ from client_app.alignment import (
     load_alignment,
     recolouring,
 )
-from client_app.data import Base, Dataset
+from client_app.data import Base, Dataset, LazyDataset
 from client_app.model import ModelError, PersonalModel
 
 QUICK = AlignOptions(steps=60, batch_size=4)
@@ -238,3 +238,13 @@ def test_texts_of_other_lengths_cannot_be_aligned(tmp_path: Path) -> None:
     other = Dataset({**longer.inputs, "attention_mask": mask}, longer.labels)
     with pytest.raises(AlignmentError, match="a text has 3 tokens for one model and 4 for the other"):
         align(pivot, [target], [text(), other], tmp_path, QUICK)
+
+
+def test_what_was_kept_of_other_images_is_not_gone_on_from(tmp_path: Path) -> None:
+    pivot, target = model_of(16, 2), model_of(24, 2)
+    labels = torch.zeros(3, dtype=torch.long)
+    names = set()
+    for value in (0.0, 1.0):
+        images = LazyDataset({}, labels, read=lambda at, value=value: {"pixel_values": torch.full((len(at), 2), value)})  # type: ignore[misc]
+        names.add(alignment._partial(tmp_path, pivot, target, QUICK, [images] * 2))
+    assert len(names) == 2

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from adapters.layout import Factor
 from client_app.scenarios import digits
 from client_app.slots import SlotStore
+from server_app.cli import app
 from server_app.export import export_adapter, is_in_parts
 from server_app.federation import NotEnoughClientsError
 from server_app.run_directory import RunDirectory
@@ -60,7 +62,10 @@ def test_a_run_records_relevance_books_sketches_and_delivers_peft_adapters(
 
 def test_gates_that_look_at_the_input_are_exported_in_parts(run: Runner, tmp_path: Path) -> None:
     directory = run(**QUICK, fedmosaic__gate="input")
-    destination = export_adapter(directory.path, "client-1", tmp_path / "model")
+    destination = tmp_path / "model"
+    said = CliRunner().invoke(app, ["export", str(directory.path), "client-1", str(destination)])
+    assert said.exit_code == 0
+    assert "cannot be one PEFT adapter" in " ".join(said.output.split())
     assert is_in_parts(destination)
     assert sorted(path.name for path in destination.iterdir()) == [
         "gates.safetensors",
