@@ -86,7 +86,7 @@ class Bench:
         shared = plain | {"lora_blocks": blocks, "lora_alignment": alignment}
         everybody = range(MIXED_CLIENTS)
         found = {"local": self.run("local", seed, "digits-mixed", everybody, MIXED_CLIENTS, **plain)}
-        for name in ("fedavg", "fedmerge", "fedmosaic"):
+        for name in self.arguments.within:
             found[f"{name}, each architecture alone"] = self.halves(name, seed, **plain)
         versions: dict[str, dict[str, Any]] = {
             "fedmosaic": shared,
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8, help="Of digits-mixed.")
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--within", nargs="*", default=["fedavg", "fedmerge", "fedmosaic"], help="In each half alone.")
     parser.add_argument("--unaligned", action="store_true", help="Also with A and B drawn for each architecture.")
     parser.add_argument("--scenarios", nargs="+", default=["digits", "digits-mixed"])
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")

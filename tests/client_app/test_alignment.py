@@ -245,6 +245,6 @@ def test_what_was_kept_of_other_images_is_not_gone_on_from(tmp_path: Path) -> No
     labels = torch.zeros(3, dtype=torch.long)
     names = set()
     for value in (0.0, 1.0):
-        images = LazyDataset({}, labels, read=lambda at, value=value: {"pixel_values": torch.full((len(at), 2), value)})  # type: ignore[misc]
+        images = LazyDataset({}, labels, read=lambda at, value=value: {"pixel_values": torch.full((len(at), 2), value)})
         names.add(alignment._partial(tmp_path, pivot, target, QUICK, [images] * 2))
     assert len(names) == 2
