@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from adapters.durable import write_durably
 from client_app.data import Base
+from client_app.model import features_of
 from client_app.settings import ModelSettings
 from client_app.tasks import Kind
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HEAD_STD = 0.02
-_USUAL_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("query_key_value",))
+_USUAL_TARGETS = (
+    *(("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v")),
+    *(("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",)),
+)
 
 
 class BaseModelError(ValueError):
@@ -213,9 +217,13 @@ def _draw_missing(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _heads(model: Any) -> tuple[str, ...]:
-    body = f"{model.base_model_prefix}."
+    """Linear modules outside the body. Where the model does not name its body (CLIP), that is its largest part."""
+    body = model.base_model
+    if body is model:
+        body = max(model.children(), key=lambda child: sum(p.numel() for p in child.parameters()), default=model)
+    inside = {id(module) for module in body.modules()}
     return tuple(
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.startswith(body)
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in inside
     )
 
 
@@ -227,8 +235,10 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
     linear = {
         key: module
         for key, module in model.named_modules()
-        if isinstance(module, nn.Linear) and key not in heads and module is not output
+        if features_of(module) is not None and key not in heads and module is not output
     }
+    if not linear:
+        raise BaseModelError(f"{name!r} ({model.config.model_type}) has no linear module that LoRA could adapt")
     if wanted.strip() == "all-linear":
         return tuple(linear)
 
@@ -240,9 +250,7 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
         asked = [part.strip() for part in wanted.split(",") if part.strip()]
         for suffix in asked:
             if not ending([suffix]):
-                raise BaseModelError(
-                    f"target-modules: {name!r} has no linear module {suffix!r}; it has {available or 'none'}"
-                )
+                raise BaseModelError(f"target-modules: {name!r} has no linear module {suffix!r}; it has {available}")
         return ending(asked)
     known: list[Sequence[str]] = []
     for config in (model.config, model.config.get_text_config()):
@@ -256,7 +264,7 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
             return found
     raise BaseModelError(
         f"{name!r} ({model.config.model_type}): PEFT names no target modules for this architecture that are linear; "
-        f"set target-modules to all-linear or some of its linear modules ({available or 'none: it has no nn.Linear'})"
+        f"set target-modules to all-linear or some of its linear modules ({available})"
     )
 
 

@@ -19,7 +19,7 @@ from adapters.algebra import stack, truncate
 from adapters.layout import Entry, Factor, Layout
 from adapters.peft_format import PREFIX, module_pattern
 
-_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out")
+_UNSUPPORTED = ("use_dora", "lora_bias")
 
 
 class StartAdapterError(ValueError):

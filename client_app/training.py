@@ -124,7 +124,7 @@ def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor
 
 def logits_of(model: PersonalModel, batch: Dataset) -> Tensor:
     """The model's logits for a batch, on its device."""
-    return model.logits({name: tensor.to(model.device) for name, tensor in batch.inputs.items()})
+    return model.logits(model.inputs(batch.inputs))
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
