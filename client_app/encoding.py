@@ -185,6 +185,12 @@ def load_encoder(found: FoundModel, kind: Kind, max_length: int, *, chat: bool =
             encoder.max_length = int(limit)
     if kind.has_image and kind.has_text:
         encoder.joint = _load(transformers.AutoProcessor, found, "processor", "processor_config.json")
+        missing = [part for part in ("image_processor", "tokenizer") if not hasattr(encoder.joint, part)]
+        if missing:  # transformers' answer for a model of texts alone is its tokenizer
+            raise BaseModelError(
+                f"base-model {found.name!r} has no processor of images and texts (task {kind.name!r}): what it has "
+                f"lacks {' and '.join(missing)}"
+            )
         encoder.images = encoder.joint.image_processor
         encoder.tokenizer = encoder.joint.tokenizer
         _require_padding(encoder.tokenizer, found)

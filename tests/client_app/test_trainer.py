@@ -37,13 +37,15 @@ PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[Path]:
+def home(base_cache: Path) -> Iterator[Path]:
     """A temporary folder with a name short enough for sockets; ``FLWR_HOME`` and ``TMPDIR`` point to it."""
     folder = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
         patch.setattr(tempfile, "tempdir", None)
         patch.setenv("FLWR_HOME", str(folder / "flwr"))
+        (folder / "state").mkdir()
+        (folder / "state" / ".cache").symlink_to(base_cache)
         yield folder
     shutil.rmtree(folder)
 
@@ -392,9 +394,9 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
             killed.extend(trainers_of(owner))
             os.kill(killed[-1], signal.SIGKILL)
 
-    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", steps=400), {}))
+    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", steps=150), {}))
     assert len(killed) == 1
-    assert [first] == alone(where, plan("killed", steps=400))
+    assert [first] == alone(where, plan("killed", steps=150))
     kills, when = 3, "accepted"
     before = {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()}
     assert before
@@ -404,18 +406,17 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
     assert {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()} == before
 
 
-@pytest.mark.parametrize("strategy", ["fedmerge", "potara"])
 def test_a_run_with_resident_trainers_has_the_numbers_of_one_without(
-    strategy: str, home: Path, new_owner: Callable[[], Owner], monkeypatch: pytest.MonkeyPatch
+    home: Path, base_cache: Path, shared: Owner, new_owner: Callable[[], Owner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"strategy": strategy, "num_server_rounds": 3, "local_steps": 4, "lora_dropout": 0.1}
-    options |= {"uplink_encoding": "int8", "run_name": "same", "potara__local_steps": 4}
-    read_base = read_settings(context(home))
-    Executor().register(read_base)
-    for way in ("off", "on"):  # the base model is made once
-        shutil.copytree(read_base.state_dir / ".cache", home / strategy / way / ".cache")
-    run_in_process(home / strategy / "off", 2, **options)
-    by_node: dict[int, Owner] = {1: new_owner(), 2: new_owner()}
+    """The strategy whose plans have most kinds of steps; dropout, and int8 with what it left behind."""
+    options: dict[str, Any] = {"strategy": "potara", "num_server_rounds": 2, "local_steps": 4, "lora_dropout": 0.1}
+    options |= {"uplink_encoding": "int8", "run_name": "same", "potara__local_steps": 4, "potara__search_points": 3}
+    for way in ("off", "on"):
+        (home / "runs" / way).mkdir(parents=True)
+        (home / "runs" / way / ".cache").symlink_to(base_cache)
+    run_in_process(home / "runs" / "off", 2, **options)
+    by_node: dict[int, Owner] = {1: shared, 2: new_owner()}
     asked: list[int] = []
     answer_of = InProcessGrid.answer
 
@@ -425,9 +426,9 @@ def test_a_run_with_resident_trainers_has_the_numbers_of_one_without(
 
     monkeypatch.setattr(InProcessGrid, "answer", answer)
     monkeypatch.setattr("client_app.app.find_owner", lambda: by_node[asked[-1]])
-    run_in_process(home / strategy / "on", 2, **options)
+    run_in_process(home / "runs" / "on", 2, **options)
     assert all(trainers_of(owner) for owner in by_node.values())
-    off, on = (home / strategy / way / "same" for way in ("off", "on"))
+    off, on = (home / "runs" / way / "same" for way in ("off", "on"))
     assert (
         json.loads((on / "summary.json").read_text())["clients"]
         == (json.loads((off / "summary.json").read_text())["clients"])
