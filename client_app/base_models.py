@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from adapters.durable import write_durably
@@ -26,6 +27,8 @@ from client_app.tasks import Kind
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HEAD_STD = 0.02
+_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_SHIFTED = ("camembert", "mpnet", "longformer")
 _USUAL_TARGETS = (
     *(("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v")),
     *(("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",)),
@@ -60,8 +63,14 @@ def find_model(name: str, cache_dir: Path) -> FoundModel:
         folder = _from_hub(name)
     else:
         raise BaseModelError(f"base-model {name!r}: there is no such folder, and it is not a hub id like org/name")
-    if not (folder / "config.json").is_file():
-        raise BaseModelError(f"base-model {name!r}: {folder} has no config.json")
+    config = folder / "config.json"
+    try:
+        if not isinstance(json.loads(config.read_text()).get("model_type"), str):
+            raise BaseModelError(f"base-model {name!r}: {config} names no model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, BaseModelError):
+            raise
+        raise BaseModelError(f"base-model {name!r}: {config} cannot be read: {error}") from None
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         others = ", ".join(path.name for path in folder.glob("*.bin")) or "none of any format"
@@ -97,7 +106,7 @@ def load_base(
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(found.folder, local_files_only=True)
+    config = load_config(found)
     options: dict[str, Any] = {"dtype": getattr(torch, settings.model_dtype)}
     if not kind.generative and _labels_of(config) != list(labels):
         config.id2label = dict(enumerate(labels))
@@ -112,16 +121,18 @@ def load_base(
                 found.folder,
                 config=config,
                 use_safetensors=True,
-                local_files_only=True,
                 output_loading_info=True,
+                **_HERE,
                 **options,
             )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise BaseModelError(
+                f"base-model {found.name!r} is a {config.model_type!r}, for which transformers has no "
+                f"{kind.auto_model} (task {kind.name!r})"
+            ) from None
         raise BaseModelError(
-            f"base-model {found.name!r} is a {config.model_type!r}, for which transformers has no "
-            f"{kind.auto_model} (task {kind.name!r})"
+            f"base-model {found.name!r}: {found.folder} cannot be loaded: {_first_line(error)}"
         ) from None
     _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
     text_config = config.get_text_config()
@@ -145,6 +156,35 @@ def load_base(
         heads=heads if shared else (),
         own_heads=() if shared else heads,
     )
+
+
+def load_config(found: FoundModel) -> Any:
+    """The model's configuration.
+
+    Raises:
+        BaseModelError: transformers does not know the architecture, or would have to run code that comes with it.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(found.folder, **_HERE)
+    except Exception as error:  # of many classes
+        raise BaseModelError(f"base-model {found.name!r} cannot be used: {_first_line(error)}") from None
+
+
+def longest_input(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where it has no such bound."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    # RoBERTa and its kin count positions from behind the padding token's.
+    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type or config.model_type in _SHIFTED else 0
+    return int(positions - offset)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _from_hub(name: str) -> Path:

@@ -342,7 +342,7 @@ def test_a_missing_model_says_what_to_download(tmp_path: Path, llama: Path) -> N
     with pytest.raises(BaseModelError, match="base-model is not set"):
         find_model("", tmp_path)
     (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(BaseModelError, match=r"no \*\.safetensors \(found pytorch_model\.bin\)"):
         find_model(str(tmp_path / "pickled"), tmp_path)

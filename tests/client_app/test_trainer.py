@@ -190,6 +190,27 @@ def test_a_path_too_long_for_a_socket_is_not_used(tmp_path: Path, monkeypatch: p
         Residence.of(owner)
 
 
+def test_a_path_that_grpc_would_misread_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
+    strange = [short / name for name in ("a%20b", "a?b", "a#b", "a,b")]
+    for folder in (*strange, short / "a b"):
+        folder.mkdir()
+    monkeypatch.setattr("client_app.residence.temporary_folders", lambda: [*map(str, strange), str(short / "a b")])
+    assert Residence.of(Owner.of(os.getpid())).folder.parent == short / "a b"
+    monkeypatch.setattr("client_app.residence.temporary_folders", lambda: [str(strange[0])])
+    with pytest.raises(TrainerError, match="gRPC takes '%' for a part of an address"):
+        Residence.of(Owner.of(os.getpid()))
+    shutil.rmtree(short)
+
+
+def test_a_home_that_cannot_be_written_is_named(
+    home: Path, new_owner: Callable[[], Owner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", "/proc/no-such-place")
+    with pytest.raises(TrainerError, match=r"log /proc/no-such-place/fedalloy/trainer\.log cannot be written"):
+        pid_of(new_owner())
+
+
 def test_without_a_supernode_there_is_no_owner() -> None:
     """As in Flower's simulation engine and in a debugger: everything is done in the process itself."""
     assert find_owner() is None
