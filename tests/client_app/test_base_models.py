@@ -131,7 +131,7 @@ def test_an_adapter_of_conv1d_goes_to_peft_and_comes_back(tmp_path: Path) -> Non
     folder = saved(tmp_path / "gpt2", "gpt2", "causal-lm")
     model = personal(base_of(folder, "causal-lm"))
     ours = Adapter(model.layout, torch.randn(model.layout.size, generator=torch.Generator().manual_seed(0)))
-    model.write("local", ours)
+    model.load("local", ours)
     inputs = dict(some_data("causal-lm").inputs)
     write_peft_directory(tmp_path / "ours", ours, str(folder), {})
     stranger = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -144,7 +144,7 @@ def test_an_adapter_of_conv1d_goes_to_peft_and_comes_back(tmp_path: Path) -> Non
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     peer: Any = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), config).eval()
     peer.save_pretrained(tmp_path / "peer")
-    model.write("local", read_start_adapter(str(tmp_path / "peer"), model.layout, {}))
+    model.load("local", read_start_adapter(str(tmp_path / "peer"), model.layout, {}))
     with torch.no_grad():
         assert torch.allclose(model.logits(inputs), peer(**inputs).logits, atol=1e-4)
 
@@ -192,7 +192,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
                 json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}})
             )
         ),
-        "cannot be loaded: OSError",
+        "cannot be loaded: .*00002-of-00002",
     ),
 }
 
