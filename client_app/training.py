@@ -34,6 +34,11 @@ def set_up_torch() -> torch.device:
     return torch.device("cpu")
 
 
+def accelerator() -> str:
+    """The name that all processes have for the GPU that this one works on; empty without one."""
+    return f"cuda-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else ""
+
+
 def seed_of(*parts: object) -> int:
     """A 63-bit seed that differs wherever any part differs."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

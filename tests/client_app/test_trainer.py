@@ -23,9 +23,10 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from client_app.executor import Executor
+from client_app.progress import Cancelled, listening
 from client_app.residence import Owner, Residence, TrainerError, find_owner, read_trainer_settings
 from client_app.settings import SettingsError, read_settings
-from client_app.trainer import Task, Trainer
+from client_app.trainer import Task, Trainer, turn
 from client_app.trainer_client import JobFailedError, TrainerClient
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from strategies.steps import Training, evaluate, initialise, mixture, send, train
@@ -371,6 +372,34 @@ def test_after_an_error_that_may_have_broken_the_process_it_leaves(home: Path, e
     trainer.work()
     assert tasks[0].answers.get_nowait().failure.error == type(error).__name__  # type: ignore[union-attr]
     assert tasks[1].answers.empty() is not stays
+
+
+def test_trainers_that_share_a_device_take_turns(tmp_path: Path) -> None:
+    heard: list[str] = []
+    first, released = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turn(tmp_path, "gpu"):
+            first.set()
+            released.wait(PATIENCE)
+
+    def listen(activity: str, done: int, total: int) -> None:
+        heard.append(activity)
+        if len(heard) == 3:
+            raise Cancelled("enough")
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(hold)
+        assert first.wait(PATIENCE)
+        with turn(tmp_path, "other"), turn(tmp_path, ""), turn(None, "gpu"):
+            pass
+        with listening(listen), pytest.raises(Cancelled), turn(tmp_path, "gpu"):
+            pytest.fail("two at a time")
+        assert heard == ["waiting for the device"] * 3
+        released.set()
+        held.result(PATIENCE)
+        with turn(tmp_path, "gpu"):
+            pass
 
 
 def test_an_error_is_named_and_the_next_plan_runs(home: Path, shared: Owner) -> None:
