@@ -156,6 +156,10 @@ def prepare(folder: Path, case: Case) -> dict[str, dict[str, Any]]:
     return node_config
 
 
+class FailedError(RuntimeError):
+    """A run did not come to its end; the message has its log."""
+
+
 def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, empty: bool) -> Times:
     """Rounds of the stock app."""
     result = folder / f"times-{'empty' if empty else 'stock'}.json"
@@ -164,14 +168,14 @@ def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, em
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
     shown = cluster.flwr("run", str(STOCK_APP), local.CONNECTION, "--stream", "--run-config", text)
     if not result.exists():
-        raise RuntimeError(f"the stock app did not finish:\n{shown}")
+        raise FailedError(f"the stock app did not finish:\n{shown}")
     found = json.loads(result.read_text())
     return Times(found["seconds"], found["training"], found["loss"][-1] if found["loss"] else None)
 
 
 def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, resident: bool) -> Times:
     """Rounds of FedAlloy; also what of a round passed in the client's handler, and how long a bare question takes."""
-    name = "resident" if resident else "process"
+    name = f"{'resident' if resident else 'process'}-{len(list(cluster.settings.runs_dir.glob('*')))}"
     config: dict[str, Any] = {"strategy": "fedavg", "run-name": name, "num-server-rounds": rounds}
     config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": RATE}
     config |= {"local-steps": case.training["steps"], "batch-size": case.training["batch-size"]}
@@ -179,7 +183,7 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, re
     config |= {"lora-r": RANK, "lora-alpha": ALPHA, "round-timeout": PATIENCE, "startup-timeout": PATIENCE}
     outcome = cluster.run(config | {"trainer.resident": resident})
     if not outcome.completed:
-        raise RuntimeError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")
+        raise FailedError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")
     records = RunDirectory(cluster.settings.runs_dir / name).rounds()
     trained = [record for record in records if record["phase"] == "train"]
     answers = [answer for record in trained[1:] for answer in record["clients"].values()]
@@ -207,10 +211,17 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
         with local.LocalCluster(root / "cluster", settings) as cluster:
             for way in ways:
                 started = time.monotonic()
-                if way in ("stock", "empty"):
-                    found[way] = stock(cluster, folder, case, rounds, empty=way == "empty")
-                else:
-                    found[way] = alloy(cluster, folder, case, rounds, resident=way == "resident")
+                for attempt in (1, 2):  # where nothing gets a turn for a minute, Flower gives a run up
+                    try:
+                        if way in ("stock", "empty"):
+                            found[way] = stock(cluster, folder, case, rounds, empty=way == "empty")
+                        else:
+                            found[way] = alloy(cluster, folder, case, rounds, resident=way == "resident")
+                        break
+                    except FailedError as error:
+                        if attempt == 2:
+                            raise
+                        console.print(f"{way}: once more, because {error}", highlight=False)
                 seconds, whole = found[way].median, time.monotonic() - started
                 console.print(f"{case.base}, {case.clients} clients, {way}: {seconds:.2f} s ({whole:.0f} s in all)")
     return found
