@@ -101,6 +101,16 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(bert: Path, tmp_path: P
     config.write_text(json.dumps(good | {"use_dora": True}))
     with pytest.raises(StartAdapterError, match="trained with use_dora"):
         start()
+    config.write_text(json.dumps(good | {"init_lora_weights": "pissa_niter_16"}))
+    with pytest.raises(StartAdapterError, match="'pissa_niter_16', which changes the base model"):
+        start()
+    for alpha, said in (({"lora_alpha": "x"}, "no alpha"), ({"lora_alpha": float("inf")}, "scaling of .* is inf")):
+        config.write_text(json.dumps(good | alpha))
+        with pytest.raises(StartAdapterError, match=said):
+            start()
+    config.write_text(json.dumps(good | {"alpha_pattern": {"(": 3}}))
+    with pytest.raises(StartAdapterError, match="no alpha"):
+        start()
     config.write_text(json.dumps(good))
     key = next(name for name in state if "lora_A" in name)
     save_file(state | {key.replace("query", "key").replace("value", "key"): state[key].clone()}, weights)
