@@ -21,7 +21,7 @@ from adapters.peft_format import PREFIX, module_pattern
 
 _UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora")
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of ``init_lora_weights`` that also change the base model, so that the adapter means nothing without that."""
+"""Beginnings of ``init_lora_weights`` that also change the base model: the adapter means nothing without that."""
 
 
 class StartAdapterError(ValueError):
@@ -59,8 +59,8 @@ def read_start_adapter(path: str, layout: Layout, base_heads: Mapping[str, Tenso
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_OTHER_BASE):
         raise StartAdapterError(
-            f"start-adapter: {folder} was trained with init_lora_weights = {init!r}, which changes the base model; save "
-            "it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+            f"start-adapter: {folder} was trained with init_lora_weights = {init!r}, which changes the base model; "
+            "save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
     given = _as_adapter(state, config, layout, base_heads, folder)
     start = truncate(stack([given], [1.0]), layout)
