@@ -403,6 +403,9 @@ def test_node_config_wins_over_run_config() -> None:
         settings({"data-path": "x", "max-length": "long"})
     with pytest.raises(SettingsError, match="model-dtype = 'float8', expected one of"):
         settings({"data-path": "x", "model-dtype": "float8"})
+    for labels in ("pos", "a,b,a", ","):
+        with pytest.raises(SettingsError, match="expected at least two names that differ, or none"):
+            settings({"data-path": "x", "labels": labels})
     with pytest.raises(SettingsError, match="split-fractions"):
         settings({"data-path": "x", "split-fractions": "0.5,0.5"})
 
