@@ -108,7 +108,7 @@ def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: i
             prompts[row, width - start :] = batch.inputs["input_ids"][row, :start]
             mask[row, width - start :] = 1
             references.append(client.decode(batch.labels[row, start : ends[row]]))
-        rest = {k: v.to(model.device) for k, v in batch.inputs.items() if k not in ("input_ids", MASK)}
+        rest = model.inputs({k: v for k, v in batch.inputs.items() if k not in ("input_ids", MASK)})
         module: Any = model.module
         with autocast(model.device):
             found = module.generate(

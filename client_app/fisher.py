@@ -65,7 +65,7 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
         logits: Tensor = functional_call(model.module, values, kwargs=one).logits
         return functional.cross_entropy(logits, label[None])
 
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    inputs = model.inputs(batch.inputs)
     labels = batch.labels.to(model.device)
     # The fused attention kernels have no batching rule: vmap would loop over them, and say so on every run.
     with sdpa_kernel(SDPBackend.MATH):

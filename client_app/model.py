@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from adapters.adapter import Adapter, scalings_from
 from adapters.algebra import Coefficient, coefficient_of
@@ -70,9 +71,10 @@ class PersonalModel:
         self.module = base.model
         self.module.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
         modules = dict(self.module.named_modules())
         for name in (*base.targets, *base.heads, *base.own_heads):
-            if not isinstance(modules.get(name), nn.Linear):
+            if name not in modules or features_of(modules[name]) is None:
                 raise ModelError(f"{base.name!r} has no linear module {name!r} to adapt")
             if name in base.targets and name in base.heads:
                 raise ModelError(f"{base.name!r}: module {name!r} is a target and a head, expected only one of them")
@@ -221,6 +223,13 @@ class PersonalModel:
             found[entry.name] = parameter
         return found
 
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch's inputs on the base model's device, and those that are not integers in its dtype."""
+        return {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+        }
+
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model's logits for a batch of inputs."""
         output: Tensor = self.module(**inputs).logits
@@ -230,10 +239,10 @@ class PersonalModel:
         entries: list[Entry] = []
         names = self._shared_names(modules)
         for name in self.base.targets:
-            linear = modules[name]
-            assert isinstance(linear, nn.Linear)
-            entries.append(Entry(name, Factor.A, (self.rank, linear.in_features)))
-            entries.append(Entry(name, Factor.B, (linear.out_features, self.rank)))
+            features = features_of(modules[name])
+            assert features is not None
+            entries.append(Entry(name, Factor.A, (self.rank, features[0])))
+            entries.append(Entry(name, Factor.B, (features[1], self.rank)))
             if name in names:
                 entries.append(Entry(name, Factor.P, (self.rank, self.rank)))
                 entries.append(Entry(name, Factor.Q, (self.rank,)))
@@ -275,6 +284,7 @@ class PersonalModel:
             with warnings.catch_warnings():
                 # Several adapters are the point here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT corrects it for GPT-2's Conv1D
                 inject_adapter_in_model(config, self.module, adapter_name=_inner(slot))
             for parameter in self._lora_parameters(slot):
                 parameter.data = parameter.data.float()  # adapters are float32 over a base of any dtype
@@ -334,6 +344,13 @@ def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> lis
 def _inner(slot: str) -> str:
     """A slot's name inside PyTorch's containers, where names of their methods ("train", "float", "keys") are taken."""
     return f"slot-{slot}"
+
+
+def features_of(module: nn.Module) -> tuple[int, int] | None:
+    """Numbers of inputs and outputs of a linear module, GPT-2's ``Conv1D`` included; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.weight.shape[0], module.weight.shape[1]) if isinstance(module, Conv1D) else None
 
 
 def modules_ending_with(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:

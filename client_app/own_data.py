@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from adapters.durable import write_durably
-from client_app.base_models import find_model, load_base
+from client_app.base_models import BaseModelError, find_model, load_base
 from client_app.data import Base, ClientData, Dataset
 from client_app.encoding import Encoder, load_encoder
 from client_app.examples import Example, guess_kind, open_image, read_example
@@ -47,6 +48,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         _check_images(found, settings)
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
     base = load_base(model, found.kind, settings.model, found.labels, encoder.padding_id)
+    _check_vocabulary(base, splits)
     notes = _notes(found, encoder)
     for_reference: dict[str, Dataset] = {}
     if settings.model.reference_model:
@@ -99,7 +101,22 @@ def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, D
     # Nothing of it is adapted, and a quantised weight has no gradient.
     plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
     base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
-    return base, encoder.encode(found.splits["train"], found.labels)
+    examples = encoder.encode(found.splits["train"], found.labels)
+    _check_vocabulary(base, {"train": examples})
+    return base, examples
+
+
+def _check_vocabulary(base: Base, splits: Mapping[str, Dataset]) -> None:
+    """A tokenizer with more tokens than the model would be an index error, and on a GPU the end of the process."""
+    embeddings: Any = base.model.get_input_embeddings()  # type: ignore[operator]
+    rows = getattr(embeddings, "num_embeddings", None)
+    for split in splits.values():
+        ids = split.inputs.get("input_ids")
+        if rows is not None and ids is not None and int(ids.max()) >= rows:
+            raise BaseModelError(
+                f"base-model {base.name!r}: its tokenizer gives token {int(ids.max())}, but it has embeddings of "
+                f"{rows} tokens only"
+            )
 
 
 def _check_images(found: Found, settings: Settings) -> None:

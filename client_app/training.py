@@ -34,6 +34,11 @@ def set_up_torch() -> torch.device:
     return torch.device("cpu")
 
 
+def accelerator() -> str:
+    """The name that all processes have for the GPU that this one works on; empty without one."""
+    return f"cuda-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else ""
+
+
 def seed_of(*parts: object) -> int:
     """A 63-bit seed that differs wherever any part differs."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
@@ -124,7 +129,7 @@ def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor
 
 def logits_of(model: PersonalModel, batch: Dataset) -> Tensor:
     """The model's logits for a batch, on its device."""
-    return model.logits({name: tensor.to(model.device) for name, tensor in batch.inputs.items()})
+    return model.logits(model.inputs(batch.inputs))
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -265,10 +265,8 @@ def read_clients_file(path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(table, dict):
             raise OptionError(f"{path}: {client!r} is not a table, expected [client-id] and its node-config keys below")
         for key, value in table.items():
-            if not isinstance(value, bool | int | float | str) or "'" in str(value):
-                raise OptionError(
-                    f"{path}: {client}.{key} = {value!r}, expected a number, true, false or text without '"
-                )
+            if not isinstance(value, bool | int | float | str):
+                raise OptionError(f"{path}: {client}.{key} = {value!r}, expected a number, true, false or text")
     return found
 
 
