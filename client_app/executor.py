@@ -82,13 +82,22 @@ class Executor:
 
 def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
     reference = reference_layout(model)
-    examples = {name: len(split) for name, split in data.splits.items()}
     return report_pb2.Registration(
         version=1,
         client_id=settings.client_id,
         base_model=model.base.name,
         layout=model.layout.to_proto(),
-        tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples, notes=data.notes)],
+        tasks=[
+            report_pb2.Task(
+                name=name,
+                kind=task.kind,
+                examples={split: len(found) for split, found in task.splits.items()},
+                notes=task.notes,
+                groups=task.groups,
+                modalities=task.modalities,
+            )
+            for name, task in data.each_task.items()
+        ],
         device=str(model.device),
         reference=reference.to_proto() if reference is not None else None,
     )

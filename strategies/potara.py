@@ -227,11 +227,12 @@ class Potara(AlloyStrategy):
         tensors = {f"local/{name}": adapter.vector for name, adapter in self.local.items()}
         evidence = {name: asdict(found) for name, found in self.evidence.items()}
         values = {"trained": sorted(self.trained), "local_rounds": self.local_rounds, "evidence": evidence}
-        return State(self.federated.state().tensors | tensors, values)
+        federated = self.federated.state()
+        return State(federated.tensors | tensors, federated.values | values)
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
-        self.federated.load_state(State({"model": state.tensors["model"]}))
+        self.federated.load_state(state)
         self.trained = set(state.values["trained"])
         self.evidence = {name: Evidence(**found) for name, found in state.values["evidence"].items()}
         self.local_rounds = dict(state.values["local_rounds"])
