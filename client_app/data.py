@@ -137,8 +137,8 @@ class ClientData:
     into text, and at most ``generate_examples`` texts of ``max_new_tokens`` tokens are written in an evaluation.
     ``notes`` are findings about the data that contain none of it, for the server's log.
 
-    ``modalities`` are what the model reads and writes, ``groups`` the parameter groups (:mod:`adapters.groups`) that the
-    task's forward pass touches; none: the adapter has no groups. A client with several tasks has each of them in
+    ``modalities`` are what the model reads and writes, ``groups`` the parameter groups (:mod:`adapters.groups`) that
+    the task's forward pass touches; none: the adapter has no groups. A client with several tasks has each of them in
     ``tasks``, by name, and splits that mix them.
     """
 

@@ -18,8 +18,8 @@ from adapters.parts import layout_of_part, layouts_of_plan
 from client_app import evaluation, fisher, training
 from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
-from client_app.model import OWN_HEAD, PersonalModel
 from client_app.distillation import MixtureTeacher
+from client_app.model import OWN_HEAD, PersonalModel
 from client_app.plan_names import PlanError, require_slot_names
 from client_app.progress import tick
 from client_app.replacement import fired_tasks, replace_groups, replaced_groups, task_groups

@@ -151,13 +151,17 @@ class AlloyStrategy(Strategy):
             raise StrategyError(f"client {client.id!r} has {client.examples} training examples, expected at least 1")
         for other in self.clients.values():
             if not self.compatible(other.layout, client.layout):
-                difference = other.layout.describe_difference(client.layout)
+                difference = self.difference(other.layout, client.layout)
                 raise StrategyError(f"client {client.id!r} has {difference} (as client {other.id!r} has)")
         self.clients[client.id] = client
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Whether two clients' layouts can take part in one federation; by default they must be equal."""
         return first.digest == second.digest
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """Why they cannot, in one line."""
+        return first.describe_difference(second)
 
     def needs_everyone(self, round_: int) -> bool:
         """Whether all clients take part in this round, whatever fraction the run samples; by default never."""

@@ -10,8 +10,8 @@ With participants S and p_k = n_k / sum of n over S:
 * ``fedavg.space = "delta"``: the deltas are averaged exactly as a stack of ranks and truncated to the common rank
   (best approximation in Frobenius norm).
 
-Clients may own different parameter groups (:mod:`adapters.groups`): the server then holds all of them, and S is, for each
-group, those of its owners that took part.
+Clients may own different parameter groups (:mod:`adapters.groups`): the server then holds all of them, and S is, for
+each group, those of its owners that took part.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class FedAvg(AlloyStrategy):
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Groups that both have are equal; a client without groups has one, all of its adapter."""
         return group_difference(first, second) is None
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """The first difference in a group that both have."""
+        return group_difference(first, second) or "no difference"
 
     def enrol(self, client: Client) -> None:
         """The federation's layout has all groups of all clients; a group starts from the seed when it gets an owner."""

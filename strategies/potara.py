@@ -22,9 +22,10 @@ from typing import Any
 
 from adapters.adapter import Adapter
 from adapters.algebra import Coefficient, stack, truncate, weighted_sum
+from adapters.layout import Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies import steps, weighting
-from strategies.base import AlloyStrategy, Answer, Brief, Client, State
+from strategies.base import AlloyStrategy, Answer, Brief, Client, State, StrategyError
 from strategies.fedavg import SLOT as FEDERATED
 from strategies.fedavg import FedAvg
 from strategies.options import OptionError, require_choice, require_range
@@ -132,8 +133,26 @@ class Potara(AlloyStrategy):
         self.local: dict[str, Adapter] = {}  # of clients that uploaded theirs (merge-at = "server")
         self.weights: dict[str, dict[str, Weight]] = {}
 
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """As for FedAvg: groups that both have are equal."""
+        return self.federated.compatible(first, second)
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """As for FedAvg."""
+        return self.federated.difference(first, second)
+
     def enrol(self, client: Client) -> None:
-        """Both branches start from the seed."""
+        """Both branches start from the seed.
+
+        Raises:
+            StrategyError: weights of modules, and clients that do not have the same.
+        """
+        for other in self.clients.values():
+            if self.options.granularity == "module" and other.layout.digest != client.layout.digest:
+                raise StrategyError(
+                    f"client {client.id!r} has other modules than client {other.id!r}, expected the same for "
+                    "potara.granularity = 'module'"
+                )
         super().enrol(client)
         self.federated.enrol(client)
 
@@ -176,7 +195,7 @@ class Potara(AlloyStrategy):
             plan += self._evaluated(client, weight, _label(weight), split="validation")
         if self.options.merge_at == "server":
             plan.append(steps.send(self.training, LOCAL, relative_to_received=False))
-        return Brief(plan, {FEDERATED: self.federated.model} if self.federated.model else {})
+        return Brief(plan, {FEDERATED: self.federated.part_of(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep a trained federated adapter, or what the weight is made of."""
@@ -236,9 +255,9 @@ class Potara(AlloyStrategy):
         self.trained = set(state.values["trained"])
         self.evidence = {name: Evidence(**found) for name, found in state.values["evidence"].items()}
         self.local_rounds = dict(state.values["local_rounds"])
-        layout = next(iter(self.clients.values())).layout  # one for all, also of clients that are not back yet
-        uploaded = {name: tensor for name, tensor in state.tensors.items() if name.startswith("local/")}
-        self.local = {name.removeprefix("local/"): Adapter(layout, tensor) for name, tensor in uploaded.items()}
+        uploaded = {n.removeprefix("local/"): t for n, t in state.tensors.items() if n.startswith("local/")}
+        # Of clients that are not back yet nothing is needed.
+        self.local = {n: Adapter(self.clients[n].layout, t) for n, t in uploaded.items() if n in self.clients}
         self.weights = self._weigh()
 
     def _is_last(self, round_: int) -> bool:
@@ -321,8 +340,8 @@ class Potara(AlloyStrategy):
         With fp32 both ways the client would compute the same bits; a lossy encoding is in between otherwise.
         """
         coefficients = self._coefficients(client)
-        federated, local = self.federated.model, self.local.get(client.id)
-        if federated is None or local is None or coefficients in ((1.0, 0.0), (0.0, 1.0)):
+        federated, local = self.federated.part_of(client), self.local.get(client.id)
+        if local is None or coefficients in ((1.0, 0.0), (0.0, 1.0)):
             return None
         if self.options.space == "factor":
             return weighted_sum([federated, local], coefficients)

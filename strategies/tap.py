@@ -12,15 +12,15 @@ parameter groups (:mod:`adapters.groups`), and task o uses the groups R(o). Only
 
 Defaults are those of our reading of the paper; the authors' code differs, and these settings follow it:
 ``tap.history-norm = "batch-share"`` (a task's loss times its share of the client's data), ``tap.seed-mode =
-"reference"``, ``tap.kd-reduction = "first-dim"`` with ``tap.kd-weights =
-"text-classification=1,image-classification=0.002,causal-lm=0.002,image-text-to-text=0.002"``, ``tap.warm-up-rounds = 20``,
-and, for optimisation itself, ``local-steps``, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. A pass here goes over
-all examples in turn, there K of them are drawn for each call.
+"reference"``, ``tap.kd-reduction = "first-dim"`` with ``tap.kd-weights = "text-classification=1,
+image-classification=0.002,causal-lm=0.002,image-text-to-text=0.002"``, ``tap.warm-up-rounds = 20``, and, for
+optimisation itself, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. A pass here goes over all examples in turn;
+there K of them are drawn for each call.
 
-Baselines are settings of the same code: FedAvg is ``tap.margin = inf, tap.margins = "", tap.deliver = "global"``; FedAvg
-and J steps of fine-tuning ``tap.deliver = "finetuned"`` (``tap.finetune-steps = 100``: twice as many); local training
-an infinite margin with ``tap.deliver = "stage1"``; TAP without distillation ``tap.kd-weight = 0``; a margin of ``-inf``
-always replaces. Every delivery evaluates all four models.
+Baselines are settings of the same code: FedAvg is ``tap.margin = inf, tap.margins = "", tap.deliver = "global"``;
+FedAvg and J steps of fine-tuning ``tap.deliver = "finetuned"`` (``tap.finetune-steps = 100``: twice as many); local
+training an infinite margin with ``tap.deliver = "stage1"``; TAP without distillation ``tap.kd-weight = 0``; a margin of
+``-inf`` always replaces. Every delivery evaluates all four models.
 
 Where a client's labels are its own, so is its head, which is one for W and X.
 """
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from adapters.groups import groups_of
+from adapters.layout import Layout
 from proto.fedalloy.v1 import report_pb2
 from strategies import steps
 from strategies.base import AlloyStrategy, Answer, Brief, Client, State, StrategyError
@@ -56,14 +57,15 @@ class TapOptions:
         margin: m of tasks that ``margins`` does not name; may be ``inf`` (never replace) or ``-inf`` (always).
         margins: m by task or kind.
         margin_mode: ``"abs"``, or ``"rel"``: ``h_W (1 + m) < h_X``.
-        history: h is the ``"train-mean"`` of the last training of each adapter, or a ``"probe"``: both adapters' loss on
+        history: h is the ``"train-mean"`` of the last training of each adapter, or a ``"probe"``: the loss of both on
             the validation split at the same moment.
         history_norm: mean loss ``"per-sample"`` of the task, or ``"batch-share"``.
         replace_source: W as ``"trained"`` in this round, or as received (``"global"``).
         replace_scope: ``"full"``: all of R(o); ``"exclusive"``: without groups of a task whose rule does not fire.
         seed_mode: batches by ``"client"``, or ``"reference"``: one seed for all clients, t, and 2t after a replacement.
         warm_up_rounds: rounds in which the learning rate rises linearly from a third of its value; 0: none.
-        weight: of a client in a group's average: its ``"total"`` of examples, or those of ``"task"``s that use the group.
+        weight: of a client in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
+            (``"task"``).
         distill_steps: J.
         distill_rate: times ``learning-rate``, in stage 2.
         finetune_steps: of V; 0: J.
@@ -152,9 +154,13 @@ class Tap(AlloyStrategy):
         self.replacements: dict[str, dict[str, Any]] = {}
         self.totals: dict[str, int] = {}
 
-    def compatible(self, first: Any, second: Any) -> bool:
+    def compatible(self, first: Layout, second: Layout) -> bool:
         """As for FedAvg: groups that both have are equal."""
         return self.federated.compatible(first, second)
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """As for FedAvg."""
+        return self.federated.difference(first, second)
 
     def enrol(self, client: Client) -> None:
         """Both adapters start from the seed; what its tasks declare must be what its adapter has.
@@ -249,7 +255,7 @@ class Tap(AlloyStrategy):
                 temperature=self.options.temperature,
                 reduction=self.options.kd_reduction,
             ),
-            steps.evaluate(self.training, student, "tap"),
+            steps.evaluate(self.training, student, "distilled"),
             steps.save(mix),
             steps.evaluate(self.training, mix),
         ]
