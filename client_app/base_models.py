@@ -143,6 +143,32 @@ def load_base(
     )
 
 
+def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
+    """A FLAVA's two towers and its multimodal encoder (``transformers.FlavaModel``), frozen, in evaluation mode.
+
+    Raises:
+        BaseModelError: the model is of another architecture.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(found.folder, local_files_only=True)
+    if config.model_type != "flava":
+        raise BaseModelError(
+            f"base-model {found.name!r} is a {config.model_type!r}; a client with several tasks needs a 'flava', such "
+            "as facebook/flava-full@refs/pr/5 (the revision that has safetensors)"
+        )
+    with _quiet():
+        model, info = transformers.FlavaModel.from_pretrained(
+            found.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=getattr(torch, settings.model_dtype),
+        )
+    _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
+    return model.requires_grad_(False).eval()
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 

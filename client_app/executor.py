@@ -17,6 +17,7 @@ from client_app.data import Base, ClientData
 from client_app.interpreter import Interpreter
 from client_app.model import PersonalModel
 from client_app.own_data import load_own
+from client_app.own_tasks import is_task_file, load_tasks, stamp_of
 from client_app.progress import Cancelled, tick
 from client_app.scenarios import FROM_FILES, load_scenario
 from client_app.scenarios.files import load_files
@@ -24,7 +25,6 @@ from client_app.settings import Settings
 from client_app.sketch import reference_layout
 from client_app.slots import SlotStore
 from client_app.start_adapter import read_start_adapter
-from client_app.tables import stamp
 from client_app.training import set_up_torch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -72,7 +72,7 @@ class Executor:
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def _load(self, settings: Settings) -> tuple[PersonalModel, ClientData]:
-        key = (settings, stamp(settings.data.data_path))
+        key = (settings, stamp_of(settings))
         if self._held is None or self._key != key:
             self.evict()  # before the next one: there may not be room for two
             tick("loading")
@@ -115,6 +115,8 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
 
 
 def _base_and_data(settings: Settings) -> tuple[Base, ClientData]:
+    if is_task_file(settings.data.data_path):
+        return load_tasks(settings)
     if settings.data.data_path:
         return load_own(settings)
     if settings.scenario in FROM_FILES:

@@ -152,6 +152,7 @@ class MultiTaskModel(nn.Module):
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> SimpleNamespace:
         """``logits`` ``[b, C]``, or ``[b, L, V]`` where texts are generated.
 
@@ -160,6 +161,7 @@ class MultiTaskModel(nn.Module):
             pixel_values: ``[b, channels, H, W]``, of tasks that read images.
             input_ids: ``[b, L]``, of tasks that read or write texts.
             attention_mask: ``[b, L]``, one where there is a token.
+            _: what else tokenizers and processors make (token types) is not used.
         """
         spec = self._begin(task)
         image = self._image(pixel_values) if "image" in spec.modalities else None

@@ -314,7 +314,9 @@ def test_the_frozen_model_stays_and_only_groups_are_trained(client: ToyClient) -
     client.run(1, stage_one(client, -math.inf), start(client))
     after = client.model.module.state_dict()
     for name, value in frozen.items():
-        kept = after.get(name, after.get(name.removesuffix("weight") + "base_layer.weight"))  # PEFT's, once it was there
+        kept = after.get(
+            name, after.get(name.removesuffix("weight") + "base_layer.weight")
+        )  # PEFT's, once it was there
         assert kept is not None
         assert torch.equal(kept, value), name
     client.model.load(W, client.model.initial(5))
