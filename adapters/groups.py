@@ -15,6 +15,7 @@ from adapters.adapter import Adapter
 from adapters.layout import Entry, Layout, LayoutError
 
 SEPARATOR = "::"
+MAX_GROUPS = 1000
 GROUP_ID = re.compile(r"shared|(mod|task|head)/[A-Za-z0-9_-]+|pair/[A-Za-z0-9_-]+/[A-Za-z0-9_-]+")
 
 
@@ -27,9 +28,11 @@ def groups_of(layout: Layout) -> tuple[str, ...]:
     """The groups of a layout, in order of first appearance.
 
     Raises:
-        LayoutError: a group's id is not valid.
+        LayoutError: a group's id is not valid, or there are more than :data:`MAX_GROUPS`.
     """
     found = tuple(dict.fromkeys(group_of(module) for module in layout.modules))
+    if len(found) > MAX_GROUPS:
+        raise LayoutError(f"{len(found)} groups, expected at most {MAX_GROUPS}")
     for group in found:
         if group and not GROUP_ID.fullmatch(group):
             raise LayoutError(

@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.groups import groups_of
 from adapters.layout import Layout, LayoutError
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.messages import (
@@ -144,11 +145,15 @@ class AlloyStrategy(Strategy):
         """Take a client in; it may come at any round.
 
         Raises:
-            StrategyError: its base model, ranks or modules do not fit the clients already enrolled, or it has nothing
-                to train on.
+            StrategyError: its base model, ranks or modules do not fit the clients already enrolled, it has nothing to
+                train on, or its adapter has a group without a valid name.
         """
         if client.examples < 1:
             raise StrategyError(f"client {client.id!r} has {client.examples} training examples, expected at least 1")
+        try:
+            groups_of(client.layout)
+        except LayoutError as error:
+            raise StrategyError(f"client {client.id!r}: {error}") from None
         for other in self.clients.values():
             if not self.compatible(other.layout, client.layout):
                 difference = self.difference(other.layout, client.layout)

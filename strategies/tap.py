@@ -168,15 +168,12 @@ class Tap(AlloyStrategy):
         Raises:
             StrategyError: it is not, or the client has no validation examples to probe on.
         """
-        declared = {group for task in _tasks(client) for group in _groups(task)}
-        odd = sorted(declared ^ set(groups_of(client.layout)))
-        if odd:
-            raise StrategyError(f"client {client.id!r}: group {odd[0]!r} is not both declared and in its adapter")
-        if self.options.history == "probe":
-            for task in _tasks(client):
-                if not task.examples.get("validation", 0):
-                    raise StrategyError(f"client {client.id!r} has no validation examples of task {task.name!r}")
+        before = dict(self.clients)
         super().enrol(client)
+        problem = self._problem(client)
+        if problem:
+            self.clients = before
+            raise StrategyError(f"client {client.id!r} {problem}")
         self.federated.enrol(client)
 
     def brief(self, round_: int, client: Client) -> Brief:
@@ -270,6 +267,22 @@ class Tap(AlloyStrategy):
         """Continue from saved numbers; clients are enrolled before."""
         self.federated.load_state(state)
         self.totals = {str(task): int(count) for task, count in state.values["replaced"].items()}
+
+    def _problem(self, client: Client) -> str:
+        """Why the client's declarations are not good, or nothing."""
+        odd = {group for task in _tasks(client) for group in _groups(task)} ^ set(groups_of(client.layout))
+        if odd:
+            return f"has group {min(odd)!r} not both declared by a task and in its adapter"
+        names = [task.name for task in _tasks(client)]
+        if len(set(names)) != len(names):
+            return f"has tasks {', '.join(sorted(names))}, expected names that differ"
+        empty = [task.name for task in _tasks(client) if not task.examples.get("train", 0)]
+        if empty:
+            return f"has no training examples of task {empty[0]!r}"
+        blind = [task.name for task in _tasks(client) if not task.examples.get("validation", 0)]
+        if blind and self.options.history == "probe":
+            return f"has no validation examples of task {blind[0]!r} to probe on"
+        return ""
 
     def _train(self, round_: int, slot: str, record: str) -> steps.Step:
         draw, other = steps.Draw(as_step=_BATCHES), steps.Draw(as_step=_OTHER_BATCHES)

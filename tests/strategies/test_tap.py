@@ -266,7 +266,9 @@ def test_stage_two_is_as_the_options_say() -> None:
 def test_clients_that_do_not_fit_are_refused_by_name() -> None:
     strategy = tap(history="probe")
     layout = grouped(["shared", "mod/text", "task/name", "head/topic", "head/photo"])
-    with pytest.raises(StrategyError, match="client 'dan': group 'head/photo' is not both declared and in its adapter"):
+    with pytest.raises(
+        StrategyError, match="client 'dan' has group 'head/photo' not both declared by a task and in its adapter"
+    ):
         strategy.enrol(multi("dan", {"topic": 5}, layout))
     wide = grouped(sorted(TASKS["topic"][1]), outputs=9)
     with pytest.raises(StrategyError, match=r"client 'dan' has shape \(9, 4\) for 'head/topic::out.weight', expected"):
