@@ -143,20 +143,24 @@ def load_base(
     )
 
 
-def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
-    """A FLAVA's two towers and its multimodal encoder (``transformers.FlavaModel``), frozen, in evaluation mode.
+def require_flava(found: FoundModel) -> None:
+    """Only a FLAVA can serve several tasks.
 
     Raises:
         BaseModelError: the model is of another architecture.
     """
+    model_type = json.loads((found.folder / "config.json").read_text()).get("model_type")
+    if model_type != "flava":
+        raise BaseModelError(
+            f"base-model {found.name!r} is a {model_type!r}; a client with several tasks needs a 'flava', such as "
+            "facebook/flava-full@refs/pr/5 (the revision that has safetensors)"
+        )
+
+
+def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
+    """A FLAVA's two towers and its multimodal encoder (``transformers.FlavaModel``), frozen, in evaluation mode."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(found.folder, local_files_only=True)
-    if config.model_type != "flava":
-        raise BaseModelError(
-            f"base-model {found.name!r} is a {config.model_type!r}; a client with several tasks needs a 'flava', such "
-            "as facebook/flava-full@refs/pr/5 (the revision that has safetensors)"
-        )
     with _quiet():
         model, info = transformers.FlavaModel.from_pretrained(
             found.folder,

@@ -26,7 +26,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from client_app.base_models import find_model, load_flava
+from client_app.base_models import find_model, load_flava, require_flava
 from client_app.data import Base, ClientData
 from client_app.encoding import load_encoder
 from client_app.multi_task import TaskSpec, multi_task_base
@@ -68,6 +68,7 @@ def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
     """
     path = Path(settings.data.data_path).expanduser()
     found = find_model(settings.model.base_model, settings.state_dir / ".cache")
+    require_flava(found)
     specs, tasks, ends = [], [], (0, 0)
     for name, table in _tables(path).items():
         own = _own(settings, path, name, table)

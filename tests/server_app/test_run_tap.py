@@ -20,6 +20,7 @@ from client_app.scenarios import ScenarioError, load_scenario
 from client_app.scenarios import digits_multimodal as scenario
 from proto.fedalloy.v1 import report_pb2
 from server_app.run_directory import RunDirectory
+from tests.in_process import FIRST_NODE
 from tests.multi_task_toys import TINY
 from tests.server_app.conftest import Runner
 
@@ -94,7 +95,7 @@ def test_every_number_is_the_average_over_the_clients_that_have_it(run: Runner, 
         if reply is not None and message.metadata.message_type == PLAN_TYPE:
             _, blobs = unpack(reply.content, "report", report_pb2.Report)
             for blob in blobs.values():
-                uploads[node - 1] = decode(blob, expected=found[node - 1])
+                uploads[node - FIRST_NODE] = decode(blob, expected=found[node - FIRST_NODE])
         return reply
 
     directory = run(strategy="tap", tamper=listen, **(TINY_RUN | {"num_server_rounds": 1}))

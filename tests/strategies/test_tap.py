@@ -177,7 +177,7 @@ def test_a_late_client_brings_its_groups_along() -> None:
     strategy.enrol(multi("cyd", CLIENTS["cyd"]))
     assert torch.equal(strategy.federated.part_of(strategy.clients["ada"]).vector, moved.vector)
     whole = strategy.federated.part_of(strategy.clients["cyd"])
-    fresh = layout_of_groups(whole.layout, ["head/title", "mod/text", "task/write"])
+    fresh = layout_of_groups(whole.layout, ["head/title", "task/write"])  # ada has trained the others
     assert torch.equal(whole.part(fresh).vector, Adapter.initial(whole.layout, 5).part(fresh).vector)
 
 
