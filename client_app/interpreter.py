@@ -15,14 +15,13 @@ from adapters.algebra import Coefficient, precision_mean, squared_distances, sta
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
-from client_app import evaluation, fisher, training
+from client_app import evaluation, fisher, replacement, training
 from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
 from client_app.distillation import MixtureTeacher
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.plan_names import PlanError, require_slot_names
 from client_app.progress import tick
-from client_app.replacement import fired_tasks, replace_groups, replaced_groups, task_groups
 from client_app.sketch import ReferenceModel, take_sketch
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -189,8 +188,9 @@ class Interpreter:
         for slot in own:
             for name, parameter in self.model.trainable(slot, self.slots[slot].layout).items():
                 parameters[f"{slot}:{name}"] = parameter
+        seed = training.seed_of_step(self._plan, self._index, step, replaced=self._replaced)
         try:
-            result = training.train(self.model, step, parameters, data, self._draw(step), anchor or None, teacher)
+            result = training.train(self.model, step, parameters, data, seed, anchor or None, teacher)
         except training.TrainingError:
             if not step.keep_on_divergence:
                 raise
@@ -205,36 +205,9 @@ class Interpreter:
             self.slots[slot] = self.model.read(slot)
         return result
 
-    def _draw(self, step: plan_pb2.TrainStep) -> int:
-        """The seed of a train step's batches and dropout."""
-        draw = step.draw
-        if self._replaced and step.HasField("draw_after_replace"):
-            draw = step.draw_after_replace
-        if draw.WhichOneof("kind") == "seed":
-            return draw.seed & (2**63 - 1)
-        index = draw.as_step if draw.WhichOneof("kind") == "as_step" else self._index
-        return training.seed_of(self._plan.seed, self.client_id, self._plan.round, index)
-
     def _replace(self, step: plan_pb2.ReplaceStep) -> report_pb2.ReplaceResult:
-        tasks = task_groups(self.data, self.model.layout)
-        unknown = [rule.task for rule in step.rules if rule.task not in tasks]
-        if unknown:
-            raise PlanError(f"a rule for task {unknown[0]!r}; this client has {', '.join(tasks)}")
-        source, target = (self.slots.losses.get(name, {}) for name in (step.source_record, step.target_record))
-        fired = fired_tasks(step.rules, source, target)
-        groups = replaced_groups(tasks, fired, exclusive=step.exclusive)
-        replaced, numbers = replace_groups(self.slots[step.target], self.slots[step.source], groups)
-        if fired:
-            self.slots[step.target] = replaced
-            self._replaced = True
-        result = report_pb2.ReplaceResult(numbers=numbers)
-        for rule in step.rules:
-            result.tasks.add(
-                task=rule.task,
-                replaced=rule.task in fired,
-                source_loss=source.get(rule.task),
-                target_loss=target.get(rule.task),
-            )
+        result = replacement.carry_out(step, self.data, self.model.layout, self.slots)
+        self._replaced = self._replaced or any(task.replaced for task in result.tasks)
         return result
 
     def _distill(self, step: plan_pb2.DistillStep) -> report_pb2.DistillResult:

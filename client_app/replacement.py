@@ -14,7 +14,12 @@ from adapters.adapter import Adapter
 from adapters.groups import groups_of, layout_of_groups
 from adapters.layout import Layout, LayoutError
 from client_app.data import ClientData
-from proto.fedalloy.v1 import plan_pb2
+from client_app.slots import SlotStore
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+class ReplacementError(ValueError):
+    """A replace step that does not fit this client."""
 
 
 def fires(source: float, target: float, margin: float, *, relative: bool = False) -> bool:
@@ -69,6 +74,36 @@ def replace_groups(target: Adapter, source: Adapter, groups: set[str]) -> tuple[
         return target, 0
     part = layout_of_groups(source.layout, groups)
     return target.with_part(source.part(part)), part.size
+
+
+def carry_out(
+    step: plan_pb2.ReplaceStep, data: ClientData, layout: Layout, slots: SlotStore
+) -> report_pb2.ReplaceResult:
+    """Apply a step's rules to the losses that the slots keep, and copy what they ask for.
+
+    Raises:
+        LayoutError: a slot has not the client's layout, or a task's groups are not those of the adapter.
+        ReplacementError: a rule is for a task that the client has not.
+    """
+    tasks = task_groups(data, layout)
+    unknown = [rule.task for rule in step.rules if rule.task not in tasks]
+    if unknown:
+        raise ReplacementError(f"a rule for task {unknown[0]!r}; this client has {', '.join(tasks)}")
+    source, target = (slots.losses.get(name, {}) for name in (step.source_record, step.target_record))
+    fired = fired_tasks(step.rules, source, target)
+    groups = replaced_groups(tasks, fired, exclusive=step.exclusive)
+    replaced, numbers = replace_groups(slots[step.target], slots[step.source], groups)
+    if groups:
+        slots[step.target] = replaced
+    result = report_pb2.ReplaceResult(numbers=numbers)
+    for rule in step.rules:
+        result.tasks.add(
+            task=rule.task,
+            replaced=rule.task in fired,
+            source_loss=source.get(rule.task),
+            target_loss=target.get(rule.task),
+        )
+    return result
 
 
 def task_groups(data: ClientData, layout: Layout) -> dict[str, tuple[str, ...]]:

@@ -73,7 +73,7 @@ class FedAvg(AlloyStrategy):
 
     def difference(self, first: Layout, second: Layout) -> str:
         """The first difference in a group that both have."""
-        return group_difference(first, second) or "no difference"
+        return group_difference(first, second) or first.describe_difference(second)
 
     def enrol(self, client: Client) -> None:
         """The federation's layout has all groups of all clients; a group starts from the seed when it gets an owner."""

@@ -25,7 +25,7 @@ from adapters.algebra import Coefficient, stack, truncate, weighted_sum
 from adapters.layout import Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies import steps, weighting
-from strategies.base import AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 from strategies.fedavg import SLOT as FEDERATED
 from strategies.fedavg import FedAvg
 from strategies.options import OptionError, require_choice, require_range
@@ -134,25 +134,16 @@ class Potara(AlloyStrategy):
         self.weights: dict[str, dict[str, Weight]] = {}
 
     def compatible(self, first: Layout, second: Layout) -> bool:
-        """As for FedAvg: groups that both have are equal."""
-        return self.federated.compatible(first, second)
+        """As for FedAvg: groups that both have are equal; with weights of modules, all are."""
+        same = first.digest == second.digest
+        return same or (self.options.granularity != "module" and self.federated.compatible(first, second))
 
     def difference(self, first: Layout, second: Layout) -> str:
         """As for FedAvg."""
         return self.federated.difference(first, second)
 
     def enrol(self, client: Client) -> None:
-        """Both branches start from the seed.
-
-        Raises:
-            StrategyError: weights of modules, and clients that do not have the same.
-        """
-        for other in self.clients.values():
-            if self.options.granularity == "module" and other.layout.digest != client.layout.digest:
-                raise StrategyError(
-                    f"client {client.id!r} has other modules than client {other.id!r}, expected the same for "
-                    "potara.granularity = 'module'"
-                )
+        """Both branches start from the seed."""
         super().enrol(client)
         self.federated.enrol(client)
 

@@ -334,7 +334,7 @@ def _shown(found: report_pb2.TaskReplacement) -> dict[str, Any]:
     """One task's outcome as JSON; losses that are not known are left out."""
     shown: dict[str, Any] = {"replaced": found.replaced}
     for key in ("source_loss", "target_loss"):
-        if found.HasField(key):  # type: ignore[arg-type]
+        if found.HasField(key):
             shown[key] = round(getattr(found, key), 6)
     return shown
 

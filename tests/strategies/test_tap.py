@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message
 
 from adapters.adapter import Adapter
+from adapters.codec import encode
 from adapters.groups import groups_of, layout_of_groups
 from adapters.layout import Entry, Factor, Layout
+from adapters.records import pack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.base import Answer, Brief, Client, StrategyError
+from strategies.base import Answer, Brief, Client, StrategyError, answer_from
 from strategies.fedavg import FedAvg
+from strategies.messages import BadAnswerError
 from strategies.options import OptionError
 from strategies.steps import Training
 from strategies.tap import Tap, TapOptions
-from tests.strategies.conftest import client_of, layout_of, play
+from tests.strategies.conftest import FakeNode, client_of, dispatch_of, layout_of, play
 
 INF = float("inf")
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -280,6 +284,35 @@ def test_clients_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(StrategyError, match="client 'eve' has"):
         strategy.enrol(client_of("eve", layout_of()))  # an ordinary adapter among those with groups
     assert set(strategy.clients) == set(CLIENTS)
+
+
+def test_an_answer_with_other_groups_or_numbers_is_refused_and_changes_nothing() -> None:  # T25
+    strategy = tap()
+    layout = strategy.clients["ada"].layout
+    dispatch = dispatch_of(strategy, "ada")
+    report, _ = FakeNode("ada", layout, examples=40).run(dispatch.plan, {"global": encode(Adapter.zeros(layout)).blob})
+    some = layout_of_groups(layout, ["shared", "mod/text"])
+    more = grouped([*groups_of(layout), "head/other"])
+    wide = grouped(groups_of(layout), outputs=9)
+    huge = Adapter(layout, torch.full((layout.size,), 1e30))
+    for adapter, finding in (
+        (Adapter.zeros(some), "no tensor"),
+        (Adapter.zeros(more), "unknown tensor 'head/other::out.weight'"),
+        (Adapter.zeros(wide), r"shape \(9, 4\) for 'head/"),
+        (huge, "numbers up to 1e"),
+    ):
+        message = Message(pack("report", report, {"global": encode(adapter).blob}), reply_to=dispatch.message(7))
+        with pytest.raises(BadAnswerError, match=f"client 'ada' sent slot 'global'.*{finding}"):
+            answer_from(dispatch, message)
+    report.results[4].replace.tasks[0].task = "somebody else's"
+    message = Message(
+        pack("report", report, {"global": encode(Adapter.zeros(layout)).blob}), reply_to=dispatch.message(7)
+    )
+    with pytest.raises(BadAnswerError, match=r"step 4 \(replace\): reports tasks"):
+        answer_from(dispatch, message)
+    before = strategy.state().tensors["model"].clone()
+    strategy.settle(1)
+    assert torch.equal(strategy.state().tensors["model"], before)
 
 
 @pytest.mark.parametrize(
