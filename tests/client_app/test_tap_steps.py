@@ -25,7 +25,7 @@ from client_app.tasks import mean_loss
 from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
 from strategies.steps import Draw, Training
-from tests.multi_task_toys import SPECS, TINY, ToyClient
+from tests.multi_task_toys import SPECS, TINY, ToyClient, base_of
 
 W, X = "global", "personal"
 LOCAL = Training(local_steps=3, batch_size=4, learning_rate=0.05)
@@ -464,6 +464,21 @@ def test_one_client_with_one_task_is_centralised_training(tmp_path: Path) -> Non
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
     torch.testing.assert_close(model.read(W).vector, adapter.vector, rtol=0, atol=1e-6)
+
+
+def test_the_saved_model_is_a_peft_adapter_over_the_same_model(client: ToyClient) -> None:
+    from peft import PeftModel
+
+    mix = steps.mixture(W)
+    client.run(1, [train(W), steps.save(mix), steps.evaluate(LOCAL, mix)], start(client))
+    reported = client.report.results[2].evaluate.metrics
+    base = base_of([SPECS[task] for task in client.tasks])
+    model = PeftModel.from_pretrained(base.model, str(client.folder / "adapter")).eval()  # type: ignore[arg-type]
+    for task, data in client.data.tasks.items():
+        split = data.splits["test"]
+        with torch.no_grad():
+            loss = mean_loss(split.kind, model(task=task, **split.inputs).logits, split.labels)
+        assert float(loss) == pytest.approx(reported[f"{task}/loss"], abs=1e-5)
 
 
 def test_toys_are_the_scenarios_tasks() -> None:
