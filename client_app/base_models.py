@@ -161,8 +161,9 @@ def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
     """A FLAVA's two towers and its multimodal encoder (``transformers.FlavaModel``), frozen, in evaluation mode."""
     import transformers
 
+    flava: Any = transformers.FlavaModel
     with _quiet():
-        model, info = transformers.FlavaModel.from_pretrained(
+        model, info = flava.from_pretrained(
             found.folder,
             use_safetensors=True,
             local_files_only=True,

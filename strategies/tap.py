@@ -227,13 +227,13 @@ class Tap(AlloyStrategy):
 
     def deliver(self, client: Client) -> Brief:
         """Stage 2, and the four models side by side; X itself stays as it is."""
-        train = {
+        train: dict[str, Any] = {
             "learning_rate": self.training.learning_rate * self.options.distill_rate,
             "draw": steps.Draw(as_step=_BATCHES),
         }
         finetune = self.options.finetune_steps or self.options.distill_steps
         tuned, student = steps.mixture(FINETUNED), steps.mixture(DISTILLED)
-        learn = steps.train(self.training, student, [DISTILLED], steps=self.options.distill_steps, **train)  # type: ignore[arg-type]
+        learn = steps.train(self.training, student, [DISTILLED], steps=self.options.distill_steps, **train)
         teacher = tuned if self.options.kd_teacher == "finetuned" else steps.mixture(GLOBAL)
         mix = steps.mixture(_DELIVERED[self.options.deliver])
         plan = [
@@ -241,7 +241,7 @@ class Tap(AlloyStrategy):
             steps.evaluate(self.training, steps.mixture(GLOBAL), "global"),
             steps.evaluate(self.training, steps.mixture(PERSONAL), "stage1"),
             steps.copy(FINETUNED, GLOBAL),
-            steps.train(self.training, tuned, [FINETUNED], steps=finetune, **train),  # type: ignore[arg-type]
+            steps.train(self.training, tuned, [FINETUNED], steps=finetune, **train),
             steps.evaluate(self.training, tuned, "finetuned"),
             steps.copy(DISTILLED, PERSONAL),
             steps.distill(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def load_base(partition_id: int, cache_dir: Path) -> Base:
 def sentences(language: str, pool: str) -> list[tuple[str, int]]:
     """Sentences of a pool with their values, in an order that is the same for every seed."""
     words, found = WORDS[language], []
-    results = (
+    results: tuple[Callable[[int, int], float], ...] = (
         lambda a, b: a + b,
         lambda a, b: a - b,
         lambda a, b: a + b,
