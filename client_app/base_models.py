@@ -187,6 +187,37 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def require_flava(found: FoundModel) -> None:
+    """Only a FLAVA can serve several tasks.
+
+    Raises:
+        BaseModelError: the model is of another architecture.
+    """
+    model_type = json.loads((found.folder / "config.json").read_text()).get("model_type")
+    if model_type != "flava":
+        raise BaseModelError(
+            f"base-model {found.name!r} is a {model_type!r}; a client with several tasks needs a 'flava', such as "
+            "facebook/flava-full@refs/pr/5 (the revision that has safetensors)"
+        )
+
+
+def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
+    """A FLAVA's two towers and its multimodal encoder (``transformers.FlavaModel``), frozen, in evaluation mode."""
+    import transformers
+
+    flava: Any = transformers.FlavaModel
+    with _quiet():
+        model, info = flava.from_pretrained(
+            found.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=getattr(torch, settings.model_dtype),
+        )
+    _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
+    return model.requires_grad_(False).eval()
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 

@@ -62,7 +62,7 @@ class Encoder:
             inputs = _padded(items, self.padding_id) if items else {}
         if not self.kind.has_image:
             return Dataset(inputs, targets, self.kind.name)
-        return LazyDataset(inputs, targets, self.kind.name, _reader(self.images, examples))
+        return LazyDataset(inputs, targets, self.kind.name, read=_reader(self.images, examples))
 
     def _text(self, example: Example) -> dict[str, list[int]]:
         encoded = self.tokenizer(example.text, example.pair)

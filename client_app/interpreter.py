@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -16,21 +15,18 @@ from adapters.algebra import Coefficient, precision_mean, squared_distances, sta
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
-from client_app import evaluation, fisher, training
+from client_app import evaluation, fisher, replacement, training
 from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
+from client_app.distillation import MixtureTeacher
 from client_app.model import OWN_HEAD, PersonalModel
+from client_app.plan_names import PlanError, require_slot_names
 from client_app.progress import tick
 from client_app.sketch import ReferenceModel, take_sketch
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 DEFAULT_GRADIENT_BYTES = 2**28
-SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-class PlanError(ValueError):
-    """A plan cannot be carried out: an unknown step, a missing slot, or parts that do not fit."""
 
 
 class Interpreter:
@@ -61,6 +57,7 @@ class Interpreter:
         self._uploads: dict[str, bytes] = {}
         self._plan = plan_pb2.Plan()
         self._index = 0
+        self._replaced = False
         self._steps: dict[str, Callable[..., Message]] = {
             "initialise": self._initialise,
             "train": self._train,
@@ -71,6 +68,8 @@ class Interpreter:
             "fisher": self._fisher,
             "distance": self._distance,
             "sketch": self._sketch,
+            "replace": self._replace,
+            "distill": self._distill,
         }
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
@@ -86,8 +85,8 @@ class Interpreter:
         started = time.monotonic()
         if plan.client_id != self.client_id:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
-        _require_slot_names(plan, blobs)
-        self._plan, self._uploads = plan, {}
+        require_slot_names(plan, blobs)
+        self._plan, self._uploads, self._replaced = plan, {}, False
         report = report_pb2.Report(
             version=1,
             run_name=plan.run_name,
@@ -158,7 +157,7 @@ class Interpreter:
             self.slots[step.slot] = start.clone() if start else self.model.initial(step.seed)
         return report_pb2.InitialiseResult(created=created)
 
-    def _train(self, step: plan_pb2.TrainStep) -> report_pb2.TrainResult:
+    def _train(self, step: plan_pb2.TrainStep, teacher: training.Teacher | None = None) -> report_pb2.TrainResult:
         if step.steps < 1 or step.batch_size < 1 or not step.learning_rate > 0:
             raise PlanError(
                 f"{step.steps} steps of {step.batch_size} examples at learning rate {step.learning_rate:g}; "
@@ -189,11 +188,37 @@ class Interpreter:
         for slot in own:
             for name, parameter in self.model.trainable(slot, self.slots[slot].layout).items():
                 parameters[f"{slot}:{name}"] = parameter
-        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
-        result = training.train(self.model, step, parameters, data, seed, anchor or None)
+        seed = training.seed_of_step(self._plan, self._index, step, replaced=self._replaced)
+        try:
+            result = training.train(self.model, step, parameters, data, seed, anchor or None, teacher)
+        except training.TrainingError:
+            if not step.keep_on_divergence:
+                raise
+            self.slots.losses.pop(step.record, None)
+            return report_pb2.TrainResult(diverged=True)
+        _name_tasks(result, self.data)
+        if step.record:
+            share = step.record_batch_share
+            found = {task: loss.batch_share if share else loss.mean for task, loss in result.task_losses.items()}
+            self.slots.losses[step.record] = self.slots.losses.get(step.record, {}) | found
         for slot in [*step.slots, *own]:
             self.slots[slot] = self.model.read(slot)
         return result
+
+    def _replace(self, step: plan_pb2.ReplaceStep) -> report_pb2.ReplaceResult:
+        result = replacement.carry_out(step, self.data, self.model.layout, self.slots)
+        self._replaced = self._replaced or any(task.replaced for task in result.tasks)
+        return result
+
+    def _distill(self, step: plan_pb2.DistillStep) -> report_pb2.DistillResult:
+        self._activate(step.teacher)  # which loads it
+        slots, coefficients = self._terms(step.teacher)
+        taught = dict(zip(slots, coefficients, strict=True))
+        if set(step.train.slots) & set(slots):
+            raise PlanError("a slot that is trained cannot be its own teacher")
+        teacher = MixtureTeacher(self.model, taught, step, self.data.task)
+        result = self._train(step.train, teacher)
+        return report_pb2.DistillResult(train=result, divergences=teacher.divergences())
 
     def _merge(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
         if any(term.WhichOneof("coefficient") == "precision" for term in step.mixture.terms):
@@ -263,6 +288,10 @@ class Interpreter:
         data = self._split(step.split)
         self._activate(step.mixture)
         metrics = evaluation.evaluate(self.model, data, self.data)
+        if step.record:
+            names = {task: f"{task}/loss" if self.data.tasks else "loss" for task in self.data.each_task}
+            losses = {task: metrics[name] for task, name in names.items() if math.isfinite(metrics.get(name, math.inf))}
+            self.slots.losses[step.record] = losses
         return report_pb2.EvaluateResult(
             label=step.label,
             split=step.split,
@@ -371,29 +400,11 @@ class Interpreter:
         return self.data.splits[name]
 
 
-def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
-    """Slot names become folder names and PEFT adapter names: nothing that leaves the folder, no dots."""
-    named = set(blobs)
-    for step in plan.steps:
-        body = getattr(step, step.WhichOneof("kind") or "initialise")
-        named |= {getattr(body, field) for field in ("slot", "target", "first", "second") if hasattr(body, field)}
-        named |= {name for name in (getattr(body, field, "") for field in ("keep_first", "keep_second")) if name}
-        named |= set(getattr(body, "slots", ()))
-        if hasattr(body, "mixture"):
-            named |= {term.slot for term in body.mixture.terms}
-            named |= {term.precision for term in body.mixture.terms if term.WhichOneof("coefficient") == "precision"}
-            named |= {term.gate.slot for term in body.mixture.terms if term.HasField("gate")}
-        if getattr(body, "copy_of", ""):
-            named.add(body.copy_of)
-        if hasattr(body, "proximal") and body.HasField("proximal"):
-            named.add(body.proximal.slot)
-        if step.WhichOneof("kind") is None:
-            named.discard("")
-    for name in sorted(named):
-        if not SLOT_NAME.fullmatch(name):
-            raise PlanError(f"slot name {name[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'")
-        if name == OWN_HEAD:
-            raise PlanError(f"slot {name!r} is the client's own: its heads are in no plan and never leave the client")
+def _name_tasks(result: report_pb2.TrainResult, data: ClientData) -> None:
+    """Batches of a client with one task bear no name."""
+    if "" in result.task_losses:
+        result.task_losses[data.task].CopyFrom(result.task_losses[""])
+        del result.task_losses[""]
 
 
 def _is_partial(found: Layout, full: Layout) -> bool:

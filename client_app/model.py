@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -230,10 +231,25 @@ class PersonalModel:
             for name, tensor in batch.items()
         }
 
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The model's logits for a batch of inputs."""
-        output: Tensor = self.module(**inputs).logits
+    def logits(self, inputs: Mapping[str, Tensor], task: str = "") -> Tensor:
+        """The model's logits for a batch of inputs; a model for several tasks is told which."""
+        chosen = {"task": task} if task else {}
+        output: Tensor = self.module(**inputs, **chosen).logits
         return output
+
+    @contextmanager
+    def switched(self, mixture: Mixture) -> Iterator[None]:
+        """For a while another mixture, evaluated without dropout; what is trained stays what it was."""
+        before, was_training = self._mixture, self.module.training
+        gates = [parameter for found in self._gates.values() for parameter in found.values()]
+        trained = [p for p in (*self.module.parameters(), *gates) if p.requires_grad]
+        self.module.eval()
+        self.activate(mixture)
+        yield
+        self.activate(before)
+        self.module.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
     def _layout(self, modules: Mapping[str, nn.Module]) -> Layout:
         entries: list[Entry] = []

@@ -45,11 +45,11 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     model = find_model(settings.model.base_model, cache)
     encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
     if found.kind.has_image:
-        _check_images(found, settings)
+        check_images(found, settings)
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
     base = load_base(model, found.kind, settings.model, found.labels, encoder.padding_id)
     _check_vocabulary(base, splits)
-    notes = _notes(found, encoder)
+    notes = notes_of(found, encoder)
     for_reference: dict[str, Dataset] = {}
     if settings.model.reference_model:
         reference, for_reference["train"] = _reference(found, settings, chat=chat)
@@ -119,7 +119,7 @@ def _check_vocabulary(base: Base, splits: Mapping[str, Dataset]) -> None:
             )
 
 
-def _check_images(found: Found, settings: Settings) -> None:
+def check_images(found: Found, settings: Settings) -> None:
     """Decode every image once; that is remembered until the files change."""
     key = hashlib.sha256(repr((settings.data, stamp(settings.data.data_path))).encode()).hexdigest()[:32]
     marker = settings.state_dir / ".cache" / f"images-{key}.checked"
@@ -141,8 +141,8 @@ def report(found: Found, notes: Sequence[str]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
 
 
-def _notes(found: Found, encoder: Encoder) -> list[str]:
-    """Findings in numbers only: the server reads them."""
+def notes_of(found: Found, encoder: Encoder) -> list[str]:
+    """Findings in numbers only: the server reads them. Encode the examples before, so that cut texts are counted."""
     notes = list(found.findings)
     everything = [example for examples in found.splits.values() for example in examples]
     if encoder.truncated:

@@ -9,10 +9,11 @@ from strategies.fedmosaic import FedMosaic
 from strategies.local import Local
 from strategies.options import RunConfig, require_choice
 from strategies.potara import Potara
+from strategies.tap import Tap
 
 __all__ = ["STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
 
-_ALL: tuple[type[AlloyStrategy], ...] = (Local, FedAvg, FedMerge, FedMosaic, Potara)
+_ALL: tuple[type[AlloyStrategy], ...] = (Local, FedAvg, FedMerge, FedMosaic, Potara, Tap)
 STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in _ALL}
 
 

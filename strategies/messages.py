@@ -207,7 +207,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
         raise BadAnswerError(f"{who} reports the steps {kinds}, expected {wanted_kinds}")
     for index, (step, result) in enumerate(zip(plan.steps, report.results, strict=True)):
         _require_same_step(f"{who}, step {index}", step, result)
-        _require_complete(f"{who}, step {index}", result, len(dispatch.layout.modules))
+        _require_complete(f"{who}, step {index}", step, result, len(dispatch.layout.modules))
     _require_sane(who, report)
     if set(blobs) != set(dispatch.expected):
         raise BadAnswerError(f"{who} sent the slots {sorted(blobs)}, expected {sorted(dispatch.expected)}")
@@ -248,9 +248,16 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
             raise BadAnswerError(f"{where} ({kind}): reports {name} {found[:200]!r}, expected {wanted!r}")
 
 
-def _require_complete(where: str, result: report_pb2.StepResult, modules: int) -> None:
-    """An evaluation has a loss; lists with one number per module have one per module, from 0 to ``MAX_SUM``."""
+def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepResult, modules: int) -> None:
+    """An evaluation has a loss, a replacement an outcome for every rule.
+
+    Lists with one number per module have one per module, from 0 to ``MAX_SUM``.
+    """
     kind = result.WhichOneof("kind") or ""
+    if kind == "replace":
+        found, wanted = ([item.task for item in items] for items in (result.replace.tasks, step.replace.rules))
+        if found != wanted:
+            raise BadAnswerError(f"{where} (replace): reports tasks {str(found)[:200]}, expected {wanted}")
     if kind == "evaluate" and "loss" not in result.evaluate.metrics:
         raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):

@@ -16,11 +16,13 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+FIRST_NODE = 2
+"""Node 1 is the SuperLink: what it answers the ledger does not book as a client's."""
 Tamper = Callable[[int, Message, Message | None], Message | None]
 
 
 class InProcessGrid(Grid):
-    """``clients`` nodes, numbered from 1; ``tamper`` may replace a reply, or drop it by returning None."""
+    """``clients`` nodes, numbered from ``FIRST_NODE``; ``tamper`` may replace a reply, or drop it by returning None."""
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
 
     def context(self, node_id: int) -> Context:
-        index = node_id - 1
+        index = node_id - FIRST_NODE
         node = {"partition-id": index, "num-partitions": self.clients, "state-dir": str(self.state_dir)}
         return Context(
             run_id=1,
@@ -61,7 +63,7 @@ class InProcessGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        return range(1, self.clients + 1)
+        return range(FIRST_NODE, FIRST_NODE + self.clients)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [NodeInfo(node_id=node_id) for node_id in self.get_node_ids()]

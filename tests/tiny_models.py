@@ -161,6 +161,31 @@ def save_llava(folder: Path, size: int = 16) -> Path:
     return _save(folder, lambda: transformers.LlavaForConditionalGeneration(config), processor)
 
 
+def save_flava(folder: Path, words: Sequence[str], size: int = 16) -> Path:
+    """A FLAVA: towers for images and texts and an encoder over both, with its processor."""
+    tokenizer = word_tokenizer(words)
+    common: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "initializer_range": 0.2,
+    }
+    config = transformers.FlavaConfig(
+        image_config={**common, "image_size": size, "patch_size": 8},
+        text_config={**common, "vocab_size": len(tokenizer), "max_position_embeddings": 40},
+        multimodal_config=common,
+        hidden_size=16,
+        projection_dim=16,
+        init_codebook=False,
+    )
+    images = transformers.FlavaImageProcessor(
+        size={"height": size, "width": size}, crop_size={"height": size, "width": size}
+    )
+    processor = transformers.FlavaProcessor(image_processor=images, tokenizer=tokenizer)
+    return _save(folder, lambda: transformers.FlavaModel(config), processor)
+
+
 def save_vilt(folder: Path, words: Sequence[str], size: int = 16) -> Path:
     """A ViLT: one encoder over words and patches, without a head."""
     tokenizer = word_tokenizer(words)

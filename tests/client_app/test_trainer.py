@@ -30,7 +30,7 @@ from client_app.trainer import Task, Trainer, turn
 from client_app.trainer_client import JobFailedError, TrainerClient
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from strategies.steps import Training, evaluate, initialise, mixture, send, train
-from tests.in_process import InProcessGrid, run_in_process
+from tests.in_process import FIRST_NODE, InProcessGrid, run_in_process
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
@@ -466,7 +466,7 @@ def test_a_run_with_resident_trainers_has_the_numbers_of_one_without(
         (home / "runs" / way).mkdir(parents=True)
         (home / "runs" / way / ".cache").symlink_to(base_cache)
     run_in_process(home / "runs" / "off", 2, **options)
-    by_node: dict[int, Owner] = {1: shared, 2: new_owner()}
+    by_node: dict[int, Owner] = {FIRST_NODE: shared, FIRST_NODE + 1: new_owner()}
     asked: list[int] = []
     answer_of = InProcessGrid.answer
 
