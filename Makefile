@@ -38,7 +38,7 @@ demo: $(STAMP) ## A SuperLink and several SuperNodes on this machine, several st
 test: $(STAMP) lint ## Lint and all tests (unit and end-to-end); what was skipped is listed with its reason.
 	@# What starts clusters needs the machine to itself; the rest shares its cores.
 	@status=0; \
-	$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 -m "not e2e" || status=1; \
+	$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 --dist worksteal -m "not e2e" || status=1; \
 	$(BIN)/python -m pytest -rs -m e2e || status=1; \
 	exit $$status
 
@@ -46,7 +46,7 @@ test-docker: $(STAMP) ## The image and the compose files, with a real cluster in
 	@$(BIN)/python -m pytest -rs tests/docker
 
 unit: $(STAMP) ## The tests that start no Flower process.
-	@$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 -m "not e2e"
+	@$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 --dist worksteal -m "not e2e"
 
 lint: $(STAMP) ## ruff, mypy, import contracts, generated code, buf.
 	@$(BIN)/ruff check --quiet .

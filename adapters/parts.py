@@ -30,9 +30,14 @@ def layout_of_sketch(reference: Layout, row_count: int) -> Layout:
     Raises:
         LayoutError: the gradient is not one matrix with so many rows.
     """
-    shapes = [entry.shape for entry in reference.entries]
-    if len(shapes) != 1 or len(shapes[0]) != 2 or not 1 <= row_count <= shapes[0][0]:
-        raise LayoutError(f"{row_count} rows of a reference gradient of shape {shapes}, expected one matrix with more")
+    shapes = [entry.shape for entry in reference.entries if entry.factor is Factor.GRADIENT]
+    if len(shapes) != len(reference.entries) or len(shapes) != 1 or len(shapes[0]) != 2:
+        found = [f"{entry.factor} {entry.shape}" for entry in reference.entries]
+        raise LayoutError(f"a reference gradient is {found}, expected one matrix of a gradient")
+    if not 1 <= row_count <= shapes[0][0]:
+        raise LayoutError(
+            f"{row_count} rows of a reference gradient of shape {shapes[0]}, expected 1 to {shapes[0][0]}"
+        )
     (entry,) = reference.entries
     return Layout((Entry(entry.module, entry.factor, (row_count, entry.shape[1])),), {}, reference.base_fingerprint)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from adapters.adapter import Adapter, polar
 from adapters.durable import write_durably
 from adapters.layout import Factor, Layout
-from client_app.data import Dataset
+from client_app.data import MASK, Dataset
 from client_app.model import PersonalModel
 
 FORMAT = "fedalloy.alignment.v1"
@@ -61,7 +61,7 @@ Progress = Callable[[str, int, int], None]
 def align(
     pivot: PersonalModel,
     targets: Sequence[PersonalModel],
-    data: Dataset,
+    data: Sequence[Dataset],
     folder: Path,
     options: AlignOptions | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -70,6 +70,14 @@ def align(
 
     What was computed of the data is kept beside it every few batches: a run that was stopped goes on from there.
 
+    Args:
+        pivot: usually the smallest model.
+        targets: the others.
+        data: the same public examples as each model reads them, the pivot's first.
+        folder: where the file goes.
+        options: see there.
+        progress: see there.
+
     Raises:
         AlignmentError: the models do not share the same modules, or split the examples into different tokens.
     """
@@ -77,13 +85,13 @@ def align(
     tensors: dict[str, Tensor] = {}
     start = Adapter.initial(pivot.layout, options.seed)
     _keep(tensors, basis_of(start))
-    for target in targets:
+    for target, read in zip(targets, data[1:], strict=True):
         if dict(_by_name(target.layout)).keys() != dict(_by_name(pivot.layout)).keys():
             raise AlignmentError(
                 f"{target.base.name!r} shares {sorted(target.layout.shared_names.values())}, expected "
                 f"{sorted(pivot.layout.shared_names.values())} as {pivot.base.name!r}"
             )
-        moments = _moments(pivot, start, target, data, folder, options, progress)
+        moments = _moments(pivot, start, target, (data[0], read), folder, options, progress)
         _keep(tensors, _aligned(target, start, pivot.layout, moments, options, progress))
     about = {
         "format": FORMAT,
@@ -96,8 +104,8 @@ def align(
     content = save(tensors, metadata={"fedalloy": json.dumps(about, sort_keys=True)})
     path = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
     write_durably(path, content)
-    for target in targets:
-        _partial(folder, pivot, target, options, data).unlink(missing_ok=True)
+    for target, read in zip(targets, data[1:], strict=True):
+        _partial(folder, pivot, target, options, (data[0], read)).unlink(missing_ok=True)
     return path
 
 
@@ -217,7 +225,7 @@ def _moments(
     pivot: PersonalModel,
     start: Adapter,
     target: PersonalModel,
-    data: Dataset,
+    data: tuple[Dataset, Dataset],
     folder: Path,
     options: AlignOptions,
     progress: Progress,
@@ -232,19 +240,21 @@ def _moments(
             begin = int(moments.pop("begin"))
         except (SafetensorError, KeyError):
             moments, begin = {}, 0
-    total = len(data)
+    total = len(data[0])
     for batch, first in enumerate(range(begin, total, options.batch_size)):
         progress(f"reading for {target.base.name}", first, total)
         if batch and batch % _SAVE_EVERY == 0:
             write_durably(partial, save(moments | {"begin": torch.tensor(first)}))
-        chosen = data.batch(torch.arange(first, min(first + options.batch_size, total)))
-        ours, theirs = _inputs(target, chosen), _inputs(pivot, chosen)
+        indices = torch.arange(first, min(first + options.batch_size, total))
+        batches = [read.batch(indices) for read in data]
+        _require_same_lengths(batches)
+        theirs, ours = (_inputs(model, batch) for model, batch in zip((pivot, target), batches, strict=True))
         for name, x_t in ours.items():
             x_p = theirs[name]
             if len(x_t) != len(x_p):
                 raise AlignmentError(
                     f"{target.base.name!r} makes {len(x_t)} tokens of a batch, {pivot.base.name!r} {len(x_p)}: "
-                    "models with different tokenizers cannot be aligned"
+                    "models that divide their inputs differently cannot be aligned"
                 )
             z = x_p @ start[_by_name(pivot.layout)[name], Factor.A].double().T
             found = {"tt": x_t.T @ x_t, "tz": x_t.T @ z, "zz": z.T @ z, "t": x_t.sum(0), "z": z.sum(0)}
@@ -256,11 +266,22 @@ def _moments(
     return moments
 
 
+def _require_same_lengths(batches: Sequence[Dataset]) -> None:
+    """Texts are compared token by token; images have no mask."""
+    lengths = [batch.inputs[MASK].sum(dim=1).tolist() for batch in batches if MASK in batch.inputs]
+    if len(lengths) == 2 and lengths[0] != lengths[1]:
+        first = next(index for index, (one, other) in enumerate(zip(*lengths, strict=True)) if one != other)
+        raise AlignmentError(
+            f"a text has {lengths[0][first]} tokens for one model and {lengths[1][first]} for the other: models with "
+            "different tokenizers cannot be aligned"
+        )
+
+
 @torch.no_grad()
 def _inputs(model: PersonalModel, batch: Dataset) -> dict[str, Tensor]:
     """Inputs ``[tokens, d_in]`` float64 of the shared modules in the frozen base model, by shared name; no padding."""
     kept: dict[str, Tensor] = {}
-    mask = batch.inputs.get("attention_mask")
+    mask = batch.inputs.get(MASK)
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -293,10 +314,15 @@ def _keep(tensors: dict[str, Tensor], basis: Adapter) -> None:
         tensors[f"{basis.layout.base_fingerprint}/{entry.name}"] = tensor.clone().contiguous()
 
 
-def _partial(folder: Path, pivot: PersonalModel, target: PersonalModel, options: AlignOptions, data: Dataset) -> Path:
-    content = hashlib.sha256(data.labels.numpy().tobytes())
-    for name, value in sorted(data.inputs.items()):
-        content.update(name.encode() + value.contiguous().numpy().tobytes())
+def _partial(
+    folder: Path, pivot: PersonalModel, target: PersonalModel, options: AlignOptions, data: Sequence[Dataset]
+) -> Path:
+    content = hashlib.sha256()
+    for read in data:
+        content.update(read.labels.numpy().tobytes())
+        first = read.batch(torch.arange(min(len(read), options.batch_size)))  # images may be in batches only
+        for name, value in [*sorted(read.inputs.items()), *sorted(first.inputs.items())]:
+            content.update(name.encode() + value.contiguous().numpy().tobytes())
     identity = (pivot.layout.digest, target.layout.digest, asdict(options), content.hexdigest())
     return folder / f".partial-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.safetensors"
 

@@ -15,17 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from adapters.durable import write_durably
 from client_app.data import Base
+from client_app.model import features_of
 from client_app.settings import ModelSettings
 from client_app.tasks import Kind
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HEAD_STD = 0.02
-_USUAL_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("query_key_value",))
+_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_SHIFTED = ("camembert", "mpnet", "longformer")
+_USUAL_TARGETS = (
+    *(("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v")),
+    *(("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",)),
+)
 
 
 class BaseModelError(ValueError):
@@ -56,8 +63,14 @@ def find_model(name: str, cache_dir: Path) -> FoundModel:
         folder = _from_hub(name)
     else:
         raise BaseModelError(f"base-model {name!r}: there is no such folder, and it is not a hub id like org/name")
-    if not (folder / "config.json").is_file():
-        raise BaseModelError(f"base-model {name!r}: {folder} has no config.json")
+    config = folder / "config.json"
+    try:
+        if not isinstance(json.loads(config.read_text()).get("model_type"), str):
+            raise BaseModelError(f"base-model {name!r}: {config} names no model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, BaseModelError):
+            raise
+        raise BaseModelError(f"base-model {name!r}: {config} cannot be read: {error}") from None
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         others = ", ".join(path.name for path in folder.glob("*.bin")) or "none of any format"
@@ -93,7 +106,7 @@ def load_base(
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(found.folder, local_files_only=True)
+    config = load_config(found)
     options: dict[str, Any] = {"dtype": getattr(torch, settings.model_dtype)}
     if not kind.generative and _labels_of(config) != list(labels):
         config.id2label = dict(enumerate(labels))
@@ -108,16 +121,18 @@ def load_base(
                 found.folder,
                 config=config,
                 use_safetensors=True,
-                local_files_only=True,
                 output_loading_info=True,
+                **_HERE,
                 **options,
             )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise BaseModelError(
+                f"base-model {found.name!r} is a {config.model_type!r}, for which transformers has no "
+                f"{kind.auto_model} (task {kind.name!r})"
+            ) from None
         raise BaseModelError(
-            f"base-model {found.name!r} is a {config.model_type!r}, for which transformers has no "
-            f"{kind.auto_model} (task {kind.name!r})"
+            f"base-model {found.name!r}: {found.folder} cannot be loaded: {_first_line(error)}"
         ) from None
     _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
     text_config = config.get_text_config()
@@ -141,6 +156,66 @@ def load_base(
         heads=heads if shared else (),
         own_heads=() if shared else heads,
     )
+
+
+def load_config(found: FoundModel) -> Any:
+    """The model's configuration.
+
+    Raises:
+        BaseModelError: transformers does not know the architecture, or would have to run code that comes with it.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(found.folder, **_HERE)
+    except Exception as error:  # of many classes
+        raise BaseModelError(f"base-model {found.name!r} cannot be used: {_first_line(error)}") from None
+
+
+def longest_input(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where it has no such bound."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    # RoBERTa and its kin count positions from behind the padding token's.
+    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type or config.model_type in _SHIFTED else 0
+    return int(positions - offset)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def require_flava(found: FoundModel) -> None:
+    """Only a FLAVA can serve several tasks.
+
+    Raises:
+        BaseModelError: the model is of another architecture.
+    """
+    model_type = json.loads((found.folder / "config.json").read_text()).get("model_type")
+    if model_type != "flava":
+        raise BaseModelError(
+            f"base-model {found.name!r} is a {model_type!r}; a client with several tasks needs a 'flava', such as "
+            "facebook/flava-full@refs/pr/5 (the revision that has safetensors)"
+        )
+
+
+def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
+    """A FLAVA's two towers and its multimodal encoder (``transformers.FlavaModel``), frozen, in evaluation mode."""
+    import transformers
+
+    flava: Any = transformers.FlavaModel
+    with _quiet():
+        model, info = flava.from_pretrained(
+            found.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=getattr(torch, settings.model_dtype),
+        )
+    _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
+    return model.requires_grad_(False).eval()
 
 
 def _from_hub(name: str) -> Path:
@@ -213,9 +288,13 @@ def _draw_missing(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _heads(model: Any) -> tuple[str, ...]:
-    body = f"{model.base_model_prefix}."
+    """Linear modules outside the body. Where the model does not name its body (CLIP), that is its largest part."""
+    body = model.base_model
+    if body is model:
+        body = max(model.children(), key=lambda child: sum(p.numel() for p in child.parameters()), default=model)
+    inside = {id(module) for module in body.modules()}
     return tuple(
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.startswith(body)
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in inside
     )
 
 
@@ -227,8 +306,10 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
     linear = {
         key: module
         for key, module in model.named_modules()
-        if isinstance(module, nn.Linear) and key not in heads and module is not output
+        if features_of(module) is not None and key not in heads and module is not output
     }
+    if not linear:
+        raise BaseModelError(f"{name!r} ({model.config.model_type}) has no linear module that LoRA could adapt")
     if wanted.strip() == "all-linear":
         return tuple(linear)
 
@@ -240,9 +321,7 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
         asked = [part.strip() for part in wanted.split(",") if part.strip()]
         for suffix in asked:
             if not ending([suffix]):
-                raise BaseModelError(
-                    f"target-modules: {name!r} has no linear module {suffix!r}; it has {available or 'none'}"
-                )
+                raise BaseModelError(f"target-modules: {name!r} has no linear module {suffix!r}; it has {available}")
         return ending(asked)
     known: list[Sequence[str]] = []
     for config in (model.config, model.config.get_text_config()):
@@ -256,7 +335,7 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
             return found
     raise BaseModelError(
         f"{name!r} ({model.config.model_type}): PEFT names no target modules for this architecture that are linear; "
-        f"set target-modules to all-linear or some of its linear modules ({available or 'none: it has no nn.Linear'})"
+        f"set target-modules to all-linear or some of its linear modules ({available})"
     )
 
 

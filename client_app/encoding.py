@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from client_app.base_models import BaseModelError, FoundModel
+from client_app.base_models import BaseModelError, FoundModel, load_config, longest_input
 from client_app.data import MASK, Dataset, LazyDataset
 from client_app.examples import Example, open_image
 from client_app.tables import DataError
@@ -62,7 +62,7 @@ class Encoder:
             inputs = _padded(items, self.padding_id) if items else {}
         if not self.kind.has_image:
             return Dataset(inputs, targets, self.kind.name)
-        return LazyDataset(inputs, targets, self.kind.name, _reader(self.images, examples))
+        return LazyDataset(inputs, targets, self.kind.name, read=_reader(self.images, examples))
 
     def _text(self, example: Example) -> dict[str, list[int]]:
         encoded = self.tokenizer(example.text, example.pair)
@@ -180,16 +180,22 @@ def load_encoder(found: FoundModel, kind: Kind, max_length: int, *, chat: bool =
     if kind.has_text:
         encoder.tokenizer = _load(transformers.AutoTokenizer, found, "tokenizer", "tokenizer.json")
         _require_padding(encoder.tokenizer, found)
-        limit = getattr(encoder.tokenizer, "model_max_length", None)
-        if limit and limit < max_length:
-            encoder.max_length = int(limit)
     if kind.has_image and kind.has_text:
         encoder.joint = _load(transformers.AutoProcessor, found, "processor", "processor_config.json")
+        missing = [part for part in ("image_processor", "tokenizer") if not hasattr(encoder.joint, part)]
+        if missing:  # transformers' answer for a model of texts alone is its tokenizer
+            raise BaseModelError(
+                f"base-model {found.name!r} has no processor of images and texts (task {kind.name!r}): what it has "
+                f"lacks {' and '.join(missing)}"
+            )
         encoder.images = encoder.joint.image_processor
         encoder.tokenizer = encoder.joint.tokenizer
         _require_padding(encoder.tokenizer, found)
     elif kind.has_image:
         encoder.images = _load(transformers.AutoImageProcessor, found, "image processor", "preprocessor_config.json")
+    if encoder.tokenizer is not None:
+        limits = (max_length, getattr(encoder.tokenizer, "model_max_length", None), longest_input(load_config(found)))
+        encoder.max_length = min(int(limit) for limit in limits if limit)
     if chat and not getattr(encoder.tokenizer, "chat_template", None):
         raise BaseModelError(
             f"base-model {found.name!r} has no chat template, which messages need; use an instruction-tuned model, or "
@@ -200,7 +206,7 @@ def load_encoder(found: FoundModel, kind: Kind, max_length: int, *, chat: bool =
 
 def _load(auto: Any, found: FoundModel, what: str, file: str) -> Any:
     try:
-        return auto.from_pretrained(found.folder, local_files_only=True)
+        return auto.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers' answers to a missing file are of many classes
         reason = str(error).strip().splitlines()
         raise BaseModelError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from client_app.data import MASK, ClientData, Dataset
+from client_app.data import MASK, ClientData, Dataset, MixedDataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
 from client_app.tasks import IGNORED, example_losses, kind_of
@@ -49,6 +49,9 @@ def evaluate(
     """
     if len(data) == 0:
         raise TrainingError("nothing to evaluate: the split has no example")
+    if isinstance(data, MixedDataset):
+        assert client is not None
+        return _over_tasks({n: evaluate(model, p, client.tasks[n]) for n, p in data.parts.items() if len(p)})
     model.module.eval()
     kind = kind_of(data.kind)
     size = min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
@@ -84,6 +87,15 @@ def evaluate(
     return metrics
 
 
+def _over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    metrics = {f"{task}/{name}": value for task, values in found.items() for name, value in values.items()}
+    for name in ("loss", "accuracy"):
+        values = [values[name] for values in found.values() if name in values]
+        if values:
+            metrics[name] = sum(values) / len(values)
+    return metrics
+
+
 def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:
     """Mean over classes of F1, ``answers`` and ``labels`` ``[n]``; classes that occur in neither do not count."""
     from torchmetrics.functional.classification import multiclass_f1_score
@@ -116,7 +128,11 @@ def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: i
             prompts[row, width - start :] = batch.inputs["input_ids"][row, :start]
             mask[row, width - start :] = 1
             references.append(client.decode(batch.labels[row, start : ends[row]]))
-        rest = {k: v.to(model.device) for k, v in batch.inputs.items() if k not in ("input_ids", MASK)}
+        rest: dict[str, Any] = dict(
+            model.inputs({k: v for k, v in batch.inputs.items() if k not in ("input_ids", MASK)})
+        )
+        if batch.task:
+            rest["task"] = batch.task
         module: Any = model.module
         with autocast(model.device):
             found = module.generate(

@@ -17,6 +17,7 @@ from client_app.data import Base, ClientData
 from client_app.interpreter import Interpreter
 from client_app.model import PersonalModel
 from client_app.own_data import load_own
+from client_app.own_tasks import is_task_file, load_tasks, stamp_of
 from client_app.progress import Cancelled, tick
 from client_app.scenarios import FROM_FILES, load_scenario
 from client_app.scenarios.files import load_files
@@ -24,7 +25,6 @@ from client_app.settings import Settings
 from client_app.sketch import reference_layout
 from client_app.slots import SlotStore
 from client_app.start_adapter import read_start_adapter
-from client_app.tables import stamp
 from client_app.training import set_up_torch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -72,7 +72,7 @@ class Executor:
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def _load(self, settings: Settings) -> tuple[PersonalModel, ClientData]:
-        key = (settings, stamp(settings.data.data_path))
+        key = (settings, stamp_of(settings))
         if self._held is None or self._key != key:
             self.evict()  # before the next one: there may not be room for two
             tick("loading")
@@ -82,13 +82,22 @@ class Executor:
 
 def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
     reference = reference_layout(model)
-    examples = {name: len(split) for name, split in data.splits.items()}
     return report_pb2.Registration(
         version=1,
         client_id=settings.client_id,
         base_model=model.base.name,
         layout=model.layout.to_proto(),
-        tasks=[report_pb2.Task(name=data.task, kind=data.kind, examples=examples, notes=data.notes)],
+        tasks=[
+            report_pb2.Task(
+                name=name,
+                kind=task.kind,
+                examples={split: len(found) for split, found in task.splits.items()},
+                notes=task.notes,
+                groups=task.groups,
+                modalities=task.modalities,
+            )
+            for name, task in data.each_task.items()
+        ],
         device=str(model.device),
         reference=reference.to_proto() if reference is not None else None,
     )
@@ -106,6 +115,8 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
 
 
 def _base_and_data(settings: Settings) -> tuple[Base, ClientData]:
+    if is_task_file(settings.data.data_path):
+        return load_tasks(settings)
     if settings.data.data_path:
         return load_own(settings)
     if settings.scenario in FROM_FILES:

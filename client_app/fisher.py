@@ -55,7 +55,7 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
     """
     model.activate({slot: 1.0})
     parameters = model.trainable(slot, layout)
-    if batch.kind != "image-classification":
+    if batch.kind != "image-classification" or batch.task:
         return _one_by_one(model, list(parameters.values()), batch)
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     values = {names[parameter]: parameter.detach() for parameter in parameters.values()}
@@ -65,7 +65,7 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
         logits: Tensor = functional_call(model.module, values, kwargs=one).logits
         return functional.cross_entropy(logits, label[None])
 
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    inputs = model.inputs(batch.inputs)
     labels = batch.labels.to(model.device)
     # The fused attention kernels have no batching rule: vmap would loop over them, and say so on every run.
     with sdpa_kernel(SDPBackend.MATH):
@@ -87,8 +87,9 @@ def _one_by_one(model: PersonalModel, parameters: list[nn.Parameter], batch: Dat
     for index in range(len(batch)):
         one = batch.batch(torch.tensor([index]))
         loss = example_losses(one.kind, logits_of(model, one), one.labels.to(model.device)).sum()
-        found = torch.autograd.grad(loss, parameters)
-        gradients.append(torch.cat([tensor.reshape(-1) for tensor in found]))
+        found = torch.autograd.grad(loss, parameters, allow_unused=bool(one.task))  # other tasks' groups
+        numbers = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        gradients.append(torch.cat([tensor.reshape(-1) for tensor in numbers]))
     return torch.stack(gradients).float()
 
 
@@ -126,12 +127,12 @@ def moments(
     chosen = next(batches(len(data), count, 1, seed))
     for indices in torch.split(chosen, chunk):
         tick("fisher")
-        batch = data.batch(indices)
-        first, second = (example_gradients(model, slot, layout, batch) for slot in slots)
-        finite = (first.isfinite() & second.isfinite()).all(dim=1)
-        first, second = first[finite], second[finite]
-        total += torch.stack([first.square().sum(0), second.square().sum(0), (first * second).sum(0)])
-        kept += int(finite.sum())
+        for batch in data.by_task(indices):
+            first, second = (example_gradients(model, slot, layout, batch) for slot in slots)
+            finite = (first.isfinite() & second.isfinite()).all(dim=1)
+            first, second = first[finite], second[finite]
+            total += torch.stack([first.square().sum(0), second.square().sum(0), (first * second).sum(0)])
+            kept += int(finite.sum())
     if count - kept > MAX_DROPPED * count:
         raise FisherError(f"{count - kept} of {count} gradients are not finite, expected at most {MAX_DROPPED:.0%}")
     first, second, product = (total / kept).cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -12,20 +11,23 @@ from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter, joined
-from adapters.algebra import Coefficient, precision_mean, stack, truncate, weighted_sum
+from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
-from client_app import ensembles, evaluation, training
+from client_app import evaluation, fisher, replacement, training
 from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
-from client_app.measures import Measures, PlanError
+from client_app.distillation import MixtureTeacher
+from client_app.measures import Measures
 from client_app.model import OWN_HEAD, PersonalModel
+from client_app.plan_names import PlanError, require_slot_names
 from client_app.progress import tick
+from client_app.sketch import ReferenceModel, take_sketch
 from client_app.slots import SlotError, SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
-SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+DEFAULT_GRADIENT_BYTES = 2**28
 
 
 class Interpreter(Measures):
@@ -54,9 +56,10 @@ class Interpreter(Measures):
         self.starts = starts or {}
         self._received: dict[str, Adapter] = {}
         self._uploads: dict[str, bytes] = {}
-        self._attributions: dict[str, Tensor] = {}
         self._plan = plan_pb2.Plan()
         self._index = 0
+        self._replaced = False
+        self._attributions: dict[str, Tensor] = {}
         self._steps: dict[str, Callable[..., Message]] = {
             "initialise": self._initialise,
             "train": self._train,
@@ -70,6 +73,8 @@ class Interpreter(Measures):
             "select": self._select,
             "gram": self._gram,
             "attribute": self._attribute,
+            "replace": self._replace,
+            "distill": self._distill,
         }
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
@@ -85,8 +90,8 @@ class Interpreter(Measures):
         started = time.monotonic()
         if plan.client_id != self.client_id:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
-        _require_slot_names(plan, blobs)
-        self._plan, self._uploads, self._attributions = plan, {}, {}
+        require_slot_names(plan, blobs)
+        self._plan, self._uploads, self._replaced, self._attributions = plan, {}, False, {}
         report = report_pb2.Report(
             version=1,
             run_name=plan.run_name,
@@ -157,7 +162,7 @@ class Interpreter(Measures):
             self.slots[step.slot] = start.clone() if start else self.model.initial(step.seed)
         return report_pb2.InitialiseResult(created=created)
 
-    def _train(self, step: plan_pb2.TrainStep) -> report_pb2.TrainResult:
+    def _train(self, step: plan_pb2.TrainStep, teacher: training.Teacher | None = None) -> report_pb2.TrainResult:
         if step.steps < 1 or step.batch_size < 1 or not step.learning_rate > 0:
             raise PlanError(
                 f"{step.steps} steps of {step.batch_size} examples at learning rate {step.learning_rate:g}; "
@@ -188,51 +193,38 @@ class Interpreter(Measures):
         for slot in own:
             for name, parameter in self.model.trainable(slot, self.slots[slot].layout).items():
                 parameters[f"{slot}:{name}"] = parameter
-        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
-        teach = self._teacher(step, parameters) if step.HasField("distillation") else None
+        seed = training.seed_of_step(self._plan, self._index, step, replaced=self._replaced)
         weights = self._attributed(step) if step.attributed_to else None
-        result = training.train(self.model, step, parameters, data, seed, anchor or None, teach, weights)
+        try:
+            result = training.train(self.model, step, parameters, data, seed, anchor or None, teacher, weights)
+        except training.TrainingError:
+            if not step.keep_on_divergence:
+                raise
+            self.slots.losses.pop(step.record, None)
+            return report_pb2.TrainResult(diverged=True)
+        _name_tasks(result, self.data)
+        if step.record:
+            share = step.record_batch_share
+            found = {task: loss.batch_share if share else loss.mean for task, loss in result.task_losses.items()}
+            self.slots.losses[step.record] = self.slots.losses.get(step.record, {}) | found
         for slot in [*step.slots, *own]:
             self.slots[slot] = self.model.read(slot)
         return result
 
-    def _teacher(self, step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter]) -> Callable[[Dataset], Tensor]:
-        lesson = step.distillation
-        if not 0 <= lesson.weight <= 1 or not lesson.temperature > 0:
-            raise PlanError(
-                f"distillation with weight {lesson.weight:g} at temperature {lesson.temperature:g}, expected 0 to 1 "
-                "and a positive one"
-            )
-        trained, teacher = (dict(zip(*self._terms(mix), strict=True)) for mix in (step.mixture, lesson.teacher))
-        for slot in [*teacher, *(c.slot for c in teacher.values() if isinstance(c, Gate))]:
-            if slot not in trained:
-                self.model.load(slot, self.slots[slot])
+    def _replace(self, step: plan_pb2.ReplaceStep) -> report_pb2.ReplaceResult:
+        result = replacement.carry_out(step, self.data, self.model.layout, self.slots)
+        self._replaced = self._replaced or any(task.replaced for task in result.tasks)
+        return result
 
-        def teach(batch: Dataset) -> Tensor:
-            self.model.activate(teacher)
-            self.model.module.eval()
-            with torch.no_grad(), training.autocast(self.model.device):
-                found = training.logits_of(self.model, batch)
-            self.model.module.train()
-            self.model.activate(trained)
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            return found
-
-        return teach
-
-    def _attributed(self, step: plan_pb2.TrainStep) -> Tensor:
-        found = self._attributions.get(step.attributed_to)
-        if found is None or step.HasField("fold") or len(found) != len(self._split(step.split)):
-            raise PlanError(f"the split that is trained on was not attributed to slot {step.attributed_to!r}")
-        return found
-
-    def _ensemble(self, mixture: plan_pb2.Mixture) -> Callable[[Dataset], Tensor]:
-        slots, coefficients = self._terms(mixture)
-        if any(coefficient != 1.0 for coefficient in coefficients):
-            raise PlanError("an ensemble's coefficients are 1: its shares say how much each slot counts")
-        shares = ensembles.shares_of(self.slots[mixture.shares], self._loaded(slots))
-        return lambda batch: ensembles.log_probabilities(self.model, slots, shares, batch)
+    def _distill(self, step: plan_pb2.DistillStep) -> report_pb2.DistillResult:
+        self._activate(step.teacher)  # which loads it
+        slots, coefficients = self._terms(step.teacher)
+        taught = dict(zip(slots, coefficients, strict=True))
+        if set(step.train.slots) & set(slots):
+            raise PlanError("a slot that is trained cannot be its own teacher")
+        teacher = MixtureTeacher(self.model, taught, step, self.data.task)
+        result = self._train(step.train, teacher)
+        return report_pb2.DistillResult(train=result, divergences=teacher.divergences())
 
     def _merge(self, step: plan_pb2.MergeStep) -> report_pb2.MergeResult:
         if any(term.WhichOneof("coefficient") == "precision" for term in step.mixture.terms):
@@ -261,6 +253,37 @@ class Interpreter(Measures):
         self.slots[step.target] = merged
         return report_pb2.MergeResult(max_rank=max(merged.layout.ranks.values(), default=0))
 
+    def _fisher(self, step: plan_pb2.FisherStep) -> report_pb2.FisherResult:
+        if step.samples < 1 or not step.relative_damping >= 0:
+            raise PlanError(
+                f"{step.samples} samples and damping {step.relative_damping:g}, expected one sample and no less than 0"
+            )
+        layout = self.model.layout
+        pair = tuple(self.slots[slot] for slot in (step.first, step.second))
+        for slot, adapter in zip((step.first, step.second), pair, strict=True):
+            if adapter.layout.digest != layout.digest:
+                raise PlanError(f"slot {slot!r} has {layout.describe_difference(adapter.layout)}")
+            self.model.load(slot, adapter)
+        found = fisher.moments(
+            self.model,
+            (step.first, step.second),
+            layout,
+            self._split(step.split),
+            samples=step.samples,
+            seed=training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index),
+            max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
+        )
+        damping = fisher.damping_of(found, step.relative_damping)
+        blind = (found.first + found.second + damping == 0).float()  # neither knows anything: equal precisions
+        for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
+            if slot:
+                self.slots[slot] = Adapter(layout, information + damping + blind)
+        return fisher.result(pair, found, damping, in_delta_space=step.in_delta_space)
+
+    def _distance(self, step: plan_pb2.DistanceStep) -> report_pb2.DistanceResult:
+        squared = squared_distances(self.slots[step.first], self.slots[step.second])
+        return report_pb2.DistanceResult(squared=[squared[module] for module in self.model.layout.modules])
+
     def _fold(self, data: Dataset, fold: plan_pb2.Fold, split: str) -> Dataset:
         if not fold.index < fold.count <= len(data):
             raise PlanError(f"part {fold.index} of {fold.count} of {len(data)} examples: there is no such part")
@@ -275,6 +298,10 @@ class Interpreter(Measures):
         else:
             self._activate(step.mixture)
         metrics = evaluation.evaluate(self.model, data, self.data, forward)
+        if step.record:
+            names = {task: f"{task}/loss" if self.data.tasks else "loss" for task in self.data.each_task}
+            losses = {task: metrics[name] for task, name in names.items() if math.isfinite(metrics.get(name, math.inf))}
+            self.slots.losses[step.record] = losses
         return report_pb2.EvaluateResult(
             label=step.label,
             split=step.split,
@@ -315,6 +342,37 @@ class Interpreter(Measures):
         self._uploads[step.slot] = encoded.blob
         return report_pb2.SendResult(slot=step.slot, content_digest=encoded.decoded.digest)
 
+    def _sketch(self, step: plan_pb2.SketchStep) -> report_pb2.SketchResult:
+        started = time.monotonic()
+        if step.slot in self._uploads:
+            raise PlanError(f"slot {step.slot!r} is sent twice")
+        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
+        readings = self.data.for_reference
+        data = readings[step.split] if step.split in readings else self._split(step.split)
+        sketch = take_sketch(ReferenceModel(self.model), step, data, self._held(step.slot), seed, self._plan.seed)
+        self.slots[step.slot] = sketch.state
+        encoded = encode(sketch.upload, encoding_from_proto(step.encoding), include_layout=False)
+        self._uploads[step.slot] = encoded.blob
+        seconds = time.monotonic() - started
+        return report_pb2.SketchResult(slot=step.slot, examples=sketch.examples, norm=sketch.norm, seconds=seconds)
+
+    def _held(self, slot: str) -> Adapter | None:
+        if slot not in self.slots:
+            return None
+        return self.slots[slot]
+
+    def _activate(self, mixture: plan_pb2.Mixture) -> None:
+        if mixture.shares:
+            raise PlanError("an ensemble can be evaluated and saved, not trained, merged or measured")
+        slots, coefficients = self._terms(mixture)
+        if self.model.own_layout is not None:
+            if OWN_HEAD not in self.slots:
+                self.slots[OWN_HEAD] = Adapter.zeros(self.model.own_layout)
+            self.model.load(OWN_HEAD, self.slots[OWN_HEAD])
+        for slot in [*slots, *{gate.slot for gate in coefficients if isinstance(gate, Gate)}]:
+            self.model.load(slot, self.slots[slot])
+        self.model.activate(dict(zip(slots, coefficients, strict=True)))
+
     def _looks_at_input(self, coefficients: list[Coefficient | Gate]) -> bool:
         gates = [self.slots[gate.slot] for gate in coefficients if isinstance(gate, Gate)]
         return any(entry.shape != (1,) for gate in gates for entry in gate.layout.entries)
@@ -335,34 +393,33 @@ class Interpreter(Measures):
             fixed.append(coefficient)
         return slots, fixed
 
+    def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient | Gate]]:
+        slots: list[str] = []
+        coefficients: list[Coefficient | Gate] = []
+        for term in mixture.terms:
+            kind = term.WhichOneof("coefficient")
+            if kind not in ("scalar", "per_module", "gate"):
+                raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient")
+            if term.slot in slots:
+                raise PlanError(f"slot {term.slot!r} occurs twice in a mixture")
+            slots.append(term.slot)
+            if kind == "gate":
+                coefficients.append(Gate(term.gate.slot, term.gate.complement))
+                continue
+            coefficients.append(term.scalar if kind == "scalar" else dict(term.per_module.values))
+        return slots, coefficients
 
-def _require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
-    """Slot names become folder names and PEFT adapter names: nothing that leaves the folder, no dots."""
-    named = set(blobs)
-    for step in plan.steps:
-        body = getattr(step, step.WhichOneof("kind") or "initialise")
-        named |= {
-            getattr(body, field) for field in ("slot", "target", "first", "second", "shares") if hasattr(body, field)
-        }
-        named |= {name for name in (getattr(body, field, "") for field in ("keep_first", "keep_second")) if name}
-        named |= set(getattr(body, "slots", ()))
-        if hasattr(body, "mixture"):
-            named |= {term.slot for term in body.mixture.terms} | ({body.mixture.shares} - {""})
-            named |= {term.precision for term in body.mixture.terms if term.WhichOneof("coefficient") == "precision"}
-            named |= {term.gate.slot for term in body.mixture.terms if term.HasField("gate")}
-        if getattr(body, "copy_of", ""):
-            named.add(body.copy_of)
-        if hasattr(body, "distillation"):
-            named |= {term.slot for term in body.distillation.teacher.terms}
-        if hasattr(body, "proximal") and body.HasField("proximal"):
-            named.add(body.proximal.slot)
-        if step.WhichOneof("kind") is None:
-            named.discard("")
-    for name in sorted(named):
-        if not SLOT_NAME.fullmatch(name):
-            raise PlanError(f"slot name {name[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'")
-        if name == OWN_HEAD:
-            raise PlanError(f"slot {name!r} is the client's own: its heads are in no plan and never leave the client")
+    def _split(self, name: str) -> Dataset:
+        if name not in self.data.splits:
+            raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
+        return self.data.splits[name]
+
+
+def _name_tasks(result: report_pb2.TrainResult, data: ClientData) -> None:
+    """Batches of a client with one task bear no name."""
+    if "" in result.task_losses:
+        result.task_losses[data.task].CopyFrom(result.task_losses[""])
+        del result.task_losses[""]
 
 
 def _is_partial(found: Layout, full: Layout) -> bool:

@@ -1,34 +1,28 @@
-"""Steps that only look: at data, at slots, at what others sent. What they find goes into reports, slots and uploads."""
+"""Steps that compare slots on data, and what ensembles need; a part of the interpreter."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, stack_vectors
-from adapters.algebra import Coefficient, squared_distances
+from adapters.algebra import Coefficient
 from adapters.codec import encode, encoding_from_proto
-from client_app import ensembles, evaluation, fisher, training
+from client_app import ensembles, evaluation, training
 from client_app.co_lora import Gate
 from client_app.data import ClientData, Dataset
 from client_app.inputs import improvement_weights, input_moments
-from client_app.model import OWN_HEAD, PersonalModel
-from client_app.sketch import ReferenceModel, take_sketch
+from client_app.model import PersonalModel
+from client_app.plan_names import PlanError
 from client_app.slots import SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
-DEFAULT_GRADIENT_BYTES = 2**28
-
-
-class PlanError(ValueError):
-    """A plan cannot be carried out: an unknown step, a missing slot, or parts that do not fit."""
-
 
 class Measures:
-    """What the interpreter's measuring steps share: one client's model, data and slots, and the plan that is run."""
+    """One client's model, data and slots, and the plan that is run; see :class:`client_app.interpreter.Interpreter`."""
 
     client_id: str
     model: PersonalModel
@@ -39,49 +33,21 @@ class Measures:
     _plan: plan_pb2.Plan
     _index: int
 
-    def _fisher(self, step: plan_pb2.FisherStep) -> report_pb2.FisherResult:
-        if step.samples < 1 or not step.relative_damping >= 0:
-            raise PlanError(
-                f"{step.samples} samples and damping {step.relative_damping:g}, expected one sample and no less than 0"
-            )
-        layout = self.model.layout
-        pair = tuple(self.slots[slot] for slot in (step.first, step.second))
-        for slot, adapter in zip((step.first, step.second), pair, strict=True):
-            if adapter.layout.digest != layout.digest:
-                raise PlanError(f"slot {slot!r} has {layout.describe_difference(adapter.layout)}")
-            self.model.load(slot, adapter)
-        found = fisher.moments(
-            self.model,
-            (step.first, step.second),
-            layout,
-            self._split(step.split),
-            samples=step.samples,
-            seed=training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index),
-            max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
-        )
-        damping = fisher.damping_of(found, step.relative_damping)
-        blind = (found.first + found.second + damping == 0).float()  # neither knows anything: equal precisions
-        for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
-            if slot:
-                self.slots[slot] = Adapter(layout, information + damping + blind)
-        return fisher.result(pair, found, damping, in_delta_space=step.in_delta_space)
+    @abstractmethod
+    def _activate(self, mixture: plan_pb2.Mixture) -> None:
+        """Make the model this mixture."""
 
-    def _distance(self, step: plan_pb2.DistanceStep) -> report_pb2.DistanceResult:
-        squared = squared_distances(self.slots[step.first], self.slots[step.second])
-        return report_pb2.DistanceResult(squared=[squared[module] for module in self.model.layout.modules])
+    @abstractmethod
+    def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient | Gate]]:
+        """Slots and coefficients."""
 
-    def _sketch(self, step: plan_pb2.SketchStep) -> report_pb2.SketchResult:
-        started = time.monotonic()
-        if step.slot in self._uploads:
-            raise PlanError(f"slot {step.slot!r} is sent twice")
-        seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
-        data = self._split(step.split)
-        sketch = take_sketch(ReferenceModel(self.model), step, data, self._held(step.slot), seed, self._plan.seed)
-        self.slots[step.slot] = sketch.state
-        encoded = encode(sketch.upload, encoding_from_proto(step.encoding), include_layout=False)
-        self._uploads[step.slot] = encoded.blob
-        seconds = time.monotonic() - started
-        return report_pb2.SketchResult(slot=step.slot, examples=sketch.examples, norm=sketch.norm, seconds=seconds)
+    @abstractmethod
+    def _split(self, name: str) -> Dataset:
+        """A split of the client's data."""
+
+    @abstractmethod
+    def _held(self, slot: str) -> Adapter | None:
+        """A slot, where there is one."""
 
     def _select(self, step: plan_pb2.SelectStep) -> report_pb2.SelectResult:
         if not step.slots or step.rule not in (plan_pb2.SELECT_RULE_BEST, plan_pb2.SELECT_RULE_IMPROVEMENT):
@@ -123,6 +89,19 @@ class Measures:
         self.slots[step.shares] = Adapter(shares.layout, found.mean(dim=0).float())
         return report_pb2.AttributeResult(examples=len(data))
 
+    def _attributed(self, step: plan_pb2.TrainStep) -> Tensor:
+        found = self._attributions.get(step.attributed_to)
+        if found is None or step.HasField("fold") or len(found) != len(self._split(step.split)):
+            raise PlanError(f"the split that is trained on was not attributed to slot {step.attributed_to!r}")
+        return found
+
+    def _ensemble(self, mixture: plan_pb2.Mixture) -> Callable[[Dataset], Tensor]:
+        slots, coefficients = self._terms(mixture)
+        if any(coefficient != 1.0 for coefficient in coefficients):
+            raise PlanError("an ensemble's coefficients are 1: its shares say how much each slot counts")
+        shares = ensembles.shares_of(self.slots[mixture.shares], self._loaded(slots))
+        return lambda batch: ensembles.log_probabilities(self.model, slots, shares, batch)
+
     def _loaded(self, slots: Iterable[str]) -> list[str]:
         """Slots that the model holds from now on, each once."""
         found = list(slots)
@@ -139,41 +118,3 @@ class Measures:
             return data
         seed = training.seed_of(self._plan.seed, self.client_id, self._plan.round, self._index)
         return data.subset(next(training.batches(len(data), samples, 1, seed)))
-
-    def _activate(self, mixture: plan_pb2.Mixture) -> None:
-        if mixture.shares:
-            raise PlanError("an ensemble can be evaluated and saved, not trained, merged or measured")
-        slots, coefficients = self._terms(mixture)
-        if self.model.own_layout is not None:
-            if OWN_HEAD not in self.slots:
-                self.slots[OWN_HEAD] = Adapter.zeros(self.model.own_layout)
-            self.model.load(OWN_HEAD, self.slots[OWN_HEAD])
-        for slot in [*slots, *{gate.slot for gate in coefficients if isinstance(gate, Gate)}]:
-            self.model.load(slot, self.slots[slot])
-        self.model.activate(dict(zip(slots, coefficients, strict=True)))
-
-    def _terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient | Gate]]:
-        slots: list[str] = []
-        coefficients: list[Coefficient | Gate] = []
-        for term in mixture.terms:
-            kind = term.WhichOneof("coefficient")
-            if kind not in ("scalar", "per_module", "gate"):
-                raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient")
-            if term.slot in slots:
-                raise PlanError(f"slot {term.slot!r} occurs twice in a mixture")
-            slots.append(term.slot)
-            if kind == "gate":
-                coefficients.append(Gate(term.gate.slot, term.gate.complement))
-                continue
-            coefficients.append(term.scalar if kind == "scalar" else dict(term.per_module.values))
-        return slots, coefficients
-
-    def _split(self, name: str) -> Dataset:
-        if name not in self.data.splits:
-            raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
-        return self.data.splits[name]
-
-    def _held(self, slot: str) -> Adapter | None:
-        if slot not in self.slots:
-            return None
-        return self.slots[slot]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from adapters.adapter import Adapter, scalings_from
 from adapters.algebra import Coefficient, coefficient_of
@@ -70,9 +72,10 @@ class PersonalModel:
         self.module = base.model
         self.module.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
         modules = dict(self.module.named_modules())
         for name in (*base.targets, *base.heads, *base.own_heads):
-            if not isinstance(modules.get(name), nn.Linear):
+            if name not in modules or features_of(modules[name]) is None:
                 raise ModelError(f"{base.name!r} has no linear module {name!r} to adapt")
             if name in base.targets and name in base.heads:
                 raise ModelError(f"{base.name!r}: module {name!r} is a target and a head, expected only one of them")
@@ -174,14 +177,14 @@ class PersonalModel:
                 tensor.copy_(self._parameter(slot, entry))
         return adapter
 
-    def activate(self, mixture: Mixture) -> None:
-        """Make the model the base plus this mixture; nothing is trainable afterwards.
+    def activate(self, mixture: Mixture, *, own_head: bool = True) -> None:
+        """Make the model the base plus this mixture and, where it is loaded, the own head; nothing is trainable then.
 
         Raises:
             ModelError: a slot is not loaded.
             LayoutError: a coefficient is not finite, or missing for a module of its slot.
         """
-        if OWN_HEAD in self._loaded:
+        if own_head and OWN_HEAD in self._loaded:
             mixture = {**mixture, OWN_HEAD: 1.0}
         layouts = {slot: self._layout_of(slot) for slot in mixture}
         coefficients: dict[str, dict[str, float | ModuleGate]] = {}
@@ -221,19 +224,41 @@ class PersonalModel:
             found[entry.name] = parameter
         return found
 
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The model's logits for a batch of inputs."""
-        output: Tensor = self.module(**inputs).logits
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch's inputs on the base model's device, and those that are not integers in its dtype."""
+        return {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+        }
+
+    def logits(self, inputs: Mapping[str, Tensor], task: str = "") -> Tensor:
+        """The model's logits for a batch of inputs; a model for several tasks is told which."""
+        chosen = {"task": task} if task else {}
+        output: Tensor = self.module(**inputs, **chosen).logits
         return output
+
+    @contextmanager
+    def switched(self, mixture: Mixture) -> Iterator[None]:
+        """For a while another mixture, evaluated without dropout; what is trained stays what it was."""
+        before, was_training = self._mixture, self.module.training
+        gates = [parameter for found in self._gates.values() for parameter in found.values()]
+        trained = [p for p in (*self.module.parameters(), *gates) if p.requires_grad]
+        self.module.eval()
+        self.activate(mixture)
+        yield
+        self.activate(before)
+        self.module.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
     def _layout(self, modules: Mapping[str, nn.Module]) -> Layout:
         entries: list[Entry] = []
         names = self._shared_names(modules)
         for name in self.base.targets:
-            linear = modules[name]
-            assert isinstance(linear, nn.Linear)
-            entries.append(Entry(name, Factor.A, (self.rank, linear.in_features)))
-            entries.append(Entry(name, Factor.B, (linear.out_features, self.rank)))
+            features = features_of(modules[name])
+            assert features is not None
+            entries.append(Entry(name, Factor.A, (self.rank, features[0])))
+            entries.append(Entry(name, Factor.B, (features[1], self.rank)))
             if name in names:
                 entries.append(Entry(name, Factor.P, (self.rank, self.rank)))
                 entries.append(Entry(name, Factor.Q, (self.rank,)))
@@ -275,6 +300,7 @@ class PersonalModel:
             with warnings.catch_warnings():
                 # Several adapters are the point here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT corrects it for GPT-2's Conv1D
                 inject_adapter_in_model(config, self.module, adapter_name=_inner(slot))
             for parameter in self._lora_parameters(slot):
                 parameter.data = parameter.data.float()  # adapters are float32 over a base of any dtype
@@ -334,6 +360,13 @@ def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> lis
 def _inner(slot: str) -> str:
     """A slot's name inside PyTorch's containers, where names of their methods ("train", "float", "keys") are taken."""
     return f"slot-{slot}"
+
+
+def features_of(module: nn.Module) -> tuple[int, int] | None:
+    """Numbers of inputs and outputs of a linear module, GPT-2's ``Conv1D`` included; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.weight.shape[0], module.weight.shape[1]) if isinstance(module, Conv1D) else None
 
 
 def modules_ending_with(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from adapters.durable import write_durably
-from client_app.base_models import find_model, load_base
-from client_app.data import Base, ClientData
+from client_app.base_models import BaseModelError, find_model, load_base
+from client_app.data import Base, ClientData, Dataset
 from client_app.encoding import Encoder, load_encoder
 from client_app.examples import Example, guess_kind, open_image, read_example
 from client_app.settings import DataSettings, Settings
@@ -44,10 +45,15 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     model = find_model(settings.model.base_model, cache)
     encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
     if found.kind.has_image:
-        _check_images(found, settings)
+        check_images(found, settings)
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
     base = load_base(model, found.kind, settings.model, found.labels, encoder.padding_id)
-    notes = _notes(found, encoder)
+    _check_vocabulary(base, splits)
+    notes = notes_of(found, encoder)
+    for_reference: dict[str, Dataset] = {}
+    if settings.model.reference_model:
+        reference, for_reference["train"] = _reference(found, settings, chat=chat)
+        base = replace(base, reference=reference)
     write_durably(settings.state_dir / f"data-{settings.client_id}.txt", report(found, notes).encode())
     generates = found.kind.generative
     return base, ClientData(
@@ -59,6 +65,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         generate_examples=settings.model.generate_examples,
         max_new_tokens=settings.model.max_new_tokens,
         notes=tuple(notes),
+        for_reference=for_reference,
     )
 
 
@@ -87,7 +94,32 @@ def read_own(settings: Settings) -> Found:
     return found
 
 
-def _check_images(found: Found, settings: Settings) -> None:
+def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, Dataset]:
+    """The model that sketches are gradients of, and the training examples as it reads them."""
+    model = find_model(settings.model.reference_model, settings.state_dir / ".cache")
+    encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
+    # Nothing of it is adapted, and a quantised weight has no gradient.
+    plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
+    base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
+    examples = encoder.encode(found.splits["train"], found.labels)
+    _check_vocabulary(base, {"train": examples})
+    return base, examples
+
+
+def _check_vocabulary(base: Base, splits: Mapping[str, Dataset]) -> None:
+    """A tokenizer with more tokens than the model would be an index error, and on a GPU the end of the process."""
+    embeddings: Any = base.model.get_input_embeddings()  # type: ignore[operator]
+    rows = getattr(embeddings, "num_embeddings", None)
+    for split in splits.values():
+        ids = split.inputs.get("input_ids")
+        if rows is not None and ids is not None and int(ids.max()) >= rows:
+            raise BaseModelError(
+                f"base-model {base.name!r}: its tokenizer gives token {int(ids.max())}, but it has embeddings of "
+                f"{rows} tokens only"
+            )
+
+
+def check_images(found: Found, settings: Settings) -> None:
     """Decode every image once; that is remembered until the files change."""
     key = hashlib.sha256(repr((settings.data, stamp(settings.data.data_path))).encode()).hexdigest()[:32]
     marker = settings.state_dir / ".cache" / f"images-{key}.checked"
@@ -109,8 +141,8 @@ def report(found: Found, notes: Sequence[str]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
 
 
-def _notes(found: Found, encoder: Encoder) -> list[str]:
-    """Findings in numbers only: the server reads them."""
+def notes_of(found: Found, encoder: Encoder) -> list[str]:
+    """Findings in numbers only: the server reads them. Encode the examples before, so that cut texts are counted."""
     notes = list(found.findings)
     everything = [example for examples in found.splits.values() for example in examples]
     if encoder.truncated:

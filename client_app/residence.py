@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from client_app.settings import SettingsError
 from client_app.wire import WireError, ancestors
 
 MAX_SOCKET_PATH = 107
+UNFIT = re.compile(r"[%?#,]")
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "flwr", "protobuf", "grpcio")
 PACKAGES = ("proto", "adapters", "client_app")
 NO_LIMIT = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
@@ -202,6 +204,9 @@ def _private_folder(name_length: int) -> Path:
     tried = []
     for parent in temporary_folders():
         folder = Path(parent) / name
+        if strange := UNFIT.findall(str(folder)):
+            tried.append(f"{folder}: gRPC takes {strange[0]!r} for a part of an address, not of a path")
+            continue
         length = len(os.fsencode(folder)) + name_length
         if length > MAX_SOCKET_PATH:
             tried.append(f"{folder}: {length} bytes with the socket's name, expected at most {MAX_SOCKET_PATH}")

@@ -12,14 +12,16 @@ from collections.abc import Iterable
 from torch import nn
 
 _ROLES = (
-    ("q", r"(q_proj|query|q_lin|wq)"),
-    ("k", r"(k_proj|key|k_lin|wk)"),
-    ("v", r"(v_proj|value|v_lin|wv)"),
-    ("o", r"(o_proj|out_proj|out_lin|wo|attention\.output\.dense|attn\.c_proj)"),
+    ("qkv", r"(qkv_proj|query_key_value|qkv|Wqkv|c_attn)"),
+    ("q", r"(q_proj|query|query_proj|q_lin|wq)"),
+    ("k", r"(k_proj|key|key_proj|k_lin|wk)"),
+    ("v", r"(v_proj|value|value_proj|v_lin|wv)"),
+    ("o", r"(o_proj|out_proj|out_lin|wo|attention\.output\.dense|attn\.c_proj|(self_)?attention\.dense|attn\.Wo)"),
+    ("gate_up", r"(gate_up_proj|mlp\.Wi)"),
     ("gate", r"(gate_proj|w1)"),
     ("up", r"(up_proj|fc1|lin1|w3|intermediate\.dense|mlp\.c_fc|dense_h_to_4h)"),
     # BERT's output.dense follows its intermediate.dense; its attention.output.dense has been taken above.
-    ("down", r"(down_proj|fc2|lin2|w2|output\.dense|mlp\.c_proj|dense_4h_to_h)"),
+    ("down", r"(down_proj|fc2|lin2|w2|output\.dense|mlp\.c_proj|dense_4h_to_h|mlp\.Wo)"),
 )
 _PATTERNS = tuple((role, re.compile(rf"(.*\.)?{pattern}")) for role, pattern in _ROLES)
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -30,7 +32,7 @@ class RoleError(ValueError):
 
 
 def role_of(module: str) -> str:
-    """One of ``q, k, v, o, gate, up, down``.
+    """One of ``q, k, v, o, gate, up, down``, or ``qkv`` and ``gate_up`` where a family has fused them.
 
     Raises:
         RoleError: the name says none of them.

@@ -29,6 +29,7 @@ class ModelSettings:
     """
 
     base_model: str = ""
+    reference_model: str = ""
     task: str = ""
     labels: str = ""
     target_modules: str = ""
@@ -46,6 +47,8 @@ class ModelSettings:
         for key, least in (("micro_batch_size", 0), ("max_length", 2), ("max_new_tokens", 1), ("generate_examples", 0)):
             if getattr(self, key) < least:
                 raise SettingsError(f"{_key(key)} = {getattr(self, key)}, expected at least {least}")
+        if self.labels and len(set(self.label_names)) < max(2, len(self.label_names)):
+            raise SettingsError(f"labels = {self.labels!r}, expected at least two names that differ, or none")
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -82,7 +82,9 @@ class ReferenceModel:
             return torch.autograd.grad(self._loss(batch), self.weight)[0].detach()
 
     def _loss(self, batch: Dataset) -> Tensor:
-        logits: Tensor = self.module(**{name: value.to(self.device) for name, value in batch.inputs.items()}).logits
+        dtype = self.weight.dtype
+        inputs = {n: v.to(self.device, dtype if v.is_floating_point() else None) for n, v in batch.inputs.items()}
+        logits: Tensor = self.module(**inputs).logits
         labels = batch.labels.to(self.device)
         if int(labels.max()) >= logits.shape[-1]:
             raise SketchError(
@@ -125,7 +127,7 @@ class ReferenceModel:
         """Adapters off, evaluation mode, and afterwards everything as it was."""
         training = self.module.training
         if self.personal is not None:
-            self.personal.activate({})
+            self.personal.activate({}, own_head=False)
         self.module.eval()
         try:
             yield

@@ -4,7 +4,7 @@
 
     slots/<slot>/adapter_config.json, adapter_model.safetensors    what PEFT loads
     slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual
-    slots/state.json                                               the last round whose plan was carried out
+    slots/state.json                                               the last round whose plan was carried out, and losses
     previous/                                                      the same, one plan earlier
     adapter/                                                       the personal model, a PEFT directory; or, where its
                                                                    coefficients depend on the input, mixture.json,
@@ -62,6 +62,8 @@ class SlotStore:
         self._dirty: set[str] = set()
         self._personal: Adapter | None = None
         self._parts: Parts | None = None
+        self.losses: dict[str, dict[str, float]] = {}
+        """Recorded losses by name of the record and task; finite ones only."""
         self._source = directory / "slots"
 
     @contextmanager
@@ -80,6 +82,7 @@ class SlotStore:
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
             self._opened, self._dirty = set(), set()
             self._source = self._before(round_)
+            self.losses = _losses_of(self._source)
             yield self
             self._commit(round_)
 
@@ -167,7 +170,8 @@ class SlotStore:
             else:
                 shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
                 sync(staged / "slots" / slot)
-        write_durably(staged / "slots" / "state.json", json.dumps({"round": round_}).encode())
+        state = {"round": round_} | ({"losses": self.losses} if self.losses else {})
+        write_durably(staged / "slots" / "state.json", json.dumps(state).encode())
         if self._personal is not None or self._parts is not None:
             if self._personal is not None:
                 write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
@@ -260,6 +264,18 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Adapter:
     if adapter.digest != bytes(tensors[f"{prefix}digest"].tolist()):
         raise ValueError("the numbers are not those that were written")
     return adapter
+
+
+def _losses_of(folder: Path) -> dict[str, dict[str, float]]:
+    """Losses that were recorded until a round; :func:`_round_of` has checked the file."""
+    path = folder / "state.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text()).get("losses", {})
+        return {str(name): {str(task): float(loss) for task, loss in of.items()} for name, of in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SlotError(f"{path} is damaged: {error!r}") from None
 
 
 def _round_of(folder: Path) -> int:

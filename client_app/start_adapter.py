@@ -19,7 +19,9 @@ from adapters.algebra import stack, truncate
 from adapters.layout import Entry, Factor, Layout
 from adapters.peft_format import PREFIX, module_pattern
 
-_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out")
+_UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora")
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of ``init_lora_weights`` that also change the base model: the adapter means nothing without that."""
 
 
 class StartAdapterError(ValueError):
@@ -54,6 +56,12 @@ def read_start_adapter(path: str, layout: Layout, base_heads: Mapping[str, Tenso
     for name in _UNSUPPORTED:
         if config.get(name):
             raise StartAdapterError(f"start-adapter: {folder} was trained with {name}, which is not supported")
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(_OTHER_BASE):
+        raise StartAdapterError(
+            f"start-adapter: {folder} was trained with init_lora_weights = {init!r}, which changes the base model; "
+            "save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
     given = _as_adapter(state, config, layout, base_heads, folder)
     start = truncate(stack([given], [1.0]), layout)
     for module in layout.lora_modules:  # the same rank: its own factors, not a rotation of them
@@ -123,8 +131,14 @@ def _entry_name(key: str) -> str:
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module) or pattern == module_pattern(module):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module) or pattern == module_pattern(module):
+                alpha = value
+                break
+        scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (re.error, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise StartAdapterError(f"start-adapter: adapter_config.json has no alpha for {module!r}: {error}") from None
+    if not math.isfinite(scaling):
+        raise StartAdapterError(f"start-adapter: the scaling of {module!r} is {scaling}, expected a finite number")
+    return scaling

@@ -97,24 +97,6 @@ def example_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
     return total / count.clamp_min(1)
 
 
-def distillation_loss(kind: str, logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """``T^2 KL(teacher || student)`` of the predictions at temperature T, averaged as :func:`mean_loss` averages.
-
-    Args:
-        kind: a key of :data:`KINDS`.
-        logits: the student's, ``[b, C]`` or ``[b, L, V]``.
-        teacher: the teacher's, of the same shape.
-        labels: ``[b]`` or ``[b, L]``, on the same device; of texts they say which tokens count.
-        temperature: T, positive.
-    """
-    ours, theirs = ((part.float() / temperature).log_softmax(dim=-1) for part in (logits, teacher))
-    found = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1)
-    if kind_of(kind).generative:
-        targets = labels[:, 1:] != IGNORED
-        found = found[:, -labels.shape[1] :][:, :-1][targets]
-    return temperature**2 * found.sum() / max(found.numel(), 1)
-
-
 def targets_in(batch: Dataset) -> int:
     """How many labels :func:`mean_loss` averages over: the weight of a part of a batch in the whole."""
     if not kind_of(batch.kind).generative:

@@ -2,15 +2,17 @@
 
 It is started by the first ClientApp that needs it (``client_app.trainer_client``), in a session of its own, and speaks
 ``fedalloy.v1.TrainerService`` on a Unix-domain socket. The main thread carries out one job after the other; gRPC's
-threads only hand jobs over and pass on what comes back. It leaves when it has been idle, when its owner has gone, when
-it is asked to retire, and after an error that may have broken more than the plan (CUDA's for example): whoever needs it
-next starts a new one. It may be killed at any moment, for slots change all together or not at all.
+threads only hand jobs over and pass on what comes back. Trainers that share a GPU take turns, job by job. It leaves
+when it has been idle, when its owner has gone, when it is asked to retire, and after an error that may have broken more
+than the plan (CUDA's for example): whoever needs it next starts a new one. It may be killed at any moment, for slots
+change all together or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import queue
 import select
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from client_app.progress import Cancelled, listening
+from client_app.progress import Cancelled, listening, tick
 from client_app.residence import NO_LIMIT, Owner, Residence, code_digest
 from client_app.settings import read_settings
 from client_app.trainer_client import context_of, in_pieces
@@ -78,10 +80,12 @@ class Trainer(TrainerServiceServicer):
 
     Args:
         digest: of the code that this process runs.
+        folder: where trainers of this user meet, to take turns on a device; None: this one is alone.
     """
 
-    def __init__(self, digest: bytes) -> None:
+    def __init__(self, digest: bytes, folder: Path | None = None) -> None:
         self.digest = digest
+        self._folder = folder
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._admission = threading.Lock()
         self._retiring = False
@@ -146,7 +150,7 @@ class Trainer(TrainerServiceServicer):
             return True
         sound = True
         try:
-            with listening(task.listen):
+            with listening(task.listen), turn(self._folder, self._accelerator()):
                 for answer in self._outcome(task):
                     task.answers.put(answer)
         except Exception as error:
@@ -157,6 +161,11 @@ class Trainer(TrainerServiceServicer):
             task.answers.put(trainer_pb2.RunResponse(failure=failure))
         task.answers.put(None)
         return sound
+
+    def _accelerator(self) -> str:
+        from client_app.training import accelerator  # imports torch
+
+        return accelerator()
 
     def _outcome(self, task: Task) -> Iterator[trainer_pb2.RunResponse]:
         if self._executor is None:
@@ -177,6 +186,27 @@ class Trainer(TrainerServiceServicer):
         with self._admission:
             self._retiring = self._tasks.empty()
             return self._retiring
+
+
+@contextlib.contextmanager
+def turn(folder: Path | None, device: str) -> Iterator[None]:
+    """One job at a time on a device, whichever SuperNode's trainer it is for; the lock ends with its process.
+
+    Raises:
+        Cancelled: nobody waits for this job any more.
+    """
+    if folder is None or not device:
+        yield
+        return
+    with (folder / f"{device}.device").open("ab") as file:
+        while True:
+            tick("waiting for the device")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
 
 
 def _receive(requests: Iterable[trainer_pb2.RunRequest]) -> Task:
@@ -211,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     residence = Residence.of(given.owner)
     residence.sweep()
     residence.socket.unlink(missing_ok=True)  # of a trainer that was killed: this one holds the lock
-    trainer = Trainer(code_digest())
+    trainer = Trainer(code_digest(), residence.folder)
     server = _serve(trainer, residence.socket)
     inode = _inode(residence.socket)
     threading.Thread(target=_watch, args=(trainer, residence, inode), daemon=True).start()

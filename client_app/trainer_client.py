@@ -277,13 +277,19 @@ def _listens(path: Path) -> bool:
 def _start(owner: Owner, lock: int) -> subprocess.Popen[bytes]:
     """A trainer in a session of its own, so that nothing that Flower ends takes it along; it inherits the lock."""
     output = log_path()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        if output.stat().st_size > MAX_LOG_BYTES:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists() and output.stat().st_size > MAX_LOG_BYTES:
             output.replace(output.with_suffix(".log.1"))
+        file = output.open("ab")
+    except OSError as error:
+        raise TrainerError(
+            f"the trainer's log {output} cannot be written ({error.strerror}); set FLWR_HOME to a folder of this "
+            "SuperNode's own"
+        ) from None
     # -P and PYTHONPATH: the same modules as here, whatever lies in the working directory.
     command = [sys.executable, "-P", "-m", "client_app.trainer", "--owner", str(owner), "--lock", str(lock)]
-    with output.open("ab") as file:
+    with file:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from adapters.layout import factor_from_proto
 from client_app.data import Dataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
-from client_app.tasks import distillation_loss, example_losses, mean_loss, targets_in
+from client_app.tasks import example_losses, mean_loss, targets_in
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
@@ -34,9 +34,30 @@ def set_up_torch() -> torch.device:
     return torch.device("cpu")
 
 
+def accelerator() -> str:
+    """The name that all processes have for the GPU that this one works on; empty without one."""
+    return f"cuda-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else ""
+
+
 def seed_of(*parts: object) -> int:
     """A 63-bit seed that differs wherever any part differs."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def seed_of_step(plan: plan_pb2.Plan, index: int, step: plan_pb2.TrainStep, *, replaced: bool = False) -> int:
+    """The seed of a train step's batches and dropout.
+
+    Args:
+        plan: of which the step is a part.
+        index: its number.
+        step: may ask for the draw of another step, or for a seed.
+        replaced: whether a replace step before it has copied something.
+    """
+    draw = step.draw_after_replace if replaced and step.HasField("draw_after_replace") else step.draw
+    if draw.WhichOneof("kind") == "seed":
+        return draw.seed & (2**63 - 1)
+    number = draw.as_step if draw.WhichOneof("kind") == "as_step" else index
+    return seed_of(plan.seed, plan.client_id, plan.round, number)
 
 
 def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -53,6 +74,44 @@ def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[T
         position += batch_size
 
 
+class Teacher(Protocol):
+    """A second target for a model in training (:mod:`client_app.distillation`)."""
+
+    def outputs(self, batch: Dataset) -> Tensor | None:
+        """What the teacher says about a batch; None where nothing is to be learnt from it."""
+
+    def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor) -> Tensor:
+        """Weighted distance of the student's logits from the teacher's outputs."""
+
+
+class TaskLosses:
+    """Training losses of each task over one train step."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.batches = 0
+        self.examples: dict[str, int] = {}
+        self.sums: dict[str, float] = {}
+
+    def add(self, found: Mapping[str, tuple[int, float]]) -> None:
+        """One batch: examples and mean loss by task."""
+        self.batches += 1
+        for task, (examples, loss) in found.items():
+            self.examples[task] = self.examples.get(task, 0) + examples
+            self.sums[task] = self.sums.get(task, 0.0) + examples * loss
+
+    def to_proto(self) -> dict[str, report_pb2.TaskLoss]:
+        """For the report: over a task's examples, and as (1 / batches) sum (examples / batch size) loss."""
+        return {
+            task: report_pb2.TaskLoss(
+                examples=count,
+                mean=self.sums[task] / count,
+                batch_share=self.sums[task] / (self.batch_size * self.batches),
+            )
+            for task, count in self.examples.items()
+        }
+
+
 def train(
     model: PersonalModel,
     step: plan_pb2.TrainStep,
@@ -60,10 +119,12 @@ def train(
     data: Dataset,
     seed: int,
     anchor: Mapping[str, Tensor] | None = None,
-    teach: Callable[[Dataset], Tensor] | None = None,
+    teacher: Teacher | None = None,
     example_weights: Tensor | None = None,
 ) -> report_pb2.TrainResult:
     """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
+
+    A batch with examples of several tasks has the loss ``sum over tasks of (n_task / n) x the task's mean loss``.
 
     Args:
         model: with the mixture active.
@@ -72,8 +133,8 @@ def train(
         data: training split.
         seed: decides batches and dropout.
         anchor: the values that ``step.proximal`` pulls to, by entry name.
-        teach: the logits of ``step.distillation``'s teacher for a batch; leaves the mixture as it was.
-        example_weights: how much each example of ``data`` counts, ``[n]``.
+        teacher: whose outputs are a second target.
+        example_weights: how much each example of ``data``, which has one task, counts, ``[n]``.
 
     Raises:
         TrainingError: the loss became NaN or infinite.
@@ -84,33 +145,41 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
     model.module.train()
     losses: list[float] = []
+    by_task = TaskLosses(step.batch_size)
     for indices in batches(len(data), step.batch_size, step.steps, seed):
         tick("train", len(losses), step.steps)
         optimiser.zero_grad()
         loss = 0.0
-        chosen = torch.split(indices, model.micro_batch or len(indices))
-        parts = [data.batch(part) for part in chosen]
-        targets = [targets_in(part) for part in parts]
+        size = model.micro_batch or len(indices)
+        chunks = torch.split(indices, size)
+        parts = [part for chosen in chunks for part in data.by_task(chosen)]
+        if example_weights is not None and len(parts) != len(chunks):
+            raise TrainingError("examples of several tasks in one batch cannot be weighed one by one")
+        shares = _shares(parts)
+        found: dict[str, tuple[int, float]] = {}
         for position, part in enumerate(parts):
-            lesson = teach(part) if teach is not None else None
+            taught = teacher.outputs(part) if teacher is not None else None
             with autocast(model.device):
-                logits, labels = logits_of(model, part), part.labels.to(model.device)
+                logits = logits_of(model, part)
+                labels = part.labels.to(model.device)
                 if example_weights is None:
                     objective = mean_loss(part.kind, logits, labels)
                 else:
                     each = example_losses(part.kind, logits, labels)
-                    objective = (each * example_weights[chosen[position]].to(each)).mean()
-                if lesson is not None:
-                    asked = step.distillation
-                    distance = distillation_loss(part.kind, logits, lesson, labels, asked.temperature)
-                    objective = (1 - asked.weight) * objective + asked.weight * distance
+                    objective = (each * example_weights[chunks[position]].to(each)).mean()
+            in_batch, in_task = shares[position]
+            count, so_far = found.get(part.task, (0, 0.0))
+            found[part.task] = count + len(part), so_far + in_task * float(objective.detach())
             if len(parts) > 1:  # gradients of the parts add up to that of the whole batch
-                objective = objective * (targets[position] / max(sum(targets), 1))
+                objective = objective * (in_batch * in_task)
             loss += float(objective.detach())
             if anchor is not None and position == 0:
                 pull = torch.stack([(parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
                 objective = objective + step.proximal.mu / 2 * pull
+            if teacher is not None and taught is not None:
+                objective = objective + teacher.loss(part, logits, taught) * in_task
             objective.backward()  # type: ignore[no-untyped-call]
+        by_task.add(found)
         if step.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(parameters.values(), step.max_grad_norm)
         optimiser.step()
@@ -129,6 +198,7 @@ def train(
         mean_loss=sum(losses) / len(losses),
         last_loss=losses[-1],
         seconds=time.monotonic() - started,
+        task_losses=by_task.to_proto(),
     )
 
 
@@ -139,12 +209,23 @@ def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor
 
 def logits_of(model: PersonalModel, batch: Dataset) -> Tensor:
     """The model's logits for a batch, on its device."""
-    return model.logits({name: tensor.to(model.device) for name, tensor in batch.inputs.items()})
+    return model.logits(model.inputs(batch.inputs), batch.task)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """bfloat16 arithmetic on CUDA; the CPU computes as the numbers are."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _shares(parts: list[Dataset]) -> list[tuple[float, float]]:
+    """For each part of a batch: its task's share of the examples, and its own share of the task's targets."""
+    examples: dict[str, int] = {}
+    targets: dict[str, int] = {}
+    for part in parts:
+        examples[part.task] = examples.get(part.task, 0) + len(part)
+        targets[part.task] = targets.get(part.task, 0) + targets_in(part)
+    total = sum(examples.values())
+    return [(examples[p.task] / total, targets_in(p) / max(targets[p.task], 1)) for p in parts]
 
 
 def _groups(step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:

@@ -1,19 +1,37 @@
-"""``fedalloy align``: the frozen parts of Co-LoRA for all architectures of a scenario, in one file."""
+"""``fedalloy align``: the frozen parts of Co-LoRA for all architectures of a federation, in one file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+if TYPE_CHECKING:
+    from client_app.data import Base, Dataset
+
 
 class AlignCommandError(RuntimeError):
-    """The scenario cannot be aligned; says why."""
+    """These models cannot be aligned; says why."""
 
 
-def align_scenario(
-    scenario: str,
+@dataclass(frozen=True)
+class Aligned:
+    """What is to be aligned: a scenario's models on its public data, or one's own, the pivot first, on one's own.
+
+    ``public`` has node-config's keys, as a client's own data have: ``data-path``, names of columns, ``task``, ...
+    """
+
+    scenario: str = ""
+    models: Sequence[str] = ()
+    public: Mapping[str, Any] = field(default_factory=dict)
+
+
+def align_models(
+    what: Aligned,
     blocks: int,
     rank: int,
     seed: int,
@@ -25,13 +43,19 @@ def align_scenario(
     """Write ``<state-dir>/alignments/<hash>.safetensors``, with progress; a run that was stopped is continued.
 
     Raises:
-        AlignCommandError: the scenario has one architecture, or models that have no corresponding modules.
+        AlignCommandError: there are fewer than two models, or they have no corresponding modules or tokens.
     """
     # Torch takes seconds to import, and every command looks at this file for its error.
     from client_app.alignment import AlignmentError, AlignOptions, align
+    from client_app.base_models import BaseModelError
     from client_app.model import ModelError, PersonalModel
     from client_app.scenarios import ScenarioError, bases_to_align
+    from client_app.settings import SettingsError
+    from client_app.tables import DataError
+    from client_app.tasks import TaskError
 
+    if bool(what.scenario) == bool(what.models):
+        raise AlignCommandError("name either a scenario, or --models and --public data of your own")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,17 +63,40 @@ def align_scenario(
         TimeElapsedColumn(),
     )
     try:
-        bases, data = bases_to_align(scenario, state_dir / ".cache")
+        if what.scenario:
+            bases, public = bases_to_align(what.scenario, state_dir / ".cache")
+            data = [public] * len(bases)
+        else:
+            bases, data = _own(what, state_dir)
         models = [PersonalModel(base, rank, float(rank), blocks=blocks) for base in bases]
         with Progress(*columns, console=console) as bars:
             tasks: dict[str, int] = {}
 
-            def progress(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = int(bars.add_task(what, total=total))
-                bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+            def progress(doing: str, done: int, total: int) -> None:
+                if doing not in tasks:
+                    tasks[doing] = int(bars.add_task(doing, total=total))
+                bars.update(tasks[doing], completed=done, total=total)  # type: ignore[arg-type]
 
             options = AlignOptions(seed=seed, penalty=penalty, orthonormal_b=orthonormal_b)
             return align(models[0], models[1:], data, state_dir / "alignments", options, progress)
-    except (AlignmentError, ModelError, ScenarioError) as error:
+    except (AlignmentError, BaseModelError, DataError, ModelError, ScenarioError, SettingsError, TaskError) as error:
         raise AlignCommandError(str(error)) from error
+
+
+def _own(what: Aligned, state_dir: Path) -> tuple[list[Base], list[Dataset]]:
+    """The models, and all of the public data as each of them reads them, in the same order."""
+    from flwr.app import Context, RecordDict
+
+    from client_app.own_data import load_own
+    from client_app.settings import SettingsError, read_settings
+
+    if len(what.models) < 2:
+        raise SettingsError(f"--models names {', '.join(what.models)}, expected two or more, the pivot first")
+    node = {"split-fractions": "1,0,0", **what.public, "client-id": "public", "state-dir": str(state_dir)}
+    bases, data = [], []
+    for model in what.models:
+        context = Context(0, 0, node_config=node | {"base-model": model}, state=RecordDict(), run_config={})
+        base, found = load_own(read_settings(context))
+        bases.append(base)
+        data.append(found.splits["train"])
+    return bases, data

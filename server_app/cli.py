@@ -203,7 +203,9 @@ def export(
 
 @app.command()
 def align(
-    scenario: Annotated[str, typer.Argument(help="A scenario with several architectures, as digits-mixed.")],
+    scenario: Annotated[str, typer.Argument(help="A scenario with several architectures, as digits-mixed.")] = "",
+    models: Annotated[str, typer.Option(help="Or: base models of your own, comma-separated, the smallest first,")] = "",
+    public: Annotated[str, typer.Option(help="and data for them: \"data-path='public.jsonl' text-column='q'\".")] = "",
     blocks: Annotated[int, typer.Option(min=1, help="lora-blocks of the runs it is for.")] = 2,
     rank: Annotated[int, typer.Option(min=1, help="lora-r of the runs it is for.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Decides the pivot's A and B.")] = 0,
@@ -212,10 +214,11 @@ def align(
     state_dir: Annotated[Path, typer.Option(help="The clients' state-dir.")] = Path("runs"),
 ) -> None:
     """Align the frozen A and B of different architectures; run it again to go on where it was stopped."""
-    from server_app.align import align_scenario
+    from server_app.align import Aligned, align_models
 
     with _clear_errors():
-        path = align_scenario(scenario, blocks, rank, seed, penalty, orthonormal_b, state_dir, console)
+        what = Aligned(scenario, _listed(models), parse_run_config(public))
+        path = align_models(what, blocks, rank, seed, penalty, orthonormal_b, state_dir, console)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     console.print(f"run-config: lora-blocks={blocks} lora-r={rank} lora-alignment='{path.stem}'", soft_wrap=True)
 
@@ -306,10 +309,8 @@ def read_clients_file(path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(table, dict):
             raise OptionError(f"{path}: {client!r} is not a table, expected [client-id] and its node-config keys below")
         for key, value in table.items():
-            if not isinstance(value, bool | int | float | str) or "'" in str(value):
-                raise OptionError(
-                    f"{path}: {client}.{key} = {value!r}, expected a number, true, false or text without '"
-                )
+            if not isinstance(value, bool | int | float | str):
+                raise OptionError(f"{path}: {client}.{key} = {value!r}, expected a number, true, false or text")
     return found
 
 

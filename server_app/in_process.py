@@ -16,6 +16,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+FIRST_NODE = 2
+"""Node 1 is the SuperLink: what it answers the ledger does not book as a client's."""
 Tamper = Callable[[int, Message, Message | None], Message | None]
 
 
@@ -23,7 +25,7 @@ class InProcessGrid(Grid):
     """A grid whose nodes are calls of the ClientApp.
 
     Args:
-        clients: how many nodes; they are numbered from 1, and have the partitions from 0.
+        clients: how many nodes; they are numbered from ``FIRST_NODE``, and have the partitions from 0.
         state_dir: where clients keep their slots.
         run_config: of the clients.
         node_config: more of it for the client with an index.
@@ -49,7 +51,7 @@ class InProcessGrid(Grid):
 
     def context(self, node_id: int) -> Context:
         """What Flower would hand to a node's ClientApp."""
-        index = node_id - 1
+        index = node_id - FIRST_NODE
         node: dict[str, Any] = {"partition-id": index, "num-partitions": self.clients, "state-dir": str(self.state_dir)}
         return Context(
             run_id=1,
@@ -74,7 +76,7 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes."""
-        return range(1, self.clients + 1)
+        return range(FIRST_NODE, FIRST_NODE + self.clients)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """All nodes."""

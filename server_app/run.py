@@ -15,6 +15,7 @@ from flwr.app import Context, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from proto.fedalloy.v1 import report_pb2
 from server_app.federation import Federation, NotEnoughClientsError, Reply
 from server_app.options import RunOptions, as_toml, read_run_options
 from server_app.run_directory import RunDirectory
@@ -207,7 +208,8 @@ class Run:
             return record | {"status": "rejected", "reason": str(error)}
         self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
         absorb(round_, client, answer)
-        trains = [result.train for result in answer.report.results if result.WhichOneof("kind") == "train"]
+        results = answer.report.results
+        trains = [r.distill.train if r.HasField("distill") else r.train for r in results if _trains(r)]
         return record | {
             "status": "ok",
             "client_seconds": round(answer.report.seconds, 3),
@@ -318,6 +320,10 @@ def _require(reply: Reply) -> Message:
     if reply.message is None:
         raise BadAnswerError(f"client {reply.client_id!r} did not answer in time")
     return reply.message
+
+
+def _trains(result: report_pb2.StepResult) -> bool:
+    return result.WhichOneof("kind") in ("train", "distill")
 
 
 def _line(record: ClientRecord) -> str:

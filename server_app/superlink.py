@@ -138,7 +138,17 @@ def _run_id(log: Path) -> str:
 
 
 def literal(value: object) -> str:
-    """A run-config value as ``flwr run --run-config`` reads it."""
+    """A run-config value as ``flwr run --run-config`` reads it.
+
+    Raises:
+        ClusterError: there is no way to write it.
+    """
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, int | float) else f"'{value}'"
+    if isinstance(value, int | float):
+        return repr(value)
+    text = str(value)
+    quote = '"' if "'" in text else "'"
+    if quote in text or (quote == '"' and "\\" in text) or not text.isprintable():
+        raise ClusterError(f"{text!r} cannot be given to Flower: it has both kinds of quotes, or a control character")
+    return f"{quote}{text}{quote}"

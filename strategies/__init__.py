@@ -32,12 +32,13 @@ from strategies.pfedgraph import PFedGraph
 from strategies.potara import Potara
 from strategies.regmean import RegMean
 from strategies.rolora import RoLoRA
+from strategies.tap import Tap
 from strategies.task_arithmetic import TaskArithmetic
 from strategies.ties import TIES
 
 __all__ = ["CONTROLS", "STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
 
-_OWN: tuple[type[AlloyStrategy], ...] = (Local, FedAvg, FedMerge, FedMosaic, Potara)
+_OWN: tuple[type[AlloyStrategy], ...] = (Local, FedAvg, FedMerge, FedMosaic, Potara, Tap)
 _RIVALS: tuple[type[AlloyStrategy], ...] = (
     FedProx,
     FFALoRA,

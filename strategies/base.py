@@ -25,7 +25,9 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.groups import groups_of
 from adapters.layout import Layout, LayoutError
+from adapters.parts import layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.messages import (
     BadAnswerError,
@@ -34,6 +36,7 @@ from strategies.messages import (
     read_answer,
     read_registration,
     register_message,
+    require_size,
 )
 from strategies.options import RunConfig, keys_of, read_options, require_range
 from strategies.steps import Training
@@ -149,20 +152,28 @@ class AlloyStrategy(Strategy):
         """Take a client in; it may come at any round.
 
         Raises:
-            StrategyError: its base model, ranks or modules do not fit the clients already enrolled, or it has nothing
-                to train on.
+            StrategyError: its base model, ranks or modules do not fit the clients already enrolled, it has nothing to
+                train on, or its adapter has a group without a valid name.
         """
         if client.examples < 1:
             raise StrategyError(f"client {client.id!r} has {client.examples} training examples, expected at least 1")
+        try:
+            groups_of(client.layout)
+        except LayoutError as error:
+            raise StrategyError(f"client {client.id!r}: {error}") from None
         for other in self.clients.values():
             if not self.compatible(other.layout, client.layout):
-                difference = other.layout.describe_difference(client.layout)
+                difference = self.difference(other.layout, client.layout)
                 raise StrategyError(f"client {client.id!r} has {difference} (as client {other.id!r} has)")
         self.clients[client.id] = client
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Whether two clients' layouts can take part in one federation; by default they must be equal."""
         return first.digest == second.digest
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """Why they cannot, in one line."""
+        return first.describe_difference(second)
 
     def needs_everyone(self, round_: int) -> bool:
         """Whether all clients take part in this round, whatever fraction the run samples; by default never."""
@@ -310,6 +321,8 @@ def client_from(registration: report_pb2.Registration, layout: Layout, node_id: 
     if registration.HasField("reference"):
         try:
             reference = Layout.from_proto(registration.reference)
+            require_size(reference)
+            layout_of_sketch(reference, 1)
         except LayoutError as error:
             raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
     return Client(registration.client_id, node_id, layout, examples, registration.base_model, registration, reference)

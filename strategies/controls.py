@@ -102,7 +102,8 @@ class FedAvgTuned(FedAvg):
 
     def state(self) -> State:
         """The global adapter, and who trains alone."""
-        return State(super().state().tensors, {"tuning": sorted(self.tuning)})
+        found = super().state()
+        return State(found.tensors, found.values | {"tuning": sorted(self.tuning)})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""

@@ -9,17 +9,22 @@ With participants S and p_k = n_k / sum of n over S:
   from it by sum p_k (B_k - B)(A_k - A).
 * ``fedavg.space = "delta"``: the deltas are averaged exactly as a stack of ranks and truncated to the common rank
   (best approximation in Frobenius norm).
+
+Clients may own different parameter groups (:mod:`adapters.groups`): the server then holds all of them, and S is, for
+each group, those of its owners that took part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from adapters.adapter import Adapter
 from adapters.algebra import stack, truncate, weighted_sum
-from proto.fedalloy.v1 import plan_pb2
+from adapters.groups import average_groups, group_difference, union
+from adapters.layout import Layout
+from proto.fedalloy.v1 import adapter_pb2, plan_pb2
 from strategies import steps
 from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 from strategies.options import require_choice
@@ -54,7 +59,7 @@ class FedAvg(AlloyStrategy):
     """One adapter for all.
 
     Variants override what a client prepares (:meth:`prepare`), how it trains (:meth:`train`), which model is its own
-    (:meth:`personal`) and how uploads are averaged (:meth:`average`).
+    (:meth:`personal`) and what becomes of the uploads (:meth:`average`).
     """
 
     name = "fedavg"
@@ -65,11 +70,22 @@ class FedAvg(AlloyStrategy):
         self.model: Adapter | None = None
         self.arrived: dict[str, tuple[Adapter, int]] = {}
 
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Groups that both have are equal; a client without groups has one, all of its adapter."""
+        return group_difference(first, second) is None
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """The first difference in a group that both have."""
+        return group_difference(first, second) or first.describe_difference(second)
+
     def enrol(self, client: Client) -> None:
-        """The first client's layout is the federation's."""
+        """The federation's layout has all groups of all clients; a group starts from the seed when it gets an owner."""
         super().enrol(client)
         if self.model is None:
             self.model = Adapter.initial(client.layout, self.seed)
+        elif not self.model.layout.contains(client.layout):
+            before = self.model
+            self.model = Adapter.initial(union([before.layout, client.layout]), self.seed).with_part(before)
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Install the global adapter, evaluate the client's model, train, send the global adapter back."""
@@ -79,7 +95,7 @@ class FedAvg(AlloyStrategy):
             *self.train(round_, client),
             steps.send(self.training, SLOT),
         ]
-        return Brief(plan, {SLOT: self.global_model})
+        return Brief(plan, {SLOT: self.part_of(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the trained adapter until the round settles."""
@@ -87,18 +103,32 @@ class FedAvg(AlloyStrategy):
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Average; without answers the model stays."""
-        arrived = [self.arrived[name] for name in sorted(self.arrived)]  # not in order of arrival: sums are not exact
+        arrived = {name: self.arrived[name] for name in sorted(self.arrived)}  # not as they came: sums are not exact
         self.arrived = {}
         if arrived:
-            adapters, examples = zip(*arrived, strict=True)
-            self.model = self.average(adapters, examples)
+            adapters = {name: adapter for name, (adapter, _) in arrived.items()}
+            self.model = self.average(adapters, {name: examples for name, (_, examples) in arrived.items()})
         return {"merged": len(arrived)}
+
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
+        """The next global adapter from the uploads, by client; variants without the option average factors."""
+        space = getattr(self.options, "space", "factor")
+
+        def over_owners(group: str, owners: Mapping[str, Adapter]) -> Adapter:
+            weights = [self.weight_of(group, name, examples[name]) for name in owners]
+            return average(list(owners.values()), weights, space)
+
+        return average_groups(self.global_model, adapters, over_owners)
+
+    def weight_of(self, group: str, client: str, examples: int) -> int:
+        """The client's weight in a group's average: its examples."""
+        return examples
 
     def deliver(self, client: Client) -> Brief:
         """The global adapter, and what the client has made of it where that is more."""
         mix = self.personal(client)
         plan = [*self.prepare(0, client), steps.save(mix), steps.evaluate(self.training, mix)]
-        return Brief(plan, {SLOT: self.global_model})
+        return Brief(plan, {SLOT: self.part_of(client)})
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """Steps before the adapter is installed; round 0 is the delivery."""
@@ -112,21 +142,26 @@ class FedAvg(AlloyStrategy):
         """The client's model: here the global adapter is everybody's."""
         return steps.mixture(SLOT)
 
-    def average(self, adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
-        """What becomes of the round's uploads; variants without the option average factors."""
-        return average(adapters, examples, getattr(self.options, "space", "factor"))
+    def part_of(self, client: Client) -> Adapter:
+        """The groups that the client owns, in its layout."""
+        model = self.global_model
+        return model if model.layout.digest == client.layout.digest else model.part(client.layout)
 
     def state(self) -> State:
-        """The global adapter's numbers."""
-        return State({"model": self.global_model.vector})
+        """The global adapter's numbers, and its layout, to which clients that are not back yet contribute."""
+        layout = self.global_model.layout.to_proto().SerializeToString(deterministic=True)
+        return State({"model": self.global_model.vector}, {"layout": layout.hex()})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
-        self.model = Adapter(self.global_model.layout, state.tensors["model"])
+        layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes.fromhex(state.values["layout"])))
+        saved = Adapter(layout, state.tensors["model"])
+        whole = union([layout, self.global_model.layout])
+        self.model = saved if whole.digest == layout.digest else Adapter.initial(whole, self.seed).with_part(saved)
 
     @property
     def global_model(self) -> Adapter:
-        """The global adapter, of which :attr:`model` is None before the first client."""
+        """The global adapter; :attr:`model` is None before the first client."""
         if self.model is None:
             raise RuntimeError("no client is enrolled yet")
         return self.model

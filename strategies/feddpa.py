@@ -86,7 +86,8 @@ class FedDPA(FedAvg):
 
     def state(self) -> State:
         """The global adapter, and who has one of its own."""
-        return State(super().state().tensors, {"own": sorted(self.own)})
+        found = super().state()
+        return State(found.tensors, found.values | {"own": sorted(self.own)})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""

@@ -12,7 +12,7 @@ stack of rank (S - 1) r; the head, whose average is exact, is all zero in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +53,10 @@ class FedExLoRA(MergedBase):
     name = "fedex-lora"
     Options = FedExLoRAOptions
 
-    def average(self, adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """Factors are averaged, and the base changes by the rest."""
-        counts = [1] * len(adapters) if self.options.uniform else examples
-        if len(adapters) > 1:
-            self.add(residual(adapters, [count / sum(counts) for count in counts]))
-        return average(adapters, counts)
+        uploads = list(adapters.values())
+        counts = [1] * len(uploads) if self.options.uniform else list(examples.values())
+        if len(uploads) > 1:
+            self.add(residual(uploads, [count / sum(counts) for count in counts]))
+        return average(uploads, counts)

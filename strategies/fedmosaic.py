@@ -26,7 +26,9 @@ Where the paper and the authors' code differ, both are options; the first is the
 ==========================  =======================================================================================
 
 A and B of other layers are averaged apart, as there: their product is not the average of the products. The gradient
-is taken on batches, not on single examples, ``local-steps / sketch_every`` of them a round.
+is taken on batches, not on single examples, ``local-steps / sketch_every`` of them a round. The code's noise on gates,
+whose scale nothing trains, is left out; an "input" gate sees a whole training text, as there, and the prompt alone
+when it generates. Optimisers start fresh in every round, as all do here.
 
 Under partial participation a client's last known upload and sketch stand for it. A client without known peers gets a
 copy of its own adapter as the global one.

@@ -9,15 +9,16 @@ nothing that any of them could be sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.adapter import Adapter
 from adapters.algebra import stack, truncate
 from adapters.layout import Layout
-from strategies.base import Brief, Client, State
-from strategies.fedavg import SLOT, FedAvg
+from proto.fedalloy.v1 import adapter_pb2
+from strategies.base import AlloyStrategy, Client, State
+from strategies.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
@@ -39,43 +40,44 @@ class FlexLoRA(FedAvg):
         """Ranks and scalings may differ."""
         return first.difference(second, any_rank=True) is None and first.modules == second.modules
 
+    def difference(self, first: Layout, second: Layout) -> str:
+        """Ranks and scalings aside."""
+        return first.difference(second, any_rank=True) or first.describe_difference(second)
+
     def enrol(self, client: Client) -> None:
         """The highest ranks are the federation's."""
-        super().enrol(client)
+        AlloyStrategy.enrol(self, client)  # FedAvg's own makes a union of groups
+        if self.model is None:
+            self.model = Adapter.initial(client.layout, self.seed)
         ranks = {module: max(r, client.layout.ranks[module]) for module, r in self.global_model.layout.ranks.items()}
         if ranks != self.global_model.layout.ranks:
             self.model = truncate(self.global_model, self.global_model.layout.with_ranks(ranks))
 
-    def brief(self, round_: int, client: Client) -> Brief:
-        """FedAvg's, at the client's rank."""
-        return Brief(super().brief(round_, client).steps, {SLOT: self.at_rank_of(client)})
-
-    def deliver(self, client: Client) -> Brief:
-        """FedAvg's, at the client's rank."""
-        return Brief(super().deliver(client).steps, {SLOT: self.at_rank_of(client)})
-
-    def average(self, adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """The exact average of the deltas, truncated to the highest rank of a client."""
         self.averaged = True
-        total = sum(examples)
-        return truncate(stack(adapters, [n / total for n in examples]), self.global_model.layout, balanced=False)
+        total = sum(examples.values())
+        merged = stack(list(adapters.values()), [count / total for count in examples.values()])
+        return truncate(merged, self.global_model.layout, balanced=False)
 
-    def at_rank_of(self, client: Client) -> Adapter:
+    def part_of(self, client: Client) -> Adapter:
         """What the client is sent: before anything is averaged, the usual start."""
         if not self.averaged:
             return Adapter.initial(client.layout, self.seed)
         return truncate(self.global_model, client.layout, balanced=False)
 
     def state(self) -> State:
-        """The adapter, and at which ranks it is."""
-        return State(super().state().tensors, {"averaged": self.averaged, "ranks": self.global_model.layout.ranks})
+        """The adapter with its layout, and whether it is an average yet."""
+        found = super().state()
+        return State(found.tensors, found.values | {"averaged": self.averaged})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before, and may have higher ranks than were saved."""
         self.averaged = bool(state.values["averaged"])
-        layout, ranks = self.global_model.layout, state.values["ranks"]
-        saved = Adapter(layout if ranks == layout.ranks else layout.with_ranks(ranks), state.tensors["model"])
-        if ranks == layout.ranks:
-            self.model = saved
+        layout = self.global_model.layout
+        saved = Layout.from_proto(adapter_pb2.Layout.FromString(bytes.fromhex(state.values["layout"])))
+        model = Adapter(saved, state.tensors["model"])
+        if saved.digest == layout.digest:
+            self.model = model
         elif self.averaged:
-            self.model = truncate(saved, layout, balanced=False)
+            self.model = truncate(model, layout, balanced=False)

@@ -10,7 +10,7 @@ The base stays as it is on disk (:mod:`strategies.merged_base`), so nothing is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adapters.adapter import Adapter
@@ -36,6 +36,14 @@ class FLoRA(MergedBase):
         """Ranks and scalings may differ."""
         return first.difference(second, any_rank=True) is None and first.modules == second.modules
 
+    def difference(self, first: Layout, second: Layout) -> str:
+        """Ranks and scalings aside."""
+        return first.difference(second, any_rank=True) or first.describe_difference(second)
+
+    def part_of(self, client: Client) -> Adapter:
+        """A fresh adapter at the client's own rank, which it draws itself."""
+        return Adapter.initial(client.layout, self.seed)
+
     def brief(self, round_: int, client: Client) -> Brief:
         """No adapter travels down but the stack."""
         return self._without_global(super().brief(round_, client))
@@ -48,9 +56,9 @@ class FLoRA(MergedBase):
         """A new adapter, drawn from the seed and the round, on the changed base."""
         return [steps.initialise(SLOT, self.seed + round_, keep_existing=False), *super().prepare(round_, client)]
 
-    def average(self, adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """All of it goes into the base."""
-        self.add(weighted(adapters, examples))
+        self.add(weighted(list(adapters.values()), list(examples.values())))
         return self.global_model
 
     def _without_global(self, brief: Brief) -> Brief:

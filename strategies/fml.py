@@ -7,6 +7,7 @@ model ("meme") is averaged, the private one never leaves the client:
     L_{private} = \alpha L_{CE} + (1 - \alpha) KL(p_{shared} \| p_{private}), \quad
     L_{shared} = \beta L_{CE} + (1 - \beta) KL(p_{private} \| p_{shared})
 
+The losses are divided by :math:`\alpha` and :math:`\beta`, which AdamW does not notice (clipping of gradients does).
 In the paper both are updated on every batch. Here they take ``turns`` in a round, each learning from the other as that
 was left, with ``local-steps`` for each in all: twice FedAvg's local work.
 """
@@ -19,7 +20,7 @@ from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
 from strategies.base import Client
 from strategies.fedavg import SLOT, FedAvg
-from strategies.options import require_range
+from strategies.options import OptionError, require_range
 
 LOCAL = "local"
 
@@ -34,8 +35,9 @@ class FMLOptions:
     turns: int = 2
 
     def __post_init__(self) -> None:
-        require_range("alpha", self.alpha, 0, 1)
-        require_range("beta", self.beta, 0, 1)
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) <= 1:
+                raise OptionError(f"{name} = {getattr(self, name)}, expected above 0 and at most 1")
         require_range("temperature", self.temperature, 1e-3)
         require_range("turns", self.turns, 1)
 
@@ -57,8 +59,12 @@ class FML(FedAvg):
         for turn in range(turns):
             count = self.training.local_steps * (turn + 1) // turns - self.training.local_steps * turn // turns
             for slot, teacher, weight in ((LOCAL, SLOT, self.options.alpha), (SLOT, LOCAL, self.options.beta)):
-                lesson = (steps.mixture(teacher), 1 - weight, self.options.temperature)
-                plan.append(steps.train(self.training, steps.mixture(slot), [slot], steps=count, distillation=lesson))
+                step = steps.train(self.training, steps.mixture(slot), [slot], steps=count)
+                if weight < 1:
+                    weights = {task.name: (1 - weight) / weight for task in client.registration.tasks}
+                    lesson = steps.mixture(teacher)
+                    step = steps.distill(step, lesson, weights, temperature=self.options.temperature)
+                plan.append(step)
         return plan
 
     def personal(self, client: Client) -> plan_pb2.Mixture:

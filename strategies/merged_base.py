@@ -18,7 +18,7 @@ from adapters.algebra import stack, truncate
 from adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
-from strategies.base import Answer, Brief, Client, State
+from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 from strategies.fedavg import SLOT, FedAvg
 
 MERGED = ("merged-odd", "merged-even")
@@ -45,6 +45,16 @@ class MergedBase(FedAvg):
         super().__init__(*args, **kwargs)
         self.updates: list[Adapter] = []
         self.held: dict[str, tuple[int, int]] = {}  # updates in a client's slot, and which of the two names it has
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Equal layouts: a base has no groups."""
+        return first.digest == second.digest
+
+    def enrol(self, client: Client) -> None:
+        """The first client's layout is the federation's."""
+        AlloyStrategy.enrol(self, client)  # FedAvg's own makes a union of groups
+        if self.model is None:
+            self.model = Adapter.initial(client.layout, self.seed)
 
     def add(self, update: Adapter) -> None:
         """Every client's base changes by this from the next round on."""
@@ -89,7 +99,8 @@ class MergedBase(FedAvg):
         tensors = {f"update/{index}": update.vector for index, update in enumerate(self.updates)}
         held = {name: list(pair) for name, pair in self.held.items()}
         ranks = [update.layout.ranks for update in self.updates]
-        return State(super().state().tensors | tensors, {"ranks": ranks, "held": held})
+        found = super().state()
+        return State(found.tensors | tensors, found.values | {"ranks": ranks, "held": held})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""

@@ -151,15 +151,24 @@ def read_registration(reply: Message, node_id: int | None = None) -> tuple[repor
                 "starting with a letter or digit"
             )
         layout = Layout.from_proto(registration.layout)
-        if payload_size(layout, Encoding.FP32) > MAX_BLOB_BYTES:  # a claim; the server is about to allocate it
-            raise LayoutError(
-                f"client {registration.client_id!r} claims an adapter of {layout.size} numbers, "
-                f"expected at most {MAX_BLOB_BYTES // 4}"
-            )
+        try:
+            require_size(layout)
+        except LayoutError as error:
+            raise LayoutError(f"client {registration.client_id!r}: {error}") from None
     except (RecordError, LayoutError) as error:
         raise BadAnswerError(f"{node} sent a registration that is not valid: {error}") from None
     _require_sane(f"client {registration.client_id!r} ({node})", registration)
     return registration, layout
+
+
+def require_size(layout: Layout) -> None:
+    """A layout is a claim, and the server is about to allocate it.
+
+    Raises:
+        LayoutError: more numbers than any blob can hold.
+    """
+    if payload_size(layout, Encoding.FP32) > MAX_BLOB_BYTES:
+        raise LayoutError(f"claims {layout.size} numbers, expected at most {MAX_BLOB_BYTES // 4}")
 
 
 def read_counters(reply: Message) -> report_pb2.Counters:
@@ -201,7 +210,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
         raise BadAnswerError(f"{who} reports the steps {kinds}, expected {wanted_kinds}")
     for index, (step, result) in enumerate(zip(plan.steps, report.results, strict=True)):
         _require_same_step(f"{who}, step {index}", step, result)
-        _require_complete(f"{who}, step {index}", result, len(dispatch.layout.modules))
+        _require_complete(f"{who}, step {index}", step, result, len(dispatch.layout.modules))
     _require_sane(who, report)
     if set(blobs) != set(dispatch.expected):
         raise BadAnswerError(f"{who} sent the slots {sorted(blobs)}, expected {sorted(dispatch.expected)}")
@@ -252,9 +261,16 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
             raise BadAnswerError(f"{where} (select): weights {list(result.select.weights)}, expected 0 to 1")
 
 
-def _require_complete(where: str, result: report_pb2.StepResult, modules: int) -> None:
-    """An evaluation has a loss; lists with one number per module have one per module, from 0 to ``MAX_SUM``."""
+def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepResult, modules: int) -> None:
+    """An evaluation has a loss, a replacement an outcome for every rule.
+
+    Lists with one number per module have one per module, from 0 to ``MAX_SUM``.
+    """
     kind = result.WhichOneof("kind") or ""
+    if kind == "replace":
+        found, wanted = ([item.task for item in items] for items in (result.replace.tasks, step.replace.rules))
+        if found != wanted:
+            raise BadAnswerError(f"{where} (replace): reports tasks {str(found)[:200]}, expected {wanted}")
     if kind == "evaluate" and "loss" not in result.evaluate.metrics:
         raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):

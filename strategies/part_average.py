@@ -5,7 +5,7 @@ A variant says which part travels in a round (:meth:`PartAverage.shared`), and w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adapters.adapter import Adapter
@@ -66,9 +66,13 @@ class PartAverage(FedAvg):
         """The whole adapter, from the seed."""
         return [steps.initialise(SLOT, self.seed)]
 
-    def average(self, adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """The part is averaged in factor space: exact where the other factor is common."""
-        return self.global_model.with_part(average(adapters, examples))
+        return self.global_model.with_part(average(list(adapters.values()), list(examples.values())))
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Equal layouts: parts of groups are not shared here."""
+        return first.digest == second.digest
 
     def _received(self, wanted: Part, client: Client) -> dict[str, Adapter]:
         return {SLOT: self.global_model.part(wanted.of(client.layout))}

@@ -22,6 +22,7 @@ from typing import Any
 
 from adapters.adapter import Adapter
 from adapters.algebra import Coefficient, stack, truncate, weighted_sum
+from adapters.layout import Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies import steps, weighting
 from strategies.base import AlloyStrategy, Answer, Brief, Client, State
@@ -132,6 +133,15 @@ class Potara(AlloyStrategy):
         self.local: dict[str, Adapter] = {}  # of clients that uploaded theirs (merge-at = "server")
         self.weights: dict[str, dict[str, Weight]] = {}
 
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """As for FedAvg: groups that both have are equal; with weights of modules, all are."""
+        same = first.digest == second.digest
+        return same or (self.options.granularity != "module" and self.federated.compatible(first, second))
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """As for FedAvg."""
+        return self.federated.difference(first, second)
+
     def enrol(self, client: Client) -> None:
         """Both branches start from the seed."""
         super().enrol(client)
@@ -176,7 +186,7 @@ class Potara(AlloyStrategy):
             plan += self._evaluated(client, weight, _label(weight), split="validation")
         if self.options.merge_at == "server":
             plan.append(steps.send(self.training, LOCAL, relative_to_received=False))
-        return Brief(plan, {FEDERATED: self.federated.model} if self.federated.model else {})
+        return Brief(plan, {FEDERATED: self.federated.part_of(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep a trained federated adapter, or what the weight is made of."""
@@ -227,17 +237,18 @@ class Potara(AlloyStrategy):
         tensors = {f"local/{name}": adapter.vector for name, adapter in self.local.items()}
         evidence = {name: asdict(found) for name, found in self.evidence.items()}
         values = {"trained": sorted(self.trained), "local_rounds": self.local_rounds, "evidence": evidence}
-        return State(self.federated.state().tensors | tensors, values)
+        federated = self.federated.state()
+        return State(federated.tensors | tensors, federated.values | values)
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
-        self.federated.load_state(State({"model": state.tensors["model"]}))
+        self.federated.load_state(state)
         self.trained = set(state.values["trained"])
         self.evidence = {name: Evidence(**found) for name, found in state.values["evidence"].items()}
         self.local_rounds = dict(state.values["local_rounds"])
-        layout = next(iter(self.clients.values())).layout  # one for all, also of clients that are not back yet
-        uploaded = {name: tensor for name, tensor in state.tensors.items() if name.startswith("local/")}
-        self.local = {name.removeprefix("local/"): Adapter(layout, tensor) for name, tensor in uploaded.items()}
+        uploaded = {n.removeprefix("local/"): t for n, t in state.tensors.items() if n.startswith("local/")}
+        # Of clients that are not back yet nothing is needed.
+        self.local = {n: Adapter(self.clients[n].layout, t) for n, t in uploaded.items() if n in self.clients}
         self.weights = self._weigh()
 
     def _is_last(self, round_: int) -> bool:
@@ -320,8 +331,8 @@ class Potara(AlloyStrategy):
         With fp32 both ways the client would compute the same bits; a lossy encoding is in between otherwise.
         """
         coefficients = self._coefficients(client)
-        federated, local = self.federated.model, self.local.get(client.id)
-        if federated is None or local is None or coefficients in ((1.0, 0.0), (0.0, 1.0)):
+        federated, local = self.federated.part_of(client), self.local.get(client.id)
+        if local is None or coefficients in ((1.0, 0.0), (0.0, 1.0)):
             return None
         if self.options.space == "factor":
             return weighted_sum([federated, local], coefficients)

@@ -61,7 +61,8 @@ class RoLoRA(PartAverage):
 
     def state(self) -> State:
         """The adapter, and who holds which of it."""
-        return State(super().state().tensors, {"settled": self.settled, "seen": dict(self.seen)})
+        found = super().state()
+        return State(found.tensors, found.values | {"settled": self.settled, "seen": dict(self.seen)})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""

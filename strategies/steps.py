@@ -12,6 +12,7 @@ from proto.fedalloy.v1 import plan_pb2
 from strategies.options import OptionError, require_choice, require_range
 
 Step = plan_pb2.Step
+Draw = plan_pb2.Draw
 
 _SCHEDULES = {
     "constant": plan_pb2.SCHEDULE_CONSTANT,
@@ -116,15 +117,20 @@ def train(
     fold: tuple[int, int] | None = None,
     without_basis: bool = False,
     rate_scales: Mapping[Factor, float] | None = None,
-    distillation: tuple[plan_pb2.Mixture, float, float] | None = None,
+    learning_rate: float | None = None,
+    draw: Draw | None = None,
+    draw_after_replace: Draw | None = None,
+    record: str = "",
+    record_batch_share: bool = False,
+    keep_on_divergence: bool = False,
     attributed_to: str = "",
 ) -> Step:
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
     ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
-    learning rate of tensors with a factor. ``distillation = (teacher, w, T)`` makes the loss (1 - w) times the task's
-    plus w times the divergence from the teacher's predictions at temperature T. ``attributed_to`` weighs examples by
-    how much of them :func:`attribute` gave to that slot.
+    learning rate of tensors with a factor. ``draw`` decides batches and dropout, ``draw_after_replace`` instead where a
+    replace step has copied something; the losses of tasks are kept as ``record``, for such steps. ``attributed_to``
+    weighs examples by how much of them :func:`attribute` gave to that slot.
     """
     step = plan_pb2.TrainStep(
         mixture=mix,
@@ -132,22 +138,24 @@ def train(
         part=part(factors, modules, without_basis=without_basis),
         steps=training.local_steps if steps is None else steps,
         batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
+        learning_rate=training.learning_rate if learning_rate is None else learning_rate,
         schedule=_SCHEDULES[training.schedule],
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         split="train",
-        attributed_to=attributed_to,
         rate_scales=[
             plan_pb2.RateScale(factor=factor_to_proto(factor), scale=scale)
             for factor, scale in (rate_scales or {}).items()
         ],
+        draw=draw,
+        draw_after_replace=draw_after_replace,
+        record=record,
+        record_batch_share=record_batch_share,
+        keep_on_divergence=keep_on_divergence,
+        attributed_to=attributed_to,
     )
     if proximal is not None and proximal[1] > 0:
         step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
-    if distillation is not None and distillation[1] > 0:
-        teacher, weight, temperature = distillation
-        step.distillation.CopyFrom(plan_pb2.Distillation(teacher=teacher, weight=weight, temperature=temperature))
     if fold is not None:
         step.fold.CopyFrom(plan_pb2.Fold(index=fold[0], count=fold[1]))
     return Step(train=step)
@@ -160,10 +168,77 @@ def merge(target: str, mix: plan_pb2.Mixture, *, space: str = "delta", truncate_
     return Step(merge=step)
 
 
-def evaluate(training: Training, mix: plan_pb2.Mixture, label: str = "personal", split: str | None = None) -> Step:
-    """Metrics of ``mix`` on a split, reported under ``label``."""
-    step = plan_pb2.EvaluateStep(label=label, mixture=mix, split=split or training.evaluate_split)
+def evaluate(
+    training: Training, mix: plan_pb2.Mixture, label: str = "personal", split: str | None = None, record: str = ""
+) -> Step:
+    """Metrics of ``mix`` on a split, reported under ``label``; losses of tasks are kept as ``record``."""
+    step = plan_pb2.EvaluateStep(label=label, mixture=mix, split=split or training.evaluate_split, record=record)
     return Step(evaluate=step)
+
+
+def replace(
+    target: str,
+    source: str,
+    margins: Mapping[str, float],
+    *,
+    records: tuple[str, str],
+    relative: bool = False,
+    exclusive: bool = False,
+) -> Step:
+    """Copy a task's groups from ``source`` where its loss plus the margin is below that of ``target``.
+
+    Args:
+        target: the slot that is changed.
+        source: the slot that is copied from.
+        margins: by task; may be infinite.
+        records: names of the recorded losses of ``target`` and of ``source``.
+        relative: margins are shares of the source's loss.
+        exclusive: leave groups alone that another task uses, whose rule does not fire.
+    """
+    rules = [plan_pb2.ReplaceRule(task=task, margin=margin, relative=relative) for task, margin in margins.items()]
+    step = plan_pb2.ReplaceStep(
+        target=target,
+        source=source,
+        target_record=records[0],
+        source_record=records[1],
+        rules=rules,
+        exclusive=exclusive,
+    )
+    return Step(replace=step)
+
+
+def distill(
+    step: Step,
+    teacher: plan_pb2.Mixture,
+    weights: Mapping[str, float],
+    *,
+    losses: Mapping[str, str] | None = None,
+    temperature: float = 1.0,
+    reduction: str = "per-position-mean",
+) -> Step:
+    """The train step ``step`` with the teacher's outputs as a second target.
+
+    Args:
+        step: what is trained, and how.
+        teacher: frozen.
+        weights: of the distance from the teacher, by task.
+        losses: ``"kl"`` (the default) or ``"mse"`` by task.
+        temperature: of both softmaxes.
+        reduction: ``"per-position-mean"``, or ``"first-dim"``: the sum over all positions.
+    """
+    kinds = {"kl": plan_pb2.DISTILL_LOSS_KL, "mse": plan_pb2.DISTILL_LOSS_MSE}
+    reductions = {
+        "per-position-mean": plan_pb2.DISTILL_REDUCTION_POSITION_MEAN,
+        "first-dim": plan_pb2.DISTILL_REDUCTION_EXAMPLE_MEAN,
+    }
+    tasks = [
+        plan_pb2.TaskDistillation(task=task, weight=weight, loss=kinds[(losses or {}).get(task, "kl")])
+        for task, weight in weights.items()
+    ]
+    found = plan_pb2.DistillStep(
+        train=step.train, teacher=teacher, temperature=temperature, reduction=reductions[reduction], tasks=tasks
+    )
+    return Step(distill=found)
 
 
 def save(mix: plan_pb2.Mixture) -> Step:

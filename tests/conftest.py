@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.e2e)
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(without_gpu)
+
+
+def pytest_collection_finish() -> None:
+    """Clients collect garbage before they load a model; libraries and tests need not be searched each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

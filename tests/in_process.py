@@ -8,9 +8,9 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from server_app.in_process import InProcessGrid, Tamper
+from server_app.in_process import FIRST_NODE, InProcessGrid, Tamper
 
-__all__ = ["InProcessGrid", "Tamper", "run_in_process"]
+__all__ = ["FIRST_NODE", "InProcessGrid", "Tamper", "run_in_process"]
 
 
 def run_in_process(

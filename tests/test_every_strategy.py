@@ -35,7 +35,7 @@ def data_of(index: int) -> ClientData:
         pixels = images(count, seed=10 * index + number)
         bright = (pixels[:, 0, :4].mean(dim=(1, 2)) > 0).long()
         splits[split] = Dataset({"pixel_values": pixels}, 1 - bright if index == 2 else bright)
-    return ClientData("t", "image-classification", splits)
+    return ClientData("toy", "image-classification", splits)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,7 @@ class RealNode(FakeNode):
 
     def registration(self) -> report_pb2.Registration:
         found = super().registration()
+        found.tasks[0].kind = "image-classification"
         found.reference.CopyFrom(ReferenceModel(self.model).layout.to_proto())
         return found
 
@@ -89,7 +90,9 @@ def test_two_rounds_with_real_clients(
             if result.HasField("evaluate") and result.evaluate.label == "personal"
         ]
         assert losses[-1] != losses[0]  # the model is no longer the base
-    trains = [r.train for node in nodes for report in node.reports for r in report.results if r.HasField("train")]
+    results = [result for node in nodes for report in node.reports for result in report.results]
+    trains = [r.distill.train if r.HasField("distill") else r.train for r in results]
+    trains = [train for train in trains if train.steps]
     assert len(trains) >= 6
     # Every batch is the whole split, so that these are the same loss before and after.
     assert sum(train.last_loss < train.first_loss for train in trains) > 0.8 * len(trains)

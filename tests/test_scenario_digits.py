@@ -69,7 +69,7 @@ def upright_images(dataset_images: Tensor, group: digits.Group) -> set[bytes]:
 
 
 def test_pools_divide_all_images() -> None:
-    pools = digits._pools()
+    pools = digits.pools()
     assert {name: len(pool) for name, pool in pools.items()} == digits.POOLS
     together = np.concatenate(list(pools.values()))
     assert sorted(together.tolist()) == list(range(1797))
@@ -77,7 +77,7 @@ def test_pools_divide_all_images() -> None:
 
 def test_no_training_image_is_anybodys_test_image_or_public() -> None:
     images, _ = digits._read()
-    pools = digits._pools()
+    pools = digits.pools()
     held_out = {images[i].tobytes() for name in ("public", "validation", "test") for i in pools[name]}
     seen: set[bytes] = set()
     for client in range(4):
@@ -93,7 +93,7 @@ def test_no_training_image_is_anybodys_test_image_or_public() -> None:
 
 @pytest.mark.parametrize("clients", [1, 4, 20, digits.MAX_CLIENTS])
 def test_shards_are_disjoint_unequal_and_tests_are_large(clients: int) -> None:
-    pool = digits._pools()["train"]
+    pool = digits.pools()["train"]
     shards = digits._shards(pool, clients, seed=5)
     together = np.concatenate(shards)
     assert len(shards) == clients
@@ -110,7 +110,7 @@ def test_shards_are_disjoint_unequal_and_tests_are_large(clients: int) -> None:
 def test_every_group_has_at_least_two_members_of_different_sizes() -> None:
     for clients in range(4, digits.MAX_CLIENTS + 1):
         sizes: dict[str, set[int]] = {}
-        for client, shard in enumerate(digits._shards(digits._pools()["train"], clients, seed=0)):
+        for client, shard in enumerate(digits._shards(digits.pools()["train"], clients, seed=0)):
             sizes.setdefault(digits.group_of(client, clients).name, set()).add(len(shard))
         assert all(len(found) >= 2 for found in sizes.values()), (clients, sizes)
         assert len(sizes) == min(4, clients // 2)
@@ -118,7 +118,7 @@ def test_every_group_has_at_least_two_members_of_different_sizes() -> None:
 
 def test_groups_see_and_name_the_same_test_images_differently() -> None:
     images, labels = digits._read()
-    test = digits._pools()["test"]
+    test = digits.pools()["test"]
     codes = []
     for client, group in enumerate(digits.GROUPS):
         split = digits.load_client(client, 8, seed=0).splits["test"]
@@ -136,7 +136,7 @@ def test_groups_see_and_name_the_same_test_images_differently() -> None:
 def test_a_rotated_pixel_is_where_it_should_be() -> None:
     """A quarter turn counter-clockwise takes the top right corner to the top left."""
     images, _ = digits._read()
-    first = digits._pools()["test"][0]
+    first = digits.pools()["test"][0]
     rotated = digits.load_client(1, 4, seed=0).splits["test"].inputs["pixel_values"][0, 0]
     assert digits.group_of(1, 4).name == "rotated"
     assert torch.equal(rotated[0], torch.from_numpy(images[first][:, 7].copy()))
@@ -177,7 +177,7 @@ def test_an_unknown_scenario_is_refused_by_name(tmp_path: Path) -> None:
 def test_base_knows_upright_digits_with_their_usual_labels(cache: Path) -> None:
     base, data = load_scenario("digits", 0, 4, 0, cache)
     images, labels = digits._read()
-    test = digits._pools()["test"]
+    test = digits.pools()["test"]
     with torch.no_grad():
         upright = base.model(pixel_values=torch.from_numpy(images[test])[:, None]).logits.argmax(-1)
         as_client = base.model(**data.splits["test"].inputs).logits.argmax(-1)

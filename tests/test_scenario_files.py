@@ -1,4 +1,4 @@
-"""Benchmark scenarios on real data: disjoint shares, tasks that differ. Skipped without them."""
+"""Benchmark scenarios on real data: disjoint shares, tasks that differ. Skipped without FEDALLOY_BENCHMARK_DATA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from client_app.scenarios.files import SCENARIOS, TEXT_TASKS, load_files
 from client_app.settings import DataSettings, ModelSettings, Settings
 from tests import tiny_models, toy_data
 
-ROOT = Path(os.environ.get("FEDALLOY_BENCHMARK_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
+ROOT = Path(os.environ.get("FEDALLOY_BENCHMARK_DATA", "/nowhere"))
 
 
 def settings_for(state: Path, client: int, clients: int, seed: int = 0, root: Path = ROOT, **model: Any) -> Settings:
@@ -27,7 +27,7 @@ def settings_for(state: Path, client: int, clients: int, seed: int = 0, root: Pa
 @pytest.fixture(scope="module")
 def root() -> Path:
     if not (ROOT / "vision").is_dir():
-        pytest.skip(f"no benchmark data in {ROOT} (set FEDALLOY_BENCHMARK_DATA)")
+        pytest.skip("no benchmark data: FEDALLOY_BENCHMARK_DATA names no folder with vision, text, gen and models")
     return ROOT
 
 

@@ -92,6 +92,13 @@ def save_llama(folder: Path, *, chat: bool = False) -> Path:
     return _save(folder, lambda: transformers.LlamaForCausalLM(llama_config(tokenizer)), tokenizer)
 
 
+def save_llama_reader(folder: Path, words: Sequence[str], width: int = 32, layers: int = 2) -> Path:
+    """A Llama-style causal LM over the same words as :func:`save_bert`, so that texts have as many tokens in both."""
+    tokenizer = word_tokenizer(words)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return _save(folder, lambda: transformers.LlamaForCausalLM(llama_config(tokenizer, width, layers)), tokenizer)
+
+
 def save_bert(folder: Path, words: Sequence[str]) -> Path:
     """A BERT-style encoder without a head, as most checkpoints are."""
     tokenizer = word_tokenizer(words)
@@ -152,6 +159,31 @@ def save_llava(folder: Path, size: int = 16) -> Path:
         num_additional_image_tokens=1,
     )
     return _save(folder, lambda: transformers.LlavaForConditionalGeneration(config), processor)
+
+
+def save_flava(folder: Path, words: Sequence[str], size: int = 16) -> Path:
+    """A FLAVA: towers for images and texts and an encoder over both, with its processor."""
+    tokenizer = word_tokenizer(words)
+    common: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "initializer_range": 0.2,
+    }
+    config = transformers.FlavaConfig(
+        image_config={**common, "image_size": size, "patch_size": 8},
+        text_config={**common, "vocab_size": len(tokenizer), "max_position_embeddings": 40},
+        multimodal_config=common,
+        hidden_size=16,
+        projection_dim=16,
+        init_codebook=False,
+    )
+    images = transformers.FlavaImageProcessor(
+        size={"height": size, "width": size}, crop_size={"height": size, "width": size}
+    )
+    processor = transformers.FlavaProcessor(image_processor=images, tokenizer=tokenizer)
+    return _save(folder, lambda: transformers.FlavaModel(config), processor)
 
 
 def save_vilt(folder: Path, words: Sequence[str], size: int = 16) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from client_app.data import Base, ClientData, Dataset
 
-NAMES = ("digits", "digits-mixed")
+NAMES = ("digits", "digits-mixed", "digits-multimodal")
 FROM_FILES = ("cifar100", "pacs", "text-tasks", "prompt-tasks")
 """Benchmarks with data in a folder that the user names; see ``client_app.scenarios.files``."""
 
@@ -34,6 +34,11 @@ def load_scenario(
         raise ScenarioError(f"scenario {name!r} is unknown, expected one of: {', '.join((*NAMES, *FROM_FILES))}")
     from client_app.scenarios import digits, digits_mixed
 
+    if name == "digits-multimodal":
+        from client_app.scenarios import digits_multimodal
+
+        several = digits_multimodal.load_client(partition_id, num_partitions, seed)
+        return digits_multimodal.load_base(partition_id, cache_dir), several
     if name == "digits-mixed":
         data = digits_mixed.load_client(partition_id, num_partitions, seed)
         return digits_mixed.load_base(partition_id, num_partitions, cache_dir), data

@@ -104,10 +104,10 @@ def load_client(partition_id: int, num_partitions: int, seed: int, groups: tuple
         )
     if not 0 <= partition_id < num_partitions:
         raise ScenarioError(f"partition-id = {partition_id}, expected 0 to {num_partitions - 1}")
-    pools = _pools()
+    found = pools()
     group = group_of(partition_id, num_partitions, groups)
-    chosen = pools | {"train": _shards(pools["train"], num_partitions, seed)[partition_id]}
-    splits = {name: _view(chosen[name], group) for name in ("train", "validation", "test")}
+    chosen = found | {"train": _shards(found["train"], num_partitions, seed)[partition_id]}
+    splits = {name: view(chosen[name], group) for name in ("train", "validation", "test")}
     return ClientData(task="digits", kind="image-classification", splits=splits)
 
 
@@ -124,11 +124,11 @@ def base_fingerprint() -> str:
 def public() -> tuple[Tensor, Tensor]:
     """Images ``[n, 1, 8, 8]`` that no client holds, and their digits ``[n]``."""
     images, labels = _read()
-    chosen = _pools()["public"]
+    chosen = pools()["public"]
     return torch.from_numpy(images[chosen])[:, None], torch.from_numpy(labels[chosen])
 
 
-def _pools() -> dict[str, NDArray[np.int64]]:
+def pools() -> dict[str, NDArray[np.int64]]:
     """Image numbers by pool; the same for every seed, or a run would be tested on what another base had seen."""
     order = np.random.default_rng(POOL_SEED).permutation(sum(POOLS.values()))
     bounds = np.cumsum(list(POOLS.values()))[:-1]
@@ -142,7 +142,8 @@ def _shards(pool: NDArray[np.int64], clients: int, seed: int) -> list[NDArray[np
     return np.split(order, np.cumsum(sizes))[:clients]
 
 
-def _view(chosen: NDArray[np.int64], group: Group) -> Dataset:
+def view(chosen: NDArray[np.int64], group: Group) -> Dataset:
+    """The images with these numbers as a group sees them, and its codes for their digits."""
     images, labels = _read()
     seen = np.rot90(images[chosen], group.quarter_turns, axes=(1, 2))
     seen = np.ascontiguousarray(-seen if group.inverted else seen)

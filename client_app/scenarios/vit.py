@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -77,21 +78,7 @@ def load_or_pretrain(
         examples: images ``[n, 1, H, W]`` and labels ``[n]``; only called if the model has to be made.
         targets: last parts of the names of the modules that get LoRA factors.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    directory = cache_dir / f"{recipe.name}-{recipe.fingerprint[:16]}"
-    model = _build(recipe)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights = _read_weights(directory, recipe, shapes)
-    if weights is None:
-        with _locked(directory.with_name(directory.name + ".lock")):
-            weights = _read_weights(directory, recipe, shapes)
-            if weights is None:
-                _install(_pretrain(recipe, *examples()), recipe, directory)
-                weights = _read_weights(directory, recipe, shapes)
-    if weights is None:
-        raise RuntimeError(f"{directory} cannot be read back after it was written")
-    model.load_state_dict(weights)
-    model.requires_grad_(False).eval()
+    model = load_or_make(recipe, cache_dir, lambda: _build(recipe), lambda: _pretrain(recipe, *examples()))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return Base(
         name=recipe.name,
@@ -100,6 +87,34 @@ def load_or_pretrain(
         targets=tuple(name for name in linear if name.rsplit(".", 1)[-1] in targets),
         heads=HEAD_MODULES,
     )
+
+
+def load_or_make(
+    recipe: Any, cache_dir: Path, build: Callable[[], nn.Module], pretrain: Callable[[], nn.Module]
+) -> nn.Module:
+    """A recipe's model, frozen and in evaluation mode; made on first use and then loaded.
+
+    Args:
+        recipe: a dataclass with ``name`` and ``fingerprint``.
+        cache_dir: see :func:`load_or_pretrain`.
+        build: the model with any weights; it has ``save_pretrained``.
+        pretrain: the same with those that are wanted; only called if the model has to be made.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    directory = cache_dir / f"{recipe.name}-{recipe.fingerprint[:16]}"
+    model = build()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights = _read_weights(directory, recipe, shapes)
+    if weights is None:
+        with _locked(directory.with_name(directory.name + ".lock")):
+            weights = _read_weights(directory, recipe, shapes)
+            if weights is None:
+                _install(pretrain(), recipe, directory)
+                weights = _read_weights(directory, recipe, shapes)
+    if weights is None:
+        raise RuntimeError(f"{directory} cannot be read back after it was written")
+    model.load_state_dict(weights)
+    return model.requires_grad_(False).eval()
 
 
 def _build(recipe: Recipe) -> nn.Module:
@@ -138,7 +153,7 @@ def _pretrain(recipe: Recipe, images: Tensor, labels: Tensor) -> nn.Module:
         milestones=[warm_up],
     )
     generator = torch.Generator().manual_seed(recipe.seed)
-    with _one_thread():
+    with one_thread():
         for _ in range(recipe.steps):
             chosen = torch.randint(len(labels), (recipe.batch,), generator=generator)
             loss = functional.cross_entropy(model(pixel_values=images[chosen]).logits, labels[chosen])
@@ -149,7 +164,7 @@ def _pretrain(recipe: Recipe, images: Tensor, labels: Tensor) -> nn.Module:
     return model.eval()
 
 
-def _install(model: nn.Module, recipe: Recipe, directory: Path) -> None:
+def _install(model: nn.Module, recipe: Any, directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
         new = Path(scratch) / "new"
         with _no_progress_bar():
@@ -168,7 +183,7 @@ def _install(model: nn.Module, recipe: Recipe, directory: Path) -> None:
         _sync(directory.parent)
 
 
-def _read_weights(directory: Path, recipe: Recipe, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:
+def _read_weights(directory: Path, recipe: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:
     try:
         record = json.loads((directory / _RECORD).read_text())
         content = (directory / _WEIGHTS).read_bytes()
@@ -205,7 +220,8 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Pre-training is small, and other clients may be at it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.fedmosaic_digits --seeds 100 101 --split validation     # for choosing settings
 
 Through the real round loop and client code, in one process. ``digits``: four clients with one base model.
-``digits-mixed``: eight clients, two architectures. There the other strategies run once in each half of the
+``digits-mixed``: four or eight clients, two architectures. There the other strategies run once in each half of the
 federation, as they must. Prints mean (worst) client accuracy, and the bytes of encoded numbers that a client gets and
 sends in a round.
 """
@@ -23,12 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from client_app.training import set_up_torch
-from server_app.align import align_scenario
+from server_app.align import Aligned, align_models
 from tests.in_process import run_in_process
-
-MIXED_CLIENTS = 8
-HALVES = (range(4), range(4, 8))
-"""Clients of ``digits-mixed`` by architecture."""
 
 
 @dataclass
@@ -69,7 +65,9 @@ class Bench:
 
     def halves(self, strategy: str, seed: int, **config: Any) -> Result:
         """A strategy that merges only within an architecture: one run in each half."""
-        first, second = (self.run(strategy, seed, "digits-mixed", half, MIXED_CLIENTS, **config) for half in HALVES)
+        count = self.arguments.clients
+        halves = (range(count // 2), range(count // 2, count))  # by architecture
+        first, second = (self.run(strategy, seed, "digits-mixed", half, count, **config) for half in halves)
         return Result(first.accuracy + second.accuracy, (first.down + second.down) / 2, (first.up + second.up) / 2)
 
     def one_architecture(self, seed: int) -> dict[str, Result]:
@@ -81,20 +79,21 @@ class Bench:
         """``digits-mixed``."""
         rank, blocks = self.arguments.rank, self.arguments.blocks
         state, quiet = self.folder, Console(quiet=True)
-        alignment = align_scenario("digits-mixed", blocks, rank, 0, 0.5, False, state, quiet).stem
+        alignment = align_models(Aligned("digits-mixed"), blocks, rank, 0, 0.5, False, state, quiet).stem
         plain: dict[str, Any] = {"lora_r": rank, "lora_alpha": 2.0 * rank}
         shared = plain | {"lora_blocks": blocks, "lora_alignment": alignment}
-        everybody = range(MIXED_CLIENTS)
-        found = {"local": self.run("local", seed, "digits-mixed", everybody, MIXED_CLIENTS, **plain)}
-        for name in ("fedavg", "fedmerge", "fedmosaic"):
+        everybody = range(self.arguments.clients)
+        found = {"local": self.run("local", seed, "digits-mixed", everybody, len(everybody), **plain)}
+        for name in self.arguments.within:
             found[f"{name}, each architecture alone"] = self.halves(name, seed, **plain)
         versions: dict[str, dict[str, Any]] = {
             "fedmosaic": shared,
             "fedmosaic, P and Q only": shared | {"fedmosaic__share_conventional_lora": False},
-            "fedmosaic, not aligned": shared | {"lora_alignment": ""},
         }
+        if self.arguments.unaligned:
+            versions["fedmosaic, not aligned"] = shared | {"lora_alignment": ""}
         for title, config in versions.items():
-            found[title] = self.run("fedmosaic", seed, "digits-mixed", everybody, MIXED_CLIENTS, **config)
+            found[title] = self.run("fedmosaic", seed, "digits-mixed", everybody, len(everybody), **config)
         return found
 
 
@@ -117,8 +116,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=8, choices=[4, 8], help="Of digits-mixed.")
     parser.add_argument("--rank", type=int, default=8, help="Of digits-mixed.")
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--within", nargs="*", default=["fedavg", "fedmerge", "fedmosaic"], help="In each half alone.")
+    parser.add_argument("--unaligned", action="store_true", help="Also with A and B drawn for each architecture.")
     parser.add_argument("--scenarios", nargs="+", default=["digits", "digits-mixed"])
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--json", type=Path)
@@ -135,12 +137,12 @@ def main() -> None:
                 (folder / ".cache").symlink_to(arguments.cache)
                 bench = Bench(folder, arguments)
                 results[seed] = bench.one_architecture(seed) if scenario == "digits" else bench.two_architectures(seed)
+            numbers[scenario] = {
+                seed: {name: vars(result) for name, result in found.items()} for seed, found in results.items()
+            }
+            if arguments.json:
+                arguments.json.write_text(json.dumps(numbers, indent=2))
         table(f"{scenario}, {arguments.rounds} rounds, {arguments.split} split: mean (worst)", results, console)
-        numbers[scenario] = {
-            seed: {name: vars(result) for name, result in found.items()} for seed, found in results.items()
-        }
-        if arguments.json:
-            arguments.json.write_text(json.dumps(numbers, indent=2))
 
 
 if __name__ == "__main__":

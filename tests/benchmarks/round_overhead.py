@@ -1,10 +1,10 @@
 """Seconds per round beyond training: stock Flower, FedAlloy without and with the resident trainer, side by side.
 
-    python -m tests.benchmarks.round_overhead                          # 2 and 4 clients
-    python -m tests.benchmarks.round_overhead --quick --json out.json  # 2 clients, fewer rounds, below ten minutes
+    python -m tests.benchmarks.round_overhead                          # 2 and 4 clients, a small and a 1B-shaped base
+    python -m tests.benchmarks.round_overhead --quick --json out.json  # 2 clients, small base; below ten minutes
 
-All four on one local cluster of stock SuperNodes (TLS, registered keys) that is started for each number of clients: the
-same base model, LoRA layers, data, steps and batch size.
+All on one local cluster of stock SuperNodes (TLS, registered keys) that is started for each case: the same base model,
+LoRA layers, data, steps and batch size, one way after the other.
 
     stock     stock_app/: fp32 state dict, train and evaluate as two messages, ``FedAvg.start``; imports and loads the
               model for every message
@@ -14,8 +14,8 @@ same base model, LoRA layers, data, steps and batch size.
 
 A round's overhead is its wall time at the server minus the training of its slowest client; evaluation counts as
 overhead in all of them. The first round of each is left out (caches, bundle, and the trainer's start) and shown apart.
-The base model is the digits scenario's (58,570 parameters): what a large one costs to load comes on top for ``stock``
-and ``process`` in every round, and is not measured here.
+Base models are Llamas over characters with random weights: ``small`` has 60,000 parameters in float32, ``1b`` the shape
+of Llama 3.2 1B (without its vocabulary: 0.97 billion) in bfloat16, and is left out where memory does not allow it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,17 +36,54 @@ import flwr
 import numpy as np
 import psutil
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
-from client_app.scenarios import load_scenario
-from server_app.cluster import CONNECTION, LocalCluster, Settings
+from client_app.base_models import find_model
+from client_app.encoding import load_encoder
+from client_app.own_data import read_own
+from client_app.settings import DataSettings, ModelSettings, Settings
+from client_app.tasks import KINDS
+from server_app import cluster as local
 from server_app.run_directory import RunDirectory
+from tests import tiny_models, toy_data
 
 STOCK_APP = Path(__file__).with_name("stock_app")
-STEPS, BATCH, RATE, RANK, ALPHA = 30, 16, 5e-3, 8, 16.0
+RATE, RANK, ALPHA, TARGETS = 5e-3, 8, 16.0, ("q_proj", "v_proj")
 WAYS = ("stock", "empty", "process", "resident")
+PATIENCE = 1800
+"""Seconds until a part gives up: nothing here may fail because the machine is busy."""
 console = Console(width=140)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base model, and how much is trained on it in a round."""
+
+    base: str
+    clients: int
+
+    @property
+    def dtype(self) -> str:
+        """Of the frozen base, the same for all ways."""
+        return "float32" if self.base == "small" else "bfloat16"
+
+    @property
+    def training(self) -> dict[str, int]:
+        """Steps and batch size; nothing of their time is counted."""
+        steps, batch = (30, 16) if self.base == "small" else (1, 1)
+        return {"steps": steps, "batch-size": batch}
+
+    @property
+    def rows(self) -> int:
+        """Examples of a client, a tenth of them for testing."""
+        return 200 if self.base == "small" else 20
+
+    @property
+    def bytes_needed(self) -> int:
+        """Memory: the base once for each client, as much again for work, and the page cache's copy."""
+        return 0 if self.base == "small" else (2 * self.clients + 1) * 2 * 10**9
 
 
 @dataclass
@@ -53,7 +92,7 @@ class Times:
 
     seconds: list[float]
     training: list[float]
-    accuracy: float | None = None
+    loss: float | None = None
     answering: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -67,43 +106,84 @@ class Times:
         return statistics.median(self.overhead[1:])
 
 
-def prepare(folder: Path, clients: int, cache: Path) -> None:
-    """What the stock app reads: the digits scenario's base model and data, in ordinary files."""
+def save_base(folder: Path, shape: str) -> None:
+    """The base model with its tokenizer."""
+    if shape == "small":
+        tiny_models.save_llama(folder)
+        return
+    tokenizer = tiny_models.character_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare(folder: Path, case: Case) -> dict[str, dict[str, Any]]:
+    """Base model and JSONL files for FedAlloy, and the same examples encoded for the stock app; node-config by client.
+
+    Examples have one length, so that neither side gains by padding less.
+    """
     folder.mkdir(parents=True)
-    for partition in range(clients):
-        base, data = load_scenario("digits", partition, clients, 0, cache)
+    save_base(folder / "base", case.base)
+    encoder = load_encoder(find_model(str(folder / "base"), folder / ".cache"), KINDS["causal-lm"], 64)
+    node_config = {}
+    for number in range(case.clients):
+        chance = random.Random(number)
+        prompts = ["".join(chance.choices("abcdefgh", k=8)) for _ in range(case.rows)]
+        rows = [{"prompt": f"{prompt}>", "completion": prompt[::-1]} for prompt in prompts]
+        path = toy_data.write_jsonl(folder / f"{number}.jsonl", rows)
+        node_config[f"client-{number}"] = {"data-path": str(path)}
+        model, data = ModelSettings(), DataSettings(data_path=str(path))
+        found = read_own(Settings("any", folder, "", 0, 1, 0, RANK, ALPHA, 0.0, model, data))
         arrays = {}
         for split in ("train", "test"):
-            arrays[f"{split}_inputs"] = data.splits[split].inputs["pixel_values"].numpy()
-            arrays[f"{split}_labels"] = data.splits[split].labels.numpy()
-        np.savez(folder / f"{partition}.npz", **arrays)
-    facts = {"rank": RANK, "alpha": ALPHA, "targets": list(base.targets), "heads": list(base.heads)}
+            encoded = encoder.encode(found.splits[split], ())
+            arrays |= {f"{split}_{name}": tensor.numpy() for name, tensor in encoded.inputs.items()}
+            arrays[f"{split}_labels"] = encoded.labels.numpy()
+        np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]
+    facts = {"rank": RANK, "alpha": ALPHA, "targets": TARGETS, "dtype": case.dtype}
     (folder / "facts.json").write_text(json.dumps(facts))
-    base.model.save_pretrained(folder / "base")  # type: ignore[operator]
+    return node_config
 
 
-def stock(cluster: LocalCluster, folder: Path, clients: int, rounds: int, empty: bool) -> Times:
+class FailedError(RuntimeError):
+    """A run did not come to its end; the message has its log."""
+
+
+def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, empty: bool) -> Times:
     """Rounds of the stock app."""
     result = folder / f"times-{'empty' if empty else 'stock'}.json"
-    config = {"folder": str(folder), "result": str(result), "rounds": rounds, "clients": clients, "empty": empty}
-    config |= {"steps": STEPS, "batch-size": BATCH, "learning-rate": RATE}
+    config = {"folder": str(folder), "result": str(result), "rounds": rounds, "clients": case.clients, "empty": empty}
+    config |= case.training | {"learning-rate": RATE}
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-    shown = cluster.flwr("run", str(STOCK_APP), CONNECTION, "--stream", "--run-config", text)
+    shown = cluster.flwr("run", str(STOCK_APP), local.CONNECTION, "--stream", "--run-config", text)
     if not result.exists():
-        raise RuntimeError(f"the stock app did not finish:\n{shown}")
+        raise FailedError(f"the stock app did not finish:\n{shown}")
     found = json.loads(result.read_text())
-    return Times(found["seconds"], found["training"], found["accuracy"][-1] if found["accuracy"] else None)
+    return Times(found["seconds"], found["training"], found["loss"][-1] if found["loss"] else None)
 
 
-def alloy(cluster: LocalCluster, clients: int, rounds: int, resident: bool) -> Times:
+def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, resident: bool) -> Times:
     """Rounds of FedAlloy; also what of a round passed in the client's handler, and how long a bare question takes."""
-    name = "resident" if resident else "process"
+    name = f"{'resident' if resident else 'process'}-{len(list(cluster.settings.runs_dir.glob('*')))}"
     config: dict[str, Any] = {"strategy": "fedavg", "run-name": name, "num-server-rounds": rounds}
-    config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": clients, "local-steps": STEPS}
-    config |= {"batch-size": BATCH, "learning-rate": RATE, "lora-r": RANK, "lora-alpha": ALPHA}
+    config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": RATE}
+    config |= {"local-steps": case.training["steps"], "batch-size": case.training["batch-size"]}
+    config |= {"base-model": str(folder / "base"), "model-dtype": case.dtype, "target-modules": ",".join(TARGETS)}
+    config |= {"lora-r": RANK, "lora-alpha": ALPHA, "round-timeout": PATIENCE, "startup-timeout": PATIENCE}
     outcome = cluster.run(config | {"trainer.resident": resident})
     if not outcome.completed:
-        raise RuntimeError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")
+        raise FailedError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")
     records = RunDirectory(cluster.settings.runs_dir / name).rounds()
     trained = [record for record in records if record["phase"] == "train"]
     answers = [answer for record in trained[1:] for answer in record["clients"].values()]
@@ -111,7 +191,7 @@ def alloy(cluster: LocalCluster, clients: int, rounds: int, resident: bool) -> T
     return Times(
         [record["seconds"] for record in trained],
         [max(answer["train_seconds"] for answer in record["clients"].values()) for record in trained],
-        summary["mean_accuracy"],
+        statistics.mean(client["loss"] for client in summary["clients"].values()),
         {
             "register": next(record["seconds"] for record in records if record["phase"] == "register"),
             "plan without training": statistics.median(a["client_seconds"] - a["train_seconds"] for a in answers),
@@ -120,42 +200,56 @@ def alloy(cluster: LocalCluster, clients: int, rounds: int, resident: bool) -> T
     )
 
 
-def measure(clients: int, rounds: int) -> dict[str, Times]:
-    """All ways with one number of clients."""
+def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
+    """The wanted ways in one case."""
     found: dict[str, Times] = {}
     with tempfile.TemporaryDirectory(prefix="fedalloy-overhead-") as text:
         root = Path(text)
-        prepare(root / "stock", clients, root / "cache")
-        settings = Settings(tuple(f"client-{index}" for index in range(clients)), root / "runs")
-        with LocalCluster(root / "cluster", settings) as cluster:
-            for way in WAYS:
+        folder = root / "given"
+        node_config = prepare(folder, case)
+        settings = local.Settings(tuple(node_config), root / "runs", startup_timeout=PATIENCE, node_config=node_config)
+        with local.LocalCluster(root / "cluster", settings) as cluster:
+            for way in ways:
                 started = time.monotonic()
-                if way in ("stock", "empty"):
-                    found[way] = stock(cluster, root / "stock", clients, rounds, empty=way == "empty")
-                else:
-                    found[way] = alloy(cluster, clients, rounds, resident=way == "resident")
-                overhead = found[way].median
-                console.print(f"{clients} clients, {way}: {overhead:.2f} s ({time.monotonic() - started:.0f} s in all)")
+                for attempt in (1, 2):  # where nothing gets a turn for a minute, Flower gives a run up
+                    try:
+                        if way in ("stock", "empty"):
+                            found[way] = stock(cluster, folder, case, rounds, empty=way == "empty")
+                        else:
+                            found[way] = alloy(cluster, folder, case, rounds, resident=way == "resident")
+                        break
+                    except FailedError as error:
+                        if attempt == 2:
+                            raise
+                        console.print(f"{way}: once more, because {error}", highlight=False)
+                seconds, whole = found[way].median, time.monotonic() - started
+                console.print(f"{case.base}, {case.clients} clients, {way}: {seconds:.2f} s ({whole:.0f} s in all)")
     return found
 
 
-def table(results: dict[int, dict[str, Times]]) -> Table:
-    """Clients x way: overhead, its ratio to stock and to the empty round."""
+def ratio(ways: dict[str, Times], first: str, second: str) -> float | None:
+    """Of medians, where both were measured."""
+    return ways[first].median / ways[second].median if first in ways and second in ways else None
+
+
+def table(results: dict[Case, dict[str, Times]]) -> Table:
+    """Case x way: overhead, its ratio to stock and to the empty round."""
     shown = Table(title="Seconds per round beyond training", title_justify="left")
-    for column in ("clients", "way", "median", "rounds", "first", "of stock", "of empty", "trained", "accuracy"):
-        shown.add_column(column, justify="left" if column == "way" else "right")
-    for clients, ways in results.items():
+    for column in ("base", "clients", "way", "median", "rounds", "first", "of stock", "of empty", "trained", "loss"):
+        shown.add_column(column, justify="left" if column in ("base", "way") else "right")
+    for case, ways in results.items():
         for way, times in ways.items():
+            ratios = (ratio(ways, way, "stock"), ratio(ways, way, "empty"))
             shown.add_row(
-                str(clients),
+                case.base,
+                str(case.clients),
                 way,
                 f"{times.median:.2f}",
                 " ".join(f"{value:.1f}" for value in times.overhead[1:]),
                 f"{times.overhead[0]:.1f}",
-                f"{times.median / ways['stock'].median:.2f}",
-                f"{times.median / ways['empty'].median:.2f}",
+                *("" if value is None else f"{value:.2f}" for value in ratios),
                 f"{statistics.median(times.training):.2f}",
-                "" if times.accuracy is None else f"{times.accuracy:.3f}",
+                "" if times.loss is None else f"{times.loss:.2f}",
             )
     return shown
 
@@ -175,29 +269,43 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 clients, 4 rounds; below ten minutes")
+    parser.add_argument("--quick", action="store_true", help="2 clients, the small base, 3 rounds; below ten minutes")
     parser.add_argument("--clients", type=int, nargs="+", help="numbers of clients, instead of 2 and 4")
-    parser.add_argument("--rounds", type=int, help="rounds of each way, the first of which is left out")
+    parser.add_argument("--bases", nargs="+", choices=("small", "1b"), help="base models, instead of both")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to compare, instead of all")
+    parser.add_argument("--rounds", type=int, help="rounds of each way, at least 2, the first of which is left out")
     parser.add_argument("--json", type=Path, help="write everything here")
     given = parser.parse_args()
     counts = given.clients or ([2] if given.quick else [2, 4])
-    rounds = given.rounds or (4 if given.quick else 6)
+    rounds = given.rounds or (3 if given.quick else 5)
+    if rounds < 2:
+        parser.error(f"--rounds {rounds}: expected at least 2")
     before = machine()
-    results = {clients: measure(clients, rounds) for clients in counts}
+    results: dict[Case, dict[str, Times]] = {}
+    for base in given.bases or (["small"] if given.quick else ["small", "1b"]):
+        for case in (Case(base, clients) for clients in counts):
+            free = psutil.virtual_memory().available
+            if free < case.bytes_needed:
+                need = f"{case.bytes_needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free"
+                console.print(f"{base}, {case.clients} clients: left out, {need}", highlight=False)
+                continue
+            results[case] = measure(case, given.ways, rounds)
     console.print(table(results))
-    ratios = {clients: ways["resident"].median / ways["stock"].median for clients, ways in results.items()}
-    for clients, ways in results.items():
-        console.print(f"{clients} clients, resident: {ways['resident'].answering}", highlight=False)
+    for case, ways in results.items():
+        if "resident" in ways:
+            said = {name: round(seconds, 2) for name, seconds in ways["resident"].answering.items()}
+            console.print(f"{case.base}, {case.clients} clients, resident: {said}", highlight=False)
     console.print(f"machine: {before}", highlight=False)
-    console.print("1B-shaped base model: not measured, this benchmark has a small one only", highlight=False)
     if given.json:
+        over = {other: [ratio(ways, "resident", other) for ways in results.values()] for other in ("stock", "empty")}
         report = {
-            "resident_over_stock": max(ratios.values()),
-            "resident_over_empty": max(w["resident"].median / w["empty"].median for w in results.values()),
-            "by_clients": {
-                clients: {way: asdict(times) | {"median_overhead": times.median} for way, times in ways.items()}
-                for clients, ways in results.items()
-            },
+            f"resident_over_{other}": max((value for value in values if value is not None), default=None)
+            for other, values in over.items()
+        } | {
+            "cases": [
+                asdict(case) | {way: asdict(times) | {"median_overhead": times.median} for way, times in ways.items()}
+                for case, ways in results.items()
+            ],
             "machine": before,
         }
         given.json.write_text(json.dumps(report, indent=2) + "\n")

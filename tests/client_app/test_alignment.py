@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -23,7 +25,7 @@ from client_app.alignment import (
     load_alignment,
     recolouring,
 )
-from client_app.data import Base, Dataset
+from client_app.data import Base, Dataset, LazyDataset
 from client_app.model import ModelError, PersonalModel
 
 QUICK = AlignOptions(steps=60, batch_size=4)
@@ -91,6 +93,14 @@ def test_equal_activations_need_no_recolouring() -> None:
     )
 
 
+def test_an_identical_model_that_starts_at_the_pivots_a_stays_there() -> None:
+    a, x = polar(draw(3, 8)), draw(100, 8, seed=1)
+    z = x @ a.T
+    found = fit_a(a, x.T @ x / 100, x.T @ z / 100, AlignOptions(penalty=0.0, steps=50))
+    torch.testing.assert_close(found, a, atol=1e-3, rtol=0)  # Adam's steps do not get smaller with the gradient
+    assert float((x @ found.T - z).square().mean()) < 1e-6
+
+
 def test_the_column_penalty_is_the_mean_squared_cosine_and_has_welchs_floor() -> None:
     a = draw(3, 7)
     unit = a / a.norm(dim=0)
@@ -113,7 +123,7 @@ def test_stage_a_finds_the_map_that_explains_the_pivot() -> None:
 def test_aligned_models_start_from_the_file_and_the_pivot_is_orthonormal(tmp_path: Path) -> None:
     pivot, target = model_of(16, 2), model_of(24, 5)
     said: list[tuple[str, int, int]] = []
-    path = align(pivot, [target], text(), tmp_path, QUICK, lambda *news: said.append(news))
+    path = align(pivot, [target], [text()] * 2, tmp_path, QUICK, lambda *news: said.append(news))
     assert {what for what, _, _ in said} == {"reading for llama-24", "fitting llama-24"}
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
     for model in (pivot, target):
@@ -136,7 +146,7 @@ def test_alignment_brings_the_activations_of_the_models_together(tmp_path: Path)
     """What it is for: after it, A x means more of the same in both models than before."""
     pivot, target = model_of(16, 2), model_of(24, 4)
     data = text(60)
-    path = align(pivot, [target], data, tmp_path, AlignOptions(steps=300, batch_size=16))
+    path = align(pivot, [target], [data] * 2, tmp_path, AlignOptions(steps=300, batch_size=16))
 
     def correlation(bases: dict[str, Adapter]) -> float:
         ours, theirs = (alignment._inputs(model, data) for model in (target, pivot))
@@ -161,7 +171,7 @@ def module_of(model: PersonalModel, name: str) -> str:
 
 def test_a_stopped_alignment_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pivot, target, data = model_of(16, 2), model_of(24, 3), text(20)
-    whole = align(pivot, [target], data, tmp_path / "whole", QUICK)
+    whole = align(pivot, [target], [data] * 2, tmp_path / "whole", QUICK)
     monkeypatch.setattr(alignment, "_SAVE_EVERY", 2)
     read: list[int] = []
 
@@ -173,9 +183,9 @@ def test_a_stopped_alignment_goes_on_and_ends_the_same(tmp_path: Path, monkeypat
             raise Stop
 
     with pytest.raises(Stop):
-        align(pivot, [target], data, tmp_path / "stopped", QUICK, stop)
+        align(pivot, [target], [data] * 2, tmp_path / "stopped", QUICK, stop)
     assert [path.name.startswith(".partial-") for path in (tmp_path / "stopped").iterdir()] == [True]
-    again = align(pivot, [target], data, tmp_path / "stopped", QUICK, lambda what, done, total: read.append(done))
+    again = align(pivot, [target], [data] * 2, tmp_path / "stopped", QUICK, lambda what, done, total: read.append(done))
     assert read[0] == 8
     assert again.name == whole.name
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == [whole.name]
@@ -183,18 +193,27 @@ def test_a_stopped_alignment_goes_on_and_ends_the_same(tmp_path: Path, monkeypat
 
 def test_a_missing_changed_or_foreign_file_is_refused(tmp_path: Path) -> None:
     pivot, target = model_of(16, 2), model_of(24, 2)
-    path = align(pivot, [target], text(), tmp_path, QUICK)
+    path = align(pivot, [target], [text()] * 2, tmp_path, QUICK)
     with pytest.raises(AlignmentError, match="no alignment 'abc' in"):
         load_alignment(tmp_path, "abc", pivot.layout)
     with pytest.raises(AlignmentError, match=r"nothing for '.*' of base model 3232"):
         load_alignment(tmp_path, path.stem, model_of(32, 2).layout)
     with pytest.raises(AlignmentError, match=r"has shape \(3, 16\) for .*expected \(2, 16\)"):
         load_alignment(tmp_path, path.stem, model_of(16, 2, rank=2).layout)
+    for content, message in (
+        (save(load_file(path), metadata={"fedalloy": '{"format": "fedalloy.alignment.v2"}'}), "has format .*v2'"),
+        (save(load_file(path)), "has format None, expected 'fedalloy.alignment.v1'"),
+        (path.read_bytes()[:100], "is damaged"),
+    ):
+        digest = hashlib.sha256(content).hexdigest()
+        (tmp_path / f"{digest}.safetensors").write_bytes(content)
+        with pytest.raises(AlignmentError, match=message):
+            load_alignment(tmp_path, digest, pivot.layout)
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(AlignmentError, match="has the hash"):
         load_alignment(tmp_path, path.stem, pivot.layout)
     with pytest.raises(AlignmentError, match="'llama-24' shares"):
-        align(pivot, [model_of(24, 2, blocks=1)], text(), tmp_path, QUICK)
+        align(pivot, [model_of(24, 2, blocks=1)], [text()] * 2, tmp_path, QUICK)
 
 
 def test_models_with_other_tokens_cannot_be_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,5 +225,26 @@ def test_models_with_other_tokens_cannot_be_aligned(tmp_path: Path, monkeypatch:
         return {name: x[::2] for name, x in found.items()} if model is pivot else found
 
     monkeypatch.setattr(alignment, "_inputs", halved)
-    with pytest.raises(AlignmentError, match="different tokenizers"):
-        align(pivot, [target], text(), tmp_path, QUICK)
+    with pytest.raises(AlignmentError, match="divide their inputs differently"):
+        align(pivot, [target], [text()] * 2, tmp_path, QUICK)
+
+
+def test_texts_of_other_lengths_cannot_be_aligned(tmp_path: Path) -> None:
+    pivot, target = model_of(16, 2), model_of(24, 2)
+    longer = text()
+    mask = longer.inputs["attention_mask"].clone()
+    mask[2, 4] = 0
+    mask[0, 3] = 1  # as many in all
+    other = Dataset({**longer.inputs, "attention_mask": mask}, longer.labels)
+    with pytest.raises(AlignmentError, match="a text has 3 tokens for one model and 4 for the other"):
+        align(pivot, [target], [text(), other], tmp_path, QUICK)
+
+
+def test_what_was_kept_of_other_images_is_not_gone_on_from(tmp_path: Path) -> None:
+    pivot, target = model_of(16, 2), model_of(24, 2)
+    labels = torch.zeros(3, dtype=torch.long)
+    names = set()
+    for value in (0.0, 1.0):
+        images = LazyDataset({}, labels, read=lambda at, value=value: {"pixel_values": torch.full((len(at), 2), value)})
+        names.add(alignment._partial(tmp_path, pivot, target, QUICK, [images] * 2))
+    assert len(names) == 2

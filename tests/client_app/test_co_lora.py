@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from adapters.adapter import Adapter
 from adapters.algebra import distance, fold, stack, truncate
@@ -17,9 +25,14 @@ from adapters.layout import Factor, Layout
 from adapters.peft_format import write_peft_directory
 from adapters.shared import shared_layout
 from client_app.co_lora import Gate, GateError
-from client_app.data import Base
+from client_app.data import Base, ClientData, Dataset
+from client_app.interpreter import Interpreter
 from client_app.model import ModelError, PersonalModel
 from client_app.roles import RoleError, block_ends, last_down_projection, role_of
+from client_app.slots import SlotStore
+from proto.fedalloy.v1 import plan_pb2
+from server_app.export import is_in_parts
+from strategies import steps
 from tests.adapters.samples import random_adapter
 from tests.adapters.tiny_vit import assert_same_logits, base_of, build, heads_of, images, logits_of
 
@@ -80,7 +93,7 @@ def test_block_ends_rise_to_the_last_layer_and_more_blocks_than_layers_are_refus
         model_of(blocks=3)
 
 
-def llama(width: int = 16, depth: int = 3) -> nn.Module:
+def llama(width: int = 16, depth: int = 3, family: type = LlamaForSequenceClassification) -> nn.Module:
     config = LlamaConfig(
         vocab_size=20,
         hidden_size=width,
@@ -88,8 +101,10 @@ def llama(width: int = 16, depth: int = 3) -> nn.Module:
         num_attention_heads=2,
         intermediate_size=2 * width,
         pad_token_id=0,
+        initializer_range=0.4,
     )
-    return LlamaForSequenceClassification(config)
+    model: nn.Module = family(config)
+    return model
 
 
 def bert() -> nn.Module:
@@ -115,9 +130,36 @@ def test_families_widths_and_depths_share_the_same_tensors() -> None:
     assert {layout.digest for layout in found if layout is not None} == {found[0].digest}
     assert last_down_projection(llama()) == "model.layers.2.mlp.down_proj"
     assert last_down_projection(bert()) == "bert.encoder.layer.3.output.dense"
-    assert role_of("bert.encoder.layer.0.attention.output.dense") == "o"
     with pytest.raises(RoleError, match="'score' has no known role"):
         role_of("score")
+
+
+def test_families_name_the_same_part_in_their_own_ways() -> None:
+    layers = {
+        "q": (
+            "model.layers.0.self_attn.q_proj",
+            "bert.encoder.layer.0.attention.self.query",
+            "layer.0.attention.q_lin",
+        ),
+        "o": (
+            "bert.encoder.layer.0.attention.output.dense",
+            "gpt_neox.layers.0.attention.dense",
+            "layers.0.attn.Wo",
+            "transformer.h.0.attn.c_proj",
+        ),
+        "down": (
+            "model.layers.0.mlp.down_proj",
+            "bert.encoder.layer.0.output.dense",
+            "transformer.h.0.mlp.c_proj",
+            "gpt_neox.layers.0.mlp.dense_4h_to_h",
+            "layers.0.mlp.Wo",
+            "transformer.layer.0.ffn.lin2",
+        ),
+        "qkv": ("model.layers.0.self_attn.qkv_proj", "gpt_neox.layers.0.attention.query_key_value", "h.0.attn.c_attn"),
+        "gate_up": ("model.layers.0.mlp.gate_up_proj",),
+    }
+    for role, names in layers.items():
+        assert [role_of(name) for name in names] == [role] * len(names)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,7 +230,7 @@ def test_the_gated_model_is_the_closed_formula(kind: str) -> None:
         for parameter in parameters.values():
             parameter.data = parameter.data.double()
     found = model.logits({"pixel_values": images().double()})
-    torch.testing.assert_close(found, by_hand(model, slots, gates, kind), atol=1e-9, rtol=0)
+    torch.testing.assert_close(found, by_hand(model, slots, gates, kind), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(("logit", "slot"), [(-80.0, "local"), (80.0, "global")])
@@ -224,9 +266,9 @@ def test_gates_learn() -> None:
         assert float(parameter.grad.abs().max()) > 0, name
 
 
-def text_model(looks_at_input: bool = True) -> PersonalModel:
+def text_model(looks_at_input: bool = True, family: type = LlamaForSequenceClassification) -> PersonalModel:
     torch.manual_seed(0)
-    module = llama().eval()
+    module = llama(family=family).eval()
     targets = tuple(n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.endswith("q_proj"))
     model = PersonalModel(Base("llama", module, "f" * 64, targets, ()), 3, 6.0, blocks=1)
     model.load("gates", random_adapter(model.gate_layout(looks_at_input=looks_at_input), 3, scale=1.0))
@@ -261,6 +303,66 @@ def test_decoding_keeps_the_gates_of_the_prompt() -> None:
     assert all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
     model.module(input_ids=further)
     assert not all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
+
+
+def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_of_its_own() -> None:
+    model = text_model(family=LlamaForCausalLM)
+    module: Any = model.module
+    prompts = ([5, 6, 7, 8, 9, 10, 11], [3, 4, 5])
+
+    def written(rows: Sequence[list[int]]) -> list[list[int]]:
+        width = max(map(len, rows))
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "eos_token_id": None}
+        found: Tensor = module.generate(input_ids=tokens, attention_mask=mask, **options)
+        return found[:, width:].tolist()
+
+    def by_prefix(row: list[int]) -> list[int]:
+        """Without a cache: the gates of the prompt, as numbers, over the whole text so far."""
+        model.logits({"input_ids": torch.tensor([row])})
+        fixed = dict(model._context._kept)
+        model._context.weights = lambda name, x, gate: fixed[name]  # type: ignore[method-assign]
+        try:
+            answer: list[int] = []
+            for _ in range(5):
+                answer.append(int(model.logits({"input_ids": torch.tensor([row + answer])})[0, -1].argmax()))
+        finally:
+            del model._context.weights
+        return answer
+
+    together = written(prompts)
+    assert together == [written([prompt])[0] for prompt in prompts]
+    assert together == [by_prefix(prompt) for prompt in prompts]
+    model.activate({})
+    assert together != written(prompts)  # the adapters decide something
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_personal_model_has_the_clients_logits_whether_it_folds_or_not(tmp_path: Path, kind: str) -> None:
+    model = model_of()
+    slots, gates = slots_of(model), gates_of(model, kind)
+    expected = logits_of(gated(model, kind, gates).module)
+    model.unload_all()
+    data = ClientData("toy", "image-classification", {"train": Dataset({"pixel_values": images()}, torch.zeros(6))})
+    store = SlotStore(tmp_path, "tiny-vit", lambda: model.heads)
+    plan = plan_pb2.Plan(version=1, client_id="ada", steps=[steps.save(steps.gated("global", "local", "gates"))])
+    with store.transaction(1) as held:
+        for name, adapter in {**slots, "gates": gates}.items():
+            held[name] = adapter
+        report, _ = Interpreter("ada", model, data, held).run(plan, {})
+    folder = tmp_path / "adapter"
+    assert report.results[0].save.in_parts is is_in_parts(folder) is (kind == "input")
+    if kind == "scalar":
+        assert_same_logits(logits_of(PeftModel.from_pretrained(build(), folder)), expected, 1e-5)
+        return
+    kept = load_file(folder / "gates.safetensors")
+    for entry, tensor in gates.items():
+        assert torch.equal(kept[f"gates/{entry.module}"], tensor)
+    for name, adapter in slots.items():
+        model.load(name, adapter)
+        model.activate({name: 1.0})
+        assert_same_logits(logits_of(PeftModel.from_pretrained(build(), folder / name)), logits_of(model.module), 1e-5)
 
 
 def test_scalar_gates_fold_into_one_peft_adapter_with_the_same_logits(tmp_path: Path) -> None:

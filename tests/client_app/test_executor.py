@@ -22,9 +22,11 @@ MESSAGES = 100
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One state directory: the base model is made once."""
-    return tmp_path_factory.mktemp("state")
+def folder(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Path:
+    """One state directory."""
+    folder = tmp_path_factory.mktemp("state")
+    (folder / ".cache").symlink_to(base_cache)
+    return folder
 
 
 def settings(folder: Path, **run_config: Any) -> Settings:

@@ -1,4 +1,4 @@
-"""Steps that compare slots on data, learn from a teacher, and send second moments of inputs; against the formulas."""
+"""Steps that compare slots on data, attribute examples, and send second moments of inputs; against the formulas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from client_app.inputs import improvement_weights, input_moments
 from client_app.interpreter import Interpreter, PlanError
 from client_app.model import PersonalModel
 from client_app.slots import SlotStore
-from client_app.tasks import distillation_loss
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies import steps
 from strategies.steps import Training
@@ -139,51 +138,6 @@ def test_moments_are_those_of_the_inputs(client: Client) -> None:
     assert input_moments(client.model, client.data).digest == found.digest  # no hook is left behind
 
 
-def test_distillation_is_the_divergence() -> None:
-    student, teacher = (torch.randn(5, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-    p, q = (torch.softmax(part / 2, dim=1) for part in (teacher, student))
-    expected = 4 * (p * (p / q).log()).sum(dim=1).mean()
-    found = distillation_loss("image-classification", student, teacher, torch.zeros(5, dtype=torch.long), 2.0)
-    torch.testing.assert_close(found, expected)
-    tokens, other = (torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 4))
-    labels = torch.tensor([[-100, 1, 2], [0, -100, 3]])  # what is predicted at 0, 1 and at 1
-    rows = [(0, 0), (0, 1), (1, 1)]
-    by_hand = [
-        functional.kl_div(tokens[i, t].log_softmax(0), other[i, t].log_softmax(0), reduction="sum", log_target=True)
-        for i, t in rows
-    ]
-    found = distillation_loss("causal-lm", tokens, other, labels, 1.0)
-    torch.testing.assert_close(found, torch.stack(by_hand).mean())
-
-
-def test_a_slot_learns_from_its_teacher_and_the_teacher_stays(client: Client) -> None:
-    teacher = client.slots["b"].digest
-    wanted = client.logits("b").softmax(dim=1)
-    before = float((client.logits("a").softmax(dim=1) - wanted).abs().mean())
-    training = Training(local_steps=40, batch_size=12, learning_rate=0.02)
-    client.run(
-        steps.train(training, steps.mixture("a"), ["a"], distillation=(steps.mixture("b"), 1.0, 1.0)),
-    )
-    after = float((client.logits("a").softmax(dim=1) - wanted).abs().mean())
-    assert after < 0.5 * before
-    assert client.slots["b"].digest == teacher
-
-
-def test_a_weight_of_zero_is_no_distillation(client: Client) -> None:
-    start = client.slots["a"]
-    training = Training(local_steps=2, batch_size=4)
-    plain = steps.train(training, steps.mixture("a"), ["a"])
-    assert steps.train(training, steps.mixture("a"), ["a"], distillation=(steps.mixture("b"), 0.0, 1.0)) == plain
-    client.run(plain)
-    expected = client.slots["a"].vector
-    client.slots["a"] = start
-    step = plan_pb2.Step()
-    step.CopyFrom(plain)
-    step.train.distillation.CopyFrom(plan_pb2.Distillation(teacher=steps.mixture("b"), weight=1e-30, temperature=1.0))
-    client.run(step)
-    torch.testing.assert_close(client.slots["a"].vector, expected, rtol=0, atol=1e-6)
-
-
 def attributed(client: Client, shares: list[float]) -> torch.Tensor:
     """``q [n, 2]`` for the slots a and b, from the definition."""
     columns = []
@@ -252,14 +206,6 @@ def test_training_counts_examples_by_what_was_attributed(client: Client) -> None
         (
             steps.train(Training(), steps.mixture("a"), ["a"], attributed_to="a"),
             "the split that is trained on was not attributed to slot 'a'",
-        ),
-        (
-            steps.train(Training(), steps.mixture("a"), ["a"], distillation=(steps.mixture("../b"), 0.5, 1.0)),
-            "slot name '../b'",
-        ),
-        (
-            steps.train(Training(), steps.mixture("a"), ["a"], distillation=(steps.mixture("b"), 1.5, 1.0)),
-            "distillation with weight 1.5 at temperature 1, expected 0 to 1",
         ),
     ],
 )

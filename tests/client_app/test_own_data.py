@@ -342,7 +342,7 @@ def test_a_missing_model_says_what_to_download(tmp_path: Path, llama: Path) -> N
     with pytest.raises(BaseModelError, match="base-model is not set"):
         find_model("", tmp_path)
     (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(BaseModelError, match=r"no \*\.safetensors \(found pytorch_model\.bin\)"):
         find_model(str(tmp_path / "pickled"), tmp_path)
@@ -403,6 +403,9 @@ def test_node_config_wins_over_run_config() -> None:
         settings({"data-path": "x", "max-length": "long"})
     with pytest.raises(SettingsError, match="model-dtype = 'float8', expected one of"):
         settings({"data-path": "x", "model-dtype": "float8"})
+    for labels in ("pos", "a,b,a", ","):
+        with pytest.raises(SettingsError, match="expected at least two names that differ, or none"):
+            settings({"data-path": "x", "labels": labels})
     with pytest.raises(SettingsError, match="split-fractions"):
         settings({"data-path": "x", "split-fractions": "0.5,0.5"})
 

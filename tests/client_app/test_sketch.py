@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from adapters.adapter import Adapter
 from client_app.data import Base, Dataset
-from client_app.model import PersonalModel
+from client_app.model import OWN_HEAD, PersonalModel
 from client_app.sketch import ReferenceModel, SketchError, reference_layout, row_subset, take_sketch
 from proto.fedalloy.v1 import plan_pb2
 from tests.adapters.samples import random_adapter
-from tests.adapters.tiny_vit import CLASSES, base_of, images
+from tests.adapters.tiny_vit import CLASSES, base_of, images, logits_of
 
 
 def llama_personal() -> PersonalModel:
@@ -89,6 +90,20 @@ def test_the_gradient_is_that_of_the_base_whatever_adapters_are_active_and_leave
     after = personal.module.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert reference.layout.entries[0].shape == (16, 24)
+
+
+def test_a_head_of_the_clients_own_takes_no_part_either() -> None:
+    base = base_of(heads=())
+    personal = PersonalModel(replace(base, own_heads=("classifier",)), 2, 4.0)
+    reference = ReferenceModel(personal)
+    before = reference.gradient(pictures())
+    assert personal.own_layout is not None
+    personal.load(OWN_HEAD, random_adapter(personal.own_layout, 3, scale=1.0))
+    personal.activate({})
+    assert torch.equal(reference.gradient(pictures()), before)
+    without = logits_of(personal.module)
+    personal.activate({})
+    assert not torch.equal(logits_of(personal.module), without)
 
 
 def test_the_diagonal_gradient_is_the_closed_formula_and_not_the_exact_one() -> None:

@@ -486,11 +486,13 @@ def test_killed_before_any_operation_of_a_plan(round_: int, rerun: bool, worker:
 
 
 def test_killed_at_random_moments(worker: Worker, tmp_path: Path) -> None:
-    """25 times SIGKILL from outside, anywhere in a long series of rounds."""
+    """SIGKILL from outside, anywhere in a long series of rounds, until enough rounds lie between the kills."""
     directory, progress = tmp_path / "client", tmp_path / "client.progress"
     chance = random.Random(0)
     done = 0
-    for _ in range(25):
+    for kill in range(500):
+        if kill >= 25 and done > 10:
+            return
         progress.write_text("")
         pid = worker.start(directory, done + 1, count=10**6)
         deadline = chance.uniform(0, 0.15)
@@ -506,4 +508,4 @@ def test_killed_at_random_moments(worker: Worker, tmp_path: Path) -> None:
         assert found == after(*range(1, done + 1))
         if done:
             assert start_of(directory, done) == after(*range(1, done))
-    assert done > 10, "too few rounds between the kills to prove anything"
+    pytest.fail(f"{done} rounds between 500 kills are too few to prove anything")

@@ -101,6 +101,16 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(bert: Path, tmp_path: P
     config.write_text(json.dumps(good | {"use_dora": True}))
     with pytest.raises(StartAdapterError, match="trained with use_dora"):
         start()
+    config.write_text(json.dumps(good | {"init_lora_weights": "pissa_niter_16"}))
+    with pytest.raises(StartAdapterError, match="'pissa_niter_16', which changes the base model"):
+        start()
+    for alpha, said in (({"lora_alpha": "x"}, "no alpha"), ({"lora_alpha": float("inf")}, "scaling of .* is inf")):
+        config.write_text(json.dumps(good | alpha))
+        with pytest.raises(StartAdapterError, match=said):
+            start()
+    config.write_text(json.dumps(good | {"alpha_pattern": {"(": 3}}))
+    with pytest.raises(StartAdapterError, match="no alpha"):
+        start()
     config.write_text(json.dumps(good))
     key = next(name for name in state if "lora_A" in name)
     save_file(state | {key.replace("query", "key").replace("value", "key"): state[key].clone()}, weights)
@@ -135,6 +145,28 @@ def test_a_client_with_a_peers_adapter_starts_where_the_peer_stopped(bert: Path,
     assert scores["client-0"]["loss"] > 0.6
     assert scores["client-1"]["loss"] < 0.5
     assert scores["client-1"]["accuracy"] == 1.0
+
+
+def test_each_client_has_the_rank_that_its_owner_gave_it(bert: Path, tmp_path: Path) -> None:
+    """Where nothing is merged; strategies that cannot merge them name both ranks (tests/strategies/test_contract)."""
+    nodes: list[dict[str, Any]] = [
+        {
+            "data-path": str(toy_data.write_jsonl(tmp_path / f"{rank}.jsonl", toy_data.opinions(20, rank))),
+            "lora-r": rank,
+        }
+        for rank in (2, 5)
+    ]
+    nodes[1]["lora-alpha"] = 10
+    done = federate(tmp_path / "runs", bert, nodes, labels="neg,pos", local_steps=1, lora_r=4, lora_alpha=16.0)
+    for number, (rank, alpha) in enumerate(((2, 16), (5, 10))):
+        folder = done.path / "clients" / f"client-{number}" / "adapter"
+        assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == alpha
+        shapes = {
+            tuple(tensor.shape)
+            for key, tensor in load_file(folder / "adapter_model.safetensors").items()
+            if "lora_A" in key
+        }
+        assert shapes == {(rank, 32)}
 
 
 def test_clients_with_labels_of_their_own_keep_their_heads(bert: Path, tmp_path: Path) -> None:

@@ -23,13 +23,14 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from client_app.executor import Executor
+from client_app.progress import Cancelled, listening
 from client_app.residence import Owner, Residence, TrainerError, find_owner, read_trainer_settings
 from client_app.settings import SettingsError, read_settings
-from client_app.trainer import Task, Trainer
+from client_app.trainer import Task, Trainer, turn
 from client_app.trainer_client import JobFailedError, TrainerClient
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from strategies.steps import Training, evaluate, initialise, mixture, send, train
-from tests.in_process import InProcessGrid, run_in_process
+from tests.in_process import FIRST_NODE, InProcessGrid, run_in_process
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
@@ -37,13 +38,15 @@ PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[Path]:
+def home(base_cache: Path) -> Iterator[Path]:
     """A temporary folder with a name short enough for sockets; ``FLWR_HOME`` and ``TMPDIR`` point to it."""
     folder = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
         patch.setattr(tempfile, "tempdir", None)
         patch.setenv("FLWR_HOME", str(folder / "flwr"))
+        (folder / "state").mkdir()
+        (folder / "state" / ".cache").symlink_to(base_cache)
         yield folder
     shutil.rmtree(folder)
 
@@ -186,6 +189,27 @@ def test_a_path_too_long_for_a_socket_is_not_used(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("client_app.residence.temporary_folders", lambda: [str(long)])
     with pytest.raises(TrainerError, match="bytes with the socket's name, expected at most 107"):
         Residence.of(owner)
+
+
+def test_a_path_that_grpc_would_misread_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
+    strange = [short / name for name in ("a%20b", "a?b", "a#b", "a,b")]
+    for folder in (*strange, short / "a b"):
+        folder.mkdir()
+    monkeypatch.setattr("client_app.residence.temporary_folders", lambda: [*map(str, strange), str(short / "a b")])
+    assert Residence.of(Owner.of(os.getpid())).folder.parent == short / "a b"
+    monkeypatch.setattr("client_app.residence.temporary_folders", lambda: [str(strange[0])])
+    with pytest.raises(TrainerError, match="gRPC takes '%' for a part of an address"):
+        Residence.of(Owner.of(os.getpid()))
+    shutil.rmtree(short)
+
+
+def test_a_home_that_cannot_be_written_is_named(
+    home: Path, new_owner: Callable[[], Owner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", "/proc/no-such-place")
+    with pytest.raises(TrainerError, match=r"log /proc/no-such-place/fedalloy/trainer\.log cannot be written"):
+        pid_of(new_owner())
 
 
 def test_without_a_supernode_there_is_no_owner() -> None:
@@ -350,6 +374,34 @@ def test_after_an_error_that_may_have_broken_the_process_it_leaves(home: Path, e
     assert tasks[1].answers.empty() is not stays
 
 
+def test_trainers_that_share_a_device_take_turns(tmp_path: Path) -> None:
+    heard: list[str] = []
+    first, released = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turn(tmp_path, "gpu"):
+            first.set()
+            released.wait(PATIENCE)
+
+    def listen(activity: str, done: int, total: int) -> None:
+        heard.append(activity)
+        if len(heard) == 3:
+            raise Cancelled("enough")
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(hold)
+        assert first.wait(PATIENCE)
+        with turn(tmp_path, "other"), turn(tmp_path, ""), turn(None, "gpu"):
+            pass
+        with listening(listen), pytest.raises(Cancelled), turn(tmp_path, "gpu"):
+            pytest.fail("two at a time")
+        assert heard == ["waiting for the device"] * 3
+        released.set()
+        held.result(PATIENCE)
+        with turn(tmp_path, "gpu"):
+            pass
+
+
 def test_an_error_is_named_and_the_next_plan_runs(home: Path, shared: Owner) -> None:
     where = context(home)
     pid = pid_of(shared)
@@ -392,9 +444,9 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
             killed.extend(trainers_of(owner))
             os.kill(killed[-1], signal.SIGKILL)
 
-    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", steps=400), {}))
+    first = answer(*TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", steps=150), {}))
     assert len(killed) == 1
-    assert [first] == alone(where, plan("killed", steps=400))
+    assert [first] == alone(where, plan("killed", steps=150))
     kills, when = 3, "accepted"
     before = {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()}
     assert before
@@ -404,18 +456,17 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
     assert {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()} == before
 
 
-@pytest.mark.parametrize("strategy", ["fedmerge", "potara"])
 def test_a_run_with_resident_trainers_has_the_numbers_of_one_without(
-    strategy: str, home: Path, new_owner: Callable[[], Owner], monkeypatch: pytest.MonkeyPatch
+    home: Path, base_cache: Path, shared: Owner, new_owner: Callable[[], Owner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"strategy": strategy, "num_server_rounds": 3, "local_steps": 4, "lora_dropout": 0.1}
-    options |= {"uplink_encoding": "int8", "run_name": "same", "potara__local_steps": 4}
-    read_base = read_settings(context(home))
-    Executor().register(read_base)
-    for way in ("off", "on"):  # the base model is made once
-        shutil.copytree(read_base.state_dir / ".cache", home / strategy / way / ".cache")
-    run_in_process(home / strategy / "off", 2, **options)
-    by_node: dict[int, Owner] = {1: new_owner(), 2: new_owner()}
+    """The strategy whose plans have most kinds of steps; dropout, and int8 with what it left behind."""
+    options: dict[str, Any] = {"strategy": "potara", "num_server_rounds": 2, "local_steps": 4, "lora_dropout": 0.1}
+    options |= {"uplink_encoding": "int8", "run_name": "same", "potara__local_steps": 4, "potara__search_points": 3}
+    for way in ("off", "on"):
+        (home / "runs" / way).mkdir(parents=True)
+        (home / "runs" / way / ".cache").symlink_to(base_cache)
+    run_in_process(home / "runs" / "off", 2, **options)
+    by_node: dict[int, Owner] = {FIRST_NODE: shared, FIRST_NODE + 1: new_owner()}
     asked: list[int] = []
     answer_of = InProcessGrid.answer
 
@@ -425,9 +476,9 @@ def test_a_run_with_resident_trainers_has_the_numbers_of_one_without(
 
     monkeypatch.setattr(InProcessGrid, "answer", answer)
     monkeypatch.setattr("client_app.app.find_owner", lambda: by_node[asked[-1]])
-    run_in_process(home / strategy / "on", 2, **options)
+    run_in_process(home / "runs" / "on", 2, **options)
     assert all(trainers_of(owner) for owner in by_node.values())
-    off, on = (home / strategy / way / "same" for way in ("off", "on"))
+    off, on = (home / "runs" / way / "same" for way in ("off", "on"))
     assert (
         json.loads((on / "summary.json").read_text())["clients"]
         == (json.loads((off / "summary.json").read_text())["clients"])

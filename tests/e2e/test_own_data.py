@@ -1,31 +1,64 @@
-"""Models and data of one's own on real SuperLink and SuperNode processes: every kind of model, tiny, built offline."""
+"""Models and data of one's own on real SuperLink and SuperNode processes: every kind of model, tiny, built offline.
+
+One cluster, started from the worked example's ``clients.toml``, serves all tests: each replaces what lies at the three
+clients' data paths, as a client's owner would, and names another base model.
+"""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+
 from examples import three_clients
 from server_app.cli import read_clients_file
-from server_app.cluster import LocalCluster, Settings
+from server_app.cluster import LocalCluster, Settings, stop
 from server_app.export import export_adapter
 from server_app.run_directory import RunDirectory
 from tests import tiny_models, toy_data
 
+CLIENTS = tuple(three_clients.GREETINGS)
 
-def start(folder: Path, node_config: dict[str, dict[str, Any]], **config: Any) -> tuple[RunDirectory, dict[str, Any]]:
-    """One run of one round on a cluster of its own; its directory and summary."""
-    settings = Settings(tuple(node_config), folder / "runs", node_config=node_config)
-    given = {"num-server-rounds": 1, "min-clients": len(node_config), "run-name": "own", "strategy": "fedavg"}
-    given |= {"runs-dir": str(folder / "runs")} | {key.replace("_", "-"): value for key, value in config.items()}
-    with LocalCluster(folder / "cluster", settings) as cluster:
-        outcome = cluster.run(given)
+
+@dataclass
+class Own:
+    """The running cluster and the folder of the worked example."""
+
+    cluster: LocalCluster
+    folder: Path
+
+    def run(self, name: str, **config: Any) -> tuple[RunDirectory, dict[str, Any]]:
+        """One run of one round; its directory and summary."""
+        runs = self.cluster.settings.runs_dir
+        given = {"num-server-rounds": 1, "min-clients": len(CLIENTS), "run-name": name, "strategy": "fedavg"}
+        given |= {"runs-dir": str(runs)} | {key.replace("_", "-"): value for key, value in config.items()}
+        outcome = self.cluster.run(given)
         assert outcome.completed, outcome.log.read_text()
-    run = RunDirectory(folder / "runs" / "own")
-    summary: dict[str, Any] = json.loads((run.path / "summary.json").read_text())
-    assert set(summary["clients"]) == set(node_config)
-    return run, summary
+        run = RunDirectory(runs / name)
+        summary: dict[str, Any] = json.loads((run.path / "summary.json").read_text())
+        assert set(summary["clients"]) == set(CLIENTS)
+        return run, summary
+
+    def replace_data(self, rows: Callable[[int], list[dict[str, Any]]]) -> None:
+        """Other data at the same paths; the clients notice."""
+        for number, client in enumerate(CLIENTS):
+            toy_data.write_jsonl(self.folder / f"{client}.jsonl", rows(number))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
+    folder = tmp_path_factory.mktemp("own data")  # a path with a space, as users have
+    three_clients.write(folder / "own")
+    node_config = read_clients_file(folder / "own" / "clients.toml")
+    settings = Settings(tuple(node_config), folder / "runs", node_config=node_config)
+    with LocalCluster(folder / "cluster", settings) as cluster:
+        yield Own(cluster, folder / "own")
 
 
 def losses(run: RunDirectory, client: str) -> list[float]:
@@ -33,14 +66,12 @@ def losses(run: RunDirectory, client: str) -> list[float]:
     return [r["clients"][client]["train_loss"][0] for r in run.rounds() if r["phase"] == "train"]
 
 
-def test_the_worked_example_of_the_readme(tmp_path: Path) -> None:
+def test_the_worked_example_of_the_readme(own: Own, tmp_path: Path) -> None:
     """Three JSONL files and a causal LM: every client's model answers in its own language."""
-    three_clients.write(tmp_path)
-    run, summary = start(
-        tmp_path,
-        read_clients_file(tmp_path / "clients.toml"),
+    run, summary = own.run(
+        "greetings",
         strategy="local",
-        base_model=str(tmp_path / "base"),
+        base_model=str(own.folder / "base"),
         target_modules="all-linear",
         local_steps=80,
         learning_rate=1e-2,
@@ -50,7 +81,7 @@ def test_the_worked_example_of_the_readme(tmp_path: Path) -> None:
     for client, greeting in three_clients.GREETINGS.items():
         assert summary["clients"][client]["exact_match"] == summary["clients"][client]["rouge_l"] == 1.0
         assert losses(run, client)[0] < 3.5  # a mean over the steps; untrained it is near 5
-        assert _written(tmp_path / "base", export_adapter(run.path, client, tmp_path / client)) == greeting
+        assert _written(own.folder / "base", export_adapter(run.path, client, tmp_path / client)) == greeting
 
 
 def _written(base: Path, adapter: Path) -> str:
@@ -65,43 +96,40 @@ def _written(base: Path, adapter: Path) -> str:
     return str(tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def test_a_classifier_shares_its_head_where_all_clients_have_the_same_labels(tmp_path: Path) -> None:
+def test_a_classifier_shares_its_head_where_all_clients_have_the_same_labels(own: Own, tmp_path: Path) -> None:
+    own.replace_data(lambda number: toy_data.opinions(80, number))
     base = tiny_models.save_bert(tmp_path / "bert", toy_data.VOCABULARY)
-    node: dict[str, dict[str, Any]] = {
-        client: {"data-path": str(toy_data.write_jsonl(tmp_path / f"{client}.jsonl", toy_data.opinions(80, i)))}
-        for i, client in enumerate(("berlin", "paris"))
-    }
-    run, summary = start(tmp_path, node, base_model=str(base), labels="neg,pos", local_steps=60, learning_rate=1e-2)
+    run, summary = own.run("opinions", base_model=str(base), labels="neg,pos", local_steps=60, learning_rate=1e-2)
     (first,) = [record["clients"] for record in run.rounds() if record["phase"] == "train"]
     for name, client in summary["clients"].items():  # one round on 64 examples: better than the untrained head
         assert client["loss"] < 0.9 * first[name]["metrics"]["personal"]["loss"]
         assert client["accuracy"] > 0.5
         assert 0 < client["f1"] <= 1
-    assert "train: 64 examples" in (tmp_path / "runs" / "data-berlin.txt").read_text()
+    assert "train: 64 examples" in (own.cluster.settings.runs_dir / "data-berlin.txt").read_text()
     assert not (run.path / "clients" / "berlin" / "slots" / "own-head").exists()
 
 
-def test_a_vision_transformer_learns_from_folders_of_images(tmp_path: Path) -> None:
+def test_a_vision_transformer_learns_from_images(own: Own, tmp_path: Path) -> None:
+    def pictures(number: int) -> list[dict[str, Any]]:
+        folder = toy_data.write_pictures(tmp_path / CLIENTS[number], 12, number)
+        return [{"image": str(path), "label": path.parent.name} for path in sorted(folder.rglob("*.png"))]
+
+    own.replace_data(pictures)
     base = tiny_models.save_vit(tmp_path / "vit")
-    node: dict[str, dict[str, Any]] = {
-        client: {"data-path": str(toy_data.write_pictures(tmp_path / client, 12, i))}
-        for i, client in enumerate(("berlin", "paris"))
-    }
-    _, summary = start(
-        tmp_path, node, base_model=str(base), labels="red,green,blue", local_steps=40, micro_batch_size=5
-    )
+    _, summary = own.run("pictures", base_model=str(base), labels="red,green,blue", local_steps=40, micro_batch_size=5)
     assert all(client["accuracy"] == 1.0 for client in summary["clients"].values())
 
 
-def test_an_image_and_text_model_learns_to_say_what_it_sees(tmp_path: Path) -> None:
+def test_an_image_and_text_model_learns_to_say_what_it_sees(own: Own, tmp_path: Path) -> None:
+    def captions(number: int) -> list[dict[str, Any]]:
+        path = toy_data.write_captions(tmp_path / CLIENTS[number], 12, number)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [row | {"image": str(path.parent / row["image"])} for row in rows]
+
+    own.replace_data(captions)
     base = tiny_models.save_llava(tmp_path / "llava")
-    node: dict[str, dict[str, Any]] = {
-        client: {"data-path": str(toy_data.write_captions(tmp_path / client, 12, i))}
-        for i, client in enumerate(("berlin", "paris"))
-    }
-    _, summary = start(
-        tmp_path,
-        node,
+    _, summary = own.run(
+        "captions",
         strategy="local",
         base_model=str(base),
         target_modules="all-linear",
@@ -111,3 +139,26 @@ def test_an_image_and_text_model_learns_to_say_what_it_sees(tmp_path: Path) -> N
         max_new_tokens=6,
     )
     assert all(client["exact_match"] >= 0.75 for client in summary["clients"].values())
+
+
+def test_cluster_down_ends_the_resident_trainers(own: Own) -> None:
+    """They are in sessions of their own, so nothing that is stopped takes them along; the last test of this module."""
+
+    def trainers() -> list[psutil.Process]:
+        owners = [f"{process.pid}-" for process in own.cluster.processes]
+        return [
+            process
+            for process in psutil.process_iter(["cmdline", "status"])
+            if "client_app.trainer" in (command := process.info["cmdline"] or [])
+            and any(part.startswith(owner) for owner in owners for part in command)
+            and process.info["status"] != psutil.STATUS_ZOMBIE
+        ]
+
+    if not trainers():  # no other test of this module ran
+        own.run("before", base_model=str(own.folder / "base"), local_steps=1)
+    assert len(trainers()) == len(CLIENTS)
+    assert stop(own.cluster.directory) > len(CLIENTS)
+    deadline = time.monotonic() + 60
+    while left := trainers():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)

@@ -18,6 +18,7 @@ from server_app.cli import app, parse_run_config, read_clients_file
 from server_app.cluster import ClusterError, LocalCluster, Process, Settings, running, stop
 from server_app.demo import DemoResult, free_name, table
 from server_app.export import ExportError, export_adapter
+from server_app.superlink import literal
 from strategies.options import OptionError
 
 runner = CliRunner()
@@ -141,6 +142,18 @@ def test_export_copies_all_or_nothing_and_names_what_there_is(tmp_path: Path) ->
     with pytest.raises(ExportError, match="exists and is not an empty folder"):
         export_adapter(run, "berlin", tmp_path / "deep" / "out")
     assert [path.name for path in tmp_path.glob("**/.*")] == []
+
+
+def test_values_reach_flower_as_they_are() -> None:
+    """Paths with spaces and quotes, read back by Flower's own reader."""
+    from flwr.common.config import parse_config_args
+
+    values = {"a": "/data/my files/x.jsonl", "b": "/o'brien/x", "c": 'say "hi"', "d": True, "e": 1e-3, "f": "C:\\x"}
+    text = " ".join(f"{key}={literal(value)}" for key, value in values.items())
+    assert parse_config_args([text]) == values
+    for impossible in ("'\"", "'\\", "a\nb"):
+        with pytest.raises(ClusterError, match="cannot be given to Flower"):
+            literal(impossible)
 
 
 def test_a_clients_file_has_a_table_for_each_client(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from proto.fedalloy.v1 import report_pb2
 from server_app.federation import NotEnoughClientsError
 from server_app.run_directory import RunDirectory, RunDirectoryError
 from strategies.options import OptionError
+from tests.in_process import FIRST_NODE
 from tests.server_app.conftest import Runner
 
 SUMMARY_KEYS = {
@@ -93,7 +94,12 @@ def replace_upload(change: Any) -> Any:
     """A tamper that changes the second client's upload from round 1 on."""
 
     def tamper(node_id: int, message: Message, reply: Message | None) -> Message | None:
-        if reply is None or node_id != 2 or not message.metadata.message_type.startswith("train") or reply.has_error():
+        if (
+            reply is None
+            or node_id != FIRST_NODE + 1
+            or not message.metadata.message_type.startswith("train")
+            or reply.has_error()
+        ):
             return reply
         report, blobs = unpack(reply.content, "report", report_pb2.Report)
         if not blobs:

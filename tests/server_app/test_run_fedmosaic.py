@@ -10,16 +10,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from adapters.layout import Factor
 from client_app.scenarios import digits
 from client_app.slots import SlotStore
+from server_app.cli import app
 from server_app.export import export_adapter, is_in_parts
 from server_app.federation import NotEnoughClientsError
 from server_app.run_directory import RunDirectory
+from tests.in_process import run_in_process
 from tests.server_app.conftest import Runner
 
 QUICK: dict[str, Any] = {"strategy": "fedmosaic", "local_steps": 4, "num_server_rounds": 2, "lora_r": 2}
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> RunDirectory:
+    """Three clients with P and Q at the last block end."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / ".cache").symlink_to(base_cache)
+    found: RunDirectory = run_in_process(folder, 3, run_name="test", **QUICK, lora_blocks=1)
+    return found
 
 
 def personal_accuracy(directory: RunDirectory) -> dict[str, float]:
@@ -27,8 +39,10 @@ def personal_accuracy(directory: RunDirectory) -> dict[str, float]:
     return {name: client["accuracy"] for name, client in summary["clients"].items()}
 
 
-def test_a_run_records_relevance_books_sketches_and_delivers_peft_adapters(run: Runner, tmp_path: Path) -> None:
-    directory = run(**QUICK, lora_blocks=1)
+def test_a_run_records_relevance_books_sketches_and_delivers_peft_adapters(
+    two_rounds: RunDirectory, tmp_path: Path
+) -> None:
+    directory = two_rounds
     settled = [record["settled"] for record in directory.rounds() if record["phase"] == "train"]
     assert all(sum(row) == pytest.approx(1, abs=1e-3) for found in settled for row in found["relevance"].values())
     rows = sqlite3.connect(directory.path / "ledger.sqlite").execute(
@@ -48,7 +62,10 @@ def test_a_run_records_relevance_books_sketches_and_delivers_peft_adapters(run: 
 
 def test_gates_that_look_at_the_input_are_exported_in_parts(run: Runner, tmp_path: Path) -> None:
     directory = run(**QUICK, fedmosaic__gate="input")
-    destination = export_adapter(directory.path, "client-1", tmp_path / "model")
+    destination = tmp_path / "model"
+    said = CliRunner().invoke(app, ["export", str(directory.path), "client-1", str(destination)])
+    assert said.exit_code == 0
+    assert "cannot be one PEFT adapter" in " ".join(said.output.split())
     assert is_in_parts(destination)
     assert sorted(path.name for path in destination.iterdir()) == [
         "gates.safetensors",
@@ -66,8 +83,8 @@ def test_gates_that_look_at_the_input_are_exported_in_parts(run: Runner, tmp_pat
     assert all(key.startswith("gates/") for key in load_file(destination / "gates.safetensors"))
 
 
-def test_each_clients_gates_and_sketch_stay_its_own_and_the_basis_stays_fixed(run: Runner) -> None:
-    directory = run(**QUICK, lora_blocks=1)
+def test_each_clients_gates_and_sketch_stay_its_own_and_the_basis_stays_fixed(two_rounds: RunDirectory) -> None:
+    directory = two_rounds
     gates: list[torch.Tensor] = []
     bases: list[torch.Tensor] = []
     for client in ("client-0", "client-1"):
@@ -84,9 +101,8 @@ def test_each_clients_gates_and_sketch_stay_its_own_and_the_basis_stays_fixed(ru
     assert all(torch.equal(bases[0], basis) for basis in bases[1:])
 
 
-def test_a_run_repeats_bit_for_bit(run: Runner) -> None:
-    first = run(**QUICK, run_name="first")
-    second = run(**QUICK, run_name="second")
+def test_a_run_repeats_bit_for_bit(run: Runner, two_rounds: RunDirectory) -> None:
+    first, second = two_rounds, run(**QUICK, lora_blocks=1, run_name="second")
     assert personal_accuracy(first) == personal_accuracy(second)
     states = [directory.load_checkpoint() for directory in (first, second)]
     assert states[0] is not None

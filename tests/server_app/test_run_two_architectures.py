@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from client_app.scenarios import ScenarioError, bases_to_align, digits_mixed, load_scenario
-from server_app.align import AlignCommandError, align_scenario
+from server_app.align import AlignCommandError, Aligned, align_models
 from server_app.cli import app
 from server_app.federation import NotEnoughClientsError
+from server_app.run_directory import RunDirectory
+from tests import tiny_models, toy_data
+from tests.in_process import run_in_process
 from tests.server_app.conftest import Runner
 
 MIXED: dict[str, Any] = {
@@ -47,7 +50,7 @@ def test_every_group_has_both_architectures_and_all_have_one_reference(runs_dir:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_clients_of_two_architectures_share_p_and_q(run: Runner, runs_dir: Path, share: bool) -> None:
-    path = align_scenario("digits-mixed", 1, 2, 0, 0.5, False, runs_dir, Console(quiet=True))
+    path = align_models(Aligned("digits-mixed"), 1, 2, 0, 0.5, False, runs_dir, Console(quiet=True))
     directory = run(clients=4, **MIXED, lora_alignment=path.stem, fedmosaic__share_conventional_lora=share)
     summary = json.loads((directory.path / "summary.json").read_text())
     assert len(summary["clients"]) == 4
@@ -63,6 +66,54 @@ def test_clients_of_two_architectures_share_p_and_q(run: Runner, runs_dir: Path,
         exact = load_file(directory.path / "clients" / client / "adapter" / "adapter_model.safetensors")
         assert any(value.shape == (4, width) for value in exact.values())
     assert len(aligned) == 2 * 6 * 2
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Llama 2 layers deep and 16 wide, a BERT 2 deep and 32 wide, and a smaller Llama that both compare data with."""
+    folder, words = tmp_path_factory.mktemp("families"), toy_data.VOCABULARY
+    return {
+        "llama": tiny_models.save_llama_reader(folder / "llama", words, width=16),
+        "bert": tiny_models.save_bert(folder / "bert", words),
+        "small": tiny_models.save_llama_reader(folder / "small", words, width=8, layers=1),
+    }
+
+
+def test_a_llama_beside_a_bert_on_their_own_data(
+    runs_dir: Path, families: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    public = toy_data.write_jsonl(runs_dir / "public.jsonl", toy_data.opinions(30, 9))
+    models = f"{families['llama']},{families['bert']}"
+    command = ["align", "--models", models, "--public", f"data-path='{public}'", "--blocks", "1", "--rank", "2"]
+    result = CliRunner().invoke(app, [*command, "--state-dir", str(runs_dir)])
+    assert result.exit_code == 0, result.output
+    (alignment,) = (runs_dir / "alignments").glob("*.safetensors")
+    paths = [toy_data.write_jsonl(runs_dir / f"{seed}.jsonl", toy_data.opinions(20, seed)) for seed in range(3)]
+    config: dict[str, Any] = MIXED | {"labels": "neg,pos", "lora_alignment": alignment.stem, "run_name": "families"}
+
+    def start(**more: Any) -> RunDirectory:
+        bases = [families[name] for name in ("llama", "bert", "llama")]
+        found: RunDirectory = run_in_process(
+            runs_dir,
+            3,
+            node_config=lambda index: {"data-path": str(paths[index]), "base-model": str(bases[index])},
+            num_server_rounds=2,
+            **(config | more),
+        )
+        return found
+
+    with pytest.raises(NotEnoughClientsError, match="client 'client-1' has as reference base model"):
+        start()
+    directory = start(reference_model=str(families["small"]), run_name="shared")
+    settled = [record["settled"] for record in directory.rounds() if record["phase"] == "train"]
+    assert all(found["relevance"]["client-1"][0] > 0 for found in settled)
+    assert "relevance for client-1" in caplog.text
+    assert "relative entropy of the relevance" in caplog.text or "near uniform" in caplog.text
+    loaded = directory.load_checkpoint()
+    assert loaded is not None
+    sketches = [tensor for name, tensor in loaded[1].tensors.items() if name.startswith("sketch/")]
+    assert {tensor.numel() for tensor in sketches} == {3 * 16}  # 0.4 of 8 rows, 16 columns: of the small Llama
+    assert len({tensor.sum().item() for tensor in sketches}) == 3
 
 
 def test_strategies_that_merge_whole_adapters_refuse_a_second_architecture_by_name(run: Runner) -> None:
@@ -82,6 +133,6 @@ def test_the_command_writes_the_file_and_says_what_to_run(runs_dir: Path) -> Non
 
 def test_what_cannot_be_aligned_is_one_line(runs_dir: Path) -> None:
     with pytest.raises(AlignCommandError, match="9 blocks of 2 layers"):
-        align_scenario("digits-mixed", 9, 2, 0, 0.5, False, runs_dir, Console(quiet=True))
+        align_models(Aligned("digits-mixed"), 9, 2, 0, 0.5, False, runs_dir, Console(quiet=True))
     result = CliRunner().invoke(app, ["align", "digits", "--state-dir", str(runs_dir)])
     assert result.exit_code == 1

@@ -279,6 +279,16 @@ class FakeNode:
                 first, second = self.slots[step.distance.first], self.slots[step.distance.second]
                 squared = squared_distances(first, second)
                 result.distance.squared.extend(squared[module] for module in self.layout.modules)
+            case "replace":
+                fired = [rule.task for rule in step.replace.rules if rule.margin < float("inf")]
+                for rule in step.replace.rules:
+                    result.replace.tasks.add(task=rule.task, replaced=rule.task in fired, source_loss=1.5)
+                if fired:
+                    self.slots[step.replace.target] = self.slots[step.replace.source].clone()
+            case "distill":
+                slot = step.distill.train.slots[0]
+                self.slots[slot] = self.move(self.name, plan.round, self.slots[slot])
+                result.distill.train.CopyFrom(report_pb2.TrainResult(steps=1, mean_loss=1.5))
             case "fisher":
                 slots = (
                     (step.fisher.first, step.fisher.keep_first),

@@ -157,7 +157,9 @@ def test_full_rank_flexlora_is_flora() -> None:
     adapters = [random_adapter(layout_of(rank=5), seed, dtype=torch.float64) for seed in range(3)]
     flex = STRATEGIES["flexlora"](seed=3)
     flex.enrol(client_of("ada", layout_of(rank=5)))
-    merged, stack = flex.average(adapters, COUNTS), weighted(adapters, COUNTS)  # type: ignore[attr-defined]
+    uploads = dict(zip(NAMES, adapters, strict=True))
+    merged = flex.average(uploads, dict(zip(NAMES, COUNTS, strict=True)))  # type: ignore[attr-defined]
+    stack = weighted(adapters, COUNTS)
     for module in LAYOUT.lora_modules:
         torch.testing.assert_close(dense(merged, module), dense(stack, module), rtol=0, atol=1e-10)
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message
+from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.codec import Encoding, encode
 from adapters.layout import Entry, Factor, Layout
-from adapters.parts import layout_of_part
+from adapters.parts import layout_of_part, layout_of_sketch
+from adapters.records import pack
 from adapters.shared import SHARED, shared_layout, to_shared, with_shared
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.base import Answer, Client, StrategyError
+from strategies.base import Answer, Client, StrategyError, answer_from, client_from
 from strategies.fedmosaic import GATES, GLOBAL, LOCAL, SKETCH, FedMosaic, FedMosaicOptions, mosaic
+from strategies.messages import BadAnswerError
 from strategies.options import OptionError
 from strategies.steps import Training
-from tests.strategies.conftest import dispatch_of, layout_of, noise
-
-REFERENCE = Layout((Entry("down", Factor.GRADIENT, (10, 6)),), {}, "reference")
+from tests.strategies.conftest import REFERENCE, FakeNode, dispatch_of, layout_of, noise
 
 
 def mixed_layout(base: str, d_in: int, d_out: int, rank: int = 3, prefix: str = "layers") -> Layout:
@@ -61,8 +66,7 @@ def upload_of(strategy: FedMosaic, name: str, round_: int = 1) -> Adapter:
 
 def sketch_of(strategy: FedMosaic, name: str, like: str | None = None) -> Adapter:
     (step,) = [step.sketch for step in strategy.brief(1, strategy.clients[name]).steps if step.HasField("sketch")]
-    layout = Layout((Entry("down", Factor.GRADIENT, (step.row_count, 6)),), {}, "reference")
-    return noise(like or name, 0, layout)
+    return noise(like or name, 0, layout_of_sketch(REFERENCE, step.row_count))
 
 
 def answer(strategy: FedMosaic, name: str, round_: int = 1, like: str | None = None) -> Adapter:
@@ -177,6 +181,102 @@ def test_a_client_that_misses_a_round_is_represented_by_its_last_upload() -> Non
     late = client_of("cyd", PLAIN)
     strategy.enrol(late)
     assert strategy.brief(3, late).adapters == {}
+
+
+def reply_of(strategy: FedMosaic, name: str, sketch: Tensor | bytes, round_: int = 1) -> Answer:
+    """An honest answer but for the numbers (float32) or bytes of its sketch."""
+    dispatch = dispatch_of(strategy, name, round_)
+    message = dispatch.message(1, ttl=60)
+    message.metadata.__dict__["_message_id"] = "message-1"
+    report, blobs = FakeNode(name, strategy.clients[name].layout).run(dispatch.plan, {})
+    if isinstance(sketch, bytes):
+        blobs[SKETCH] = sketch
+    elif sketch.isfinite().all():
+        layout = layout_of_sketch(REFERENCE, len(sketch) // 6)
+        blobs[SKETCH] = encode(Adapter(layout, sketch), Encoding.BF16, include_layout=False).blob
+    else:  # our own encoder refuses these
+        head, payload = blobs[SKETCH][: -2 * sketch.numel()], sketch.to(torch.bfloat16).view(torch.uint8)
+        blobs[SKETCH] = head + bytes(payload.tolist())
+    return answer_from(dispatch, Message(pack("report", report, blobs), reply_to=message))
+
+
+@pytest.mark.parametrize(
+    ("sketch", "finding"),
+    [
+        (torch.full((24,), math.nan), "NOT_FINITE"),
+        (torch.full((24,), math.inf), "NOT_FINITE"),
+        (torch.full((24,), 1e20), "numbers up to 9.97e\\+19, expected at most 1e\\+09"),
+        (b"", "TRUNCATED"),
+    ],
+)
+def test_a_hostile_sketch_is_refused_by_name_and_the_last_good_one_stands(sketch: Tensor | bytes, finding: str) -> None:
+    strategy = strategy_of({"ada": PLAIN, "ben": PLAIN})
+    for name in ("ada", "ben"):
+        answer(strategy, name)
+    strategy.settle(1)
+    before = strategy.state()
+    with pytest.raises(BadAnswerError, match=f"client 'ben' sent slot 'sketch'.*({finding})"):
+        reply_of(strategy, "ben", sketch, 2)
+    strategy.settle(2)
+    assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in strategy.state().tensors.items())
+
+
+def test_a_sketch_with_too_few_numbers_is_refused() -> None:
+    strategy = strategy_of({"ada": PLAIN})
+    layout = layout_of_sketch(REFERENCE, 3)
+    for include_layout in (True, False):
+        blob = encode(Adapter.zeros(layout), Encoding.BF16, include_layout=include_layout).blob
+        with pytest.raises(BadAnswerError, match="client 'ada' sent slot 'sketch'"):
+            reply_of(strategy, "ada", blob)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "column-mean"])
+@pytest.mark.parametrize("value", [0.0, 1e9, 1e-30])
+def test_sketches_of_zeros_and_of_huge_numbers_leave_weights_that_sum_to_one(kind: str, value: float) -> None:
+    names = ("ada", "ben", "cyd")
+    strategy = strategy_of(dict.fromkeys(names, PLAIN), similarity=kind)
+    for name in names:
+        found = reply_of(strategy, name, torch.full((24,), value) if name == "ada" else torch.randn(24))
+        strategy.absorb(1, strategy.clients[name], found)
+    record = strategy.settle(1)
+    for row in record["relevance"].values():
+        assert sum(row) == pytest.approx(1, abs=1e-3)
+    if value == 0:
+        assert record["relevance"]["ada"] == [0, 0.5, 0.5]
+    assert all(received(strategy, name).is_finite for name in names)
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_client_that_never_answers_changes_nothing_for_the_others() -> None:
+    names = ("ada", "ben", "cyd")
+    strategy, without = strategy_of(dict.fromkeys(names, PLAIN)), strategy_of(dict.fromkeys(names[:2], PLAIN))
+    for chosen in (strategy, without):
+        for name in names[:2]:
+            answer(chosen, name)
+    assert strategy.settle(1) == without.settle(1)
+    for name in names[:2]:
+        assert torch.equal(received(strategy, name).vector, received(without, name).vector)
+    assert strategy.brief(2, strategy.clients["cyd"]).adapters == {}
+    assert kinds(strategy.deliver(strategy.clients["cyd"]).steps)[-2:] == ["save", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "finding"),
+    [
+        ([], "reference model: "),
+        ([Entry("down", Factor.GRADIENT, (4,))], "reference model: .*expected one matrix"),
+        ([Entry("down", Factor.GRADIENT, (4, 2, 3))], "reference model: .*expected one matrix"),
+        ([Entry(name, Factor.GRADIENT, (4, 2)) for name in "ab"], "reference model: .*expected one matrix"),
+        ([Entry("down", Factor.GRADIENT, (2**20, 2**20))], "reference model: claims 1099511627776 numbers"),
+        ([Entry("down", Factor.WEIGHT, (4, 2))], "reference model: .*expected one matrix"),
+    ],
+)
+def test_a_hostile_reference_is_refused_when_the_client_registers(entries: list[Entry], finding: str) -> None:
+    registration = FakeNode("ada", PLAIN).registration()
+    del registration.reference.entries[:]
+    registration.reference.entries.extend(Layout(tuple(entries), {}, "reference").to_proto().entries if entries else [])
+    with pytest.raises(BadAnswerError, match=f"client 'ada': {finding}"):
+        client_from(registration, PLAIN, 1)
 
 
 def test_the_plan_trains_the_local_adapter_and_the_gates_beside_the_frozen_global_one() -> None:

@@ -337,7 +337,7 @@ REGISTRATIONS: dict[str, tuple[Callable[[], Message], str]] = {
     ),
     "layout-that-no-machine-holds": (
         lambda: registration_reply(registered(layout=huge())),
-        f"claims an adapter of {2**40} numbers, expected at most {MAX_BLOB_BYTES // 4}",
+        f"claims {2**40} numbers, expected at most {MAX_BLOB_BYTES // 4}",
     ),
     "more-examples-than-there-are": (
         lambda: registration_reply(registered(tasks={"train": 2**64 - 1})),

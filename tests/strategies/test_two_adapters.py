@@ -127,12 +127,16 @@ def test_fedalt_gives_everybody_the_mean_of_the_others() -> None:
 
 
 def test_fml_takes_turns_in_teaching() -> None:
-    found = trains(Fleet("fml", alpha=0.75, beta=0.25, turns=3, temperature=2.0))
-    lessons = [(t.slots[0], t.steps, t.distillation.teacher.terms[0].slot, t.distillation.weight) for t in found]
-    assert lessons == [("local", 10, "global", 0.25), ("global", 10, "local", 0.75)] * 3
-    assert {t.distillation.temperature for t in found} == {2.0}
-    silent = trains(Fleet("fml", alpha=1.0, beta=1.0, turns=1))
-    assert not any(train.HasField("distillation") for train in silent)
+    fleet = Fleet("fml", alpha=0.8, beta=0.5, turns=3, temperature=2.0)
+    found = [step.distill for step in fleet.brief("ada").steps if step.HasField("distill")]
+    lessons = [
+        (d.train.slots[0], d.train.steps, d.teacher.terms[0].slot, [(t.task, t.weight) for t in d.tasks]) for d in found
+    ]
+    private = ("local", 10, "global", [("toy", pytest.approx(0.25))])
+    assert lessons == [private, ("global", 10, "local", [("toy", pytest.approx(1.0))])] * 3
+    assert {d.temperature for d in found} == {2.0}
+    silent = Fleet("fml", alpha=1.0, beta=1.0, turns=1).brief("ada").steps
+    assert [step.WhichOneof("kind") for step in silent].count("train") == 2
 
 
 def test_options() -> None:

@@ -27,6 +27,18 @@ class MergeSpace(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MERGE_SPACE_DELTA: _ClassVar[MergeSpace]
     MERGE_SPACE_FACTOR: _ClassVar[MergeSpace]
 
+class DistillLoss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DISTILL_LOSS_UNSPECIFIED: _ClassVar[DistillLoss]
+    DISTILL_LOSS_KL: _ClassVar[DistillLoss]
+    DISTILL_LOSS_MSE: _ClassVar[DistillLoss]
+
+class DistillReduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DISTILL_REDUCTION_UNSPECIFIED: _ClassVar[DistillReduction]
+    DISTILL_REDUCTION_POSITION_MEAN: _ClassVar[DistillReduction]
+    DISTILL_REDUCTION_EXAMPLE_MEAN: _ClassVar[DistillReduction]
+
 class SketchRows(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SKETCH_ROWS_UNSPECIFIED: _ClassVar[SketchRows]
@@ -54,6 +66,12 @@ SCHEDULE_COSINE: Schedule
 MERGE_SPACE_UNSPECIFIED: MergeSpace
 MERGE_SPACE_DELTA: MergeSpace
 MERGE_SPACE_FACTOR: MergeSpace
+DISTILL_LOSS_UNSPECIFIED: DistillLoss
+DISTILL_LOSS_KL: DistillLoss
+DISTILL_LOSS_MSE: DistillLoss
+DISTILL_REDUCTION_UNSPECIFIED: DistillReduction
+DISTILL_REDUCTION_POSITION_MEAN: DistillReduction
+DISTILL_REDUCTION_EXAMPLE_MEAN: DistillReduction
 SKETCH_ROWS_UNSPECIFIED: SketchRows
 SKETCH_ROWS_FIRST: SketchRows
 SKETCH_ROWS_RANDOM: SketchRows
@@ -147,16 +165,6 @@ class Proximal(_message.Message):
     mu: float
     def __init__(self, slot: _Optional[str] = ..., mu: _Optional[float] = ...) -> None: ...
 
-class Distillation(_message.Message):
-    __slots__ = ("teacher", "weight", "temperature")
-    TEACHER_FIELD_NUMBER: _ClassVar[int]
-    WEIGHT_FIELD_NUMBER: _ClassVar[int]
-    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
-    teacher: Mixture
-    weight: float
-    temperature: float
-    def __init__(self, teacher: _Optional[_Union[Mixture, _Mapping]] = ..., weight: _Optional[float] = ..., temperature: _Optional[float] = ...) -> None: ...
-
 class Fold(_message.Message):
     __slots__ = ("index", "count")
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -165,8 +173,16 @@ class Fold(_message.Message):
     count: int
     def __init__(self, index: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
+class Draw(_message.Message):
+    __slots__ = ("as_step", "seed")
+    AS_STEP_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    as_step: int
+    seed: int
+    def __init__(self, as_step: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "distillation", "attributed_to")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -180,7 +196,11 @@ class TrainStep(_message.Message):
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     FOLD_FIELD_NUMBER: _ClassVar[int]
     RATE_SCALES_FIELD_NUMBER: _ClassVar[int]
-    DISTILLATION_FIELD_NUMBER: _ClassVar[int]
+    DRAW_FIELD_NUMBER: _ClassVar[int]
+    DRAW_AFTER_REPLACE_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    RECORD_BATCH_SHARE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ON_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTED_TO_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
@@ -195,9 +215,13 @@ class TrainStep(_message.Message):
     split: str
     fold: Fold
     rate_scales: _containers.RepeatedCompositeFieldContainer[RateScale]
-    distillation: Distillation
+    draw: Draw
+    draw_after_replace: Draw
+    record: str
+    record_batch_share: bool
+    keep_on_divergence: bool
     attributed_to: str
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., distillation: _Optional[_Union[Distillation, _Mapping]] = ..., attributed_to: _Optional[str] = ...) -> None: ...
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ...) -> None: ...
 
 class MergeStep(_message.Message):
     __slots__ = ("target", "mixture", "space", "truncate_rank")
@@ -212,14 +236,66 @@ class MergeStep(_message.Message):
     def __init__(self, target: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., space: _Optional[_Union[MergeSpace, str]] = ..., truncate_rank: _Optional[int] = ...) -> None: ...
 
 class EvaluateStep(_message.Message):
-    __slots__ = ("label", "mixture", "split")
+    __slots__ = ("label", "mixture", "split", "record")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
     label: str
     mixture: Mixture
     split: str
-    def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ...) -> None: ...
+    record: str
+    def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., record: _Optional[str] = ...) -> None: ...
+
+class ReplaceRule(_message.Message):
+    __slots__ = ("task", "margin", "relative")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    MARGIN_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    margin: float
+    relative: bool
+    def __init__(self, task: _Optional[str] = ..., margin: _Optional[float] = ..., relative: _Optional[bool] = ...) -> None: ...
+
+class ReplaceStep(_message.Message):
+    __slots__ = ("target", "source", "target_record", "source_record", "rules", "exclusive")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_RECORD_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_RECORD_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    EXCLUSIVE_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    source: str
+    target_record: str
+    source_record: str
+    rules: _containers.RepeatedCompositeFieldContainer[ReplaceRule]
+    exclusive: bool
+    def __init__(self, target: _Optional[str] = ..., source: _Optional[str] = ..., target_record: _Optional[str] = ..., source_record: _Optional[str] = ..., rules: _Optional[_Iterable[_Union[ReplaceRule, _Mapping]]] = ..., exclusive: _Optional[bool] = ...) -> None: ...
+
+class TaskDistillation(_message.Message):
+    __slots__ = ("task", "weight", "loss")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    weight: float
+    loss: DistillLoss
+    def __init__(self, task: _Optional[str] = ..., weight: _Optional[float] = ..., loss: _Optional[_Union[DistillLoss, str]] = ...) -> None: ...
+
+class DistillStep(_message.Message):
+    __slots__ = ("train", "teacher", "temperature", "reduction", "tasks")
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    train: TrainStep
+    teacher: Mixture
+    temperature: float
+    reduction: DistillReduction
+    tasks: _containers.RepeatedCompositeFieldContainer[TaskDistillation]
+    def __init__(self, train: _Optional[_Union[TrainStep, _Mapping]] = ..., teacher: _Optional[_Union[Mixture, _Mapping]] = ..., temperature: _Optional[float] = ..., reduction: _Optional[_Union[DistillReduction, str]] = ..., tasks: _Optional[_Iterable[_Union[TaskDistillation, _Mapping]]] = ...) -> None: ...
 
 class SketchStep(_message.Message):
     __slots__ = ("slot", "split", "batches", "batch_size", "gradient", "rows", "row_count", "noise", "noise_on_gradients", "new_weight", "encoding")
@@ -334,7 +410,7 @@ class AttributeStep(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[str]] = ..., shares: _Optional[str] = ..., split: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "replace", "distill")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +423,8 @@ class Step(_message.Message):
     SELECT_FIELD_NUMBER: _ClassVar[int]
     GRAM_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    DISTILL_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseStep
     train: TrainStep
     merge: MergeStep
@@ -359,7 +437,9 @@ class Step(_message.Message):
     select: SelectStep
     gram: GramStep
     attribute: AttributeStep
-    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ...) -> None: ...
+    replace: ReplaceStep
+    distill: DistillStep
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps")

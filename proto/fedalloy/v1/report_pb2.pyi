@@ -46,7 +46,7 @@ class WireReading(_message.Message):
     def __init__(self, unix_time: _Optional[float] = ..., connections: _Optional[_Iterable[_Union[ConnectionReading, _Mapping]]] = ..., not_measured: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("name", "kind", "examples", "notes")
+    __slots__ = ("name", "kind", "examples", "notes", "groups", "modalities")
     class ExamplesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,11 +58,15 @@ class Task(_message.Message):
     KIND_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    MODALITIES_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
     examples: _containers.ScalarMap[str, int]
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., examples: _Optional[_Mapping[str, int]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    modalities: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., examples: _Optional[_Mapping[str, int]] = ..., notes: _Optional[_Iterable[str]] = ..., groups: _Optional[_Iterable[str]] = ..., modalities: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Registration(_message.Message):
     __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference")
@@ -90,21 +94,77 @@ class InitialiseResult(_message.Message):
     created: bool
     def __init__(self, created: _Optional[bool] = ...) -> None: ...
 
+class TaskLoss(_message.Message):
+    __slots__ = ("examples", "mean", "batch_share")
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SHARE_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    mean: float
+    batch_share: float
+    def __init__(self, examples: _Optional[int] = ..., mean: _Optional[float] = ..., batch_share: _Optional[float] = ...) -> None: ...
+
 class TrainResult(_message.Message):
-    __slots__ = ("steps", "examples", "first_loss", "mean_loss", "last_loss", "seconds")
+    __slots__ = ("steps", "examples", "first_loss", "mean_loss", "last_loss", "seconds", "task_losses", "diverged")
+    class TaskLossesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: TaskLoss
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[TaskLoss, _Mapping]] = ...) -> None: ...
     STEPS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     FIRST_LOSS_FIELD_NUMBER: _ClassVar[int]
     MEAN_LOSS_FIELD_NUMBER: _ClassVar[int]
     LAST_LOSS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TASK_LOSSES_FIELD_NUMBER: _ClassVar[int]
+    DIVERGED_FIELD_NUMBER: _ClassVar[int]
     steps: int
     examples: int
     first_loss: float
     mean_loss: float
     last_loss: float
     seconds: float
-    def __init__(self, steps: _Optional[int] = ..., examples: _Optional[int] = ..., first_loss: _Optional[float] = ..., mean_loss: _Optional[float] = ..., last_loss: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+    task_losses: _containers.MessageMap[str, TaskLoss]
+    diverged: bool
+    def __init__(self, steps: _Optional[int] = ..., examples: _Optional[int] = ..., first_loss: _Optional[float] = ..., mean_loss: _Optional[float] = ..., last_loss: _Optional[float] = ..., seconds: _Optional[float] = ..., task_losses: _Optional[_Mapping[str, TaskLoss]] = ..., diverged: _Optional[bool] = ...) -> None: ...
+
+class TaskReplacement(_message.Message):
+    __slots__ = ("task", "replaced", "source_loss", "target_loss")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LOSS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LOSS_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    replaced: bool
+    source_loss: float
+    target_loss: float
+    def __init__(self, task: _Optional[str] = ..., replaced: _Optional[bool] = ..., source_loss: _Optional[float] = ..., target_loss: _Optional[float] = ...) -> None: ...
+
+class ReplaceResult(_message.Message):
+    __slots__ = ("tasks", "numbers")
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    tasks: _containers.RepeatedCompositeFieldContainer[TaskReplacement]
+    numbers: int
+    def __init__(self, tasks: _Optional[_Iterable[_Union[TaskReplacement, _Mapping]]] = ..., numbers: _Optional[int] = ...) -> None: ...
+
+class DistillResult(_message.Message):
+    __slots__ = ("train", "divergences")
+    class DivergencesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCES_FIELD_NUMBER: _ClassVar[int]
+    train: TrainResult
+    divergences: _containers.ScalarMap[str, float]
+    def __init__(self, train: _Optional[_Union[TrainResult, _Mapping]] = ..., divergences: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class MergeResult(_message.Message):
     __slots__ = ("max_rank",)
@@ -216,7 +276,7 @@ class AttributeResult(_message.Message):
     def __init__(self, examples: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "replace", "distill")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -229,6 +289,8 @@ class StepResult(_message.Message):
     SELECT_FIELD_NUMBER: _ClassVar[int]
     GRAM_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    DISTILL_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseResult
     train: TrainResult
     merge: MergeResult
@@ -241,7 +303,9 @@ class StepResult(_message.Message):
     select: SelectResult
     gram: GramResult
     attribute: AttributeResult
-    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ...) -> None: ...
+    replace: ReplaceResult
+    distill: DistillResult
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire")

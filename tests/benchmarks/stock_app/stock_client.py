@@ -14,27 +14,26 @@ app = ClientApp()
 
 
 def load_model(folder: Path) -> Any:
-    """The base model with PEFT's LoRA around it, in float32."""
+    """The base model with PEFT's LoRA, in float32, around it."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     facts = json.loads((folder / "facts.json").read_text())
-    base = AutoModelForImageClassification.from_pretrained(folder / "base")
-    config = LoraConfig(
-        r=facts["rank"], lora_alpha=facts["alpha"], target_modules=facts["targets"], modules_to_save=facts["heads"]
-    )
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, facts["dtype"]))
+    config = LoraConfig(r=facts["rank"], lora_alpha=facts["alpha"], target_modules=facts["targets"])
     return get_peft_model(base, config)
 
 
-def load_split(folder: Path, partition: int, split: str) -> tuple[Any, Any]:
-    """Images and labels."""
+def load_split(folder: Path, partition: int, split: str) -> dict[str, Any]:
+    """Token ids, their mask, and labels."""
     import numpy as np
     import torch
 
+    names = ("input_ids", "attention_mask", "labels")
     with np.load(folder / f"{partition}.npz") as data:
-        return torch.from_numpy(data[f"{split}_inputs"]), torch.from_numpy(data[f"{split}_labels"])
+        return {name: torch.from_numpy(data[f"{split}_{name}"]) for name in names}
 
 
 @app.train()
@@ -50,15 +49,16 @@ def train(message: Message, context: Context) -> Message:
     folder = Path(str(config["folder"]))
     model = load_model(folder)
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
-    inputs, labels = load_split(folder, int(context.node_config["partition-id"]), "train")
+    data = load_split(folder, int(context.node_config["partition-id"]), "train")
+    count = len(data["labels"])
     started = time.monotonic()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=float(config["learning-rate"]), weight_decay=0.0)
     model.train()
     loss = torch.zeros(())
     for _ in range(int(config["steps"])):
-        chosen = torch.randint(len(labels), (int(config["batch-size"]),))
-        loss = torch.nn.functional.cross_entropy(model(pixel_values=inputs[chosen]).logits, labels[chosen])
+        chosen = torch.randint(count, (int(config["batch-size"]),))
+        loss = model(**{name: tensor[chosen] for name, tensor in data.items()}).loss
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -66,7 +66,7 @@ def train(message: Message, context: Context) -> Message:
     metrics = {
         "train-seconds": time.monotonic() - started,
         "train-loss": float(loss.detach()),
-        "num-examples": len(labels),
+        "num-examples": count,
     }
     arrays = ArrayRecord(get_peft_model_state_dict(model))
     return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)}), reply_to=message)
@@ -81,13 +81,9 @@ def evaluate(message: Message, context: Context) -> Message:
     folder = Path(str(context.run_config["folder"]))
     model = load_model(folder)
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
-    inputs, labels = load_split(folder, int(context.node_config["partition-id"]), "test")
+    data = load_split(folder, int(context.node_config["partition-id"]), "test")
     model.eval()
     with torch.no_grad():
-        logits = torch.cat([model(pixel_values=part).logits for part in inputs.split(256)])
-    metrics = {
-        "loss": float(torch.nn.functional.cross_entropy(logits, labels)),
-        "accuracy": float((logits.argmax(dim=-1) == labels).double().mean()),
-        "num-examples": len(labels),
-    }
+        loss = float(model(**data).loss)
+    metrics = {"loss": loss, "num-examples": len(data["labels"])}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

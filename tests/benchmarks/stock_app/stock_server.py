@@ -17,13 +17,13 @@ app = ServerApp()
 
 
 class TimedFedAvg(FedAvg):
-    """FedAvg that notes when each round starts, how long its slowest client trained, and the accuracy."""
+    """FedAvg that notes when each round starts, how long its slowest client trained, and the loss."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.starts: list[float] = []
         self.training: list[float] = []
-        self.accuracy: list[float] = []
+        self.losses: list[float] = []
 
     def configure_train(self, *arguments: Any, **named: Any) -> Iterable[Message]:
         self.starts.append(time.monotonic())
@@ -40,7 +40,7 @@ class TimedFedAvg(FedAvg):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> Any:
         found = super().aggregate_evaluate(server_round, replies)
         if found is not None:
-            self.accuracy.append(float(found["accuracy"]))
+            self.losses.append(float(found["loss"]))
         return found
 
 
@@ -65,5 +65,5 @@ def main(grid: Grid, context: Context) -> None:
     strategy.start(grid, initial_arrays=arrays, num_rounds=int(config["rounds"]), timeout=600)
     ends = [*strategy.starts[1:], time.monotonic()]
     seconds = [end - start for start, end in zip(strategy.starts, ends, strict=True)]
-    found = {"seconds": seconds, "training": strategy.training, "accuracy": strategy.accuracy}
+    found = {"seconds": seconds, "training": strategy.training, "loss": strategy.losses}
     Path(str(config["result"])).write_text(json.dumps(found))
