@@ -35,9 +35,10 @@ from server_app.comparison_report import ReportError, as_html
 from server_app.demo import terminate_as_interrupt
 from server_app.in_process import InProcessGrid
 from server_app.ledger import Ledger
+from server_app.options import read_run_options
 from server_app.run_directory import RunDirectory
 from server_app.superlink import ClusterError, SuperLink
-from strategies import CONTROLS, STRATEGIES
+from strategies import CONTROLS, STRATEGIES, strategy_from_run_config
 from strategies.options import require_choice
 
 Engine = Callable[[Mapping[str, Any], int, Path, Callable[[], None]], None]
@@ -81,12 +82,15 @@ def compare(
     ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after.
 
     Raises:
-        OptionError: a strategy is unknown.
+        OptionError: a strategy or a key is unknown, or a value is not valid; nothing has been run.
     """
     chosen = list(dict.fromkeys([*REFERENCES, *strategies, *(control.name for control in CONTROLS)]))
     for name in chosen:
         require_choice("--strategies", name, STRATEGIES)
     jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place))
+    for job in jobs:
+        read_run_options(job.config)
+        strategy_from_run_config(job.config)
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}

@@ -129,6 +129,9 @@ def without_ledger(job: Job, run: Path) -> list[module.Row]:
 def test_an_unknown_strategy_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"'dito' \(did you mean 'ditto'\?\)"):
         compare("digits", ["dito"], [0], tmp_path / "out", console(tmp_path / "said"))
+    for options, finding in (({"local-step": 3}, "did you mean 'local-steps'"), ({"ditto.pull": -1.0}, "pull = -1.0")):
+        with pytest.raises(OptionError, match=finding):
+            compare("digits", ["ditto"], [0], tmp_path / "out", console(tmp_path / "said"), options=options)
     assert not (tmp_path / "out").exists()
 
 
