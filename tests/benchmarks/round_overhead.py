@@ -14,8 +14,9 @@ LoRA layers, data, steps and batch size, one way after the other.
 
 A round's overhead is its wall time at the server minus the training of its slowest client; evaluation counts as
 overhead in all of them. The first round of each is left out (caches, bundle, and the trainer's start) and shown apart.
-``cpu`` is what all processes of SuperLink and SuperNodes used in the whole run, training included, per round: it says
-more than the clock on a machine that others use.
+``cpu`` is what all processes of SuperLink and SuperNodes used in the whole run, training included, per round; their
+polls are in it, so it grows with the clock. Run this on a machine that does nothing else: ways are measured one after
+the other, and a ratio means something only where all of them had the same cores.
 Base models are Llamas over characters with random weights: ``small`` has 60,000 parameters in float32, ``1b`` the shape
 of Llama 3.2 1B (without its vocabulary: 0.97 billion) in bfloat16, and is left out where memory does not allow it.
 """
