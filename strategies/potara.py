@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from adapters.adapter import Adapter
 from adapters.algebra import Coefficient, stack, truncate, weighted_sum
 from adapters.layout import Layout
@@ -130,7 +132,7 @@ class Potara(AlloyStrategy):
         self.trained: set[str] = set()  # clients whose data are in the federated adapter
         self.local_rounds: dict[str, int] = {}  # in which the client has trained its own
         self.evidence: dict[str, Evidence] = {}  # what clients reported
-        self.local: dict[str, Adapter] = {}  # of clients that uploaded theirs (merge-at = "server")
+        self.local: dict[str, Tensor] = {}  # vectors of clients that uploaded theirs (merge-at = "server")
         self.weights: dict[str, dict[str, Weight]] = {}
 
     def compatible(self, first: Layout, second: Layout) -> bool:
@@ -198,7 +200,7 @@ class Potara(AlloyStrategy):
         if self._is_last(round_):
             self.evidence[client.id] = self._evidence(client, answer)
             if LOCAL in answer.adapters:
-                self.local[client.id] = answer.adapters[LOCAL]
+                self.local[client.id] = answer.adapters[LOCAL].vector
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Average the federated branch, or weigh the two."""
@@ -234,7 +236,7 @@ class Potara(AlloyStrategy):
 
     def state(self) -> State:
         """The federated adapter, what clients reported and uploaded; weights follow from them."""
-        tensors = {f"local/{name}": adapter.vector for name, adapter in self.local.items()}
+        tensors = {f"local/{name}": vector for name, vector in self.local.items()}
         evidence = {name: asdict(found) for name, found in self.evidence.items()}
         values = {"trained": sorted(self.trained), "local_rounds": self.local_rounds, "evidence": evidence}
         federated = self.federated.state()
@@ -246,9 +248,7 @@ class Potara(AlloyStrategy):
         self.trained = set(state.values["trained"])
         self.evidence = {name: Evidence(**found) for name, found in state.values["evidence"].items()}
         self.local_rounds = dict(state.values["local_rounds"])
-        uploaded = {n.removeprefix("local/"): t for n, t in state.tensors.items() if n.startswith("local/")}
-        # Of clients that are not back yet nothing is needed.
-        self.local = {n: Adapter(self.clients[n].layout, t) for n, t in uploaded.items() if n in self.clients}
+        self.local = {n.removeprefix("local/"): t for n, t in state.tensors.items() if n.startswith("local/")}
         self.weights = self._weigh()
 
     def _is_last(self, round_: int) -> bool:
@@ -331,9 +331,9 @@ class Potara(AlloyStrategy):
         With fp32 both ways the client would compute the same bits; a lossy encoding is in between otherwise.
         """
         coefficients = self._coefficients(client)
-        federated, local = self.federated.part_of(client), self.local.get(client.id)
-        if local is None or coefficients in ((1.0, 0.0), (0.0, 1.0)):
+        if client.id not in self.local or coefficients in ((1.0, 0.0), (0.0, 1.0)):
             return None
+        federated, local = self.federated.part_of(client), Adapter(client.layout, self.local[client.id])
         if self.options.space == "factor":
             return weighted_sum([federated, local], coefficients)
         merged = stack([federated, local], coefficients)

@@ -32,6 +32,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from flwr.common.logger import log
+
 from adapters.groups import groups_of
 from adapters.layout import Layout
 from proto.fedalloy.v1 import report_pb2
@@ -47,6 +49,8 @@ _DELIVERED = {"tap": DISTILLED, "stage1": PERSONAL, "finetuned": FINETUNED, "glo
 _BATCHES = 1
 """The step whose batches W and X are trained on: FedAvg's, so that W is FedAvg's to the bit."""
 _OTHER_BATCHES = 1_000_001
+_TABLES = ("margins", "kd_weights", "kd_losses")
+_WARNING = 30
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,10 @@ class Tap(AlloyStrategy):
         for task in fired:
             self.totals[task] = self.totals.get(task, 0) + 1
         record: dict[str, Any] = {"replaced": len(fired), "replacements": found, "replaced_so_far": dict(self.totals)}
+        unknown = self._unknown_names()
+        if unknown:
+            record["warning"] = f"no client has a task or kind of task {', '.join(map(repr, unknown))}, as tap.* names"
+            log(_WARNING, "%s", record["warning"])
         return self.federated.settle(round_) | record
 
     def deliver(self, client: Client) -> Brief:
@@ -300,6 +308,15 @@ class Tap(AlloyStrategy):
             record_batch_share=self.options.history_norm == "batch-share",
             keep_on_divergence=is_personal,  # X must not keep W from being sent
         )
+
+    def _unknown_names(self) -> list[str]:
+        """Names in the options' tables that are nobody's; those of the defaults may be."""
+        known = {name for client in self.clients.values() for task in _tasks(client) for name in (task.name, task.kind)}
+        given, usual = (
+            {name for key in _TABLES for name in _pairs(key, getattr(options, key))}
+            for options in (self.options, TapOptions())
+        )
+        return sorted(given - usual - known)
 
     def _warm_up(self, round_: int) -> float:
         rounds = self.options.warm_up_rounds

@@ -13,7 +13,12 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
+
+# No test asserts a duration; by default hypothesis fails an example that takes 200 ms, as any may on a busy machine.
+hypothesis.settings.register_profile("fedalloy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("fedalloy")
 
 E2E = (Path(__file__).parent / "e2e", Path(__file__).parent / "docker")
 

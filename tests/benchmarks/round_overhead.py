@@ -14,6 +14,9 @@ LoRA layers, data, steps and batch size, one way after the other.
 
 A round's overhead is its wall time at the server minus the training of its slowest client; evaluation counts as
 overhead in all of them. The first round of each is left out (caches, bundle, and the trainer's start) and shown apart.
+``cpu`` is what all processes of SuperLink and SuperNodes used in the whole run, training included, per round; their
+polls are in it, so it grows with the clock. Run this on a machine that does nothing else: ways are measured one after
+the other, and a ratio means something only where all of them had the same cores.
 Base models are Llamas over characters with random weights: ``small`` has 60,000 parameters in float32, ``1b`` the shape
 of Llama 3.2 1B (without its vocabulary: 0.97 billion) in bfloat16, and is left out where memory does not allow it.
 """
@@ -21,6 +24,7 @@ of Llama 3.2 1B (without its vocabulary: 0.97 billion) in bfloat16, and is left 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import random
@@ -94,6 +98,7 @@ class Times:
     training: list[float]
     loss: float | None = None
     answering: dict[str, float] = field(default_factory=dict)
+    cpu: float = 0.0
 
     @property
     def overhead(self) -> list[float]:
@@ -200,6 +205,17 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, re
     )
 
 
+def cpu_seconds(cluster: local.LocalCluster) -> float:
+    """Of the cluster's processes so far, trainers and processes that have ended included."""
+    total = 0.0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME", "").startswith(str(cluster.directory)):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
 def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
     """The wanted ways in one case."""
     found: dict[str, Times] = {}
@@ -210,7 +226,7 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
         settings = local.Settings(tuple(node_config), root / "runs", startup_timeout=PATIENCE, node_config=node_config)
         with local.LocalCluster(root / "cluster", settings) as cluster:
             for way in ways:
-                started = time.monotonic()
+                started, used = time.monotonic(), cpu_seconds(cluster)
                 for attempt in (1, 2):  # where nothing gets a turn for a minute, Flower gives a run up
                     try:
                         if way in ("stock", "empty"):
@@ -222,6 +238,8 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
                         if attempt == 2:
                             raise
                         console.print(f"{way}: once more, because {error}", highlight=False)
+                        used = cpu_seconds(cluster)
+                found[way].cpu = (cpu_seconds(cluster) - used) / rounds
                 seconds, whole = found[way].median, time.monotonic() - started
                 console.print(f"{case.base}, {case.clients} clients, {way}: {seconds:.2f} s ({whole:.0f} s in all)")
     return found
@@ -235,7 +253,19 @@ def ratio(ways: dict[str, Times], first: str, second: str) -> float | None:
 def table(results: dict[Case, dict[str, Times]]) -> Table:
     """Case x way: overhead, its ratio to stock and to the empty round."""
     shown = Table(title="Seconds per round beyond training", title_justify="left")
-    for column in ("base", "clients", "way", "median", "rounds", "first", "of stock", "of empty", "trained", "loss"):
+    for column in (
+        "base",
+        "clients",
+        "way",
+        "median",
+        "rounds",
+        "first",
+        "of stock",
+        "of empty",
+        "trained",
+        "cpu",
+        "loss",
+    ):
         shown.add_column(column, justify="left" if column in ("base", "way") else "right")
     for case, ways in results.items():
         for way, times in ways.items():
@@ -249,6 +279,7 @@ def table(results: dict[Case, dict[str, Times]]) -> Table:
                 f"{times.overhead[0]:.1f}",
                 *("" if value is None else f"{value:.2f}" for value in ratios),
                 f"{statistics.median(times.training):.2f}",
+                f"{times.cpu:.1f}",
                 "" if times.loss is None else f"{times.loss:.2f}",
             )
     return shown

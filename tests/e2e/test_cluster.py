@@ -98,20 +98,27 @@ def test_the_exported_adapter_gives_the_logits_that_the_client_evaluated(
     assert loss == pytest.approx(fedmerge["clients"]["paris"]["loss"], abs=1e-5)
 
 
-def test_without_resident_trainers_the_numbers_are_the_same(cluster: LocalCluster, fedmerge: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def local(cluster: LocalCluster, fedmerge: dict[str, Any]) -> dict[str, Any]:
+    """A second run on the same cluster."""
+    return start(cluster, "local", strategy="local", num_server_rounds=1)
+
+
+def test_without_resident_trainers_the_numbers_are_the_same(cluster: LocalCluster, local: dict[str, Any]) -> None:
     for process in cluster.processes:
         assert len(trainers_of(process)) == (process.name != "superlink"), process.name
-    plain = start(cluster, "no-trainers", strategy="fedmerge", trainer__resident=False)
-    assert plain["clients"] == fedmerge["clients"]
+    plain = start(cluster, "no-trainers", strategy="local", num_server_rounds=1, trainer__resident=False)
+    assert plain["clients"] == local["clients"]
     runs = cluster.settings.runs_dir
-    for client in fedmerge["clients"]:
-        for path in (runs / "fedmerge" / "clients" / client).rglob("adapter_model.safetensors"):
-            same = runs / "no-trainers" / path.relative_to(runs / "fedmerge")
+    for client in local["clients"]:
+        for path in (runs / "local" / "clients" / client).rglob("adapter_model.safetensors"):
+            same = runs / "no-trainers" / path.relative_to(runs / "local")
             assert path.read_bytes() == same.read_bytes()
 
 
-def test_two_runs_on_one_cluster_do_not_share_slots_or_bytes(cluster: LocalCluster, fedmerge: dict[str, Any]) -> None:
-    local = start(cluster, "local", strategy="local", num_server_rounds=1)
+def test_two_runs_on_one_cluster_do_not_share_slots_or_bytes(
+    cluster: LocalCluster, fedmerge: dict[str, Any], local: dict[str, Any]
+) -> None:
     assert local["bytes"]["up"]["tensor"] == local["bytes"]["down"]["tensor"] == 0
     assert 0 < local["bytes"]["up"]["wire"] < fedmerge["bytes"]["up"]["wire"]
     slots = cluster.settings.runs_dir / "local" / "clients" / "rome" / "slots"
@@ -136,7 +143,14 @@ def test_a_client_killed_mid_round_is_named_and_the_run_goes_on(cluster: LocalCl
                     child.send_signal(signal.SIGKILL)
                     killed.append(child.pid)
 
-    config = SMALL | {"strategy": "fedavg", "run-name": "killed", "runs-dir": str(cluster.settings.runs_dir)}
+    # Steps enough to be seen training, and one round.
+    config = SMALL | {
+        "num-server-rounds": 1,
+        "local-steps": 200,
+        "strategy": "fedavg",
+        "run-name": "killed",
+        "runs-dir": str(cluster.settings.runs_dir),
+    }
     outcome = cluster.run(config | {"min-clients": 2, "round-timeout": 20.0}, watch=kill_once)
     assert outcome.completed, outcome.log.read_text()
     assert killed

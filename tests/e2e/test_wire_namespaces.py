@@ -49,7 +49,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def _run(federation: Fleet, directory: Path) -> Outcome:
     ledger = directory / "runs" / RUN / "ledger.sqlite"
     config = {"runs-dir": str(directory / "runs"), "run-name": RUN, "scenario": "digits", "strategy": "fedavg"}
-    numbers = {"num-server-rounds": 2, "min-clients": CLIENTS, "local-steps": 5, "lora-r": 16}
+    numbers = {"num-server-rounds": 1, "min-clients": CLIENTS, "local-steps": 5, "lora-r": 32}
     values = [f'{key}="{value}"' for key, value in config.items()] + [
         f"{key}={value}" for key, value in numbers.items()
     ]

@@ -209,6 +209,12 @@ def test_the_record_says_who_replaced_what() -> None:
     assert resumed.settle(3)["replaced_so_far"] == {"photo": 2}
 
 
+def test_a_name_in_a_table_that_is_nobodys_is_said() -> None:
+    assert "warning" not in tap().settle(1)
+    record = tap(margins="captoin=0.1,topic=0.2", kd_losses="photos=mse").settle(1)
+    assert record["warning"] == "no client has a task or kind of task 'captoin', 'photos', as tap.* names"
+
+
 def test_a_resumed_server_keeps_the_groups_of_clients_that_are_not_back() -> None:
     strategy = tap()
     play(strategy, CLIENTS, 1)
