@@ -53,15 +53,19 @@ class Paired:
 
 @dataclass(frozen=True)
 class Line:
-    """One strategy: final scores, and what they cost (means over seeds, sums over clients)."""
+    """One strategy: final scores, and what they cost (means over seeds, sums over clients).
+
+    ``tensors`` are the megabytes of adapters' numbers among ``megabytes``.
+    """
 
     strategy: str
     scores: Scores
     mean: Interval
     worst: Interval
     against: Mapping[str, Paired]
-    megabytes: Mapping[str, float | None]
+    megabytes: Mapping[str, float]
     seconds: float
+    tensors: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ def comparison_of(rows: Sequence[Row], strategies: Sequence[str], references: Se
     for name in strategies:
         own = [row for row in rows if row.strategy == name]
         seeds = max(len({row.seed for row in own}), 1)
-        sizes = {d: sum(row.bytes.get(f"{d}_{level}") or 0 for row in own) / seeds / 1e6 for d in ("up", "down")}
+        sizes, tensors = (
+            {d: sum(row.bytes.get(f"{d}_{kind}") or 0 for row in own) / seeds / 1e6 for d in ("up", "down")}
+            for kind in (level, "tensor")
+        )
         waits = [
             max(row.seconds for row in own if (row.seed, row.round) == key) for key in {(r.seed, r.round) for r in own}
         ]
@@ -103,6 +110,7 @@ def comparison_of(rows: Sequence[Row], strategies: Sequence[str], references: Se
                 {other: paired(scores[name], scores.get(other, {}), METRICS[metric]) for other in references},
                 sizes,
                 sum(waits) / seeds,
+                tensors,
             )
         )
     return Comparison(metric, level, lines)

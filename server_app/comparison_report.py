@@ -64,7 +64,7 @@ def as_html(
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise ReportError("report.html needs plotly: pip install 'fedalloy[report]'") from None
-    figures = [_means(found), *_paired(found), _cost(found), _curves(found, rows), _bytes(found)]
+    figures = [_means(found), *_paired(found), _cost(found), _curves(found, rows), _bytes(found), _waits(found, rows)]
     figures += [_matrix(strategy, rounds) for strategy, rounds in matrices.items()]
     notes = "".join(f"<li>{html.escape(line.removeprefix('* '))}</li>" for line in explanation(found))
     return (
@@ -85,7 +85,7 @@ def _summary(found: Comparison) -> Table:
             "" if name == line.strategy else f"{p.mean.value:+.3f} [{p.mean.low:+.3f}, {p.mean.high:+.3f}]"
             for name, p in line.against.items()
         ]
-        mean, sizes = line.mean, [f"{line.megabytes[d] or 0:.2f}" for d in ("up", "down")]
+        mean, sizes = line.mean, [f"{line.megabytes[d]:.2f}" for d in ("up", "down")]
         span = f"{mean.low:.3f} to {mean.high:.3f}"
         body.append(
             [
@@ -164,7 +164,7 @@ def _cost(found: Comparison) -> str:
 
     chart = go.Figure()
     for line in found.lines:
-        total = (line.megabytes["up"] or 0) + (line.megabytes["down"] or 0)
+        total = line.megabytes["up"] + line.megabytes["down"]
         chart.add_scatter(
             x=[total], y=[line.mean.value], mode="markers+text", text=[line.strategy], textposition="top center",
             name=line.strategy, showlegend=False, hovertext=[f"{line.seconds:.1f} s"],
@@ -173,7 +173,7 @@ def _cost(found: Comparison) -> str:
     body = [
         [
             a.strategy,
-            f"{(a.megabytes['up'] or 0) + (a.megabytes['down'] or 0):.3f}",
+            f"{a.megabytes['up'] + a.megabytes['down']:.3f}",
             f"{a.seconds:.1f}",
             f"{a.mean.value:.3f}",
         ]
@@ -206,16 +206,38 @@ def _bytes(found: Comparison) -> str:
     import plotly.graph_objects as go
 
     names = [line.strategy for line in found.lines]
-    chart = go.Figure()
+    chart, body = go.Figure(), [[name] for name in names]
     for direction in ("up", "down"):
-        chart.add_bar(
-            y=names, x=[line.megabytes[direction] or 0 for line in found.lines], name=direction, orientation="h"
-        )
+        numbers = [line.tensors[direction] for line in found.lines]
+        rest = [line.megabytes[direction] - tensors for line, tensors in zip(found.lines, numbers, strict=True)]
+        for kind, values in (("adapters", numbers), ("all else", rest)):
+            chart.add_bar(y=names, x=values, name=f"{kind} {direction}", orientation="h")
+            for cells, value in zip(body, values, strict=True):
+                cells.append(f"{value:.3f}")
     chart.update_layout(barmode="stack", xaxis_title=f"MB ({found.level})")
     chart.update_yaxes(autorange="reversed")
-    body = [[a.strategy, *(f"{a.megabytes[d] or 0:.3f}" for d in ("up", "down"))] for a in found.lines]
-    said = "Megabytes up and down, all clients, mean over seeds, stacked for each strategy."
-    return _figure(chart, "Where the bytes went", said, (["strategy", "up", "down"], body), 24 * len(names) + 160)
+    said = "Megabytes of all clients, mean over seeds, stacked for each strategy: numbers of adapters and all else."
+    heads = ["strategy", "adapters up", "all else up", "adapters down", "all else down"]
+    return _figure(chart, "Where the bytes went", said, (heads, body), 24 * len(names) + 160)
+
+
+def _waits(found: Comparison, rows: Sequence[Row]) -> str:
+    """What every round waited for: its slowest client, in the first seed."""
+    import plotly.graph_objects as go
+
+    chart, body = go.Figure(), []
+    for line in found.lines:
+        own = [row for row in rows if row.strategy == line.strategy]
+        own = [row for row in own if row.seed == min(r.seed for r in own)]
+        slowest = [
+            max((r for r in own if r.round == n), key=lambda r: r.seconds) for n in sorted({r.round for r in own})
+        ]
+        text = [row.client for row in slowest]
+        chart.add_bar(x=[r.round for r in slowest], y=[r.seconds for r in slowest], text=text, name=line.strategy)
+        body += [[line.strategy, row.round, row.client, f"{row.seconds:.2f}"] for row in slowest]
+    chart.update_layout(xaxis_title="round (the last is the delivery)", yaxis_title="seconds", barmode="group")
+    said = "Seconds until the slowest client of each round had answered, by strategy, in the first seed."
+    return _figure(chart, "What rounds waited for", said, (["strategy", "round", "client", "seconds"], body), 420)
 
 
 def _matrix(strategy: str, rounds: Sequence[Mapping[str, Any]]) -> str:

@@ -42,6 +42,8 @@ def rows_of(wire: int | None = 3_000_000, metric: str = "accuracy", sign: int = 
                             seconds=1.0 + index,
                             train_seconds=0.5,
                             bytes={
+                                "up_tensor": 400_000,
+                                "down_tensor": 500_000,
                                 "up_message": 1_000_000,
                                 "down_message": 2_000_000,
                                 "up_wire": wire,
@@ -168,14 +170,15 @@ def test_the_page_stands_alone_and_every_chart_has_a_text_and_its_numbers() -> N
     page.feed(text)
     assert page.links == ["data:,"]  # nothing is fetched
     assert "<title>&lt;digits&gt; &amp; more</title>" in text
-    assert page.tags.count("figure") == page.tags.count("details") == len(page.labels) == 7
+    assert page.tags.count("figure") == page.tags.count("details") == len(page.labels) == 8
     assert all(len(label) > 30 for label in page.labels)
     for number in ("+0.050", "0.125", "27.00"):
         assert any(number in cell for cell in page.cells), number
     drawn = re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*\{', text, re.DOTALL)
-    assert len(drawn) >= 7
+    assert len(drawn) >= 8
     heat = [json.loads(chart) for chart in drawn if '"heatmap"' in chart]
     assert [[trace["visible"] for trace in chart] for chart in heat] == [[False, True]]
+    assert any(cell == "3.600" for cell in page.cells)  # adapters up: 0.4 MB, 3 clients, 3 rounds
     assert '"sliders"' in text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
