@@ -15,7 +15,7 @@ from typing import Any
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
-from strategies.base import AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 from strategies.fedavg import SLOT, FedAvg
 from strategies.local import Local
 from strategies.options import require_range
@@ -39,15 +39,11 @@ class FedAvgHead(FedAvg):
     name = "fedavg-head"
     Options = FedAvgHeadOptions
 
-    def enrol(self, client: Client) -> None:
-        """There must be a head that is merged; one of the client's own is never averaged to begin with."""
-        if not self._head(client):
-            raise StrategyError(f"client {client.id!r} has no head in its adapter, expected one to re-fit")
-        super().enrol(client)
-
     def deliver(self, client: Client) -> Brief:
-        """The global adapter with the client's head."""
+        """The global adapter with the client's head; plain FedAvg where no head is averaged to begin with."""
         brief = super().deliver(client)
+        if not self._head(client):
+            return brief
         count = self.options.steps or self.training.local_steps
         fit = steps.train(self.training, self.personal(client), [SLOT], modules=self._head(client), steps=count)
         return Brief([fit, *brief.steps], brief.adapters)

@@ -149,3 +149,35 @@ def test_options() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             STRATEGIES[name].Options(**options)
+
+
+def test_controls_fit_a_head_train_on_alone_and_average_two_runs() -> None:
+    fleet = Fleet("fedavg-head", steps=7)
+    fleet.play()
+    fit, *_ = fleet.strategy.deliver(fleet.strategy.clients["ada"]).steps
+    assert (list(fit.train.part.modules), fit.train.steps) == (["head"], 7)
+    saved = fleet.deliver()
+    assert len({adapter.select(modules=["q_proj", "v_proj"]).digest for adapter in saved.values()}) == 1
+    assert len({adapter.select(modules=["head"]).digest for adapter in saved.values()}) == 3
+    headless = Fleet("fedavg-head", [layout_of(head=0)] * 3)
+    assert len(headless.strategy.deliver(headless.strategy.clients["ada"]).steps) == 2
+
+    fleet = Fleet("fedavg-tuned", federated_rounds=1)
+    fleet.play()
+    model = fleet.strategy.state().tensors["model"]
+    assert set(fleet.brief("ada").adapters) == {"global"}
+    fleet.play()
+    brief = fleet.brief("ada")
+    assert not brief.adapters
+    assert [step.WhichOneof("kind") for step in brief.steps] == ["evaluate", "train"]
+    fleet.play()
+    assert torch.equal(fleet.strategy.state().tensors["model"], model)
+    saved = fleet.deliver()
+    assert saved["ada"].digest == fleet["ada"].slots["global"].digest
+    assert len({adapter.digest for adapter in saved.values()}) == 3
+
+    fleet = Fleet("local-twice")
+    assert [list(train.slots) for train in trains(fleet)] == [["first"], ["second"]]
+    fleet.play()
+    both = fleet.strategy.deliver(fleet.strategy.clients["ada"]).steps[-1].evaluate.mixture
+    assert coefficients(both) == {"first": 0.5, "second": 0.5}
