@@ -166,11 +166,12 @@ def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> A
     return Adapter(layout, torch.cat(pieces))
 
 
-def truncate(adapter: Adapter, layout: Layout) -> Adapter:
+def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adapter:
     """Best approximation of every delta at the ranks of ``layout`` (Frobenius norm), in that layout without P.
 
     QR of B and of A transposed, then an SVD of the small core: ``O((d_in + d_out) r^2)``; equal to truncating the SVD
-    of the dense delta (Eckart-Young). Singular values are split evenly between the factors. Where the target rank
+    of the dense delta (Eckart-Young). Singular values are split evenly between the factors, or, unless ``balanced``,
+    go to B: A then has orthonormal rows. Where the target rank
     exceeds the adapter's, the rest is zero. Signs and rotations of an SVD are arbitrary: reset optimiser moments.
 
     Raises:
@@ -188,12 +189,12 @@ def truncate(adapter: Adapter, layout: Layout) -> Adapter:
         q_a, r_a = torch.linalg.qr(a.T)
         u, sigma, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         kept = min(layout.ranks[module], len(sigma))
-        root = sigma[:kept].sqrt()
-        new_a = root[:, None] * (v_t[:kept] @ q_a.T)
+        in_a, in_b = (sigma[:kept].sqrt(),) * 2 if balanced else (torch.ones_like(sigma[:kept]), sigma[:kept])
+        new_a = in_a[:, None] * (v_t[:kept] @ q_a.T)
         result[module, Factor.A][:kept] = new_a[:, : result[module, Factor.A].shape[1]]
         if f"{module}.{Factor.Q}" in layout.by_name:
             result[module, Factor.Q][:kept] = new_a[:, -1]
-        result[module, Factor.B][:, :kept] = (q_b @ u[:, :kept]) * root / layout.scalings[module]
+        result[module, Factor.B][:, :kept] = (q_b @ u[:, :kept]) * in_b / layout.scalings[module]
     return result
 
 

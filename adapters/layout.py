@@ -27,8 +27,8 @@ class Factor(enum.StrEnum):
 
     ``A`` and ``B`` are LoRA factors, ``P`` and ``Q`` what Co-LoRA puts between them: ``x -> s (x A^T P + Q) B^T``.
     ``WEIGHT`` and ``BIAS`` are differences from the base model's own parameter, so that zero means "as the base model",
-    and a mixture is a plain sum. ``GATE`` and ``GRADIENT`` are no part of an update: a mixture's learned coefficients,
-    and a sketch.
+    and a mixture is a plain sum. ``GATE``, ``GRADIENT`` and ``GRAM`` are no part of an update: a mixture's learned
+    coefficients, a sketch, and second moments of inputs.
     """
 
     A = "A"
@@ -39,6 +39,7 @@ class Factor(enum.StrEnum):
     Q = "Q"
     GATE = "gate"
     GRADIENT = "gradient"
+    GRAM = "gram"
 
     @property
     def is_lora(self) -> bool:
@@ -48,7 +49,7 @@ class Factor(enum.StrEnum):
     @property
     def is_update(self) -> bool:
         """Whether this changes the model, and PEFT has a name for it."""
-        return self not in (Factor.GATE, Factor.GRADIENT)
+        return self not in (Factor.GATE, Factor.GRADIENT, Factor.GRAM)
 
 
 _TO_PROTO = {
@@ -60,6 +61,7 @@ _TO_PROTO = {
     Factor.Q: adapter_pb2.FACTOR_Q,
     Factor.GATE: adapter_pb2.FACTOR_GATE,
     Factor.GRADIENT: adapter_pb2.FACTOR_GRADIENT,
+    Factor.GRAM: adapter_pb2.FACTOR_GRAM,
 }
 _FROM_PROTO = {number: factor for factor, number in _TO_PROTO.items()}
 
@@ -227,6 +229,22 @@ class Layout:
         lora = {entry.module for entry in kept if entry.factor.is_lora}
         scalings = {module: self.scalings[module] for module in self.lora_modules if module in lora}
         return Layout(kept, scalings, self.base_fingerprint)
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Layout:
+        """This layout without P, at other ranks; scalings are unchanged.
+
+        Raises:
+            LayoutError: a LoRA module has no rank.
+        """
+        missing = set(self.lora_modules) - set(ranks)
+        if missing:
+            raise LayoutError(f"no rank for module {sorted(missing)[0]!r}")
+        layout = self.folded
+        entries = [
+            Entry(e.module, e.factor, tuple(ranks[e.module] if i in e.rank_axes else n for i, n in enumerate(e.shape)))
+            for e in layout.entries
+        ]
+        return Layout(tuple(entries), layout.scalings, layout.base_fingerprint)
 
     def contains(self, part: Layout) -> bool:
         """Whether every entry of ``part`` is in this layout with the same shape, scaling and base model."""

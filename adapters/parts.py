@@ -40,3 +40,16 @@ def layout_of_sketch(reference: Layout, row_count: int) -> Layout:
         )
     (entry,) = reference.entries
     return Layout((Entry(entry.module, entry.factor, (row_count, entry.shape[1])),), {}, reference.base_fingerprint)
+
+
+def layout_of_gram(layout: Layout) -> Layout:
+    """What the second moments of a client's module inputs look like: an upper triangle for each module with an input.
+
+    Raises:
+        LayoutError: no module is a matrix.
+    """
+    widths = {
+        e.module: e.shape[1] for e in layout.entries if e.factor in (Factor.A, Factor.WEIGHT) and len(e.shape) == 2
+    }
+    entries = tuple(Entry(module, Factor.GRAM, (width * (width + 1) // 2,)) for module, width in widths.items())
+    return Layout(entries, {}, layout.base_fingerprint)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,19 @@ class Written:
 
 
 @torch.no_grad()
-def evaluate(model: PersonalModel, data: Dataset, client: ClientData | None = None) -> dict[str, float]:
+def evaluate(
+    model: PersonalModel,
+    data: Dataset,
+    client: ClientData | None = None,
+    forward: Callable[[Dataset], Tensor] | None = None,
+) -> dict[str, float]:
     """Metrics of a split.
 
     Classification: mean cross-entropy ``loss`` and ``accuracy``, and ``f1`` (mean over classes) where the client asks
     for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; where the client
     asks for texts, ``exact_match`` and ``rouge_l`` of at most so many examples and new tokens.
+
+    ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts.
 
     Raises:
         TrainingError: there is no example.
@@ -55,7 +63,7 @@ def evaluate(model: PersonalModel, data: Dataset, client: ClientData | None = No
         batch = data.batch(indices)
         labels = batch.labels.to(model.device)
         with autocast(model.device):
-            logits = logits_of(model, batch).float()
+            logits = (forward or partial(logits_of, model))(batch).float()
         if kind.generative:
             targets = (labels[:, 1:] != IGNORED).sum(dim=1)
             loss += float((example_losses(data.kind, logits, labels).double() * targets).sum())
@@ -73,7 +81,7 @@ def evaluate(model: PersonalModel, data: Dataset, client: ClientData | None = No
             metrics["f1"] = macro_f1(torch.cat(answers), data.labels, classes)
         return metrics
     metrics["perplexity"] = math.exp(min(metrics["loss"], _MAX_EXPONENT))
-    if client is not None and client.decode is not None and client.generate_examples:
+    if client is not None and client.decode is not None and client.generate_examples and forward is None:
         chosen = data.subset(torch.arange(min(client.generate_examples, len(data))))
         metrics |= text_metrics(write(model, chosen, client, size))
     return metrics

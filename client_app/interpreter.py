@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from adapters.adapter import Adapter, joined
 from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
-from adapters.layout import Entry, Factor, Layout
+from adapters.layout import Factor, Layout
 from adapters.parts import layout_of_part, layouts_of_plan
 from client_app import evaluation, fisher, replacement, training
 from client_app.co_lora import Gate, GateError
 from client_app.data import ClientData, Dataset
 from client_app.distillation import MixtureTeacher
+from client_app.measures import Measures
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.plan_names import PlanError, require_slot_names
 from client_app.progress import tick
@@ -29,7 +30,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 DEFAULT_GRADIENT_BYTES = 2**28
 
 
-class Interpreter:
+class Interpreter(Measures):
     """One client's model, data and slots; :meth:`run` carries out one plan.
 
     Args:
@@ -58,6 +59,7 @@ class Interpreter:
         self._plan = plan_pb2.Plan()
         self._index = 0
         self._replaced = False
+        self._attributions: dict[str, Tensor] = {}
         self._steps: dict[str, Callable[..., Message]] = {
             "initialise": self._initialise,
             "train": self._train,
@@ -68,6 +70,9 @@ class Interpreter:
             "fisher": self._fisher,
             "distance": self._distance,
             "sketch": self._sketch,
+            "select": self._select,
+            "gram": self._gram,
+            "attribute": self._attribute,
             "replace": self._replace,
             "distill": self._distill,
         }
@@ -86,7 +91,7 @@ class Interpreter:
         if plan.client_id != self.client_id:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
         require_slot_names(plan, blobs)
-        self._plan, self._uploads, self._replaced = plan, {}, False
+        self._plan, self._uploads, self._replaced, self._attributions = plan, {}, False, {}
         report = report_pb2.Report(
             version=1,
             run_name=plan.run_name,
@@ -189,8 +194,9 @@ class Interpreter:
             for name, parameter in self.model.trainable(slot, self.slots[slot].layout).items():
                 parameters[f"{slot}:{name}"] = parameter
         seed = training.seed_of_step(self._plan, self._index, step, replaced=self._replaced)
+        weights = self._attributed(step) if step.attributed_to else None
         try:
-            result = training.train(self.model, step, parameters, data, seed, anchor or None, teacher)
+            result = training.train(self.model, step, parameters, data, seed, anchor or None, teacher, weights)
         except training.TrainingError:
             if not step.keep_on_divergence:
                 raise
@@ -228,7 +234,8 @@ class Interpreter:
         if step.space == plan_pb2.MERGE_SPACE_DELTA:
             merged = stack(adapters, coefficients)
             if step.truncate_rank:
-                merged = truncate(merged, _at_rank(self.model.layout, step.truncate_rank))
+                ranks = dict.fromkeys(self.model.layout.lora_modules, step.truncate_rank)
+                merged = truncate(merged, self.model.layout.with_ranks(ranks))
         elif step.space == plan_pb2.MERGE_SPACE_FACTOR:
             merged = weighted_sum(adapters, coefficients)
         else:
@@ -285,9 +292,12 @@ class Interpreter:
 
     def _evaluate(self, step: plan_pb2.EvaluateStep) -> report_pb2.EvaluateResult:
         started = time.monotonic()
-        data = self._split(step.split)
-        self._activate(step.mixture)
-        metrics = evaluation.evaluate(self.model, data, self.data)
+        data, forward = self._split(step.split), None
+        if step.mixture.shares:
+            forward = self._ensemble(step.mixture)
+        else:
+            self._activate(step.mixture)
+        metrics = evaluation.evaluate(self.model, data, self.data, forward)
         if step.record:
             names = {task: f"{task}/loss" if self.data.tasks else "loss" for task in self.data.each_task}
             losses = {task: metrics[name] for task, name in names.items() if math.isfinite(metrics.get(name, math.inf))}
@@ -302,8 +312,9 @@ class Interpreter:
 
     def _save(self, step: plan_pb2.SaveStep) -> report_pb2.SaveResult:
         slots, terms = self._terms(step.mixture)
-        if self._looks_at_input(terms):
-            gates = {term.slot: self.slots[term.slot] for term in terms if isinstance(term, Gate)}
+        if step.mixture.shares or self._looks_at_input(terms):
+            beside = {term.slot for term in terms if isinstance(term, Gate)} | ({step.mixture.shares} - {""})
+            gates = {slot: self.slots[slot] for slot in sorted(beside)}
             own = [OWN_HEAD] if self.model.own_layout is not None else []
             digest = self.slots.save_parts({slot: self.slots[slot] for slot in [*slots, *own]}, gates, step.mixture)
             return report_pb2.SaveResult(content_digest=digest, in_parts=True)
@@ -351,6 +362,8 @@ class Interpreter:
         return self.slots[slot]
 
     def _activate(self, mixture: plan_pb2.Mixture) -> None:
+        if mixture.shares:
+            raise PlanError("an ensemble can be evaluated and saved, not trained, merged or measured")
         slots, coefficients = self._terms(mixture)
         if self.model.own_layout is not None:
             if OWN_HEAD not in self.slots:
@@ -366,6 +379,8 @@ class Interpreter:
 
     def _fixed_terms(self, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
         """The terms with numbers for gates: what the gates are now."""
+        if mixture.shares:
+            raise PlanError("an ensemble is no sum of adapters")
         slots, coefficients = self._terms(mixture)
         if self._looks_at_input(coefficients):
             raise PlanError("gates that look at the input cannot be folded into one adapter")
@@ -409,13 +424,3 @@ def _name_tasks(result: report_pb2.TrainResult, data: ClientData) -> None:
 
 def _is_partial(found: Layout, full: Layout) -> bool:
     return found.digest != full.digest and full.contains(found)
-
-
-def _at_rank(layout: Layout, rank: int) -> Layout:
-    """The layout without P and with every LoRA module at ``rank``, scalings unchanged."""
-    layout = layout.folded
-    entries = []
-    for entry in layout.entries:
-        shape = tuple(rank if axis in entry.rank_axes else size for axis, size in enumerate(entry.shape))
-        entries.append(Entry(entry.module, entry.factor, shape))
-    return Layout(tuple(entries), layout.scalings, layout.base_fingerprint)

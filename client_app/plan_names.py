@@ -9,7 +9,7 @@ from client_app.model import OWN_HEAD
 from proto.fedalloy.v1 import plan_pb2
 
 SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_REQUIRED = ("slot", "target", "first", "second", "source")
+_REQUIRED = ("slot", "target", "first", "second", "source", "shares")
 _OPTIONAL = ("keep_first", "keep_second", "copy_of", "record", "target_record", "source_record")
 
 
@@ -31,7 +31,7 @@ def require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
         named |= {name for name in (getattr(body, field, "") for field in _OPTIONAL) if name}
         named |= set(getattr(body, "slots", ()))
         for mixture in (getattr(body, field) for field in ("mixture", "teacher") if hasattr(body, field)):
-            named |= {term.slot for term in mixture.terms}
+            named |= {term.slot for term in mixture.terms} | ({mixture.shares} - {""})
             named |= {term.precision for term in mixture.terms if term.WhichOneof("coefficient") == "precision"}
             named |= {term.gate.slot for term in mixture.terms if term.HasField("gate")}
         if hasattr(body, "proximal") and body.HasField("proximal"):

@@ -17,7 +17,7 @@ from adapters.layout import factor_from_proto
 from client_app.data import Dataset
 from client_app.model import PersonalModel
 from client_app.progress import tick
-from client_app.tasks import mean_loss, targets_in
+from client_app.tasks import example_losses, mean_loss, targets_in
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
@@ -120,6 +120,7 @@ def train(
     seed: int,
     anchor: Mapping[str, Tensor] | None = None,
     teacher: Teacher | None = None,
+    example_weights: Tensor | None = None,
 ) -> report_pb2.TrainResult:
     """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
 
@@ -133,6 +134,7 @@ def train(
         seed: decides batches and dropout.
         anchor: the values that ``step.proximal`` pulls to, by entry name.
         teacher: whose outputs are a second target.
+        example_weights: how much each example of ``data``, which has one task, counts, ``[n]``.
 
     Raises:
         TrainingError: the loss became NaN or infinite.
@@ -149,14 +151,22 @@ def train(
         optimiser.zero_grad()
         loss = 0.0
         size = model.micro_batch or len(indices)
-        parts = [part for chosen in torch.split(indices, size) for part in data.by_task(chosen)]
+        chunks = torch.split(indices, size)
+        parts = [part for chosen in chunks for part in data.by_task(chosen)]
+        if example_weights is not None and len(parts) != len(chunks):
+            raise TrainingError("examples of several tasks in one batch cannot be weighed one by one")
         shares = _shares(parts)
         found: dict[str, tuple[int, float]] = {}
         for position, part in enumerate(parts):
             taught = teacher.outputs(part) if teacher is not None else None
             with autocast(model.device):
                 logits = logits_of(model, part)
-                objective = mean_loss(part.kind, logits, part.labels.to(model.device))
+                labels = part.labels.to(model.device)
+                if example_weights is None:
+                    objective = mean_loss(part.kind, logits, labels)
+                else:
+                    each = example_losses(part.kind, logits, labels)
+                    objective = (each * example_weights[chunks[position]].to(each)).mean()
             in_batch, in_task = shares[position]
             count, so_far = found.get(part.task, (0, 0.0))
             found[part.task] = count + len(part), so_far + in_task * float(objective.detach())

@@ -58,6 +58,50 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    scenario: Annotated[str, typer.Argument(help="A built-in scenario.")] = "digits",
+    strategies: Annotated[
+        str, typer.Option(help="Comma-separated; local, fedavg and controls are added.")
+    ] = "fedmerge",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="Choose settings on others than you report.")] = 0,
+    clients: Annotated[int, typer.Option(min=2, help="How many clients.")] = 4,
+    rounds: Annotated[int, typer.Option(min=2, help="Federated rounds.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished runs in it are kept.")] = Path(
+        "comparison"
+    ),
+    set_: Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")] = "",
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="On local SuperNodes, with bytes on the wire; slower.")
+    ] = False,
+) -> None:
+    """Which strategy for these clients, at what cost; by default in this process, without a network."""
+    from server_app.compare import compare as run_comparison
+    from server_app.comparison import as_markdown
+
+    chosen = range(first_seed, first_seed + seeds)
+    with _clear_errors():
+        extra = parse_run_config(set_)
+        found, failed = run_comparison(
+            scenario,
+            _listed(strategies),
+            chosen,
+            out,
+            console,
+            clients=clients,
+            rounds=rounds,
+            options=extra,
+            place="cluster" if cluster else "process",
+        )
+    console.print(as_markdown(found, scenario), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    for name, why in failed.items():
+        errors.print(f"{name}: {why}", highlight=False, markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
 @cluster_app.command()
 def up(
     clients: Annotated[int, typer.Option(min=1, help="How many SuperNodes.")] = 4,

@@ -60,7 +60,7 @@ def demo(
     """
     results: list[DemoResult] = []
     with (
-        _terminate_as_interrupt(),
+        terminate_as_interrupt(),
         tempfile.TemporaryDirectory(prefix="fedalloy-demo-") as folder,
         _cluster(clients, runs_dir, Path(folder), console, connection) as cluster,
     ):
@@ -222,7 +222,7 @@ def _megabytes(value: int | None) -> str:
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that everything is stopped."""
 
     def interrupt(number: int, frame: object) -> None:

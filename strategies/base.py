@@ -60,6 +60,11 @@ class Client:
     registration: report_pb2.Registration = field(default_factory=report_pb2.Registration, compare=False, repr=False)
     reference: Layout | None = None
 
+    @property
+    def held_out(self) -> int:
+        """Validation examples that the client registered with."""
+        return sum(int(task.examples.get("validation", 0)) for task in self.registration.tasks)
+
 
 @dataclass(frozen=True)
 class Brief:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from adapters.adapter import Adapter
 from adapters.algebra import stack, truncate, weighted_sum
 from adapters.groups import average_groups, group_difference, union
 from adapters.layout import Layout
-from proto.fedalloy.v1 import adapter_pb2
+from proto.fedalloy.v1 import adapter_pb2, plan_pb2
 from strategies import steps
 from strategies.base import AlloyStrategy, Answer, Brief, Client, State
 from strategies.options import require_choice
@@ -56,11 +56,14 @@ def average(adapters: Sequence[Adapter], examples: Sequence[int], space: str = "
 
 
 class FedAvg(AlloyStrategy):
-    """One adapter for all."""
+    """One adapter for all.
+
+    Variants override what a client prepares (:meth:`prepare`), how it trains (:meth:`train`), which model is its own
+    (:meth:`personal`) and what becomes of the uploads (:meth:`average`).
+    """
 
     name = "fedavg"
-    Options = FedAvgOptions
-    options: FedAvgOptions
+    Options: ClassVar[type[Any]] = FedAvgOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,16 +88,14 @@ class FedAvg(AlloyStrategy):
             self.model = Adapter.initial(union([before.layout, client.layout]), self.seed).with_part(before)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Install the global adapter, evaluate it, train it, send it back."""
-        mix = steps.mixture(SLOT)
-        return Brief(
-            [
-                steps.evaluate(self.training, mix),
-                steps.train(self.training, mix, [SLOT]),
-                steps.send(self.training, SLOT),
-            ],
-            {SLOT: self.part_of(client)},
-        )
+        """Install the global adapter, evaluate the client's model, train, send the global adapter back."""
+        plan = [
+            *self.prepare(round_, client),
+            steps.evaluate(self.training, self.personal(client)),
+            *self.train(round_, client),
+            steps.send(self.training, SLOT),
+        ]
+        return Brief(plan, {SLOT: self.part_of(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the trained adapter until the round settles."""
@@ -104,43 +105,63 @@ class FedAvg(AlloyStrategy):
         """Average; without answers the model stays."""
         arrived = {name: self.arrived[name] for name in sorted(self.arrived)}  # not as they came: sums are not exact
         self.arrived = {}
+        if arrived:
+            adapters = {name: adapter for name, (adapter, _) in arrived.items()}
+            self.model = self.average(adapters, {name: examples for name, (_, examples) in arrived.items()})
+        return {"merged": len(arrived)}
+
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
+        """The next global adapter from the uploads, by client; variants without the option average factors."""
+        space = getattr(self.options, "space", "factor")
 
         def over_owners(group: str, owners: Mapping[str, Adapter]) -> Adapter:
-            weights = [self.weight_of(group, name, arrived[name][1]) for name in owners]
-            return average(list(owners.values()), weights, self.options.space)
+            weights = [self.weight_of(group, name, examples[name]) for name in owners]
+            return average(list(owners.values()), weights, space)
 
-        adapters = {name: adapter for name, (adapter, _) in arrived.items()}
-        self.model = average_groups(self._model, adapters, over_owners) if arrived else self.model
-        return {"merged": len(arrived)}
+        return average_groups(self.global_model, adapters, over_owners)
 
     def weight_of(self, group: str, client: str, examples: int) -> int:
         """The client's weight in a group's average: its examples."""
         return examples
 
     def deliver(self, client: Client) -> Brief:
-        """The global adapter is everybody's."""
-        mix = steps.mixture(SLOT)
-        return Brief([steps.save(mix), steps.evaluate(self.training, mix)], {SLOT: self.part_of(client)})
+        """The global adapter, and what the client has made of it where that is more."""
+        mix = self.personal(client)
+        plan = [*self.prepare(0, client), steps.save(mix), steps.evaluate(self.training, mix)]
+        return Brief(plan, {SLOT: self.part_of(client)})
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """Steps before the adapter is installed; round 0 is the delivery."""
+        return []
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """Steps that train the global adapter, and others where there are some."""
+        return [steps.train(self.training, steps.mixture(SLOT), [SLOT])]
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The client's model: here the global adapter is everybody's."""
+        return steps.mixture(SLOT)
 
     def part_of(self, client: Client) -> Adapter:
         """The groups that the client owns, in its layout."""
-        model = self._model
+        model = self.global_model
         return model if model.layout.digest == client.layout.digest else model.part(client.layout)
 
     def state(self) -> State:
         """The global adapter's numbers, and its layout, to which clients that are not back yet contribute."""
-        layout = self._model.layout.to_proto().SerializeToString(deterministic=True)
-        return State({"model": self._model.vector}, {"layout": layout.hex()})
+        layout = self.global_model.layout.to_proto().SerializeToString(deterministic=True)
+        return State({"model": self.global_model.vector}, {"layout": layout.hex()})
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
         layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes.fromhex(state.values["layout"])))
         saved = Adapter(layout, state.tensors["model"])
-        whole = union([layout, self._model.layout])
+        whole = union([layout, self.global_model.layout])
         self.model = saved if whole.digest == layout.digest else Adapter.initial(whole, self.seed).with_part(saved)
 
     @property
-    def _model(self) -> Adapter:
+    def global_model(self) -> Adapter:
+        """The global adapter; :attr:`model` is None before the first client."""
         if self.model is None:
             raise RuntimeError("no client is enrolled yet")
         return self.model

@@ -7,7 +7,7 @@ at equal rounds is one at equal local work (algorithms/baselines: "Local-only").
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from adapters.layout import Layout
 from strategies import steps
@@ -25,7 +25,7 @@ class Local(AlloyStrategy):
     """Every client trains its own adapter and keeps it."""
 
     name = "local"
-    Options = LocalOptions
+    Options: ClassVar[type[Any]] = LocalOptions
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Always: nothing is merged."""

@@ -13,7 +13,7 @@ from google.protobuf.message import Message as ProtoMessage
 from adapters.adapter import Adapter
 from adapters.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, encode, encoding_from_proto, payload_size
 from adapters.layout import Layout, LayoutError
-from adapters.parts import layout_of_part, layout_of_sketch, layouts_of_plan
+from adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from adapters.records import COUNTERS_TYPE, FORMAT_VERSION, PLAN_TYPE, REGISTER_TYPE, RecordError, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -106,6 +106,9 @@ def plan_dispatch(
             raise LayoutError(f"client {client_id!r} has no reference model for a sketch")
         expected[sketch.slot] = layout_of_sketch(reference, sketch.row_count)
         upload_bytes[sketch.slot] = payload_size(expected[sketch.slot], encoding_from_proto(sketch.encoding))
+    for gram in [step.gram for step in steps if step.WhichOneof("kind") == "gram"]:
+        expected[gram.slot] = layout_of_gram(layout)
+        upload_bytes[gram.slot] = payload_size(expected[gram.slot], encoding_from_proto(gram.encoding))
     return Dispatch(
         plan,
         layout,
@@ -240,12 +243,22 @@ def _require_content(reply: Message, who: str) -> None:
 
 def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepResult) -> None:
     """What a result says about its step is what the plan said: the label decides who reads the metrics."""
-    names = {"evaluate": ("label", "split"), "send": ("slot",), "sketch": ("slot",)}
+    names = {"evaluate": ("label", "split"), "send": ("slot",), "sketch": ("slot",), "gram": ("slot",)}
     kind = step.WhichOneof("kind") or ""
     for name in names.get(kind, ()):
         found, wanted = getattr(getattr(result, kind), name), getattr(getattr(step, kind), name)
         if found != wanted:
             raise BadAnswerError(f"{where} ({kind}): reports {name} {found[:200]!r}, expected {wanted!r}")
+    if kind == "select":
+        for name in ("losses", "weights"):
+            numbers = getattr(result.select, name)
+            if len(numbers) != len(step.select.slots):
+                raise BadAnswerError(
+                    f"{where} (select): {len(numbers)} numbers in {name}, expected one for each of "
+                    f"{len(step.select.slots)} candidates"
+                )
+        if any(not 0 <= weight <= 1 for weight in result.select.weights):
+            raise BadAnswerError(f"{where} (select): weights {list(result.select.weights)}, expected 0 to 1")
 
 
 def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepResult, modules: int) -> None:

@@ -177,7 +177,7 @@ class Potara(AlloyStrategy):
             steps.fisher(
                 FEDERATED,
                 LOCAL,
-                split=self.options.calibration if _held_out(client) else "train",
+                split=self.options.calibration if client.held_out else "train",
                 samples=self.options.fisher_samples,
                 damping=self.options.damping,
                 in_delta_space=self.options.trace_space == "delta",
@@ -261,7 +261,7 @@ class Potara(AlloyStrategy):
 
     def _grid(self, client: Client) -> list[float]:
         """Weights of the line search, none for a client without held-out examples."""
-        return weighting.grid(self.options.search_points) if self.options.search_points and _held_out(client) else []
+        return weighting.grid(self.options.search_points) if self.options.search_points and client.held_out else []
 
     def _mixture(
         self, client: Client, coefficients: tuple[Coefficient, Coefficient], target: str = MERGED
@@ -369,11 +369,6 @@ def _shown(weight: Weight) -> dict[str, Any]:
 
 def _label(weight: float) -> str:
     return f"search-{weight:.3f}"
-
-
-def _held_out(client: Client) -> int:
-    """Validation examples that the client registered with."""
-    return sum(int(task.examples.get("validation", 0)) for task in client.registration.tasks)
 
 
 def _results(answer: Answer, kind: str) -> list[report_pb2.StepResult]:

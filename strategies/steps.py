@@ -60,6 +60,18 @@ def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> p
     return plan_pb2.Mixture(terms=terms)
 
 
+def ensemble(slots: Sequence[str], shares: str) -> plan_pb2.Mixture:
+    """The probabilities that the slots predict, each alone, averaged by what the slot ``shares`` holds."""
+    mix = mixture(*slots)
+    mix.shares = shares
+    return mix
+
+
+def attribute(slots: Sequence[str], shares: str) -> Step:
+    """Divide every training example among ``slots``; ``shares`` holds the means."""
+    return Step(attribute=plan_pb2.AttributeStep(slots=list(slots), shares=shares, split="train"))
+
+
 def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
     """``sigmoid(g) first + (1 - sigmoid(g)) second`` for each module, with the gates g of the slot ``gates``."""
     return plan_pb2.Mixture(
@@ -99,6 +111,7 @@ def train(
     slots: Sequence[str],
     *,
     factors: Iterable[Factor] = (),
+    modules: Iterable[str] = (),
     proximal: tuple[str, float] | None = None,
     steps: int | None = None,
     fold: tuple[int, int] | None = None,
@@ -110,17 +123,19 @@ def train(
     record: str = "",
     record_batch_share: bool = False,
     keep_on_divergence: bool = False,
+    attributed_to: str = "",
 ) -> Step:
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
     ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
     learning rate of tensors with a factor. ``draw`` decides batches and dropout, ``draw_after_replace`` instead where a
-    replace step has copied something; the losses of tasks are kept as ``record``, for such steps.
+    replace step has copied something; the losses of tasks are kept as ``record``, for such steps. ``attributed_to``
+    weighs examples by how much of them :func:`attribute` gave to that slot.
     """
     step = plan_pb2.TrainStep(
         mixture=mix,
         slots=list(slots),
-        part=part(factors, without_basis=without_basis),
+        part=part(factors, modules, without_basis=without_basis),
         steps=training.local_steps if steps is None else steps,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate if learning_rate is None else learning_rate,
@@ -137,6 +152,7 @@ def train(
         record=record,
         record_batch_share=record_batch_share,
         keep_on_divergence=keep_on_divergence,
+        attributed_to=attributed_to,
     )
     if proximal is not None and proximal[1] > 0:
         step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
@@ -235,10 +251,11 @@ def send(
     slot: str,
     *,
     factors: Iterable[Factor] = (),
+    modules: Iterable[str] = (),
     relative_to_received: bool = True,
     without_basis: bool = False,
 ) -> Step:
-    """Upload ``slot`` or its ``factors``, encoded as the run says.
+    """Upload ``slot`` or its ``factors`` and ``modules``, encoded as the run says.
 
     A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
     the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
@@ -247,7 +264,7 @@ def send(
     encoding = Encoding(training.uplink_encoding)
     step = plan_pb2.SendStep(
         slot=slot,
-        part=part(factors, without_basis=without_basis),
+        part=part(factors, modules, without_basis=without_basis),
         encoding=encoding_to_proto(encoding),
         relative_to_received=relative_to_received and encoding.is_lossy,
     )
@@ -318,3 +335,17 @@ def sketch(
         encoding=encoding_to_proto(Encoding(encoding)),
     )
     return Step(sketch=step)
+
+
+def select(target: str, candidates: Sequence[str], rule: str, *, split: str, samples: int = 0) -> Step:
+    """``target`` becomes the ``"best"`` candidate, or moves towards those that are an ``"improvement"``."""
+    rules = {"best": plan_pb2.SELECT_RULE_BEST, "improvement": plan_pb2.SELECT_RULE_IMPROVEMENT}
+    step = plan_pb2.SelectStep(slots=list(candidates), target=target, rule=rules[rule], split=split, samples=samples)
+    return Step(select=step)
+
+
+def gram(training: Training, slot: str, mix: plan_pb2.Mixture, *, samples: int = 0) -> Step:
+    """Upload the second moments of every module's inputs, under the name ``slot``."""
+    encoding = encoding_to_proto(Encoding(training.uplink_encoding))
+    step = plan_pb2.GramStep(slot=slot, mixture=mix, split="train", samples=samples, encoding=encoding)
+    return Step(gram=step)

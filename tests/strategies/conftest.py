@@ -20,10 +20,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from adapters.adapter import Adapter
-from adapters.algebra import Coefficient, precision_mean, squared_distances, weighted_sum
+from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
 from adapters.codec import decode, encode, encoding_from_proto
 from adapters.layout import Entry, Factor, Layout
-from adapters.parts import layout_of_part, layout_of_sketch, layouts_of_plan
+from adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from adapters.records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.base import AlloyStrategy, Answer, Brief, Client
@@ -191,8 +191,8 @@ class FakeNode:
             if step.WhichOneof("kind") != "initialise" and not installed:
                 installed = True
                 for slot, adapter in received.items():
-                    whole = adapter.layout.digest == self.layout.digest
-                    self.slots[slot] = adapter if whole else self.slots[slot].with_part(adapter)
+                    part = slot in self.slots and self.slots[slot].layout.contains(adapter.layout)
+                    self.slots[slot] = self.slots[slot].with_part(adapter) if part else adapter
             report.results.append(self._step(plan, step, received, uploads))
         return report, uploads
 
@@ -242,8 +242,38 @@ class FakeNode:
                 encoding = encoding_from_proto(step.sketch.encoding)
                 uploads[step.sketch.slot] = encode(self.slots[step.sketch.slot], encoding, include_layout=False).blob
                 result.sketch.CopyFrom(report_pb2.SketchResult(slot=step.sketch.slot, examples=1, norm=1.0))
+            case "gram":
+                moments = noise(self.name, 0, layout_of_gram(self.layout))
+                for entry, tensor in moments.items():  # positive definite: any diagonal, and nothing beside it
+                    width = next(n for n in range(1, 99) if n * (n + 1) // 2 == entry.size)
+                    diagonal = torch.diag(1 + tensor[:width].abs())
+                    tensor.copy_(diagonal[tuple(torch.triu_indices(width, width))])
+                uploads[step.gram.slot] = encode(
+                    moments, encoding_from_proto(step.gram.encoding), include_layout=False
+                ).blob
+                result.gram.slot = step.gram.slot
+            case "attribute":
+                result.attribute.examples = 5
+            case "select":
+                losses = [self.metrics(self.slots[slot])["loss"] for slot in step.select.slots]
+                best = min(range(len(losses)), key=lambda index: losses[index])
+                found, target_slot = self.slots[step.select.slots[best]], step.select.target
+                is_best = step.select.rule == plan_pb2.SELECT_RULE_BEST
+                if is_best or losses[best] < self.metrics(self.slots[target_slot])["loss"]:
+                    self.slots[target_slot] = found.clone()
+                    result.select.weights.extend(float(index == best) for index in range(len(losses)))
+                else:
+                    result.select.weights.extend(0.0 for _ in losses)
+                result.select.losses.extend(losses)
             case "merge":
-                self.slots[step.merge.target] = self.mixed(step.merge.mixture)
+                terms = [self.slots[term.slot] for term in step.merge.mixture.terms]
+                if any(found.layout.digest != self.layout.digest for found in terms):
+                    merged = stack(terms, [term.scalar for term in step.merge.mixture.terms])
+                    ranks = dict.fromkeys(self.layout.ranks, step.merge.truncate_rank)
+                    rank = step.merge.truncate_rank
+                    self.slots[step.merge.target] = truncate(merged, self.layout.with_ranks(ranks)) if rank else merged
+                else:
+                    self.slots[step.merge.target] = self.mixed(step.merge.mixture)
                 result.merge.max_rank = max(self.layout.ranks.values())
             case "distance":
                 first, second = self.slots[step.distance.first], self.slots[step.distance.second]
@@ -260,8 +290,11 @@ class FakeNode:
                 self.slots[slot] = self.move(self.name, plan.round, self.slots[slot])
                 result.distill.train.CopyFrom(report_pb2.TrainResult(steps=1, mean_loss=1.5))
             case "fisher":
-                slots = {step.fisher.first: step.fisher.keep_first, step.fisher.second: step.fisher.keep_second}
-                for slot, kept in slots.items():
+                slots = (
+                    (step.fisher.first, step.fisher.keep_first),
+                    (step.fisher.second, step.fisher.keep_second),
+                )
+                for slot, kept in slots:
                     if kept:
                         self.slots[kept] = Adapter(self.layout, 1 + self.slots[slot].vector.square())
                 result.fisher.CopyFrom(self.fisher())
@@ -282,9 +315,14 @@ class FakeNode:
             else term.scalar
             for term in mixture.terms
         ]
+        if mixture.shares:
+            coefficients = [1 / len(mixture.terms)] * len(mixture.terms)
+        slots = [self.slots[term.slot] for term in mixture.terms]
         if len(coefficients) == 1 and coefficients[0] == 1.0:
-            return self.slots[mixture.terms[0].slot].clone()
-        return weighted_sum([self.slots[term.slot] for term in mixture.terms], coefficients)
+            return slots[0].clone()
+        if len({slot.layout.digest for slot in slots}) > 1:  # other ranks: there are no factors to be added
+            return stack(slots, coefficients)
+        return weighted_sum(slots, coefficients)
 
     def fisher(self) -> report_pb2.FisherResult:
         """Numbers of the client's name; nothing is computed."""
@@ -296,6 +334,8 @@ class FakeNode:
 
     def metrics(self, model: Adapter) -> dict[str, float]:
         """Squared distance to the target of ``drift``, and an "accuracy" that grows as it falls."""
+        if model.layout.digest != self.layout.digest:
+            model = truncate(model, self.layout)
         loss = float((model.vector - target(self.name, model.layout).vector).square().mean())
         return {"loss": loss, "accuracy": 1 / (1 + loss)}
 

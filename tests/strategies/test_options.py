@@ -14,7 +14,7 @@ from strategies.fedmerge import FedMergeOptions
 from strategies.options import OptionError, key_of, keys_of, read_options, require_choice, require_known, require_range
 from strategies.steps import Training
 
-KEBAB = re.compile(r"([a-z]+\.)?[a-z]+(-[a-z0-9]+)*")
+KEBAB = re.compile(r"([a-z]+(-[a-z]+)*\.)?[a-z]+(-[a-z0-9]+)*")
 OPTIONS: list[tuple[type[Any], str]] = [
     (Training, ""), *((strategy.Options, f"{name}.") for name, strategy in sorted(STRATEGIES.items()))
 ]  # fmt: skip
@@ -28,11 +28,15 @@ OTHER: dict[str, Any] = {
     "potara.variance": "curvature",
     "fedmosaic.similarity": "column-mean", "fedmosaic.gate": "input", "fedmosaic.sketch-row-choice": "first",
     "fedmosaic.sketch-noise-at": "gradients", "fedmosaic.sketch-gradient": "diagonal",
-    "tap.margins": "causal-lm=0.02", "tap.margin-mode": "rel", "tap.history": "probe",
-    "tap.history-norm": "batch-share", "tap.replace-source": "global", "tap.replace-scope": "exclusive",
-    "tap.seed-mode": "reference", "tap.weight": "task", "tap.kd-teacher": "global", "tap.kd-reduction": "first-dim",
-    "tap.kd-weights": "causal-lm=0.25", "tap.kd-losses": "causal-lm=mse", "tap.deliver": "stage1",
     "fedmosaic.sketch-encoding": "int8", "fedmosaic.sketch-rows": 0.75, "fedmosaic.sketch-new-weight": 0.25,
+    "apfl.alpha": 0.25, "dare.drop": 0.25, "fedalt.mixer": "scalar", "feddpa.variant": "f", "feddpa.local-share": 0.25,
+    "fedfomo.explore": 0.25, "fedrep.own": "*.v_proj", "fedrep.own-steps": 0.25, "fml.alpha": 0.25, "fml.beta": 0.25,
+    "regmean.shrink": 0.25, "ties.density": 0.5,
+    "tap.margins": "causal-lm=0.1", "tap.margin-mode": "rel", "tap.history": "probe", "tap.history-norm": "batch-share",
+    "tap.replace-source": "global", "tap.replace-scope": "exclusive", "tap.seed-mode": "reference",
+    "tap.weight": "task",
+    "tap.kd-teacher": "global", "tap.kd-reduction": "first-dim", "tap.kd-weights": "causal-lm=2",
+    "tap.kd-losses": "causal-lm=mse", "tap.deliver": "global",
 }  # fmt: skip
 """A valid value that is not the default, for every key of text and for shares."""
 

@@ -26,6 +26,7 @@ class Factor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FACTOR_Q: _ClassVar[Factor]
     FACTOR_GATE: _ClassVar[Factor]
     FACTOR_GRADIENT: _ClassVar[Factor]
+    FACTOR_GRAM: _ClassVar[Factor]
 ENCODING_UNSPECIFIED: Encoding
 ENCODING_FP32: Encoding
 ENCODING_FP16: Encoding
@@ -40,6 +41,7 @@ FACTOR_P: Factor
 FACTOR_Q: Factor
 FACTOR_GATE: Factor
 FACTOR_GRADIENT: Factor
+FACTOR_GRAM: Factor
 
 class TensorEntry(_message.Message):
     __slots__ = ("module", "factor", "shape")

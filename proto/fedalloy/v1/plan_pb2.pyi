@@ -50,6 +50,12 @@ class SketchGradient(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SKETCH_GRADIENT_UNSPECIFIED: _ClassVar[SketchGradient]
     SKETCH_GRADIENT_EXACT: _ClassVar[SketchGradient]
     SKETCH_GRADIENT_DIAGONAL: _ClassVar[SketchGradient]
+
+class SelectRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SELECT_RULE_UNSPECIFIED: _ClassVar[SelectRule]
+    SELECT_RULE_BEST: _ClassVar[SelectRule]
+    SELECT_RULE_IMPROVEMENT: _ClassVar[SelectRule]
 GATE_KIND_UNSPECIFIED: GateKind
 GATE_KIND_SCALAR: GateKind
 GATE_KIND_INPUT: GateKind
@@ -72,6 +78,9 @@ SKETCH_ROWS_RANDOM: SketchRows
 SKETCH_GRADIENT_UNSPECIFIED: SketchGradient
 SKETCH_GRADIENT_EXACT: SketchGradient
 SKETCH_GRADIENT_DIAGONAL: SketchGradient
+SELECT_RULE_UNSPECIFIED: SelectRule
+SELECT_RULE_BEST: SelectRule
+SELECT_RULE_IMPROVEMENT: SelectRule
 
 class ModuleCoefficients(_message.Message):
     __slots__ = ("values",)
@@ -109,10 +118,12 @@ class Term(_message.Message):
     def __init__(self, slot: _Optional[str] = ..., scalar: _Optional[float] = ..., per_module: _Optional[_Union[ModuleCoefficients, _Mapping]] = ..., precision: _Optional[str] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
 
 class Mixture(_message.Message):
-    __slots__ = ("terms",)
+    __slots__ = ("terms", "shares")
     TERMS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     terms: _containers.RepeatedCompositeFieldContainer[Term]
-    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ...) -> None: ...
+    shares: str
+    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ..., shares: _Optional[str] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("factors", "modules", "without_basis")
@@ -171,7 +182,7 @@ class Draw(_message.Message):
     def __init__(self, as_step: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +201,7 @@ class TrainStep(_message.Message):
     RECORD_FIELD_NUMBER: _ClassVar[int]
     RECORD_BATCH_SHARE_FIELD_NUMBER: _ClassVar[int]
     KEEP_ON_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTED_TO_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
     part: Part
@@ -208,7 +220,8 @@ class TrainStep(_message.Message):
     record: str
     record_batch_share: bool
     keep_on_divergence: bool
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ...) -> None: ...
+    attributed_to: str
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ...) -> None: ...
 
 class MergeStep(_message.Message):
     __slots__ = ("target", "mixture", "space", "truncate_rank")
@@ -358,8 +371,46 @@ class DistanceStep(_message.Message):
     second: str
     def __init__(self, first: _Optional[str] = ..., second: _Optional[str] = ...) -> None: ...
 
+class SelectStep(_message.Message):
+    __slots__ = ("slots", "target", "rule", "split", "samples")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[str]
+    target: str
+    rule: SelectRule
+    split: str
+    samples: int
+    def __init__(self, slots: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., rule: _Optional[_Union[SelectRule, str]] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class GramStep(_message.Message):
+    __slots__ = ("slot", "mixture", "split", "samples", "encoding")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    MIXTURE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    mixture: Mixture
+    split: str
+    samples: int
+    encoding: _adapter_pb2.Encoding
+    def __init__(self, slot: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ...) -> None: ...
+
+class AttributeStep(_message.Message):
+    __slots__ = ("slots", "shares", "split")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[str]
+    shares: str
+    split: str
+    def __init__(self, slots: _Optional[_Iterable[str]] = ..., shares: _Optional[str] = ..., split: _Optional[str] = ...) -> None: ...
+
 class Step(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "replace", "distill")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "replace", "distill")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -369,6 +420,9 @@ class Step(_message.Message):
     FISHER_FIELD_NUMBER: _ClassVar[int]
     DISTANCE_FIELD_NUMBER: _ClassVar[int]
     SKETCH_FIELD_NUMBER: _ClassVar[int]
+    SELECT_FIELD_NUMBER: _ClassVar[int]
+    GRAM_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     DISTILL_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseStep
@@ -380,9 +434,12 @@ class Step(_message.Message):
     fisher: FisherStep
     distance: DistanceStep
     sketch: SketchStep
+    select: SelectStep
+    gram: GramStep
+    attribute: AttributeStep
     replace: ReplaceStep
     distill: DistillStep
-    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps")

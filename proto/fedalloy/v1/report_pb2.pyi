@@ -251,8 +251,32 @@ class SketchResult(_message.Message):
     seconds: float
     def __init__(self, slot: _Optional[str] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
+class SelectResult(_message.Message):
+    __slots__ = ("losses", "weights", "target_loss")
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LOSS_FIELD_NUMBER: _ClassVar[int]
+    losses: _containers.RepeatedScalarFieldContainer[float]
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    target_loss: float
+    def __init__(self, losses: _Optional[_Iterable[float]] = ..., weights: _Optional[_Iterable[float]] = ..., target_loss: _Optional[float] = ...) -> None: ...
+
+class GramResult(_message.Message):
+    __slots__ = ("slot", "examples")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    examples: int
+    def __init__(self, slot: _Optional[str] = ..., examples: _Optional[int] = ...) -> None: ...
+
+class AttributeResult(_message.Message):
+    __slots__ = ("examples",)
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    def __init__(self, examples: _Optional[int] = ...) -> None: ...
+
 class StepResult(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "replace", "distill")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "replace", "distill")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +286,9 @@ class StepResult(_message.Message):
     FISHER_FIELD_NUMBER: _ClassVar[int]
     DISTANCE_FIELD_NUMBER: _ClassVar[int]
     SKETCH_FIELD_NUMBER: _ClassVar[int]
+    SELECT_FIELD_NUMBER: _ClassVar[int]
+    GRAM_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     DISTILL_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseResult
@@ -273,9 +300,12 @@ class StepResult(_message.Message):
     fisher: FisherResult
     distance: DistanceResult
     sketch: SketchResult
+    select: SelectResult
+    gram: GramResult
+    attribute: AttributeResult
     replace: ReplaceResult
     distill: DistillResult
-    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ...) -> None: ...
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire")

@@ -1,0 +1,145 @@
+"""``fedalloy compare``: which runs are made, kept and repeated, and what its folder holds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from server_app import compare as module
+from server_app.compare import Job, compare, in_process, jobs_of
+from server_app.run_directory import RunDirectory
+from strategies.options import OptionError
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without controls: they are runs like any other, and cost as much."""
+    monkeypatch.setattr(module, "CONTROLS", ())
+
+
+def console(path: Path) -> Console:
+    return Console(file=path.open("a"), width=200)
+
+
+def test_runs_are_named_by_what_they_are_told() -> None:
+    options = {"fedmerge.models": 2, "local-steps": 3}
+    first = {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, options)}
+    assert len(first) == 4
+    changed = options | {"fedmerge.models": 3}
+    more_models = {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, changed)}
+    assert {name.split("-")[0] for name in first & more_models} == {"local"}
+    assert not first & {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 3, options)}
+    on_wire = {job.name for job in jobs_of(["local", "fedmerge"], [0, 1], "digits", 3, 2, options, "cluster")}
+    assert not first & on_wire  # what was measured differs
+    (job,) = jobs_of(["local"], [7], "digits", 3, 2, options)
+    assert job.config == {
+        "strategy": "local",
+        "scenario": "digits",
+        "seed": 7,
+        "num-server-rounds": 2,
+        "min-clients": 3,
+        "local-steps": 3,
+    }
+
+
+def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path, alone: None) -> None:
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    (out / "runs" / ".cache").symlink_to(base_cache)
+    made: list[str] = []
+
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        made.append(str(config["run-name"]))
+        in_process(config, clients, runs, answered)
+
+    def again(strategies: list[str], **options: Any) -> tuple[Any, dict[str, str]]:
+        small = {"local-steps": 1, **options}
+        return compare(
+            "digits",
+            strategies,
+            [5],
+            out,
+            console(tmp_path / "said"),
+            clients=2,
+            rounds=2,
+            options=small,
+            engine=engine,
+        )
+
+    found, failed = again([])
+    assert not failed
+    assert [name.split("-")[0] for name in made] == ["local", "fedavg"]
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 3  # strategies, clients, two rounds and the delivery
+    final = {(row["strategy"], row["client"]): row for row in rows if row["phase"] == "deliver"}
+    for run in made:
+        summary = json.loads((out / "runs" / run / "summary.json").read_text())
+        for client, metrics in summary["clients"].items():
+            assert float(final[summary["strategy"], client]["accuracy"]) == metrics["accuracy"]
+    assert int(final["fedavg", "client-0"]["down_tensor_bytes"]) > 0
+    assert final["fedavg", "client-0"]["down_wire_bytes"] == ""  # there is no wire
+    assert "`fedavg`" in (out / "table.md").read_text()
+    line = next(line for line in found.lines if line.strategy == "fedavg")
+    assert line.scores == {(5, c): float(final["fedavg", c]["accuracy"]) for c in ("client-0", "client-1")}
+
+    before, table = list(made), (out / "table.md").read_bytes()
+    again([])
+    assert made == before  # nothing was run twice
+    assert (out / "table.md").read_bytes() == table
+    (out / "runs" / made[0] / "summary.json").unlink()  # as a kill leaves it
+    again([])
+    assert made == [*before, before[0]]
+    assert "local, seed 5: kept" in (tmp_path / "said").read_text()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_compared(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        if config["strategy"] == "ties":
+            raise RuntimeError("out of luck")
+        folder = RunDirectory.create(runs, str(config["run-name"]), "")
+        good = {"status": "ok", "seconds": 1.0, "metrics": {"personal": {"accuracy": 0.5, "loss": 1.0}}}
+        folder.append_round({"phase": "deliver", "round": 3, "clients": {"ada": good}})
+        folder.write_summary({})
+
+    monkeypatch.setattr(module, "rows_of", without_ledger)
+    found, failed = compare("digits", ["ties"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
+    assert [line.strategy for line in found.lines] == ["local", "fedavg"]
+    ((name, why),) = failed.items()
+    assert name.startswith("ties-seed0-")
+    assert why == "RuntimeError: out of luck"
+
+
+def without_ledger(job: Job, run: Path) -> list[module.Row]:
+    (record,) = RunDirectory(run).rounds()
+    return [
+        module.Row(job.strategy, job.seed, client, 3, "deliver", "ok", answer["metrics"]["personal"], 1.0, 0.0)
+        for client, answer in record["clients"].items()
+    ]
+
+
+def test_an_unknown_strategy_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"'dito' \(did you mean 'ditto'\?\)"):
+        compare("digits", ["dito"], [0], tmp_path / "out", console(tmp_path / "said"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_controls_are_always_there(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        asked.append(str(config["strategy"]))
+        raise RuntimeError("not now")
+
+    found, failed = compare("digits", ["ditto", "local"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
+    assert asked == ["local", "fedavg", "ditto", "fedavg-head", "fedavg-tuned", "local-twice"]
+    assert len(failed) == 6
+    assert not found.lines
