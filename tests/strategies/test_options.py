@@ -32,6 +32,10 @@ OTHER: dict[str, Any] = {
     "apfl.alpha": 0.25, "dare.drop": 0.25, "fedalt.mixer": "scalar", "feddpa.variant": "f", "feddpa.local-share": 0.25,
     "fedfomo.explore": 0.25, "fedrep.own": "*.v_proj", "fedrep.own-steps": 0.25, "fml.alpha": 0.25, "fml.beta": 0.25,
     "regmean.shrink": 0.25, "ties.density": 0.5,
+    "tap.margins": "causal-lm=0.02", "tap.margin-mode": "rel", "tap.history": "probe",
+    "tap.history-norm": "batch-share", "tap.replace-source": "global", "tap.replace-scope": "exclusive",
+    "tap.seed-mode": "reference", "tap.weight": "task", "tap.kd-teacher": "global", "tap.kd-reduction": "first-dim",
+    "tap.kd-weights": "causal-lm=0.25", "tap.kd-losses": "causal-lm=mse", "tap.deliver": "stage1",
 }  # fmt: skip
 """A valid value that is not the default, for every key of text and for shares."""
 
