@@ -1,6 +1,6 @@
 #!/bin/sh
 # The entry point of the `cli` service: `demo [options]`, or any command. Afterwards the runs are in /out (./runs of the
-# checkout) and belong to its owner.
+# checkout) and belong to its owner. What cannot be copied is said; it is no failure of the command.
 if [ "$1" = demo ]; then
     shift
     set -- fedalloy demo --connection fedalloy --runs-dir /app/runs --collect-to /out "$@"
@@ -9,5 +9,5 @@ fi
 [ "$(stat -c %u /out)" != 0 ] || chown "$(stat -c %u:%g /app/checkout)" /out
 "$@"
 code=$?
-fedalloy collect /app/runs /out > /tmp/collected || { [ "$code" != 0 ] || code=1; }
+fedalloy collect /app/runs /out > /tmp/collected || true
 exit "$code"

@@ -95,32 +95,39 @@ def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], ren
     own, so that each machine can be given its folder and no other.
 
     Args:
-        folder: made if needed; what is there stays.
-        hosts: names and addresses of the server; what its certificate lacks is an error.
+        folder: made if needed; what is there stays. A client with a public key has its pair, wherever the private one
+            has been taken.
+        hosts: names and addresses of the server; what its certificate lacks is an error. A renewed certificate keeps
+            the names that the old one had.
         clients: client ids.
-        renew: make these anew: client ids, or ``server`` (every client then needs the new ``ca.crt``).
+        renew: make these anew: ids of clients, or ``server`` (every client then needs the new ``ca.crt``).
 
     Raises:
         CertificateError: the server's certificate does not name a host; an unknown name to renew.
     """
-    clients, renew = list(clients), set(renew)
-    if unknown := renew - {*clients, "server"}:
-        raise CertificateError(f"cannot renew {', '.join(sorted(unknown))}: expected server, {', '.join(clients)}")
     public, server = folder / "public", folder / "server"
+    clients, renew, hosts = list(clients), set(renew), set(hosts)
+    known = dict.fromkeys([*clients, *sorted(path.stem for path in public.glob("*.pub"))])
+    if unknown := renew - {*known, "server"}:
+        raise CertificateError(f"cannot renew {', '.join(sorted(unknown))}: expected server, {', '.join(known)}")
     made = []
     if "server" in renew or not (server / "server.key").exists():
-        files = make_server_files(server, hosts)
+        old = _names(server / "server.pem") if (server / "server.pem").exists() else set()
+        files = make_server_files(server, sorted(hosts | old))
         public.mkdir(parents=True, exist_ok=True)
         _write(public / "ca.crt", files.authority.read_bytes(), 0o644)
         made.append("server: authority and certificate made")
-    elif missing := set(hosts) - _names(server / "server.pem"):
+    elif not (public / "ca.crt").exists():  # stopped in between
+        public.mkdir(parents=True, exist_ok=True)
+        _write(public / "ca.crt", (server / "ca.crt").read_bytes(), 0o644)
+    elif missing := hosts - _names(server / "server.pem"):
         raise CertificateError(
             f"the server's certificate in {server} does not name {', '.join(sorted(missing))}; "
             "renew 'server', and give every client the new ca.crt"
         )
-    for client_id in clients:
+    for client_id in known:
         private = folder / "clients" / client_id
-        if client_id in renew or not (private / client_id).exists() or not (public / f"{client_id}.pub").exists():
+        if client_id in renew or not (public / f"{client_id}.pub").exists():
             _, line = make_client_key(private, client_id)
             _write(public / line.name, line.read_bytes(), 0o644)
             made.append(f"{client_id}: key pair made")

@@ -24,12 +24,24 @@ def collect(run: Path, destination: Path) -> Path:
     try:
         if target.exists() and _content(target / config) != _content(run / config):
             raise CollectError(f"{target} is another run; move it away to collect {run.name!r}")
-        shutil.copytree(run, target, dirs_exist_ok=True, symlinks=True)
+        _copy(run, target)
         if os.geteuid() == 0:
             give_to_owner_of(destination, target)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         raise CollectError(f"cannot copy {run} to {destination}: {error}") from error
     return target
+
+
+def _copy(run: Path, target: Path) -> None:
+    """Overlay; of a run that goes on, files may vanish meanwhile (old checkpoints)."""
+    for stale in target.rglob("*.sqlite-*"):  # SQLite would replay an older copy's log into the new one
+        stale.unlink()
+    try:
+        shutil.copytree(run, target, dirs_exist_ok=True, symlinks=True)
+    except shutil.Error as error:
+        failed = [(source, why) for source, _, why in error.args[0] if os.path.lexists(source)]
+        if failed:
+            raise OSError("; ".join(f"{source}: {why}" for source, why in failed)) from None
 
 
 def collect_all(runs: Path, destination: Path) -> list[Path]:

@@ -35,6 +35,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -107,7 +108,10 @@ class Ledger:
         try:
             if read_only and not path.exists():
                 raise LedgerError(f"no ledger at {path}")
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
+            # Where nobody has it open there is no log, and SQLite would have to make one: not in a read-only folder.
+            unused = read_only and not path.with_name(f"{path.name}-wal").exists()
+            place = f"file:{quote(str(path.resolve()))}" + ("?immutable=1" if unused else "")
+            self._db = sqlite3.connect(place, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
             if read_only:
                 self._db.execute("PRAGMA query_only=1")
             else:

@@ -387,6 +387,23 @@ def test_it_can_be_read_while_it_is_written(ledger: Ledger) -> None:
             other.tensor(0, "berlin", "up", "train", 1)
 
 
+def test_a_finished_ledger_can_be_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "ro" / "ledger.sqlite"
+    path.parent.mkdir()
+    with Ledger(path, "test") as ledger:
+        ledger.tensor(0, "berlin", "up", "train", 7)
+    before = path.read_bytes()
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    try:
+        with Ledger(path, read_only=True) as ledger:
+            assert ledger.totals()["up"]["tensor"] == 7
+            assert [found.name for found in path.parent.iterdir()] == [path.name]
+    finally:
+        path.parent.chmod(0o755)
+    assert path.read_bytes() == before
+
+
 def test_renaming_moves_what_was_booked(ledger: Ledger) -> None:
     ledger.tensor(0, "node 7", "up", "train", 3)
     ledger.message(0, "node 7", "up", "train", 4, 1)

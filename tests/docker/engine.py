@@ -7,6 +7,7 @@ and then stops what it started.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(os.environ.get("FEDALLOY_ENGINE_SCRIPT", ROOT.parent / "shared" / "tools" / "docker-engine.sh"))
-OLDEST_COMPOSE = (2, 20)
+OLDEST_COMPOSE = (2, 20, 2)  # `required: false` of a dependency
 BASE_IMAGE = "python:3.11-slim-bookworm"  # the Dockerfile's
 _BASE = (("image", "inspect", BASE_IMAGE), ("pull", "--quiet", BASE_IMAGE))
 _SHELL = """
@@ -99,7 +100,7 @@ def _problem(environment: dict[str, str]) -> str:
         return "no docker command"
     except subprocess.TimeoutExpired:
         return "the Docker engine does not answer"
-    found = tuple(int(part) for part in version.stdout.lstrip("v").split("-")[0].split(".")[:2] if part.isdecimal())
+    found = tuple(int(part) for part in re.findall(r"\d+", version.stdout)[:3])
     if version.returncode != 0 or found < OLDEST_COMPOSE:
         wanted = ".".join(map(str, OLDEST_COMPOSE))
         return f"docker compose {version.stdout.strip() or 'is missing'}, expected {wanted} or newer"

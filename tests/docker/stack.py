@@ -111,10 +111,10 @@ class Stack:
             raise OutOfTimeError("the cluster test has used up its time")
         return left
 
-    def docker(self, *arguments: str, check: bool = True) -> str:
+    def docker(self, *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
             ["docker", *arguments],
-            capture_output=True, text=True, env=self.environment, check=False, timeout=self.remaining(),
+            capture_output=True, text=True, env={**self.environment, **(environment or {})}, check=False, timeout=self.remaining(),
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if check and done.returncode != 0:

@@ -118,6 +118,31 @@ def test_the_image_is_small_and_runs_as_a_user(stack: Stack, record_property: An
     assert re.findall(r"^[^/\n].*$", inside, re.MULTILINE) == [], "data, runs and keys stay out of the image"
 
 
+FILES = [
+    ["compose.yaml", "subprocess.yaml"],
+    ["compose.yaml", "with-data.yaml"],
+    ["compose.yaml", "with-gpu.yaml"],
+    ["compose.yaml", "with-data.yaml", "with-gpu.yaml"],
+    ["distributed/server.yaml"],
+    ["distributed/client.yaml"],
+    ["distributed/client.yaml", "distributed/client-gpu.yaml"],
+]
+
+
+@pytest.mark.parametrize("files", FILES, ids="+".join)
+def test_every_combination_of_files_is_valid(stack: Stack, files: list[str]) -> None:
+    """Those that are not run here (other machines, GPUs) at least parse, with the variables that the README sets."""
+    given = {
+        "FEDALLOY_DATA": "/srv",
+        "SERVER": "superlink",
+        "CLIENTS": "berlin",
+        "CLIENT_ID": "berlin",
+        "KEYS": "/keys",
+    }
+    arguments = [argument for name in files for argument in ("-f", str(stack.folder / "docker" / name))]
+    stack.docker("compose", *arguments, "config", "--quiet", environment=given)
+
+
 def test_the_demo_prints_its_table_and_leaves_runs_to_their_owner(stack: Stack) -> None:
     """Process isolation, the default."""
     stack.compose("up", "--detach", "server-pod", *(f"{client}-pod" for client in CLIENTS))
@@ -134,6 +159,31 @@ def test_the_demo_prints_its_table_and_leaves_runs_to_their_owner(stack: Stack) 
     for client in CLIENTS:
         assert (run / "clients" / client / "adapter" / "adapter_model.safetensors").exists()
     check_ledger(stack, "demo-fedmerge")
+    # The README's command, on a volume that it may only read.
+    said = stack.compose("run", "--rm", "-T", "cli", "fedalloy", "traffic", "/app/runs/demo-fedmerge")
+    assert "client-2" in said
+    assert "unexplained" in said
+    # The container that trains never sees a private key.
+    assert stack.compose("exec", "-T", "superexec-clientapp-0", "sh", "-c", "ls -A /app/keys").strip() == ""
+
+
+def test_a_key_is_renewed_and_the_others_stay(stack: Stack) -> None:
+    look = [
+        "run",
+        "--rm",
+        "-T",
+        "--no-deps",
+        "--entrypoint",
+        "sh",
+        "certificates",
+        "-c",
+        "sha256sum /app/keys/public/*",
+    ]
+    before = dict(reversed(line.split()) for line in stack.compose(*look).splitlines())
+    said = stack.compose("run", "--rm", "-T", "certificates", "--renew", "client-3")
+    assert "client-3: key pair made" in said
+    after = dict(reversed(line.split()) for line in stack.compose(*look).splitlines())
+    assert {path for path in before if before[path] != after[path]} == {"/app/keys/public/client-3.pub"}
 
 
 def test_an_unregistered_key_is_refused(stack: Stack) -> None:

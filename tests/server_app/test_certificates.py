@@ -105,6 +105,31 @@ def test_a_client_or_the_server_can_be_renewed_alone(tmp_path: Path) -> None:
         make_missing(folder, ["superlink"], ["berlin", "paris"], ["rome"])
 
 
+def test_renewing_needs_only_the_name_and_keeps_the_servers_names(tmp_path: Path) -> None:
+    make_missing(tmp_path, ["superlink", "10.0.0.1"], ["berlin", "paris"])
+    before = (tmp_path / "public" / "paris.pub").read_bytes()
+    assert make_missing(tmp_path, [], [], ["berlin"]) == ["berlin: key pair made"]
+    assert (tmp_path / "public" / "paris.pub").read_bytes() == before
+    make_missing(tmp_path, [], [], ["server"])
+    assert make_missing(tmp_path, ["superlink", "10.0.0.1"], []) == []  # else an error: it would not name them
+
+
+def test_a_private_key_that_was_taken_away_is_not_replaced(tmp_path: Path) -> None:
+    make_missing(tmp_path, ["superlink"], ["berlin"])
+    public = (tmp_path / "public" / "berlin.pub").read_bytes()
+    (tmp_path / "clients" / "berlin" / "berlin").unlink()
+    assert make_missing(tmp_path, ["superlink"], ["berlin", "rome"]) == ["rome: key pair made"]
+    assert (tmp_path / "public" / "berlin.pub").read_bytes() == public
+
+
+def test_stopped_before_the_authority_was_published(tmp_path: Path) -> None:
+    make_missing(tmp_path, ["superlink"], [])
+    authority = (tmp_path / "public" / "ca.crt").read_bytes()
+    (tmp_path / "public" / "ca.crt").unlink()
+    make_missing(tmp_path, ["superlink"], [])
+    assert (tmp_path / "public" / "ca.crt").read_bytes() == authority
+
+
 def test_a_certificate_that_lacks_a_host_is_no_success(tmp_path: Path) -> None:
     make_missing(tmp_path, ["superlink"], [])
     make_missing(tmp_path, ["superlink", "127.0.0.1"], [])

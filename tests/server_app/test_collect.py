@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from server_app.collect import CollectError, collect, collect_all
+from server_app.ledger import Ledger
 
 
 def make_run(folder: Path, name: str, seed: int = 0) -> Path:
@@ -30,6 +32,39 @@ def test_a_run_is_copied_and_copied_again_when_it_has_gone_on(tmp_path: Path) ->
     collect(run, mine)
     assert (mine / "a" / "summary.json").exists()
     assert sorted(path.name for path in mine.iterdir()) == ["a", "b"]
+
+
+def test_a_ledger_that_was_copied_while_it_was_written_is_whole_when_copied_again(tmp_path: Path) -> None:
+    """The first copy has SQLite's log; the run's end removes the source's, and the copy's must not be replayed."""
+    runs, mine = tmp_path / "volume", tmp_path / "mine"
+    mine.mkdir()
+    run = make_run(runs, "a")
+    with Ledger(run / "ledger.sqlite", "a") as ledger:
+        for number in range(50):
+            ledger.tensor(number, "berlin", "up", "train", 1)
+        collect(run, mine)
+        assert list((mine / "a").glob("*.sqlite-wal"))
+        for number in range(50, 3000):
+            ledger.tensor(number, "berlin", "up", "train", 1)
+    collect(run, mine)
+    with Ledger(mine / "a" / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.totals()["up"]["tensor"] == 3000
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, mine = tmp_path / "volume", tmp_path / "mine"
+    mine.mkdir()
+    run = make_run(runs, "a")
+    (run / "checkpoint").write_bytes(b"old")
+    copy = shutil.copy2
+
+    def pruned(source: str, target: str, **options: bool) -> object:
+        if source.endswith("checkpoint"):
+            Path(source).unlink()
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, pruned, False, False))
+    assert (collect(run, mine) / "clients" / "berlin" / "slot").exists()
 
 
 def test_another_run_of_that_name_is_not_touched(tmp_path: Path) -> None:
