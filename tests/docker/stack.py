@@ -114,8 +114,8 @@ class Stack:
     def docker(self, *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
             ["docker", *arguments],
-            capture_output=True, text=True, env={**self.environment, **(environment or {})}, check=False, timeout=self.remaining(),
-            stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, env={**self.environment, **(environment or {})}, check=False,
+            timeout=self.remaining(), stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if check and done.returncode != 0:
             raise AssertionError(f"docker {' '.join(arguments)}: {(done.stdout + done.stderr)[-4000:]}")
