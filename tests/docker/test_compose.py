@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from examples import three_clients
 from server_app.accounts import Accounts
 from server_app.ledger import Ledger
 from server_app.links import OTHER
@@ -190,6 +191,42 @@ def test_an_unregistered_key_is_refused(stack: Stack) -> None:
         "run", "--rm", "-T", "--no-deps", "--entrypoint", "sh", "supernode-0", "-c", command, check=False
     )
     assert "Failed to activate SuperNode" in said, said
+
+
+def test_own_data_reach_the_container_that_trains_and_no_other(
+    stack: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The worked example's model and data, mounted as docker/README.md says."""
+    folder = tmp_path_factory.mktemp("own-data")
+    three_clients.write(folder / "example")
+    (folder / "example" / "base").rename(_made(folder / "models") / "base")
+    for number, name in enumerate(three_clients.GREETINGS):
+        lines = (folder / "example" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        own = _made(folder / f"client-{number}")
+        for split, chosen in {"train": lines[:40], "validation": lines[40:50], "test": lines[50:]}.items():
+            (own / f"{split}.jsonl").write_text("".join(chosen))
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    services = [f"{kind}-{number}" for kind in ("supernode", "superexec-clientapp") for number in range(3)]
+    stack.environment["FEDALLOY_DATA"] = str(folder)
+    stack.overlays = ["with-data.yaml"]
+    stack.compose("up", "--detach", *services)
+    config = {"run-name": "own", "runs-dir": "/app/runs", "strategy": "local", "base-model": "/app/models/base"}
+    config |= {"target-modules": "all-linear", "num-server-rounds": 1, "local-steps": 5, "min-clients": 3}
+    text = " ".join(f"{key}={value!r}" for key, value in config.items())
+    stack.compose("run", "--rm", "-T", "cli", "flwr", "run", ".", "fedalloy", "--stream", "--run-config", text)
+    assert set(summary(stack, "own")["clients"]) == set(CLIENTS)
+    seen = stack.compose("exec", "-T", "superexec-clientapp-1", "sh", "-c", "cat /app/data/*.jsonl")
+    assert three_clients.GREETINGS["paris"] in seen
+    assert three_clients.GREETINGS["berlin"] not in seen
+    assert stack.compose("exec", "-T", "supernode-1", "sh", "-c", "ls -A /app/data").strip() == ""
+    stack.overlays = []
+    stack.compose("up", "--detach", *services)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
