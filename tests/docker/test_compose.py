@@ -211,7 +211,12 @@ def test_own_data_reach_the_container_that_trains_and_no_other(
     stack.environment["FEDALLOY_DATA"] = str(folder)
     stack.overlays = ["with-data.yaml"]
     stack.compose("up", "--detach", *services)
-    config = {"run-name": "own", "runs-dir": "/app/runs", "strategy": "local", "base-model": "/app/models/base"}
+    config: dict[str, Any] = {
+        "run-name": "own",
+        "runs-dir": "/app/runs",
+        "strategy": "local",
+        "base-model": "/app/models/base",
+    }
     config |= {"target-modules": "all-linear", "num-server-rounds": 1, "local-steps": 5, "min-clients": 3}
     text = " ".join(f"{key}={value!r}" for key, value in config.items())
     stack.compose("run", "--rm", "-T", "cli", "flwr", "run", ".", "fedalloy", "--stream", "--run-config", text)
