@@ -21,8 +21,9 @@ from tests.docker.engine import CAP, ENGINE
 from tests.docker.stack import CLIENTS, Stack
 
 MAX_IMAGE = 2_000_000_000
-LEFT_FOR_THE_REST = 480.0
+LEFT_FOR_THE_REST = 520.0
 """Seconds of the cap that the tests after own data may need, and own data themselves."""
+LEFT_FOR_SUBPROCESSES = 150.0
 Counts = dict[str, dict[str, int]]  # bytes by client and direction
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(CAP + 180)]
@@ -295,6 +296,8 @@ def trained_again(stack: Stack, name: str, client: str) -> bool:
 
 def test_subprocess_isolation_counts_the_same_way(stack: Stack) -> None:
     """The lighter overlay, on the same keys and the same database."""
+    if stack.remaining() < LEFT_FOR_SUBPROCESSES:
+        pytest.skip("subprocess isolation: this machine is slow, and the cap of 12 minutes is near")
     stack.stop_meters()
     supernodes = [f"supernode-{number}" for number in range(3)]
     stack.compose("stop", *supernodes)  # while they can still say goodbye to their SuperLink
