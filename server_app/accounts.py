@@ -22,9 +22,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from server_app.links import OTHER, Key, Row, join, segments
+from server_app.links import OTHER, Key, Link, Row, join, segments
 
 FRAME_HEADER, TLS_RECORD = 9, 22  # RFC 9113, 4.1; RFC 8446, 5.2: header 5, content type 1, tag 16
 PING = FRAME_HEADER + 8  # RFC 9113, 6.7
@@ -76,6 +77,11 @@ class CallCost:
 
     call: tuple[float, float]
     pings: tuple[float, float]
+
+    @property
+    def poll(self) -> tuple[float, float]:
+        """Bytes up and down of one poll that brings nothing."""
+        return self.call[0] + POLL_PROTO[0], self.call[1] + POLL_PROTO[1]
 
 
 @dataclass(frozen=True)
@@ -244,51 +250,60 @@ class Accounts:
         """What a TLS record adds to its content."""
         return TLS_RECORD if self.meta.get("tls") == "1" else 0
 
-    def _unseen(self, client: str, overhead: CallCost) -> int:
-        """How many of a client's polls and heartbeats fell between the calls of its messages.
+    @cached_property
+    def _unseen(self) -> dict[str, int]:
+        """How many of each client's polls and heartbeats fell between the calls of its messages.
 
         There the sampler cannot tell them apart. But each adds some 590 bytes up and 90 down, so what is missing from a
         round, up less down, is a multiple of 500, and pings, which are the same both ways, cancel out. Taken only where
         that leaves less than half a call in either direction; the remainder, and all of what does not look like that,
         stays unexplained. A call that ends just behind the boundary of two rounds is one more here and one less there.
         """
-        links = [link for link in self.links if link.client == client and link.at_server]
-        if len(links) != 1:
-            return 0
-        missing = defaultdict[int, list[float]](lambda: [0.0, 0.0])  # up and down, by round
-        seconds = defaultdict[int, float](float)
+        by_client = defaultdict[str, list[Link]](list)
+        for link in self.links:
+            if link.at_server:
+                by_client[link.client].append(link)
+        links = {client: found[0] for client, found in by_client.items() if len(found) == 1}
+        costs = {client: cost for client in links if (cost := self.call_overhead(client)) is not None}
+        clients = {links[client].key: client for client in costs}
+        missing = defaultdict[tuple[str, int], list[float]](lambda: [0.0, 0.0])  # up and down, by client and round
+        seconds = defaultdict[tuple[str, int], float](float)
 
-        def book(round_: int, up: float, down: float) -> None:
-            missing[round_][0] += up
-            missing[round_][1] += down
+        def book(client: str, round_: int, up: float, down: float) -> None:
+            missing[client, round_][0] += up
+            missing[client, round_][1] += down
 
-        for round_, (up, down), duration in links[0].exchanged():
-            book(round_, up, down)
-            seconds[round_] += duration
-        poll = [overhead.call[end] + POLL_PROTO[end] for end in (0, 1)]
+        for client in costs:
+            for round_, (up, down), duration in links[client].exchanged():
+                book(client, round_, up, down)
+                seconds[client, round_] += duration
         for row in self._carried():
-            if row["client"] == client:
-                calls = [row["calls"] * overhead.call[end] + overhead.pings[end] for end in (0, 1)]
+            if (cost := costs.get(row["client"])) is not None:
+                calls = [row["calls"] * cost.call[end] + cost.pings[end] for end in (0, 1)]
                 own, other = row["bytes"] + row["tls_records"] * self._record, row["control_bytes"]
+                up, down = (own, other) if row["direction"] == "up" else (other, own)
+                book(row["client"], row["round"], -up - calls[0], -down - calls[1])
                 if row["direction"] == "up":
-                    book(row["round"], -own - calls[0] - poll[0], -other - calls[1] - poll[1])
-                else:
-                    book(row["round"], -other - calls[0], -own - calls[1])
-        first = min(missing, default=0)
+                    poll = cost.poll
+                    book(row["client"], row["round"], -poll[0], -poll[1])
+        first = {client: min(round_ for name, round_ in missing if name == client) for client, _ in missing}
         for row in self._fetched_bundles():
-            if row["client"] == client:
+            if (cost := costs.get(row["client"])) is not None:
                 down = row["down"] + row["tls_records"] * self._record
-                book(first, -row["up"] - BUNDLE_CALLS * overhead.call[0], -down - BUNDLE_CALLS * overhead.call[1])
+                up, down = row["up"] + BUNDLE_CALLS * cost.call[0], down + BUNDLE_CALLS * cost.call[1]
+                book(row["client"], first.get(row["client"], 0), -up, -down)
         for row in self.activity:
-            if row["kind"] in BY_COUNTER and (row["address"], row["port"], row["cookie"]) == links[0].key:
-                book(row["round"], -row["up"], -row["down"])
-        count = 0
-        for round_, left in missing.items():
+            client = clients.get((row["address"], row["port"], row["cookie"]), "")
+            if client and row["kind"] in BY_COUNTER:
+                book(client, row["round"], -row["up"], -row["down"])
+        counts = defaultdict[str, int](int)
+        for (client, round_), left in missing.items():
+            poll = costs[client].poll
             found = round((left[0] - left[1]) / (poll[0] - poll[1]))
-            possible = -1 <= found <= 2 + seconds[round_] / POLL_INTERVAL
+            possible = -1 <= found <= 2 + seconds[client, round_] / POLL_INTERVAL
             if possible and all(abs(left[end] - found * poll[end]) < poll[0] / 2 for end in (0, 1)):
-                count += found
-        return count
+                counts[client] += found
+        return counts
 
     def _reconcile(self, direction: str) -> dict[str, int]:
         pieces = [(link, piece) for link in self.links for _, piece, _ in getattr(link, direction)()]
@@ -338,8 +353,9 @@ class Accounts:
                 end = 0 if direction == "up" else 1
                 found["gRPC calls"] += round(calls[client] * overhead.call[end])
                 found["HTTP/2 pings"] += round(groups[client] * overhead.pings[end])
-                lone = polls[client] + self._unseen(client, overhead)
-                found["polling, heartbeats"] += round(lone * (overhead.call[end] + POLL_PROTO[end]))
+                found["polling, heartbeats"] += round(
+                    (polls[client] + self._unseen.get(client, 0)) * overhead.poll[end]
+                )
         headers = found["TCP/IP headers"] + found["acknowledgements"]
         found["unexplained"] = payload + headers - sum(found.values())
         return found

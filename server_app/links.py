@@ -136,19 +136,18 @@ class Link:
             before = received(reading)
 
     def exchanged(self) -> Iterator[tuple[int, tuple[int, int], float]]:
-        """Round, payload bytes up and down, and seconds between any two readings of the server; cut at each push."""
-        before: Row | None = None
-        round_ = self.at_server[0]["round"] if self.at_server else 0
-        for row in self.at_server:
-            if before is not None or self.born:
-                up, down, duration = _payload(row)
-                if before is not None:
-                    older = _payload(before)
-                    up, down, duration = up - older[0], down - older[1], duration - older[2]
-                yield round_, (up, down), duration if before is not None else 0.0
-            before = row
-            if row["event"] == "push":
-                round_ = row["round"]
+        """Round, payload bytes up and down, and seconds between two readings of the server; cut at each push.
+
+        What was sent again is left out.
+        """
+
+        def is_push(reading: Row) -> bool:
+            return bool(reading["event"] == "push")
+
+        times = [reading["time"] for reading in self.at_server]
+        ups, downs = (self._cut(self.at_server, of, is_push) for of in (received, sent))
+        for (round_, up), (_, down), now, before in zip(ups, downs, times, [*times[:1], *times], strict=False):
+            yield round_, (up.payload, down.payload - down.retransmitted), now - before
 
     def _cut(
         self, readings: list[Row], of: Callable[[Row], Tally], is_boundary: Callable[[Row], bool]
@@ -163,11 +162,6 @@ class Link:
             before = of(reading)
             if is_boundary(reading):
                 round_ = reading["round"]
-
-
-def _payload(row: Row) -> tuple[int, int, float]:
-    """Of a reading at the server: bytes up and down, what was sent again left out, and its time."""
-    return row["bytes_received"], row["bytes_sent"] - row["bytes_retransmitted"], row["time"]
 
 
 def segments(link: Link, direction: str) -> tuple[int, int, int]:
