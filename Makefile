@@ -22,6 +22,9 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
+# What starts clusters needs the machine to itself; the rest shares its cores.
+UNIT := $(BIN)/python -m pytest -rs -n logical --maxprocesses 8 --dist worksteal -m "not e2e"
+
 # Flower's processes find each other by name in PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -36,9 +39,8 @@ demo: $(STAMP) ## A SuperLink and several SuperNodes on this machine, several st
 	@$(BIN)/fedalloy demo
 
 test: $(STAMP) lint ## Lint and all tests (unit and end-to-end); what was skipped is listed with its reason.
-	@# What starts clusters needs the machine to itself; the rest shares its cores.
 	@status=0; \
-	$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 --dist worksteal -m "not e2e" || status=1; \
+	$(UNIT) || status=1; \
 	$(BIN)/python -m pytest -rs -m e2e || status=1; \
 	exit $$status
 
@@ -46,7 +48,7 @@ test-docker: $(STAMP) ## The image and the compose files, with a real cluster in
 	@$(BIN)/python -m pytest -rs tests/docker
 
 unit: $(STAMP) ## The tests that start no Flower process.
-	@$(BIN)/python -m pytest -rs -n logical --maxprocesses 8 --dist worksteal -m "not e2e"
+	@$(UNIT)
 
 lint: $(STAMP) ## ruff, mypy, import contracts, generated code, buf.
 	@$(BIN)/ruff check --quiet .

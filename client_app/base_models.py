@@ -210,8 +210,8 @@ def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
         model, info = flava.from_pretrained(
             found.folder,
             use_safetensors=True,
-            local_files_only=True,
             output_loading_info=True,
+            **_HERE,
             dtype=getattr(torch, settings.model_dtype),
         )
     _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])

@@ -113,18 +113,16 @@ def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], ren
     made = []
     if "server" in renew or not (server / "server.key").exists():
         old = _names(server / "server.pem") if (server / "server.pem").exists() else set()
-        files = make_server_files(server, sorted(hosts | old))
-        public.mkdir(parents=True, exist_ok=True)
-        _write(public / "ca.crt", files.authority.read_bytes(), 0o644)
+        make_server_files(server, sorted(hosts | old))
         made.append("server: authority and certificate made")
-    elif not (public / "ca.crt").exists():  # stopped in between
-        public.mkdir(parents=True, exist_ok=True)
-        _write(public / "ca.crt", (server / "ca.crt").read_bytes(), 0o644)
     elif missing := hosts - _names(server / "server.pem"):
         raise CertificateError(
             f"the server's certificate in {server} does not name {', '.join(sorted(missing))}; "
             "renew 'server', and give every client the new ca.crt"
         )
+    if made or not (public / "ca.crt").exists():  # not there: stopped in between
+        public.mkdir(parents=True, exist_ok=True)
+        _write(public / "ca.crt", (server / "ca.crt").read_bytes(), 0o644)
     for client_id in known:
         private = folder / "clients" / client_id
         if client_id in renew or not (public / f"{client_id}.pub").exists():

@@ -16,8 +16,10 @@ from server_app.run_directory import RunDirectory
 from strategies.weighting import MODES
 from tests.server_app.conftest import Runner
 
-POTARA: dict[str, Any] = {"strategy": "potara", "num_server_rounds": 3, "potara__federated_rounds": 1}
-POTARA |= {"potara__search_points": 5, "potara__fisher_samples": 8}
+POTARA: dict[str, Any] = {
+    "strategy": "potara", "num_server_rounds": 3, "potara__federated_rounds": 1,
+    "potara__search_points": 5, "potara__fisher_samples": 8,
+}  # fmt: skip
 
 
 def totals(directory: RunDirectory, direction: str) -> dict[str, Any]:
