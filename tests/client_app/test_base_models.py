@@ -21,11 +21,12 @@ from client_app.encoding import load_encoder
 from client_app.examples import Example
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.own_data import load_own
-from client_app.settings import DataSettings, ModelSettings, Settings
+from client_app.settings import ModelSettings
 from client_app.start_adapter import read_start_adapter
 from client_app.tasks import KINDS
 from proto.fedalloy.v1 import plan_pb2
 from tests import tiny_models, toy_data
+from tests.client_app.own import settings_of
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 WORDS = {"vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -231,7 +232,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     tokenizer.add_tokens(["~~~"])
     tokenizer.save_pretrained(folder)
     rows = [{"prompt": f"{n}>", "completion": "~~~"} for n in range(4)]
-    data = DataSettings(data_path=str(toy_data.write_jsonl(tmp_path / "x.jsonl", rows)))
-    settings = Settings("berlin", tmp_path, "", 0, 1, 0, 4, 8.0, 0.0, ModelSettings(base_model=str(folder)), data)
+    settings = settings_of(toy_data.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path, folder)
     with pytest.raises(BaseModelError, match=r"gives token 104, but it has embeddings of 104 tokens only"):
         load_own(settings)

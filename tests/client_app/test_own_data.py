@@ -14,36 +14,17 @@ import torch
 from flwr.app import Context, RecordDict
 from torch.nn import functional
 
-from adapters.adapter import Adapter
 from client_app import evaluation, fisher, training
 from client_app.base_models import BaseModelError, find_model, load_base
-from client_app.data import Base, ClientData
+from client_app.data import Base
 from client_app.encoding import load_encoder
-from client_app.model import OWN_HEAD, PersonalModel
 from client_app.own_data import load_own, read_own
-from client_app.settings import DataSettings, ModelSettings, Settings, SettingsError, read_settings
+from client_app.settings import ModelSettings, Settings, SettingsError, read_settings
 from client_app.tables import DataError
 from client_app.tasks import IGNORED, KINDS, TaskError, example_losses, kind_of, mean_loss
 from proto.fedalloy.v1 import plan_pb2
 from tests import tiny_models, toy_data
-
-
-def settings_of(
-    path: Path, state: Path, base: Path | str = "", data: dict[str, Any] | None = None, **model: Any
-) -> Settings:
-    return Settings(
-        "berlin",
-        state,
-        "digits",
-        0,
-        1,
-        0,
-        4,
-        8.0,
-        0.0,
-        ModelSettings(base_model=str(base), **model),
-        DataSettings(data_path=str(path), **(data or {})),
-    )
+from tests.client_app.own import loaded, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +35,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_bert(tmp_path_factory.mktemp("bert"), toy_data.VOCABULARY)
-
-
-def loaded(settings: Settings) -> tuple[PersonalModel, ClientData]:
-    base, data = load_own(settings)
-    model = PersonalModel(base, settings.rank, settings.alpha)
-    model.load("local", Adapter.initial(model.layout, 0))
-    if model.own_layout is not None:
-        model.load(OWN_HEAD, Adapter.zeros(model.own_layout))
-    model.activate({"local": 1.0})
-    return model, data
 
 
 def contents(path: Path, state: Path, **data: Any) -> dict[str, list[str]]:

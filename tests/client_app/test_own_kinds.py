@@ -11,33 +11,21 @@ import datasets
 import pytest
 import torch
 
-from adapters.adapter import Adapter
 from client_app import evaluation, training
 from client_app.data import ClientData
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.own_data import load_own, read_own
-from client_app.settings import DataSettings, ModelSettings, Settings
+from client_app.settings import Settings
 from client_app.tables import DataError
 from client_app.tasks import IGNORED
 from proto.fedalloy.v1 import plan_pb2
 from tests import tiny_models, toy_data
-
-
-def settings_of(
-    path: Path | str, state: Path, base: Path | str = "", columns: dict[str, str] | None = None, **model: Any
-) -> Settings:
-    data = DataSettings(data_path=str(path), **(columns or {}))
-    return Settings("berlin", state, "", 0, 1, 0, 4, 8.0, 0.0, ModelSettings(base_model=str(base), **model), data)
+from tests.client_app.own import loaded, settings_of
 
 
 def taught(settings: Settings, steps: int) -> tuple[PersonalModel, ClientData, list[float]]:
     """A model after some steps, its data, and its loss on the training split before and after."""
-    base, data = load_own(settings)
-    model = PersonalModel(base, settings.rank, settings.alpha)
-    model.load("local", Adapter.initial(model.layout, 0))
-    if model.own_layout is not None:
-        model.load(OWN_HEAD, Adapter.zeros(model.own_layout))
-    model.activate({"local": 1.0})
+    model, data = loaded(settings)
     losses = [evaluation.evaluate(model, data.splits["train"], data)["loss"]]
     parameters = model.trainable("local", model.layout)
     if model.own_layout is not None:
@@ -150,7 +138,7 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    settings = settings_of("org/reviews", tmp_path, columns={"text_column": "sentence", "data_config": "en"})
+    settings = settings_of("org/reviews", tmp_path, data={"text_column": "sentence", "data_config": "en"})
     found = read_own(settings)
     assert asked == [("org/reviews", "en")]
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 6, "validation": 2, "test": 2}
