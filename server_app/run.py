@@ -214,7 +214,7 @@ class Run:
             "status": "ok",
             "client_seconds": round(answer.report.seconds, 3),
             "train_seconds": round(sum(train.seconds for train in trains), 3),
-            "train_loss": [round(train.mean_loss, 6) for train in trains],
+            "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
             "metrics": {label: dict(values) for label, values in answer.metrics.items()},
         }
 
