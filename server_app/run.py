@@ -330,7 +330,7 @@ def _line(record: ClientRecord) -> str:
     if record["status"] != "ok":
         return f"{record['status']} ({record.get('reason', '')})"
     parts = [f"{record['seconds']:.1f} s"]
-    parts += [f"loss {loss:.3f}" for loss in record["train_loss"]]
+    parts += ["diverged" if loss is None else f"loss {loss:.3f}" for loss in record["train_loss"]]
     scored = [
         f"{label} {name} {metrics[name]:.3f}"
         for label, metrics in record["metrics"].items()
