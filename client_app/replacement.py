@@ -26,6 +26,8 @@ def fires(source: float, target: float, margin: float, *, relative: bool = False
     """Whether a task's groups are to be replaced; see the module's docstring."""
     if not math.isfinite(source) or math.isnan(margin):
         return False
+    if math.isinf(margin):  # a relative one times a loss of zero would be NaN
+        return margin < 0
     if not math.isfinite(target):
         target = math.inf
     return (source * (1 + margin) if relative else source + margin) < target

@@ -137,7 +137,7 @@ def train(
         example_weights: how much each example of ``data``, which has one task, counts, ``[n]``.
 
     Raises:
-        TrainingError: the loss became NaN or infinite.
+        TrainingError: the loss, or in the end a number that was trained, became NaN or infinite.
     """
     started = time.monotonic()
     torch.manual_seed(seed)
@@ -190,6 +190,13 @@ def train(
                 f"training loss became {losses[-1]} at step {len(losses)} of {step.steps}; lower learning-rate "
                 f"(now {step.learning_rate:g}) or set max-grad-norm"
             )
+    if not all(
+        bool(torch.isfinite(parameter).all()) for parameter in parameters.values()
+    ):  # no later loss would say so
+        raise TrainingError(
+            f"numbers that are not finite after the last of {step.steps} steps; lower learning-rate "
+            f"(now {step.learning_rate:g}) or set max-grad-norm"
+        )
     model.module.eval()
     return report_pb2.TrainResult(
         steps=len(losses),

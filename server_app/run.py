@@ -214,7 +214,7 @@ class Run:
             "status": "ok",
             "client_seconds": round(answer.report.seconds, 3),
             "train_seconds": round(sum(train.seconds for train in trains), 3),
-            "train_loss": [round(train.mean_loss, 6) for train in trains],
+            "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
             "metrics": {label: dict(values) for label, values in answer.metrics.items()},
         }
 
@@ -330,7 +330,7 @@ def _line(record: ClientRecord) -> str:
     if record["status"] != "ok":
         return f"{record['status']} ({record.get('reason', '')})"
     parts = [f"{record['seconds']:.1f} s"]
-    parts += [f"loss {loss:.3f}" for loss in record["train_loss"]]
+    parts += ["diverged" if loss is None else f"loss {loss:.3f}" for loss in record["train_loss"]]
     scored = [
         f"{label} {name} {metrics[name]:.3f}"
         for label, metrics in record["metrics"].items()

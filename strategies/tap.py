@@ -22,7 +22,8 @@ FedAvg and J steps of fine-tuning ``tap.deliver = "finetuned"`` (``tap.finetune-
 training an infinite margin with ``tap.deliver = "stage1"``; TAP without distillation ``tap.kd-weight = 0``; a margin of
 ``-inf`` always replaces. Every delivery evaluates all four models.
 
-Where a client's labels are its own, so is its head, which is one for W and X.
+Where a client's labels are its own, so is its head, which never leaves it and is one for W and X: only then does the
+training of X reach W, by that head.
 """
 
 from __future__ import annotations
@@ -238,6 +239,7 @@ class Tap(AlloyStrategy):
         train: dict[str, Any] = {
             "learning_rate": self.training.learning_rate * self.options.distill_rate,
             "draw": steps.Draw(as_step=_BATCHES),
+            "keep_on_divergence": True,  # a client whose stage 2 fails gets what it had
         }
         finetune = self.options.finetune_steps or self.options.distill_steps
         tuned, student = steps.mixture(FINETUNED), steps.mixture(DISTILLED)
@@ -362,6 +364,8 @@ def _pairs(key: str, text: str) -> dict[str, str]:
         name, equals, value = item.partition("=")
         if not name.strip() or not equals:
             raise OptionError(f"{key} = {text!r}, expected name=value pairs separated by commas")
+        if name.strip() in found:
+            raise OptionError(f"{key} = {text!r}, expected each name once, found {name.strip()!r} twice")
         found[name.strip()] = value.strip()
     return found
 

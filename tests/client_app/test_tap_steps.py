@@ -17,14 +17,17 @@ from adapters.adapter import Adapter
 from adapters.groups import group_of, groups_of
 from client_app import training
 from client_app.data import Dataset
-from client_app.distillation import divergence
+from client_app.distillation import MixtureTeacher, divergence
 from client_app.interpreter import PlanError
-from client_app.replacement import fires
+from client_app.model import PersonalModel
+from client_app.replacement import fired_tasks, fires
 from client_app.scenarios import digits_multimodal as scenario
 from client_app.tasks import mean_loss
-from proto.fedalloy.v1 import plan_pb2
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies import steps
+from strategies.base import Client
 from strategies.steps import Draw, Training
+from strategies.tap import Tap, TapOptions
 from tests.multi_task_toys import SPECS, TINY, ToyClient, base_of
 
 W, X = "global", "personal"
@@ -80,6 +83,11 @@ def test_the_rule_is_strict_and_takes_what_is_not_finite_for_infinite() -> None:
     assert fires(100.0, 1.0, -math.inf)
     assert fires(2.0, 2.3, 0.1, relative=True)
     assert not fires(2.0, 2.2, 0.1, relative=True)
+    assert fires(0.0, 1.0, -math.inf, relative=True)
+    assert not fires(0.0, 1.0, math.inf, relative=True)
+    rules = [plan_pb2.ReplaceRule(task=str(share), margin=0.1, relative=share) for share in (False, True)]
+    losses = [dict.fromkeys(("False", "True"), loss) for loss in (2.0, 2.15)]
+    assert fired_tasks(rules, *losses) == ["False"]
 
 
 def test_without_replacement_the_personal_adapter_is_local_training_to_the_bit(tmp_path: Path) -> None:  # T1
@@ -191,6 +199,24 @@ def test_the_same_batches_without_a_replacement_and_others_after_one(
     drawn.clear()
     client.run(1, stage_one(client, -math.inf), start(client))
     assert drawn[0] != drawn[1]
+
+
+def test_a_seed_may_be_one_for_all_clients() -> None:
+    step = plan_pb2.TrainStep(draw=Draw(seed=0), draw_after_replace=Draw(seed=8))
+    for name in ("ada", "ben"):
+        plan = plan_pb2.Plan(client_id=name, round=5, seed=3)
+        assert training.seed_of_step(plan, 1, step) == 0
+        assert training.seed_of_step(plan, 1, step, replaced=True) == 8
+    step = plan_pb2.TrainStep(draw=SAME)
+    plans = [plan_pb2.Plan(client_id=name, round=round_, seed=3) for name in ("ada", "ben") for round_ in (1, 2)]
+    assert len({training.seed_of_step(plan, 1, step) for plan in plans}) == 4
+
+
+def test_a_probe_records_the_loss_of_each_task(client: ToyClient) -> None:
+    client.run(1, [steps.evaluate(LOCAL, steps.mixture(W), "probe", "validation", record=W)], start(client))
+    metrics = client.report.results[0].evaluate.metrics
+    assert client.losses == {W: {task: metrics[f"{task}/loss"] for task in client.tasks}}
+    assert len(set(client.losses[W].values())) == 2
 
 
 def test_losses_are_recorded_by_task(tmp_path: Path) -> None:  # T16
@@ -387,6 +413,98 @@ def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path, tasks: tuple[str,
         divergences[weight] = dict(client.report.results[1].distill.divergences)
     for task in tasks:
         assert 0 < divergences[1e4][task] < divergences[1e-9][task]
+
+
+def test_the_distance_is_over_what_is_to_be_written() -> None:
+    """Lengths 3 and 2 of 4: three targets in all; position t predicts the label at t + 1, and a prompt comes first."""
+    labels = torch.tensor([[-100, 4, 4, 4], [-100, 4, -100, -100]])
+    batch = Dataset({}, labels, "causal-lm", "answer")
+    generator = torch.Generator().manual_seed(2)
+    teacher, student = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))  # one position for an image
+    each = divergence(teacher, student, plan_pb2.DISTILL_LOSS_KL)[:, 1:]
+    expected = {"per-position-mean": (each[0, :3].sum() + each[1, 0]) / 4, "first-dim": each.sum() / 2}
+    for reduction, found in expected.items():
+        step = distil(3.0, reduction=reduction)[1].distill
+        step.tasks.add(task="answer", weight=3.0, loss=plan_pb2.DISTILL_LOSS_KL)
+        teaches = MixtureTeacher(PersonalModel(base_of([SPECS["answer"]]), 2, 4.0), {W: 1.0}, step, "")
+        torch.testing.assert_close(teaches.loss(batch, student, teacher), 3.0 * found)
+        assert teaches.divergences() == {"answer": pytest.approx(float(found))}
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a_tasks_distance_counts_in_full_however_few_its_examples(client: ToyClient, micro_batch: int) -> None:
+    class Slope:
+        """Distance with a slope of one for every trained number."""
+
+        def outputs(self, batch: Dataset) -> torch.Tensor:
+            return torch.zeros(())
+
+        def loss(self, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+            return torch.stack([parameter.sum() for parameter in parameters.values()]).sum()
+
+    model, data = client.model, client.data.splits["train"]
+    model.load(W, client.model.initial(5))
+    model.activate({W: 1.0})
+    model.micro_batch = micro_batch
+    parameters = model.trainable(W, model.layout)
+    everything = Training(local_steps=1, batch_size=len(data), max_grad_norm=0.0, learning_rate=1e-20)
+    slopes = []
+    for teacher in (None, Slope()):
+        training.train(model, train(W, everything).train, parameters, data, 1, teacher=teacher)
+        slopes.append([parameter.grad.clone() for parameter in parameters.values() if parameter.grad is not None])
+    for plain, taught in zip(*slopes, strict=True):
+        torch.testing.assert_close(taught - plain, torch.full_like(plain, 2.0))  # one for each of two tasks
+
+
+def test_no_gradient_reaches_a_teacher(client: ToyClient, monkeypatch: pytest.MonkeyPatch) -> None:  # T15
+    original, seen = MixtureTeacher.loss, []
+
+    def listen(self: MixtureTeacher, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        seen.append((outputs.requires_grad, logits.requires_grad))
+        return original(self, batch, logits, outputs)
+
+    monkeypatch.setattr(MixtureTeacher, "loss", listen)
+    client.run(1, distil(1.0), {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)})
+    assert set(seen) == {(False, True)}
+
+
+def strategy_for(client: ToyClient, **training_: object) -> tuple[Tap, Client]:
+    tasks = [
+        report_pb2.Task(name=name, kind=task.kind, examples={"train": len(task.splits["train"])}, groups=task.groups)
+        for name, task in client.data.each_task.items()
+    ]
+    tap = Tap(TapOptions(distill_steps=3), Training(local_steps=1, **training_), seed=5)  # type: ignore[arg-type]
+    enrolled = Client("ada", 7, client.model.layout, 9, "toy", report_pb2.Registration(tasks=tasks))
+    tap.enrol(enrolled)
+    return tap, enrolled
+
+
+@pytest.mark.parametrize("rate", [0.05, 1e38])
+def test_a_client_that_was_never_asked_gets_a_model_even_where_stage_two_diverges(tmp_path: Path, rate: float) -> None:
+    client = ToyClient(tmp_path / "a", tasks=("digit",), counts=(4,))
+    tap, enrolled = strategy_for(client, learning_rate=rate, max_grad_norm=0.0)
+    brief = tap.deliver(enrolled)
+    found = client.run(1, brief.steps, brief.adapters)
+    diverges = rate > 1
+    trains = [r.distill.train if r.HasField("distill") else r.train for r in client.report.results]
+    assert [train.diverged for train in trains if train.steps or train.diverged] == [diverges, diverges]
+    assert torch.equal(found[X].vector, client.model.initial(5).vector)
+    for slot, before in (("finetuned", W), ("distilled", X)):
+        assert torch.equal(found[slot].vector, found[before].vector) == diverges
+    assert found["distilled"].is_finite
+    assert (client.folder / "adapter").is_dir()
+
+
+def test_a_last_step_that_leaves_no_numbers_is_a_divergence(client: ToyClient) -> None:
+    teacher = {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)}
+    start_x, step = distil(1e300)  # what is distilled is not in the loss that training watches
+    step.distill.train.steps = 1
+    with pytest.raises(PlanError, match="numbers that are not finite after the last of 1 steps; lower learning-rate"):
+        client.run(1, [start_x, step], teacher)
+    step.distill.train.keep_on_divergence = True
+    found = client.run(1, [start_x, step], teacher)
+    assert client.report.results[1].distill.train.diverged
+    assert torch.equal(found[X].vector, client.model.initial(5).vector)
 
 
 def test_a_slot_cannot_teach_itself(client: ToyClient) -> None:

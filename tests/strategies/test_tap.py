@@ -247,6 +247,8 @@ def test_the_delivery_has_all_models_and_saves_the_one_that_is_asked_for(options
         "personal": slot,
     }
     assert step(brief, "save").mixture.terms[0].slot == slot
+    starts = {s.initialise.slot: s.initialise.copy_of for s in brief.steps if s.HasField("initialise")}
+    assert starts == {"personal": "", "finetuned": "global", "distilled": "personal"}
     trained = [slot for s in brief.steps for slot in (*s.train.slots, *s.distill.train.slots)]
     assert trained == ["finetuned", "distilled"]  # X itself stays
 
@@ -287,6 +289,10 @@ def test_clients_that_do_not_fit_are_refused_by_name() -> None:
         strategy.enrol(multi("dan", {"topic": 5}, grouped(sorted(TASKS["topic"][1]), base="other")))
     with pytest.raises(StrategyError, match="has no validation examples of task 'topic'"):
         strategy.enrol(multi("dan", {"topic": 5}, validation=0))
+    with pytest.raises(StrategyError, match="client 'dan' has no training examples of task 'photo'"):
+        strategy.enrol(multi("dan", {"topic": 5, "photo": 0}))
+    with pytest.raises(StrategyError, match="client 'dan' has group 'head/topic' not both declared"):
+        strategy.enrol(multi("dan", {"topic": 5}, grouped(["mod/text", "shared", "task/name"])))
     with pytest.raises(StrategyError, match="client 'eve' has"):
         strategy.enrol(client_of("eve", layout_of()))  # an ordinary adapter among those with groups
     assert set(strategy.clients) == set(CLIENTS)
@@ -310,12 +316,23 @@ def test_an_answer_with_other_groups_or_numbers_is_refused_and_changes_nothing()
         message = Message(pack("report", report, {"global": encode(adapter).blob}), reply_to=dispatch.message(7))
         with pytest.raises(BadAnswerError, match=f"client 'ada' sent slot 'global'.*{finding}"):
             answer_from(dispatch, message)
-    report.results[4].replace.tasks[0].task = "somebody else's"
-    message = Message(
-        pack("report", report, {"global": encode(Adapter.zeros(layout)).blob}), reply_to=dispatch.message(7)
-    )
-    with pytest.raises(BadAnswerError, match=r"step 4 \(replace\): reports tasks"):
-        answer_from(dispatch, message)
+    found = report.results[4].replace.tasks[0]
+    honest = report_pb2.TaskReplacement()
+    honest.CopyFrom(found)
+    for spoil, finding in (
+        (
+            {"source_loss": float("nan")},
+            r"replace\.tasks\[0\]\.source_loss = nan, expected a finite",
+        ),
+        ({"task": "somebody else's"}, r"step 4 \(replace\): reports tasks"),
+    ):
+        found.CopyFrom(honest)
+        for name, value in spoil.items():
+            setattr(found, name, value)
+        blob = encode(Adapter.zeros(layout)).blob
+        message = Message(pack("report", report, {"global": blob}), reply_to=dispatch.message(7))
+        with pytest.raises(BadAnswerError, match=finding):
+            answer_from(dispatch, message)
     before = strategy.state().tensors["model"].clone()
     strategy.settle(1)
     assert torch.equal(strategy.state().tensors["model"], before)
@@ -327,6 +344,15 @@ def test_an_answer_with_other_groups_or_numbers_is_refused_and_changes_nothing()
         ({"margin": float("nan")}, "expected numbers or inf"),
         ({"margins": "topic=wide"}, "expected a number after each name"),
         ({"margins": "topic"}, "expected name=value pairs"),
+        ({"margins": "topic=1,photo=2,topic=3"}, "tap.margins = .* expected each name once, found 'topic' twice"),
+        ({"margins": "topic=nan"}, "tap.margins = 'topic=nan', expected numbers or inf"),
+        ({"kd_weights": "topic=inf"}, "tap.kd-weights: topic = inf, expected a finite number of at least 0"),
+        ({"kd_weight": -0.5}, "tap.kd-weight = -0.5, expected a finite number of at least 0"),
+        ({"temperature": 0.0}, "tap.temperature = 0.0, expected a finite number of at least 1e-06"),
+        ({"distill_steps": 0}, "tap.distill-steps = 0, expected a finite number of at least 1"),
+        ({"finetune_steps": -1}, "tap.finetune-steps = -1, expected a finite number of at least 0"),
+        ({"distill_rate": 0.0}, "tap.distill-rate = 0.0, expected a finite number of at least 1e-09"),
+        ({"warm_up_rounds": -1}, "tap.warm-up-rounds = -1, expected a finite number of at least 0"),
         ({"kd_weights": "topic=-1"}, "tap.kd-weights: topic = -1.0, expected a finite number of at least 0"),
         ({"kd_losses": "topic=kll"}, "did you mean 'kl'"),
         ({"history": "probes"}, "did you mean 'probe'"),
