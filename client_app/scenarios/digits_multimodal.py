@@ -4,13 +4,13 @@
 task           reads           example                                                answers
 =============  ==============  =====================================================  ==========================
 ``digit``      image           an image                                               the site's code for it
-``number``     text            "two plus five"                                        the site's code for it
+``number``     text            "twice two"                                            the site's code for it
 ``compare``    image and text  an image, "more than four"                             yes or no
 ``caption``    image           an image                                               "seven , odd and large"
-``answer``     text            "two plus five"                                        "seven , odd and large"
+``answer``     text            "twice two"                                            "seven , odd and large"
 =============  ==============  =====================================================  ==========================
 
-Images are scikit-learn's, in the pools of ``digits``; sentences are made of eight patterns. Clients belong to two
+Images are scikit-learn's, in the pools of ``digits``; sentences are made of twenty patterns. Clients belong to two
 sites. One sees images upright and speaks English, the other sees them turned by a quarter and speaks German, and each
 numbers five of the ten digits in its own way: a task is the same at both, what solves it is not. The base model is a
 tiny FLAVA, pre-trained in seconds on public images (upright) and public sentences (of both languages) with the usual
@@ -42,28 +42,32 @@ WORDS = {
     "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     "de": ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"),
 }
-PATTERNS = {
-    "en": (
-        "{a} plus {b}",
-        "{a} minus {b}",
-        "{a} more than {b}",
-        "{a} less than {b}",
-        "the digit after {a}",
-        "the digit before {a}",
-        "twice {a}",
-        "half of {a}",
-    ),
-    "de": (
-        "{a} plus {b}",
-        "{a} minus {b}",
-        "{a} mehr als {b}",
-        "{a} weniger als {b}",
-        "die ziffer nach {a}",
-        "die ziffer vor {a}",
-        "das doppelte von {a}",
-        "die hälfte von {a}",
-    ),
-}
+_SAYINGS = (
+    ("the page says {a}", "auf der seite steht {a}"),
+    ("{a} of them", "{a} davon"),
+    ("write down {a}", "schreib {a} auf"),
+    ("it was {a} again", "es war wieder {a}"),
+    ("give me {a}", "gib mir {a}"),
+    ("we counted {a}", "wir haben {a} gezählt"),
+    ("number {a} please", "nummer {a} bitte"),
+    ("the answer is {a}", "die antwort ist {a}"),
+    ("{a} and no more", "{a} und nicht mehr"),
+    ("only {a} were left", "nur {a} blieben übrig"),
+    ("take bus {a}", "nimm den bus {a}"),
+    ("room {a} on the left", "zimmer {a} auf der linken seite"),
+    ("i said {a}", "ich sagte {a}"),
+    ("press {a} now", "drücke jetzt {a}"),
+    ("there are {a} here", "hier sind {a}"),
+    ("{a} it is", "{a} soll es sein"),
+)
+PATTERNS: tuple[tuple[str, str, Callable[[int], float]], ...] = (
+    *((english, german, lambda a: a) for english, german in _SAYINGS),
+    ("the digit after {a}", "die ziffer nach {a}", lambda a: a + 1),
+    ("the digit before {a}", "die ziffer vor {a}", lambda a: a - 1),
+    ("twice {a}", "das doppelte von {a}", lambda a: 2 * a),
+    ("half of {a}", "die hälfte von {a}", lambda a: a / 2),
+)
+"""Sentences in both languages, and their value: most say their number, four ask for one. Pools share no sentence."""
 QUESTIONS = {"en": ("more than {a}", "less than {a}"), "de": ("mehr als {a}", "weniger als {a}")}
 KINDS_OF_DIGITS = {"en": ("even", "odd", "and", "small", "large"), "de": ("gerade", "ungerade", "und", "klein", "groß")}
 SENTENCE_POOLS = {"public": 0.3, "train": 0.35, "validation": 0.15, "test": 0.2}
@@ -118,12 +122,13 @@ class Recipe:
     batch: int = 32
     learning_rate: float = 2e-3
     seed: int = 0
-    version: int = 1
+    version: int = 2
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the recipe and the sentences, 64 hex digits."""
-        text = json.dumps([asdict(self), WORDS, PATTERNS, QUESTIONS, KINDS_OF_DIGITS], sort_keys=True)
+        sayings = [(english, german) for english, german, _ in PATTERNS]
+        text = json.dumps([asdict(self), WORDS, sayings, QUESTIONS, KINDS_OF_DIGITS], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -136,9 +141,8 @@ class Vocabulary:
     PAD, BEGIN, END = 0, 1, 2
 
     def __init__(self) -> None:
-        texts = [
-            text for table in (WORDS, PATTERNS, QUESTIONS, KINDS_OF_DIGITS) for row in table.values() for text in row
-        ]
+        texts = [text for table in (WORDS, QUESTIONS, KINDS_OF_DIGITS) for row in table.values() for text in row]
+        texts += [text for english, german, _ in PATTERNS for text in (english, german)]
         words = sorted({word for text in texts for word in text.split() if "{" not in word} | {","})
         self.words = ["[PAD]", "[BEGIN]", "[END]", *words]
         self.ids = {word: number for number, word in enumerate(self.words)}
@@ -203,23 +207,11 @@ def load_base(partition_id: int, cache_dir: Path) -> Base:
 
 def sentences(language: str, pool: str) -> list[tuple[str, int]]:
     """Sentences of a pool with their values, in an order that is the same for every seed."""
-    words, found = WORDS[language], []
-    results: tuple[Callable[[int, int], float], ...] = (
-        lambda a, b: a + b,
-        lambda a, b: a - b,
-        lambda a, b: a + b,
-        lambda a, b: b - a,
-        lambda a, b: a + 1,
-        lambda a, b: a - 1,
-        lambda a, b: 2 * a,
-        lambda a, b: a / 2,
-    )
-    for pattern, result in zip(PATTERNS[language], results, strict=True):
-        for a in range(10):
-            for b in range(10 if "{b}" in pattern else 1):
-                value = result(a, b)
-                if value in range(10):
-                    found.append((pattern.format(a=words[a], b=words[b]), int(value)))
+    found = []
+    for english, german, result in PATTERNS:
+        for a, word in enumerate(WORDS[language]):
+            if (value := result(a)) in range(10):
+                found.append(({"en": english, "de": german}[language].format(a=word), int(value)))
     order = np.random.default_rng(digits.POOL_SEED).permutation(len(found))
     bounds = np.floor(np.cumsum(list(SENTENCE_POOLS.values()))[:-1] * len(found)).astype(int)
     chosen = dict(zip(SENTENCE_POOLS, np.split(order, bounds), strict=True))[pool]
