@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--distill", type=int, default=30)
     parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--margin", type=float, default=0.01)
