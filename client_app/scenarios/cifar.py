@@ -3,14 +3,14 @@
 Clients of both answer with the same forty labels, so the head is a part of the adapter, and every client's model can be
 tried on every other client's images.
 
-``cifar100-20`` is Potara's setting as far as it is known: a pre-trained ViT and twenty clients whose shares of every class
-are drawn from a Dirichlet distribution; training, validation and test images of a client have the same shares. With
-fewer clients than twenty, the other shards are left out, and a client's own stays what it was.
+``cifar100-20`` is Potara's setting as far as it is known: a pre-trained ViT and twenty clients whose shares of every
+class are drawn from a Dirichlet distribution; training, validation and test images of a client have the same shares.
+With fewer clients than twenty, the other shards are left out, and a client's own stays what it was.
 
-``mixed-arch`` is FedMosaic's: two architectures, and in each of four groups of ten classes half of the clients have the
-one, half the other, so that with eight clients nobody shares both with anybody. The larger ViT is the one in
-``data-root``; the smaller one is made from it once, by distillation on public images (PACS, and the first images of each
-class, which no client has), and kept.
+``mixed-arch`` is FedMosaic's: two architectures, and in each of four groups of ten classes half of the clients have
+the one, half the other, so that with eight clients nobody shares both with anybody. The larger ViT is the one in
+``data-root``; the smaller one is made from it once, by distillation on public images (PACS, and the first images of
+each class, which no client has), and kept.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def load_mixed(settings: Settings, root: Path) -> tuple[Base, ClientData]:
 def mixed_bases(
     settings: Settings, root: Path, names: Sequence[str], found: Mapping[str, NDArray[Any]]
 ) -> tuple[Base, Base]:
-    """The smaller ViT (made on first use: about a minute) and the larger one; all of their linear layers are adapted."""
+    """The smaller ViT (made on first use: about a minute) and the larger one; all linear layers are adapted."""
     everywhere = replace(settings, model=replace(settings.model, target_modules=",".join(ALL_MODULES)))
     large = vision_base(everywhere, root, names)
     recipe = Distilled(large.fingerprint)
@@ -197,13 +197,17 @@ def mixed_bases_to_align(root: Path, cache_dir: Path) -> tuple[list[Base], Datas
     names = label_names(found)
     settings = Settings("public", cache_dir.parent, "mixed-arch", 0, 1, 0, 8, 16.0, 0.0)
     bases = mixed_bases(_sharing_labels(settings, names), root, names, found)
-    public = np.concatenate([np.flatnonzero(found["y_train"] == label)[:PUBLIC] for label in np.unique(found["y_train"])])
-    return list(bases), _splits(found, {"public": ("train", public)})["public"]
+    return list(bases), _splits(found, {"public": ("train", _public(found))})["public"]
 
 
 def label_names(found: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
     """Names of the held-out classes, in the order of their numbers."""
     return tuple(str(found["names"][number]) for number in np.unique(found["y_train"]))
+
+
+def _public(found: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+    labels = found["y_train"]
+    return np.concatenate([np.flatnonzero(labels == label)[:PUBLIC] for label in np.unique(labels)])
 
 
 def _splits(
@@ -253,7 +257,7 @@ def _distil(recipe: Distilled, folder: Path, root: Path, found: Mapping[str, NDA
 
     teacher: Any = transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32)
     teacher.eval()
-    own = np.concatenate([np.flatnonzero(found["y_train"] == label)[:PUBLIC] for label in np.unique(found["y_train"])])
+    own = _public(found)
     pacs = read_arrays(root / "vision" / "pacs48.npz")["x"]
     images = [as_images(pacs, [0] * len(pacs), 36), as_images(found["x_train"][own], [0] * len(own), 36)]
     pool = torch.cat([part.inputs["pixel_values"] for part in images])
