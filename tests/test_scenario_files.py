@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from client_app.data import ClientData
 from client_app.model import PersonalModel
-from client_app.scenarios import FROM_FILES, ScenarioError, bases_to_align, cifar
+from client_app.scenarios import FROM_FILES, ScenarioError, bases_to_align, cifar, multi_modal
 from client_app.scenarios.files import SCENARIOS, load_files
 from client_app.scenarios.texts import TEXT_TASKS
 from client_app.settings import DataSettings, ModelSettings, Settings
@@ -128,6 +129,27 @@ def test_texts_are_scored_against_descriptions_of_their_tasks_labels(root: Path,
         assert logits.shape == (3, len(labels))
         layouts.add(personal.layout.digest)
     assert len(layouts) == 1  # one adapter serves them all
+
+
+def test_clients_with_several_modalities_have_examples_of_their_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_modal, "Recipe", partial(multi_modal.Recipe, steps=2, layers=1))
+    found = {client: load_files("multi-modal", settings_for(tmp_path, client, 8)) for client in (0, 2, 4, 5)}
+    for client, (base, data) in found.items():
+        assert tuple(data.tasks) == multi_modal.CLIENTS[client]
+        model = PersonalModel(base, 2, 4.0)
+        for name, task in data.tasks.items():
+            assert task.splits["train"].labels.shape[0] == multi_modal.TASKS[name][3]
+            assert len(task.splits["validation"]) > 50
+            batch = replace(task.splits["test"].batch(torch.arange(2)), task=name)
+            assert logits_of(model, batch).shape[:1] == (2,)
+    images = {client: examples(found[client][1].tasks[task], "train") for client, task in ((0, "object"), (2, "match"))}
+    assert not images[0] & images[2]
+    assert not images[0] & examples(found[2][1].tasks["match"], "test")
+    pool, parts = (ask("statement", root) for ask in (multi_modal.pool_of, multi_modal.parts_of))
+    sentences = [{pool.prompts[number] for number in numbers} for numbers in parts.values()]
+    assert not (sentences[0] & sentences[1] or sentences[0] & sentences[2] or sentences[1] & sentences[2])
 
 
 def test_prompt_tasks_differ_and_depend_on_the_seed_alone(root: Path, tmp_path: Path) -> None:

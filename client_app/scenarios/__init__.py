@@ -7,7 +7,7 @@ from pathlib import Path
 from client_app.data import Base, ClientData, Dataset
 
 NAMES = ("digits", "digits-mixed", "digits-multimodal")
-FROM_FILES = ("cifar100-20", "mixed-arch", "text-8", "prompt-tasks", "pacs")
+FROM_FILES = ("cifar100-20", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs")
 """Benchmarks with data in a folder that the user names; see ``client_app.scenarios.files``."""
 
 

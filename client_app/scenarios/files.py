@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from client_app.data import Base, ClientData
-from client_app.scenarios import ScenarioError, cifar, texts
+from client_app.scenarios import ScenarioError, cifar, multi_modal, texts
 from client_app.settings import Settings
 
 PACS_TRAIN, PACS_TEST = 100, 300
@@ -78,6 +78,7 @@ def _pacs(settings: Settings, root: Path) -> tuple[Base, ClientData]:
 SCENARIOS: Mapping[str, Scenario] = {
     "cifar100-20": Scenario(cifar.load_dirichlet, cifar.SHARDS),
     "mixed-arch": Scenario(cifar.load_mixed, cifar.MIXED_CLIENTS),
+    "multi-modal": Scenario(multi_modal.load_client, len(multi_modal.CLIENTS)),
     "text-8": Scenario(texts.load_text_task, len(texts.TEXT_TASKS)),
     "prompt-tasks": Scenario(texts.load_prompts, texts.PROMPT_TASKS),
     "pacs": Scenario(_pacs, 20),
