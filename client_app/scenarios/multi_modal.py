@@ -278,7 +278,7 @@ def _pretrain(recipe: Recipe, folder: Path, root: Path) -> nn.Module:
     def build(recipe: Recipe) -> nn.Module:
         model: Any = _build(recipe, folder)
         lacking, surplus = model.image_model.load_state_dict(tower, strict=False)
-        wrong = [name for name in (*lacking, *surplus) if not name.startswith("pooler.")]
+        wrong = [name for name in (*lacking, *surplus) if not name.startswith(("pooler.", "embeddings.mask_token"))]
         if wrong:
             raise ValueError(f"{folder} is no ViT that can be an image tower: {wrong[0]!r} differs")
         model.image_model.requires_grad_(False)

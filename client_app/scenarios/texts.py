@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client_app.base_models import BaseModelError, FoundModel, find_model, load_base
+from client_app.base_models import BaseModelError, FoundModel, find_model, load_base, load_body
 from client_app.data import Base, ClientData
 from client_app.encoding import Encoder, load_encoder
 from client_app.examples import Example
@@ -154,16 +154,12 @@ def drawn(rows: Sequence[dict[str, Any]], count: int, chance: np.random.Generato
 
 
 def _described(found: FoundModel, encoder: Encoder) -> Base:
-    import transformers
-
-    bert: Any = transformers.AutoModel.from_pretrained(
-        found.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-    )
+    bert = load_body(found)
     descriptions = {
         task: encoder.encode([Example(task, text=text, label="0") for text in texts], ["0"]).inputs
         for task, texts in TEXT_TASKS.items()
     }
-    model = DescribedLabels(bert.eval(), descriptions).requires_grad_(False).eval()
+    model = DescribedLabels(bert, descriptions).requires_grad_(False).eval()
     targets = modules_ending_with(model, ("query", "value"))
     if not targets:
         raise BaseModelError(f"base-model {found.name!r} has no linear module 'query' and 'value', expected a BERT")

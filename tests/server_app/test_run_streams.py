@@ -52,7 +52,7 @@ def test_tasks_that_arrive_one_after_another_are_the_same_in_every_run(run: Runn
 
 
 def test_a_personal_model_is_tried_on_all_clients_data(run: Runner, runs_dir: Path) -> None:
-    directory = run(clients=3, num_server_rounds=1, strategy="potara", potara__weight="half", evaluate_split="test")
+    directory = run(clients=3, strategy="potara", potara__weight="half", evaluate_split="test")
     config = {"scenario": "digits", "seed": 0}
     scores = scores_of(directory.path, load_clients(runs_dir, [0, 1, 2], 3, config), "test")
     reported = json.loads((directory.path / "summary.json").read_text())["clients"]
