@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from client_app.base_models import find_model
 from client_app.data import Base, ClientData, Dataset
@@ -202,7 +202,8 @@ def parts_of(task: str, root: Path) -> dict[str, NDArray[np.int64]]:
 def encoded(task: str, pool: Pool, chosen: NDArray[np.int64], words: Words) -> Dataset:
     """Examples as the model reads them."""
     kind, modalities, _, _ = TASKS[task]
-    inputs, labels = {}, torch.from_numpy(pool.labels[chosen])
+    inputs: dict[str, Tensor] = {}
+    labels = torch.from_numpy(pool.labels[chosen])
     if "text" in modalities:
         pairs = [(pool.prompts[number], pool.written[number]) for number in chosen]
         tokens, targets = texts_as_tensors(words.encode, pairs)

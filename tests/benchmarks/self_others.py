@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -195,6 +196,7 @@ def main() -> None:
     arguments = parse()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     set_up_torch()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     console, numbers = Console(width=120), {}
     table = Table(
         title=f"{arguments.scenario}: {arguments.clients} clients, {arguments.rounds} rounds, {arguments.split}"
