@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ class Distilled:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an ``.npz`` file.
+@lru_cache(maxsize=4)
+def read_arrays(path: Path) -> Mapping[str, NDArray[Any]]:
+    """The arrays of an ``.npz`` file, which are not to be changed: they are read once in a process.
 
     Raises:
         ScenarioError: it is not there, or has something else in it.
