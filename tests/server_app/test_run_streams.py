@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from client_app import training
+from client_app.scenarios import digits_mixed, digits_multimodal
 from client_app.settings import SettingsError
 from client_app.streams import StreamedDataset
 from server_app.cli import app
 from strategies.options import OptionError
 from tests.benchmarks.self_others import load_clients, scores_of
+from tests.multi_task_toys import TINY
 from tests.server_app.conftest import Runner
 
 Batches = list[tuple[int, list[int]]]
@@ -62,6 +65,34 @@ def test_a_personal_model_is_tried_on_all_clients_data(run: Runner, runs_dir: Pa
     assert others is not None
     assert others != pytest.approx(scores.own["client-0"])
     assert scores.mean("others") is not None
+
+
+def test_a_model_of_several_tasks_is_tried_on_those_that_others_have_too(
+    run: Runner, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = ((("digit",), 0), (("digit", "number"), 1), (("caption",), 0))
+    for name, value in (("RECIPE", TINY), ("CLIENTS", tasks), ("TESTED", dict.fromkeys(digits_multimodal.TESTED, 12))):
+        monkeypatch.setattr(digits_multimodal, name, value)
+    config: dict[str, Any] = {"scenario": "digits-multimodal", "lora_r": 2, "num_server_rounds": 1, "local_steps": 2}
+    directory = run(clients=3, strategy="tap", tap__distill_steps=2, batch_size=4, **config)
+    scores = scores_of(directory.path, load_clients(runs_dir, [0, 1, 2], 3, {"scenario": "digits-multimodal"}), "test")
+    reported = json.loads((directory.path / "summary.json").read_text())["clients"]
+    assert scores.own["client-0"] == pytest.approx(reported["client-0"]["accuracy"], abs=1e-6)
+    assert scores.own["client-1"] == pytest.approx(reported["client-1"]["accuracy"], abs=1e-6)
+    assert scores.others["client-0"] is not None
+    assert scores.others["client-2"] is None  # nobody else writes captions
+
+
+def test_a_model_with_p_and_q_and_gates_is_tried_as_it_was_saved(
+    run: Runner, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, width, depth in (("SMALL", 16, 2), ("LARGE", 24, 3)):
+        recipe = replace(getattr(digits_mixed, name), width=width, depth=depth, heads=2, mlp=2 * width, steps=3)
+        monkeypatch.setattr(digits_mixed, name, recipe)
+    directory = run(clients=4, scenario="digits-mixed", strategy="fedmosaic", lora_r=2, lora_blocks=1)
+    scores = scores_of(directory.path, load_clients(runs_dir, [0, 1, 2, 3], 4, {"scenario": "digits-mixed"}), "test")
+    reported = json.loads((directory.path / "summary.json").read_text())["clients"]
+    assert scores.own == {name: pytest.approx(found["accuracy"], abs=0.005) for name, found in reported.items()}
 
 
 def test_the_data_folder_is_named_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
