@@ -218,6 +218,15 @@ def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def load_body(found: FoundModel) -> Any:
+    """A model without any head (``transformers.AutoModel``), frozen, in evaluation mode, in float32."""
+    import transformers
+
+    with _quiet():
+        model = transformers.AutoModel.from_pretrained(found.folder, use_safetensors=True, **_HERE, dtype=torch.float32)
+    return model.requires_grad_(False).eval()
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 

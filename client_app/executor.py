@@ -25,7 +25,8 @@ from client_app.settings import Settings
 from client_app.sketch import reference_layout
 from client_app.slots import SlotStore
 from client_app.start_adapter import read_start_adapter
-from client_app.training import set_up_torch
+from client_app.streams import streamed
+from client_app.training import seed_of, set_up_torch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
@@ -105,7 +106,7 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
 
 def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     device = set_up_torch()
-    base, data = _base_and_data(settings)
+    base, data = base_and_data(settings)
     model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
     model.micro_batch = settings.model.micro_batch_size
     if settings.alignment:
@@ -114,7 +115,15 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     return model, data
 
 
-def _base_and_data(settings: Settings) -> tuple[Base, ClientData]:
+def base_and_data(settings: Settings) -> tuple[Base, ClientData]:
+    """The client's base model and data, as its settings say."""
+    base, data = _read(settings)
+    if settings.task_arrival != "all":
+        data = streamed(data, settings.task_arrival, settings.rounds, seed_of(settings.seed, settings.client_id))
+    return base, data
+
+
+def _read(settings: Settings) -> tuple[Base, ClientData]:
     if is_task_file(settings.data.data_path):
         return load_tasks(settings)
     if settings.data.data_path:

@@ -25,6 +25,7 @@ from client_app.plan_names import PlanError, require_slot_names
 from client_app.progress import tick
 from client_app.sketch import ReferenceModel, take_sketch
 from client_app.slots import SlotError, SlotStore
+from client_app.streams import StreamedDataset
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 DEFAULT_GRADIENT_BYTES = 2**28
@@ -196,7 +197,8 @@ class Interpreter(Measures):
         seed = training.seed_of_step(self._plan, self._index, step, replaced=self._replaced)
         weights = self._attributed(step) if step.attributed_to else None
         try:
-            result = training.train(self.model, step, parameters, data, seed, anchor or None, teacher, weights)
+            pull, order = anchor or None, self._order(step, data)
+            result = training.train(self.model, step, parameters, data, seed, pull, teacher, weights, order)
         except training.TrainingError:
             if not step.keep_on_divergence:
                 raise
@@ -412,7 +414,20 @@ class Interpreter(Measures):
     def _split(self, name: str) -> Dataset:
         if name not in self.data.splits:
             raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
-        return self.data.splits[name]
+        data = self.data.splits[name]
+        return data.until(self._plan.round) if isinstance(data, StreamedDataset) else data
+
+    def _order(self, step: plan_pb2.TrainStep, data: Dataset) -> list[Tensor] | None:
+        """The batches of data that arrive over the rounds."""
+        if not isinstance(data, StreamedDataset):
+            return None
+        plans = plan_pb2.Plan(seed=self._plan.seed, client_id=self._plan.client_id)
+
+        def seed_in(round_: int) -> int:
+            plans.round = round_
+            return training.seed_of_step(plans, self._index, step, replaced=self._replaced)
+
+        return data.batches(step.batch_size, step.steps, self._plan.round, seed_in)
 
 
 def _name_tasks(result: report_pb2.TrainResult, data: ClientData) -> None:

@@ -107,6 +107,7 @@ class Settings:
     ``state_dir`` holds all runs of this client: node-config's ``state-dir``, else ``fedalloy`` below ``FLWR_HOME``.
     ``start_adapter`` is a PEFT directory that the slot ``start_slot`` starts from, instead of from zero.
     ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
+    ``task_arrival`` says how training data arrive over the run's ``rounds``; see :mod:`client_app.streams`.
     """
 
     client_id: str
@@ -125,6 +126,11 @@ class Settings:
     blocks: int = 0
     alignment: str = ""
     alignments: Path = Path()
+    task_arrival: str = "all"
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        _require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
 
     def run_directory(self, run_name: str) -> Path:
         """This client's folder in a run.
@@ -185,13 +191,15 @@ def read_settings(context: Context) -> Settings:
         blocks=int(run.get("lora-blocks", 0)),
         alignment=alignment,
         alignments=Path(str(node.get("alignments", state_dir / "alignments"))).expanduser(),
+        task_arrival=(arrival := str(run.get("task-arrival", "all"))),
+        rounds=1 if arrival == "all" else int(run.get("num-server-rounds", 5)),
     )
 
 
 def run_config_keys() -> dict[str, Any]:
     """Run-config keys that only clients read, with their defaults."""
     keys: dict[str, Any] = {"lora-r": 8, "lora-alpha": 16.0, "lora-dropout": 0.0}
-    keys |= {"lora-blocks": 0, "lora-alignment": ""}
+    keys |= {"lora-blocks": 0, "lora-alignment": "", "task-arrival": "all"}
     for kind in (ModelSettings, DataSettings):
         keys |= {_key(item.name): item.default for item in fields(kind)}
     return keys

@@ -84,7 +84,8 @@ class ReferenceModel:
     def _loss(self, batch: Dataset) -> Tensor:
         dtype = self.weight.dtype
         inputs = {n: v.to(self.device, dtype if v.is_floating_point() else None) for n, v in batch.inputs.items()}
-        logits: Tensor = self.module(**inputs).logits
+        task = {"task": batch.task} if batch.task else {}
+        logits: Tensor = self.module(**inputs, **task).logits
         labels = batch.labels.to(self.device)
         if int(labels.max()) >= logits.shape[-1]:
             raise SketchError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -121,6 +121,7 @@ def train(
     anchor: Mapping[str, Tensor] | None = None,
     teacher: Teacher | None = None,
     example_weights: Tensor | None = None,
+    order: Iterable[Tensor] | None = None,
 ) -> report_pb2.TrainResult:
     """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
 
@@ -135,6 +136,7 @@ def train(
         anchor: the values that ``step.proximal`` pulls to, by entry name.
         teacher: whose outputs are a second target.
         example_weights: how much each example of ``data``, which has one task, counts, ``[n]``.
+        order: the batches' indices; None: pass after pass over the data, shuffled.
 
     Raises:
         TrainingError: the loss, or in the end a number that was trained, became NaN or infinite.
@@ -146,7 +148,7 @@ def train(
     model.module.train()
     losses: list[float] = []
     by_task = TaskLosses(step.batch_size)
-    for indices in batches(len(data), step.batch_size, step.steps, seed):
+    for indices in order or batches(len(data), step.batch_size, step.steps, seed):
         tick("train", len(losses), step.steps)
         optimiser.zero_grad()
         loss = 0.0

@@ -23,11 +23,13 @@ class Aligned:
     """What is to be aligned: a scenario's models on its public data, or one's own, the pivot first, on one's own.
 
     ``public`` has node-config's keys, as a client's own data have: ``data-path``, names of columns, ``task``, ...
+    ``data_root`` is the folder of a scenario that reads its data from one.
     """
 
     scenario: str = ""
     models: Sequence[str] = ()
     public: Mapping[str, Any] = field(default_factory=dict)
+    data_root: str = ""
 
 
 def align_models(
@@ -64,7 +66,7 @@ def align_models(
     )
     try:
         if what.scenario:
-            bases, public = bases_to_align(what.scenario, state_dir / ".cache")
+            bases, public = bases_to_align(what.scenario, state_dir / ".cache", what.data_root)
             data = [public] * len(bases)
         else:
             bases, data = _own(what, state_dir)

@@ -30,6 +30,7 @@ DIRECTORY = Path(".fedalloy/cluster")
 
 RunsDir = Annotated[Path, typer.Option(help="Where runs are written.")]
 Directory = Annotated[Path, typer.Option("--dir", help="The cluster's own folder.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder with the data of scenarios on real data.")]
 
 
 @app.command()
@@ -40,6 +41,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Data, initial adapters and batches.")] = 0,
     runs_dir: RunsDir = Path("runs"),
     set_: Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")] = "",
+    data: DataRoot = None,
     connection: Annotated[str, typer.Option(help="A flwr connection to a cluster that runs already.")] = "",
     collect_to: Annotated[Path | None, typer.Option(help="Copy finished runs to this folder.")] = None,
 ) -> None:
@@ -52,7 +54,7 @@ def demo(
     with _clear_errors():
         for name in chosen:
             require_choice("--strategies", name, STRATEGIES)
-        extra = parse_run_config(set_)
+        extra = parse_run_config(set_) | _data_root(data)
         results = run_demo(chosen, clients, rounds, seed, runs_dir, console, extra, connection, collect_to)
     if any(result.summary is None for result in results):
         raise typer.Exit(1)
@@ -61,6 +63,7 @@ def demo(
 @app.command()
 def compare(
     scenario: Annotated[str, typer.Argument(help="A built-in scenario.")] = "digits",
+    data: DataRoot = None,
     strategies: Annotated[
         str, typer.Option(help="Comma-separated; local, fedavg and controls are added.")
     ] = "fedmerge",
@@ -82,7 +85,7 @@ def compare(
 
     chosen = range(first_seed, first_seed + seeds)
     with _clear_errors():
-        extra = parse_run_config(set_)
+        extra = parse_run_config(set_) | _data_root(data)
         found, failed = run_comparison(
             scenario,
             _listed(strategies),
@@ -204,6 +207,7 @@ def export(
 @app.command()
 def align(
     scenario: Annotated[str, typer.Argument(help="A scenario with several architectures, as digits-mixed.")] = "",
+    data: DataRoot = None,
     models: Annotated[str, typer.Option(help="Or: base models of your own, comma-separated, the smallest first,")] = "",
     public: Annotated[str, typer.Option(help="and data for them: \"data-path='public.jsonl' text-column='q'\".")] = "",
     blocks: Annotated[int, typer.Option(min=1, help="lora-blocks of the runs it is for.")] = 2,
@@ -217,7 +221,7 @@ def align(
     from server_app.align import Aligned, align_models
 
     with _clear_errors():
-        what = Aligned(scenario, _listed(models), parse_run_config(public))
+        what = Aligned(scenario, _listed(models), parse_run_config(public), str(data or ""))
         path = align_models(what, blocks, rank, seed, penalty, orthonormal_b, state_dir, console)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     console.print(f"run-config: lora-blocks={blocks} lora-r={rank} lora-alignment='{path.stem}'", soft_wrap=True)
@@ -329,6 +333,10 @@ def parse_run_config(text: str) -> dict[str, Any]:
         return tomllib.loads("\n".join(f'"{key}" = {value}' for key, value in pair.findall(text)))
     except ValueError as error:
         raise OptionError(f"cannot read {text!r}: {error}; expected pairs like \"strategy='fedavg' seed=1\"") from None
+
+
+def _data_root(folder: Path | None) -> dict[str, Any]:
+    return {} if folder is None else {"data-root": str(folder.expanduser().resolve())}
 
 
 def _listed(text: str) -> list[str]:

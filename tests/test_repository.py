@@ -174,6 +174,7 @@ RUN_CONFIG_KEYS = {
     "task",
     "task-arithmetic.rank",
     "task-arithmetic.scale",
+    "task-arrival",
     "text-column",
     "ties.density",
     "ties.rank",

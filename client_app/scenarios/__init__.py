@@ -7,7 +7,7 @@ from pathlib import Path
 from client_app.data import Base, ClientData, Dataset
 
 NAMES = ("digits", "digits-mixed", "digits-multimodal")
-FROM_FILES = ("cifar100", "pacs", "text-tasks", "prompt-tasks")
+FROM_FILES = ("cifar100-20", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs")
 """Benchmarks with data in a folder that the user names; see ``client_app.scenarios.files``."""
 
 
@@ -45,14 +45,23 @@ def load_scenario(
     return digits.load_base(cache_dir), digits.load_client(partition_id, num_partitions, seed)
 
 
-def bases_to_align(name: str, cache_dir: Path) -> tuple[list[Base], Dataset]:
+def bases_to_align(name: str, cache_dir: Path, folder: str = "") -> tuple[list[Base], Dataset]:
     """The base models of a scenario with several architectures, the pivot first, and public data to align them on.
+
+    Args:
+        name: of the scenario.
+        cache_dir: where base models are kept after they were made once.
+        folder: with the data of those that read files.
 
     Raises:
         ScenarioError: the scenario has one architecture, or its name is unknown.
     """
     from client_app.scenarios import digits_mixed
 
+    if name == "mixed-arch":
+        from client_app.scenarios import cifar, files
+
+        return cifar.mixed_bases_to_align(files.data_root(name, folder), cache_dir)
     if name != "digits-mixed":
-        raise ScenarioError(f"scenario {name!r} has nothing to align; of these there are: digits-mixed")
+        raise ScenarioError(f"scenario {name!r} has nothing to align, expected one of: digits-mixed, mixed-arch")
     return digits_mixed.bases_to_align(cache_dir)

@@ -153,12 +153,17 @@ class Vocabulary:
 
     def decode(self, tokens: Tensor) -> str:
         """Words until the end."""
-        found: list[str] = []
-        for token in tokens.tolist():
-            if token == self.END:
-                break
-            found += [self.words[token]] if token > self.END else []
-        return " ".join(found)
+        return words_until_end(self.words, tokens)
+
+
+def words_until_end(words: Sequence[str], tokens: Tensor) -> str:
+    """The words with these numbers, without padding and beginning."""
+    found: list[str] = []
+    for token in tokens.tolist():
+        if token == Vocabulary.END:
+            break
+        found += [words[token]] if token > Vocabulary.END else []
+    return " ".join(found)
 
 
 VOCABULARY = Vocabulary()
@@ -297,11 +302,17 @@ def _with_sentences(task: str, pool: Sequence[tuple[str, int]], site: Site) -> D
 
 
 def _texts(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], Tensor]:
+    return texts_as_tensors(VOCABULARY.encode, pairs)
+
+
+def texts_as_tensors(
+    encode: Callable[[str], list[int]], pairs: Sequence[tuple[str, str]]
+) -> tuple[dict[str, Tensor], Tensor]:
     """Prompts with what is to be written after them (maybe nothing), padded; labels are those words and an end."""
     rows = []
     for prompt, written in pairs:
-        before = [Vocabulary.BEGIN, *VOCABULARY.encode(prompt)]
-        after = [*VOCABULARY.encode(written), Vocabulary.END] if written else []
+        before = [Vocabulary.BEGIN, *encode(prompt)]
+        after = [*encode(written), Vocabulary.END] if written else []
         rows.append((before + after, [IGNORED] * len(before) + after))
     width = max(len(tokens) for tokens, _ in rows)
     ids = torch.tensor([tokens + [Vocabulary.PAD] * (width - len(tokens)) for tokens, _ in rows])
@@ -336,18 +347,23 @@ def _build(recipe: Recipe) -> nn.Module:
 
 
 def _pretrain(recipe: Recipe) -> nn.Module:
-    """All tasks in turn on public data, with heads that are thrown away."""
-    backbone = _build(recipe)  # which the next line changes in place
-    specs = [spec_of(task) for task in TASKS]
+    public = [(task, _public(task, site)) for task in TASKS for site in SITES]
+    return pretrain_together(_build, recipe, [spec_of(task) for task in TASKS], public)
+
+
+def pretrain_together(
+    build: Callable[[Any], nn.Module], recipe: Any, specs: Sequence[TaskSpec], public: Sequence[tuple[str, Dataset]]
+) -> nn.Module:
+    """All tasks in turn on public data, with heads that are thrown away; what ``build`` froze stays as it is."""
+    backbone = build(recipe)  # which the next line changes in place
     model = MultiTaskModel(backbone, specs).train()
-    public = [(task, site, _public(task, site)) for task in TASKS for site in SITES]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, max(recipe.steps, 2), pct_start=0.1)
     generator = torch.Generator().manual_seed(recipe.seed)
     with one_thread():
         for step in range(recipe.steps):
-            task, _, data = public[step % len(public)]
+            task, data = public[step % len(public)]
             batch = data.batch(torch.randint(len(data), (recipe.batch,), generator=generator))
             loss = mean_loss(batch.kind, model(task=task, **batch.inputs).logits, batch.labels)
             optimiser.zero_grad()
@@ -355,7 +371,7 @@ def _pretrain(recipe: Recipe) -> nn.Module:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             schedule.step()
-    plain = _build(recipe)
+    plain = build(recipe)
     plain.load_state_dict({name.replace(".base.", "."): value for name, value in backbone.state_dict().items()})
     return plain
 

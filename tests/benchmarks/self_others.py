@@ -1,0 +1,229 @@
+"""Every personal model on its own client's data ("self"), and on the other clients' ("others").
+
+    python -m tests.benchmarks.self_others cifar100-20 --data DIR --strategies local,fedavg,potara --clients 20
+    python -m tests.benchmarks.self_others mixed-arch --data DIR --strategies local,fedavg,fedmosaic --blocks 2
+    ... --seeds 100 --split validation                       # for choosing settings
+
+Only a benchmark may do this, because it holds everybody's data: no plan can. Strategies run through the real round loop
+and client code in one process; then each client's saved personal model, loaded by PEFT onto a fresh base model, is
+tried on every client's examples. A model is tried on the tasks that it has, and the mean is taken over tasks, then
+clients. Where architectures differ, strategies that merge within one run once in each half of the federation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from client_app.data import ClientData, Dataset
+from client_app.evaluation import evaluate
+from client_app.executor import base_and_data
+from client_app.settings import read_settings
+from client_app.training import set_up_torch
+from server_app.align import Aligned, align_models
+from server_app.cli import parse_run_config
+from server_app.export import is_in_parts
+from tests.in_process import run_in_process
+
+ACROSS = ("local", "local-twice", "fedmosaic")
+"""Strategies that clients of different architectures can share."""
+TWO_ARCHITECTURES = ("digits-mixed", "mixed-arch")
+
+
+@dataclass
+class SavedModel:
+    """A personal model as a user would load it; has what :func:`client_app.evaluation.evaluate` asks of a model."""
+
+    module: Any
+    micro_batch: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """They are where they should be."""
+        return dict(batch)
+
+    def logits(self, inputs: Mapping[str, Tensor], task: str = "") -> Tensor:
+        """The model's logits."""
+        logits: Tensor = self.module(**inputs, **({"task": task} if task else {})).logits
+        return logits
+
+
+@dataclass
+class Scores:
+    """Of every client, by its id: on its own data, and the mean over the others'; None where nothing fits."""
+
+    own: dict[str, float]
+    others: dict[str, float | None]
+    seconds: float = 0.0
+
+    def mean(self, which: str) -> float | None:
+        """Over the clients that have one."""
+        found = [value for value in getattr(self, which).values() if value is not None]
+        return sum(found) / len(found) if found else None
+
+
+def load_clients(
+    state: Path, ids: list[int], of: int, config: Mapping[str, Any]
+) -> dict[str, Callable[[], tuple[Any, ClientData]]]:
+    """What loads each client's base model and data afresh, as the client itself does."""
+    found = {}
+    for index in ids:
+        node: Any = {"partition-id": index, "num-partitions": of, "state-dir": str(state)}
+        settings = read_settings(Context(1, 1, node_config=node, state=RecordDict(), run_config=dict(config)))
+        settings = replace(settings, task_arrival="all")
+        found[settings.client_id] = lambda chosen=settings: base_and_data(chosen)
+    return found
+
+
+def scores_of(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientData]]], split: str) -> Scores:
+    """Try every personal model of a run on every client's data."""
+    from peft import PeftModel
+
+    data = {name: load()[1] for name, load in clients.items()}
+    scores = Scores({}, {})
+    for name in sorted(path.name for path in (run / "clients").iterdir()):
+        folder = run / "clients" / name / "adapter"
+        if is_in_parts(folder):
+            raise SystemExit(f"{folder} is no single adapter; its strategy cannot be measured here")
+        module = clients[name]()[0].model
+        PeftModel.from_pretrained(module, str(folder))  # which puts the adapter into the module itself
+        model = SavedModel(module.eval())
+        found = {
+            other: score(model, data[name], theirs, split) for other, theirs in data.items() if fits(data[name], theirs)
+        }
+        scores.own[name] = found.pop(name)
+        scores.others[name] = sum(found.values()) / len(found) if found else None
+    return scores
+
+
+def fits(mine: ClientData, theirs: ClientData) -> bool:
+    """Whether a client's model has any of another's tasks; a model for one task has that of all."""
+    return not mine.tasks or bool(mine.tasks.keys() & theirs.tasks.keys())
+
+
+def score(model: Any, mine: ClientData, theirs: ClientData, split: str) -> float:
+    """Mean over their tasks that the model has of accuracy, or of exact match where texts are written."""
+    found = []
+    for name, task in theirs.each_task.items():
+        if mine.tasks and name not in mine.tasks:
+            continue
+        data: Dataset = task.splits[split]
+        metrics = evaluate(model, replace(data, task=name) if mine.tasks else data, task)
+        found.append(metrics.get("accuracy", metrics.get("exact_match", 0.0)))
+    return sum(found) / len(found)
+
+
+def measure(strategy: str, seed: int, arguments: argparse.Namespace, folder: Path) -> Scores:
+    """One strategy with one seed."""
+    count = arguments.clients
+    config: dict[str, Any] = {
+        "scenario": arguments.scenario,
+        "seed": seed,
+        "num-server-rounds": arguments.rounds,
+        "evaluate-split": arguments.split,
+        **parse_run_config(arguments.set),
+    }
+    if arguments.data:
+        config["data-root"] = str(arguments.data.resolve())
+    parts = [list(range(count))]
+    if arguments.scenario in TWO_ARCHITECTURES:
+        if strategy not in ACROSS:
+            parts = [list(range(count // 2)), list(range(count // 2, count))]
+        elif strategy == "fedmosaic" and arguments.blocks:
+            what = Aligned(arguments.scenario, data_root=config.get("data-root", ""))
+            rank, quiet = int(config.get("lora-r", 8)), Console(quiet=True)
+            path = align_models(what, arguments.blocks, rank, 0, 0.5, False, folder, quiet)
+            config |= {"lora-blocks": arguments.blocks, "lora-alignment": path.stem}
+    prefixes = (f"{strategy}.", f"{strategy}__")
+    own = {k: v for k, v in config.items() if "." not in k or k.startswith(prefixes)}
+    started, whole = time.process_time(), Scores({}, {})
+    everybody = load_clients(folder, list(range(count)), count, config)
+    for number, ids in enumerate(parts):
+        directory = run_in_process(
+            folder,
+            len(ids),
+            node_config=lambda index, ids=ids: {"partition-id": ids[index], "num-partitions": count},
+            run_name=f"{strategy}-{seed}-{number}",
+            strategy=strategy,
+            **{key.replace(".", "__").replace("-", "_"): value for key, value in own.items()},
+        )
+        seconds = time.process_time() - started
+        found = scores_of(directory.path, everybody, arguments.split)
+        reported = json.loads((directory.path / "summary.json").read_text())["clients"]
+        for name, value in found.own.items():
+            said = reported[name].get("accuracy")
+            if said is not None and not everybody[name]()[1].tasks and abs(said - value) > 0.02:
+                raise SystemExit(f"{name}: the run reported {said:.4f}, its saved model has {value:.4f}")
+        whole.own |= found.own
+        whole.others |= found.others
+        whole.seconds += seconds
+        started = time.process_time()
+    return whole
+
+
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario")
+    parser.add_argument("--data", type=Path, help="Folder of scenarios on real data.")
+    parser.add_argument("--strategies", default="local,fedavg")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--split", default="test", choices=["validation", "test"])
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=2, help="Co-LoRA's, for fedmosaic across architectures.")
+    parser.add_argument("--set", default="", help="More run-config, as for flwr run.")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Measure and print; with ``--json`` write the numbers to a file."""
+    arguments = parse()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    set_up_torch()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    console, numbers = Console(width=120), {}
+    table = Table(
+        title=f"{arguments.scenario}: {arguments.clients} clients, {arguments.rounds} rounds, {arguments.split}"
+    )
+    for column in ("strategy", *(f"seed {seed}" for seed in arguments.seeds), "self", "others", "CPU s"):
+        table.add_column(column, justify="right")
+    for strategy in arguments.strategies.split(","):
+        found = {}
+        for seed in arguments.seeds:
+            with tempfile.TemporaryDirectory() as name:
+                (Path(name) / ".cache").symlink_to(arguments.cache)
+                found[seed] = measure(strategy, seed, arguments, Path(name))
+        rows = {which: [item.mean(which) for item in found.values()] for which in ("own", "others")}
+        means = {
+            which: f"{sum(values) / len(values):.3f}" if None not in values else "-" for which, values in rows.items()
+        }
+        seconds = sum(item.seconds for item in found.values()) / len(found)
+        cells = [
+            f"{own:.3f} / {'-' if other is None else f'{other:.3f}'}" for own, other in zip(*rows.values(), strict=True)
+        ]
+        table.add_row(strategy, *cells, means["own"], means["others"], f"{seconds:.0f}")
+        console.print(f"{strategy}: self {means['own']}, others {means['others']}, {seconds:.0f} CPU s a run")
+        numbers[strategy] = {seed: vars(item) for seed, item in found.items()}
+        if arguments.json:
+            arguments.json.write_text(json.dumps(numbers, indent=2))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
