@@ -65,7 +65,7 @@ def compare(
     scenario: Annotated[str, typer.Argument(help="A built-in scenario.")] = "digits",
     data: DataRoot = None,
     strategies: Annotated[
-        str, typer.Option(help="Comma-separated; local, fedavg and controls are added.")
+        str, typer.Option(help="Comma-separated, or all; local, fedavg and controls are added.")
     ] = "fedmerge",
     seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="Choose settings on others than you report.")] = 0,
@@ -78,10 +78,11 @@ def compare(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="On local SuperNodes, with bytes on the wire; slower.")
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="So many runs side by side, one process and thread each.")] = 1,
 ) -> None:
     """Which strategy for these clients, at what cost; by default in this process, without a network."""
     from server_app.compare import compare as run_comparison
-    from server_app.comparison import as_markdown
+    from server_app.comparison import explanation, terminal_table
 
     chosen = range(first_seed, first_seed + seeds)
     with _clear_errors():
@@ -96,9 +97,12 @@ def compare(
             rounds=rounds,
             options=extra,
             place="cluster" if cluster else "process",
+            workers=jobs,
         )
-    console.print(as_markdown(found, scenario), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    console.print(terminal_table(found))
+    for line in explanation(found):
+        console.print(line, highlight=False, markup=False)
+    console.print(f"written: {out}: report.html, table.md, results.csv, runs/", highlight=False, soft_wrap=True)
     for name, why in failed.items():
         errors.print(f"{name}: {why}", highlight=False, markup=False)
     if failed:

@@ -1,6 +1,7 @@
 """``fedalloy compare``: strategies over the same clients, data, base model, local work and seeds; a folder of results.
 
     OUT/runs/<strategy>-seed0-<digest>/   every run as any other, kept: a finished one is not run again
+    OUT/comparison.json                   what all of them have in common; another comparison needs another folder
     OUT/results.csv                       client x seed x strategy x round
     OUT/table.md, OUT/report.html         what they say
 
@@ -10,13 +11,12 @@ The digest names the run's configuration, so a changed setting is another run. T
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,27 +24,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from adapters.durable import write_durably
+from client_app.scenarios import FROM_FILES, NAMES
 from server_app.cluster import LocalCluster, Settings
-from server_app.comparison import Comparison, Row, as_markdown, comparison_of
+from server_app.comparison import Comparison, as_markdown, comparison_of
+from server_app.comparison_records import as_csv, read_run
 from server_app.comparison_report import ReportError, as_html
-from server_app.demo import terminate_as_interrupt
-from server_app.in_process import InProcessGrid
-from server_app.ledger import Ledger
+from server_app.demo import read_summary, terminate_as_interrupt
 from server_app.options import read_run_options
 from server_app.run_directory import RunDirectory
 from server_app.superlink import ClusterError, SuperLink
+from server_app.workers import Engine, in_process, one_by_one, side_by_side
 from strategies import CONTROLS, STRATEGIES, strategy_from_run_config
-from strategies.options import require_choice
+from strategies.options import OptionError, require_choice
 
-Engine = Callable[[Mapping[str, Any], int, Path, Callable[[], None]], None]
-"""``(run-config, clients, runs folder, call after every answer)``: carries out one run, or raises."""
 REFERENCES = ("local", "fedavg")
-LEVELS = ("tensor", "message", "wire")
+EVERY = "all"
+"""Stands for every strategy that there is."""
 
 
 @dataclass(frozen=True)
@@ -75,50 +74,61 @@ def compare(
     options: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
     place: str = "process",
+    workers: int = 1,
 ) -> tuple[Comparison, dict[str, str]]:
     """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
 
     Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
-    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after.
+    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after. So
+    many ``workers`` carry out runs side by side, each in a process of its own.
 
     Raises:
-        OptionError: a strategy or a key is unknown, or a value is not valid; nothing has been run.
+        OptionError: a strategy, scenario or key is unknown, a value is not valid, ``out`` cannot be written or has
+            another comparison in it; nothing has been run.
     """
-    chosen = list(dict.fromkeys([*REFERENCES, *strategies, *(control.name for control in CONTROLS)]))
+    if not seeds:
+        raise OptionError("--seeds: no seed is left, expected at least one")
+    if place == "cluster" and workers > 1:
+        raise OptionError(f"--jobs = {workers} with --cluster: a cluster has one SuperNode for each client, expected 1")
+    if EVERY in strategies:
+        strategies = [*strategies, *STRATEGIES]
+    asked = [*REFERENCES, *strategies, *(control.name for control in CONTROLS)]
+    chosen = [name for name in dict.fromkeys(asked) if name != EVERY]
     for name in chosen:
         require_choice("--strategies", name, STRATEGIES)
+    require_choice("SCENARIO", scenario, (*NAMES, *FROM_FILES))
     jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place))
     for job in jobs:
         read_run_options(job.config)
         strategy_from_run_config(job.config)
-    runs = out / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    failed: dict[str, str] = {}
-    finished = all(is_finished(runs / job.name) for job in jobs)
+    runs = _folder(out, jobs[0])
+    missing = [job for job in jobs if not is_finished(runs / job.name)]
     with (
         _quiet(),
-        _started(place if not finished and engine is None else "process", clients, runs, console) as started,
-        _progress(console, len(jobs)) as (progress, overall),
+        _started(place if missing and engine is None else "process", clients, runs, console) as started,
+        _Progress(console, jobs, missing, runs, clients * (rounds + 2)) as progress,
     ):
-        for job in jobs:
-            kept = is_finished(runs / job.name)
-            if not kept:
-                failed |= _run(job, clients, runs, engine or started, progress, rounds)
-            progress.advance(overall)
-            if not console.is_terminal:
-                word = "kept" if kept else f"failed ({failed[job.name]})" if job.name in failed else "finished"
-                console.print(f"  {job.strategy}, seed {job.seed}: {word}", highlight=False, soft_wrap=True)
-    rows = [row for job in jobs if is_finished(runs / job.name) for row in rows_of(job, runs / job.name)]
-    found = comparison_of(rows, [name for name in chosen if any(row.strategy == name for row in rows)], REFERENCES)
+        for job in missing:
+            shutil.rmtree(runs / job.name, ignore_errors=True)  # it was interrupted
+        configs = [{**job.config, "run-name": job.name} for job in missing]
+        if engine is None and place == "process" and min(workers, len(missing)) > 1:
+            side_by_side(configs, clients, runs, progress, min(workers, len(missing)))
+        else:
+            one_by_one(configs, clients, runs, progress, engine or started)
+    finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
+    rows = [row for run in finished for row in run.rows]
+    controls = [control.name for control in CONTROLS]
+    found = comparison_of(
+        rows, [name for name in chosen if any(row.strategy == name for row in rows)], REFERENCES, controls
+    )
     title = f"{scenario}: {clients} clients, {rounds} rounds, seeds {', '.join(map(str, seeds))}"
     write_durably(out / "results.csv", as_csv(rows).encode())
     write_durably(out / "table.md", as_markdown(found, title).encode())
-    records = {job.name: (job, RunDirectory(runs / job.name).rounds()) for job in jobs if is_finished(runs / job.name)}
     try:
-        write_durably(out / "report.html", as_html(found, rows, title, _weights(records)).encode())
+        write_durably(out / "report.html", as_html(found, finished, title, progress.failed).encode())
     except ReportError as error:
         console.print(str(error), highlight=False, markup=False)
-    return found, failed
+    return found, progress.failed
 
 
 def jobs_of(
@@ -144,19 +154,6 @@ def is_finished(run: Path) -> bool:
     return (run / "summary.json").exists()
 
 
-def in_process(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
-    """The engine without processes: the wire is not measured, all else is as it would be."""
-    from server_app.run import run
-
-    def count(node: int, message: Message, reply: Message | None) -> Message | None:
-        answered()
-        return reply
-
-    config = {**config, "runs-dir": str(runs)}
-    grid = InProcessGrid(clients, runs, config, None, count)
-    run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
-
-
 def on_cluster(
     cluster: SuperLink, config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]
 ) -> None:
@@ -178,86 +175,76 @@ def on_cluster(
         raise ClusterError(f"the run ended as {outcome.status}")
 
 
-def rows_of(job: Job, run: Path) -> Iterator[Row]:
-    """A finished run's rows: its rounds as the clients evaluated what they were sent, and the delivery."""
-    counted: dict[tuple[int, str], dict[str, int | None]] = {}
-    with Ledger(run / "ledger.sqlite", read_only=True) as ledger:
-        for item in ledger.per_client_round():
-            found = counted.setdefault((item.round, item.client), {})
-            found |= {f"{item.direction}_{level}": getattr(item, level) for level in LEVELS}
-    for record in RunDirectory(run).rounds():
-        if record["phase"] not in ("train", "deliver"):
-            continue
-        for client, answer in record["clients"].items():
-            yield Row(
-                job.strategy,
-                job.seed,
-                client,
-                int(record["round"]),
-                record["phase"],
-                answer["status"],
-                dict(answer.get("metrics", {}).get("personal", {})),
-                float(answer.get("seconds", 0.0)),
-                float(answer.get("train_seconds", 0.0)),
-                counted.get((int(record["round"]), client), {}),
-            )
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """One line for each client, seed, strategy and round; empty where something was not measured."""
-    metrics = sorted({name for row in rows for name in row.metrics})
-    counts = [f"{direction}_{level}" for direction in ("up", "down") for level in LEVELS]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    keys = ["strategy", "seed", "client", "round", "phase", "status", "seconds", "train_seconds"]
-    writer.writerow([*keys, *metrics, *(f"{name}_bytes" for name in counts)])
-    for row in rows:
-        numbers = [row.metrics.get(name, "") for name in metrics]
-        sizes = ["" if row.bytes.get(name) is None else row.bytes[name] for name in counts]
-        writer.writerow([*(getattr(row, key) for key in keys), *numbers, *sizes])
-    return text.getvalue()
-
-
-def _run(job: Job, clients: int, runs: Path, engine: Engine, progress: Progress, rounds: int) -> dict[str, str]:
-    shutil.rmtree(runs / job.name, ignore_errors=True)  # it was interrupted
-    task = progress.add_task(f"{job.strategy}, seed {job.seed}", total=clients * (rounds + 2))
+def _folder(out: Path, job: Job) -> Path:
+    """Make ``out/runs``, and remember what all runs have in common; a folder of other runs is refused."""
+    own = tuple(f"{name}." for name in STRATEGIES)
+    common = {key: value for key, value in job.config.items() if not key.startswith(own)}
+    common = {key: common[key] for key in sorted(common) if key not in ("strategy", "seed")} | {"place": job.place}
+    remembered = out / "comparison.json"
     try:
-        engine({**job.config, "run-name": job.name}, clients, runs, lambda: progress.advance(task))
-    except Exception as error:  # the others are still worth their time; the table says what is missing
-        return {job.name: f"{type(error).__name__}: {error}"}
-    finally:
-        progress.remove_task(task)
-    return {}
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        if not remembered.exists():
+            write_durably(remembered, (json.dumps(common, indent=2) + "\n").encode())
+        before = json.loads(remembered.read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--out {out} cannot be used: {error}") from None
+    for key in sorted({*before, *common}):
+        if before.get(key) != common.get(key):
+            raise OptionError(
+                f"--out {out} is of a comparison with {_said(key, before)}, this one has {_said(key, common)}; "
+                "expected the same, or another folder"
+            )
+    return out / "runs"
 
 
-def _weights(records: Mapping[str, tuple[Job, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
-    """What was merged in each round, by strategy, of its first seed: rows of numbers by client."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for job, rounds in records.values():
-        if job.strategy in found:
-            continue
-        matrices = []
-        for record in rounds:
-            settled = record.get("settled", {})
-            for kind in ("weights", "relations", "relevance"):
-                rows = settled.get(kind)
-                if isinstance(rows, dict):
-                    matrices.append({"round": record["round"], "rows": rows})
-        found[job.strategy] = matrices
-    return {name: matrices for name, matrices in found.items() if matrices}
+def _said(key: str, config: Mapping[str, Any]) -> str:
+    return f"{key} = {config[key]!r}" if key in config else f"{key} as usual"
 
 
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[tuple[Progress, Any]]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress, progress.add_task("runs", total=total)
+class _Progress:
+    """Live progress: in a terminal a bar for all runs and one for each that is going on; a line as each ends."""
+
+    def __init__(self, console: Console, jobs: Sequence[Job], missing: Sequence[Job], runs: Path, answers: int) -> None:
+        self.console, self.jobs, self.missing, self.runs, self.answers = console, jobs, missing, runs, answers
+        self.failed: dict[str, str] = {}
+        self.tasks: dict[int, tuple[TaskID, float]] = {}
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        self.bars = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        self.overall = self.bars.add_task("runs", total=len(jobs), completed=len(jobs) - len(missing))
+
+    def __enter__(self) -> _Progress:
+        self.bars.start()
+        for job in self.jobs:
+            if job not in self.missing:
+                self._say(job, "kept")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.bars.stop()
+
+    def started(self, index: int) -> None:
+        job = self.missing[index]
+        task = self.bars.add_task(f"{job.strategy}, seed {job.seed}", total=self.answers)
+        self.tasks[index] = task, time.monotonic()
+
+    def answered(self, index: int) -> None:
+        self.bars.advance(self.tasks[index][0])
+
+    def ended(self, index: int, why: str) -> None:
+        job, (task, started) = self.missing[index], self.tasks.pop(index)
+        if why:
+            self.failed[job.name] = why
+        self.bars.remove_task(task)
+        self.bars.advance(self.overall)
+        said = f"failed ({why})" if why else "finished"
+        self._say(job, f"{said}, {time.monotonic() - started:.0f} s")
+
+    def _say(self, job: Job, word: str) -> None:
+        mean = (read_summary(self.runs / job.name) or {}).get("mean_accuracy")
+        score = "" if mean is None else f", accuracy {mean:.3f}"
+        self.console.print(
+            f"  {job.strategy}, seed {job.seed}: {word}{score}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.table import Table
 
 RESAMPLES = 10_000
 METRICS = {"accuracy": 1, "exact_match": 1, "loss": -1}
@@ -55,7 +56,8 @@ class Paired:
 class Line:
     """One strategy: final scores, and what they cost (means over seeds, sums over clients).
 
-    ``tensors`` are the megabytes of adapters' numbers among ``megabytes``.
+    ``role`` is ``reference``, ``control`` or empty. ``beyond`` are the differences to the control with the best mean;
+    None for references and controls. ``others`` is the mean on the other clients' data, where that was evaluated.
     """
 
     strategy: str
@@ -65,19 +67,44 @@ class Line:
     against: Mapping[str, Paired]
     megabytes: Mapping[str, float]
     seconds: float
-    tensors: Mapping[str, float]
+    role: str = ""
+    beyond: Paired | None = None
+    others: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All strategies by one metric."""
+    """All strategies by one metric; ``best_control`` is the control that merging has to beat, empty without one."""
 
     metric: str
     level: str
     lines: Sequence[Line]
+    best_control: str = ""
+
+    @property
+    def sign(self) -> int:
+        """1: more of the metric is better, -1: less is."""
+        return METRICS[self.metric]
+
+    def ranked(self) -> list[Line]:
+        """The best mean first; strategies without a score last."""
+        return sorted(
+            self.lines, key=lambda line: math.inf if math.isnan(line.mean.value) else -self.sign * line.mean.value
+        )
+
+    def cheapest(self, cost: Callable[[Line], float]) -> list[Line]:
+        """The Pareto front, cheapest first: strategies that no other one beats for at most their cost."""
+        front: list[Line] = []
+        for line in sorted(self.ranked(), key=cost):  # of equal cost, the best first
+            score = self.sign * line.mean.value
+            if not math.isnan(score) and (not front or score > self.sign * front[-1].mean.value):
+                front.append(line)
+        return front
 
 
-def comparison_of(rows: Sequence[Row], strategies: Sequence[str], references: Sequence[str]) -> Comparison:
+def comparison_of(
+    rows: Sequence[Row], strategies: Sequence[str], references: Sequence[str], controls: Sequence[str] = ()
+) -> Comparison:
     """Compare final models, in the order of ``strategies``.
 
     Bytes are those of the lowest level that was measured in every run: the wire, else serialised messages.
@@ -90,30 +117,34 @@ def comparison_of(rows: Sequence[Row], strategies: Sequence[str], references: Se
             scores[row.strategy][row.seed, row.client] = row.metrics[metric]
     measured = all(row.bytes.get(f"{d}_wire") is not None for row in rows for d in ("up", "down") if row.status == "ok")
     level = "wire" if rows and measured else "message"
+    sign = METRICS[metric]
+    judges = [name for name in controls if scores.get(name)]
+    best = max(judges, key=lambda name: sign * sum(scores[name].values()) / len(scores[name]), default="")
     lines = []
     for name in strategies:
         own = [row for row in rows if row.strategy == name]
         seeds = max(len({row.seed for row in own}), 1)
-        sizes, tensors = (
-            {d: sum(row.bytes.get(f"{d}_{kind}") or 0 for row in own) / seeds / 1e6 for d in ("up", "down")}
-            for kind in (level, "tensor")
-        )
+        role = "control" if name in controls else "reference" if name in references else ""
+        elsewhere = [row.metrics.get(f"others_{metric}") for row in final if row.strategy == name]
+        others = [score for score in elsewhere if score is not None]
         waits = [
             max(row.seconds for row in own if (row.seed, row.round) == key) for key in {(r.seed, r.round) for r in own}
         ]
         lines.append(
             Line(
-                name,
-                scores[name],
-                interval(list(scores[name].values())),
-                worst_decile(scores[name], METRICS[metric]),
-                {other: paired(scores[name], scores.get(other, {}), METRICS[metric]) for other in references},
-                sizes,
-                sum(waits) / seeds,
-                tensors,
+                strategy=name,
+                scores=scores[name],
+                mean=interval(list(scores[name].values())),
+                worst=worst_decile(scores[name], sign),
+                against={other: paired(scores[name], scores.get(other, {}), sign) for other in references},
+                megabytes={d: sum(r.bytes.get(f"{d}_{level}") or 0 for r in own) / seeds / 1e6 for d in ("up", "down")},
+                seconds=sum(waits) / seeds,
+                role=role,
+                beyond=paired(scores[name], scores[best], sign) if best and not role else None,
+                others=interval(others) if others else None,
             )
         )
-    return Comparison(metric, level, lines)
+    return Comparison(metric, level, lines, best)
 
 
 def interval(values: Sequence[float], statistic: Callable[[Numbers], Numbers] | None = None) -> Interval:
@@ -150,30 +181,72 @@ def paired(scores: Scores, reference: Scores, sign: int = 1) -> Paired:
 
 def as_markdown(found: Comparison, title: str) -> str:
     """The table, with what its numbers are below."""
-    references = list(found.lines[0].against) if found.lines else []
-    heads = ["strategy", f"mean {found.metric}", "worst decile", *(f"against `{name}`" for name in references)]
-    heads += ["MB up", "MB down", "seconds"]
+    heads, body = cells_of(found)
     text = [f"# {title}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for line in found.lines:
-        cells = [f"`{line.strategy}`", _shown(line.mean), _shown(line.worst)]
-        for name in references:
-            cells.append("" if name == line.strategy else _difference(line.against[name]))
-        cells += [_number(line.megabytes["up"], 2), _number(line.megabytes["down"], 2), _number(line.seconds, 1)]
-        text.append(f"| {' | '.join(cells)} |")
+    text += [f"| {' | '.join([f'`{name}`', *cells])} |" for name, *cells in body]
     return "\n".join([*text, "", *explanation(found), ""])
+
+
+def terminal_table(found: Comparison) -> Table:
+    """The table's essence, in 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    references = list(found.lines[0].against) if found.lines else []
+    heads = [found.metric, "worst", *(f"- {name}" for name in references), "- control"]
+    table.add_column("strategy", max_width=18, no_wrap=True, overflow="ellipsis")
+    for head in [*heads, "MB up", "MB down", "seconds"]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in found.ranked():
+        gains = [None if name == line.strategy else line.against[name] for name in references] + [line.beyond]
+        table.add_row(
+            line.strategy,
+            _number(line.mean.value, 3),
+            _number(line.worst.value, 3),
+            *("" if gain is None or math.isnan(gain.mean.value) else f"{gain.mean.value:+.3f}" for gain in gains),
+            *(_number(line.megabytes[direction], 2) for direction in ("up", "down")),
+            _number(line.seconds, 1),
+            style="dim" if line.role else None,
+        )
+    return table
+
+
+def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The table's heads and rows, the best mean first."""
+    references = list(found.lines[0].against) if found.lines else []
+    with_others = any(line.others for line in found.lines)
+    heads = ["strategy", "", f"mean {found.metric}", "worst decile", *(f"against {name}" for name in references)]
+    heads += [f"against {found.best_control} (control)"] if found.best_control else []
+    heads += ["on others' data"] if with_others else []
+    heads += ["MB up", "MB down", "seconds"]
+    body = []
+    for line in found.ranked():
+        cells = [line.strategy, line.role, _shown(line.mean), _shown(line.worst)]
+        cells += ["" if name == line.strategy else _difference(line.against[name]) for name in references]
+        if found.best_control:
+            cells.append(_difference(line.beyond) if line.beyond else "")
+        if with_others:
+            cells.append(_shown(line.others) if line.others else "")
+        cells += [_number(line.megabytes["up"], 2), _number(line.megabytes["down"], 2), _number(line.seconds, 1)]
+        body.append(cells)
+    return heads, body
 
 
 def explanation(found: Comparison) -> list[str]:
     """What the table's numbers are, a line for each."""
-    less = " (less is better)" if METRICS[found.metric] < 0 else ""
-    level = "on the wire" if found.level == "wire" else "of serialised messages (the wire was not measured)"
+    less = " (less is better)" if found.sign < 0 else ""
+    wired = found.level == "wire"
+    level = "on the wire" if wired else "of serialised messages (the wire was not measured)"
+    waited = (
+        "until the slowest client of each round had answered" if wired else "that each round's slowest client worked"
+    )
     return [
         f"* {found.metric}{less} of each client's personal model on its own data after the last round; in brackets 95 "
         f"% bootstrap intervals ({RESAMPLES:,} resamples of clients and seeds, taken as independent).",
         "* Worst decile: mean of the worst tenth of all clients and seeds.",
         "* Against: mean of the differences, client by client of the same seed; positive is better (better/worse).",
-        f"* MB: {level}, all clients, mean over seeds. Seconds: of the slowest client of each round, likewise.",
-        "* `fedavg-head`, `fedavg-tuned` and `local-twice` are controls: a gain by merging counts beyond them.",
+        f"* MB: {level}, all clients, mean over seeds. Seconds: {waited}, summed over rounds, likewise.",
+        "* Controls say what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
+        "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-twice` (two local runs of one client, "
+        "averaged). A gain by merging counts only beyond them.",
     ]
 
 
@@ -183,6 +256,8 @@ def _shown(found: Interval) -> str:
 
 def _difference(found: Paired) -> str:
     mean = found.mean
+    if math.isnan(mean.value):
+        return "-"
     return f"{mean.value:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}] ({found.better}/{found.worse})"
 
 

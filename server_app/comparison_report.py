@@ -3,59 +3,77 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from server_app.comparison import Comparison, Row, explanation
+from server_app.comparison import Comparison, Line, Paired, cells_of, explanation
+from server_app.comparison_costs import bytes_by_kind, reconciliation, slowest
+from server_app.comparison_figures import as_table
+from server_app.comparison_merges import merges
+from server_app.comparison_records import FinishedRun
+from server_app.comparison_scores import costs, curves, differences, means
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ccc; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181c; --line: #444; } }
-@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; } details > * { display: block } }
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ccc; --soft: #f2f4f7; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181c; --line: #444; --soft: #22262c; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem;
   margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 2rem 0; break-inside: avoid; } figcaption { font-weight: 600; } .wide { overflow-x: auto; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; }
+thead th { white-space: normal; vertical-align: bottom; }
+tbody th { font-weight: 500; } th:first-child { text-align: left; }
+figure { margin: 2.5rem 0; break-inside: avoid; } figcaption { font-weight: 600; font-size: 1.05rem; }
+figure p { margin: 0.2rem 0; } .wide { overflow-x: auto; } .chart { min-width: 34rem; }
+.glance { background: var(--soft); padding: 0.6rem 1rem 0.6rem 2rem; border-radius: 0.5rem; }
+summary { cursor: pointer; font-size: 0.85rem; }
+@media print {
+  :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --soft: #f5f5f5; }
+  body { margin: 0; max-width: none; font-size: 11pt; } .wide { overflow: visible; } .chart { min-width: 0; }
+  table { font-size: 7.5pt; } th, td { padding: 0.1rem 0.25rem; white-space: normal; } h2 { break-after: avoid; }
+}
 """
 THEME = """
 const dark = matchMedia('(prefers-color-scheme: dark)');
+const charts = [...document.querySelectorAll('.plotly-graph-div')];
 function paint(print) {
-  const ink = dark.matches && !print ? '#e6e6e6' : '#1b1b1b', grid = dark.matches && !print ? '#3a3d42' : '#dddddd';
-  for (const chart of document.querySelectorAll('.plotly-graph-div')) {
-    const change = {'font.color': ink};
+  const night = dark.matches && !print, ink = night ? '#e6e6e6' : '#1b1b1b', grid = night ? '#3a3d42' : '#dddddd';
+  for (const chart of charts) {
+    const change = {'font.color': ink, 'sliders[0].font.color': ink};
+    if (!chart.layout.sliders) delete change['sliders[0].font.color'];
     for (const axis of ['xaxis', 'yaxis']) {
       change[axis + '.gridcolor'] = grid; change[axis + '.zerolinecolor'] = grid;
     }
+    if (print) change.width = 680;
     Plotly.relayout(chart, change);
+    if (!print && chart.dataset.printed) Plotly.relayout(chart, {width: null, autosize: true});
+    if (print) chart.dataset.printed = 'yes'; else delete chart.dataset.printed;
   }
 }
 paint(false);
-dark.addEventListener('change', () => paint(false));
+dark.addEventListener('change', () => paint(matchMedia('print').matches));
+let closed = [];
 addEventListener('beforeprint', () => {
-  document.querySelectorAll('details').forEach(d => d.open = true);
+  closed = [...document.querySelectorAll('details:not([open])')];
+  closed.forEach(d => d.open = true);
   paint(true);
 });
-addEventListener('afterprint', () => paint(false));
+addEventListener('afterprint', () => { closed.forEach(d => d.open = false); paint(false); });
 """
-Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
 class ReportError(RuntimeError):
     """The library that draws is not installed."""
 
 
-def as_html(
-    found: Comparison, rows: Sequence[Row], title: str, matrices: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> str:
+def as_html(found: Comparison, runs: Sequence[FinishedRun], title: str, failed: Mapping[str, str] | None = None) -> str:
     """The page.
 
     Args:
         found: the comparison.
-        rows: all rounds, for the learning curves.
+        runs: what it is of.
         title: of the page.
-        matrices: what was merged, by strategy: for every round its number and rows of weights by client.
+        failed: why runs failed, by their names.
 
     Raises:
         ReportError: plotly is not installed.
@@ -64,244 +82,70 @@ def as_html(
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise ReportError("report.html needs plotly: pip install 'fedalloy[report]'") from None
-    figures = [_means(found), *_paired(found), _cost(found), _curves(found, rows), _bytes(found), _waits(found, rows)]
-    figures += [_matrix(strategy, rounds) for strategy, rounds in matrices.items()]
+    rows = [row for run in runs for row in run.rows]
     notes = "".join(f"<li>{html.escape(line.removeprefix('* '))}</li>" for line in explanation(found))
+    glance = "".join(f"<li>{html.escape(line)}</li>" for line in at_a_glance(found, runs, failed or {}))
+    parts: dict[str, list[str]] = {}
+    if found.lines:
+        parts = {
+            "Clients": [means(found), *differences(found), curves(found, rows)],
+            "Cost": [*costs(found), *bytes_by_kind(found, runs), slowest(found, rows)],
+            "What was merged": merges(runs, found.metric),
+        }
+    text = "".join(f"<h2>{name}</h2>{''.join(figures)}" for name, figures in parts.items() if figures)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
-        f"<h1>{html.escape(title)}</h1>{_table(_summary(found))}<ul>{notes}</ul>{''.join(figures)}"
-        f"<script>{THEME}</script></body></html>\n"
+        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><main>"
+        f'<h1>{html.escape(title)}</h1><ul class="glance">{glance}</ul>'
+        f"{as_table(cells_of(found))}<ul>{notes}</ul>{text}"
+        f"</main><script>{THEME}</script></body></html>\n"
     )
 
 
-def _summary(found: Comparison) -> Table:
-    references = list(found.lines[0].against) if found.lines else []
-    heads = ["strategy", found.metric, "95 %", "worst decile", *(f"against {name}" for name in references)]
-    body = []
-    for line in found.lines:
-        against = [
-            "" if name == line.strategy else f"{p.mean.value:+.3f} [{p.mean.low:+.3f}, {p.mean.high:+.3f}]"
-            for name, p in line.against.items()
+def at_a_glance(found: Comparison, runs: Sequence[FinishedRun], failed: Mapping[str, str]) -> list[str]:
+    """What the numbers say, in sentences."""
+    said = []
+    ranked = [line for line in found.ranked() if not math.isnan(line.mean.value)]
+    if ranked:
+        best = ranked[0]
+        said.append(f"Best mean {found.metric}: {best.strategy}, {best.mean.value:.3f}{_role(best)}.")
+        said += [
+            f"Against {name}, {best.strategy} {_gain(paired)}."
+            for name, paired in best.against.items()
+            if name != best.strategy and not math.isnan(paired.mean.value)
         ]
-        mean, sizes = line.mean, [f"{line.megabytes[d]:.2f}" for d in ("up", "down")]
-        span = f"{mean.low:.3f} to {mean.high:.3f}"
-        body.append(
-            [
-                line.strategy,
-                f"{mean.value:.3f}",
-                span,
-                f"{line.worst.value:.3f}",
-                *against,
-                *sizes,
-                f"{line.seconds:.1f}",
-            ]
+        worst = max(ranked, key=lambda line: found.sign * line.worst.value)
+        said.append(f"Best worst decile: {worst.strategy}, {worst.worst.value:.3f}{_role(worst)}.")
+    if found.best_control:
+        beyond = [line.strategy for line in ranked if line.beyond and line.beyond.mean.low > 0]
+        rivals = sum(not line.role for line in ranked)
+        said.append(
+            f"Beyond the best control ({found.best_control}), with a 95 % interval above 0: "
+            f"{', '.join(beyond) or 'none'} ({len(beyond)} of {rivals})."
         )
-    return [*heads, "MB up", "MB down", "seconds"], body
+    if ranked:
+        fronts = {
+            "bytes": lambda line: line.megabytes["up"] + line.megabytes["down"],
+            "seconds": lambda line: line.seconds,
+        }
+        for what, cost in fronts.items():
+            front = ", ".join(line.strategy for line in found.cheapest(cost))
+            said.append(f"Worth their {what}, cheapest first (no other is better for at most as much): {front}.")
+    if any(run.unexplained is not None for run in runs):
+        said.append(reconciliation(runs))
+    said += [f"Failed: {name}: {why}" for name, why in failed.items()]
+    return said
 
 
-def _means(found: Comparison) -> str:
-    import plotly.graph_objects as go
-
-    names = [line.strategy for line in found.lines]
-    chart = go.Figure()
-    for label, intervals, symbol in (
-        ("mean", [line.mean for line in found.lines], "circle"),
-        ("worst decile", [line.worst for line in found.lines], "triangle-down"),
-    ):
-        chart.add_scatter(
-            x=[i.value for i in intervals],
-            y=names,
-            mode="markers",
-            name=label,
-            marker={"size": 10, "symbol": symbol},
-            error_x={
-                "array": [i.high - i.value for i in intervals],
-                "arrayminus": [i.value - i.low for i in intervals],
-            },
-        )
-    chart.update_yaxes(autorange="reversed")
-    body = [
-        [n, *(f"{v:.3f}" for v in (a.mean.value, a.mean.low, a.mean.high, a.worst.value, a.worst.low, a.worst.high))]
-        for n, a in zip(names, found.lines, strict=True)
-    ]
-    heads = ["strategy", "mean", "low", "high", "worst decile", "low", "high"]
-    said = f"Mean and worst-decile {found.metric} of the clients with 95 % intervals, one row for each strategy."
-    return _figure(chart, f"Clients' {found.metric} at the end", said, (heads, body), 24 * len(names) + 160)
+def _role(line: Line) -> str:
+    return f" (a {line.role})" if line.role else ""
 
 
-def _paired(found: Comparison) -> list[str]:
-    import plotly.graph_objects as go
-
-    figures = []
-    for reference in found.lines[0].against if found.lines else []:
-        base = next((line.scores for line in found.lines if line.strategy == reference), {})
-        chart, body = go.Figure(), []
-        for line in found.lines:
-            keys = [key for key in sorted(line.scores) if key in base]
-            if line.strategy == reference or not keys:
-                continue
-            gains = [line.scores[key] - base[key] for key in keys]
-            text = [f"{client}, seed {seed}" for seed, client in keys]
-            chart.add_box(
-                x=gains, y=[line.strategy] * len(gains), text=text, boxpoints="all", jitter=0.4, pointpos=0,
-                orientation="h", name=line.strategy, showlegend=False,
-            )  # fmt: skip
-            body += [[line.strategy, who, f"{gain:+.3f}"] for who, gain in zip(text, gains, strict=True)]
-        chart.update_yaxes(autorange="reversed")
-        chart.add_vline(x=0, line_width=1)
-        said = f"Difference in {found.metric} to {reference} of every client and seed: right of zero a client gains."
-        table: Table = (["strategy", "client", "difference"], body)
-        figures.append(
-            _figure(chart, f"Who gains and who loses against {reference}", said, table, 28 * len(found.lines) + 140)
-        )
-    return figures
-
-
-def _cost(found: Comparison) -> str:
-    import plotly.graph_objects as go
-
-    chart = go.Figure()
-    for line in found.lines:
-        total = line.megabytes["up"] + line.megabytes["down"]
-        chart.add_scatter(
-            x=[total], y=[line.mean.value], mode="markers+text", text=[line.strategy], textposition="top center",
-            name=line.strategy, showlegend=False, hovertext=[f"{line.seconds:.1f} s"],
-        )  # fmt: skip
-    chart.update_layout(xaxis_title="MB, up and down", yaxis_title=found.metric)
-    body = [
-        [
-            a.strategy,
-            f"{a.megabytes['up'] + a.megabytes['down']:.3f}",
-            f"{a.seconds:.1f}",
-            f"{a.mean.value:.3f}",
-        ]
-        for a in found.lines
-    ]
-    said = f"Mean {found.metric} against megabytes sent in both directions, one point for each strategy."
-    return _figure(chart, "What it costs", said, (["strategy", "MB", "seconds", found.metric], body), 520)
-
-
-def _curves(found: Comparison, rows: Sequence[Row]) -> str:
-    import plotly.graph_objects as go
-
-    chart, body = go.Figure(), []
-    for line in found.lines:
-        by_round: dict[int, list[float]] = {}
-        for row in rows:
-            if row.strategy == line.strategy and found.metric in row.metrics:
-                by_round.setdefault(row.round, []).append(row.metrics[found.metric])
-        rounds = sorted(by_round)
-        means = [sum(by_round[r]) / len(by_round[r]) for r in rounds]
-        # The model that a round begins with: the last point is what is delivered.
-        chart.add_scatter(x=[r - 1 for r in rounds], y=means, mode="lines+markers", name=line.strategy)
-        body.append([line.strategy, " ".join(f"{value:.3f}" for value in means)])
-    chart.update_layout(xaxis_title="rounds done", yaxis_title=f"mean {found.metric}")
-    said = f"Mean {found.metric} of the clients' models after every round, one line for each strategy."
-    return _figure(chart, "Learning curves", said, (["strategy", "after 0, 1, 2 ... rounds"], body), 520)
-
-
-def _bytes(found: Comparison) -> str:
-    import plotly.graph_objects as go
-
-    names = [line.strategy for line in found.lines]
-    chart, body = go.Figure(), [[name] for name in names]
-    for direction in ("up", "down"):
-        numbers = [line.tensors[direction] for line in found.lines]
-        rest = [line.megabytes[direction] - tensors for line, tensors in zip(found.lines, numbers, strict=True)]
-        for kind, values in (("adapters", numbers), ("all else", rest)):
-            chart.add_bar(y=names, x=values, name=f"{kind} {direction}", orientation="h")
-            for cells, value in zip(body, values, strict=True):
-                cells.append(f"{value:.3f}")
-    chart.update_layout(barmode="stack", xaxis_title=f"MB ({found.level})")
-    chart.update_yaxes(autorange="reversed")
-    said = "Megabytes of all clients, mean over seeds, stacked for each strategy: numbers of adapters and all else."
-    heads = ["strategy", "adapters up", "all else up", "adapters down", "all else down"]
-    return _figure(chart, "Where the bytes went", said, (heads, body), 24 * len(names) + 160)
-
-
-def _waits(found: Comparison, rows: Sequence[Row]) -> str:
-    """What every round waited for: its slowest client, in the first seed."""
-    import plotly.graph_objects as go
-
-    chart, body = go.Figure(), []
-    for line in found.lines:
-        own = [row for row in rows if row.strategy == line.strategy]
-        own = [row for row in own if row.seed == min(r.seed for r in own)]
-        slowest = [
-            max((r for r in own if r.round == n), key=lambda r: r.seconds) for n in sorted({r.round for r in own})
-        ]
-        text = [row.client for row in slowest]
-        chart.add_bar(x=[r.round for r in slowest], y=[r.seconds for r in slowest], text=text, name=line.strategy)
-        body += [[line.strategy, row.round, row.client, f"{row.seconds:.2f}"] for row in slowest]
-    chart.update_layout(xaxis_title="round (the last is the delivery)", yaxis_title="seconds", barmode="group")
-    said = "Seconds until the slowest client of each round had answered, by strategy, in the first seed."
-    return _figure(chart, "What rounds waited for", said, (["strategy", "round", "client", "seconds"], body), 420)
-
-
-def _matrix(strategy: str, rounds: Sequence[Mapping[str, Any]]) -> str:
-    """A heat map for each round with a slider: client by client, or client by model."""
-    import plotly.graph_objects as go
-
-    chart, body, steps = go.Figure(), [], []
-    shown = [(item["round"], _numbers(item["rows"])) for item in rounds]
-    shown = [(number, rows) for number, rows in shown if rows]
-    if not shown:
-        return ""
-    for index, (number, rows) in enumerate(shown):
-        width = max(len(row) for row in rows.values())
-        columns = list(rows) if width == len(rows) else [f"weight {j + 1}" for j in range(width)]
-        chart.add_heatmap(
-            z=list(rows.values()), x=columns, y=list(rows), zmin=0, zmax=1, colorscale="Cividis",
-            visible=index == len(shown) - 1, texttemplate="%{z:.2f}",
-        )  # fmt: skip
-        steps.append(
-            {"method": "update", "label": str(number), "args": [{"visible": [i == index for i in range(len(shown))]}]}
-        )
-        body += [[number, client, *(f"{value:.3f}" for value in row)] for client, row in rows.items()]
-    slider = {"active": len(shown) - 1, "currentvalue": {"prefix": "round "}, "pad": {"t": 40}, "steps": steps}
-    chart.update_layout(sliders=[slider])
-    chart.update_yaxes(autorange="reversed")
-    said = f"How much of what each client's model of {strategy} is made of, by round: a row for each client."
-    heads = [
-        "round",
-        "client",
-        *(f"{j + 1}" for j in range(max(len(row) for _, rows in shown for row in rows.values()))),
-    ]
-    return _figure(chart, f"What {strategy} merged", said, (heads, body), 60 * len(shown[-1][1]) + 220)
-
-
-def _numbers(rows: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Rows of weights; of a strategy that records more for a client, its one weight and the rest."""
-    found = {}
-    for client, row in rows.items():
-        if isinstance(row, Mapping) and isinstance(row.get("weight"), int | float):
-            row = [row["weight"], 1 - row["weight"]]
-        if isinstance(row, list) and all(isinstance(value, int | float) for value in row):
-            found[client] = [float(value) for value in row]
-    return found
-
-
-def _figure(chart: Any, caption: str, said: str, table: Table, height: int) -> str:
-    chart.update_layout(
-        height=height,
-        margin={"l": 10, "r": 10, "t": 30, "b": 10},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h"},
-    )
-    chart.update_yaxes(automargin=True)
-    drawn = chart.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
+def _gain(found: Paired) -> str:
+    mean = found.mean
+    word = "gains" if mean.value >= 0 else "loses"
     return (
-        f"<figure><figcaption>{html.escape(caption)}</figcaption><p>{html.escape(said)}</p>"
-        f'<div role="img" aria-label="{html.escape(said, quote=True)}">{drawn}</div>'
-        f"<details><summary>Numbers</summary>{_table(table)}</details></figure>"
+        f"{word} {abs(mean.value):.3f} [{mean.low:+.3f}, {mean.high:+.3f}]; {found.better} clients x seeds gain, "
+        f"{found.worse} lose"
     )
-
-
-def _table(table: Table) -> str:
-    heads, body = table
-    top = "".join(f'<th scope="col">{html.escape(str(head))}</th>' for head in heads)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in body)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'

@@ -12,7 +12,9 @@ import pytest
 from rich.console import Console
 
 from server_app import compare as module
-from server_app.compare import Job, compare, in_process, jobs_of
+from server_app.compare import compare, in_process, jobs_of
+from server_app.comparison import Row
+from server_app.comparison_records import FinishedRun
 from server_app.run_directory import RunDirectory
 from strategies.options import OptionError
 
@@ -110,20 +112,22 @@ def test_a_run_that_fails_is_named_and_the_others_are_compared(
         folder.append_round({"phase": "deliver", "round": 3, "clients": {"ada": good}})
         folder.write_summary({})
 
-    monkeypatch.setattr(module, "rows_of", without_ledger)
+    monkeypatch.setattr(module, "read_run", without_ledger)
     found, failed = compare("digits", ["ties"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
     assert [line.strategy for line in found.lines] == ["local", "fedavg"]
     ((name, why),) = failed.items()
     assert name.startswith("ties-seed0-")
     assert why == "RuntimeError: out of luck"
+    assert f"{name}: RuntimeError: out of luck" in (tmp_path / "report.html").read_text()
 
 
-def without_ledger(job: Job, run: Path) -> list[module.Row]:
-    (record,) = RunDirectory(run).rounds()
-    return [
-        module.Row(job.strategy, job.seed, client, 3, "deliver", "ok", answer["metrics"]["personal"], 1.0, 0.0)
+def without_ledger(strategy: str, seed: int, run: Path) -> FinishedRun:
+    (record,) = rounds = RunDirectory(run).rounds()
+    rows = [
+        Row(strategy, seed, client, 3, "deliver", "ok", answer["metrics"]["personal"], 1.0, 0.0)
         for client, answer in record["clients"].items()
     ]
+    return FinishedRun(strategy, seed, rows, rounds, {"up": {}, "down": {}}, None)
 
 
 def test_an_unknown_strategy_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
-from server_app.comparison import (
-    METRICS,
-    Comparison,
-    Row,
-    as_markdown,
-    comparison_of,
-    interval,
-    paired,
-    worst_decile,
-)
-from server_app.comparison_report import as_html
-
-SCORES = {"local": (0.5, 0.7, 0.9), "fedavg": (0.6, 0.6, 0.6), "rival": (0.6, 0.8, 0.85)}
-
-
-def rows_of(wire: int | None = 3_000_000, metric: str = "accuracy", sign: int = 1) -> list[Row]:
-    rows = []
-    for strategy, scores in SCORES.items():
-        for seed in (0, 1):
-            for index, score in enumerate(scores):
-                for round_, phase, share in ((1, "train", 0.5), (2, "train", 0.8), (3, "deliver", 1.0)):
-                    rows.append(
-                        Row(
-                            strategy,
-                            seed,
-                            f"client-{index}",
-                            round_,
-                            phase,
-                            "ok",
-                            {metric: sign * share * score, "loss": 1.0},
-                            seconds=1.0 + index,
-                            train_seconds=0.5,
-                            bytes={
-                                "up_tensor": 400_000,
-                                "down_tensor": 500_000,
-                                "up_message": 1_000_000,
-                                "down_message": 2_000_000,
-                                "up_wire": wire,
-                                "down_wire": wire,
-                            },
-                        )
-                    )
-    return rows
-
-
-def compared(rows: list[Row] | None = None) -> Comparison:
-    return comparison_of(rows_of() if rows is None else rows, list(SCORES), ("local", "fedavg"))
+from server_app.comparison import METRICS, Row, as_markdown, interval, paired, terminal_table, worst_decile
+from server_app.comparison_merges import matrix_of
+from server_app.comparison_report import as_html, at_a_glance
+from tests.server_app.comparison_samples import SCORES, compared, rows_of, runs_of
 
 
 def test_final_models_are_compared_client_by_client() -> None:
     found = compared()
     assert (found.metric, found.level) == ("accuracy", "wire")
-    local, fedavg, rival = found.lines
+    local, fedavg, rival, head, twice = found.lines
     assert local.mean.value == pytest.approx(0.7)
     assert rival.mean.value == pytest.approx(0.75)
     against = rival.against["local"]
@@ -69,6 +29,12 @@ def test_final_models_are_compared_client_by_client() -> None:
     assert (against.better, against.worse) == (4, 2)
     assert rival.against["fedavg"].mean.value == pytest.approx(0.15)
     assert fedavg.mean.low == pytest.approx(fedavg.mean.high) == pytest.approx(0.6)
+    assert [line.role for line in found.lines] == ["reference", "reference", "", "control", "control"]
+    assert found.best_control == "local-twice"
+    assert rival.beyond is not None
+    assert rival.beyond.mean.value == pytest.approx((0.05 + 0.08 - 0.05) / 3)
+    assert local.beyond is head.beyond is twice.beyond is None
+    assert [line.strategy for line in found.ranked()] == ["rival", "local-twice", "local", "fedavg-head", "fedavg"]
     assert local.worst.value == pytest.approx(0.5)
     assert local.megabytes == {"up": 27.0, "down": 27.0}  # 3 clients x 3 rounds, mean over seeds
     assert local.seconds == pytest.approx(9.0)  # the slowest takes 3 s in each of 3 rounds
@@ -125,16 +91,51 @@ def test_the_worst_tenth() -> None:
 
 
 def test_the_table_has_every_strategy_and_says_what_its_numbers_are() -> None:
-    text = as_markdown(compared(), "digits")
+    found = compared()
+    text = as_markdown(found, "digits")
     lines = text.splitlines()
     assert lines[0] == "# digits"
     rival = next(line for line in lines if line.startswith("| `rival`"))
     cells = [cell.strip() for cell in rival.strip("|").split("|")]
-    assert cells[1].startswith("0.750 [")
-    assert cells[3].startswith("+0.050 [")
-    assert cells[3].endswith("(4/2)")
+    assert cells[2].startswith("0.750 [")
+    assert cells[4].startswith("+0.050 [")
+    assert cells[4].endswith("(4/2)")
+    assert cells[6].startswith("+0.027 [")  # the control
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    assert "controls" in text
+    assert "beyond them" in text
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(terminal_table(found))
+    assert all(name in shown.getvalue() for name in SCORES)
+    assert "…" not in shown.getvalue()
+
+
+def test_the_front_has_who_is_not_beaten_for_less() -> None:
+    found = compared()
+    prices = {"local": 1.0, "fedavg": 2.0, "rival": 5.0, "fedavg-head": 1.0, "local-twice": 6.0}
+    front = found.cheapest(lambda line: prices[line.strategy])
+    assert [line.strategy for line in front] == ["local", "rival"]
+
+
+def test_at_a_glance_says_who_is_beyond_the_controls() -> None:
+    rows = rows_of()
+    said = " ".join(at_a_glance(compared(rows), runs_of(rows), {"ties-seed0-0": "out of luck"}))
+    assert "Best mean accuracy: rival, 0.750." in said
+    assert "Beyond the best control (local-twice), with a 95 % interval above 0: none (0 of 1)" in said
+    assert "at most 0.22 % of a run's bytes in one direction (local, seed 1)" in said
+    assert "ties-seed0-0: out of luck" in said
+    better = [
+        replace(row, metrics={"accuracy": row.metrics["accuracy"] + 0.2}) if row.strategy == "rival" else row
+        for row in rows
+    ]
+    assert "above 0: rival (1 of 1)" in " ".join(at_a_glance(compared(better), runs_of(better), {}))
+
+
+def test_only_rows_of_numbers_are_a_matrix() -> None:
+    assert matrix_of({"a": [1, 0.5], "b": {"weight": 0.25, "q": 3}, "c": "text", "d": {}, "e": []}) == {
+        "a": [1.0, 0.5],
+        "b": [0.25, 0.75],
+    }
+    assert matrix_of(None) == matrix_of([1.0]) == {}
 
 
 class Page(HTMLParser):
@@ -159,26 +160,23 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_every_chart_has_a_text_and_its_numbers() -> None:
     pytest.importorskip("plotly", reason="the extra 'report' is not installed")
-    matrices = {
-        "rival": [
-            {"round": 1, "rows": {"client-0": [0.25, 0.75], "client-1": [1.0, 0.0]}},
-            {"round": 2, "rows": {"client-0": [0.5, 0.5], "client-1": [0.125, 0.875]}},
-        ]
-    }
-    text = as_html(compared(), rows_of(), "<digits> & more", matrices)
+    rows = rows_of()
+    text = as_html(compared(rows), runs_of(rows), "<digits> & more", {"ties-seed0": "a <b> c"})
     page = Page()
     page.feed(text)
     assert page.links == ["data:,"]  # nothing is fetched
     assert "<title>&lt;digits&gt; &amp; more</title>" in text
-    assert page.tags.count("figure") == page.tags.count("details") == len(page.labels) == 8
+    captions = ("relevance, client by client", "weights, client by model", "entropy", "both its ends", "along the line")
+    captions += ("replacements by round", "bytes went, up", "bytes went, down", "slowest client", "Pareto front")
+    assert [caption for caption in captions if caption not in text] == []
+    assert page.tags.count("figure") == page.tags.count("details") == len(page.labels) == 17
     assert all(len(label) > 30 for label in page.labels)
-    for number in ("+0.050", "0.125", "27.00"):
+    for number in ("+0.050", "0.125", "27.00", "3.6000", "0.22 %", "0.438"):
         assert any(number in cell for cell in page.cells), number
     drawn = re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*\{', text, re.DOTALL)
-    assert len(drawn) >= 8
-    heat = [json.loads(chart) for chart in drawn if '"heatmap"' in chart]
-    assert [[trace["visible"] for trace in chart] for chart in heat] == [[False, True]]
-    assert any(cell == "3.600" for cell in page.cells)  # adapters up: 0.4 MB, 3 clients, 3 rounds
-    assert '"sliders"' in text
+    heat = [json.loads(chart) for chart in drawn if '"sliders"' not in chart and '"heatmap"' in chart]
+    assert [trace["visible"] for chart in heat if len(chart) == 2 for trace in chart] == [False, True]
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
+    unwired = rows_of(wire=None)
+    assert "The wire was not measured" in as_html(compared(unwired), runs_of(unwired, wired=False), "")

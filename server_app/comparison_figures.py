@@ -1,0 +1,81 @@
+"""What every figure of a comparison's report has: a caption, a text, a chart, and its numbers as a table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
+"""Heads and rows."""
+# Okabe and Ito's colours, which the colour-blind can tell apart; the last is grey, for what is not to stand out.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a300", "#7f7f7f")
+DASHES = ("solid", "dash", "dot", "dashdot")
+ROLES = {"": ("#0072b2", "circle"), "reference": ("#d55e00", "square"), "control": ("#7f7f7f", "diamond")}
+"""Colour and symbol of a strategy by its role."""
+READABLE = 26
+"""Pixels that a row of text needs."""
+
+
+def figure(chart: Any, caption: str, said: str, table: Table, height: int, note: str = "") -> str:
+    """One figure.
+
+    Args:
+        chart: of plotly.
+        caption: its title.
+        said: what can be seen, for those who cannot see it, too.
+        table: its numbers.
+        height: in pixels.
+        note: more text.
+    """
+    chart.update_layout(
+        height=height,
+        margin={"l": 10, "r": 10, "t": 30, "b": 10},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"size": 13},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+    )
+    chart.update_yaxes(automargin=True)
+    chart.update_xaxes(automargin=True)
+    config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+    drawn = chart.to_html(include_plotlyjs=False, full_html=False, config=config)
+    more = f"<p>{html.escape(note)}</p>" if note else ""
+    return (
+        f"<figure><figcaption>{html.escape(caption)}</figcaption><p>{html.escape(said)}</p>{more}"
+        f'<div class="wide"><div class="chart" role="img" aria-label="{html.escape(said, quote=True)}">{drawn}</div>'
+        f"</div><details><summary>Numbers: {html.escape(caption)}</summary>{as_table(table)}</details></figure>"
+    )
+
+
+def as_table(table: Table) -> str:
+    """A table that scrolls where the page is narrow."""
+    heads, body = table
+    top = "".join(f'<th scope="col">{html.escape(str(head))}</th>' for head in heads)
+    lines = []
+    for first, *rest in body:
+        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in rest)
+        lines.append(f'<tr><th scope="row">{html.escape(str(first))}</th>{cells}</tr>')
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def slider(labels: Sequence[str], visible: Sequence[Sequence[bool]], prefix: str) -> dict[str, Any]:
+    """A slider that shows some of a chart's traces at each step, the last one at first."""
+    steps = [
+        {"method": "update", "label": label, "args": [{"visible": list(shown)}]}
+        for label, shown in zip(labels, visible, strict=True)
+    ]
+    return {
+        "active": len(labels) - 1,
+        "currentvalue": {"prefix": prefix},
+        "pad": {"t": 40},
+        "bgcolor": "#8a8f98",
+        "bordercolor": "#8a8f98",
+        "activebgcolor": "#0072b2",
+        "steps": steps,
+    }
+
+
+def heights(rows: int, rest: int = 130) -> int:
+    """Pixels of a chart with so many rows of text."""
+    return READABLE * rows + rest
