@@ -71,6 +71,11 @@ class Line:
     beyond: Paired | None = None
     others: Interval | None = None
 
+    @property
+    def label(self) -> str:
+        """Its name, with what it is there for."""
+        return f"{self.strategy} ({self.role})" if self.role else self.strategy
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -183,7 +188,7 @@ def as_markdown(found: Comparison, title: str) -> str:
     """The table, with what its numbers are below."""
     heads, body = cells_of(found)
     text = [f"# {title}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    text += [f"| {' | '.join([f'`{name}`', *cells])} |" for name, *cells in body]
+    text += [f"| {' | '.join(cells)} |" for cells in body]
     return "\n".join([*text, "", *explanation(found), ""])
 
 
@@ -213,13 +218,13 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table's heads and rows, the best mean first."""
     references = list(found.lines[0].against) if found.lines else []
     with_others = any(line.others for line in found.lines)
-    heads = ["strategy", "", f"mean {found.metric}", "worst decile", *(f"against {name}" for name in references)]
+    heads = ["strategy", f"mean {found.metric}", "worst decile", *(f"against {name}" for name in references)]
     heads += [f"against {found.best_control} (control)"] if found.best_control else []
     heads += ["on others' data"] if with_others else []
     heads += ["MB up", "MB down", "seconds"]
     body = []
     for line in found.ranked():
-        cells = [line.strategy, line.role, _shown(line.mean), _shown(line.worst)]
+        cells = [line.label, _shown(line.mean), _shown(line.worst)]
         cells += ["" if name == line.strategy else _difference(line.against[name]) for name in references]
         if found.best_control:
             cells.append(_difference(line.beyond) if line.beyond else "")

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from server_app.comparison import Comparison, Row
-from server_app.comparison_figures import COLOURS, Table, figure, heights
+from server_app.comparison_figures import COLOURS, OUTLINED, Table, figure, heights
 from server_app.comparison_records import DIRECTIONS, FinishedRun
 
 # Kinds of the ledger that one colour stands for; the table has each of them.
@@ -67,7 +67,7 @@ def slowest(found: Comparison, rows: Sequence[Row]) -> str:
         z=[[last[n].seconds if n in last else None for n in rounds] for last in shown.values()],
         text=[[last[n].client if n in last else "" for n in rounds] for last in shown.values()],
         x=labels, y=list(shown), colorscale="Cividis", xgap=1, ygap=1,
-        colorbar={"thickness": 12, "title": {"text": "s"}},
+        colorbar={"thickness": 12, "title": {"text": "s"}}, textfont=OUTLINED,
         texttemplate="%{text}: %{z:.1f} s" if len(rounds) <= 6 else "%{z:.1f}" if len(rounds) <= 12 else None,
         hovertemplate="%{y}, %{x}: %{text}, %{z:.2f} s<extra></extra>",
     )  # fmt: skip

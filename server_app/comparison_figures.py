@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b
 DASHES = ("solid", "dash", "dot", "dashdot")
 ROLES = {"": ("#0072b2", "circle"), "reference": ("#d55e00", "square"), "control": ("#7f7f7f", "diamond")}
 """Colour and symbol of a strategy by its role."""
+OUTLINED = {"color": "#ffffff", "shadow": "0 0 2px #000, 0 0 3px #000, 0 0 3px #000"}
+"""Font of numbers that can be read on every colour of a scale."""
 READABLE = 26
 """Pixels that a row of text needs."""
 
@@ -49,14 +52,25 @@ def figure(chart: Any, caption: str, said: str, table: Table, height: int, note:
 
 
 def as_table(table: Table) -> str:
-    """A table that scrolls where the page is narrow."""
+    """A table that scrolls where the page is narrow; intervals stand small below their numbers."""
     heads, body = table
     top = "".join(f'<th scope="col">{html.escape(str(head))}</th>' for head in heads)
     lines = []
     for first, *rest in body:
-        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in rest)
+        cells = "".join(f"<td>{_cell(str(cell))}</td>" for cell in rest)
         lines.append(f'<tr><th scope="row">{html.escape(str(first))}</th>{cells}</tr>')
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    number, bracket, interval = text.partition(" [")
+    return html.escape(number) + (f"<br><small>[{html.escape(interval)}</small>" if bracket else "")
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between two positive numbers and one beyond each, for a logarithmic axis."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
 
 
 def slider(labels: Sequence[str], visible: Sequence[Sequence[bool]], prefix: str) -> dict[str, Any]:
@@ -72,6 +86,7 @@ def slider(labels: Sequence[str], visible: Sequence[Sequence[bool]], prefix: str
         "bgcolor": "#8a8f98",
         "bordercolor": "#8a8f98",
         "activebgcolor": "#0072b2",
+        "tickcolor": "#8a8f98",
         "steps": steps,
     }
 

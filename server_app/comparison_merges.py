@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server_app.comparison_figures import COLOURS, Table, figure, heights, slider
+from server_app.comparison_figures import COLOURS, OUTLINED, Table, figure, heights, slider
 from server_app.comparison_records import FinishedRun
 
 MODELS = "weights"
@@ -60,7 +60,7 @@ def _matrix(strategy: str, kind: str, shown: Sequence[tuple[int, Matrix]], run: 
         chart.add_heatmap(
             z=list(rows.values()), x=columns, y=list(rows), zmin=low, zmax=high, colorscale="Cividis",
             visible=index == len(shown) - 1, texttemplate="%{z:.2f}" if width <= 12 else None,
-            colorbar={"thickness": 12}, xgap=1, ygap=1,
+            colorbar={"thickness": 12}, xgap=1, ygap=1, textfont=OUTLINED,
         )  # fmt: skip
         body += [[number, client, *(f"{value:.3f}" for value in row)] for client, row in rows.items()]
     labels = [str(number) for number, _ in shown]
@@ -68,10 +68,8 @@ def _matrix(strategy: str, kind: str, shown: Sequence[tuple[int, Matrix]], run: 
     chart.update_layout(sliders=[slider(labels, visible, "after round ")])
     chart.update_yaxes(autorange="reversed")
     across = "model" if kind == MODELS else "client"
-    said = (
-        f"What each client's model of {strategy} is made of: a row for each client, a column for each {across}, "
-        f"a step of the slider for each of {len(shown)} round{'s' if len(shown) > 1 else ''}."
-    )
+    said = f"What each client's model of {strategy} is made of: a row for each client, a column for each {across}"
+    said += f"; the slider chooses one of {len(shown)} rounds." if len(shown) > 1 else f", after round {labels[0]}."
     caption = f"{strategy}: {kind}, client by {across}, seed {run.seed}"
     return figure(chart, caption, said, (["round", "client", *columns], body), heights(len(shown[-1][1]), 230))
 

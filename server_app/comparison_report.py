@@ -21,7 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; }
-thead th { white-space: normal; vertical-align: bottom; }
+small { opacity: 0.75; } thead th { white-space: normal; vertical-align: bottom; }
 tbody th { font-weight: 500; } th:first-child { text-align: left; }
 figure { margin: 2.5rem 0; break-inside: avoid; } figcaption { font-weight: 600; font-size: 1.05rem; }
 figure p { margin: 0.2rem 0; } .wide { overflow-x: auto; } .chart { min-width: 34rem; }
@@ -93,6 +93,7 @@ def as_html(found: Comparison, runs: Sequence[FinishedRun], title: str, failed: 
             "What was merged": merges(runs, found.metric),
         }
     text = "".join(f"<h2>{name}</h2>{''.join(figures)}" for name, figures in parts.items() if figures)
+    notes = notes.replace("`", "")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from server_app.comparison import Comparison, Line, Row
-from server_app.comparison_figures import COLOURS, DASHES, ROLES, Table, figure, heights
+from server_app.comparison_figures import COLOURS, DASHES, OUTLINED, ROLES, Table, figure, heights, ticks
 
 SHOWN = 6
 """So many of the best strategies have a curve at first; the others' are a click on their names away."""
@@ -20,7 +20,7 @@ def means(found: Comparison) -> str:
     import plotly.graph_objects as go
 
     lines = found.ranked()
-    names = [_name(line) for line in lines]
+    names = [line.label for line in lines]
     chart = go.Figure()
     for label, intervals, symbol, colour in (
         ("mean", [line.mean for line in lines], "circle", COLOURS[0]),
@@ -82,7 +82,7 @@ def curves(found: Comparison, rows: Sequence[Row]) -> str:
             x=[r - 1 for r in rounds],
             y=scores,
             mode="lines+markers",
-            name=_name(line),
+            name=line.label,
             line={"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % len(DASHES)]},
             visible=True if line.role or plain <= SHOWN else "legendonly",
         )
@@ -93,10 +93,6 @@ def curves(found: Comparison, rows: Sequence[Row]) -> str:
     note = "Names in grey are hidden; a click on a name shows or hides its line." if plain > SHOWN else ""
     table: Table = (["strategy", "after 0, 1, 2 ... rounds"], body)
     return figure(chart, "Learning curves", said, table, 480 + 8 * len(body), note)
-
-
-def _name(line: Line) -> str:
-    return f"{line.strategy} ({line.role})" if line.role else line.strategy
 
 
 def _gains(line: Line, reference: Line | None, sign: int) -> dict[tuple[int, str], float]:
@@ -115,14 +111,14 @@ def _spread(found: Comparison, reference: str) -> str:
 
     chart, body = go.Figure(), []
     shown = _others(found, reference)
-    points = [(_name(line), gain, f"{c}, seed {s}") for line, gains in shown for (s, c), gain in gains.items()]
+    points = [(line.label, gain, f"{c}, seed {s}") for line, gains in shown for (s, c), gain in gains.items()]
     chart.add_scatter(
         x=[gain for _, gain, _ in points], y=[name for name, _, _ in points], text=[who for _, _, who in points],
         mode="markers", name="a client and seed", marker={"size": 7, "color": COLOURS[5], "opacity": 0.6},
     )  # fmt: skip
     paired = [(line, line.against[reference]) for line, _ in shown]
     chart.add_scatter(
-        x=[p.mean.value for _, p in paired], y=[_name(line) for line, _ in paired], mode="markers", name="mean, 95 %",
+        x=[p.mean.value for _, p in paired], y=[line.label for line, _ in paired], mode="markers", name="mean, 95 %",
         marker={"size": 11, "symbol": "diamond", "color": COLOURS[1]},
         error_x={
             "array": [p.mean.high - p.mean.value for _, p in paired],
@@ -153,8 +149,9 @@ def _map(found: Comparison, reference: str) -> str:
     bound = max((abs(value) for row in cells for value in row if not math.isnan(value)), default=0) or 1.0
     chart = go.Figure()
     chart.add_heatmap(
-        z=cells, x=clients, y=[_name(line) for line, _ in shown], zmin=-bound, zmax=bound, colorscale="RdBu",
-        texttemplate="%{z:+.2f}" if len(clients) <= LABELLED else None, colorbar={"thickness": 12}, xgap=1, ygap=1,
+        z=cells, x=clients, y=[line.label for line, _ in shown], zmin=-bound, zmax=bound, colorscale="RdBu",
+        text=[[f"{value:+.2f}" for value in row] for row in cells], textfont=OUTLINED,
+        texttemplate="%{text}" if len(clients) <= LABELLED else None, colorbar={"thickness": 12}, xgap=1, ygap=1,
     )  # fmt: skip
     chart.update_yaxes(autorange="reversed")
     body = [[line.strategy, *(f"{value:+.3f}" for value in row)] for (line, _), row in zip(shown, cells, strict=True)]
@@ -189,7 +186,8 @@ def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]
         )  # fmt: skip
     spread = [cost(line) for line in lines]
     if spread and min(spread) > 0 and max(spread) > 10 * min(spread):
-        chart.update_xaxes(type="log", dtick="D2")
+        marks = ticks(min(spread), max(spread))
+        chart.update_xaxes(type="log", tickvals=marks, ticktext=[f"{mark:g}" for mark in marks])
     chart.update_layout(xaxis_title=axis, yaxis_title=f"mean {found.metric}")
     chart.update_xaxes(showline=True, linecolor="#8a8f98")
     body = [

@@ -87,7 +87,7 @@ def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path,
             assert float(final[summary["strategy"], client]["accuracy"]) == metrics["accuracy"]
     assert int(final["fedavg", "client-0"]["down_tensor_bytes"]) > 0
     assert final["fedavg", "client-0"]["down_wire_bytes"] == ""  # there is no wire
-    assert "`fedavg`" in (out / "table.md").read_text()
+    assert "| fedavg (reference) |" in (out / "table.md").read_text()
     line = next(line for line in found.lines if line.strategy == "fedavg")
     assert line.scores == {(5, c): float(final["fedavg", c]["accuracy"]) for c in ("client-0", "client-1")}
 

@@ -72,7 +72,8 @@ def test_the_slider_shows_another_round(page: Page, said: list[str]) -> None:
     figure.scroll_into_view_if_needed()
     shown = "f => f.querySelector('.plotly-graph-div').data.map(trace => trace.visible)"
     assert figure.evaluate(shown) == [False, True]
-    assert "0.88" in figure.locator(".heatmap-label, .hm").all_inner_texts().__str__()
+    numbers = "f => f.querySelector('.plotly-graph-div').textContent"
+    assert "0.88" in figure.evaluate(numbers)
     rail = figure.locator(".slider-rail-touch-rect").bounding_box()
     assert rail is not None
     page.mouse.click(rail["x"] + 3, rail["y"] + rail["height"] / 2)
@@ -80,6 +81,8 @@ def test_the_slider_shows_another_round(page: Page, said: list[str]) -> None:
         "() => [...document.querySelectorAll('.plotly-graph-div')].some(c => c.layout.sliders?.[0].active === 0)"
     )
     assert figure.evaluate(shown) == [True, False]
+    assert "0.88" not in figure.evaluate(numbers)
+    assert "0.50" in figure.evaluate(numbers)
     assert said == []
 
 
