@@ -9,7 +9,7 @@ from server_app.comparison import Comparison, Row
 from server_app.comparison_figures import COLOURS, OUTLINED, Table, figure, heights
 from server_app.comparison_records import DIRECTIONS, FinishedRun
 
-# Kinds of the ledger that one colour stands for; the table has each of them.
+# Kinds of the ledger that one colour stands for; `fedalloy traffic RUN` has each of them.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "tensors": ("tensors",),
     "sketches": ("sketches",),
@@ -98,25 +98,25 @@ def _direction(direction: str, names: Sequence[str], found: Kinds, runs: Sequenc
 
     level = "on the wire" if any(run.unexplained is not None for run in runs) else "of serialised messages"
     chart = go.Figure()
+    shown: dict[str, list[float]] = {}
     for place, (label, members) in enumerate(GROUPS.items()):
         values = [sum(found.get(name, {}).get(kind, 0.0) for kind in members) for name in names]
         if any(values):
+            shown[label] = values
             chart.add_bar(y=list(names), x=values, name=label, orientation="h", marker={"color": COLOURS[place]})
     chart.update_layout(barmode="relative", xaxis_title=f"MB {direction}, {level}, all clients")
     chart.update_yaxes(autorange="reversed")
-    kinds = [kind for members in GROUPS.values() for kind in members if any(kind in row for row in found.values())]
-    kinds += sorted({kind for row in found.values() for kind in row} - set(kinds))
     shares = {run.strategy: run.unexplained for run in runs if run.unexplained is not None}
     for run in runs:
         if run.unexplained is not None:
             shares[run.strategy] = max(shares[run.strategy] or 0.0, run.unexplained)
     body = []
-    for name in names:
-        row = found.get(name, {})
+    for place, name in enumerate(names):
+        numbers = [values[place] for values in shown.values()]
         share = shares.get(name)
-        numbers = [f"{row.get(kind, 0.0):.4f}" for kind in kinds]
-        body.append([name, *numbers, f"{sum(row.values()):.4f}", "-" if share is None else f"{100 * share:.2f} %"])
-    heads = ["strategy", *kinds, "sum", "unexplained, either way, at most"]
+        cells = [f"{number:.4f}" for number in (*numbers, sum(numbers))]
+        body.append([name, *cells, "-" if share is None else f"{100 * share:.2f} %"])
+    heads = ["strategy", *shown, "sum", "unexplained, either way, at most"]
     said = f"Megabytes {direction} of all clients, mean over seeds, stacked by kind, a bar for each strategy."
     title = f"Where the bytes went, {direction}"
     return figure(chart, title, said, (heads, body), heights(len(names), 190), reconciliation(runs))

@@ -16,6 +16,7 @@ from server_app.compare import compare, in_process, jobs_of
 from server_app.comparison import Row
 from server_app.comparison_records import FinishedRun
 from server_app.run_directory import RunDirectory
+from strategies import STRATEGIES
 from strategies.options import OptionError
 
 
@@ -91,6 +92,14 @@ def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path,
     line = next(line for line in found.lines if line.strategy == "fedavg")
     assert line.scores == {(5, c): float(final["fedavg", c]["accuracy"]) for c in ("client-0", "client-1")}
 
+    side = tmp_path / "side"
+    (side / "runs").mkdir(parents=True)
+    (side / "runs" / ".cache").symlink_to(base_cache)
+    said = console(tmp_path / "said")
+    same, failed = compare("digits", [], [5], side, said, clients=2, rounds=2, options={"local-steps": 1}, workers=2)
+    assert not failed
+    assert [line.scores for line in same.lines] == [line.scores for line in found.lines]
+
     before, table = list(made), (out / "table.md").read_bytes()
     again([])
     assert made == before  # nothing was run twice
@@ -137,6 +146,55 @@ def test_an_unknown_strategy_is_refused_before_anything_runs(tmp_path: Path) -> 
         with pytest.raises(OptionError, match=finding):
             compare("digits", ["ditto"], [0], tmp_path / "out", console(tmp_path / "said"), options=options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_is_said_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = console(tmp_path / "said")
+    with pytest.raises(OptionError, match=r"--out .*/file/out cannot be used: .*Not a directory"):
+        compare("digits", [], [0], tmp_path / "file" / "out", said)
+    with pytest.raises(OptionError, match=r"SCENARIO = 'digit' \(did you mean 'digits'\?\)"):
+        compare("digit", [], [0], tmp_path / "out", said)
+    with pytest.raises(OptionError, match="--seeds"):
+        compare("digits", [], [], tmp_path / "out", said)
+    with pytest.raises(OptionError, match="--jobs = 2 with --cluster"):
+        compare("digits", [], [0], tmp_path / "out", said, place="cluster", workers=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_comparison_is_refused(tmp_path: Path, alone: None) -> None:
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        raise RuntimeError("not now")
+
+    def again(strategies: list[str], rounds: int, **options: Any) -> None:
+        compare(
+            "digits",
+            strategies,
+            [0],
+            tmp_path,
+            console(tmp_path / "said"),
+            rounds=rounds,
+            engine=engine,
+            options=options,
+        )
+
+    again([], 2)
+    again(["ditto"], 2, **{"ditto.pull": 0.5})  # more strategies, and their options, are the same comparison
+    with pytest.raises(OptionError, match="num-server-rounds = 2, this one has num-server-rounds = 3"):
+        again([], 3)
+    with pytest.raises(OptionError, match="local-steps as usual, this one has local-steps = 5"):
+        again([], 2, **{"local-steps": 5})
+
+
+def test_all_is_every_strategy(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        asked.append(str(config["strategy"]))
+        raise RuntimeError("not now")
+
+    compare("digits", ["all"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
+    assert sorted(asked) == sorted(STRATEGIES)
 
 
 def test_controls_are_always_there(tmp_path: Path) -> None:
