@@ -57,7 +57,7 @@ class Line:
     """One strategy: final scores, and what they cost (means over seeds, sums over clients).
 
     ``role`` is ``reference``, ``control`` or empty. ``beyond`` are the differences to the control with the best mean;
-    None for references and controls. ``others`` is the mean on the other clients' data, where that was evaluated.
+    None for references and controls.
     """
 
     strategy: str
@@ -69,7 +69,6 @@ class Line:
     seconds: float
     role: str = ""
     beyond: Paired | None = None
-    others: Interval | None = None
 
     @property
     def label(self) -> str:
@@ -130,8 +129,6 @@ def comparison_of(
         own = [row for row in rows if row.strategy == name]
         seeds = max(len({row.seed for row in own}), 1)
         role = "control" if name in controls else "reference" if name in references else ""
-        elsewhere = [row.metrics.get(f"others_{metric}") for row in final if row.strategy == name]
-        others = [score for score in elsewhere if score is not None]
         waits = [
             max(row.seconds for row in own if (row.seed, row.round) == key) for key in {(r.seed, r.round) for r in own}
         ]
@@ -146,7 +143,6 @@ def comparison_of(
                 seconds=sum(waits) / seeds,
                 role=role,
                 beyond=paired(scores[name], scores[best], sign) if best and not role else None,
-                others=interval(others) if others else None,
             )
         )
     return Comparison(metric, level, lines, best)
@@ -217,10 +213,8 @@ def terminal_table(found: Comparison) -> Table:
 def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table's heads and rows, the best mean first."""
     references = list(found.lines[0].against) if found.lines else []
-    with_others = any(line.others for line in found.lines)
     heads = ["strategy", f"mean {found.metric}", "worst decile", *(f"against {name}" for name in references)]
     heads += [f"against {found.best_control} (control)"] if found.best_control else []
-    heads += ["on others' data"] if with_others else []
     heads += ["MB up", "MB down", "seconds"]
     body = []
     for line in found.ranked():
@@ -228,8 +222,6 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
         cells += ["" if name == line.strategy else _difference(line.against[name]) for name in references]
         if found.best_control:
             cells.append(_difference(line.beyond) if line.beyond else "")
-        if with_others:
-            cells.append(_shown(line.others) if line.others else "")
         cells += [_number(line.megabytes["up"], 2), _number(line.megabytes["down"], 2), _number(line.seconds, 1)]
         body.append(cells)
     return heads, body

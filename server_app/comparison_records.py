@@ -17,8 +17,6 @@ from server_app.run_directory import RunDirectory
 
 LEVELS = ("tensor", "message", "wire")
 DIRECTIONS = ("up", "down")
-OTHERS = "others"
-"""Label of an evaluation on the other clients' data, which only a benchmark can make."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,6 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
         if record["phase"] not in ("train", "deliver"):
             continue
         for client, answer in record["clients"].items():
-            found = answer.get("metrics", {})
-            others = {f"{OTHERS}_{name}": value for name, value in found.get(OTHERS, {}).items()}
             # In one process a client's answer also waits for the clients before it; its own time does not.
             seconds = (
                 answer.get("seconds", 0.0) if networked else answer.get("client_seconds", answer.get("seconds", 0.0))
@@ -112,7 +108,7 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
                 int(record["round"]),
                 record["phase"],
                 answer["status"],
-                {**found.get("personal", {}), **others},
+                dict(answer.get("metrics", {}).get("personal", {})),
                 float(seconds),
                 float(answer.get("train_seconds", 0.0)),
                 counted[int(record["round"]), client],

@@ -27,7 +27,7 @@ runner = CliRunner()
 def test_help_fits_80_columns_and_names_every_command() -> None:
     shown = runner.invoke(app, ["--help"], env={"COLUMNS": "80", "TERM": "dumb"}).output
     assert all(len(line) <= 80 for line in shown.splitlines())
-    for command in ("demo", "cluster", "traffic", "export", "options"):
+    for command in ("demo", "compare", "cluster", "traffic", "export", "options"):
         assert command in shown
 
 
@@ -35,6 +35,10 @@ def test_help_fits_80_columns_and_names_every_command() -> None:
     ("arguments", "said"),
     [
         (["demo", "--strategies", "fedavgg"], "--strategies = 'fedavgg' (did you mean 'fedavg'?)"),
+        (["compare", "digits", "--strategies", "dito"], "--strategies = 'dito' (did you mean 'ditto'?)"),
+        (["compare", "digit"], "SCENARIO = 'digit' (did you mean 'digits'?)"),
+        (["compare", "--set", "ditto.pul=1"], "unknown run-config key 'ditto.pul'; did you mean 'ditto.pull'?"),
+        (["compare", "--cluster", "--jobs", "2"], "--jobs = 2 with --cluster"),
         (["options", "fedmerge.model=3"], "unknown run-config key 'fedmerge.model'; did you mean 'fedmerge.models'?"),
         (["options", "seed='x'"], "seed = 'x' is str, expected int"),
         (["options", "strategy='fedavgg'"], "did you mean 'fedavg'?"),
