@@ -11,6 +11,7 @@ The digest names the run's configuration, so a changed setting is another run. T
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -104,9 +105,10 @@ def compare(
     runs = _folder(out, jobs[0])
     missing = [job for job in jobs if not is_finished(runs / job.name)]
     with (
+        _alone(out),
         _quiet(),
         _started(place if missing and engine is None else "process", clients, runs, console) as started,
-        _Progress(console, jobs, missing, runs, clients * (rounds + 2)) as progress,
+        _Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place == "cluster"))) as progress,
     ):
         for job in missing:
             shutil.rmtree(runs / job.name, ignore_errors=True)  # it was interrupted
@@ -195,6 +197,17 @@ def _folder(out: Path, job: Job) -> Path:
                 "expected the same, or another folder"
             )
     return out / "runs"
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two at once would clear away each other's unfinished runs. The lock goes with the process, however that ends."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OptionError(f"--out {out}: another comparison is at work there, expected none") from None
+        yield
 
 
 def _said(key: str, config: Mapping[str, Any]) -> str:

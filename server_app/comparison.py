@@ -13,6 +13,8 @@ from rich.table import Table
 RESAMPLES = 10_000
 METRICS = {"accuracy": 1, "exact_match": 1, "loss": -1}
 """The first that all final models have is compared; 1: more is better."""
+WORK = ("train", "deliver")
+"""Phases of a run in which clients work; registration and the last look at counters cost bytes, too."""
 Scores = dict[tuple[int, str], float]
 """By seed and client."""
 Numbers = NDArray[np.float64]
@@ -119,7 +121,8 @@ def comparison_of(
     for row in final:
         if metric in row.metrics:
             scores[row.strategy][row.seed, row.client] = row.metrics[metric]
-    measured = all(row.bytes.get(f"{d}_wire") is not None for row in rows for d in ("up", "down") if row.status == "ok")
+    served = [row for row in rows if row.phase in WORK]
+    measured = all(r.bytes.get(f"{d}_wire") is not None for r in served for d in ("up", "down") if r.status == "ok")
     level = "wire" if rows and measured else "message"
     sign = METRICS[metric]
     judges = [name for name in controls if scores.get(name)]
@@ -129,9 +132,10 @@ def comparison_of(
         own = [row for row in rows if row.strategy == name]
         seeds = max(len({row.seed for row in own}), 1)
         role = "control" if name in controls else "reference" if name in references else ""
-        waits = [
-            max(row.seconds for row in own if (row.seed, row.round) == key) for key in {(r.seed, r.round) for r in own}
-        ]
+        waits: dict[tuple[int, int], float] = {}
+        for row in served:
+            if row.strategy == name:
+                waits[row.seed, row.round] = max(row.seconds, waits.get((row.seed, row.round), 0.0))
         lines.append(
             Line(
                 strategy=name,
@@ -140,7 +144,7 @@ def comparison_of(
                 worst=worst_decile(scores[name], sign),
                 against={other: paired(scores[name], scores.get(other, {}), sign) for other in references},
                 megabytes={d: sum(r.bytes.get(f"{d}_{level}") or 0 for r in own) / seeds / 1e6 for d in ("up", "down")},
-                seconds=sum(waits) / seeds,
+                seconds=sum(waits.values()) / seeds,
                 role=role,
                 beyond=paired(scores[name], scores[best], sign) if best and not role else None,
             )
@@ -240,7 +244,8 @@ def explanation(found: Comparison) -> list[str]:
         f"% bootstrap intervals ({RESAMPLES:,} resamples of clients and seeds, taken as independent).",
         "* Worst decile: mean of the worst tenth of all clients and seeds.",
         "* Against: mean of the differences, client by client of the same seed; positive is better (better/worse).",
-        f"* MB: {level}, all clients, mean over seeds. Seconds: {waited}, summed over rounds, likewise.",
+        f"* MB: {level}, everything from registration on, all clients, mean over seeds. Seconds: {waited}, summed over "
+        "rounds, likewise.",
         "* Controls say what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
         "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-twice` (two local runs of one client, "
         "averaged). A gain by merging counts only beyond them.",

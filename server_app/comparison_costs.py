@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from server_app.comparison import Comparison, Row
+from server_app.comparison import WORK, Comparison, Row
 from server_app.comparison_figures import COLOURS, OUTLINED, Table, figure, heights
 from server_app.comparison_records import DIRECTIONS, FinishedRun
 
@@ -50,6 +50,7 @@ def slowest(found: Comparison, rows: Sequence[Row]) -> str:
     """What every round waited for: its slowest client, in the first seed."""
     import plotly.graph_objects as go
 
+    rows = [row for row in rows if row.phase in WORK]
     own = {line.strategy: [row for row in rows if row.strategy == line.strategy] for line in found.lines}
     own = {name: [row for row in rows if row.seed == min(r.seed for r in rows)] for name, rows in own.items() if rows}
     rounds = sorted({row.round for rows in own.values() for row in rows})

@@ -88,14 +88,12 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], accounts: Accounts) -> Iterator[Row]:
-    """Its rounds as the clients evaluated what they were sent, and the delivery."""
+    """Registration, rounds as the clients evaluated what they were sent, the delivery, and the last counters."""
     counted = defaultdict[tuple[int, str], dict[str, int | None]](dict)
     for item in accounts.rows():
         counted[item.round, item.client] |= {f"{item.direction}_{level}": getattr(item, level) for level in LEVELS}
     networked = any(accounts.reconciliation().values())
     for record in rounds:
-        if record["phase"] not in ("train", "deliver"):
-            continue
         for client, answer in record["clients"].items():
             # In one process a client's answer also waits for the clients before it; its own time does not.
             seconds = (

@@ -80,10 +80,13 @@ def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path,
     assert [name.split("-")[0] for name in made] == ["local", "fedavg"]
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * 3  # strategies, clients, two rounds and the delivery
+    assert len(rows) == 2 * 2 * 4  # strategies, clients; registration, two rounds and the delivery
     final = {(row["strategy"], row["client"]): row for row in rows if row["phase"] == "deliver"}
     for run in made:
         summary = json.loads((out / "runs" / run / "summary.json").read_text())
+        for direction, levels in summary["bytes"].items():  # every byte of the run is in some row
+            own = [int(row[f"{direction}_message_bytes"]) for row in rows if row["strategy"] == summary["strategy"]]
+            assert sum(own) == levels["message"]
         for client, metrics in summary["clients"].items():
             assert float(final[summary["strategy"], client]["accuracy"]) == metrics["accuracy"]
     assert int(final["fedavg", "client-0"]["down_tensor_bytes"]) > 0
@@ -184,6 +187,16 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path, alone: None) 
         again([], 3)
     with pytest.raises(OptionError, match="local-steps as usual, this one has local-steps = 5"):
         again([], 2, **{"local-steps": 5})
+
+
+def test_two_comparisons_do_not_work_in_one_folder(tmp_path: Path, alone: None) -> None:
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        with pytest.raises(OptionError, match="another comparison is at work there"):
+            compare("digits", [], [0], tmp_path, console(tmp_path / "said"), engine=engine)
+        raise RuntimeError("refused, as expected")
+
+    _, failed = compare("digits", [], [0], tmp_path, console(tmp_path / "said"), engine=engine)
+    assert set(failed.values()) == {"RuntimeError: refused, as expected"}
 
 
 def test_all_is_every_strategy(tmp_path: Path) -> None:
