@@ -94,7 +94,7 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
         counted[item.round, item.client] |= {f"{item.direction}_{level}": getattr(item, level) for level in LEVELS}
     networked = any(accounts.reconciliation().values())
     for record in rounds:
-        for client, answer in record["clients"].items():
+        for client, answer in record.get("clients", {}).items():
             # In one process a client's answer also waits for the clients before it; its own time does not.
             seconds = (
                 answer.get("seconds", 0.0) if networked else answer.get("client_seconds", answer.get("seconds", 0.0))
@@ -109,5 +109,5 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
                 dict(answer.get("metrics", {}).get("personal", {})),
                 float(seconds),
                 float(answer.get("train_seconds", 0.0)),
-                counted[int(record["round"]), client],
+                counted.pop((int(record["round"]), client), {}),  # a resumed run registers twice
             )
