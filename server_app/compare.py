@@ -98,6 +98,7 @@ def compare(
     for name in chosen:
         require_choice("--strategies", name, STRATEGIES)
     require_choice("SCENARIO", scenario, (*NAMES, *FROM_FILES))
+    read_run_options(options or {})  # those of a strategy that does not run, too
     jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place))
     for job in jobs:
         read_run_options(job.config)

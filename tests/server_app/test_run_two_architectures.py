@@ -44,7 +44,7 @@ def test_every_group_has_both_architectures_and_all_have_one_reference(runs_dir:
         ours, theirs = (data.splits["test"] for _, data in (found[index], found[index + 4]))
         assert ours.inputs["pixel_values"].equal(theirs.inputs["pixel_values"])
         assert ours.labels.equal(theirs.labels)
-    with pytest.raises(ScenarioError, match="'digits' has nothing to align; expected one of: digits-mixed, mixed-arch"):
+    with pytest.raises(ScenarioError, match="'digits' has nothing to align, expected one of: digits-mixed, mixed-arch"):
         bases_to_align("digits", runs_dir / ".cache")
 
 
