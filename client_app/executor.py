@@ -49,11 +49,12 @@ class Executor:
         The model is left as it was loaded; after an error it is not trusted any more, and loaded again next time.
         """
         model, data = self._load(settings)
-        store = SlotStore(settings.run_directory(plan.run_name), model.base.name, lambda: model.heads)
+        directory = settings.run_directory(plan.run_name)
+        store = SlotStore(directory, model.base.name, lambda: model.heads, settings.keep_rounds)
         try:
             with store.transaction(plan.round) as slots:
                 starts = _starts(settings, model)
-                answer = Interpreter(settings.client_id, model, data, slots, starts).run(plan, blobs)
+                answer = Interpreter(settings.client_id, model, data, slots, starts, settings.policy).run(plan, blobs)
             model.unload_all()
         except Cancelled:  # between two batches or steps, where the model is sound
             model.unload_all()

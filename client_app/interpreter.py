@@ -23,6 +23,7 @@ from client_app.measures import Measures
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.plan_names import PlanError, require_slot_names
 from client_app.progress import tick
+from client_app.settings import Policy
 from client_app.sketch import ReferenceModel, take_sketch
 from client_app.slots import SlotError, SlotStore
 from client_app.streams import StreamedDataset
@@ -40,6 +41,7 @@ class Interpreter(Measures):
         data: the client's splits.
         slots: the client's slots, inside a transaction.
         starts: adapters that slots of these names start from when they are created from a seed.
+        policy: what this client lets a plan ask of it.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class Interpreter(Measures):
         data: ClientData,
         slots: SlotStore,
         starts: Mapping[str, Adapter] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.client_id = client_id
         self.model = model
         self.data = data
         self.slots = slots
         self.starts = starts or {}
+        self.policy = policy or Policy()
         self._received: dict[str, Adapter] = {}
         self._uploads: dict[str, bytes] = {}
         self._plan = plan_pb2.Plan()
@@ -92,6 +96,7 @@ class Interpreter(Measures):
         if plan.client_id != self.client_id:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
         require_slot_names(plan, blobs)
+        self._require_allowed(plan)
         self._plan, self._uploads, self._replaced, self._attributions = plan, {}, False, {}
         report = report_pb2.Report(
             version=1,
@@ -110,7 +115,26 @@ class Interpreter(Measures):
         if leading == len(plan.steps):
             self._install(blobs)
         report.seconds = time.monotonic() - started
+        self._require_small_uploads()
         return report, self._uploads
+
+    def _require_allowed(self, plan: plan_pb2.Plan) -> None:
+        """Before anything is done: this client's owner decides what a plan may ask."""
+        for index, step in enumerate(plan.steps):
+            kind = step.WhichOneof("kind")
+            if kind is not None and kind not in self.policy.allowed:
+                raise PlanError(
+                    f"client {self.client_id!r} refuses step {index} ({kind}); its client.allow-steps has "
+                    f"{', '.join(self.policy.allowed)}"
+                )
+
+    def _require_small_uploads(self) -> None:
+        size, most = sum(map(len, self._uploads.values())), self.policy.max_upload_mb * 10**6
+        if most and size > most:
+            raise PlanError(
+                f"client {self.client_id!r} does not send {size / 10**6:.3f} MB ({', '.join(sorted(self._uploads))}); "
+                f"its client.max-upload-mb is {self.policy.max_upload_mb:g}"
+            )
 
     def _run_step(self, index: int, step: plan_pb2.Step) -> report_pb2.StepResult:
         kind = step.WhichOneof("kind")

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, get_type_hints
 
 from flwr.app import Context
 
+from proto.fedalloy.v1 import plan_pb2
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Config = Mapping[str, Any]
 C = TypeVar("C")
@@ -99,6 +101,36 @@ class DataSettings:
         return train, validation, test
 
 
+STEPS = tuple(field.name for field in plan_pb2.Step.DESCRIPTOR.fields)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What this client lets a server ask of it; the field ``allow_steps`` is the key ``client.allow-steps``.
+
+    Run-config may have a federation's policy; what the client's own node-config says wins.
+
+    Args:
+        allow_steps: comma-separated kinds of steps that a plan may contain; empty: all.
+        max_upload_mb: bound on all uploads of one plan together, in megabytes (10^6 bytes); 0: none.
+    """
+
+    allow_steps: str = ""
+    max_upload_mb: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.allowed:
+            _require_choice("client.allow-steps", name, STEPS)
+        if not 0 <= self.max_upload_mb < float("inf"):
+            raise SettingsError(f"client.max-upload-mb = {self.max_upload_mb}, expected a number of at least 0")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The kinds of steps that a plan may contain."""
+        named = tuple(name.strip() for name in self.allow_steps.split(",") if name.strip())
+        return named or STEPS
+
+
 @dataclass(frozen=True)
 class Settings:
     """One client's settings in one run.
@@ -108,6 +140,7 @@ class Settings:
     ``start_adapter`` is a PEFT directory that the slot ``start_slot`` starts from, instead of from zero.
     ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
     ``task_arrival`` says how training data arrive over the run's ``rounds``; see :mod:`client_app.streams`.
+    ``keep_rounds``: so many earlier states of the slots are kept as the server keeps checkpoints.
     """
 
     client_id: str
@@ -128,6 +161,8 @@ class Settings:
     alignments: Path = Path()
     task_arrival: str = "all"
     rounds: int = 1
+    keep_rounds: int = 2
+    policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
         _require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
@@ -193,6 +228,8 @@ def read_settings(context: Context) -> Settings:
         alignments=Path(str(node.get("alignments", state_dir / "alignments"))).expanduser(),
         task_arrival=(arrival := str(run.get("task-arrival", "all"))),
         rounds=1 if arrival == "all" else int(run.get("num-server-rounds", 5)),
+        keep_rounds=max(1, int(run.get("keep-checkpoints", 2))),
+        policy=_read(Policy, node, run, "client."),
     )
 
 
@@ -202,7 +239,7 @@ def run_config_keys() -> dict[str, Any]:
     keys |= {"lora-blocks": 0, "lora-alignment": "", "task-arrival": "all"}
     for kind in (ModelSettings, DataSettings):
         keys |= {_key(item.name): item.default for item in fields(kind)}
-    return keys
+    return keys | {f"client.{_key(item.name)}": item.default for item in fields(Policy)}
 
 
 def default_state_dir() -> Path:
@@ -214,11 +251,11 @@ def _key(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _read(kind: type[C], node: Config, run: Config) -> C:
+def _read(kind: type[C], node: Config, run: Config, prefix: str = "") -> C:
     """A settings dataclass: node-config's value, else run-config's, else the default."""
     hints, values = get_type_hints(kind), {}
     for item in fields(kind):  # type: ignore[arg-type]
-        key, hint = _key(item.name), hints[item.name]
+        key, hint = prefix + _key(item.name), hints[item.name]
         for source, config in (("node-config", node), ("run-config", run)):
             if key in config:
                 value = config[key]

@@ -5,13 +5,15 @@
     slots/<slot>/adapter_config.json, adapter_model.safetensors    what PEFT loads
     slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual
     slots/state.json                                               the last round whose plan was carried out, and losses
-    previous/                                                      the same, one plan earlier
+    history/<round>/                                               the same after earlier plans, the newest ones
     adapter/                                                       the personal model, a PEFT directory; or, where its
                                                                    coefficients depend on the input, mixture.json,
                                                                    gates.safetensors and a PEFT directory per slot
 
 A plan's changes are staged in a folder of their own and become visible by renames, so that a process killed at any
-moment leaves either the old slots or the new ones, and the previous ones with them. One process at a time: Flower may
+moment leaves either the old slots or the new ones, and the earlier ones with them. As many earlier states are kept as
+the server keeps checkpoints (``keep-checkpoints``): from whichever it resumes, the round after it starts from the slots
+that it started from the first time. One process at a time: Flower may
 start a second one for the same client, when a resumed run asks while the old one still trains; it waits.
 ``exact.safetensors`` exists because PEFT stores a head as base plus difference, from which the difference cannot be
 recovered to the last bit.
@@ -19,6 +21,7 @@ recovered to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -50,12 +53,13 @@ class SlotError(ValueError):
 
 
 class SlotStore:
-    """The slots of one client in one run; use inside :meth:`transaction`."""
+    """The slots of one client in one run; use inside :meth:`transaction`. ``keep`` earlier states stay on disk."""
 
-    def __init__(self, directory: Path, base_model: str, base_heads: HeadReader) -> None:
+    def __init__(self, directory: Path, base_model: str, base_heads: HeadReader, keep: int = 1) -> None:
         self.directory = directory
         self.base_model = base_model
         self.base_heads = base_heads
+        self.keep = keep
         self._slots: dict[str, Adapter] = {}
         self._residuals: dict[str, Adapter] = {}
         self._opened: set[str] = set()
@@ -132,12 +136,13 @@ class SlotStore:
 
     def _before(self, round_: int) -> Path:
         """The folder with the slots as they were before a round."""
-        current, previous = self.directory / "slots", self.directory / "previous"
+        current, history = self.directory / "slots", self._history()
         if round_ > _round_of(current):
             return current
-        if previous.exists() and round_ > _round_of(previous):
-            return previous
-        kept = [f"{_round_of(folder)}" for folder in (previous, current) if folder.exists()]
+        for number in reversed(history):
+            if number < round_:
+                return self.directory / "history" / f"{number}"
+        kept = [*map(str, history), f"{_round_of(current)}"]
         raise SlotError(
             f"round {round_} has been carried out, and {self.directory} no longer holds the slots before it, only "
             f"those after round {' and '.join(kept)}; for a new run under an old name, remove that folder"
@@ -180,11 +185,11 @@ class SlotStore:
             self._rename("adapter", ".adapter-old")
             os.rename(staged / "adapter", self.directory / "adapter")
         # From here, _recover knows every state that a kill can leave.
-        if self._source.name == "previous":  # a round carried out again: what it started from stays the previous state
+        if self._source.name == "slots":
+            (self.directory / "history").mkdir(exist_ok=True)
+            self._rename("slots", f"history/{_round_of(self._source)}")
+        else:  # a round carried out again: what it started from is in the history and stays there
             self._rename("slots", ".slots-old")
-        else:
-            self._rename("previous", ".previous-old")
-            self._rename("slots", "previous")
         os.rename(staged / "slots", self.directory / "slots")
         sync(self.directory)
         self._clean()
@@ -216,14 +221,25 @@ class SlotStore:
     def _recover(self) -> None:
         """Undo what a killed process left between two renames of ``_commit``, and throw its unfinished folders away."""
         self._rename(".adapter-old", "adapter")
-        if not self._rename(".slots-old", "slots") and not (self.directory / "slots").exists():
-            self._rename("previous", "slots")
-        self._rename(".previous-old", "previous")
+        restored = self._rename(".slots-old", "slots") or (self.directory / "slots").exists()
+        if not restored and (history := self._history()):
+            self._rename(f"history/{history[-1]}", "slots")
         # A new client holds no slots, and that is a state which round 1 can start from again.
         (self.directory / "slots").mkdir(exist_ok=True)
         self._clean()
 
+    def _history(self) -> list[int]:
+        """Rounds after which earlier slots are kept, in order."""
+        folder = self.directory / "history"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
     def _clean(self) -> None:
+        """Remove what is no state any more: unfinished folders, slots of a future that was given up, the oldest."""
+        with contextlib.suppress(SlotError):  # a damaged number is for who wants to read it
+            now = _round_of(self.directory / "slots")
+            kept = [number for number in self._history() if number < now][-self.keep :]
+            for number in set(self._history()) - set(kept):  # half removed, it must not be taken for a state
+                self._rename(f"history/{number}", f".stale-{number}")
         for path in self.directory.glob(".*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

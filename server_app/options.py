@@ -8,6 +8,7 @@ from typing import Any
 
 from client_app.settings import run_config_keys
 from strategies import STRATEGIES
+from strategies.limits import Limits
 from strategies.options import (
     OptionError,
     RunConfig,
@@ -30,6 +31,7 @@ class RunOptions:
 
     strategy: str = "fedavg"
     run_name: str = ""
+    resume: str = ""
     runs_dir: str = "runs"
     scenario: str = "digits"
     num_server_rounds: int = 5
@@ -62,7 +64,7 @@ class RunOptions:
 
 def known_keys() -> dict[str, Any]:
     """Every run-config key with its default: the run's, local training's, the clients' and all strategies'."""
-    keys = keys_of(RunOptions) | keys_of(Training) | CLIENT_KEYS
+    keys = keys_of(RunOptions) | keys_of(Training) | keys_of(Limits) | CLIENT_KEYS
     for strategy in STRATEGIES.values():
         keys |= strategy.option_keys()
     return keys
@@ -76,6 +78,7 @@ def read_run_options(run_config: RunConfig) -> RunOptions:
     """
     require_known(run_config, known_keys())
     read_options(Training, run_config)
+    read_options(Limits, run_config)
     return read_options(RunOptions, run_config)
 
 

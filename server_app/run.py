@@ -3,52 +3,59 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import flwr
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from proto.fedalloy.v1 import report_pb2
-from server_app.federation import Federation, NotEnoughClientsError, Reply
+from server_app import outcomes
+from server_app.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply
 from server_app.options import RunOptions, as_toml, read_run_options
-from server_app.run_directory import RunDirectory
-from server_app.wire_log import WireLog
+from server_app.outcomes import OK, REJECTED, ClientRecord
+from server_app.resume import clients_to_json, require_same_config, saved_clients
+from server_app.run_directory import Checkpoint, RunDirectory
+from server_app.summary import summary_of
+from server_app.wire_log import Booking, WireLog
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.base import Answer, Brief, Client, StrategyError, answer_from
+from strategies.limits import with_bounded_weight
 from strategies.messages import BadAnswerError, Dispatch, counters_message, plan_dispatch, read_counters
 
 INFO, WARNING = 20, 30
-_SHOWN = 5
-ClientRecord = dict[str, Any]
 
 
 def run(grid: Grid, context: Context) -> RunDirectory:
-    """Run what run-config says and return the finished run's directory.
+    """Run what run-config says, from the start or (``resume``) from the last complete round; the finished directory.
 
     Raises:
         OptionError: run-config is not valid.
-        RunDirectoryError: the run directory exists or cannot be written.
-        NotEnoughClientsError: fewer than ``min-clients`` registered or answered a round; everything so far is saved.
+        RunDirectoryError: the run directory exists, cannot be written, or is not one that can be continued.
+        NotEnoughClientsError: fewer than ``min-clients`` registered, are here or answered; everything so far is saved.
     """
     options = read_run_options(context.run_config)
     strategy = strategy_from_run_config(context.run_config)
-    name = options.run_name or f"{options.strategy}-{options.scenario}-{context.run_id}"
-    directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
+    if options.resume:
+        directory = RunDirectory.open(Path(options.resume).expanduser())
+        require_same_config(directory, context.run_config)
+    else:
+        name = options.run_name or f"{options.strategy}-{options.scenario}-{context.run_id}"
+        directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
+    name = directory.path.resolve().name
     log(INFO, "FedAlloy run %s in %s", name, directory.path.resolve())
-    with WireLog(directory.path / "ledger.sqlite", name, grid) as wire:
+    with directory.alone(), WireLog(directory.path / "ledger.sqlite", name, grid) as wire:
+        whole = Run(grid, options, strategy, directory, wire, name)
         try:
-            Run(grid, options, strategy, directory, wire, name).run()
+            whole.run()
         except NotEnoughClientsError as error:
-            directory.append_round(
-                {"phase": "stopped", "round": 0, "clients": {}, "reason": str(error), "seconds": 0.0}
-            )
+            log(WARNING, "stopped: %s", error)
+            whole.record("stopped", whole.completed, {}, time.monotonic(), reason=str(error))
             raise
     return directory
 
@@ -70,73 +77,172 @@ class Run:
         self.directory = directory
         self.wire = wire
         self.name = name
-        self.federation = Federation(grid, options.poll_interval, lambda text: log(INFO, "%s", text))
+        self.federation = Federation(grid, options.poll_interval, lambda text: log(INFO, "%s", text), self._arrived)
+        self.completed = 0
         self.training_seconds = 0.0
         self.started = time.monotonic()
+        self._round_now = 0
+        self._registered: dict[str, ClientRecord] = {}
 
     def run(self) -> None:
-        """From the first message to the summary."""
-        self._register()
-        for round_ in range(1, self.options.num_server_rounds + 1):
+        """From the first message, or the last complete round, to the summary."""
+        checkpoint = self.directory.newest_checkpoint() if self.options.resume else None
+        if checkpoint is not None:
+            self._continue_from(checkpoint)
+        self._register(checkpoint)
+        for round_ in range(self.completed + 1, self.options.num_server_rounds + 1):
             self._round(round_)
         final = self._deliver(self.options.num_server_rounds + 1)
         self._last_counters(self.options.num_server_rounds + 2)
         self._summarise(final)
 
-    def _register(self) -> None:
+    # --------------------------------------------------------------------------------------------- clients and rounds
+
+    def _continue_from(self, checkpoint: Checkpoint) -> None:
+        self.completed = checkpoint.round
+        self.training_seconds = checkpoint.run["training_seconds"]
+        self.started -= checkpoint.run["seconds"]
+        record = checkpoint.run["record"]
+        if record not in self.directory.rounds():  # a kill between checkpoint and record
+            self.directory.append_round(record)
+        self.record("resumed", checkpoint.round, {}, time.monotonic())
+        log(INFO, "resumed after round %d of %d", checkpoint.round, self.options.num_server_rounds)
+
+    def _register(self, checkpoint: Checkpoint | None) -> None:
         started = time.monotonic()
-        records: dict[str, ClientRecord] = {}
-        watch = _Booking(self.wire, 0, "query")
-        arrivals: dict[str, Reply] = {}
-        for reply in self.federation.register(self.options.min_clients, self.options.startup_timeout, watch):
-            arrivals[reply.client_id] = reply
-        names = {f"node {client.node_id}": client for client in self.federation.clients.values()}
-        for node, reply in arrivals.items():
-            client = names.get(node)
-            self.wire.arrived(0, node, "query", reply.message, client.registration.wire if client else None)
-            if client is None:
-                continue
-            self.wire.registered(node, client.id)
-            log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, client.base_model)
-            for note in [note for task in client.registration.tasks for note in task.notes][:_SHOWN]:
-                log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
-            records[client.id] = {"status": "ok", "examples": client.examples, "seconds": round(reply.seconds, 3)}
-        for client_id in sorted(self.federation.clients):  # enrolled in order of id, not of arrival
-            try:
-                self.strategy.enrol(self.federation.clients[client_id])
-            except StrategyError as error:
-                del self.federation.clients[client_id]
-                self.federation.refused[client_id] = str(error)
-                log(WARNING, "refused: %s", error)
-        for who, why in self.federation.refused.items():
-            records[who] = {"status": "rejected", "reason": why}
-        self._record("register", 0, records, started)
-        if len(self.federation.clients) < self.options.min_clients:
+        saved = saved_clients(self.directory, checkpoint) if checkpoint is not None else []
+        self.federation.keys.update({known.client.id: known.key for known in saved})
+        watch = Booking(self.wire, 0, "query")
+        self.federation.register(self.options.min_clients, self.options.startup_timeout, watch)
+        for known in saved:  # in the order in which they were enrolled first
+            came = self.federation.newcomers.pop(known.client.id, None)
+            if came is not None and came.layout.digest != known.client.layout.digest:
+                difference = known.client.layout.describe_difference(came.layout)
+                self._refuse(came.id, f"client {came.id!r} came back with {difference}")
+                came = None
+            client = replace(known.client, node_id=came.node_id if came is not None else 0)
+            self.strategy.enrol(client)
+            self.federation.enrolled(client)
+        if checkpoint is not None:
+            self.strategy.load_state(checkpoint.state)
+        self._enrol_newcomers()
+        records = self._registered | {
+            who: {"status": REJECTED, "reason": why} for who, why in self.federation.refused.items()
+        }
+        record = self.record("register", self.completed, records, started)
+        fitting = sum(client.node_id != 0 for client in self.federation.clients.values())
+        if fitting < self.options.min_clients:
             reasons = "; ".join(self.federation.refused.values())
-            raise NotEnoughClientsError(
-                f"{len(self.federation.clients)} of at least {self.options.min_clients} clients fit. {reasons}"
-            )
+            raise NotEnoughClientsError(f"{fitting} of at least {self.options.min_clients} clients fit. {reasons}")
+        if checkpoint is None:
+            self._checkpoint(0, record)
+
+    def _arrived(self, reply: Reply, client: Client | None) -> None:
+        """A node has said who it is, at the start or while a round runs."""
+        reading = client.registration.wire if client is not None else None
+        self.wire.arrived(self._round_now, reply.client_id, "query", reply.message, reading)
+        if client is None:
+            return
+        self.wire.registered(reply.client_id, client.id)
+        self._registered[client.id] = {"status": OK, "examples": client.examples, "seconds": round(reply.seconds, 3)}
+        log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, client.base_model)
+        for note in [note for task in client.registration.tasks for note in task.notes][: outcomes.SHOWN]:
+            log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
+
+    def _enrol_newcomers(self) -> None:
+        """In order of id, not of arrival; what they registered is kept for a resumed run."""
+        newcomers = [client for _, client in sorted(self.federation.newcomers.items())]
+        self.federation.newcomers.clear()
+        counts = {client.id: client.examples for client in [*self.federation.clients.values(), *newcomers]}
+        for client in newcomers:
+            bounded = with_bounded_weight(self.strategy.limits, client, counts)
+            if bounded.examples < client.examples:
+                log(WARNING, "%s counts for %d examples, not %d", client.id, bounded.examples, client.examples)
+            try:
+                self.strategy.enrol(bounded)
+            except StrategyError as error:
+                self._refuse(client.id, str(error))
+                continue
+            said = report_pb2.Registration()
+            said.CopyFrom(client.registration)
+            said.ClearField("wire")
+            self.directory.save_registration(client.id, said.SerializeToString(deterministic=True))
+            self.federation.enrolled(bounded)
+
+    def _refuse(self, client_id: str, reason: str) -> None:
+        self.federation.refused[client_id] = reason
+        self._registered.pop(client_id, None)
+        log(WARNING, "refused: %s", reason)
+
+    def _gather(self, round_: int) -> list[Client]:
+        """Clients that are online, newcomers among them; waits for ``min-clients``.
+
+        Raises:
+            NotEnoughClientsError: they did not come within ``startup-timeout``.
+        """
+        self._round_now = round_
+        started, next_word = time.monotonic(), 0.0
+        while True:
+            watch = Booking(self.wire, round_, "query")
+            self.federation.present(watch)
+            self._enrol_newcomers()
+            present = self.federation.present(watch)
+            if len(present) >= self.options.min_clients:
+                return present
+            now, here = time.monotonic(), ", ".join(client.id for client in present) or "nobody"
+            count = f"round {round_}: {len(present)} of at least {self.options.min_clients} clients are here ({here})"
+            if now - started > self.options.startup_timeout:
+                raise NotEnoughClientsError(
+                    f"{count} after {self.options.startup_timeout:.0f} s (startup-timeout). Everything up to round "
+                    f"{self.completed} is saved; when they are back, {self.directory.how_to_resume}"
+                )
+            if now >= next_word:
+                log(INFO, "%s; waiting", count)
+                next_word = now + SAY_SECONDS
+            time.sleep(max(self.options.poll_interval, 0.2))
 
     def _round(self, round_: int) -> None:
         started = time.monotonic()
-        chosen = self._sample(round_)
-        records = self._ask("train", round_, {c: self.strategy.brief(round_, c) for c in chosen}, self.strategy.absorb)
-        settled = self.strategy.settle(round_)
-        self.directory.save_checkpoint(round_, self.strategy.state(), self.options.keep_checkpoints)
-        answered = sum(record["status"] == "ok" for record in records.values())
-        self._record("train", round_, records, started, settled)
-        if answered < min(self.options.min_clients, len(chosen)):
+        present = self._gather(round_)
+        chosen = self._sample(round_, present)
+        needed = min(self.options.min_clients, len(chosen))
+        briefs = {client: self.strategy.brief(round_, client) for client in chosen}
+        records = self._ask("train", round_, briefs, self.strategy.absorb, needed)
+        records |= {client.id: {"status": outcomes.ABSENT} for client in self._clients() if client not in present}
+        answered = outcomes.usable(records)
+        if answered < needed:
+            self.record("train", round_, records, started)
             raise NotEnoughClientsError(
                 f"round {round_}: {answered} of at least {self.options.min_clients} clients gave a usable answer; "
-                f"see {self.directory.path / 'rounds.jsonl'}"
+                f"see {self.directory.path / 'rounds.jsonl'}. The round does not count; to do it again, "
+                f"{self.directory.how_to_resume}"
             )
+        settled = self.strategy.settle(round_)
+        record = self._record_of("train", round_, records, started, settled=dict(settled))
+        self._checkpoint(round_, record)
+        self.directory.append_round(record)
+
+    def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:
+        about = {
+            "clients": clients_to_json(self.federation.clients, self.federation.keys),
+            "training_seconds": self.training_seconds,
+            "seconds": time.monotonic() - self.started,
+            "record": record,
+        }
+        self.directory.save_checkpoint(round_, self.strategy.state(), self.options.keep_checkpoints, about)
+        self.completed = round_
 
     def _deliver(self, round_: int) -> dict[str, Answer]:
         started = time.monotonic()
+        present = self._gather(round_)
         answers: dict[str, Answer] = {}
-        briefs = {client: self.strategy.deliver(client) for client in self._clients()}
-        records = self._ask("deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}))
-        self._record("deliver", round_, records, started)
+        briefs = {client: self.strategy.deliver(client) for client in present}
+        needed = min(self.options.min_clients, len(briefs))
+        records = self._ask(
+            "deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), needed
+        )
+        records |= {client.id: {"status": outcomes.ABSENT} for client in self._clients() if client not in present}
+        self.record("deliver", round_, records, started)
         return answers
 
     def _last_counters(self, round_: int) -> None:
@@ -146,17 +252,23 @@ class Run:
             return
         records: dict[str, ClientRecord] = {}
         timeout = min(self.options.round_timeout, 60.0)
-        messages = {client.id: counters_message(client.node_id, timeout) for client in self._clients()}
-        for reply in self.federation.exchange(messages, timeout, _Booking(self.wire, round_, "query")):
-            record: ClientRecord = {"status": "ok", "seconds": round(reply.seconds, 3)}
+        watch = Booking(self.wire, round_, "query")
+        asks: dict[str, Make] = {
+            client.id: lambda client=client: counters_message(client.node_id, timeout)  # type: ignore[misc]
+            for client in self.federation.present(watch)
+        }
+        for reply in self.federation.exchange(asks, timeout, watch):
+            record: ClientRecord = {"status": OK, "seconds": round(reply.seconds, 3)}
             reading = None
             try:
                 reading = read_counters(_require(reply)).wire
             except BadAnswerError as error:
-                record |= {"status": "failed", "reason": str(error)}
+                record |= {"status": outcomes.FAILED, "reason": str(error)}
             self.wire.arrived(round_, reply.client_id, "query", reply.message, reading)
             records[reply.client_id] = record
-        self._record("counters", round_, records, started)
+        self.record("counters", round_, records, started)
+
+    # ------------------------------------------------------------------------------------------------------- messages
 
     def _ask(
         self,
@@ -164,25 +276,34 @@ class Run:
         round_: int,
         briefs: Mapping[Client, Brief],
         absorb: Callable[[int, Client, Answer], None],
+        needed: int,
     ) -> dict[str, ClientRecord]:
         """Send every client its brief; absorb good answers as they arrive; a record for every client asked."""
+        self._round_now = round_
         clients = {client.id: client for client in briefs}
-        dispatches = {client.id: self._dispatch(round_, client, brief) for client, brief in briefs.items()}
-        messages = {
-            name: dispatch.message(clients[name].node_id, ttl=self.options.round_timeout + 60)
-            for name, dispatch in dispatches.items()
-        }
-        tensors = {name: dispatch.tensor_bytes for name, dispatch in dispatches.items()}
-        watch = _Booking(self.wire, round_, phase, tensors)
+        dispatches: dict[str, Dispatch] = {}
+        tensors: dict[str, Mapping[str, int]] = {}
         records: dict[str, ClientRecord] = {}
+
+        def make(client_id: str) -> Message:
+            dispatch = self._dispatch(round_, clients[client_id], briefs[clients[client_id]])
+            message = dispatch.message(self.federation.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
+            tensors[client_id] = dispatch.tensor_bytes
+            dispatches[client_id] = replace(dispatch, content=RecordDict())  # once sent, the blobs are the SuperLink's
+            return message
+
+        def enough() -> bool:
+            return outcomes.usable(records) >= needed
+
+        asks: dict[str, Make] = {name: lambda name=name: make(name) for name in clients}  # type: ignore[misc]
+        watch = Booking(self.wire, round_, phase, tensors)
         slowest = 0.0
-        for reply in self.federation.exchange(messages, self.options.round_timeout, watch):
+        for reply in self.federation.exchange(asks, self.options.round_timeout, watch, enough):
             client = clients[reply.client_id]
-            records[client.id] = record = self._absorb(phase, round_, client, dispatches[client.id], reply, absorb)
+            records[client.id] = record = self._absorb(phase, round_, client, dispatches.pop(client.id), reply, absorb)
             slowest = max(slowest, float(record.get("train_seconds", 0.0)))
-            log(
-                INFO if record["status"] == "ok" else WARNING, "[%s %d] %s: %s", phase, round_, client.id, _line(record)
-            )
+            level = INFO if record["status"] == OK else WARNING
+            log(level, "[%s %d] %s: %s", phase, round_, client.id, outcomes.line(record))
         self.training_seconds += slowest
         return dict(sorted(records.items()))
 
@@ -196,27 +317,24 @@ class Run:
         absorb: Callable[[int, Client, Answer], None],
     ) -> ClientRecord:
         record: ClientRecord = {"seconds": round(reply.seconds, 3)}
+        if reply.attempts > 1:
+            record["attempts"] = reply.attempts
         if reply.message is None or reply.message.has_error():
             self.wire.arrived(round_, client.id, phase, reply.message)
             if reply.message is None:
-                return record | {"status": "late", "reason": f"no answer within {self.options.round_timeout:.0f} s"}
-            return record | {"status": "failed", "reason": reply.message.error.reason}
+                return record | outcomes.of_silence(self.options.round_timeout)
+            return record | outcomes.of_error(reply.message)
         try:
-            answer = answer_from(dispatch, reply.message)
+            answer = answer_from(dispatch, reply.message, self.strategy.limits)
         except BadAnswerError as error:
             self.wire.arrived(round_, client.id, phase, reply.message, None, dispatch)
-            return record | {"status": "rejected", "reason": str(error)}
+            return record | {"status": REJECTED, "reason": str(error)}
         self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
-        absorb(round_, client, answer)
-        results = answer.report.results
-        trains = [r.distill.train if r.HasField("distill") else r.train for r in results if _trains(r)]
-        return record | {
-            "status": "ok",
-            "client_seconds": round(answer.report.seconds, 3),
-            "train_seconds": round(sum(train.seconds for train in trains), 3),
-            "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
-            "metrics": {label: dict(values) for label, values in answer.metrics.items()},
-        }
+        try:
+            absorb(round_, client, answer)
+        except StrategyError as error:
+            return record | {"status": REJECTED, "reason": str(error)}
+        return record | outcomes.of_answer(answer)
 
     def _dispatch(self, round_: int, client: Client, brief: Brief) -> Dispatch:
         return plan_dispatch(
@@ -234,32 +352,35 @@ class Run:
     def _clients(self) -> list[Client]:
         return [self.federation.clients[client_id] for client_id in sorted(self.federation.clients)]
 
-    def _sample(self, round_: int) -> list[Client]:
-        clients = self._clients()
+    def _sample(self, round_: int, clients: list[Client]) -> list[Client]:
         count = max(self.options.min_clients, round(self.options.fraction_clients * len(clients)))
         if count >= len(clients) or self.strategy.needs_everyone(round_):
             return clients
         chosen = random.Random(f"{self.options.seed}:{round_}").sample(clients, count)
         return sorted(chosen, key=lambda client: client.id)
 
-    def _record(
-        self,
-        phase: str,
-        round_: int,
-        clients: Mapping[str, ClientRecord],
-        started: float,
-        settled: Mapping[str, Any] | None = None,
-    ) -> None:
+    def record(
+        self, phase: str, round_: int, clients: Mapping[str, ClientRecord], started: float, **more: Any
+    ) -> dict[str, Any]:
+        """Append what happened in a phase to ``rounds.jsonl``."""
+        record = self._record_of(phase, round_, clients, started, **more)
+        self.directory.append_round(record)
+        return record
+
+    def _record_of(
+        self, phase: str, round_: int, clients: Mapping[str, ClientRecord], started: float, **more: Any
+    ) -> dict[str, Any]:
         record: dict[str, Any] = {
             "phase": phase,
             "round": round_,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 3),
-            "clients": dict(clients),
+            "clients": dict(sorted(clients.items())),
         }
-        if settled is not None:
-            record["settled"] = dict(settled)
-        self.directory.append_round(record)
+        if self.federation.overdue_answers:
+            record["late_answers"] = dict(sorted(self.federation.overdue_answers.items()))
+            self.federation.overdue_answers.clear()
+        return record | more
 
     def _summarise(self, final: Mapping[str, Answer]) -> None:
         clients = {
@@ -267,76 +388,14 @@ class Run:
             for client in self._clients()
             if client.id in final
         }
-        scores = [metrics["accuracy"] for metrics in clients.values() if "accuracy" in metrics]
-        total = time.monotonic() - self.started
-        totals, unexplained = self.wire.totals()
-        summary = {
-            "strategy": self.options.strategy,
-            "rounds": self.options.num_server_rounds,
-            "seed": self.options.seed,
-            "scenario": self.options.scenario,
-            "clients": clients,
-            "mean_accuracy": sum(scores) / len(scores) if scores else None,
-            "worst_accuracy": min(scores) if scores else None,
-            "bytes": totals,
-            "unexplained_wire_fraction": unexplained,
-            "seconds": {
-                "total": round(total, 3),
-                "training": round(self.training_seconds, 3),
-                "overhead": round(total - self.training_seconds, 3),
-            },
-            "flwr": flwr.__version__,
-            "git": git_commit(),
-        }
+        summary = summary_of(
+            self.options, clients, time.monotonic() - self.started, self.training_seconds, self.wire.totals()
+        )
         self.directory.write_summary(summary)
         log(INFO, "finished: mean accuracy %s, worst %s", summary["mean_accuracy"], summary["worst_accuracy"])
-
-
-class _Booking:
-    """Books what one exchange pushes: see :class:`server_app.federation.Watch`."""
-
-    def __init__(
-        self, wire: WireLog, round_: int, kind: str, tensors: Mapping[str, Mapping[str, int]] | None = None
-    ) -> None:
-        self.wire, self.round, self.kind, self.tensors = wire, round_, kind, tensors or {}
-
-    def pushing(self, client_id: str) -> None:
-        self.wire.pushing(self.round, client_id, self.kind)
-
-    def pushed(self, client_id: str, message: Message) -> None:
-        self.wire.pushed(self.round, client_id, self.kind, message, self.tensors.get(client_id, {}))
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that the process was started in, or None."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def _require(reply: Reply) -> Message:
     if reply.message is None:
         raise BadAnswerError(f"client {reply.client_id!r} did not answer in time")
     return reply.message
-
-
-def _trains(result: report_pb2.StepResult) -> bool:
-    return result.WhichOneof("kind") in ("train", "distill")
-
-
-def _line(record: ClientRecord) -> str:
-    if record["status"] != "ok":
-        return f"{record['status']} ({record.get('reason', '')})"
-    parts = [f"{record['seconds']:.1f} s"]
-    parts += ["diverged" if loss is None else f"loss {loss:.3f}" for loss in record["train_loss"]]
-    scored = [
-        f"{label} {name} {metrics[name]:.3f}"
-        for label, metrics in record["metrics"].items()
-        for name in (("accuracy",) if "accuracy" in metrics else ("exact_match", "perplexity"))
-        if name in metrics
-    ]
-    scored.sort(key=lambda text: not text.startswith("personal "))  # a line search has dozens
-    parts += scored[:_SHOWN] + [f"... ({len(scored) - _SHOWN} more in rounds.jsonl)"] * (len(scored) > _SHOWN)
-    return ", ".join(parts)

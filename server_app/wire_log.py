@@ -87,3 +87,24 @@ class WireLog:
             return None
         # Flower runs the app from the folder that it unpacked the bundle to.
         return bundle_cost(self.grid.run, Path(__file__).resolve().parent.parent)
+
+
+class Booking:
+    """Books what one exchange pushes: see :class:`server_app.federation.Watch`."""
+
+    def __init__(
+        self, wire: WireLog, round_: int, kind: str, tensors: Mapping[str, Mapping[str, int]] | None = None
+    ) -> None:
+        self.wire, self.round, self.kind, self.tensors = wire, round_, kind, tensors or {}
+
+    def pushing(self, client_id: str) -> None:
+        """A message is about to be pushed."""
+        self.wire.pushing(self.round, client_id, self.kind)
+
+    def pushed(self, client_id: str, message: Message) -> None:
+        """It has been pushed."""
+        self.wire.pushed(self.round, client_id, self.kind, message, self.tensors.get(client_id, {}))
+
+    def lost(self, client_id: str, message: Message) -> None:
+        """Flower says that the client is gone."""
+        self.wire.arrived(self.round, client_id, self.kind, message)

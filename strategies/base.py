@@ -29,6 +29,7 @@ from adapters.groups import groups_of
 from adapters.layout import Layout, LayoutError
 from adapters.parts import layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.limits import Limits, bounded, with_bounded_weight
 from strategies.messages import (
     BadAnswerError,
     Dispatch,
@@ -79,7 +80,8 @@ class Answer:
     """What one client answered, checked.
 
     ``adapters`` by slot, in the layout that was asked for; ``received`` is what the client started from, after decoding
-    (it differs from what was sent where the encoding is lossy); ``metrics`` by label of the evaluate step.
+    (it differs from what was sent where the encoding is lossy); ``metrics`` by label of the evaluate step; ``clipped``
+    has the norms of updates that were longer than ``max-update-norm``, by slot.
     """
 
     adapters: Mapping[str, Adapter]
@@ -87,6 +89,7 @@ class Answer:
     metrics: Mapping[str, Mapping[str, float]]
     examples: int
     report: report_pb2.Report
+    clipped: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,6 +131,7 @@ class AlloyStrategy(Strategy):
         self.training = training or Training()
         self.seed = seed
         self.rounds = rounds  # of the whole run, 0 where that is not known
+        self.limits = Limits()
         self.clients: dict[str, Client] = {}
         self._pending: list[tuple[Message, Client, Dispatch]] = []
         self._flower_run = f"flower-{secrets.token_hex(4)}"  # a folder at the clients that no earlier run has used
@@ -141,7 +145,9 @@ class AlloyStrategy(Strategy):
         """
         options = read_options(cls.Options, run_config, f"{cls.name}.")
         run = read_options(_Run, run_config)
-        return cls(options, read_options(Training, run_config), run.seed, run.num_server_rounds)
+        strategy = cls(options, read_options(Training, run_config), run.seed, run.num_server_rounds)
+        strategy.limits = read_options(Limits, run_config)
+        return strategy
 
     @classmethod
     def option_keys(cls) -> dict[str, Any]:
@@ -262,9 +268,10 @@ class AlloyStrategy(Strategy):
                     )
             except BadAnswerError as error:
                 log(_WARNING, "refused: %s", error)
+        counts = {client.id: client.examples for client in found.values()}
         for client_id in sorted(found):  # not in order of connection
             try:
-                self.enrol(found[client_id])
+                self.enrol(with_bounded_weight(self.limits, found[client_id], counts))
             except StrategyError as error:
                 log(_WARNING, "refused: %s", error)
         if not self.clients:
@@ -298,7 +305,7 @@ class AlloyStrategy(Strategy):
                 continue
             client, dispatch = asked.pop(reply.metadata.reply_to_message_id)
             try:
-                answer = answer_from(dispatch, reply)
+                answer = answer_from(dispatch, reply, self.limits)
             except BadAnswerError as error:
                 log(_WARNING, "%s", error)
                 continue
@@ -328,16 +335,17 @@ def client_from(registration: report_pb2.Registration, layout: Layout, node_id: 
     return Client(registration.client_id, node_id, layout, examples, registration.base_model, registration, reference)
 
 
-def answer_from(dispatch: Dispatch, reply: Message) -> Answer:
-    """The checked answer in a client's reply.
+def answer_from(dispatch: Dispatch, reply: Message, limits: Limits | None = None) -> Answer:
+    """The checked answer in a client's reply, within the limits of the run.
 
     Raises:
-        BadAnswerError: the reply is an error, or not what the plan asked for; names client and reason.
+        BadAnswerError: the reply is an error, not what the plan asked for, or beyond a limit; names client and reason.
     """
     report, adapters = read_answer(dispatch, reply)
+    kept = bounded(limits or Limits(), dispatch, adapters)
     metrics = {
         result.evaluate.label: dict(result.evaluate.metrics)
         for result in report.results
         if result.WhichOneof("kind") == "evaluate"
     }
-    return Answer(adapters, dispatch.received, metrics, int(report.examples), report)
+    return Answer(kept.adapters, dispatch.received, metrics, int(report.examples), report, kept.clipped)

@@ -39,8 +39,8 @@ State = dict[str, tuple[Adapter, Adapter | None]]
 """Slots with their residuals."""
 
 
-def store_in(directory: Path) -> SlotStore:
-    return SlotStore(directory, "toy", lambda: HEADS)
+def store_in(directory: Path, keep: int = 1) -> SlotStore:
+    return SlotStore(directory, "toy", lambda: HEADS, keep)
 
 
 def numbers(layout: Layout, *seed: int) -> Adapter:

@@ -51,7 +51,7 @@ def snapshot(state: State) -> Snapshot:
     }
 
 
-def start_of(directory: Path, round_: int) -> Snapshot:
+def start_of(directory: Path, round_: int, keep: int = 1) -> Snapshot:
     """What the plan of a round would find; the store is left as it was."""
     seen: Snapshot = {}
 
@@ -61,7 +61,7 @@ def start_of(directory: Path, round_: int) -> Snapshot:
             seen[slot] = (slots[slot].digest, residual.digest if residual else None)
         raise Abort
 
-    with pytest.raises(Abort), store_in(directory).transaction(round_) as slots:
+    with pytest.raises(Abort), store_in(directory, keep).transaction(round_) as slots:
         look(slots)
     return seen
 
@@ -205,7 +205,7 @@ def test_slots_that_a_plan_leaves_alone_are_not_read_nor_written(tmp_path: Path)
     now = files_of(tmp_path)
     for name in ("adapter_config.json", "adapter_model.safetensors", "exact.safetensors"):
         assert now[f"slots/local/{name}"] == before[f"slots/local/{name}"]
-        assert now[f"previous/global/{name}"] == before[f"slots/global/{name}"]
+        assert now[f"history/1/global/{name}"] == before[f"slots/global/{name}"]
     assert now["slots/global/exact.safetensors"] != before["slots/global/exact.safetensors"]
 
 
@@ -223,7 +223,7 @@ def test_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
     for round_ in (1, 2):
         carry_out(store_in(tmp_path), round_)
     slot_files = {"adapter_config.json", "adapter_model.safetensors", "exact.safetensors"}
-    assert {path.name for path in tmp_path.iterdir()} == {"slots", "previous", "adapter", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"slots", "history", "adapter", ".lock"}
     assert {path.name for path in (tmp_path / "slots").iterdir()} == {"global", "local", "state.json"}
     assert {path.name for path in (tmp_path / "slots" / "local").iterdir()} == slot_files
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == slot_files - {"exact.safetensors"}
@@ -259,6 +259,22 @@ def test_a_client_may_miss_rounds(tmp_path: Path) -> None:
     assert start_of(tmp_path, 9) == after(2, 5)
     assert start_of(tmp_path, 5) == after(2)
     assert start_of(tmp_path, 3) == after(2)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_as_many_rounds_can_be_carried_out_again_as_states_are_kept(keep: int, tmp_path: Path) -> None:
+    for round_ in range(1, 8):
+        carry_out(store_in(tmp_path, keep), round_)
+    assert sorted(path.name for path in (tmp_path / "history").iterdir()) == [str(n) for n in range(7 - keep, 7)]
+    for round_ in range(7, 7 - keep, -1):
+        assert start_of(tmp_path, round_, keep) == after(*range(1, round_))
+    first = 8 - keep
+    with pytest.raises(SlotError, match="no longer holds"):
+        start_of(tmp_path, first - 1, keep)
+    carry_out(store_in(tmp_path, keep), first, salt=1)  # what came after it is given up
+    assert start_of(tmp_path, 9, keep) == after(*range(1, first)) | after(first, salt=1)
+    carry_out(store_in(tmp_path, keep), first + 1, salt=2)
+    assert start_of(tmp_path, first + 1, keep) == after(*range(1, first)) | after(first, salt=1)
 
 
 def test_a_round_whose_beginning_is_lost_is_refused(tmp_path: Path) -> None:
@@ -455,7 +471,7 @@ def assert_whole(directory: Path, round_: int, rerun: bool) -> bool:
     if rerun or round_ > 1:
         found = read_peft_directory(directory / "adapter", LAYOUT, HEADS)
         assert any(torch.allclose(found.vector, adapter.vector, atol=1e-6) for adapter in kept)
-    assert {path.name for path in directory.iterdir()} <= {"slots", "previous", "adapter", ".lock"}
+    assert {path.name for path in directory.iterdir()} <= {"slots", "history", "adapter", ".lock"}
     return now == replaced
 
 

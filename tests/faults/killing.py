@@ -1,0 +1,117 @@
+"""Starts the worker, and compares what runs left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from server_app.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = os.environ.get("FEDALLOY_FAULTS") == "long"
+"""``make test-faults`` does everything; ``make test`` a short form."""
+
+
+class Killer:
+    """Runs that are killed and resumed below one folder."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.worker", str(runs)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(runs / "worker.log").open("wb"),
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n", (runs / "worker.log").read_text()
+
+    def start(
+        self,
+        name: str,
+        *,
+        resume: bool = False,
+        kill_at: int = 0,
+        client_kill_at: int = 0,
+        how: str = "kill",
+        clock: float = 0.0,
+        **config: Any,
+    ) -> tuple[int, int]:
+        """The child's wait status (0: it finished), and how many moments it had if it finished."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        task = {
+            "name": name, "resume": resume, "kill_at": kill_at, "client_kill_at": client_kill_at, "how": how,
+            "clock": clock, "config": {key.replace("__", ".").replace("_", "-"): v for key, v in config.items()},
+        }  # fmt: skip
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return int(answer["status"]), int(answer["moments"])
+
+    def finish(self, name: str, **config: Any) -> int:
+        """Run to the end without a kill, from the start or from where a killed run was; moments."""
+        resume = (self.runs / name / "config.toml").exists()
+        status, moments = self.start(name, resume=resume, **config)
+        assert status == 0, self.log()
+        return moments
+
+    def log(self) -> str:
+        """What the worker said last."""
+        return "\n".join((self.runs / "worker.log").read_text(errors="replace").splitlines()[-40:])
+
+    def close(self) -> None:
+        """End the worker."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+Left = tuple[dict[str, Any], dict[str, torch.Tensor], list[Any]]
+
+
+def left_behind(run: Path) -> Left:
+    """The final metrics; every number of the last checkpoint and of the clients' folders; the rounds' records."""
+    directory = RunDirectory(run)
+    summary = json.loads((run / "summary.json").read_text())
+    found = directory.newest_checkpoint()
+    assert found is not None
+    numbers = {f"state/{name}": tensor for name, tensor in found.state.tensors.items()}
+    for client in sorted(summary["clients"]):
+        for part in ("slots", "adapter"):
+            for path in sorted((run / "clients" / client / part).rglob("*.safetensors")):
+                kept = load_file(path).items()
+                numbers |= {f"{path.relative_to(run)}:{name}": tensor for name, tensor in kept}
+    records = [
+        [record["phase"], record["round"], _timeless(record.get("settled", {})),
+         {name: [client["status"], client.get("train_loss"), client.get("metrics")]
+          for name, client in record["clients"].items()}]
+        for record in directory.rounds() if record["phase"] in ("train", "deliver")
+    ]  # fmt: skip
+    metrics = {client: values for client, values in summary["clients"].items()}
+    return {"clients": metrics, "values": found.state.values}, numbers, records
+
+
+def _timeless(settled: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settled.items() if "seconds" not in key}
+
+
+def assert_same(run: Path, baseline: Path) -> None:
+    """To the bit: metrics, strategy state, slots, personal models, records."""
+    metrics, numbers, records = left_behind(run)
+    expected_metrics, expected_numbers, expected_records = left_behind(baseline)
+    assert metrics == expected_metrics
+    assert records == expected_records
+    assert set(numbers) == set(expected_numbers)
+    assert len(numbers) > 2
+    different = [name for name, tensor in expected_numbers.items() if not torch.equal(tensor, numbers[name])]
+    assert not different
