@@ -30,7 +30,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-docker unit lint format proto clean
+.PHONY: help demo test test-docker test-faults unit lint format proto clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ test: $(STAMP) lint ## Lint and all tests (unit and end-to-end); what was skippe
 
 test-docker: $(STAMP) ## The image and the compose files, with a real cluster in containers; part of `make test`.
 	@$(BIN)/python -m pytest -rs tests/docker
+
+test-faults: $(STAMP) ## Kills, hostile clients, full disks, in their long form (a short one is part of `make test`).
+	@FEDALLOY_FAULTS=long $(BIN)/python -m pytest -rs -m faults
 
 unit: $(STAMP) ## The tests that start no Flower process.
 	@$(UNIT)

@@ -132,7 +132,7 @@ class Federation:
     def present(self, watch: Watch) -> list[Client]:
         """Enrolled clients whose nodes are online now, in order of id; unknown nodes are asked who they are."""
         self._look_around(watch, now=True)
-        self._pull([], watch)
+        self._pull({})
         return [client for _, client in sorted(self.clients.items()) if client.node_id in self._nodes]
 
     @property
@@ -175,11 +175,13 @@ class Federation:
             push(client_id)
         next_word = started + SAY_SECONDS
         while waiting or (lost and not enough()):
-            for reply in self._pull(list(waiting), watch):
+            for reply in self._pull(waiting):
                 client_id = waiting.pop(reply.metadata.reply_to_message_id)
                 died = reply.has_error() and reply.error.code in (NODE_UNAVAILABLE, APP_STOPPED)
                 if died and attempts[client_id] < MAX_ATTEMPTS:
                     lost[client_id] = reply
+                    if reply.error.code == NODE_UNAVAILABLE:  # until the next look says that it is back
+                        self._nodes.pop(self._node_of(client_id), None)
                     continue
                 yield Reply(client_id, reply, time.monotonic() - started, attempts[client_id])
             now = time.monotonic()
@@ -201,8 +203,8 @@ class Federation:
             self._overdue[message_id] = client_id
             yield Reply(client_id, None, time.monotonic() - started, attempts[client_id])
 
-    def _pull(self, waiting: list[str], watch: Watch) -> list[Message]:
-        """Replies to these messages; others are dealt with here, each message is answered once."""
+    def _pull(self, waiting: Mapping[str, str]) -> list[Message]:
+        """Replies to these messages (to clients by id); others are dealt with here, each message is answered once."""
         ids = dict.fromkeys([*waiting, *self._asking, *self._overdue])
         found: dict[str, Message] = {}
         for reply in self.grid.pull_messages(list(ids)) if ids else ():
@@ -213,14 +215,16 @@ class Federation:
             elif message_id in waiting and message_id not in found:
                 found[message_id] = reply
             else:  # too late, or once more: taken off the SuperLink, and told
-                name = self._overdue.pop(message_id, "somebody")
+                name = self._overdue.pop(message_id, None) or waiting.get(message_id, "somebody")
                 self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
         return list(found.values())
 
     def _is_online(self, client_id: str) -> bool:
+        return self._node_of(client_id) in self._nodes
+
+    def _node_of(self, client_id: str) -> int:
         client = self.clients.get(client_id)
-        node_id = client.node_id if client else int(client_id.removeprefix("node "))
-        return node_id in self._nodes
+        return client.node_id if client else int(client_id.removeprefix("node "))
 
     def _look_around(self, watch: Watch, *, now: bool = False) -> None:
         """Which nodes are online; those never seen before are asked who they are, and answer while others train."""

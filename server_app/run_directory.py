@@ -122,7 +122,7 @@ class RunDirectory:
             RunDirectoryError: the file cannot be read.
         """
         try:
-            return tomllib.loads((self.path / "config.toml").read_text())
+            return dict(_dotted(tomllib.loads((self.path / "config.toml").read_text())))
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"cannot read {self.path / 'config.toml'}: {error}") from None
 
@@ -233,6 +233,15 @@ class RunDirectory:
             write_durably(self.path / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise RunDirectoryError(_explain(self.path, error)) from error
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """TOML reads ``a.b = 1`` as a table in a table; run-config has dotted keys."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _explain(path: Path, error: OSError) -> str:

@@ -20,15 +20,18 @@ import pytest
 hypothesis.settings.register_profile("fedalloy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("fedalloy")
 
+FAULTS = Path(__file__).parent / "faults"
 E2E = (Path(__file__).parent / "e2e", Path(__file__).parent / "docker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below tests/e2e and tests/docker is of that tier; a test marked gpu needs one."""
+    """Everything below tests/e2e, tests/docker and tests/faults is of that tier; a test marked gpu needs one."""
     without_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
     for item in items:
         if any(folder in item.path.parents for folder in E2E):
             item.add_marker(pytest.mark.e2e)
+        if FAULTS in item.path.parents:
+            item.add_marker(pytest.mark.faults)
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(without_gpu)
 

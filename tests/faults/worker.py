@@ -1,9 +1,9 @@
 """Whole runs in forked children that kill themselves at a chosen moment; started as a module by ``killing.py``.
 
 PyTorch, base model and data are loaded once. Reads one JSON object a line, forks a child for each, prints what became
-of it. A child is server and clients in one process, or (``client_kill_at``) a server whose clients are children of their
-own. A *moment* is a touch of the file system (counted by an audit hook), a message that is pushed, or an answer that is
-taken: everything before and after which the world looks different.
+of it. A child is server and clients in one process, or (``client_kill_at``) a server whose clients are processes of
+their own. A *moment* is a touch of the file system (counted by an audit hook), a message that is pushed, or an answer
+that is taken: everything before and after which the world looks different.
 """
 
 from __future__ import annotations
