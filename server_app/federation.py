@@ -173,7 +173,7 @@ class Federation:
 
         for client_id in makes:
             push(client_id)
-        next_word = started + SAY_SECONDS
+        next_word = started
         while waiting or (lost and not enough()):
             for reply in self._pull(waiting):
                 client_id = waiting.pop(reply.metadata.reply_to_message_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -10,11 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from server_app.run_directory import RunDirectory
 from strategies import STRATEGIES
 from tests.faults.killing import LONG, Killer, assert_same
 
 SEED = 20
-KILLS = 10 if LONG else 4
+KILLS = 10 if LONG else max(1, math.ceil(20 / len(STRATEGIES)))
 """For each strategy; at every second one, the resumed run is killed as well."""
 
 
@@ -25,23 +27,18 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
     started.close()
 
 
-@pytest.fixture(scope="module")
-def baselines(killer: Killer) -> dict[str, int]:
-    """Runs that nobody stops, by strategy, and how many moments each has."""
-    return {name: killer.finish(f"baseline-{name}", strategy=name) for name in STRATEGIES}
-
-
 def killed(status: int, by: int = signal.SIGKILL) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == by
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_killed_at_random_moments_and_resumed(strategy: str, killer: Killer, baselines: dict[str, int]) -> None:
+def test_killed_at_random_moments_and_resumed(strategy: str, killer: Killer) -> None:
     """Server and clients at once, in whatever either was doing: the worst case of a machine that goes down."""
     chance = random.Random(f"{SEED}:{strategy}")
+    moments = killer.finish(f"baseline-{strategy}", strategy=strategy)  # nobody stops this one
     for number in range(KILLS):
         name = f"killed-{strategy}-{number}"
-        moment = chance.randint(1, baselines[strategy])
+        moment = chance.randint(1, moments)
         status, _ = killer.start(name, kill_at=moment, strategy=strategy)
         assert killed(status), (moment, killer.log())
         if number % 2:
@@ -51,3 +48,64 @@ def test_killed_at_random_moments_and_resumed(strategy: str, killer: Killer, bas
             killer.finish(name, strategy=strategy)
         assert_same(killer.runs / name, killer.runs / f"baseline-{strategy}")
         shutil.rmtree(killer.runs / name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["fedavg", "fedmosaic", "local"])
+def test_a_client_killed_anywhere_is_asked_again_and_the_run_needs_no_resume(strategy: str, killer: Killer) -> None:
+    """SIGKILL of the process that carries out a plan: the server goes on, and the numbers are those of no kill."""
+    config = {"strategy": strategy, "round_timeout": 60.0}
+    if not (killer.runs / f"baseline-{strategy}" / "summary.json").exists():
+        killer.finish(f"baseline-{strategy}", strategy=strategy)
+    chance = random.Random(f"{SEED}:client:{strategy}")
+    for number in range(5 if LONG else 2):
+        name = f"client-{strategy}-{number}"
+        status, _ = killer.start(name, client_kill_at=chance.randint(1, 100), **config)
+        assert status == 0, killer.log()
+        records = [found for found in RunDirectory(killer.runs / name).rounds() if "clients" in found]
+        attempts = [client.get("attempts", 1) for record in records for client in record["clients"].values()]
+        assert sorted(attempts)[-2:] == [1, 2]
+        assert_same(killer.runs / name, killer.runs / f"baseline-{strategy}")
+
+
+@pytest.mark.parametrize(("how", "ends"), [("full", 0), ("terminate", signal.SIGTERM)])
+def test_a_full_disk_and_sigterm_leave_a_run_that_goes_on(how: str, ends: int, killer: Killer) -> None:
+    """From a random moment on nothing can be written (errors, no kill); or SIGTERM while something is written."""
+    if not (killer.runs / "baseline-fedavg" / "summary.json").exists():
+        killer.finish("baseline-fedavg", strategy="fedavg")
+    chance = random.Random(f"{SEED}:{how}")
+    for number in range(10 if LONG else 3):
+        name = f"{how}-{number}"
+        status, _ = killer.start(name, kill_at=chance.randint(10, 250), how=how, strategy="fedavg")
+        assert killed(status, ends) if ends else os.waitstatus_to_exitcode(status) == 1
+        if how == "full":
+            assert "No space left on device" in killer.log()
+        killer.finish(name, strategy="fedavg")
+        assert_same(killer.runs / name, killer.runs / "baseline-fedavg")
+
+
+@pytest.mark.parametrize("seconds", [86400.0, -86400.0])
+def test_a_clock_that_jumps_changes_no_number(seconds: float, killer: Killer) -> None:
+    if not (killer.runs / "baseline-fedavg" / "summary.json").exists():
+        killer.finish("baseline-fedavg", strategy="fedavg")
+    name = f"clock{seconds:.0f}"
+    status, _ = killer.start(name, clock=seconds, strategy="fedavg")
+    assert status == 0, killer.log()
+    assert_same(killer.runs / name, killer.runs / "baseline-fedavg")
+
+
+def test_a_torn_checkpoint_is_passed_over_and_clients_still_hold_the_slots_before_it(killer: Killer) -> None:
+    """Not what a kill leaves, but a disk: the last checkpoint is damaged, clients are a round further."""
+    for strategy in ("fedavg", "local", "fedmosaic"):
+        if not (killer.runs / f"baseline-{strategy}" / "summary.json").exists():
+            killer.finish(f"baseline-{strategy}", strategy=strategy)
+        name = f"torn-{strategy}"
+        killer.finish(name, strategy=strategy)
+        run = killer.runs / name
+        (run / "summary.json").unlink()
+        torn = run / "checkpoints" / "round-0003" / "state.safetensors"
+        torn.write_bytes(torn.read_bytes()[:-1])
+        found = RunDirectory(run).newest_checkpoint()
+        assert found is not None
+        assert found.round == 2
+        killer.finish(name, strategy=strategy)
+        assert_same(run, killer.runs / f"baseline-{strategy}")

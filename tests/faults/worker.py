@@ -8,6 +8,7 @@ that is taken: everything before and after which the world looks different.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -190,6 +191,10 @@ def main() -> None:
     executors = {node_id: Executor() for node_id in grid.get_node_ids()}
     for node_id, executor in executors.items():
         executor.register(read_settings(grid.context(node_id)))
+        assert executor._held is not None
+        data = executor._held[1]  # a dozen examples are enough to be different numbers
+        few = {name: split.subset(torch.arange(min(len(split), 12))) for name, split in data.splits.items()}
+        executor._held = (executor._held[0], dataclasses.replace(data, splits=few))
     import server_app.run  # noqa: F401  everything that a child would import
 
     print("ready", flush=True)

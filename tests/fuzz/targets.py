@@ -1,0 +1,121 @@
+"""What is fuzzed: bytes from the other end may be refused with the errors that are documented, and do nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
+
+from adapters.adapter import Adapter
+from adapters.codec import CodecError, Encoding, decode, encode
+from adapters.records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
+from client_app.interpreter import Interpreter, PlanError
+from client_app.slots import SlotStore
+from proto.fedalloy.v1 import plan_pb2
+from strategies import steps
+from strategies.limits import Limits, bounded
+from strategies.messages import BadAnswerError, read_answer
+from strategies.steps import Training
+from tests.strategies.hostile import LAYOUT, NAME, asked, dispatch_of, honest
+
+torch.set_num_threads(1)
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
+DISPATCH = dispatch_of()
+MAX_BYTES = 2**20
+
+
+class Memory(dict[str, Adapter]):
+    """Slots without a disk."""
+
+    residual = dict.get
+    names = SlotStore.names
+
+    def set_residual(self, slot: str, residual: Adapter) -> None:
+        pass
+
+    def save_personal(self, adapter: Adapter) -> None:
+        assert adapter.vector.numel() < MAX_BYTES
+
+    save_parts = set_residual
+
+
+def refuse(*arguments: Any, **options: Any) -> Any:
+    raise ValueError("there is no model here")
+
+
+def adapter(data: bytes) -> None:
+    """A blob from anywhere."""
+    try:
+        found = decode(data, layouts={LAYOUT.digest: LAYOUT}, max_bytes=MAX_BYTES)
+    except CodecError:
+        return
+    assert bool(found.vector.isfinite().all())
+    assert found.vector.numel() <= len(data)
+
+
+def plan(data: bytes) -> None:
+    """A plan from a server; model and data refuse, slots are in memory."""
+    try:
+        asked_for = plan_pb2.Plan.FromString(data)
+    except DecodeError:
+        return
+    asked_for.client_id = NAME  # or everything ends there
+    model: Any = SimpleNamespace(
+        layout=LAYOUT, own_layout=None, device=torch.device("cpu"), initial=lambda seed: Adapter.initial(LAYOUT, seed),
+        load=refuse, activate=refuse, trainable=refuse, read=refuse, gate_layout=refuse,
+    )  # fmt: skip
+    slots: Any = Memory({"global": Adapter.zeros(LAYOUT), "local": Adapter.initial(LAYOUT, 1)})
+    examples: Any = SimpleNamespace(splits={"train": [], "test": []})
+    try:
+        _, uploads = Interpreter(NAME, model, examples, slots).run(asked_for, {})
+    except (PlanError, CodecError):
+        return
+    assert set(uploads) <= {step.send.slot for step in asked_for.steps if step.HasField("send")}
+
+
+def report(data: bytes) -> None:
+    """An answer from a client: its report, and what it says are the two uploads; lengths in the first four bytes."""
+    first, second = int.from_bytes(data[:2], "little"), int.from_bytes(data[2:4], "little")
+    said, rest = data[4 : 4 + first], data[4 + first :]
+    blobs = {"global": rest[:second], "extra": rest[second:]}
+    arrays = {
+        slot: Array(dtype=ARRAY_DTYPE, shape=(len(blob),), stype=ARRAY_STYPE, data=blob) for slot, blob in blobs.items()
+    }
+    records = RecordDict({CONFIG_RECORD: ConfigRecord({"report": said}), ARRAY_RECORD: ArrayRecord(arrays)})
+    try:
+        _, adapters = read_answer(DISPATCH, Message(records, reply_to=asked(DISPATCH)))
+        kept = bounded(Limits(max_update_norm=1.0), DISPATCH, adapters)
+    except BadAnswerError:
+        return
+    assert set(kept.adapters) == {"global", "extra"}
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """Honest input for each target: without it a fuzzer spends its life before the first field."""
+    said, blobs, _ = honest(DISPATCH)
+    head, extra = said.SerializeToString(), blobs["extra"]
+    joined = len(head).to_bytes(2, "little") + len(blobs["global"]).to_bytes(2, "little") + head + blobs["global"]
+    training, mix = Training(), steps.mixture("global", "local", coefficients=(0.5, 0.5))
+    plans = [
+        [steps.initialise("new", 3), steps.send(training, "new", relative_to_received=False)],
+        [steps.merge("merged", mix), steps.save(mix)],
+        [steps.merge("merged", mix, space="factor"), steps.send(training, "merged", relative_to_received=False)],
+        [steps.evaluate(training, mix), steps.train(training, mix, ["global"])],
+    ]
+    filled = Adapter.initial(LAYOUT, 1)
+    return {
+        "adapter": [encode(filled, encoding).blob for encoding in Encoding] + list(blobs.values()),
+        "plan": [
+            plan_pb2.Plan(version=1, client_id=NAME, round=1, run_name="run", steps=found).SerializeToString()
+            for found in plans
+        ],
+        "report": [joined + extra],
+    }
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"adapter": adapter, "plan": plan, "report": report}
