@@ -1,10 +1,10 @@
 """Memory of the server over the number of clients: ``python -m tests.benchmarks.server_memory [STRATEGY ...]``.
 
-The real round loop over clients that answer without a model, one process for each point of the curve (peak memory never
-falls). Uploads are made when they are asked for and are forgotten afterwards, so that what is measured is the server and
-not the network: one round, in which every client is sent an adapter of P numbers and sends one back. What a strategy
-must hold: local nothing; fedavg one adapter and, until the round settles, one upload per client; fedmerge besides what
-each client was sent.
+The real round loop over clients that answer without a model, one process for each point of the curve (peak memory
+never falls). Uploads are made when they are fetched and forgotten afterwards, so that what is measured is the server
+and not the network: one round, in which every client is sent an adapter of P numbers and sends one back. What a
+strategy must hold: local nothing; fedavg one adapter and, until the round settles, one upload per client; fedmerge
+besides what each client was sent.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from flwr.app import Context, Message, RecordDict
 from adapters.adapter import Adapter
 from adapters.codec import CodecError, decode, encode
 from adapters.records import pack, unpack
-from client_app.interpreter import Interpreter, PlanError
+from client_app.interpreter import Interpreter
+from client_app.plan_names import PlanError
 from client_app.settings import Policy, SettingsError, read_settings
 from client_app.slots import SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2

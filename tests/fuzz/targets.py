@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError
 from adapters.adapter import Adapter
 from adapters.codec import CodecError, Encoding, decode, encode
 from adapters.records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
-from client_app.interpreter import Interpreter, PlanError
+from client_app.interpreter import Interpreter
+from client_app.plan_names import PlanError
 from client_app.slots import SlotStore
 from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
