@@ -279,6 +279,21 @@ def register(
 
 
 @app.command()
+def check(
+    address: Annotated[str, typer.Argument(help="The SuperLink's Fleet port, HOST:PORT.")],
+    root_certificates: Annotated[Path | None, typer.Option(help="As for flower-supernode; none: no TLS.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The SuperNode's private key.")] = None,
+) -> None:
+    """Say why a SuperNode on this machine does not get in, and what to do."""
+    from server_app.link_check import check_key, check_link
+
+    with _clear_errors():
+        if key is not None:
+            console.print(check_key(key), soft_wrap=True)
+        console.print(check_link(address, root_certificates), soft_wrap=True)
+
+
+@app.command()
 def options(
     run_config: Annotated[str, typer.Argument(help="Run-config to check, as for flwr run.")] = "",
 ) -> None:
@@ -354,6 +369,7 @@ def _clear_errors() -> Iterator[None]:
     from server_app.certificates import CertificateError
     from server_app.collect import CollectError
     from server_app.export import ExportError
+    from server_app.link_check import LinkError
     from server_app.run_directory import RunDirectoryError
     from server_app.superlink import ClusterError
     from strategies.options import OptionError
@@ -366,6 +382,7 @@ def _clear_errors() -> Iterator[None]:
         ClusterError,
         CollectError,
         ExportError,
+        LinkError,
         RunDirectoryError,
         OptionError,
     ) as error:

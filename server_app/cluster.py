@@ -24,6 +24,7 @@ import psutil
 
 from adapters.durable import write_durably
 from server_app.certificates import ServerFiles, make_client_key, make_server_files, private_folder
+from server_app.link_check import advice
 from server_app.superlink import ClusterError, SuperLink, app_directory, last_words, literal
 
 CONNECTION = "fedalloy"
@@ -252,7 +253,9 @@ class LocalCluster(SuperLink):
         for process in self.processes:
             if process.find() is None:
                 log = self.directory / "logs" / f"{process.name}.log"
-                raise ClusterError(f"{process.name} ended: {last_words(log.read_text(errors='replace'))} (log: {log})")
+                said = log.read_text(errors="replace")
+                what = advice(said)
+                raise ClusterError(f"{process.name} ended: {last_words(said)} {what and f'- {what} '}(log: {log})")
 
 
 def read_state(directory: Path) -> dict[str, Any] | None:

@@ -1,0 +1,128 @@
+"""Why does my SuperNode not get in? Looks at the key and at the SuperLink's port, and says what to do.
+
+Flower's SuperNode retries a link that fails for ever and says little; this looks once, with the same files.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import stat
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+_NEW_CERTIFICATE = "make a new one at the server (fedalloy certificates --renew server) and restart the SuperLink"
+_REFUSALS = {
+    "Failed to activate SuperNode": (
+        "the SuperLink does not know its key: at the server, flwr supernode register KEY.pub CONNECTION (or a "
+        "SuperNode with this key was online less than a minute ago: start it again then)"
+    ),
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate was not accepted: fedalloy check HOST:PORT says why",
+    "WRONG_VERSION_NUMBER": "one end speaks TLS and the other does not: fedalloy check HOST:PORT says which",
+}
+
+
+class LinkError(RuntimeError):
+    """The link cannot work; the message says what was found and what to do."""
+
+
+def advice(log: str) -> str:
+    """What to do about the last refusal in a SuperNode's log; empty where the log says nothing that is known."""
+    found = [(log.rfind(words), what) for words, what in _REFUSALS.items() if words in log]
+    return max(found)[1] if found else ""
+
+
+def check_link(address: str, authority: Path | None, timeout: float = 10.0) -> str:
+    """Connect to a SuperLink's Fleet port once, as a SuperNode would; one line that says what is there.
+
+    Args:
+        address: ``host:port``.
+        authority: what the SuperNode gets as ``--root-certificates``; None: ``--insecure``.
+        timeout: seconds.
+
+    Raises:
+        LinkError: nothing listens, one end speaks TLS and the other does not, or the certificate is not accepted.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise LinkError(f"{address!r}: expected HOST:PORT, for example superlink.example.org:9092")
+    context = ssl.create_default_context()
+    if authority is not None:
+        try:
+            context = ssl.create_default_context(cafile=str(authority))
+        except OSError as error:
+            raise LinkError(
+                f"{authority} is no certificate: {error.strerror or error}; get the server's ca.crt"
+            ) from None
+    try:
+        with socket.create_connection((host, int(port)), timeout) as plain:
+            if authority is None:
+                return _check_plain(address, plain)
+            with context.wrap_socket(plain, server_hostname=host) as secure:
+                return f"{address}: TLS ({secure.version()}), and the certificate is accepted"
+    except ssl.SSLCertVerificationError as error:
+        raise LinkError(f"{address}: {_why(error, host)}") from None
+    except (ssl.SSLError, ConnectionResetError) as error:
+        raise LinkError(
+            f"{address} does not speak TLS ({getattr(error, 'reason', error)}): start the SuperNode with --insecure, or "
+            "the SuperLink with --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile"
+        ) from None
+    except OSError as error:
+        raise LinkError(
+            f"nobody answers at {address} ({error.strerror or error}): is the SuperLink up, and this its Fleet port?"
+        ) from None
+
+
+def check_key(key: Path) -> str:
+    """A SuperNode's private key: readable by its owner only, and of the kind that Flower takes.
+
+    Raises:
+        LinkError: it is not.
+    """
+    try:
+        mode, data = stat.S_IMODE(key.stat().st_mode), key.read_bytes()
+    except OSError as error:
+        raise LinkError(f"cannot read the key {key}: {error.strerror}") from None
+    if mode & 0o077:
+        raise LinkError(f"the key {key} can be read by others (mode {mode:04o}, expected 0600): chmod 600 {key}")
+    try:
+        private = serialization.load_ssh_private_key(data, None)
+    except ValueError:
+        try:
+            private = serialization.load_pem_private_key(data, None)
+        except ValueError:
+            raise LinkError(f"{key} holds no private key: make one with fedalloy certificates") from None
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise LinkError(f"{key} is no elliptic-curve key, which Flower needs: make one with fedalloy certificates")
+    return f"{key}: a private key, the owner's alone; whether the SuperLink knows it: flwr supernode list CONNECTION"
+
+
+def _check_plain(address: str, plain: socket.socket) -> str:
+    """A gRPC server without TLS sends its HTTP/2 settings at once; one with TLS waits for a hello, or hangs up."""
+    plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
+    plain.settimeout(3.0)
+    try:
+        said = plain.recv(9)
+    except (TimeoutError, ConnectionResetError):
+        said = b""
+    if said[3:4] == b"\x04":
+        return f"{address}: HTTP/2 without TLS"
+    raise LinkError(
+        f"{address} does not speak plain HTTP/2; if it speaks TLS, start the SuperNode with --root-certificates ca.crt "
+        "instead of --insecure"
+    )
+
+
+def _why(error: ssl.SSLCertVerificationError, host: str) -> str:
+    if error.verify_code == 10:
+        return f"the server's certificate has expired: {_NEW_CERTIFICATE}"
+    if error.verify_code == 9:
+        return "the server's certificate is not valid yet: compare the clocks of both machines"
+    if error.verify_code in (62, 64):
+        return f"the server's certificate does not name {host!r}: {_NEW_CERTIFICATE}, with this name among --hosts"
+    return (
+        f"the server's certificate was signed by another authority ({error.verify_message}): give this client the "
+        "server's present ca.crt"
+    )
