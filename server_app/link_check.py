@@ -65,8 +65,9 @@ def check_link(address: str, authority: Path | None, timeout: float = 10.0) -> s
     except ssl.SSLCertVerificationError as error:
         raise LinkError(f"{address}: {_why(error, host)}") from None
     except (ssl.SSLError, ConnectionResetError) as error:
+        found = getattr(error, "reason", error)
         raise LinkError(
-            f"{address} does not speak TLS ({getattr(error, 'reason', error)}): start the SuperNode with --insecure, or "
+            f"{address} does not speak TLS ({found}): start the SuperNode with --insecure, or "
             "the SuperLink with --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile"
         ) from None
     except OSError as error:
