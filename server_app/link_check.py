@@ -88,6 +88,7 @@ def check_key(key: Path) -> str:
         raise LinkError(f"cannot read the key {key}: {error.strerror}") from None
     if mode & 0o077:
         raise LinkError(f"the key {key} can be read by others (mode {mode:04o}, expected 0600): chmod 600 {key}")
+    private: object
     try:
         private = serialization.load_ssh_private_key(data, None)
     except ValueError:

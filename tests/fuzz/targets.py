@@ -16,7 +16,7 @@ from adapters.codec import CodecError, Encoding, decode, encode
 from adapters.records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
 from client_app.interpreter import Interpreter
 from client_app.plan_names import PlanError
-from client_app.slots import SlotStore
+from client_app.slots import SlotError
 from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
 from strategies.limits import Limits, bounded
@@ -34,7 +34,12 @@ class Memory(dict[str, Adapter]):
     """Slots without a disk."""
 
     residual = dict.get
-    names = SlotStore.names
+
+    def names(self) -> list[str]:
+        return sorted(self)
+
+    def __missing__(self, slot: str) -> Adapter:
+        raise SlotError(f"no slot {slot!r}")
 
     def set_residual(self, slot: str, residual: Adapter) -> None:
         pass
