@@ -5,6 +5,9 @@ never falls). Uploads are made when they are fetched and forgotten afterwards, s
 and not the network: one round, in which every client is sent an adapter of P numbers and sends one back. What a
 strategy must hold: local nothing; fedavg one adapter and, until the round settles, one upload per client; fedmerge
 besides what each client was sent.
+
+Seen for fedavg with an adapter of 1.0 MiB, MiB above the start: 8 clients 56, 32 140, 128 447, 200 647; no answer lost.
+That is 3.1 adapters per client: the upload, the blob that it was read from, and a copy inside the average.
 """
 
 from __future__ import annotations
