@@ -111,9 +111,7 @@ def compare(
         _started(place if missing and engine is None else "process", clients, runs, console) as started,
         _Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place == "cluster"))) as progress,
     ):
-        for job in missing:
-            shutil.rmtree(runs / job.name, ignore_errors=True)  # it was interrupted
-        configs = [{**job.config, "run-name": job.name} for job in missing]
+        configs = [{**job.config, "run-name": job.name} | _begun(runs / job.name) for job in missing]
         if engine is None and place == "process" and min(workers, len(missing)) > 1:
             side_by_side(configs, clients, runs, progress, min(workers, len(missing)))
         else:
@@ -176,6 +174,14 @@ def on_cluster(
     outcome = cluster.run({**config, "runs-dir": str(runs.resolve())}, look)
     if not outcome.completed or not is_finished(directory.path):
         raise ClusterError(f"the run ended as {outcome.status}")
+
+
+def _begun(run: Path) -> dict[str, Any]:
+    """Run-config that continues an interrupted run after its last complete round; without one it begins anew."""
+    if RunDirectory(run).newest_checkpoint() is not None:
+        return {"resume": str(run.resolve())}
+    shutil.rmtree(run, ignore_errors=True)
+    return {}
 
 
 def _folder(out: Path, job: Job) -> Path:

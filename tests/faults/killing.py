@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from server_app.run_directory import RunDirectory
 ROOT = Path(__file__).resolve().parents[2]
 LONG = os.environ.get("FEDALLOY_FAULTS") == "long"
 """``make test-faults`` does everything; ``make test`` a short form."""
+MAIN = ("fedavg", "fedmerge", "fedmosaic", "potara", "tap")
+"""What the short form does to every strategy's neighbours by sample, it does to these in full."""
 
 
 class Killer:
@@ -43,6 +47,7 @@ class Killer:
         kill_at: int = 0,
         client_kill_at: int = 0,
         how: str = "kill",
+        kill_after_round: int = 0,
         clock: float = 0.0,
         **config: Any,
     ) -> tuple[int, int]:
@@ -51,7 +56,8 @@ class Killer:
         assert self.process.stdout is not None
         task = {
             "name": name, "resume": resume, "kill_at": kill_at, "client_kill_at": client_kill_at, "how": how,
-            "clock": clock, "config": {key.replace("__", ".").replace("_", "-"): v for key, v in config.items()},
+            "kill_after_round": kill_after_round, "clock": clock,
+            "config": {key.replace("__", ".").replace("_", "-"): v for key, v in config.items()},
         }  # fmt: skip
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -115,3 +121,26 @@ def assert_same(run: Path, baseline: Path) -> None:
     assert len(numbers) > 2
     different = [name for name, tensor in expected_numbers.items() if not torch.equal(tensor, numbers[name])]
     assert not different
+
+
+def assert_valid(run: Path, round_: int | None = None) -> None:
+    """What is there can be read, and every round that ended is whole: its record, its checkpoint, the ledger.
+
+    Args:
+        run: the run's folder.
+        round_: the last complete round, where that is known.
+    """
+    directory = RunDirectory(run)
+    if (run / "config.toml").exists():
+        directory.config()
+    found = directory.newest_checkpoint()
+    completed = found.round if found is not None else -1
+    if round_ is not None:
+        assert completed == round_
+    newest = sorted((run / "checkpoints").glob("round-*"))[-1:]
+    assert [folder.name for folder in newest] == ([f"round-{completed:04d}"] if found is not None else [])
+    records = [record["round"] for record in directory.rounds() if record["phase"] == "train"]
+    assert records in ([*range(1, completed)], [*range(1, completed + 1)])  # the checkpoint is written before the line
+    if (run / "ledger.sqlite").exists():
+        with contextlib.closing(sqlite3.connect(run / "ledger.sqlite")) as ledger:
+            assert ledger.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

@@ -18,6 +18,8 @@ from client_app.plan_names import PlanError
 from client_app.settings import Policy, SettingsError, read_settings
 from client_app.slots import SlotStore
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from server_app.federation import NotEnoughClientsError
+from server_app.run_directory import RunDirectory
 from strategies import STRATEGIES
 from strategies.limits import Limits, with_bounded_weight
 from strategies.options import OptionError
@@ -111,11 +113,19 @@ def test_a_giant_update_is_refused_where_the_run_says_so(strategy: str, tmp_path
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_largest_numbers_that_are_accepted_leave_every_state_finite(strategy: str, tmp_path: Path) -> None:
-    """Just below the bound of the format, without a bound of the run: a bad model, and a server that goes on."""
+    """Just below the bound of the format, without a bound of the run: a bad model, and a server that goes on.
+
+    Where what is sent to the honest client is itself so large that its answer is beyond the bound, the run says so and ends.
+    """
     config: dict[str, Any] = {"strategy": strategy, "num_server_rounds": 3, "min_clients": 1}
-    directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: giant, 2: giant}), **config)
-    assert all(bool(tensor.isfinite().all()) for tensor in final_state(directory).values())
-    assert len(statuses(directory)) == 3
+    try:
+        run_nodes(tmp_path, NodeGrid(nodes(), {3: giant, 2: giant}), **config)
+    except NotEnoughClientsError as error:
+        assert "0 of at least 1 clients gave a usable answer" in str(error)  # noqa: PT017
+        assert "expected at most 1e+09" in (tmp_path / "run" / "rounds.jsonl").read_text()
+    else:
+        assert len(statuses(RunDirectory(tmp_path / "run"))) == 3
+    assert all(bool(tensor.isfinite().all()) for tensor in final_state(RunDirectory(tmp_path / "run")).values())
 
 
 def test_a_lying_example_count_weighs_no_more_than_the_bound(tmp_path: Path) -> None:

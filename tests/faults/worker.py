@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,13 +32,20 @@ from tests.in_process import InProcessGrid
 
 TOUCHES = {"open", "os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove"}
 CLIENTS = 2
+TORN_BYTES = 700
+"""Some files are shorter, most are not."""
 
 
 class Moments:
-    """Counts; at the chosen one the process kills or terminates itself, or the disk is full from then on."""
+    """Counts; at the chosen one the process kills or terminates itself, or the disk is full from then on.
 
-    def __init__(self, kill_at: int = 0, how: str = "kill") -> None:
+    ``how`` is "kill", "terminate" (SIGTERM, which ends the process), "exit" (SIGTERM with a handler that leaves through
+    every ``finally``, as Flower's), "full" (nothing can be created), or "torn" (a write stops after some bytes).
+    """
+
+    def __init__(self, kill_at: int = 0, how: str = "kill", after_round: int = 0) -> None:
         self.count, self.kill_at, self.how = 0, kill_at, how
+        self.checkpoint = f"round-{after_round:04d}" if after_round else None
 
     def touch(self) -> None:
         self.count += 1
@@ -45,8 +53,14 @@ class Moments:
             return
         if self.how == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.count == self.kill_at:
-            os.kill(os.getpid(), signal.SIGTERM if self.how == "terminate" else signal.SIGKILL)
+        if self.count > self.kill_at:
+            return
+        if self.how == "torn":  # the kernel writes up to here, then says that the file is too large
+            resource.setrlimit(resource.RLIMIT_FSIZE, (TORN_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return
+        if self.how == "exit":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGTERM)
 
     def watch_files(self, below: Path) -> None:
         """Only writes, and only of the run: what the interpreter and libraries read is no moment."""
@@ -58,6 +72,8 @@ class Moments:
             reads = event == "open" and (len(arguments) < 3 or not arguments[2] & (os.O_WRONLY | os.O_RDWR))
             if not reads:
                 self.touch()
+            if event == "os.rename" and self.checkpoint and str(arguments[1]).endswith(self.checkpoint):
+                self.kill_at = self.count + 1  # the checkpoint is there, and nothing after it
 
         sys.addaudithook(hook)
 
@@ -144,7 +160,7 @@ def run(runs: Path, executors: dict[int, Executor], task: dict[str, Any]) -> int
         config["resume"] = str(runs / task["name"])
     grid = ResidentGrid(CLIENTS, runs, config)
     grid.executors, grid.runs, grid.client_kill_at = executors, runs / task["name"], task["client_kill_at"]
-    grid.moments = Moments(task["kill_at"], task["how"])
+    grid.moments = Moments(task["kill_at"], task["how"], task["kill_after_round"])
     if not task["client_kill_at"]:
         grid.moments.watch_files(grid.runs)
     if shift := task.get("clock"):
