@@ -330,7 +330,10 @@ class _Transaction:
         self.db.execute("BEGIN")
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.db.execute("COMMIT" if kind is None else "ROLLBACK")
+        if kind is None:
+            self.db.execute("COMMIT")
+        elif self.db.in_transaction:  # on a full disk SQLite has ended it itself
+            self.db.execute("ROLLBACK")
 
 
 def _direction(name: str) -> str:

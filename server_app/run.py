@@ -22,7 +22,7 @@ from server_app.outcomes import OK, REJECTED, ClientRecord
 from server_app.resume import clients_to_json, require_same_config, saved_clients
 from server_app.run_directory import Checkpoint, RunDirectory
 from server_app.summary import summary_of
-from server_app.wire_log import Booking, WireLog
+from server_app.wire_log import Booking, WireLog, explained
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.base import Answer, Brief, Client, StrategyError, answer_from
 from strategies.limits import with_bounded_weight
@@ -49,7 +49,8 @@ def run(grid: Grid, context: Context) -> RunDirectory:
         directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
     name = directory.path.resolve().name
     log(INFO, "FedAlloy run %s in %s", name, directory.path.resolve())
-    with directory.alone(), WireLog(directory.path / "ledger.sqlite", name, grid) as wire:
+    ledger = directory.path / "ledger.sqlite"
+    with directory.alone(), explained(ledger), WireLog(ledger, name, grid) as wire:
         whole = Run(grid, options, strategy, directory, wire, name)
         try:
             whole.run()

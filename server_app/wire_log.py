@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Message
@@ -13,7 +15,7 @@ from proto.fedalloy.v1 import report_pb2
 from server_app.accounts import SKETCH
 from server_app.fleet_sampler import FleetSampler
 from server_app.flower_calls import BundleCost, bundle_cost
-from server_app.ledger import Ledger
+from server_app.ledger import Ledger, LedgerError
 from strategies.messages import Dispatch
 
 INFO = 20
@@ -87,6 +89,19 @@ class WireLog:
             return None
         # Flower runs the app from the folder that it unpacked the bundle to.
         return bundle_cost(self.grid.run, Path(__file__).resolve().parent.parent)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What SQLite says of a disk that is full names no file.
+
+    Raises:
+        LedgerError: the ledger cannot be written.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise LedgerError(f"cannot write the ledger {path}: {error}") from error
 
 
 class Booking:

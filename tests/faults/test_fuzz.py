@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from proto.fedalloy.v1 import plan_pb2
 from tests.faults.killing import LONG
 from tests.fuzz.targets import TARGETS, seeds
 
@@ -40,3 +41,9 @@ def test_mutations_are_refused_or_understood(name: str) -> None:
         TARGETS[name](data)
     for _ in range(TRIES):
         TARGETS[name](mutated(chance.choice(honest), chance))
+
+
+def test_the_plans_that_are_mutated_have_every_kind_of_step() -> None:
+    known = {field.name for field in plan_pb2.Step.DESCRIPTOR.fields}
+    plans = [plan_pb2.Plan.FromString(data) for data in seeds()["plan"]]
+    assert {step.WhichOneof("kind") for plan in plans for step in plan.steps} == known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -86,9 +87,15 @@ def test_a_client_killed_anywhere_is_asked_again_and_the_run_needs_no_resume(str
 
 
 @pytest.mark.parametrize(
-    ("how", "ends"), [("full", "No space left"), ("torn", "File too large"), ("exit", "SystemExit"), ("terminate", "")]
+    ("how", "ends"),
+    [
+        ("full", "No space left"),
+        ("torn", "File too large|cannot write the ledger"),
+        ("exit", "SystemExit"),
+        ("terminate", None),
+    ],
 )
-def test_a_full_disk_and_sigterm_leave_a_run_that_goes_on(how: str, ends: str, killer: Killer) -> None:
+def test_a_full_disk_and_sigterm_leave_a_run_that_goes_on(how: str, ends: str | None, killer: Killer) -> None:
     """From a random moment on nothing, or of each file only the beginning can be written; SIGTERM during a write."""
     if not (killer.runs / "baseline-fedavg" / "summary.json").exists():
         killer.finish("baseline-fedavg", strategy="fedavg")
@@ -98,7 +105,7 @@ def test_a_full_disk_and_sigterm_leave_a_run_that_goes_on(how: str, ends: str, k
         status, _ = killer.start(name, kill_at=chance.randint(10, 250), how=how, strategy="fedavg")
         if ends:
             assert os.waitstatus_to_exitcode(status) == 1
-            assert ends in killer.log()
+            assert re.search(ends, killer.log())
         else:
             assert killed(status, signal.SIGTERM)
         assert_valid(killer.runs / name)

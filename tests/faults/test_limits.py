@@ -115,7 +115,7 @@ def test_a_giant_update_is_refused_where_the_run_says_so(strategy: str, tmp_path
 def test_the_largest_numbers_that_are_accepted_leave_every_state_finite(strategy: str, tmp_path: Path) -> None:
     """Just below the bound of the format, without a bound of the run: a bad model, and a server that goes on.
 
-    Where what is sent to the honest client is itself so large that its answer is beyond the bound, the run says so and ends.
+    Where the honest client is sent numbers so large that its answer is beyond the bound, the run says so and ends.
     """
     config: dict[str, Any] = {"strategy": strategy, "num_server_rounds": 3, "min_clients": 1}
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError
 from adapters.adapter import Adapter
 from adapters.codec import CodecError, Encoding, decode, encode
 from adapters.records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
+from client_app.data import ClientData, Dataset
 from client_app.interpreter import Interpreter
 from client_app.plan_names import PlanError
 from client_app.slots import SlotError
@@ -28,12 +28,18 @@ torch.set_num_threads(1)
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
 DISPATCH = dispatch_of()
 MAX_BYTES = 2**20
+SPLIT = Dataset({"pixel_values": torch.zeros(2, 3, 4, 4)}, torch.zeros(2, dtype=torch.int64))
+EXAMPLES = ClientData("toy", "image-classification", dict.fromkeys(("train", "validation", "test"), SPLIT))
 
 
 class Memory(dict[str, Adapter]):
     """Slots without a disk."""
 
     residual = dict.get
+
+    def __init__(self, slots: dict[str, Adapter]) -> None:
+        super().__init__(slots)
+        self.losses = {"before": {"toy": 1.0}, "after": {"toy": 2.0}}
 
     def names(self) -> list[str]:
         return sorted(self)
@@ -48,6 +54,18 @@ class Memory(dict[str, Adapter]):
         assert adapter.vector.numel() < MAX_BYTES
 
     save_parts = set_residual
+
+
+class NoModel:
+    """Knows what an adapter looks like; whatever is computed with it is refused."""
+
+    layout, own_layout, device = LAYOUT, None, torch.device("cpu")
+
+    def initial(self, seed: int) -> Adapter:
+        return Adapter.initial(LAYOUT, seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return refuse
 
 
 def refuse(*arguments: Any, **options: Any) -> Any:
@@ -71,14 +89,10 @@ def plan(data: bytes) -> None:
     except DecodeError:
         return
     asked_for.client_id = NAME  # or everything ends there
-    model: Any = SimpleNamespace(
-        layout=LAYOUT, own_layout=None, device=torch.device("cpu"), initial=lambda seed: Adapter.initial(LAYOUT, seed),
-        load=refuse, activate=refuse, trainable=refuse, read=refuse, gate_layout=refuse,
-    )  # fmt: skip
     slots: Any = Memory({"global": Adapter.zeros(LAYOUT), "local": Adapter.initial(LAYOUT, 1)})
-    examples: Any = SimpleNamespace(splits={"train": [], "test": []})
+    model: Any = NoModel()
     try:
-        _, uploads = Interpreter(NAME, model, examples, slots).run(asked_for, {})
+        _, uploads = Interpreter(NAME, model, EXAMPLES, slots).run(asked_for, {})
     except (PlanError, CodecError):
         return
     assert set(uploads) <= {step.send.slot for step in asked_for.steps if step.HasField("send")}
@@ -112,6 +126,17 @@ def seeds() -> dict[str, list[bytes]]:
         [steps.merge("merged", mix), steps.save(mix)],
         [steps.merge("merged", mix, space="factor"), steps.send(training, "merged", relative_to_received=False)],
         [steps.evaluate(training, mix), steps.train(training, mix, ["global"])],
+        [steps.copy("new", "local"), steps.distance("new", "global"), steps.initialise_gates("gates", "input")],
+        [steps.initialise_gates("gates", "scalar"), steps.save(steps.gated("global", "local", "gates"))],
+        [steps.replace("local", "global", {"toy": 0.1}, records=("before", "after"))],
+        [steps.replace("local", "global", {"toy": 0.1}, records=("after", "before"), relative=True, exclusive=True)],
+        [steps.distill(steps.train(training, mix, ["local"]), steps.mixture("global"), {"toy": 0.5})],
+        [steps.fisher("global", "local", split="train", samples=2, damping=0.1, keep=("f", "g"))],
+        [steps.merge("merged", steps.precision_mixture({"global": "local"}), space="factor")],
+        [steps.sketch(training, "sketch", batches=1, rows=2), steps.send(training, "sketch")],
+        [steps.select("local", ["global", "local"], "improvement", split="train")],
+        [steps.gram(training, "gram", mix), steps.attribute(["global", "local"], "shares")],
+        [steps.save(steps.ensemble(["global", "local"], "shares")), steps.merge("local", mix, truncate_rank=2)],
     ]
     filled = Adapter.initial(LAYOUT, 1)
     return {
