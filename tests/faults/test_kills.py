@@ -32,7 +32,7 @@ def killed(status: int, by: int = signal.SIGKILL) -> bool:
 
 def kills_of(strategy: str) -> int:
     """How often; at every second one, the resumed run is killed as well."""
-    return (20 if strategy in MAIN else 5) if LONG else 4
+    return (20 if strategy in MAIN else 5) if LONG else 1
 
 
 @pytest.mark.parametrize("strategy", CHOSEN)
@@ -54,7 +54,7 @@ def test_killed_at_random_moments_and_resumed(strategy: str, killer: Killer) -> 
         shutil.rmtree(killer.runs / name)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["apfl", "fedem", "fml", "regmean"])
+@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["fedem", "rolora"])
 def test_stopped_after_every_round(strategy: str, killer: Killer) -> None:
     """What a strategy keeps between rounds, in numbers and in what it draws, is all in its checkpoints."""
     config = {"strategy": strategy, "num_server_rounds": 3}
@@ -69,14 +69,14 @@ def test_stopped_after_every_round(strategy: str, killer: Killer) -> None:
     assert_same(killer.runs / name, killer.runs / f"baseline-{strategy}")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["fedavg", "fedmosaic"])
+@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["fedmosaic"])
 def test_a_client_killed_anywhere_is_asked_again_and_the_run_needs_no_resume(strategy: str, killer: Killer) -> None:
     """SIGKILL of the process that carries out a plan: the server goes on, and the numbers are those of no kill."""
     config = {"strategy": strategy, "round_timeout": 60.0}
     if not (killer.runs / f"baseline-{strategy}" / "summary.json").exists():
         killer.finish(f"baseline-{strategy}", strategy=strategy)
     chance = random.Random(f"{SEED}:client:{strategy}")
-    for number in range(5 if LONG else 2):
+    for number in range(5 if LONG else 1):
         name = f"client-{strategy}-{number}"
         status, _ = killer.start(name, client_kill_at=chance.randint(1, 100), **config)
         assert status == 0, killer.log()
@@ -100,7 +100,7 @@ def test_a_full_disk_and_sigterm_leave_a_run_that_goes_on(how: str, ends: str | 
     if not (killer.runs / "baseline-fedavg" / "summary.json").exists():
         killer.finish("baseline-fedavg", strategy="fedavg")
     chance = random.Random(f"{SEED}:{how}")
-    for number in range(20 if LONG else 2):
+    for number in range(20 if LONG else 1):
         name = f"{how}-{number}"
         status, _ = killer.start(name, kill_at=chance.randint(10, 250), how=how, strategy="fedavg")
         if ends:
@@ -113,7 +113,7 @@ def test_a_full_disk_and_sigterm_leave_a_run_that_goes_on(how: str, ends: str | 
         assert_same(killer.runs / name, killer.runs / "baseline-fedavg")
 
 
-@pytest.mark.parametrize("seconds", [86400.0, -86400.0])
+@pytest.mark.parametrize("seconds", [86400.0, -86400.0] if LONG else [-86400.0])
 def test_a_clock_that_jumps_changes_no_number(seconds: float, killer: Killer) -> None:
     if not (killer.runs / "baseline-fedavg" / "summary.json").exists():
         killer.finish("baseline-fedavg", strategy="fedavg")
@@ -125,7 +125,7 @@ def test_a_clock_that_jumps_changes_no_number(seconds: float, killer: Killer) ->
 
 def test_a_torn_checkpoint_is_passed_over_and_clients_still_hold_the_slots_before_it(killer: Killer) -> None:
     """Not what a kill leaves, but a disk: the last checkpoint is damaged, clients are a round further."""
-    for strategy in ("fedavg", "local", "fedmosaic"):
+    for strategy in ("fedavg", "local", "fedmosaic") if LONG else ("fedmosaic",):
         if not (killer.runs / f"baseline-{strategy}" / "summary.json").exists():
             killer.finish(f"baseline-{strategy}", strategy=strategy)
         name = f"torn-{strategy}"

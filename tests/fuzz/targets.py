@@ -65,11 +65,7 @@ class NoModel:
         return Adapter.initial(LAYOUT, seed)
 
     def __getattr__(self, name: str) -> Any:
-        return refuse
-
-
-def refuse(*arguments: Any, **options: Any) -> Any:
-    raise ValueError("there is no model here")
+        raise ValueError("there is no model here")
 
 
 def adapter(data: bytes) -> None:
