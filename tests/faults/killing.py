@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG = os.environ.get("FEDALLOY_FAULTS") == "long"
 """``make test-faults`` does everything; ``make test`` a short form."""
 MAIN = ("fedavg", "fedmerge", "fedmosaic", "potara", "tap")
-"""What the short form does to every strategy's neighbours by sample, it does to these in full."""
+"""The short form tries everything on these, and samples of it on other strategies."""
 
 
 class Killer:

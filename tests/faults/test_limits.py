@@ -23,9 +23,12 @@ from server_app.run_directory import RunDirectory
 from strategies import STRATEGIES
 from strategies.limits import Limits, with_bounded_weight
 from strategies.options import OptionError
+from tests.faults.killing import LONG, MAIN
 from tests.faults.nodes import NodeGrid, run_nodes, statuses
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode, client_of
+
+CHOSEN = list(STRATEGIES) if LONG else [*MAIN, "ffa-lora", "flexlora", "flora", "fedem", "pfedgraph", "regmean"]
 
 
 def nodes(examples: int = 30) -> dict[int, FakeNode]:
@@ -97,7 +100,7 @@ def test_the_clipped_update_has_the_direction_of_the_whole_one_and_the_bound_as_
     assert float(torch.nn.functional.cosine_similarity(moved, trained - received, dim=0)) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", CHOSEN)
 def test_a_giant_update_is_refused_where_the_run_says_so(strategy: str, tmp_path: Path) -> None:
     config: dict[str, Any] = {"strategy": strategy, "max_update_norm": 1e3, "update_norm_action": "reject"}
     directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: giant}), **config)
@@ -111,7 +114,7 @@ def test_a_giant_update_is_refused_where_the_run_says_so(strategy: str, tmp_path
     assert all(bool(tensor.isfinite().all()) for tensor in final_state(directory).values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", CHOSEN)
 def test_the_largest_numbers_that_are_accepted_leave_every_state_finite(strategy: str, tmp_path: Path) -> None:
     """Just below the bound of the format, without a bound of the run: a bad model, and a server that goes on.
 
