@@ -110,7 +110,8 @@ class Booking:
     def __init__(
         self, wire: WireLog, round_: int, kind: str, tensors: Mapping[str, Mapping[str, int]] | None = None
     ) -> None:
-        self.wire, self.round, self.kind, self.tensors = wire, round_, kind, tensors or {}
+        self.wire, self.round, self.kind = wire, round_, kind
+        self.tensors = tensors if tensors is not None else {}  # filled while messages are made: empty at first
 
     def pushing(self, client_id: str) -> None:
         """A message is about to be pushed."""
