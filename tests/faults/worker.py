@@ -190,7 +190,7 @@ def child(work: Callable[[], int]) -> tuple[int, int]:
             os.write(writer, f"{work()}\n".encode())
             status = 0
         except BaseException as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # for the log
+            resource.setrlimit(resource.RLIMIT_FSIZE, 2 * resource.getrlimit(resource.RLIMIT_FSIZE)[1:])  # for the log
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
