@@ -314,10 +314,28 @@ def bundle() -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_bundle_contains_the_packages_and_nothing_else(bundle: dict[str, bytes]) -> None:
-    wanted = {"pyproject.toml", "LICENSE", ".info/CONTENT"}
-    wanted |= {path.relative_to(ROOT).as_posix() for path in _sources(*PACKAGES)} - {"proto/generate.py"}
-    assert set(bundle) == wanted
+def _imported(*starts: str) -> set[str]:
+    """Files of the packages that these modules import, directly or not, at any place in them."""
+    files = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in _sources(*PACKAGES)}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    found, todo = set[str](), list(starts)
+    while todo:
+        name = todo.pop()
+        if name in found or name not in files:
+            continue
+        found.add(name)
+        todo.append(name.rpartition(".")[0])
+        for node in ast.walk(ast.parse(files[name].read_text())):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return {files[name].relative_to(ROOT).as_posix() for name in found}
+
+
+def test_bundle_contains_what_the_apps_import_and_nothing_else(bundle: dict[str, bytes]) -> None:
+    wanted = _imported("server_app.app", "client_app.app", "client_app.trainer")  # the last is started by its name
+    assert set(bundle) == wanted | {"pyproject.toml", "LICENSE", ".info/CONTENT"}
 
 
 def test_bundle_is_small(bundle: dict[str, bytes]) -> None:
