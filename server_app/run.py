@@ -21,7 +21,7 @@ from server_app.options import RunOptions, as_toml, read_run_options
 from server_app.outcomes import OK, REJECTED, ClientRecord
 from server_app.resume import clients_to_json, require_same_config, saved_clients
 from server_app.run_directory import Checkpoint, RunDirectory
-from server_app.summary import summary_of
+from server_app.summary import headline, summary_of
 from server_app.wire_log import Booking, WireLog, explained
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.base import Answer, Brief, Client, StrategyError, answer_from
@@ -393,7 +393,7 @@ class Run:
             self.options, clients, time.monotonic() - self.started, self.training_seconds, self.wire.totals()
         )
         self.directory.write_summary(summary)
-        log(INFO, "finished: mean accuracy %s, worst %s", summary["mean_accuracy"], summary["worst_accuracy"])
+        log(INFO, "finished: %s", headline(summary))
 
 
 def _require(reply: Reply) -> Message:

@@ -47,6 +47,18 @@ def summary_of(
     }
 
 
+def headline(summary: Mapping[str, Any]) -> str:
+    """One line: the clients' mean and worst accuracy; where they have none (texts), mean exact match and perplexity."""
+    if summary["mean_accuracy"] is not None:
+        return f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"
+    found = []
+    for name in ("exact_match", "perplexity"):
+        values = [metrics[name] for metrics in summary["clients"].values() if name in metrics]
+        if values:
+            found.append(f"mean {name.replace('_', ' ')} {sum(values) / len(values):.3f}")
+    return ", ".join(found) or "no client was delivered its model"
+
+
 def git_commit() -> str | None:
     """The commit of the checkout that the process was started in, or None."""
     try:
