@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -372,6 +373,7 @@ def test_a_client_never_learns_the_algorithm(name: str) -> None:
     found = nodes()
     accuracies(BUILDS[name](seed=7), FakeGrid(found), rounds=1)
     plans = b"".join(plan.SerializeToString() for node in found for plan in node.plans).lower()
+    plans = re.sub(rb"[0-9a-f]{16,}", b"", plans)  # digests and ids: any of them may have "ffa" in it
     assert not [algorithm for algorithm in algorithms if algorithm.encode() in plans]
 
 
