@@ -108,7 +108,19 @@ class LocalCluster(SuperLink):
     def _up(self, host: str) -> None:
         files = make_server_files(self.directory / "certificates", [host])
         self._write_connection(files)
-        self._start(
+        self.start_superlink(files)
+        self.say(f"SuperLink is up ({host}:{self.fleet_port}, TLS)")
+        for index, client_id in enumerate(self.settings.client_ids):
+            private, public = make_client_key(self.directory / "keys", client_id)
+            self.flwr("supernode", "register", str(public), CONNECTION, "--name", client_id)
+            self.start_supernode(index, private, files)
+        self._wait_for_nodes()
+        self.say(f"{len(self.settings.client_ids)} SuperNodes are online, each with a key of its own")
+
+    def start_superlink(self, files: ServerFiles) -> Process:
+        """Start the SuperLink and wait until it answers (again, if it was stopped)."""
+        host = self.settings.host
+        process = self._start(
             "superlink",
             [
                 "flower-superlink",
@@ -122,13 +134,7 @@ class LocalCluster(SuperLink):
         )
         self._wait_for_port(host, self.fleet_port)
         self._wait_for_port("127.0.0.1", self.http_port)
-        self.say(f"SuperLink is up ({host}:{self.fleet_port}, TLS)")
-        for index, client_id in enumerate(self.settings.client_ids):
-            private, public = make_client_key(self.directory / "keys", client_id)
-            self.flwr("supernode", "register", str(public), CONNECTION, "--name", client_id)
-            self.start_supernode(index, private, files)
-        self._wait_for_nodes()
-        self.say(f"{len(self.settings.client_ids)} SuperNodes are online, each with a key of its own")
+        return process
 
     def start_supernode(self, index: int, key: Path, files: ServerFiles | None = None, name: str = "") -> Process:
         """Start one SuperNode as client ``index`` with a private key (again, if it was stopped)."""

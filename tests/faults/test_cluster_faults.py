@@ -1,4 +1,4 @@
-"""Real processes, the long form: ServerApp, SuperNode and ClientApp killed at seeded moments.
+"""Real processes, the long form: ServerApp, SuperLink with a database, SuperNode and trainer killed at seeded moments.
 
 Each kill waits for what Flower needs to notice (up to a minute), so this is for ``make test-faults``.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from server_app.certificates import ServerFiles
 from server_app.cluster import LocalCluster, Settings
 from server_app.run_directory import RunDirectory
 from tests.faults.killing import LONG, assert_same
@@ -116,6 +117,28 @@ def test_a_supernode_is_killed_started_again_and_asked_again(cluster: LocalClust
     outcome = start(cluster, "supernode", supervise)
     assert kill.killed
     assert outcome.completed, outcome.log.read_text()
+    assert_same(run, baseline)
+
+
+def test_the_superlink_is_killed_with_all_it_started_and_the_run_resumed(cluster: LocalCluster, baseline: Path) -> None:
+    """A machine that goes down and comes back with its database: SuperNodes find the new SuperLink by themselves."""
+    run = cluster.settings.runs_dir / "superlink"
+
+    def superlink() -> psutil.Process | None:
+        return next(process for process in cluster.processes if process.name == "superlink").find()
+
+    kill = Killer(run, "register", 3.0, lambda: [*root.children(recursive=True), root] if (root := superlink()) else [])
+
+    def supervise() -> None:
+        kill()
+        if kill.killed and superlink() is None:
+            folder = cluster.directory / "certificates"
+            cluster.start_superlink(ServerFiles(folder / "ca.crt", folder / "server.pem", folder / "server.key"))
+
+    outcome = start(cluster, "superlink", supervise)
+    assert kill.killed
+    assert not outcome.completed
+    assert start(cluster, "superlink", resume=str(run)).completed
     assert_same(run, baseline)
 
 
