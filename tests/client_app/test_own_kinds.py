@@ -164,3 +164,14 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, m
     saving = taught(settings_of(path, tmp_path, base, gradient_checkpointing=True), 3)[0].read("local")
     assert len(calls) == 3 * 2  # steps x layers
     assert torch.allclose(saving.vector, plain.vector, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_base_in_four_bits_learns(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'fedalloy[quantization]'")
+    base = tiny_models.save_llama(tmp_path / "llama")
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", toy_data.echoes(60, 0, "yes"))
+    settings = settings_of(path, tmp_path, base, quantization="4bit", target_modules="all-linear")
+    model, _, (before, after) = taught(settings, 30)
+    assert after < before / 2
+    assert any("4bit" in type(module).__name__.lower() for module in model.module.modules())
