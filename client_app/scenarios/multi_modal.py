@@ -1,4 +1,4 @@
-"""Scenario ``multi-modal``: photographs, news, questions and drawings at clients with one or two of seven tasks (TAP).
+"""Scenario ``multi-modal``: photos, news, questions and drawings at clients with one to three of seven tasks (TAP).
 
 =============  ==============  ==========================================  ================================
 task           reads           data                                        answers
