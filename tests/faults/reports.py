@@ -169,6 +169,8 @@ KINDS: dict[str, Callable[[Answer], Message]] = {
     "nan-loss": lambda a: a.evaluated(metric=NAN),
     "inf-loss": lambda a: a.evaluated(metric=INF),
     "nan-train-loss": lambda a: a.trained(NAN),
+    "seconds-whose-sum-is-infinite": lambda a: a.put(seconds=1.7e308),
+    "a-loss-whose-sum-is-infinite": lambda a: a.evaluated(metric=-1.7e308),
     "nan-seconds": lambda a: a.put(seconds=NAN),
     "inf-clock": lambda a: a.wire(unix_time=INF),
     "counter-beyond-any-database": lambda a: a.wire(bytes_sent=2**63),
