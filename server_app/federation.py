@@ -31,7 +31,8 @@ FAILED, MESSAGE_UNAVAILABLE, NODE_UNAVAILABLE, APP_STOPPED = 2, 3, 5, 8
 client that is gone, and for one whose process ended (facts of 1.39)."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError)
 """What Flower lets through when it puts together a message whose parts a client has made up."""
-MAX_ATTEMPTS = 3
+ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
+"""How often a client is asked at most, by error. An upload that never ends holds Flower's pull up for three minutes."""
 LOOK_SECONDS = 1.0
 SAY_SECONDS = 10.0
 
@@ -187,8 +188,7 @@ class Federation:
         while waiting or (lost and not enough()):
             for reply in self._pull(waiting):
                 client_id = waiting.pop(reply.metadata.reply_to_message_id)
-                died = reply.has_error() and reply.error.code in (MESSAGE_UNAVAILABLE, NODE_UNAVAILABLE, APP_STOPPED)
-                if died and attempts[client_id] < MAX_ATTEMPTS:
+                if reply.has_error() and attempts[client_id] < ATTEMPTS.get(reply.error.code, 0):
                     lost[client_id] = reply
                     if reply.error.code == NODE_UNAVAILABLE:  # until the next look says that it is back
                         self._nodes.pop(self._node_of(client_id), None)
