@@ -211,3 +211,18 @@ def test_check_names_a_port_that_is_none_and_a_key_with_a_passphrase(tmp_path: P
     key.chmod(0o600)
     with pytest.raises(LinkError, match="protected by a passphrase"):
         check_key(key)
+
+
+def test_a_client_that_lost_its_disk_does_not_train_the_other_factor_from_the_seed(tmp_path: Path) -> None:
+    """RoLoRA sends those that took part in the round before half of the adapter only."""
+    found = nodes()
+
+    def lose(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        if plan.round == 2:
+            found[3].slots.clear()
+        return [honest]
+
+    directory = run_nodes(tmp_path, NodeGrid(found, {3: lose}), strategy="rolora", num_server_rounds=4)
+    assert [round_["cyd"] for round_ in statuses(directory)] == ["ok", "ok", "rejected", "ok"]
+    reason = [r for r in directory.rounds() if r["phase"] == "train"][2]["clients"]["cyd"]["reason"]
+    assert reason == "client 'cyd' lost its slots; it is sent everything in the next round"
