@@ -57,7 +57,7 @@ def transports(moments: Sequence[Tensor], shares: Sequence[float]) -> list[Tenso
     # G is symmetric: X G = M is G X^T = M^T.
     try:
         return [torch.linalg.solve(total + eye, (moment + eye).T).T for moment in moments]
-    except torch.linalg.LinAlgError:  # no second moments: somebody made them up
+    except RuntimeError:  # singular: no second moments, somebody made them up
         inverse = torch.linalg.pinv(total + eye, hermitian=True)
         return [(moment + eye) @ inverse for moment in moments]
 
