@@ -21,6 +21,8 @@ ARRAY_STYPE = "fedalloy.adapter.v1"
 CONFIG_RECORD = "fedalloy"
 ARRAY_RECORD = "adapters"
 FORMAT_VERSION = 1
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Of a plan, report or registration, which hold no adapters; what is parsed takes several times as much memory."""
 
 M = TypeVar("M", bound=Message)
 
@@ -53,6 +55,8 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
         raise RecordError(
             f"expected bytes {key!r} in the config record {CONFIG_RECORD!r}, found {type(value).__name__}"
         )
+    if len(value) > MAX_MESSAGE_BYTES:
+        raise RecordError(f"{key!r} has {len(value)} bytes, expected at most {MAX_MESSAGE_BYTES}")
     message = kind()
     try:
         message.ParseFromString(value)

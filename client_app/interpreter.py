@@ -122,10 +122,12 @@ class Interpreter(Measures):
         """Before anything is done: this client's owner decides what a plan may ask."""
         for index, step in enumerate(plan.steps):
             kind = step.WhichOneof("kind")
-            if kind is not None and kind not in self.policy.allowed:
+            asked = [kind] if kind != "distill" else [kind, "train"]  # which it contains, with weights that may be 0
+            missing = [name for name in asked if name is not None and name not in self.policy.allowed]
+            if missing:
                 raise PlanError(
                     f"client {self.client_id!r} refuses step {index} ({kind}); its client.allow-steps has "
-                    f"{', '.join(self.policy.allowed)}"
+                    f"{', '.join(self.policy.allowed)}, and not {' and '.join(missing)}"
                 )
 
     def _require_small_uploads(self) -> None:

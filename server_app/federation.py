@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from flwr.app import Message
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from strategies.base import Client, client_from
 from strategies.messages import BadAnswerError, read_registration, register_message
@@ -23,9 +26,13 @@ from strategies.messages import BadAnswerError, read_registration, register_mess
 Say = Callable[[str], None]
 Make = Callable[[], Message]
 """Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
-NODE_UNAVAILABLE, APP_STOPPED = 5, 8
-"""Flower's error codes for a client that is gone, and for one whose process ended (facts of 1.39)."""
-MAX_ATTEMPTS = 3
+FAILED, MESSAGE_UNAVAILABLE, NODE_UNAVAILABLE, APP_STOPPED = 2, 3, 5, 8
+"""Flower's error codes for a client that could not, for an answer that was lost between SuperLink and ServerApp, for a
+client that is gone, and for one whose process ended (facts of 1.39)."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError)
+"""What Flower lets through when it puts together a message whose parts a client has made up."""
+ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
+"""How often a client is asked at most, by error. An upload that never ends holds Flower's pull up for three minutes."""
 LOOK_SECONDS = 1.0
 SAY_SECONDS = 10.0
 
@@ -83,6 +90,7 @@ class Federation:
         self._asked: set[int] = set()
         self._asking: dict[str, tuple[int, float]] = {}
         self._overdue: dict[str, str] = {}
+        self._one_by_one = False
         self._looked = float("-inf")
 
     # ------------------------------------------------------------------------------------------------- who is there
@@ -167,9 +175,12 @@ class Federation:
             attempts[client_id] += 1
             message = makes[client_id]()
             watch.pushing(client_id)
-            for message_id in self.grid.push_messages([message]):
-                waiting[message_id] = client_id
+            taken = [message_id for message_id in self.grid.push_messages([message]) if message_id]
+            waiting.update(dict.fromkeys(taken, client_id))
             watch.pushed(client_id, message)
+            if not taken:  # the node went away in between
+                lost[client_id] = _error("", NODE_UNAVAILABLE, "the SuperLink did not take the message for this node")
+                self._nodes.pop(self._node_of(client_id), None)
 
         for client_id in makes:
             push(client_id)
@@ -177,8 +188,7 @@ class Federation:
         while waiting or (lost and not enough()):
             for reply in self._pull(waiting):
                 client_id = waiting.pop(reply.metadata.reply_to_message_id)
-                died = reply.has_error() and reply.error.code in (NODE_UNAVAILABLE, APP_STOPPED)
-                if died and attempts[client_id] < MAX_ATTEMPTS:
+                if reply.has_error() and attempts[client_id] < ATTEMPTS.get(reply.error.code, 0):
                     lost[client_id] = reply
                     if reply.error.code == NODE_UNAVAILABLE:  # until the next look says that it is back
                         self._nodes.pop(self._node_of(client_id), None)
@@ -207,17 +217,45 @@ class Federation:
         """Replies to these messages (to clients by id); others are dealt with here, each message is answered once."""
         ids = dict.fromkeys([*waiting, *self._asking, *self._overdue])
         found: dict[str, Message] = {}
-        for reply in self.grid.pull_messages(list(ids)) if ids else ():
+        for reply in self._fetch(list(ids)) if ids else ():
             message_id = reply.metadata.reply_to_message_id
             if message_id in self._asking:
                 node_id, asked = self._asking.pop(message_id)
-                self._welcome(node_id, Reply(f"node {node_id}", reply, time.monotonic() - asked))
+                if reply.has_error() and reply.error.code == MESSAGE_UNAVAILABLE:
+                    self._asked.discard(node_id)  # its answer was lost: asked again at the next look
+                else:
+                    self._welcome(node_id, Reply(f"node {node_id}", reply, time.monotonic() - asked))
             elif message_id in waiting and message_id not in found:
                 found[message_id] = reply
             else:  # too late, or once more: taken off the SuperLink, and told
-                name = self._overdue.pop(message_id, None) or waiting.get(message_id, "somebody")
-                self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
+                overdue = self._overdue.pop(message_id, None)
+                if overdue is not None and overdue.startswith("node ") and not reply.has_error():
+                    self.refused.pop(overdue, None)  # slow to say who it is, and welcome from the next round on
+                    self._welcome(int(overdue.removeprefix("node ")), Reply(overdue, reply, 0.0))
+                elif not (reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID):
+                    name = overdue or waiting.get(message_id, "somebody")
+                    self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
         return list(found.values())
+
+    def _fetch(self, ids: list[str]) -> list[Message]:
+        """Flower's replies; after one that it cannot read, each is pulled alone.
+
+        It costs all that were pulled with it: the SuperLink says that they are not there any more, and their clients
+        are asked again.
+        """
+        if not self._one_by_one:
+            try:
+                return list(self.grid.pull_messages(ids))
+            except UNREADABLE as error:
+                self._one_by_one = True
+                self.say(f"an answer cannot be read ({type(error).__name__}); from now on each is pulled alone")
+        found: list[Message] = []
+        for message_id in ids:
+            try:
+                found += self.grid.pull_messages([message_id])
+            except UNREADABLE as error:
+                found.append(_error(message_id, FAILED, f"the answer cannot be read ({type(error).__name__})"))
+        return found
 
     def _is_online(self, client_id: str) -> bool:
         return self._node_of(client_id) in self._nodes
@@ -239,7 +277,10 @@ class Federation:
             message = register_message(node_id, ttl=3600)
             watch.pushing(f"node {node_id}")
             for message_id in self.grid.push_messages([message]):
-                self._asking[message_id] = (node_id, time.monotonic())
+                if message_id:
+                    self._asking[message_id] = (node_id, time.monotonic())
+                else:
+                    self._asked.discard(node_id)
             watch.pushed(f"node {node_id}", message)
 
     def _welcome(self, node_id: int, reply: Reply) -> None:
@@ -281,6 +322,24 @@ class Federation:
             raise BadAnswerError(f"client {client.id!r} came back with {difference}")
         self.clients[client.id] = replace(known, node_id=client.node_id)
         return self.clients[client.id]
+
+
+def _error(message_id: str, code: int, reason: str) -> Message:
+    """An answer that nobody sent, as the SuperLink makes them."""
+    return make_message(
+        Metadata(
+            run_id=0,
+            message_id="",
+            src_node_id=SUPERLINK_NODE_ID,
+            dst_node_id=SUPERLINK_NODE_ID,
+            reply_to_message_id=message_id,
+            group_id="",
+            created_at=time.time(),
+            ttl=1.0,
+            message_type="query",
+        ),
+        error=Error(code, reason),
+    )
 
 
 def _registration(node_id: int, timeout: float) -> Make:

@@ -10,6 +10,7 @@ import ssl
 import stat
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -46,7 +47,7 @@ def check_link(address: str, authority: Path | None, timeout: float = 10.0) -> s
         LinkError: nothing listens, one end speaks TLS and the other does not, or the certificate is not accepted.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise LinkError(f"{address!r}: expected HOST:PORT, for example superlink.example.org:9092")
     context = ssl.create_default_context()
     if authority is not None:
@@ -90,12 +91,17 @@ def check_key(key: Path) -> str:
         raise LinkError(f"the key {key} can be read by others (mode {mode:04o}, expected 0600): chmod 600 {key}")
     private: object
     try:
-        private = serialization.load_ssh_private_key(data, None)
-    except ValueError:
         try:
-            private = serialization.load_pem_private_key(data, None)
+            private = serialization.load_ssh_private_key(data, None)
         except ValueError:
-            raise LinkError(f"{key} holds no private key: make one with fedalloy certificates") from None
+            private = serialization.load_pem_private_key(data, None)
+    except (ValueError, UnsupportedAlgorithm):
+        raise LinkError(f"{key} holds no private key: make one with fedalloy certificates") from None
+    except TypeError:
+        raise LinkError(
+            f"the key {key} is protected by a passphrase, for which Flower cannot ask: make one without, with fedalloy "
+            "certificates"
+        ) from None
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise LinkError(f"{key} is no elliptic-curve key, which Flower needs: make one with fedalloy certificates")
     return f"{key}: a private key, the owner's alone; whether the SuperLink knows it: flwr supernode list CONNECTION"
@@ -103,9 +109,9 @@ def check_key(key: Path) -> str:
 
 def _check_plain(address: str, plain: socket.socket) -> str:
     """A gRPC server without TLS sends its HTTP/2 settings at once; one with TLS waits for a hello, or hangs up."""
-    plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
     plain.settimeout(3.0)
     try:
+        plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
         said = plain.recv(9)
     except (TimeoutError, ConnectionResetError):
         said = b""

@@ -20,13 +20,13 @@ from server_app.federation import SAY_SECONDS, Federation, Make, NotEnoughClient
 from server_app.options import RunOptions, as_toml, read_run_options
 from server_app.outcomes import OK, REJECTED, ClientRecord
 from server_app.resume import clients_to_json, require_same_config, saved_clients
-from server_app.run_directory import Checkpoint, RunDirectory
+from server_app.run_directory import Checkpoint, RunDirectory, RunDirectoryError
 from server_app.summary import headline, summary_of
 from server_app.wire_log import Booking, WireLog, explained
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.base import Answer, Brief, Client, StrategyError, answer_from
 from strategies.limits import with_bounded_weight
-from strategies.messages import BadAnswerError, Dispatch, counters_message, plan_dispatch, read_counters
+from strategies.messages import BadAnswerError, Dispatch, counters_message, one_line, plan_dispatch, read_counters
 
 INFO, WARNING = 20, 30
 
@@ -88,6 +88,15 @@ class Run:
     def run(self) -> None:
         """From the first message, or the last complete round, to the summary."""
         checkpoint = self.directory.newest_checkpoint() if self.options.resume else None
+        if (
+            self.options.resume
+            and checkpoint is None
+            and any(record["phase"] == "train" for record in self.directory.rounds())
+        ):
+            raise RunDirectoryError(
+                f"resume: no checkpoint in {self.directory.path / 'checkpoints'} is whole, and clients are rounds "
+                "ahead of a start; put a copy of one back, or start a run with another run-name"
+            )
         if checkpoint is not None:
             self._continue_from(checkpoint)
         self._register(checkpoint)
@@ -146,7 +155,8 @@ class Run:
             return
         self.wire.registered(reply.client_id, client.id)
         self._registered[client.id] = {"status": OK, "examples": client.examples, "seconds": round(reply.seconds, 3)}
-        log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, client.base_model)
+        base = one_line(client.base_model[:200])
+        log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, base)
         for note in [note for task in client.registration.tasks for note in task.notes][: outcomes.SHOWN]:
             log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
 
@@ -163,6 +173,7 @@ class Run:
                 self.strategy.enrol(bounded)
             except StrategyError as error:
                 self._refuse(client.id, str(error))
+                self.federation.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
                 continue
             said = report_pb2.Registration()
             said.CopyFrom(client.registration)
@@ -171,6 +182,7 @@ class Run:
             self.federation.enrolled(bounded)
 
     def _refuse(self, client_id: str, reason: str) -> None:
+        reason = one_line(reason)
         self.federation.refused[client_id] = reason
         self._registered.pop(client_id, None)
         log(WARNING, "refused: %s", reason)
@@ -302,7 +314,7 @@ class Run:
         for reply in self.federation.exchange(asks, self.options.round_timeout, watch, enough):
             client = clients[reply.client_id]
             records[client.id] = record = self._absorb(phase, round_, client, dispatches.pop(client.id), reply, absorb)
-            slowest = max(slowest, float(record.get("train_seconds", 0.0)))
+            slowest = max(slowest, min(float(record.get("train_seconds", 0.0)), reply.seconds))  # theirs is a claim
             level = INFO if record["status"] == OK else WARNING
             log(level, "[%s %d] %s: %s", phase, round_, client.id, outcomes.line(record))
         self.training_seconds += slowest

@@ -11,7 +11,17 @@ from flwr.app import Message, RecordDict
 from google.protobuf.message import Message as ProtoMessage
 
 from adapters.adapter import Adapter
-from adapters.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, encode, encoding_from_proto, payload_size
+from adapters.codec import (
+    MAX_BLOB_BYTES,
+    CodecError,
+    CodecErrorCode,
+    Encoded,
+    Encoding,
+    decode,
+    encode,
+    encoding_from_proto,
+    payload_size,
+)
 from adapters.layout import Layout, LayoutError
 from adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from adapters.records import COUNTERS_TYPE, FORMAT_VERSION, PLAN_TYPE, REGISTER_TYPE, RecordError, pack, unpack
@@ -24,11 +34,19 @@ MAX_NUMBER = 1e9
 MAX_SUM = 1e60
 """No sum of squares or of damped inverses comes near; sums, products and squares of larger numbers would overflow."""
 MAX_INTEGER = 2**63 - 1
+MAX_TASKS, MAX_METRICS, MAX_METRIC_NAME, MAX_CONNECTIONS = 1000, 10_000, 200, 256
+"""What one client may register, and report of one evaluation: it is written to ``rounds.jsonl`` in every round."""
 _MAX_ERROR = 2000
 _PER_MODULE = {
     "fisher": [name for name, field in report_pb2.FisherResult.DESCRIPTOR.fields_by_name.items() if field.is_repeated],
     "distance": ["squared"],
 }
+
+
+def one_line(text: str) -> str:
+    """A stranger's words for a log: cut, and without what would end a line or move a terminal's cursor."""
+    cut = text if len(text) <= _MAX_ERROR else f"{text[:_MAX_ERROR]} ..."
+    return "".join(letter if letter.isprintable() else " " for letter in cut)
 
 
 class BadAnswerError(ValueError):
@@ -38,8 +56,7 @@ class BadAnswerError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        text = message if len(message) <= _MAX_ERROR else f"{message[:_MAX_ERROR]} ..."
-        super().__init__("".join(letter if letter.isprintable() else " " for letter in text))
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ def plan_dispatch(
     blobs, received, tensor_bytes = {}, {}, {}
     known = layouts_of_plan(layout, steps)
     for slot, adapter in adapters.items():
-        encoded = encode(adapter, Encoding(encoding), include_layout=adapter.layout.digest not in known)
+        encoded = _encode(adapter, Encoding(encoding), include_layout=adapter.layout.digest not in known)
         blobs[slot], tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
         # Where nothing is lost one copy of the numbers serves all clients that are sent the same.
         received[slot] = adapter if adapter.digest == encoded.decoded.digest else encoded.decoded
@@ -123,6 +140,16 @@ def plan_dispatch(
     )
 
 
+def _encode(adapter: Adapter, encoding: Encoding, *, include_layout: bool) -> Encoded:
+    """Numbers that fp16 does not have (one client's upload is enough) travel as they are: the run must go on."""
+    try:
+        return encode(adapter, encoding, include_layout=include_layout)
+    except CodecError as error:
+        if error.code is not CodecErrorCode.NOT_FINITE or not adapter.is_finite:
+            raise
+        return encode(adapter, Encoding.FP32, include_layout=include_layout)
+
+
 def register_message(node_id: int, ttl: float | None = None) -> Message:
     """Ask a node who it is."""
     return Message(RecordDict(), dst_node_id=node_id, message_type=REGISTER_TYPE, ttl=ttl)
@@ -152,6 +179,8 @@ def read_registration(reply: Message, node_id: int | None = None) -> tuple[repor
                 f"client id {registration.client_id[:80]!r}: expected 1 to 64 letters, digits, '.', '_' or '-', "
                 "starting with a letter or digit"
             )
+        if len(registration.tasks) > MAX_TASKS:
+            raise RecordError(f"{len(registration.tasks)} tasks, expected at most {MAX_TASKS}")
         layout = Layout.from_proto(registration.layout)
         try:
             require_size(layout)
@@ -273,6 +302,13 @@ def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepRe
         found, wanted = ([item.task for item in items] for items in (result.replace.tasks, step.replace.rules))
         if found != wanted:
             raise BadAnswerError(f"{where} (replace): reports tasks {str(found)[:200]}, expected {wanted}")
+    if kind == "evaluate":
+        names = list(result.evaluate.metrics)
+        if len(names) > MAX_METRICS or any(len(name) > MAX_METRIC_NAME for name in names):
+            raise BadAnswerError(
+                f"{where} (evaluate): {len(names)} metrics with names of up to {max(map(len, names))} characters, "
+                f"expected at most {MAX_METRICS} and {MAX_METRIC_NAME}"
+            )
     if kind == "evaluate" and "loss" not in result.evaluate.metrics:
         raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):
@@ -291,10 +327,18 @@ def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepRe
 
 
 def _require_sane(who: str, message: ProtoMessage) -> None:
-    """No NaN, no infinity, no integer that a database cannot hold (a socket's cookie is a name, not a number)."""
+    """No NaN, no infinity, nothing that overflows where it is added up, no integer that a database cannot hold.
+
+    A socket's cookie is a name, not a number.
+    """
+    wire = getattr(message, "wire", None)
+    if wire is not None and len(wire.connections) > MAX_CONNECTIONS:
+        raise BadAnswerError(f"{who} reports {len(wire.connections)} connections, expected at most {MAX_CONNECTIONS}")
     for name, number in _numbers(message):
         if not math.isfinite(number):
             raise BadAnswerError(f"{who} reports {name} = {number}, expected a finite number")
+        if isinstance(number, float) and abs(number) > MAX_SUM:
+            raise BadAnswerError(f"{who} reports {name} = {number:g}, expected at most {MAX_SUM:g}")
         if number > MAX_INTEGER and isinstance(number, int) and not name.endswith(".cookie"):
             raise BadAnswerError(f"{who} reports {name} = {number}, expected at most {MAX_INTEGER}")
 

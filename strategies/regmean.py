@@ -55,7 +55,11 @@ def transports(moments: Sequence[Tensor], shares: Sequence[float]) -> list[Tenso
     floor = 1e-6 * float(total.diagonal().mean()) + 1e-30
     eye = floor * torch.eye(len(total), dtype=total.dtype)
     # G is symmetric: X G = M is G X^T = M^T.
-    return [torch.linalg.solve(total + eye, (moment + eye).T).T for moment in moments]
+    try:
+        return [torch.linalg.solve(total + eye, (moment + eye).T).T for moment in moments]
+    except RuntimeError:  # singular: no second moments, somebody made them up
+        inverse = torch.linalg.pinv(total + eye, hermitian=True)
+        return [(moment + eye) @ inverse for moment in moments]
 
 
 def regression_mean(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strategies import steps
-from strategies.base import Answer, Client, State
+from strategies.base import Answer, Client, State, StrategyError
 from strategies.fedavg import SLOT
 from strategies.part_average import NOT_A, NOT_B, Part, PartAverage
 
@@ -50,7 +50,14 @@ class RoLoRA(PartAverage):
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], factors=factors)]
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Remember who is up to date."""
+        """Remember who is up to date.
+
+        Raises:
+            StrategyError: the client has lost what it held (its disk, say), and trained on a start from the seed.
+        """
+        created = any(result.initialise.created for result in answer.report.results)
+        if created and self.seen.pop(client.id, 0) == self.settled > 0:
+            raise StrategyError(f"client {client.id!r} lost its slots; it is sent everything in the next round")
         super().absorb(round_, client, answer)
         self.seen[client.id] = round_
 

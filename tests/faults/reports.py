@@ -125,6 +125,20 @@ def rename(answer: Answer, name: str) -> Message:
     return answer.reply()
 
 
+def measured(answer: Answer, names: list[str]) -> Message:
+    """With metrics that nobody asked for."""
+    found = next(result.evaluate for result in answer.report.results if result.HasField("evaluate"))
+    for name in names:
+        found.metrics[name] = 1.0
+    return answer.reply()
+
+
+def connected(answer: Answer, count: int) -> Message:
+    for _ in range(count):
+        answer.report.wire.connections.add(bytes_sent=1)
+    return answer.reply()
+
+
 def extra(answer: Answer, name: str) -> Message:
     answer.blobs[name] = answer.blobs[answer.slot]
     return answer.reply()
@@ -169,6 +183,11 @@ KINDS: dict[str, Callable[[Answer], Message]] = {
     "nan-loss": lambda a: a.evaluated(metric=NAN),
     "inf-loss": lambda a: a.evaluated(metric=INF),
     "nan-train-loss": lambda a: a.trained(NAN),
+    "seconds-whose-sum-is-infinite": lambda a: a.put(seconds=1.7e308),
+    "a-loss-whose-sum-is-infinite": lambda a: a.evaluated(metric=-1.7e308),
+    "metrics-without-end": lambda a: measured(a, [f"metric-{number}" for number in range(20_000)]),
+    "a-metric-with-an-essay-for-a-name": lambda a: measured(a, ["word " * 100]),
+    "a-thousand-connections": lambda a: connected(a, 1000),
     "nan-seconds": lambda a: a.put(seconds=NAN),
     "inf-clock": lambda a: a.wire(unix_time=INF),
     "counter-beyond-any-database": lambda a: a.wire(bytes_sent=2**63),
