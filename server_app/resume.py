@@ -18,7 +18,8 @@ FREE_KEYS = {
     "resume", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout", "poll-interval",
     "keep-checkpoints",
 }  # fmt: skip
-"""Keys that a resumed run may have other values for: they do not change what is computed."""
+"""Keys that a resumed run may have other values for. Only ``min-clients`` can change what is computed, where
+``fraction-clients`` is below 1: no round has fewer."""
 _FREE_PREFIXES = ("trainer.", "client.")
 
 
