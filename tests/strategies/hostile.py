@@ -255,7 +255,7 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "nan-evaluate-seconds": (put("seconds", float("nan"), "evaluate"), r"results\[0\]\.evaluate\.seconds = nan"),
     "nan-accuracy": (metric("accuracy", float("nan")), r"results\[0\]\.evaluate\.metrics\['accuracy'\] = nan"),
     "inf-loss": (metric("loss", float("inf")), r"results\[0\]\.evaluate\.metrics\['loss'\] = inf"),
-    "nan-unknown-metric": (metric("m" * 10**5, float("nan")), r"results\[0\]\.evaluate\.metrics\['mmm"),
+    "nan-unknown-metric": (metric("m" * 150, float("nan")), r"results\[0\]\.evaluate\.metrics\['mmm"),
     "nan-seconds": (put("seconds", float("nan")), "reports seconds = nan"),
     "inf-clock": (spoil(lambda h: setattr(h.report.wire, "unix_time", float("inf"))), r"reports wire\.unix_time = inf"),
     "a-counter-that-no-database-holds": (
