@@ -22,7 +22,6 @@ recovered to the last bit.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from adapters.adapter import Adapter
-from adapters.durable import sync, write_durably
+from adapters.durable import locked, sync, write_durably
 from adapters.layout import Layout
 from adapters.peft_format import write_peft_directory
 from proto.fedalloy.v1 import adapter_pb2
@@ -81,7 +80,7 @@ class SlotStore:
             SlotError: the slots before ``round_`` are no longer here, or a file is damaged.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with _locked(self.directory / ".lock"):
+        with locked(self.directory / ".lock"):
             self._recover()
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
             self._opened, self._dirty = set(), set()
@@ -243,17 +242,6 @@ class SlotStore:
         for path in self.directory.glob(".*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for every other process that holds this lock; a process that dies lets go of it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _link(source: str, target: str) -> None:

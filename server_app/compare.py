@@ -11,7 +11,6 @@ The digest names the run's configuration, so a changed setting is another run. T
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from adapters.durable import write_durably
+from adapters.durable import locked, write_durably
 from client_app.scenarios import FROM_FILES, NAMES
 from server_app.cluster import LocalCluster, Settings
 from server_app.comparison import Comparison, as_markdown, comparison_of
@@ -112,8 +111,8 @@ def compare(
         _Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place == "cluster"))) as progress,
     ):
         configs = [{**job.config, "run-name": job.name} | _begun(runs / job.name) for job in missing]
-        if engine is None and place == "process" and min(workers, len(missing)) > 1:
-            side_by_side(configs, clients, runs, progress, min(workers, len(missing)))
+        if engine is None and place == "process" and (count := min(workers, len(missing))) > 1:
+            side_by_side(configs, clients, runs, progress, count)
         else:
             one_by_one(configs, clients, runs, progress, engine or started)
     finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
@@ -209,10 +208,10 @@ def _folder(out: Path, job: Job) -> Path:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Two at once would clear away each other's unfinished runs. The lock goes with the process, however that ends."""
-    with (out / ".lock").open("w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(locked(out / ".lock", wait=False))
+        except BlockingIOError:
             raise OptionError(f"--out {out}: another comparison is at work there, expected none") from None
         yield
 

@@ -8,7 +8,6 @@ itself, ``resume.toml`` the run-config that continues the run.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from adapters.durable import sync, write_durably
+from adapters.durable import locked, sync, write_durably
 from strategies.base import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")
@@ -100,20 +99,16 @@ class RunDirectory:
         Raises:
             RunDirectoryError: another process does, for example the run that is to be resumed: it still lives.
         """
-        try:
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise RunDirectoryError(_explain(self.path, error)) from error
-        try:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked(self.path / ".lock", wait=False))
             except BlockingIOError:
                 raise RunDirectoryError(
                     f"another process is carrying out the run in {self.path}; stop it first (flwr list, flwr stop)"
                 ) from None
+            except OSError as error:
+                raise RunDirectoryError(_explain(self.path, error)) from error
             yield
-        finally:
-            os.close(descriptor)
 
     def config(self) -> dict[str, Any]:
         """The run-config that the run was started with.
@@ -122,7 +117,7 @@ class RunDirectory:
             RunDirectoryError: the file cannot be read.
         """
         try:
-            return dict(_dotted(tomllib.loads((self.path / "config.toml").read_text())))
+            return dict(dotted(tomllib.loads((self.path / "config.toml").read_text())))
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"cannot read {self.path / 'config.toml'}: {error}") from None
 
@@ -235,11 +230,11 @@ class RunDirectory:
             raise RunDirectoryError(_explain(self.path, error)) from error
 
 
-def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """TOML reads ``a.b = 1`` as a table in a table; run-config has dotted keys."""
+def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of run-config, whose keys have dots: TOML reads ``a.b = 1`` as a table in a table."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield from dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

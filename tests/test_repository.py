@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from server_app.run_directory import dotted
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("proto", "adapters", "strategies", "client_app", "server_app")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -211,14 +213,6 @@ def _imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def _run_config(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _run_config(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def test_import_contracts_hold() -> None:
     lint_imports = Path(sys.executable).parent / "lint-imports"
     if not lint_imports.exists():
@@ -276,13 +270,13 @@ def test_every_dependency_has_an_upper_bound() -> None:
 
 
 def test_run_config_keys_are_frozen() -> None:
-    assert {key for key, _ in _run_config(PROJECT["tool"]["flwr"]["app"]["config"])} == RUN_CONFIG_KEYS
+    assert {key for key, _ in dotted(PROJECT["tool"]["flwr"]["app"]["config"])} == RUN_CONFIG_KEYS
 
 
 def test_run_config_defaults_are_those_of_the_code() -> None:
     from server_app.options import known_keys
 
-    written = dict(_run_config(PROJECT["tool"]["flwr"]["app"]["config"]))
+    written = dict(dotted(PROJECT["tool"]["flwr"]["app"]["config"]))
     assert written == known_keys()
     assert {key: type(value) for key, value in written.items()} == {
         key: type(value) for key, value in known_keys().items()

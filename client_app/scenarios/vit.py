@@ -7,7 +7,6 @@ one is made again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.durable import locked, sync
 from client_app.data import Base
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj")
@@ -106,7 +106,7 @@ def load_or_make(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     weights = _read_weights(directory, recipe, shapes)
     if weights is None:
-        with _locked(directory.with_name(directory.name + ".lock")):
+        with locked(directory.with_name(directory.name + ".lock")):
             weights = _read_weights(directory, recipe, shapes)
             if weights is None:
                 _install(pretrain(), recipe, directory)
@@ -174,13 +174,13 @@ def _install(model: nn.Module, recipe: Any, directory: Path) -> None:
         record = {"recipe": asdict(recipe), "fingerprint": recipe.fingerprint, "weights": digest}
         (new / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
         for path in (*new.iterdir(), new):
-            _sync(path)
+            sync(path)
         if directory.is_dir() and not directory.is_symlink():
             shutil.rmtree(directory)
         elif directory.exists() or directory.is_symlink():
             directory.unlink()
         os.replace(new, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
 
 
 def _read_weights(directory: Path, recipe: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:
@@ -196,14 +196,6 @@ def _read_weights(directory: Path, recipe: Any, shapes: Mapping[str, torch.Size]
     weights = load_tensors(content)
     # Another version of transformers may have written it under other names.
     return weights if {name: tensor.shape for name, tensor in weights.items()} == shapes else None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # The lock goes with the process, however that ends; the file stays, because removing it would split the waiters.
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
@@ -228,11 +220,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
