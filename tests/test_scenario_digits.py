@@ -91,7 +91,7 @@ def test_no_training_image_is_anybodys_test_image_or_public() -> None:
         assert test == {images[i].tobytes() for i in pools["test"]}
 
 
-@pytest.mark.parametrize("clients", [1, 4, 20, digits.MAX_CLIENTS])
+@pytest.mark.parametrize("clients", [1, 4, 20, 50, digits.MAX_CLIENTS])
 def test_shards_are_disjoint_unequal_and_tests_are_large(clients: int) -> None:
     pool = digits.pools()["train"]
     shards = digits._shards(pool, clients, seed=5)
@@ -102,7 +102,7 @@ def test_shards_are_disjoint_unequal_and_tests_are_large(clients: int) -> None:
     for client in range(clients):
         data = digits.load_client(client, clients, seed=5)
         assert [len(data.splits["train"]), len(data.splits["test"])] == [len(shards[client]), 447]
-        assert len(data.splits["train"]) >= 8
+        assert len(data.splits["train"]) >= (8 if clients <= 50 else 2)
     if clients > 1:
         assert max(map(len, shards)) >= 1.5 * min(map(len, shards))
 
@@ -162,7 +162,7 @@ def test_splits_are_float_images_in_range_and_integer_codes() -> None:
 
 @pytest.mark.parametrize(
     ("partition", "clients", "words"),
-    [(4, 4, "expected 0 to 3"), (-1, 4, "expected 0 to 3"), (0, 0, "1 to 50"), (0, 51, "num-partitions = 51")],
+    [(4, 4, "expected 0 to 3"), (-1, 4, "expected 0 to 3"), (0, 0, "1 to 200"), (0, 201, "num-partitions = 201")],
 )
 def test_a_client_that_does_not_exist_is_refused(partition: int, clients: int, words: str) -> None:
     with pytest.raises(ScenarioError, match=words):

@@ -33,7 +33,8 @@ POOL_SEED = 1797
 SHARD_SIZES = (90, 50, 70, 110, 60)
 """Training examples of clients 0, 1, 2, ..., again from the start after the last; less where the pool is too small.
 Their number has no common factor with the numbers of groups, so every group has clients of all sizes."""
-MAX_CLIENTS = 50
+MAX_CLIENTS = 200
+"""With so many each has 2 to 5 images: enough to load a server, not to compare strategies."""
 
 BASE_RECIPE = Recipe(
     name="digits-vit",
