@@ -175,7 +175,7 @@ def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adap
     exceeds the adapter's, the rest is zero. Signs and rotations of an SVD are arbitrary: reset optimiser moments.
 
     Raises:
-        LayoutError: ``layout`` has another base model, other modules or other sizes.
+        LayoutError: ``layout`` has another base model, other modules or other sizes; a delta is not finite.
     """
     _require_same_tensors(layout, adapter.layout)
     layout = layout.folded
@@ -187,7 +187,10 @@ def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adap
         a, b = folded(adapter, module)
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.T)
-        u, sigma, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        core = r_b @ r_a.T
+        if not bool(core.isfinite().all()):
+            raise LayoutError(f"the delta of module {module!r} has numbers that are not finite")
+        u, sigma, v_t = torch.linalg.svd(core, full_matrices=False)
         kept = min(layout.ranks[module], len(sigma))
         in_a, in_b = (sigma[:kept].sqrt(),) * 2 if balanced else (torch.ones_like(sigma[:kept]), sigma[:kept])
         new_a = in_a[:, None] * (v_t[:kept] @ q_a.T)

@@ -268,6 +268,8 @@ class Interpreter(Measures):
             merged = weighted_sum(adapters, coefficients)
         else:
             raise PlanError(f"unknown merge space {step.space}, expected delta or factor")
+        if not merged.is_finite:
+            raise PlanError(f"the merge of {', '.join(slots)} is not finite; are its weights too large?")
         self.slots[step.target] = merged
         return report_pb2.MergeResult(max_rank=max(merged.layout.ranks.values(), default=0))
 

@@ -188,6 +188,13 @@ def test_truncation_pads_with_zeros_where_the_target_rank_exceeds_the_adapter() 
     assert_close(dense(found), dense(adapter), 1e-12)
 
 
+def test_truncation_of_a_delta_that_is_not_finite_is_refused_by_name() -> None:
+    adapter = random_adapter(layout_of(1, 2.0), 0, torch.float32)
+    adapter.vector.mul_(1e30)  # finite, and B A is not
+    with pytest.raises(LayoutError, match="delta of module 'q_proj' has numbers that are not finite"):
+        truncate(adapter, layout_of(1))
+
+
 def test_truncation_in_float32_is_accurate_to_float32() -> None:
     layout = layout_of(16, 2.0, {"q": (64, 48)}, head=(3, 5))
     adapter = random_adapter(layout, 0)

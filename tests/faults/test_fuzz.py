@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 
 import pytest
@@ -47,3 +48,16 @@ def test_the_plans_that_are_mutated_have_every_kind_of_step() -> None:
     known = {field.name for field in plan_pb2.Step.DESCRIPTOR.fields}
     plans = [plan_pb2.Plan.FromString(data) for data in seeds()["plan"]]
     assert {step.WhichOneof("kind") for plan in plans for step in plan.steps} == known
+
+
+FOUND = {
+    # A finite weight (about 5e159) with which the product of the two factors is not.
+    "plan": "CAESA3J1bhoGYmVybGluIAEyMiowCi4KEQoGZ2xvYmFsEQAAAAAAAPA/ChAKBWxvY2FsEQAAAAAAAPA/ojEGc2hhcmVzMjQaMgoFbG9j"
+    "YWwSJQoRCgZnbG9iYWwRAAAAAAAA4D8KEAoFbG9jYWwRAAAAAAAA4GAYASAC",
+}
+"""What the fuzzer has found, in base64."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_before(name: str) -> None:
+    TARGETS[name](base64.b64decode(FOUND[name]))
