@@ -3,6 +3,7 @@
     python -m tests.benchmarks.self_others cifar100-20 --data DIR --strategies local,fedavg,potara --clients 20
     python -m tests.benchmarks.self_others mixed-arch --data DIR --strategies local,fedavg,fedmosaic --blocks 2
     ... --seeds 100 --split validation                       # for choosing settings
+    python -m tests.benchmarks.self_others --of OUT          # the finished runs of "fedalloy compare ... --out OUT"
 
 Only a benchmark may do this, because it holds everybody's data: no plan can. Strategies run through the real round loop
 and client code in one process; then each client's saved personal model, loaded by PEFT onto a fresh base model, is
@@ -36,10 +37,12 @@ from client_app.training import set_up_torch
 from server_app.align import Aligned, align_models
 from server_app.cli import parse_run_config
 from server_app.export import is_in_parts
+from server_app.run_directory import RunDirectory
 from tests.in_process import run_in_process
 
 ACROSS = ("local", "local-twice", "fedmosaic")
 """Strategies that clients of different architectures can share."""
+WHICH = ("own", "others")
 TWO_ARCHITECTURES = ("digits-mixed", "mixed-arch")
 
 
@@ -59,6 +62,10 @@ class SavedModel:
         """The model's logits."""
         logits: Tensor = self.module(**inputs, **({"task": task} if task else {})).logits
         return logits
+
+
+class PartsError(Exception):
+    """A personal model in several parts."""
 
 
 @dataclass
@@ -89,7 +96,11 @@ def load_clients(
 
 
 def scores_of(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientData]]], split: str) -> Scores:
-    """Try every personal model of a run on every client's data."""
+    """Try every personal model of a run on every client's data.
+
+    Raises:
+        PartsError: a client's model is more than one adapter, which PEFT cannot load.
+    """
     from peft import PeftModel
 
     data = {name: load()[1] for name, load in clients.items()}
@@ -97,7 +108,7 @@ def scores_of(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientDat
     for name in sorted(path.name for path in (run / "clients").iterdir()):
         folder = run / "clients" / name / "adapter"
         if is_in_parts(folder):
-            raise SystemExit(f"{folder} is no single adapter; its strategy cannot be measured here")
+            raise PartsError(f"{folder} is no single adapter; its strategy cannot be measured here")
         module = clients[name]()[0].model
         PeftModel.from_pretrained(module, str(folder))  # which puts the adapter into the module itself
         model = SavedModel(module.eval())
@@ -162,11 +173,7 @@ def measure(strategy: str, seed: int, arguments: argparse.Namespace, folder: Pat
         )
         seconds = time.process_time() - started
         found = scores_of(directory.path, everybody, arguments.split)
-        reported = json.loads((directory.path / "summary.json").read_text())["clients"]
-        for name, value in found.own.items():
-            said = reported[name].get("accuracy")
-            if said is not None and not everybody[name]()[1].tasks and abs(said - value) > 0.02:
-                raise SystemExit(f"{name}: the run reported {said:.4f}, its saved model has {value:.4f}")
+        require_as_reported(directory.path, everybody, found)
         whole.own |= found.own
         whole.others |= found.others
         whole.seconds += seconds
@@ -174,10 +181,34 @@ def measure(strategy: str, seed: int, arguments: argparse.Namespace, folder: Pat
     return whole
 
 
+def require_as_reported(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientData]]], found: Scores) -> None:
+    """What is tried here is what the clients measured during the run."""
+    reported = json.loads((run / "summary.json").read_text())["clients"]
+    for name, value in found.own.items():
+        said = reported[name].get("accuracy")
+        if said is not None and not clients[name]()[1].tasks and abs(said - value) > 0.02:
+            raise SystemExit(f"{name}: the run reported {said:.4f}, its saved model has {value:.4f}")
+
+
+def measure_saved(run: Path, arguments: argparse.Namespace) -> tuple[str, int, Scores]:
+    """Strategy, seed and scores of a run that ``fedalloy compare`` has kept."""
+    config = RunDirectory(run).config()
+    count = config["min-clients"]
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / ".cache").symlink_to(arguments.cache)
+        everybody = load_clients(Path(name), list(range(count)), count, config)
+        found = scores_of(run, everybody, config.get("evaluate-split", "test"))
+        require_as_reported(run, everybody, found)
+    found.seconds = time.process_time() - started
+    return config["strategy"], config["seed"], found
+
+
 def parse(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenario")
+    parser.add_argument("scenario", nargs="?")
+    parser.add_argument("--of", type=Path, help="Instead of running: the folder of a comparison.")
     parser.add_argument("--data", type=Path, help="Folder of scenarios on real data.")
     parser.add_argument("--strategies", default="local,fedavg")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -188,7 +219,44 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", default="", help="More run-config, as for flwr run.")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args(given)
+    found = parser.parse_args(given)
+    if (found.scenario is None) == (found.of is None):
+        parser.error("expected a scenario, or --of and the folder of a comparison")
+    return found
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, dict[int, Scores]]:
+    """Everything that is asked for, by strategy and seed."""
+    found: dict[str, dict[int, Scores]] = {}
+    if arguments.of:
+        for run in sorted(path.parent for path in arguments.of.glob("runs/*/summary.json")):
+            try:
+                strategy, seed, scores = measure_saved(run, arguments)
+            except PartsError as error:
+                print(error)
+                continue
+            found.setdefault(strategy, {})[seed] = scores
+            say(strategy, seed, scores)
+        return found
+    for strategy in arguments.strategies.split(","):
+        for seed in arguments.seeds:
+            with tempfile.TemporaryDirectory() as name:
+                (Path(name) / ".cache").symlink_to(arguments.cache)
+                scores = measure(strategy, seed, arguments, Path(name))
+            found.setdefault(strategy, {})[seed] = scores
+            say(strategy, seed, scores)
+    return found
+
+
+def say(strategy: str, seed: int, scores: Scores) -> None:
+    """Progress."""
+    own, others = (shown(scores.mean(which)) for which in ("own", "others"))
+    print(f"{strategy}, seed {seed}: self {own}, others {others}, {scores.seconds:.0f} CPU s", flush=True)
+
+
+def shown(value: float | None) -> str:
+    """Three decimals."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def main() -> None:
@@ -197,32 +265,20 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     set_up_torch()
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    console, numbers = Console(width=120), {}
-    table = Table(
-        title=f"{arguments.scenario}: {arguments.clients} clients, {arguments.rounds} rounds, {arguments.split}"
-    )
-    for column in ("strategy", *(f"seed {seed}" for seed in arguments.seeds), "self", "others", "CPU s"):
+    found = measured(arguments)
+    table = Table(title=str(arguments.of) if arguments.of else f"{arguments.scenario}, {arguments.split}")
+    seeds = sorted({seed for runs in found.values() for seed in runs})
+    for column in ("strategy", *(f"seed {seed}" for seed in seeds), "self", "others"):
         table.add_column(column, justify="right")
-    for strategy in arguments.strategies.split(","):
-        found = {}
-        for seed in arguments.seeds:
-            with tempfile.TemporaryDirectory() as name:
-                (Path(name) / ".cache").symlink_to(arguments.cache)
-                found[seed] = measure(strategy, seed, arguments, Path(name))
-        rows = {which: [item.mean(which) for item in found.values()] for which in ("own", "others")}
-        means = {
-            which: f"{sum(values) / len(values):.3f}" if None not in values else "-" for which, values in rows.items()
-        }
-        seconds = sum(item.seconds for item in found.values()) / len(found)
-        cells = [
-            f"{own:.3f} / {'-' if other is None else f'{other:.3f}'}" for own, other in zip(*rows.values(), strict=True)
-        ]
-        table.add_row(strategy, *cells, means["own"], means["others"], f"{seconds:.0f}")
-        console.print(f"{strategy}: self {means['own']}, others {means['others']}, {seconds:.0f} CPU s a run")
-        numbers[strategy] = {seed: vars(item) for seed, item in found.items()}
-        if arguments.json:
-            arguments.json.write_text(json.dumps(numbers, indent=2))
-    console.print(table)
+    for strategy, runs in found.items():
+        rows = {which: [runs[seed].mean(which) if seed in runs else None for seed in seeds] for which in WHICH}
+        means = [None if None in values else sum(values) / len(values) for values in rows.values()]
+        cells = [f"{shown(own)} / {shown(other)}" for own, other in zip(*rows.values(), strict=True)]
+        table.add_row(strategy, *cells, *map(shown, means))
+    Console(width=120).print(table)
+    if arguments.json:
+        numbers = {name: {seed: vars(scores) for seed, scores in runs.items()} for name, runs in found.items()}
+        arguments.json.write_text(json.dumps(numbers, indent=2))
 
 
 if __name__ == "__main__":
