@@ -15,8 +15,6 @@ each class, which no client has), and kept.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -32,7 +30,7 @@ from torch.nn import functional
 from client_app.base_models import FoundModel, find_model, load_base
 from client_app.data import Base, ClientData, Dataset
 from client_app.scenarios import ScenarioError
-from client_app.scenarios.vit import ALL_MODULES, load_or_make, one_thread
+from client_app.scenarios.vit import ALL_MODULES, build_vit, fingerprint_of, load_or_make, one_thread, vit_base
 from client_app.settings import Settings
 from client_app.tasks import KINDS
 
@@ -72,8 +70,8 @@ class Distilled:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the recipe, 64 hex digits; ``teacher`` is the larger model's."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """See :func:`fingerprint_of`; ``teacher`` is the larger model's."""
+        return fingerprint_of(asdict(self))
 
 
 @lru_cache(maxsize=4)
@@ -185,12 +183,7 @@ def mixed_bases(
         vit.classifier.bias.zero_()
     vit.config.num_labels = len(names)
     vit.requires_grad_(False).eval()
-    targets = tuple(
-        name
-        for name, module in vit.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ALL_MODULES
-    )
-    return Base(recipe.name, vit, recipe.fingerprint, targets, ("classifier",)), large
+    return vit_base(recipe, vit, ALL_MODULES), large
 
 
 def mixed_bases_to_align(root: Path, cache_dir: Path) -> tuple[list[Base], Dataset]:
@@ -234,23 +227,7 @@ def _start(classes: int, width: int) -> Tensor:
 
 
 def _build(recipe: Distilled, classes: int) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(  # type: ignore[call-arg]  # num_labels is one of its keyword arguments
-        image_size=32,
-        patch_size=8,
-        hidden_size=recipe.width,
-        num_hidden_layers=recipe.depth,
-        num_attention_heads=recipe.heads,
-        intermediate_size=recipe.mlp,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.06,
-        num_labels=classes,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return ViTForImageClassification(config)
+    return build_vit(recipe, image_size=32, patch_size=8, initializer_range=0.06, num_labels=classes)
 
 
 def _distil(recipe: Distilled, folder: Path, root: Path, found: Mapping[str, NDArray[Any]]) -> nn.Module:

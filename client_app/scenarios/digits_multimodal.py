@@ -20,8 +20,6 @@ that clients of one language share. Nobody trains on what anybody validates or t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +33,7 @@ from torch import Tensor, nn
 from client_app.data import Base, ClientData, Dataset
 from client_app.multi_task import MultiTaskModel, TaskSpec, multi_task_base
 from client_app.scenarios import ScenarioError, digits
-from client_app.scenarios.vit import load_or_make, one_thread
+from client_app.scenarios.vit import fingerprint_of, load_or_make, one_thread
 from client_app.tasks import IGNORED, mean_loss
 
 WORDS = {
@@ -126,10 +124,9 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the recipe and the sentences, 64 hex digits."""
+        """See :func:`fingerprint_of`; the sentences count, too."""
         sayings = [(english, german) for english, german, _ in PATTERNS]
-        text = json.dumps([asdict(self), WORDS, sayings, QUESTIONS, KINDS_OF_DIGITS], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint_of([asdict(self), WORDS, sayings, QUESTIONS, KINDS_OF_DIGITS])
 
 
 RECIPE = Recipe()

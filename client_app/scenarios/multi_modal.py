@@ -19,7 +19,6 @@ that no client has, with the tasks' own labels and heads that are thrown away. W
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -41,7 +40,7 @@ from client_app.multi_task import TaskSpec, multi_task_base
 from client_app.scenarios import cifar
 from client_app.scenarios.digits_multimodal import Vocabulary, pretrain_together, texts_as_tensors, words_until_end
 from client_app.scenarios.texts import read_jsonl
-from client_app.scenarios.vit import load_or_make
+from client_app.scenarios.vit import fingerprint_of, load_or_make
 from client_app.settings import Settings
 
 TASKS: Mapping[str, tuple[str, tuple[str, ...], str, int]] = {
@@ -83,9 +82,8 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the recipe, 64 hex digits."""
-        text = json.dumps([asdict(self), list(TASKS), PUBLIC, WORDS], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """See :func:`fingerprint_of`; what decides the public examples counts, too."""
+        return fingerprint_of([asdict(self), list(TASKS), PUBLIC, WORDS])
 
 
 @dataclass(frozen=True)
@@ -156,13 +154,13 @@ def vocabulary(root: Path) -> Words:
 def pool_of(task: str, root: Path) -> Pool:
     """All examples of a task."""
     if task in ("topic", "question", "answer"):
-        rows = read_jsonl(root / "text" / f"{'agnews' if task == 'topic' else 'trec'}.jsonl.gz")[1:]
+        rows = read_jsonl(root / "text" / f"{SOURCES[task]}.jsonl.gz")[1:]
         labels = np.array([int(row["y"]) for row in rows])
         written = [f"it asks for {ANSWERS[label]}" if task == "answer" else "" for label in labels]
         texts = [str(row["x"]) for row in rows]
         return Pool(None, texts, written, labels, _groups(texts))
     if task == "statement":
-        found = cifar.read_arrays(root / "multimodal" / "nlvr.npz")
+        found = cifar.read_arrays(root / "multimodal" / f"{SOURCES[task]}.npz")
         texts = [str(text) for text in found["text"]]
         # From 128 x 32: means of four columns.
         squeezed = found["x"].reshape(len(texts), 32, 32, 4, 3).mean(axis=3).astype(np.uint8)

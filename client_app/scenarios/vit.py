@@ -60,8 +60,17 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the recipe, 64 hex digits: the same on machines whose floating point rounds differently."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """See :func:`fingerprint_of`."""
+        return fingerprint_of(asdict(self))
+
+
+def fingerprint_of(what: Any) -> str:
+    """SHA-256 of what decides a model, 64 hex digits; the same on machines whose floating point rounds differently.
+
+    Args:
+        what: made of dictionaries, lists, strings and numbers.
+    """
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def load_or_pretrain(
@@ -79,12 +88,19 @@ def load_or_pretrain(
         targets: last parts of the names of the modules that get LoRA factors.
     """
     model = load_or_make(recipe, cache_dir, lambda: _build(recipe), lambda: _pretrain(recipe, *examples()))
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return vit_base(recipe, model, targets)
+
+
+def vit_base(recipe: Any, model: nn.Module, targets: tuple[str, ...]) -> Base:
+    """A ViT as a base model; arguments as for :func:`load_or_make` and :func:`load_or_pretrain`."""
+    # Slow to import (peft), and this file is imported where only data is wanted.
+    from client_app.model import modules_ending_with
+
     return Base(
         name=recipe.name,
         model=model,
         fingerprint=recipe.fingerprint,
-        targets=tuple(name for name in linear if name.rsplit(".", 1)[-1] in targets),
+        targets=modules_ending_with(model, targets),
         heads=HEAD_MODULES,
     )
 
@@ -117,27 +133,40 @@ def load_or_make(
     return model.requires_grad_(False).eval()
 
 
-def _build(recipe: Recipe) -> nn.Module:
-    # Transformers is slow to import, and this file is imported where only data is wanted.
+def build_vit(recipe: Any, **config: Any) -> nn.Module:
+    """A ViT without dropout, with random weights.
+
+    Args:
+        recipe: a dataclass with ``width``, ``depth``, ``heads``, ``mlp`` and ``seed``.
+        config: what else ``ViTConfig`` is told.
+    """
+    # Slow to import, likewise.
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(  # type: ignore[call-arg]  # num_labels is one of its keyword arguments
-        image_size=recipe.image_size,
-        patch_size=recipe.patch_size,
-        num_channels=1,
+    shape = ViTConfig(
         hidden_size=recipe.width,
         num_hidden_layers=recipe.depth,
         num_attention_heads=recipe.heads,
         intermediate_size=recipe.mlp,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        **config,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return ViTForImageClassification(shape)
+
+
+def _build(recipe: Recipe) -> nn.Module:
+    return build_vit(
+        recipe,
+        image_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+        num_channels=1,
         # transformers' default of 0.02 suits widths near 768; a narrow model starts almost dead with it.
         initializer_range=recipe.initializer_range,
         num_labels=recipe.classes,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return ViTForImageClassification(config)
 
 
 def _pretrain(recipe: Recipe, images: Tensor, labels: Tensor) -> nn.Module:
