@@ -132,7 +132,7 @@ class Federation:
         self._asked |= set(self._nodes)
         makes = {f"node {node_id}": _registration(node_id, timeout) for node_id in self._nodes}
         for reply in self.exchange(makes, max(deadline - time.monotonic(), self.poll_interval), watch):
-            self._welcome(int(reply.client_id.removeprefix("node ")), reply)
+            self._welcome(self._node_of(reply.client_id), reply)
         if len(self.newcomers) < minimum:
             reasons = "; ".join(f"{who}: {why}" for who, why in self.refused.items())
             raise NotEnoughClientsError(f"{len(self.newcomers)} of at least {minimum} clients registered. {reasons}")
@@ -231,7 +231,7 @@ class Federation:
                 overdue = self._overdue.pop(message_id, None)
                 if overdue is not None and overdue.startswith("node ") and not reply.has_error():
                     self.refused.pop(overdue, None)  # slow to say who it is, and welcome from the next round on
-                    self._welcome(int(overdue.removeprefix("node ")), Reply(overdue, reply, 0.0))
+                    self._welcome(self._node_of(overdue), Reply(overdue, reply, 0.0))
                 elif not (reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID):
                     name = overdue or waiting.get(message_id, "somebody")
                     self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1

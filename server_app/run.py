@@ -220,8 +220,7 @@ class Run:
         chosen = self._sample(round_, present)
         needed = min(self.options.min_clients, len(chosen))
         briefs = {client: self.strategy.brief(round_, client) for client in chosen}
-        records = self._ask("train", round_, briefs, self.strategy.absorb, needed)
-        records |= {client.id: {"status": outcomes.ABSENT} for client in self._clients() if client not in present}
+        records = self._ask("train", round_, briefs, self.strategy.absorb, needed) | self._absent(present)
         answered = outcomes.usable(records)
         if answered < needed:
             self.record("train", round_, records, started)
@@ -254,8 +253,7 @@ class Run:
         records = self._ask(
             "deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), needed
         )
-        records |= {client.id: {"status": outcomes.ABSENT} for client in self._clients() if client not in present}
-        self.record("deliver", round_, records, started)
+        self.record("deliver", round_, records | self._absent(present), started)
         return answers
 
     def _last_counters(self, round_: int) -> None:
@@ -364,6 +362,9 @@ class Run:
 
     def _clients(self) -> list[Client]:
         return [self.federation.clients[client_id] for client_id in sorted(self.federation.clients)]
+
+    def _absent(self, present: list[Client]) -> dict[str, ClientRecord]:
+        return {client.id: {"status": outcomes.ABSENT} for client in self._clients() if client not in present}
 
     def _sample(self, round_: int, clients: list[Client]) -> list[Client]:
         count = max(self.options.min_clients, round(self.options.fraction_clients * len(clients)))
