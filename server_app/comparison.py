@@ -78,6 +78,13 @@ class Line:
         return f"{self.strategy} ({self.role})" if self.role else self.strategy
 
 
+COSTS: Mapping[str, Callable[[Line], float]] = {
+    "bytes": lambda line: line.megabytes["up"] + line.megabytes["down"],
+    "seconds": lambda line: line.seconds,
+}
+"""What a strategy is worth its price in: megabytes, and seconds."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All strategies by one metric; ``best_control`` is the control that merging has to beat, empty without one."""

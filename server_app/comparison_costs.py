@@ -107,10 +107,10 @@ def _direction(direction: str, names: Sequence[str], found: Kinds, runs: Sequenc
             chart.add_bar(y=list(names), x=values, name=label, orientation="h", marker={"color": COLOURS[place]})
     chart.update_layout(barmode="relative", xaxis_title=f"MB {direction}, {level}, all clients")
     chart.update_yaxes(autorange="reversed")
-    shares = {run.strategy: run.unexplained for run in runs if run.unexplained is not None}
+    shares: dict[str, float] = {}
     for run in runs:
         if run.unexplained is not None:
-            shares[run.strategy] = max(shares[run.strategy] or 0.0, run.unexplained)
+            shares[run.strategy] = max(shares.get(run.strategy, 0.0), run.unexplained)
     body = []
     for place, name in enumerate(names):
         numbers = [values[place] for values in shown.values()]

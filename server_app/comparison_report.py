@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from server_app.comparison import Comparison, Line, Paired, cells_of, explanation
+from server_app.comparison import COSTS, Comparison, Line, Paired, cells_of, explanation
 from server_app.comparison_costs import bytes_by_kind, reconciliation, slowest
 from server_app.comparison_figures import as_table
 from server_app.comparison_merges import merges
@@ -126,11 +126,7 @@ def at_a_glance(found: Comparison, runs: Sequence[FinishedRun], failed: Mapping[
             f"{', '.join(beyond) or 'none'} ({len(beyond)} of {rivals})."
         )
     if ranked:
-        fronts = {
-            "bytes": lambda line: line.megabytes["up"] + line.megabytes["down"],
-            "seconds": lambda line: line.seconds,
-        }
-        for what, cost in fronts.items():
+        for what, cost in COSTS.items():
             front = ", ".join(line.strategy for line in found.cheapest(cost))
             said.append(f"Worth their {what}, cheapest first (no other is better for at most as much): {front}.")
     if any(run.unexplained is not None for run in runs):

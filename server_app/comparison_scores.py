@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from server_app.comparison import Comparison, Line, Row
+from server_app.comparison import COSTS, Comparison, Line, Row
 from server_app.comparison_figures import COLOURS, DASHES, ROLES, Table, figure, heights, ticks
 
 SHOWN = 6
@@ -57,10 +57,8 @@ def differences(found: Comparison) -> list[str]:
 def costs(found: Comparison) -> list[str]:
     """The Pareto pictures: the metric against bytes and against seconds."""
     level = "on the wire" if found.level == "wire" else "of serialised messages"
-    return [
-        _cost(found, "bytes", f"MB up and down, {level}", lambda line: line.megabytes["up"] + line.megabytes["down"]),
-        _cost(found, "seconds", "seconds, sum of each round's slowest client", lambda line: line.seconds),
-    ]
+    axes = {"bytes": f"MB up and down, {level}", "seconds": "seconds, sum of each round's slowest client"}
+    return [_cost(found, what, axes[what], cost) for what, cost in COSTS.items()]
 
 
 def curves(found: Comparison, rows: Sequence[Row]) -> str:
