@@ -187,14 +187,13 @@ def train(
         optimiser.step()
         schedule.step()
         losses.append(loss)
-        if not math.isfinite(losses[-1]):
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"training loss became {losses[-1]} at step {len(losses)} of {step.steps}; lower learning-rate "
+                f"training loss became {loss} at step {len(losses)} of {step.steps}; lower learning-rate "
                 f"(now {step.learning_rate:g}) or set max-grad-norm"
             )
-    if not all(
-        bool(torch.isfinite(parameter).all()) for parameter in parameters.values()
-    ):  # no later loss would say so
+    # What the last step spoilt no later loss would show.
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
         raise TrainingError(
             f"numbers that are not finite after the last of {step.steps} steps; lower learning-rate "
             f"(now {step.learning_rate:g}) or set max-grad-norm"
