@@ -10,7 +10,12 @@ from flwr.app import Context, RecordDict
 
 from server_app.in_process import FIRST_NODE, InProcessGrid, Tamper
 
-__all__ = ["FIRST_NODE", "InProcessGrid", "Tamper", "run_in_process"]
+__all__ = ["FIRST_NODE", "InProcessGrid", "Tamper", "run_config_of", "run_in_process"]
+
+
+def run_config_of(**config: Any) -> dict[str, Any]:
+    """Keys with underscores for dashes and dots: ``fedmerge__lr_w`` is ``fedmerge.lr-w``."""
+    return {key.replace("__", ".").replace("_", "-"): value for key, value in config.items()}
 
 
 def run_in_process(
@@ -20,10 +25,10 @@ def run_in_process(
     node_config: Callable[[int], dict[str, Any]] | None = None,
     **run_config: Any,
 ) -> Any:
-    """Run the real server loop; keys with underscores for dashes and dots: ``fedmerge__lr_w`` is ``fedmerge.lr-w``."""
+    """Run the real server loop; keys as in :func:`run_config_of`."""
     from server_app.run import run
 
-    config = {key.replace("__", ".").replace("_", "-"): value for key, value in run_config.items()}
+    config = run_config_of(**run_config)
     config.setdefault("runs-dir", str(runs_dir))
     config.setdefault("min-clients", clients)
     grid = InProcessGrid(clients, runs_dir, config, node_config, tamper)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.adapter import Adapter
-from client_app.data import ClientData
+from client_app.data import Base, ClientData
 from client_app.model import OWN_HEAD, PersonalModel
 from client_app.own_data import load_own
 from client_app.settings import DataSettings, ModelSettings, Settings
@@ -35,9 +35,14 @@ def settings_of(
 def loaded(settings: Settings) -> tuple[PersonalModel, ClientData]:
     """Its model with the initial adapter active, and its data."""
     base, data = load_own(settings)
-    model = PersonalModel(base, settings.rank, settings.alpha)
+    return personal(base, settings.rank, settings.alpha), data
+
+
+def personal(base: Base, rank: int = 2, alpha: float = 4.0) -> PersonalModel:
+    """A model over this base with the initial adapter active."""
+    model = PersonalModel(base, rank, alpha)
     model.load("local", Adapter.initial(model.layout, 0))
     if model.own_layout is not None:
         model.load(OWN_HEAD, Adapter.zeros(model.own_layout))
     model.activate({"local": 1.0})
-    return model, data
+    return model

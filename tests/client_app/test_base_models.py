@@ -19,14 +19,13 @@ from client_app.base_models import BaseModelError, find_model, load_base
 from client_app.data import Base, Dataset
 from client_app.encoding import load_encoder
 from client_app.examples import Example
-from client_app.model import OWN_HEAD, PersonalModel
 from client_app.own_data import load_own
 from client_app.settings import ModelSettings
 from client_app.start_adapter import read_start_adapter
 from client_app.tasks import KINDS
 from proto.fedalloy.v1 import plan_pb2
 from tests import tiny_models, toy_data
-from tests.client_app.own import settings_of
+from tests.client_app.own import personal, settings_of
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 WORDS = {"vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -89,15 +88,6 @@ def some_data(kind: str) -> Dataset:
     ids = torch.randint(3, 60, (6, 8), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Dataset(inputs, ids.clone() if KINDS[kind].generative else labels, kind)
-
-
-def personal(base: Base) -> PersonalModel:
-    model = PersonalModel(base, 2, 4.0)
-    model.load("local", Adapter.initial(model.layout, 0))
-    if model.own_layout is not None:
-        model.load(OWN_HEAD, Adapter.zeros(model.own_layout))
-    model.activate({"local": 1.0})
-    return model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

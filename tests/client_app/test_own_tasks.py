@@ -14,11 +14,12 @@ from client_app.data import ClientData
 from client_app.executor import Executor
 from client_app.model import PersonalModel
 from client_app.own_tasks import load_tasks
-from client_app.settings import DataSettings, ModelSettings, Settings
+from client_app.settings import ModelSettings, Settings
 from client_app.tables import DataError
 from proto.fedalloy.v1 import plan_pb2
 from strategies import steps
 from strategies.steps import Training
+from tests.client_app import own
 from tests.tiny_models import save_bert, save_flava
 from tests.toy_data import opinions, write_captions, write_jsonl
 
@@ -54,19 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(folder: Path, base: str = "flava", tasks: str = "tasks.toml") -> Settings:
-    return Settings(
-        client_id="ada",
-        state_dir=folder / "state",
-        scenario="digits",
-        partition_id=0,
-        num_partitions=1,
-        seed=0,
-        rank=2,
-        alpha=4.0,
-        dropout=0.0,
-        model=ModelSettings(base_model=str(folder / base)),
-        data=DataSettings(data_path=str(folder / tasks)),
-    )
+    return own.settings_of(folder / tasks, folder / "state", folder / base)
 
 
 def test_a_registration_names_every_task_with_its_groups(folder: Path) -> None:
@@ -88,7 +77,7 @@ def test_both_tasks_are_trained_and_scored(folder: Path) -> None:
     plan = plan_pb2.Plan(
         version=1,
         run_name="own-tasks",
-        client_id="ada",
+        client_id="berlin",
         round=1,
         steps=[
             steps.initialise("local", 0),

@@ -21,6 +21,7 @@ from server_app.certificates import make_client_key
 from server_app.cluster import ClusterError, LocalCluster, Process, app_directory
 from server_app.export import export_adapter
 from server_app.run_directory import RunDirectory
+from tests.in_process import run_config_of
 
 BIN = Path(sys.executable).parent
 # Rank 32: with adapters of 16 kB a run of seconds is little more than bundles and polls, and a few kB by which the
@@ -29,9 +30,9 @@ SMALL = {"num-server-rounds": 2, "local-steps": 5, "min-clients": 3, "lora-r": 3
 
 
 def start(cluster: LocalCluster, name: str, **config: Any) -> dict[str, Any]:
-    """Run to the end; the summary. Keys with underscores for dashes, two for dots."""
+    """Run to the end; the summary. Keys as in :func:`tests.in_process.run_config_of`."""
     given = SMALL | {"run-name": name, "runs-dir": str(cluster.settings.runs_dir)}
-    outcome = cluster.run(given | {key.replace("__", ".").replace("_", "-"): value for key, value in config.items()})
+    outcome = cluster.run(given | run_config_of(**config))
     assert outcome.completed, outcome.log.read_text()
     found: dict[str, Any] = json.loads((cluster.settings.runs_dir / name / "summary.json").read_text())
     return found

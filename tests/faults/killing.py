@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from server_app.run_directory import RunDirectory
+from tests.in_process import run_config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = os.environ.get("FEDALLOY_FAULTS") == "long"
@@ -57,7 +58,7 @@ class Killer:
         task = {
             "name": name, "resume": resume, "kill_at": kill_at, "client_kill_at": client_kill_at, "how": how,
             "kill_after_round": kill_after_round, "clock": clock,
-            "config": {key.replace("__", ".").replace("_", "-"): v for key, v in config.items()},
+            "config": run_config_of(**config),
         }  # fmt: skip
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -103,8 +104,7 @@ def left_behind(run: Path) -> Left:
           for name, client in record["clients"].items()}]
         for record in directory.rounds() if record["phase"] in ("train", "deliver")
     ]  # fmt: skip
-    metrics = {client: values for client, values in summary["clients"].items()}
-    return {"clients": metrics, "values": found.state.values}, numbers, records
+    return {"clients": summary["clients"], "values": found.state.values}, numbers, records
 
 
 def _timeless(settled: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from adapters.records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpa
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run import run
 from server_app.run_directory import RunDirectory
+from tests.faults.reports import LAYOUT
+from tests.in_process import run_config_of
 from tests.strategies.conftest import FakeGrid, FakeNode
 
 Misbehave = Callable[[plan_pb2.Plan, Message, Message], list[Message]]
@@ -77,13 +79,19 @@ class NodeGrid(FakeGrid):
         return [reply for name in message_ids for reply in self.waiting.pop(name, [])]
 
 
+def nodes(*names: str) -> dict[int, FakeNode]:
+    """Nodes 1, 2, ... with ten examples, twenty, ...; ada, ben and cyd where nobody is named."""
+    found = enumerate(names or ("ada", "ben", "cyd"), start=1)
+    return {number: FakeNode(name, LAYOUT, examples=10 * number) for number, name in found}
+
+
 def run_nodes(runs: Path, grid: NodeGrid, **config: Any) -> RunDirectory:
-    """A run over these nodes; keys as in :func:`tests.in_process.run_in_process`."""
+    """A run over these nodes; keys as in :func:`tests.in_process.run_config_of`."""
     given = {
         "min-clients": 2, "num-server-rounds": 2, "poll-interval": 0.01, "startup-timeout": 1.0, "round-timeout": 1.0,
         "run-name": "run", "runs-dir": str(runs), "seed": 7, "strategy": "fedavg",
     }  # fmt: skip
-    given |= {key.replace("__", ".").replace("_", "-"): value for key, value in config.items()}
+    given |= run_config_of(**config)
     return run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=given))
 
 

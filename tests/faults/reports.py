@@ -16,6 +16,7 @@ from adapters.layout import Layout
 from adapters.records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD, pack, unpack
 from proto.fedalloy.v1 import adapter_pb2, report_pb2
 from tests.strategies.conftest import FakeNode, layout_of
+from tests.strategies.hostile import claims
 
 LAYOUT = layout_of()
 Blobs = dict[str, bytes]
@@ -108,18 +109,6 @@ class Answer:
         return self.reply()
 
 
-def claim(**changes: Any) -> adapter_pb2.Layout:
-    """A layout's message with one entry changed."""
-    message = LAYOUT.to_proto()
-    for name, value in changes.items():
-        if name == "shape":
-            del message.entries[0].shape[:]
-            message.entries[0].shape.extend(value)
-        else:
-            setattr(message.entries[0], name, value)
-    return message
-
-
 def rename(answer: Answer, name: str) -> Message:
     answer.blobs[name] = answer.blobs.pop(answer.slot)
     return answer.reply()
@@ -210,9 +199,9 @@ KINDS: dict[str, Callable[[Answer], Message]] = {
     "claims-8-exabytes": lambda a: a.header(payload_bytes=2**63),
     "unknown-encoding": lambda a: a.header(encoding=99),
     "unknown-reference": lambda a: a.header(reference_digest=b"\1" * 32),
-    "layout-of-astronomical-size": lambda a: a.header(layout=claim(shape=[2**31 - 1, 2**31 - 1])),
-    "layout-with-zero-sizes": lambda a: a.header(layout=claim(shape=[8, 0])),
-    "layout-with-an-unprintable-name": lambda a: a.header(layout=claim(module="q\x1b[2J")),
+    "layout-of-astronomical-size": lambda a: a.header(layout=claims(LAYOUT, shape=[2**31 - 1, 2**31 - 1])),
+    "layout-with-zero-sizes": lambda a: a.header(layout=claims(LAYOUT, shape=[8, 0])),
+    "layout-with-an-unprintable-name": lambda a: a.header(layout=claims(LAYOUT, module="q\x1b[2J")),
     # adapters that do not fit, numbers that would spoil a merge
     "another-rank": lambda a: a.adapter(layout_of(rank=16)),
     "another-base": lambda a: a.adapter(layout_of(base="other")),

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from server_app.certificates import ServerFiles
-from server_app.cluster import LocalCluster, Settings
+from server_app.cluster import LocalCluster, Process, Settings
 from server_app.run_directory import RunDirectory
 from tests.faults.killing import LONG, assert_same
 
@@ -69,9 +69,14 @@ class Killer:
                     self.killed.append(process.pid)
 
 
+def named(cluster: LocalCluster, name: str) -> Process:
+    """The cluster's process of this name."""
+    return next(process for process in cluster.processes if process.name == name)
+
+
 def below(cluster: LocalCluster, name: str, words: str) -> list[psutil.Process]:
     """Descendants of one of the cluster's processes whose command has these words."""
-    root = next(process for process in cluster.processes if process.name == name).find()
+    root = named(cluster, name).find()
     assert root is not None
     found = []
     for child in root.children(recursive=True):
@@ -105,12 +110,12 @@ def test_a_client_process_is_killed_and_asked_again(cluster: LocalCluster, basel
 def test_a_supernode_is_killed_started_again_and_asked_again(cluster: LocalCluster, baseline: Path) -> None:
     """Flower refuses the same key for up to a minute after a kill; a supervisor tries again until it is let in."""
     run = cluster.settings.runs_dir / "supernode"
-    rome = next(process for process in cluster.processes if process.name == "supernode-rome")
+    rome = named(cluster, "supernode-rome")
     kill = Killer(run, "register", 2.0, lambda: [found] if (found := rome.find()) else [])
 
     def supervise() -> None:
         kill()
-        now = next(process for process in cluster.processes if process.name == "supernode-rome")
+        now = named(cluster, "supernode-rome")
         if kill.killed and now.find() is None:
             cluster.start_supernode(CLIENTS.index("rome"), cluster.directory / "keys" / "rome")
 
@@ -125,7 +130,7 @@ def test_the_superlink_is_killed_with_all_it_started_and_the_run_resumed(cluster
     run = cluster.settings.runs_dir / "superlink"
 
     def superlink() -> psutil.Process | None:
-        return next(process for process in cluster.processes if process.name == "superlink").find()
+        return named(cluster, "superlink").find()
 
     kill = Killer(run, "register", 3.0, lambda: [*root.children(recursive=True), root] if (root := superlink()) else [])
 

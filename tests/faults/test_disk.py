@@ -23,9 +23,9 @@ import torch
 from client_app.slots import SlotStore
 from server_app.run_directory import RunDirectory, RunDirectoryError
 from tests.faults.killing import LONG, assert_valid
-from tests.faults.nodes import NodeGrid, run_nodes, statuses
+from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
-from tests.strategies.conftest import FakeNode, random_adapter
+from tests.strategies.conftest import random_adapter
 
 HEADS = {"head.weight": torch.zeros(3, 5), "head.bias": torch.zeros(3)}
 NOBODY = 65534
@@ -55,10 +55,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return found
 
 
-def nodes() -> dict[int, FakeNode]:
-    return {number: FakeNode(name, LAYOUT, 10 * number) for number, name in enumerate(("ada", "ben"), start=1)}
-
-
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     found = RunDirectory(run).newest_checkpoint()
     assert found is not None
@@ -69,11 +65,11 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 def test_the_disk_is_full_at_each_write_of_the_server(strategy: str, disk: Disk, tmp_path: Path) -> None:
     """Everything the server writes is flushed, so this is every write; then there is room again and the run goes on."""
     disk.fill(0)
-    baseline = run_nodes(tmp_path, NodeGrid(nodes()), run_name="baseline", strategy=strategy).path
+    baseline = run_nodes(tmp_path, NodeGrid(nodes("ada", "ben")), run_name="baseline", strategy=strategy).path
     writes = disk.flushes
     assert writes > 20
     for number in range(1, writes + 1, 1 if LONG else 3):
-        run, clients = tmp_path / f"full-{number}", nodes()
+        run, clients = tmp_path / f"full-{number}", nodes("ada", "ben")
         disk.fill(number)
         with pytest.raises(RunDirectoryError, match=r"cannot write the run directory .*: No space left on device"):
             run_nodes(tmp_path, NodeGrid(clients), run_name=run.name, strategy=strategy)
@@ -170,7 +166,7 @@ def give(folder: Path) -> None:
 
 def test_a_read_only_folder_for_runs_is_named_before_anybody_is_asked(open_folder: Path) -> None:
     open_folder.chmod(0o555)
-    clients = nodes()
+    clients = nodes("ada", "ben")
 
     def work() -> None:
         with pytest.raises(RunDirectoryError, match=r"cannot write the run directory .*run: Permission denied"):
@@ -185,8 +181,8 @@ def test_a_run_whose_folder_becomes_read_only_stops_by_name_and_goes_on_when_it_
     run = open_folder / "run"
 
     def work() -> None:
-        baseline = run_nodes(open_folder, NodeGrid(nodes()), run_name="baseline", num_server_rounds=3).path
-        clients, writable = nodes(), []
+        baseline = run_nodes(open_folder, NodeGrid(nodes("ada", "ben")), run_name="baseline", num_server_rounds=3).path
+        clients, writable = nodes("ada", "ben"), []
 
         def close(grid: NodeGrid) -> None:
             if (run / "checkpoints" / "round-0001").exists() and not writable:

@@ -19,19 +19,12 @@ from proto.fedalloy.v1 import plan_pb2
 from server_app.run_directory import RunDirectory
 from strategies import STRATEGIES
 from tests.faults.killing import LONG, MAIN
-from tests.faults.nodes import NodeGrid, run_nodes, statuses
-from tests.faults.reports import KINDS, LAYOUT, Answer
-from tests.strategies.conftest import FakeNode
+from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
+from tests.faults.reports import KINDS, Answer
 
 HONEST, LIARS = ("ada", "ben"), ("cyd", "dan", "eve", "flo", "gus")
 BOUND = 96 * 2**20
 """Bytes: no report here has more than 4 MiB, whatever it claims."""
-
-
-def nodes() -> dict[int, FakeNode]:
-    return {
-        number: FakeNode(name, LAYOUT, examples=10 * number) for number, name in enumerate((*HONEST, *LIARS), start=1)
-    }
 
 
 def silent(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
@@ -80,7 +73,7 @@ def test_no_lie_counts_and_nobody_else_notices(strategy: str, tmp_path: Path) ->
     kinds = lies_for(strategy)
     rounds = len(kinds[3])
     config: dict[str, Any] = {"strategy": strategy, "num_server_rounds": rounds}
-    honest, lied = nodes(), nodes()
+    honest, lied = nodes(*HONEST, *LIARS), nodes(*HONEST, *LIARS)
     tracemalloc.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     directory = run_nodes(

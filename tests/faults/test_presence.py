@@ -14,14 +14,18 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app import outcomes
 from server_app.federation import NotEnoughClientsError
 from server_app.run_directory import RunDirectory, RunDirectoryError
-from tests.faults.nodes import NodeGrid, run_nodes, statuses
+from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode, error_from_the_superlink, layout_of
 
 
-def nodes(*names: str) -> dict[int, FakeNode]:
-    found = enumerate(names or ("ada", "ben", "cyd"), start=1)
-    return {number: FakeNode(name, LAYOUT, examples=10 * number) for number, name in found}
+def back_as_another(grid: NodeGrid) -> None:
+    """Instead of node 3, node 9 is here."""
+    grid.online = {1, 2, 9}
+
+
+def stopped(message: Message) -> list[Message]:
+    return [Message(Error(8, "ClientApp stopped responding."), reply_to=message)]
 
 
 def model_of(directory: RunDirectory) -> torch.Tensor:
@@ -84,7 +88,7 @@ def test_where_its_answer_is_needed_a_client_that_died_is_asked_again_and_nothin
             if plan.round != 2 or died:
                 return [honest]
             died.append(True)
-            return [Message(Error(8, "ClientApp stopped responding."), reply_to=message)]
+            return stopped(message)
 
         grid.misbehave[3] = stop_once
     directory = run_nodes(tmp_path, grid, min_clients=3, round_timeout=60.0, run_name="died")
@@ -96,7 +100,7 @@ def test_where_its_answer_is_needed_a_client_that_died_is_asked_again_and_nothin
 
 def test_a_client_that_keeps_dying_has_failed(tmp_path: Path) -> None:
     def stop(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
-        return [Message(Error(8, "ClientApp stopped responding."), reply_to=message)]
+        return stopped(message)
 
     directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: stop}), num_server_rounds=1, min_clients=2)
     assert statuses(directory) == [{"ada": "ok", "ben": "ok", "cyd": "failed"}]
@@ -191,11 +195,7 @@ def test_without_keys_a_restarted_client_gets_its_id_back_only_when_the_old_node
     assert "node 9 claims client-id 'cyd', which node 3 holds already" in refused["node 9"]["reason"]
     grid = NodeGrid(nodes() | {9: FakeNode("cyd", LAYOUT, examples=30)})
     grid.online = {1, 2, 3}
-
-    def restart(grid: NodeGrid) -> None:
-        grid.online = {1, 2, 9}
-
-    grid.at[4] = restart
+    grid.at[4] = back_as_another
     directory = run_nodes(tmp_path, grid, run_name="restarted", num_server_rounds=4)
     assert statuses(directory)[-1]["cyd"] == "ok"
     assert grid.nodes[9].plans
@@ -204,11 +204,7 @@ def test_without_keys_a_restarted_client_gets_its_id_back_only_when_the_old_node
 def test_with_keys_nobody_takes_an_id_even_of_a_client_that_is_gone(tmp_path: Path) -> None:
     grid = NodeGrid(nodes() | {9: FakeNode("cyd", LAYOUT)})
     grid.online, grid.keys = {1, 2, 3}, {3: b"cyd's", 9: b"another"}
-
-    def usurp(grid: NodeGrid) -> None:
-        grid.online = {1, 2, 9}
-
-    grid.at[4] = usurp
+    grid.at[4] = back_as_another
     directory = run_nodes(tmp_path, grid, num_server_rounds=4)
     assert statuses(directory)[-1]["cyd"] == "absent"
     assert not grid.nodes[9].plans
@@ -217,11 +213,7 @@ def test_with_keys_nobody_takes_an_id_even_of_a_client_that_is_gone(tmp_path: Pa
 def test_a_client_that_comes_back_as_another_is_refused(tmp_path: Path) -> None:
     grid = NodeGrid(nodes() | {9: FakeNode("cyd", layout_of(rank=2))})
     grid.online = {1, 2, 3}
-
-    def restart(grid: NodeGrid) -> None:
-        grid.online = {1, 2, 9}
-
-    grid.at[4] = restart
+    grid.at[4] = back_as_another
     directory = run_nodes(tmp_path, grid, num_server_rounds=4)
     assert statuses(directory)[-1]["cyd"] == "absent"
     assert not grid.nodes[9].plans

@@ -23,15 +23,25 @@ from server_app import outcomes
 from server_app.link_check import LinkError, check_key, check_link
 from server_app.run_directory import RunDirectory, RunDirectoryError
 from strategies.regmean import transports
-from tests.faults.nodes import NodeGrid, run_nodes, statuses
-from tests.faults.reports import LAYOUT, Answer
+from tests.faults.nodes import Misbehave, NodeGrid, nodes, run_nodes, statuses
+from tests.faults.reports import LAYOUT, Answer, measured
 from tests.faults.test_limits import NoTouch
 from tests.strategies.conftest import FakeNode, error_from_the_superlink, layout_of
 
 
-def nodes(*names: str) -> dict[int, FakeNode]:
-    found = enumerate(names or ("ada", "ben", "cyd"), start=1)
-    return {number: FakeNode(name, LAYOUT, examples=10 * number) for number, name in found}
+def boasting(seconds: float, accuracy: float | None = None) -> Misbehave:
+    """Says that it trained so long and, where that is given, is so good."""
+
+    def boast(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        answer = Answer.of(message, honest, None)
+        for result in answer.report.results:
+            if result.HasField("train"):
+                result.train.seconds = seconds
+            elif result.HasField("evaluate") and accuracy is not None:
+                result.evaluate.metrics["accuracy"] = accuracy
+        return [answer.reply()]
+
+    return boast
 
 
 class Unreadable(NodeGrid):
@@ -80,29 +90,14 @@ def test_two_messages_that_the_superlink_does_not_take_are_two_clients_that_left
 
 
 def test_finite_numbers_whose_sum_is_not_end_no_run(tmp_path: Path) -> None:
-    def boast(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
-        answer = Answer.of(message, honest, None)
-        for result in answer.report.results:
-            if result.HasField("train"):
-                result.train.seconds = 1.7e308
-            elif result.HasField("evaluate"):
-                result.evaluate.metrics["accuracy"] = 1.7e308
-        return [answer.reply()]
-
+    boast = boasting(seconds=1.7e308, accuracy=1.7e308)
     directory = run_nodes(tmp_path, NodeGrid(nodes("ada", "ben", "cyd", "dan"), {3: boast, 4: boast}))
     assert statuses(directory) == [{"ada": "ok", "ben": "ok", "cyd": "rejected", "dan": "rejected"}] * 2
     assert (directory.path / "summary.json").exists()
 
 
 def test_seconds_that_a_client_says_it_trained_are_no_more_than_it_took(tmp_path: Path) -> None:
-    def boast(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
-        answer = Answer.of(message, honest, None)
-        for result in answer.report.results:
-            if result.HasField("train"):
-                result.train.seconds = 1e50
-        return [answer.reply()]
-
-    directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: boast}))
+    directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: boasting(seconds=1e50)}))
     found = directory.newest_checkpoint()
     assert found is not None
     assert found.run["training_seconds"] < 60
@@ -116,11 +111,7 @@ def test_a_report_has_an_end() -> None:
 
 def test_more_metrics_than_any_task_has_are_not_written_down(tmp_path: Path) -> None:
     def chatter(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
-        answer = Answer.of(message, honest, None)
-        found = next(result.evaluate for result in answer.report.results if result.HasField("evaluate"))
-        for number in range(20_000):
-            found.metrics[f"metric-{number}"] = 1.0
-        return [answer.reply()]
+        return [measured(Answer.of(message, honest, None), [f"metric-{number}" for number in range(20_000)])]
 
     directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: chatter}))
     assert [round_["cyd"] for round_ in statuses(directory)] == ["rejected"] * 2

@@ -26,6 +26,17 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONTROLS", ())
 
 
+class Refusing:
+    """An engine that runs nothing; ``asked``: the strategies that it was to run."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        self.asked.append(str(config["strategy"]))
+        raise RuntimeError("not now")
+
+
 def console(path: Path) -> Console:
     return Console(file=path.open("a"), width=200)
 
@@ -170,8 +181,7 @@ def test_what_cannot_be_is_said_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_comparison_is_refused(tmp_path: Path, alone: None) -> None:
-    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
-        raise RuntimeError("not now")
+    engine = Refusing()
 
     def again(strategies: list[str], rounds: int, **options: Any) -> None:
         compare(
@@ -204,24 +214,14 @@ def test_two_comparisons_do_not_work_in_one_folder(tmp_path: Path, alone: None) 
 
 
 def test_all_is_every_strategy(tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
-        asked.append(str(config["strategy"]))
-        raise RuntimeError("not now")
-
+    engine = Refusing()
     compare("digits", ["all"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
-    assert sorted(asked) == sorted(STRATEGIES)
+    assert sorted(engine.asked) == sorted(STRATEGIES)
 
 
 def test_controls_are_always_there(tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
-        asked.append(str(config["strategy"]))
-        raise RuntimeError("not now")
-
+    engine = Refusing()
     found, failed = compare("digits", ["ditto", "local"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
-    assert asked == ["local", "fedavg", "ditto", "fedavg-head", "fedavg-tuned", "local-twice"]
+    assert engine.asked == ["local", "fedavg", "ditto", "fedavg-head", "fedavg-tuned", "local-twice"]
     assert len(failed) == 6
     assert not found.lines

@@ -169,9 +169,9 @@ def reordered(layout: Layout) -> Layout:
     return Layout(layout.entries[::-1], layout.scalings, layout.base_fingerprint)
 
 
-def claims(**changes: Any) -> adapter_pb2.Layout:
-    """LAYOUT's message with one entry changed."""
-    message = LAYOUT.to_proto()
+def claims(layout: Layout = LAYOUT, **changes: Any) -> adapter_pb2.Layout:
+    """A layout's message with one entry changed."""
+    message = layout.to_proto()
     for name, value in changes.items():
         if name == "shape":
             del message.entries[0].shape[:]
