@@ -182,6 +182,14 @@ def code_digest() -> bytes:
     return digest.digest()
 
 
+def inode_of(path: Path) -> int:
+    """The number of the file that is there now; -1 without one."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return -1
+
+
 @cache
 def _namespace() -> int:
     """Process ids and start ticks mean something only inside their namespace."""

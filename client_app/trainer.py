@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from client_app.progress import Cancelled, listening, tick
-from client_app.residence import NO_LIMIT, Owner, Residence, code_digest
+from client_app.residence import NO_LIMIT, Owner, Residence, code_digest, inode_of
 from client_app.settings import read_settings
 from client_app.trainer_client import context_of, in_pieces
 from proto.fedalloy.v1 import trainer_pb2
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     residence.socket.unlink(missing_ok=True)  # of a trainer that was killed: this one holds the lock
     trainer = Trainer(code_digest(), residence.folder)
     server = _serve(trainer, residence.socket)
-    inode = _inode(residence.socket)
+    inode = inode_of(residence.socket)
     threading.Thread(target=_watch, args=(trainer, residence, inode), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda number, frame: _leave(residence, inode))
     _say(f"trainer {os.getpid()} of process {given.owner.pid} is up")
@@ -271,10 +271,10 @@ def _watch(trainer: Trainer, residence: Residence, inode: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # Linux before 5.3, or the owner has gone already
         descriptor = os.pidfd_open(residence.owner.pid)
     while residence.owner.lives:
-        if _inode(residence.socket) != inode:
+        if inode_of(residence.socket) != inode:
             _say("the socket has gone")
             trainer.retire()
-            inode = _inode(residence.socket)
+            inode = inode_of(residence.socket)
         if descriptor >= 0:
             select.select([descriptor], [], [], 2.0)
         else:
@@ -283,16 +283,9 @@ def _watch(trainer: Trainer, residence: Residence, inode: int) -> None:
     _leave(residence, inode)
 
 
-def _inode(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return -1
-
-
 def _leave(residence: Residence, inode: int) -> None:
     """End now. Whatever runs is abandoned; the kernel takes memory, GPU memory and the lock back."""
-    if _inode(residence.socket) == inode:
+    if inode_of(residence.socket) == inode:
         residence.socket.unlink(missing_ok=True)
     if not residence.owner.lives:
         residence.sweep()

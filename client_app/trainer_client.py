@@ -25,7 +25,7 @@ import grpc
 from flwr.app import Context, RecordDict
 from flwr.common.logger import log
 
-from client_app.residence import CHUNK_BYTES, NO_LIMIT, Owner, Residence, TrainerError, code_digest
+from client_app.residence import CHUNK_BYTES, NO_LIMIT, Owner, Residence, TrainerError, code_digest, inode_of
 from client_app.settings import default_state_dir
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
@@ -196,7 +196,7 @@ class TrainerClient:
         except BlockingIOError:
             return None
         else:
-            if _inode_of(self.residence.lock) != os.fstat(descriptor).st_ino:
+            if inode_of(self.residence.lock) != os.fstat(descriptor).st_ino:
                 return None  # removed in between; somebody may hold the lock of a new file
             return _start(self.residence.owner, descriptor)
         finally:
@@ -299,13 +299,6 @@ def _start(owner: Owner, lock: int) -> subprocess.Popen[bytes]:
             pass_fds=(lock,),
             start_new_session=True,
         )
-
-
-def _inode_of(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return -1
 
 
 def _last_words() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -344,8 +343,3 @@ def _holder(port: int) -> str:
 def _quietly(action: Callable[[], None]) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         action()
-
-
-def remove_directory(directory: Path) -> None:
-    """Remove a stopped cluster's files."""
-    shutil.rmtree(directory, ignore_errors=True)

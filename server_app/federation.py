@@ -143,11 +143,6 @@ class Federation:
         self._pull({})
         return [client for _, client in sorted(self.clients.items()) if client.node_id in self._nodes]
 
-    @property
-    def is_asking(self) -> bool:
-        """Whether a node that appeared has yet to say who it is."""
-        return bool(self._asking)
-
     def enrolled(self, client: Client) -> None:
         """The strategy has taken this newcomer in."""
         self.clients[client.id] = client

@@ -61,12 +61,6 @@ class MessageCost:
     tls_records: int
 
 
-def message_bytes(message: Message) -> tuple[int, int]:
-    """Bytes and objects that Flower serialises for ``message``; a reply is an answer to ``reply_to_message_id``."""
-    cost = message_cost(message, "up" if message.metadata.reply_to_message_id else "down")
-    return cost.bytes, cost.objects
-
-
 def message_cost(message: Message, direction: str) -> MessageCost:
     """What carrying ``message`` ``down`` to a SuperNode or ``up`` to the SuperLink costs.
 

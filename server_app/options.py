@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from client_app.settings import run_config_keys
@@ -95,8 +95,3 @@ def as_toml(run_config: RunConfig) -> str:
             text = repr(value)
         lines.append(f"{key} = {text}")
     return "\n".join(lines) + "\n"
-
-
-def option_names() -> list[str]:
-    """Field names of the run's options, for tests."""
-    return [field.name for field in fields(RunOptions)]
