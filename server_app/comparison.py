@@ -185,9 +185,14 @@ def worst_decile(scores: Scores, sign: int = 1) -> Interval:
     return interval(list(scores.values()), take)
 
 
-def paired(scores: Scores, reference: Scores, sign: int = 1) -> Paired:
+def gains_over(scores: Scores, reference: Scores, sign: int = 1) -> Scores:
     """Differences to the reference where both have a score; positive means better."""
-    differences = [sign * (scores[key] - reference[key]) for key in sorted(scores) if key in reference]
+    return {key: sign * (scores[key] - reference[key]) for key in sorted(scores) if key in reference}
+
+
+def paired(scores: Scores, reference: Scores, sign: int = 1) -> Paired:
+    """What :func:`gains_over` finds, in numbers."""
+    differences = list(gains_over(scores, reference, sign).values())
     return Paired(interval(differences), sum(d > 0 for d in differences), sum(d < 0 for d in differences))
 
 

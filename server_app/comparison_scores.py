@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from server_app.comparison import COSTS, Comparison, Line, Row
+from server_app.comparison import COSTS, Comparison, Line, Row, Scores, gains_over
 from server_app.comparison_figures import COLOURS, DASHES, ROLES, Table, figure, heights, ticks
 
 SHOWN = 6
@@ -93,14 +93,9 @@ def curves(found: Comparison, rows: Sequence[Row]) -> str:
     return figure(chart, "Learning curves", said, table, 480 + 8 * len(body), note)
 
 
-def _gains(line: Line, reference: Line | None, sign: int) -> dict[tuple[int, str], float]:
-    base = reference.scores if reference else {}
-    return {key: sign * (line.scores[key] - base[key]) for key in sorted(line.scores) if key in base}
-
-
-def _others(found: Comparison, reference: str) -> list[tuple[Line, dict[tuple[int, str], float]]]:
-    base = next((line for line in found.lines if line.strategy == reference), None)
-    gains = [(line, _gains(line, base, found.sign)) for line in found.ranked() if line.strategy != reference]
+def _others(found: Comparison, reference: str) -> list[tuple[Line, Scores]]:
+    base: Scores = next((line.scores for line in found.lines if line.strategy == reference), {})
+    gains = [(line, gains_over(line.scores, base, found.sign)) for line in found.ranked() if line.strategy != reference]
     return [(line, found) for line, found in gains if found]
 
 
