@@ -13,26 +13,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from flwr.app import Error, Message, Metadata
-from flwr.app.message import make_message
+from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from google.protobuf.message import DecodeError
 
+from server_app.intake import MESSAGE_UNAVAILABLE, Intake, error_reply
 from strategies.base import Client, client_from
 from strategies.messages import BadAnswerError, read_registration, register_message
 
 Say = Callable[[str], None]
 Make = Callable[[], Message]
 """Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
-FAILED, MESSAGE_UNAVAILABLE, NODE_UNAVAILABLE, APP_STOPPED = 2, 3, 5, 8
-"""Flower's error codes for a client that could not, for an answer that was lost between SuperLink and ServerApp, for a
-client that is gone, and for one whose process ended (facts of 1.39)."""
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError)
-"""What Flower lets through when it puts together a message whose parts a client has made up."""
+NODE_UNAVAILABLE, APP_STOPPED = 5, 8
+"""Flower's error codes for a client that is gone, and for one whose process ended (facts of 1.39)."""
 ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
-"""How often a client is asked at most, by error. An upload that never ends holds Flower's pull up for three minutes."""
+"""How often a client is asked at most, by error."""
 LOOK_SECONDS = 1.0
 SAY_SECONDS = 10.0
 
@@ -78,6 +74,7 @@ class Federation:
         self, grid: Grid, poll_interval: float, say: Say, arrived: Callable[[Reply, Client | None], None]
     ) -> None:
         self.grid = grid
+        self.intake = Intake(grid, say)
         self.poll_interval = poll_interval
         self.say = say
         self.arrived = arrived
@@ -90,7 +87,6 @@ class Federation:
         self._asked: set[int] = set()
         self._asking: dict[str, tuple[int, float]] = {}
         self._overdue: dict[str, str] = {}
-        self._one_by_one = False
         self._looked = float("-inf")
 
     # ------------------------------------------------------------------------------------------------- who is there
@@ -174,7 +170,9 @@ class Federation:
             waiting.update(dict.fromkeys(taken, client_id))
             watch.pushed(client_id, message)
             if not taken:  # the node went away in between
-                lost[client_id] = _error("", NODE_UNAVAILABLE, "the SuperLink did not take the message for this node")
+                lost[client_id] = error_reply(
+                    "", NODE_UNAVAILABLE, "the SuperLink did not take the message for this node"
+                )
                 self._nodes.pop(self._node_of(client_id), None)
 
         for client_id in makes:
@@ -212,7 +210,7 @@ class Federation:
         """Replies to these messages (to clients by id); others are dealt with here, each message is answered once."""
         ids = dict.fromkeys([*waiting, *self._asking, *self._overdue])
         found: dict[str, Message] = {}
-        for reply in self._fetch(list(ids)) if ids else ():
+        for reply in self.intake.pull(list(ids)):
             message_id = reply.metadata.reply_to_message_id
             if message_id in self._asking:
                 node_id, asked = self._asking.pop(message_id)
@@ -231,26 +229,6 @@ class Federation:
                     name = overdue or waiting.get(message_id, "somebody")
                     self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
         return list(found.values())
-
-    def _fetch(self, ids: list[str]) -> list[Message]:
-        """Flower's replies; after one that it cannot read, each is pulled alone.
-
-        It costs all that were pulled with it: the SuperLink says that they are not there any more, and their clients
-        are asked again.
-        """
-        if not self._one_by_one:
-            try:
-                return list(self.grid.pull_messages(ids))
-            except UNREADABLE as error:
-                self._one_by_one = True
-                self.say(f"an answer cannot be read ({type(error).__name__}); from now on each is pulled alone")
-        found: list[Message] = []
-        for message_id in ids:
-            try:
-                found += self.grid.pull_messages([message_id])
-            except UNREADABLE as error:
-                found.append(_error(message_id, FAILED, f"the answer cannot be read ({type(error).__name__})"))
-        return found
 
     def _is_online(self, client_id: str) -> bool:
         return self._node_of(client_id) in self._nodes
@@ -317,24 +295,6 @@ class Federation:
             raise BadAnswerError(f"client {client.id!r} came back with {difference}")
         self.clients[client.id] = replace(known, node_id=client.node_id)
         return self.clients[client.id]
-
-
-def _error(message_id: str, code: int, reason: str) -> Message:
-    """An answer that nobody sent, as the SuperLink makes them."""
-    return make_message(
-        Metadata(
-            run_id=0,
-            message_id="",
-            src_node_id=SUPERLINK_NODE_ID,
-            dst_node_id=SUPERLINK_NODE_ID,
-            reply_to_message_id=message_id,
-            group_id="",
-            created_at=time.time(),
-            ttl=1.0,
-            message_type="query",
-        ),
-        error=Error(code, reason),
-    )
 
 
 def _registration(node_id: int, timeout: float) -> Make:

@@ -9,6 +9,7 @@ from flwr.app import Message
 
 from proto.fedalloy.v1 import report_pb2
 from server_app.federation import NODE_UNAVAILABLE
+from server_app.intake import REFUSED
 from strategies.base import Answer
 from strategies.messages import one_line
 
@@ -42,7 +43,7 @@ def of_silence(timeout: float) -> ClientRecord:
 
 def of_error(message: Message) -> ClientRecord:
     """The client's or Flower's error instead of an answer."""
-    status = LEFT if message.error.code == NODE_UNAVAILABLE else FAILED
+    status = {NODE_UNAVAILABLE: LEFT, REFUSED: REJECTED}.get(message.error.code, FAILED)
     return {"status": status, "reason": one_line(message.error.reason or f"Flower error {message.error.code}")}
 
 

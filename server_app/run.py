@@ -299,6 +299,7 @@ class Run:
         def make(client_id: str) -> Message:
             dispatch = self._dispatch(round_, clients[client_id], briefs[clients[client_id]])
             message = dispatch.message(self.federation.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
+            self.federation.intake.expect(dispatch.max_answer_bytes)
             tensors[client_id] = dispatch.tensor_bytes
             dispatches[client_id] = replace(dispatch, content=RecordDict())  # once sent, the blobs are the SuperLink's
             return message

@@ -24,7 +24,16 @@ from adapters.codec import (
 )
 from adapters.layout import Layout, LayoutError
 from adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
-from adapters.records import COUNTERS_TYPE, FORMAT_VERSION, PLAN_TYPE, REGISTER_TYPE, RecordError, pack, unpack
+from adapters.records import (
+    COUNTERS_TYPE,
+    FORMAT_VERSION,
+    MAX_MESSAGE_BYTES,
+    PLAN_TYPE,
+    REGISTER_TYPE,
+    RecordError,
+    pack,
+    unpack,
+)
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -76,6 +85,11 @@ class Dispatch:
     tensor_bytes: Mapping[str, int]
     upload_bytes: Mapping[str, int]
     sketches: frozenset[str] = frozenset()
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """Most bytes that an answer to this may have."""
+        return MAX_MESSAGE_BYTES + sum(_max_blob_bytes(layout) for layout in self.expected.values())
 
     def message(self, node_id: int, ttl: float | None = None) -> Message:
         """The Flower message to one node; ``ttl`` in seconds."""
@@ -249,9 +263,8 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
     for slot, blob in blobs.items():
         layout = dispatch.expected[slot]
         try:
-            # Twice the plain numbers bounds any encoding with its header; a longer blob is refused unread.
-            limit = 2 * payload_size(layout, Encoding.FP32) + 2**20
-            adapters[slot] = decode(blob, expected=layout, references=_references(dispatch, layout), max_bytes=limit)
+            references, limit = _references(dispatch, layout), _max_blob_bytes(layout)
+            adapters[slot] = decode(blob, expected=layout, references=references, max_bytes=limit)
         except CodecError as error:
             raise BadAnswerError(f"{who} sent slot {slot!r}: {error}") from None
         largest = float(adapters[slot].vector.abs().max())
@@ -260,6 +273,11 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
                 f"{who} sent slot {slot!r} with numbers up to {largest:.3g}, expected at most {MAX_NUMBER:g}"
             )
     return report, adapters
+
+
+def _max_blob_bytes(layout: Layout) -> int:
+    """Twice the plain numbers bounds any encoding with its header; a longer blob is refused unread."""
+    return 2 * payload_size(layout, Encoding.FP32) + 2**20
 
 
 def _references(dispatch: Dispatch, layout: Layout) -> dict[bytes, Adapter]:
