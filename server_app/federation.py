@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from server_app.intake import MESSAGE_UNAVAILABLE, Intake, error_reply
 from strategies.base import Client, client_from
+from strategies.limits import Limits, require_affordable
 from strategies.messages import BadAnswerError, read_registration, register_message
 
 Say = Callable[[str], None]
@@ -68,16 +69,23 @@ class Federation:
         poll_interval: seconds between looks for replies.
         say: called with progress messages.
         arrived: called with every answer to a registration, and with the client that it describes (None: refused).
+        limits: the run's.
     """
 
     def __init__(
-        self, grid: Grid, poll_interval: float, say: Say, arrived: Callable[[Reply, Client | None], None]
+        self,
+        grid: Grid,
+        poll_interval: float,
+        say: Say,
+        arrived: Callable[[Reply, Client | None], None],
+        limits: Limits,
     ) -> None:
         self.grid = grid
         self.intake = Intake(grid, say)
         self.poll_interval = poll_interval
         self.say = say
         self.arrived = arrived
+        self.limits = limits
         self.clients: dict[str, Client] = {}
         self.keys: dict[str, bytes] = {}
         self.newcomers: dict[str, Client] = {}
@@ -258,12 +266,14 @@ class Federation:
 
     def _welcome(self, node_id: int, reply: Reply) -> None:
         """Read a registration: a newcomer, a client that is back at another node, or a refusal."""
-        client = None
+        client: Client | None = None
         try:
             if reply.message is None:
                 raise BadAnswerError(f"node {node_id} did not answer in time")
             registration, layout = read_registration(reply.message, node_id)
-            client = self._admit(client_from(registration, layout, node_id))
+            client = client_from(registration, layout, node_id)
+            require_affordable(self.limits, client)
+            client = self._admit(client)
         except BadAnswerError as error:
             self.refused[reply.client_id] = str(error) if reply.message is not None else "did not answer in time"
             self.say(f"refused: {error}")

@@ -24,7 +24,7 @@ from server_app.run_directory import Checkpoint, RunDirectory, RunDirectoryError
 from server_app.summary import headline, summary_of
 from server_app.wire_log import Booking, WireLog, explained
 from strategies import AlloyStrategy, strategy_from_run_config
-from strategies.base import Answer, Brief, Client, StrategyError, answer_from
+from strategies.base import Answer, Brief, Client, StrategyError, answer_from, outvoted
 from strategies.limits import with_bounded_weight
 from strategies.messages import BadAnswerError, Dispatch, counters_message, one_line, plan_dispatch, read_counters
 
@@ -78,7 +78,7 @@ class Run:
         self.directory = directory
         self.wire = wire
         self.name = name
-        self.federation = Federation(grid, options.poll_interval, lambda text: log(INFO, "%s", text), self._arrived)
+        self.federation = Federation(grid, options.poll_interval, _say, self._arrived, strategy.limits)
         self.completed = 0
         self.training_seconds = 0.0
         self.started = time.monotonic()
@@ -161,18 +161,19 @@ class Run:
             log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
 
     def _enrol_newcomers(self) -> None:
-        """In order of id, not of arrival; what they registered is kept for a resumed run."""
-        newcomers = [client for _, client in sorted(self.federation.newcomers.items())]
+        """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
+        newcomers = dict(self.federation.newcomers)
         self.federation.newcomers.clear()
-        counts = {client.id: client.examples for client in [*self.federation.clients.values(), *newcomers]}
-        for client in newcomers:
+        counts = {client.id: client.claimed for client in [*self.federation.clients.values(), *newcomers.values()]}
+        votes = self.strategy.votes(newcomers.values())
+        for client in [newcomers[client_id] for client_id in votes]:
             bounded = with_bounded_weight(self.strategy.limits, client, counts)
             if bounded.examples < client.examples:
                 log(WARNING, "%s counts for %d examples, not %d", client.id, bounded.examples, client.examples)
             try:
                 self.strategy.enrol(bounded)
             except StrategyError as error:
-                self._refuse(client.id, str(error))
+                self._refuse(client.id, f"{error}{outvoted(votes, client.id)}")
                 self.federation.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
                 continue
             said = report_pb2.Registration()
@@ -408,6 +409,10 @@ class Run:
         )
         self.directory.write_summary(summary)
         log(INFO, "finished: %s", headline(summary))
+
+
+def _say(text: str) -> None:
+    log(INFO, "%s", text)
 
 
 def _require(reply: Reply) -> Message:

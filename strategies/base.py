@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -29,7 +29,7 @@ from adapters.groups import groups_of
 from adapters.layout import Layout, LayoutError
 from adapters.parts import layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.limits import Limits, bounded, with_bounded_weight
+from strategies.limits import Limits, bounded, require_affordable, with_bounded_weight
 from strategies.messages import (
     BadAnswerError,
     Dispatch,
@@ -60,6 +60,11 @@ class Client:
     base_model: str = ""
     registration: report_pb2.Registration = field(default_factory=report_pb2.Registration, compare=False, repr=False)
     reference: Layout | None = None
+
+    @property
+    def claimed(self) -> int:
+        """Training examples that the client registered with; ``examples`` is what it counts for."""
+        return sum(int(task.examples.get("train", 0)) for task in self.registration.tasks)
 
     @property
     def held_out(self) -> int:
@@ -168,10 +173,38 @@ class AlloyStrategy(Strategy):
         except LayoutError as error:
             raise StrategyError(f"client {client.id!r}: {error}") from None
         for other in self.clients.values():
-            if not self.compatible(other.layout, client.layout):
-                difference = self.difference(other.layout, client.layout)
-                raise StrategyError(f"client {client.id!r} has {difference} (as client {other.id!r} has)")
+            conflict = self.conflict(other, client)
+            if conflict is not None:
+                raise StrategyError(f"client {client.id!r} has {conflict} (as client {other.id!r} has)")
         self.clients[client.id] = client
+
+    def votes(self, clients: Iterable[Client]) -> dict[str, int]:
+        """How many of these clients each one fits, itself among them, by id: most first, then in order of id.
+
+        In this order they are enrolled: one client with a layout of its own, however early its id, keeps nobody out.
+        """
+        alike: dict[tuple[bytes, bytes], list[Client]] = {}
+        for client in clients:
+            reference = client.reference.digest if client.reference is not None else b""
+            alike.setdefault((client.layout.digest, reference), []).append(client)
+        voters = {key: sum(client.examples > 0 for client in found) for key, found in alike.items()}
+        found: dict[str, int] = {}
+        for same in alike.values():
+            fitting = sum(voters[key] for key, others in alike.items() if self._fit(same[0], others[0]))
+            found |= {client.id: fitting for client in same}
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+    def _fit(self, first: Client, second: Client) -> bool:
+        try:
+            return self.conflict(first, second) is None
+        except LayoutError:
+            return False
+
+    def conflict(self, first: Client, second: Client) -> str | None:
+        """Why the second client cannot take part beside the first, in one line: its layout; or None."""
+        if self.compatible(first.layout, second.layout):
+            return None
+        return self.difference(first.layout, second.layout)
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Whether two clients' layouts can take part in one federation; by default they must be equal."""
@@ -261,7 +294,9 @@ class AlloyStrategy(Strategy):
                 if message.metadata.message_id not in replies:
                     raise BadAnswerError(f"node {node} did not answer in {_REGISTRATION_SECONDS:.0f} s")
                 registration, layout = read_registration(replies[message.metadata.message_id], node)
-                holder = found.setdefault(registration.client_id, client_from(registration, layout, node))
+                client = client_from(registration, layout, node)
+                require_affordable(self.limits, client)
+                holder = found.setdefault(client.id, client)
                 if holder.node_id != node:
                     raise BadAnswerError(
                         f"node {node} claims client-id {holder.id!r}, which node {holder.node_id} holds already"
@@ -269,11 +304,12 @@ class AlloyStrategy(Strategy):
             except BadAnswerError as error:
                 log(_WARNING, "refused: %s", error)
         counts = {client.id: client.examples for client in found.values()}
-        for client_id in sorted(found):  # not in order of connection
+        votes = self.votes(found.values())
+        for client_id in votes:  # not in order of connection
             try:
                 self.enrol(with_bounded_weight(self.limits, found[client_id], counts))
             except StrategyError as error:
-                log(_WARNING, "refused: %s", error)
+                log(_WARNING, "refused: %s%s", error, outvoted(votes, client_id))
         if not self.clients:
             raise StrategyError(
                 f"no client registered; {len(asked)} nodes are online (the log says why they are refused)"
@@ -317,13 +353,18 @@ class AlloyStrategy(Strategy):
         return answers
 
 
+def outvoted(votes: Mapping[str, int], client_id: str) -> str:
+    """What a refusal adds where others have more :meth:`AlloyStrategy.votes`."""
+    fits, most = votes[client_id], max(votes.values())
+    return f"; {fits} of {len(votes)} new clients fit its layout, {most} that of most" if fits < most else ""
+
+
 def client_from(registration: report_pb2.Registration, layout: Layout, node_id: int) -> Client:
     """The client that a checked registration describes.
 
     Raises:
         BadAnswerError: its reference model's layout is not valid.
     """
-    examples = sum(int(task.examples.get("train", 0)) for task in registration.tasks)
     reference = None
     if registration.HasField("reference"):
         try:
@@ -332,7 +373,8 @@ def client_from(registration: report_pb2.Registration, layout: Layout, node_id: 
             layout_of_sketch(reference, 1)
         except LayoutError as error:
             raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
-    return Client(registration.client_id, node_id, layout, examples, registration.base_model, registration, reference)
+    client = Client(registration.client_id, node_id, layout, 0, registration.base_model, registration, reference)
+    return replace(client, examples=client.claimed)
 
 
 def answer_from(dispatch: Dispatch, reply: Message, limits: Limits | None = None) -> Answer:

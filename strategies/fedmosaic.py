@@ -149,11 +149,6 @@ class FedMosaic(AlloyStrategy):
         """Any architecture, with the same shared tensors and the same reference model."""
         if client.reference is None:
             raise StrategyError(f"client {client.id!r} has no reference model whose gradient it could sketch")
-        for other in self.clients.values():
-            assert other.reference is not None
-            if other.reference.digest != client.reference.digest:
-                difference = other.reference.describe_difference(client.reference)
-                raise StrategyError(f"client {client.id!r} has as reference {difference} (as client {other.id!r} has)")
         if not self.options.share_conventional_lora and shared_layout(client.layout) is None:
             raise StrategyError(
                 f"client {client.id!r} has no P and Q to share: set lora-blocks, or fedmosaic.share-conventional-lora"
@@ -166,6 +161,14 @@ class FedMosaic(AlloyStrategy):
         if ours is None or theirs is None:
             return first.digest == second.digest
         return ours.digest == theirs.digest
+
+    def conflict(self, first: Client, second: Client) -> str | None:
+        """As reference models or layouts differ."""
+        if first.reference is None or second.reference is None:
+            return "no reference model, expected one"
+        if first.reference.digest != second.reference.digest:
+            return f"as reference {first.reference.describe_difference(second.reference)}"
+        return super().conflict(first, second)
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Install the global adapter, evaluate, train the local one and the gates, sketch, send the local one."""

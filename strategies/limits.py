@@ -2,7 +2,8 @@
 
 Both are off by default: they change what honest clients get, too. A bounded norm is the usual first defence against
 boosted updates (Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 4); the bound on counts keeps
-a client that lies about its data from outweighing everybody else.
+a client that lies about its data from outweighing everybody else. A third bound, on the size of an adapter, is always
+on: the server allocates it when the client is taken in, on its word.
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ class Limits:
         update_norm_action: ``"clip"`` scales the difference down to the bound, ``"reject"`` refuses the answer.
         max_examples_ratio: a client counts for at most so many times the median number of training examples; 0: no
             bound.
+        max_adapter_mb: the largest adapter that a client may have, in megabytes (10^6 bytes) of float32; the same for
+            a gradient of its reference model, which sketches are rows of.
     """
 
     max_update_norm: float = 0.0
     update_norm_action: str = "clip"
     max_examples_ratio: float = 0.0
+    max_adapter_mb: float = 1024.0
 
     def __post_init__(self) -> None:
         require_range("max-update-norm", self.max_update_norm, 0)
         require_choice("update-norm-action", self.update_norm_action, ("clip", "reject"))
         require_range("max-examples-ratio", self.max_examples_ratio, 0)
+        require_range("max-adapter-mb", self.max_adapter_mb, 0.001)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,22 @@ def bounded(limits: Limits, dispatch: Dispatch, adapters: Mapping[str, Adapter])
         kept[slot] = Adapter(adapter.layout, (adapter.vector.double() - excess).to(adapter.vector.dtype))
         clipped[slot] = norm
     return Bounded(kept, clipped)
+
+
+def require_affordable(limits: Limits, client: Client) -> None:
+    """Apply ``max-adapter-mb`` to what a client registered, before anything of that size is allocated.
+
+    Raises:
+        BadAnswerError: its adapter, or a gradient of its reference model, is larger.
+    """
+    layouts = {"an adapter": client.layout, "a reference gradient": client.reference}
+    for name, layout in layouts.items():
+        size = 4 * layout.size / 10**6 if layout is not None else 0.0
+        if size > limits.max_adapter_mb:
+            raise BadAnswerError(
+                f"client {client.id!r} registered {name} of {size:.6g} MB, expected at most {limits.max_adapter_mb:g} "
+                "(max-adapter-mb)"
+            )
 
 
 def with_bounded_weight(limits: Limits, client: Client, counts: Mapping[str, int]) -> Client:

@@ -110,6 +110,7 @@ RUN_CONFIG_KEYS = {
     "lora-blocks",
     "lora-dropout",
     "lora-r",
+    "max-adapter-mb",
     "max-examples-ratio",
     "max-grad-norm",
     "max-length",
