@@ -11,10 +11,11 @@
                                                                    gates.safetensors and a PEFT directory per slot
 
 A plan's changes are staged in a folder of their own and become visible by renames, so that a process killed at any
-moment leaves either the old slots or the new ones, and the earlier ones with them. As many earlier states are kept as
-the server keeps checkpoints (``keep-checkpoints``): from whichever it resumes, the round after it starts from the slots
-that it started from the first time. One process at a time: Flower may
-start a second one for the same client, when a resumed run asks while the old one still trains; it waits.
+moment leaves either the old slots or the new ones, and the earlier ones with them. (What a kill leaves between two
+renames is put right when the next plan begins; until then ``adapter/`` may be a plan ahead of ``slots/``, or missing.)
+As many earlier states are kept as the server keeps checkpoints (``keep-checkpoints``): from whichever it resumes, the
+round after it starts from the slots that it started from the first time. One process at a time: Flower may start a
+second one for the same client, when a resumed run asks while the old one still trains; it waits.
 ``exact.safetensors`` exists because PEFT stores a head as base plus difference, from which the difference cannot be
 recovered to the last bit.
 """
@@ -181,7 +182,8 @@ class SlotStore:
                 write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
             elif self._parts is not None:
                 self._write_parts(staged / "adapter", *self._parts)
-            self._rename("adapter", ".adapter-old")
+            if not self._rename("adapter", ".adapter-old"):  # an empty one says that there was none
+                (self.directory / ".adapter-old").mkdir(exist_ok=True)
             os.rename(staged / "adapter", self.directory / "adapter")
         # From here, _recover knows every state that a kill can leave.
         if self._source.name == "slots":
@@ -219,7 +221,11 @@ class SlotStore:
 
     def _recover(self) -> None:
         """Undo what a killed process left between two renames of ``_commit``, and throw its unfinished folders away."""
-        self._rename(".adapter-old", "adapter")
+        if (self.directory / ".adapter-old").exists() and any(self.directory.glob(".staged-*/slots")):
+            self._rename("adapter", ".adapter-undone")  # the slots are the old ones: so must the adapter be
+            self._rename(".adapter-old", "adapter")
+            with contextlib.suppress(OSError):  # there was none
+                (self.directory / "adapter").rmdir()
         restored = self._rename(".slots-old", "slots") or (self.directory / "slots").exists()
         if not restored and (history := self._history()):
             self._rename(f"history/{history[-1]}", "slots")

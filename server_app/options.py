@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client_app.settings import run_config_keys
+from server_app.run_directory import toml_string
 from strategies import STRATEGIES
 from strategies.limits import Limits
 from strategies.options import (
@@ -90,7 +91,7 @@ def as_toml(run_config: RunConfig) -> str:
         if isinstance(value, bool):
             text = str(value).lower()
         elif isinstance(value, str):
-            text = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+            text = toml_string(value)
         else:
             text = repr(value)
         lines.append(f"{key} = {text}")

@@ -8,10 +8,12 @@ itself, ``resume.toml`` the run-config that continues the run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -56,20 +58,25 @@ class RunDirectory:
 
     @classmethod
     def create(cls, runs_dir: Path, name: str, config: str) -> RunDirectory:
-        """A new folder with its configuration."""
+        """A new folder with its configuration: all of it appears at once, so of two that are made at once one is."""
         path = runs_dir / name
+        staged = runs_dir / f".{name}-{secrets.token_hex(4)}"
+        resume = f"resume = {toml_string(str(path.resolve()))}\n"
+        without = "".join(f"{line}\n" for line in config.split("\n") if line and not line.startswith("resume ="))
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            if (path / "config.toml").exists():
-                raise RunDirectoryError(
-                    f"{path} already holds a run; choose another run-name, or continue that one with resume"
-                )
-            resume = f"resume = {json.dumps(str(path.resolve()))}\n"
-            without = "".join(line for line in config.splitlines(True) if not line.startswith("resume ="))
-            write_durably(path / "resume.toml", (without + resume).encode())
-            write_durably(path / "config.toml", config.encode())
+            write_durably(staged / "resume.toml", (without + resume).encode())
+            write_durably(staged / "config.toml", config.encode())
+            os.rename(staged, path)  # replaces an empty folder, and no other
+            sync(runs_dir)
         except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                held = "a run" if (path / "config.toml").exists() else "files that are no run's"
+                raise RunDirectoryError(
+                    f"{path} already holds {held}; choose another run-name, or continue a run with resume"
+                ) from None
             raise RunDirectoryError(_explain(path, error)) from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
         return cls(path)
 
     @classmethod
@@ -117,7 +124,7 @@ class RunDirectory:
             RunDirectoryError: the file cannot be read.
         """
         try:
-            return dict(dotted(tomllib.loads((self.path / "config.toml").read_text())))
+            return dict(dotted(tomllib.loads((self.path / "config.toml").read_text("utf-8"))))
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"cannot read {self.path / 'config.toml'}: {error}") from None
 
@@ -237,6 +244,11 @@ def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def toml_string(text: str) -> str:
+    """A TOML basic string on one line; what would end it, or is not printable, is escaped (TOML 1.0, "String")."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text) + '"'
 
 
 def _explain(path: Path, error: OSError) -> str:

@@ -16,9 +16,11 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from client_app.slots import SlotStore
 from server_app.run_directory import RunDirectory, RunDirectoryError
@@ -223,3 +225,42 @@ def test_a_read_only_folder_of_a_client_changes_nothing(open_folder: Path) -> No
         carry_out(folder, 2)
 
     assert as_user(work) == 0
+
+
+class Killed(BaseException):
+    """What a process does not survive."""
+
+
+def test_a_client_killed_between_two_renames_has_the_personal_model_of_its_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, left, done = os.rename, [10**6], [0]
+
+    def dying(old: Any, new: Any) -> None:
+        done[0] += 1
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        rename(old, new)
+
+    monkeypatch.setattr("client_app.slots.os.rename", dying)
+    seen = set()
+    for first in (0, 1):  # with and without a personal model before
+        for number in range(6):
+            folder = tmp_path / f"{first}-{number}"
+            left[0] = 10**6
+            if first:
+                carry_out(folder, 1)
+            left[0] = number
+            with contextlib.suppress(Killed):
+                carry_out(folder, 2)
+            left[0] = 10**6
+            found = slots_of(folder)
+            assert (folder / "adapter").exists() == bool(found)
+            if found:
+                round_ = 2 if found["local"] == random_adapter(LAYOUT, 2, 1e-3).digest else 1
+                written = load_file(folder / "adapter" / "adapter_model.safetensors")
+                kept = load_file(folder / "slots" / "local" / "adapter_model.safetensors")
+                assert all(torch.equal(tensor, kept[name]) for name, tensor in written.items())
+                seen.add((first, round_))
+    assert seen == {(0, 2), (1, 1), (1, 2)}
