@@ -38,6 +38,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid import HttpGrid
 from google.protobuf.message import DecodeError
+from httpx import HTTPStatusError
 
 from adapters.records import MAX_MESSAGE_BYTES
 
@@ -45,8 +46,9 @@ FAILED, MESSAGE_UNAVAILABLE = 2, 3
 """Flower's error codes for a client that could not, and for an answer that was lost between SuperLink and ServerApp."""
 REFUSED = 1413
 """No code of Flower's: an answer that was not put together, because it is too large."""
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError)
-"""What Flower lets through when it puts together a message whose parts a client has made up."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError, HTTPStatusError)
+"""What Flower lets through when it puts together a message whose parts a client has made up; or the SuperLink fails at
+it, for example at one whose parts are in each other more than a hundred deep."""
 MAX_LISTING_BYTES = 2**20
 """Of all that only says what a message consists of; what is parsed takes tens of times as much memory."""
 MAX_OBJECTS = 10_000

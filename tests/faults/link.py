@@ -19,7 +19,7 @@ from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
 from tests.faults.nodes import Misbehave, NodeGrid
-from tests.strategies.conftest import FakeNode
+from tests.strategies.conftest import FakeNode, error_from_the_superlink
 
 Visible = Callable[[int, Message, str], bool | None]
 """(node, answer, object id) -> whether the object is here; None: the SuperLink has given its upload up."""
@@ -76,14 +76,25 @@ class Link:
             assert isinstance(message, Message)
             message.metadata.__dict__["_message_id"] = name
             for reply in self.nodes.replies(message):
-                says = self.says(reply)
-                reply.metadata.__dict__["_message_id"] = says.object_id
-                found.messages_list.append(message_to_proto(remove_content_from_message(reply)))
-                found.message_object_trees.append(get_object_tree(says))
-                for part, item in get_all_nested_objects(says).items():
-                    self.objects[part] = item.deflate()
-                    self.owners[part] = reply
+                self.put(found, reply)
         return found
+
+    def put(self, found: Any, reply: Message) -> None:
+        """Take an answer apart."""
+        says = self.says(reply)
+        reply.metadata.__dict__["_message_id"] = says.object_id
+        found.messages_list.append(message_to_proto(remove_content_from_message(reply)))
+        found.message_object_trees.append(get_object_tree(says))
+        for part, item in get_all_nested_objects(says).items():
+            self.objects[part] = item.deflate()
+            self.owners[part] = reply
+
+    def says_unavailable(self, found: Any, name: str) -> None:
+        """As the SuperLink does of a message that it no longer has."""
+        message = inflate_object_from_contents(name, dict(self.objects))
+        assert isinstance(message, Message)
+        message.metadata.__dict__["_message_id"] = name
+        self.put(found, error_from_the_superlink(message, "Message Unavailable", 3))
 
     def PullObject(self, request: Any) -> Any:
         name = request.object_id

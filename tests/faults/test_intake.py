@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Array, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.superlink.grid import HttpGrid
@@ -174,6 +175,27 @@ def test_a_message_whose_content_is_none_ends_no_run(tmp_path: Path) -> None:
     directory = run_over(tmp_path, grid)
     assert statuses(directory) == [{"ada": "ok", "ben": "ok", "cyd": "failed"}] * 2
     assert reasons(directory)[0] == "the answer cannot be read (MessageInitializationError)"
+
+
+def test_an_answer_that_the_superlink_itself_cannot_read_ends_no_run(tmp_path: Path) -> None:
+    """It says so for all that are pulled with it, and has forgotten them when they are pulled alone."""
+
+    class Failing(Link):
+        def PullMessages(self, request: Any) -> Any:
+            found = super().PullMessages(request)
+            if any(is_upload(m.metadata.src_node_id, m) for m in found.messages_list):
+                asked = httpx.Request("POST", "http://superlink")
+                raise httpx.HTTPStatusError("error 500", request=asked, response=httpx.Response(500, request=asked))
+            for name in set(request.message_ids) - {m.metadata.reply_to_message_id for m in found.messages_list}:
+                self.says_unavailable(found, name)
+            return found
+
+    grid, link = grid_over(nodes())
+    grid._client = Failing(link.nodes)  # type: ignore[assignment]
+    directory = run_over(tmp_path, grid, round_timeout=60.0)
+    assert [set(round_.items()) for round_ in statuses(directory)] == [
+        {("ada", "ok"), ("ben", "ok"), ("cyd", "failed")}
+    ] * 2
 
 
 def test_this_is_the_flower_that_the_intake_was_written_for() -> None:
