@@ -18,17 +18,10 @@ from adapters.records import ARRAY_RECORD, ARRAY_STYPE, PLAN_TYPE, pack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run_directory import RunDirectory
 from tests.faults.link import Link, Repeating, grid_over
-from tests.faults.nodes import NodeGrid, run_nodes, statuses
-from tests.faults.reports import LAYOUT, Answer
-from tests.strategies.conftest import FakeNode
+from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
+from tests.faults.reports import Answer
 
 BOUND = 96 * 2**20
-
-
-def nodes() -> dict[int, FakeNode]:
-    return {
-        number: FakeNode(name, LAYOUT, examples=10 * number) for number, name in enumerate(("ada", "ben", "cyd"), 1)
-    }
 
 
 def run_over(runs: Path, grid: HttpGrid, **config: Any) -> RunDirectory:
