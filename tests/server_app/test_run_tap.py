@@ -125,5 +125,5 @@ def test_other_strategies_run_over_different_layouts(run: Runner, strategy: str)
 
 
 def test_a_client_without_a_place_in_the_scenario(runs_dir: Path) -> None:
-    with pytest.raises(ScenarioError, match="'digits-multimodal' is for 1 to 50 clients, got partition-id = 3 and"):
+    with pytest.raises(ScenarioError, match="'digits-multimodal' is for 1 to 200 clients, got partition-id = 3 and"):
         load_scenario("digits-multimodal", 3, 3, 0, runs_dir / ".cache")
