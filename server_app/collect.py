@@ -51,7 +51,7 @@ def collect_all(runs: Path, destination: Path) -> list[Path]:
         CollectError: as above; the others have been copied.
     """
     copies, failed = [], []
-    for config in sorted(runs.glob("*/config.toml")):
+    for config in sorted(runs.glob("[!.]*/config.toml")):  # hidden: begun, and killed before it was a run
         try:
             copies.append(collect(config.parent, destination))
         except CollectError as error:

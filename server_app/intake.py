@@ -7,16 +7,21 @@ when it is put together (``Array.inflate``). Here a message that is not complete
 and its size is known before it is put together, which is still Flower's work. Only the order of the calls is ours:
 ``PullMessages``, a ``PullObject`` per object, ``ConfirmMessageReceived``.
 
+A client's objects are pulled a few at a time, so that one that sends thousands holds nobody up. Of each node one upload
+may be unfinished; another one that has not ended is given up, so what is kept here does not grow with the rounds.
+
 The SuperLink itself, through which all this has come, has Flower's bounds and no others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from flwr.app import Array, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
@@ -38,7 +43,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid import HttpGrid
 from google.protobuf.message import DecodeError
-from httpx import HTTPStatusError
+from httpx import HTTPStatusError, Response
 
 from adapters.records import MAX_MESSAGE_BYTES
 
@@ -51,7 +56,11 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError
 it, for example at one whose parts are in each other more than a hundred deep."""
 MAX_LISTING_BYTES = 2**20
 """Of all that only says what a message consists of; what is parsed takes tens of times as much memory."""
+MAX_ANNOUNCEMENT_BYTES = 16 * 2**20
+"""Of a response of the SuperLink that is no object: who is there, which messages, and what a client failed at."""
 MAX_OBJECTS = 10_000
+OBJECTS_A_TURN = 100
+"""Of one upload, before the others have theirs. Honest answers have fewer: a chunk has 5 MiB."""
 PAUSE_SECONDS = 1.0
 """Longest pause between two looks for the next object of an upload that has not ended."""
 
@@ -69,6 +78,7 @@ class _Upload:
     contents: dict[str, bytes] = field(default_factory=dict)
     size: int = 0
     listing: int = 0
+    report: int = 0
     pause: float = 0.0
     look_at: float = 0.0
 
@@ -86,12 +96,13 @@ class _Upload:
         is_listing = kind not in (b"ArrayChunk", b"ConfigRecord")
         self.size += len(content)
         self.listing += len(content) if is_listing else 0
+        self.report += len(content) if kind == b"ConfigRecord" else 0
         if self.size > max_bytes:
             raise TooLargeError(f"has more than {max_bytes} bytes, which is the most that was asked for")
         if self.listing > MAX_LISTING_BYTES:
             raise TooLargeError(f"describes itself in more than {MAX_LISTING_BYTES} bytes")
-        if kind == b"ConfigRecord" and len(content) > MAX_MESSAGE_BYTES + MAX_LISTING_BYTES:
-            raise TooLargeError(f"has a report of {len(content)} bytes, expected at most {MAX_MESSAGE_BYTES}")
+        if self.report > MAX_MESSAGE_BYTES + MAX_LISTING_BYTES:
+            raise TooLargeError(f"has a report of {self.report} bytes, expected at most {MAX_MESSAGE_BYTES}")
         self.contents[self.missing.pop()] = content
         self.pause = 0.0
 
@@ -118,14 +129,22 @@ class Intake:
     def pull(self, ids: list[str]) -> list[Message]:
         """Replies to these messages that are complete, or (:data:`REFUSED`, :data:`FAILED`) cannot be accepted.
 
-        Each is returned once. One whose objects are not all here stays: it comes with a later call, or not at all.
+        Each is returned once. One whose objects are not all here stays: it comes with a later call, or not at all. Of
+        each node only one stays, that whose message comes first in ``ids``.
         """
         if not isinstance(self.grid, HttpGrid):
             return self._each(ids, self.grid.pull_messages)
         grid = self.grid
+        self._bound(grid)
         found = self._each([name for name in ids if name not in self._uploads], lambda new: self._announced(grid, new))
+        staying: dict[int, str] = {}
+        for name in [name for name in ids if name in self._uploads]:
+            staying.setdefault(self._uploads[name].metadata.src_node_id, name)
         for name, upload in list(self._uploads.items()):
             reply = self._look(grid, upload)
+            if reply is None and staying.get(upload.metadata.src_node_id) != name:
+                self._confirm(grid, upload)
+                reply = make_message(upload.metadata, error=Error(REFUSED, "its node has begun another upload"))
             if reply is not None:
                 del self._uploads[name]
                 found.append(reply)
@@ -153,6 +172,20 @@ class Intake:
                 found.append(error_reply(message_id, FAILED, _unreadable(error)))
         return found
 
+    def _bound(self, grid: HttpGrid) -> None:
+        """From now on the size of a response is looked at before it is read."""
+        client = getattr(grid._runtime_client, "_client", None)
+        if client is not None and self._require_short not in client.event_hooks["response"]:
+            client.event_hooks["response"].append(self._require_short)
+
+    def _require_short(self, response: Response) -> None:
+        """One object, or the words of one error, may be as large as gRPC lets a client send: two gigabytes."""
+        is_object = response.request.url.path.endswith("/pull-object")
+        most = self.max_bytes + MAX_LISTING_BYTES if is_object else MAX_ANNOUNCEMENT_BYTES
+        size = int(response.headers.get("content-length", 0))
+        if size > most:
+            raise TooLargeError(f"has a part of {size} bytes, expected at most {most}")
+
     def _announced(self, grid: HttpGrid, ids: list[str]) -> list[Message]:
         """Asks which of these have been answered; none is complete yet."""
         response = grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=ids))
@@ -160,7 +193,8 @@ class Intake:
             # Who it is from and what it answers is what the SuperLink has checked, not what the objects say.
             metadata = metadata_from_proto(bare.metadata)
             if metadata.reply_to_message_id in ids:
-                missing = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
+                parts = islice(iterate_object_tree(tree), MAX_OBJECTS + 1)
+                missing = dict.fromkeys(part.object_id for part in parts)
                 self._uploads[metadata.reply_to_message_id] = _Upload(metadata, list(missing))
         return []
 
@@ -171,9 +205,11 @@ class Intake:
         pull = make_pull_object_fn_protobuf(grid._runtime_client.PullObject, grid.node, grid.run.run_id)
         try:
             if len(upload.missing) > MAX_OBJECTS:
-                raise TooLargeError(f"consists of {len(upload.missing)} objects, expected at most {MAX_OBJECTS}")
-            while upload.missing:
-                upload.take(pull(upload.missing[-1]), self.max_bytes)
+                raise TooLargeError(f"consists of more than {MAX_OBJECTS} objects")
+            for name in upload.missing[: -OBJECTS_A_TURN - 1 : -1]:
+                upload.take(pull(name), self.max_bytes)
+            if upload.missing:
+                return None
             size = array_bytes(upload.contents)
             if size > self.max_bytes:
                 raise TooLargeError(f"becomes {size} bytes, expected at most {self.max_bytes}")
@@ -194,10 +230,12 @@ class Intake:
             return make_message(upload.metadata, error=Error(FAILED, _unreadable(error)))
 
     def _confirm(self, grid: HttpGrid, upload: _Upload) -> None:
-        """The SuperLink may forget it."""
-        grid._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=grid.node, run_id=grid.run.run_id, message_object_id=upload.message_id)
+        """The SuperLink may forget it; where it fails at that, the memory is its own."""
+        request = ConfirmMessageReceivedRequest(
+            node=grid.node, run_id=grid.run.run_id, message_object_id=upload.message_id
         )
+        with contextlib.suppress(HTTPStatusError):
+            grid._runtime_client.ConfirmMessageReceived(request)
 
 
 def array_bytes(contents: Mapping[str, bytes]) -> int:

@@ -5,9 +5,10 @@ Behind it are the nodes of :class:`tests.faults.nodes.NodeGrid`; a test says wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import httpx
 from flwr.app import Array, Message
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
@@ -16,6 +17,7 @@ from flwr.proto import message_pb2, runtime_pb2
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from tests.faults.nodes import Misbehave, NodeGrid
@@ -107,6 +109,53 @@ class Link:
     def ConfirmMessageReceived(self, request: Any) -> Any:
         self.confirmed.append(request.message_object_id)
         return message_pb2.ConfirmMessageReceivedResponse()
+
+
+class Forgetful(Link):
+    """As the SuperLink: what has been pulled once is not there any more."""
+
+    def PullMessages(self, request: Any) -> Any:
+        found = super().PullMessages(request)
+        for name in set(request.message_ids) - {m.metadata.reply_to_message_id for m in found.messages_list}:
+            self.says_unavailable(found, name)
+        return found
+
+
+class _Body(httpx.SyncByteStream):
+    """Counts what is read of it."""
+
+    def __init__(self, data: bytes, read: dict[int, int]) -> None:
+        self.data, self.read = data, read
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self.data), 2**16):
+            self.read[len(self.data)] = start + 2**16
+            yield self.data[start : start + 2**16]
+
+
+_REQUESTS = {
+    "GetNodes": runtime_pb2.GetNodesRequest,
+    "PushMessages": runtime_pb2.PushAppMessagesRequest,
+    "PullMessages": runtime_pb2.PullAppMessagesRequest,
+    "PushObject": message_pb2.PushObjectRequest,
+    "PullObject": message_pb2.PullObjectRequest,
+    "ConfirmMessageReceived": message_pb2.ConfirmMessageReceivedRequest,
+}
+
+
+def over_http(grid: HttpGrid, link: Link) -> dict[int, int]:
+    """Puts Flower's HTTP client between both; how many bytes were read of the last body of each length."""
+    read: dict[int, int] = {}
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        name = request.url.path.rsplit("/", 1)[-1].title().replace("-", "")
+        data = getattr(link, name)(_REQUESTS[name].FromString(request.read())).SerializeToString()
+        return httpx.Response(200, headers={"content-length": f"{len(data)}"}, stream=_Body(data, read))
+
+    client = RuntimeHttpClient("http://superlink")
+    client._client = httpx.Client(transport=httpx.MockTransport(handle))
+    grid._client = client
+    return read
 
 
 def grid_over(

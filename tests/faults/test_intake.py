@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.superlink.grid import HttpGrid
 
 from adapters.records import ARRAY_RECORD, ARRAY_STYPE, PLAN_TYPE, pack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from server_app.intake import REFUSED, Intake
 from server_app.run_directory import RunDirectory
-from tests.faults.link import Link, Repeating, grid_over
+from strategies.messages import register_message
+from tests.faults.link import Forgetful, Link, Repeating, grid_over, over_http
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import Answer
 
@@ -26,6 +28,11 @@ BOUND = 96 * 2**20
 
 def run_over(runs: Path, grid: HttpGrid, **config: Any) -> RunDirectory:
     return run_nodes(runs, grid, **config)  # type: ignore[arg-type]
+
+
+def error_500() -> httpx.HTTPStatusError:
+    asked = httpx.Request("POST", "http://superlink")
+    return httpx.HTTPStatusError("error 500", request=asked, response=httpx.Response(500, request=asked))
 
 
 def reasons(directory: RunDirectory, client: str = "cyd") -> list[str]:
@@ -173,14 +180,11 @@ def test_a_message_whose_content_is_none_ends_no_run(tmp_path: Path) -> None:
 def test_an_answer_that_the_superlink_itself_cannot_read_ends_no_run(tmp_path: Path) -> None:
     """It says so for all that are pulled with it, and has forgotten them when they are pulled alone."""
 
-    class Failing(Link):
+    class Failing(Forgetful):
         def PullMessages(self, request: Any) -> Any:
             found = super().PullMessages(request)
             if any(is_upload(m.metadata.src_node_id, m) for m in found.messages_list):
-                asked = httpx.Request("POST", "http://superlink")
-                raise httpx.HTTPStatusError("error 500", request=asked, response=httpx.Response(500, request=asked))
-            for name in set(request.message_ids) - {m.metadata.reply_to_message_id for m in found.messages_list}:
-                self.says_unavailable(found, name)
+                raise error_500()
             return found
 
     grid, link = grid_over(nodes())
@@ -189,6 +193,92 @@ def test_an_answer_that_the_superlink_itself_cannot_read_ends_no_run(tmp_path: P
     assert [set(round_.items()) for round_ in statuses(directory)] == [
         {("ada", "ok"), ("ben", "ok"), ("cyd", "failed")}
     ] * 2
+
+
+def test_one_object_of_any_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    def large(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        answer = Answer.of(message, honest, None)
+        records = pack("report", answer.report, answer.blobs)
+        records.array_records[ARRAY_RECORD][answer.slot] = Repeating(1, bytes(2**25), ARRAY_STYPE)
+        return [Message(records, reply_to=message)]
+
+    grid, link = grid_over(nodes(), {3: large})
+    read = over_http(grid, link)
+    directory = run_over(tmp_path, grid)
+    assert statuses(directory) == [{"ada": "ok", "ben": "ok", "cyd": "rejected"}] * 2
+    assert reasons(directory)[0].startswith("the answer has a part of 335544")
+    assert max(read) < 2**25  # the others, and of the large one nothing
+
+
+def test_an_error_of_any_length_is_not_read_and_costs_the_others_one_attempt(tmp_path: Path) -> None:
+    def wordy(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        return [Message(Error(0, "x" * 2**25), reply_to=message)]
+
+    grid, link = grid_over(nodes(), {3: wordy})
+    read = over_http(grid, Forgetful(link.nodes))
+    directory = run_over(tmp_path, grid, round_timeout=60.0)
+    assert [set(round_.items()) for round_ in statuses(directory)] == [
+        {("ada", "ok"), ("ben", "ok"), ("cyd", "failed")}
+    ] * 2
+    assert reasons(directory)[0] == "the answer cannot be read (TooLargeError)"
+    assert max(read) < 2**25
+
+
+def test_many_reports_in_one_answer_are_bounded_together() -> None:
+    grid, link = grid_over(nodes())
+    records = {f"{i}": ConfigRecord({"report": bytes(2**23) + bytes([i])}) for i in range(3)}
+    link.says = lambda answer: make_message(answer.metadata, RecordDict(records))
+    intake = Intake(grid, print)
+    intake.expect(2**26)
+    (reply,) = intake.pull(list(grid.push_messages([register_message(3, 60.0)])))
+    assert (
+        reply.error.reason
+        == f"the answer has a report of {sum(map(written, records.values()))} bytes, expected at most 16777216"
+    )
+
+
+def written(record: ConfigRecord) -> int:
+    return len(record.deflate())
+
+
+def test_an_answer_of_many_parts_does_not_keep_the_others_waiting() -> None:
+    grid, link = grid_over(nodes())
+    arrays = {f"{i}": Array("uint8", (2,), ARRAY_STYPE, i.to_bytes(2, "big")) for i in range(300)}
+    many = RecordDict({ARRAY_RECORD: ArrayRecord(arrays)})
+    link.says = lambda answer: make_message(answer.metadata, many) if answer.metadata.src_node_id == 1 else answer
+    names = [name for node in (1, 2, 3) for name in grid.push_messages([register_message(node, 60.0)])]
+    intake = Intake(grid, print)
+    turns = [[reply.metadata.src_node_id for reply in intake.pull(names)] for _ in range(7)]
+    assert turns == [[2, 3], [], [], [], [], [], [1]]  # 603 objects, 100 a turn
+
+
+def test_of_each_node_one_upload_may_be_unfinished() -> None:
+    """Else what a node begins in every round and never ends would be kept for as long as the run lasts."""
+    grid, link = grid_over(nodes(), visible=lambda node, answer, name: name == answer.metadata.message_id)
+    intake = Intake(grid, print)
+
+    def ask(node: int) -> list[str]:
+        return list(grid.push_messages([register_message(node, 60.0)]))
+
+    old, other = ask(3), ask(2)
+    assert intake.pull(old + other) == []
+    new = ask(3)
+    given_up = intake.pull(new + old + other)
+    assert [reply.metadata.reply_to_message_id for reply in given_up] == old
+    assert given_up[0].error.code == REFUSED
+    assert link.confirmed == [given_up[0].metadata.message_id]
+    late = [name for _ in range(5) for name in ask(3)]
+    assert {reply.metadata.reply_to_message_id for reply in intake.pull(new + other + late)} == set(late)
+
+
+def test_a_superlink_that_cannot_forget_a_message_ends_no_run(tmp_path: Path) -> None:
+    class Stubborn(Link):
+        def ConfirmMessageReceived(self, request: Any) -> Any:
+            raise error_500()
+
+    grid, link = grid_over(nodes())
+    grid._client = Stubborn(link.nodes)  # type: ignore[assignment]
+    assert statuses(run_over(tmp_path, grid)) == [{"ada": "ok", "ben": "ok", "cyd": "ok"}] * 2
 
 
 def test_this_is_the_flower_that_the_intake_was_written_for() -> None:

@@ -25,7 +25,7 @@ def test_a_run_is_copied_and_copied_again_when_it_has_gone_on(tmp_path: Path) ->
     mine.mkdir()
     run = make_run(runs, "a")
     make_run(runs, "b")
-    (runs / ".cache").mkdir()
+    make_run(runs, ".c-0badcafe")
     assert collect_all(runs, mine) == [mine / "a", mine / "b"]
     assert (mine / "a" / "clients" / "berlin" / "slot").read_bytes() == b"slot"
     (run / "summary.json").write_text("{}")
