@@ -97,7 +97,8 @@ class Answer:
         return self.reply()
 
     def trained(self, value: float) -> Message:
-        next(result.train for result in self.report.results if result.HasField("train")).mean_loss = value
+        results = [r.distill if r.HasField("distill") else r for r in self.report.results]  # which has one in it
+        next(result.train for result in results if result.HasField("train")).mean_loss = value
         return self.reply()
 
     def wire(self, **fields: Any) -> Message:
@@ -107,6 +108,12 @@ class Answer:
             else:
                 setattr(self.report.wire, name, value)
         return self.reply()
+
+
+def another_kind(result: report_pb2.StepResult) -> report_pb2.StepResult:
+    if result.HasField("merge"):
+        return report_pb2.StepResult(evaluate={})
+    return report_pb2.StepResult(merge={"max_rank": 1})
 
 
 def rename(answer: Answer, name: str) -> Message:
@@ -164,7 +171,7 @@ KINDS: dict[str, Callable[[Answer], Message]] = {
     "one-less": lambda a: a.results(lambda found: found[:-1]),
     "one-more": lambda a: a.results(lambda found: [*found, found[0]]),
     "no-kind": lambda a: a.results(lambda found: [report_pb2.StepResult(), *found[1:]]),
-    "another-kind": lambda a: a.results(lambda found: [report_pb2.StepResult(merge={"max_rank": 1}), *found[1:]]),
+    "another-kind": lambda a: a.results(lambda found: [another_kind(found[0]), *found[1:]]),
     "fifty-thousand-results": lambda a: a.results(lambda found: [report_pb2.StepResult()] * 50_000),
     "another-label": lambda a: a.evaluated(label="best"),
     "another-split": lambda a: a.evaluated(split="secrets"),
