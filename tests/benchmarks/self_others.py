@@ -3,7 +3,7 @@
     python -m tests.benchmarks.self_others cifar100-20 --data DIR --strategies local,fedavg,potara --clients 20
     python -m tests.benchmarks.self_others mixed-arch --data DIR --strategies local,fedavg,fedmosaic --blocks 2
     ... --seeds 100 --split validation                       # for choosing settings
-    python -m tests.benchmarks.self_others --of OUT          # the finished runs of "fedalloy compare ... --out OUT"
+    python -m tests.benchmarks.self_others --of OUT [--strategies ...]     # finished runs of "compare ... --out OUT"
 
 Only a benchmark may do this, because it holds everybody's data: no plan can. Strategies run through the real round loop
 and client code in one process; then each client's saved personal model, loaded by PEFT onto a fresh base model, is
@@ -210,7 +210,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("scenario", nargs="?")
     parser.add_argument("--of", type=Path, help="Instead of running: the folder of a comparison.")
     parser.add_argument("--data", type=Path, help="Folder of scenarios on real data.")
-    parser.add_argument("--strategies", default="local,fedavg")
+    parser.add_argument("--strategies", help="By default local,fedavg, or with --of all that have run.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--clients", type=int, default=8)
@@ -230,6 +230,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, dict[int, Scores]]:
     found: dict[str, dict[int, Scores]] = {}
     if arguments.of:
         for run in sorted(path.parent for path in arguments.of.glob("runs/*/summary.json")):
+            if arguments.strategies and RunDirectory(run).config()["strategy"] not in arguments.strategies.split(","):
+                continue
             try:
                 strategy, seed, scores = measure_saved(run, arguments)
             except PartsError as error:
@@ -238,7 +240,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, dict[int, Scores]]:
             found.setdefault(strategy, {})[seed] = scores
             say(strategy, seed, scores)
         return found
-    for strategy in arguments.strategies.split(","):
+    for strategy in (arguments.strategies or "local,fedavg").split(","):
         for seed in arguments.seeds:
             with tempfile.TemporaryDirectory() as name:
                 (Path(name) / ".cache").symlink_to(arguments.cache)
