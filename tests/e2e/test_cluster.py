@@ -152,7 +152,7 @@ def test_a_client_killed_mid_round_is_named_and_the_run_goes_on(cluster: LocalCl
         "run-name": "killed",
         "runs-dir": str(cluster.settings.runs_dir),
     }
-    outcome = cluster.run(config | {"min-clients": 2, "round-timeout": 20.0}, watch=kill_once)
+    outcome = cluster.run(config | {"min-clients": 2, "round-timeout": 40.0}, watch=kill_once)
     assert outcome.completed, outcome.log.read_text()
     assert killed
     assert len(trainers_of(next(p for p in cluster.processes if p.name == "supernode-rome"))) == 1
