@@ -11,6 +11,8 @@ from server_app.comparison_figures import COLOURS, DASHES, ROLES, Table, figure,
 
 SHOWN = 6
 """So many of the best strategies have a curve at first; the others' are a click on their names away."""
+PLACES = ("top center", "bottom center", "middle right", "middle left")
+"""Of a label at its point, the best first."""
 LABELLED = 12
 """Up to so many points all have their names."""
 
@@ -159,11 +161,28 @@ def _natural(client: str) -> tuple[str, int]:
     return name, int(client[len(name) :] or -1)
 
 
+def _places(points: Sequence[tuple[str, float, float]]) -> dict[str, str]:
+    """Where the label of each point (name, cost, metric) goes: no two that are close on the same side."""
+    if not points:
+        return {}
+    smallest = min((x for _, x, _ in points if x > 0), default=1.0)
+    put = [(name, math.log(max(x, smallest)), y) for name, x, y in points]
+    width, height = (max(axis) - min(axis) or 1.0 for axis in ([x for _, x, _ in put], [y for _, _, y in put]))
+    found: dict[str, str] = {}
+    for name, x, y in put:
+        near = [other for other, a, b in put if abs(a - x) < 0.2 * width and abs(b - y) < 0.06 * height]
+        taken = {found[other] for other in near if other in found}
+        found[name] = next((place for place in PLACES if place not in taken), PLACES[0])
+    return found
+
+
 def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]) -> str:
     import plotly.graph_objects as go
 
     lines = [line for line in found.ranked() if not math.isnan(line.mean.value)]
     front = found.cheapest(cost)
+    labelled = [line for line in lines if line in front or line.role or len(lines) <= LABELLED]
+    places = _places([(line.strategy, cost(line), line.mean.value) for line in labelled])
     chart = go.Figure()
     chart.add_scatter(
         x=[cost(line) for line in front], y=[line.mean.value for line in front], mode="lines", name="Pareto front",
@@ -171,10 +190,11 @@ def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]
     )  # fmt: skip
     for role, (colour, symbol) in ROLES.items():
         own = [line for line in lines if line.role == role]
-        named = [line.strategy if line in front or role or len(lines) <= LABELLED else "" for line in own]
         chart.add_scatter(
-            x=[cost(line) for line in own], y=[line.mean.value for line in own], text=named,
-            hovertext=[line.strategy for line in own], mode="markers+text", textposition="top center",
+            x=[cost(line) for line in own], y=[line.mean.value for line in own],
+            text=[line.strategy if line.strategy in places else "" for line in own],
+            hovertext=[line.strategy for line in own], mode="markers+text",
+            textposition=[places.get(line.strategy, PLACES[0]) for line in own],
             name=role or "strategy", marker={"size": 10, "symbol": symbol, "color": colour}, cliponaxis=False,
         )  # fmt: skip
     spread = [cost(line) for line in lines]

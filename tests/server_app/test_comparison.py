@@ -15,6 +15,7 @@ from rich.console import Console
 from server_app.comparison import METRICS, Row, as_markdown, interval, paired, terminal_table, worst_decile
 from server_app.comparison_merges import matrix_of
 from server_app.comparison_report import as_html, at_a_glance
+from server_app.comparison_scores import PLACES, _places
 from tests.server_app.comparison_samples import SCORES, compared, rows_of, runs_of
 
 
@@ -180,3 +181,10 @@ def test_the_page_stands_alone_and_every_chart_has_a_text_and_its_numbers() -> N
     assert "@media print" in text
     unwired = rows_of(wire=None)
     assert "The wire was not measured" in as_html(compared(unwired), runs_of(unwired, wired=False), "")
+
+
+def test_labels_of_points_that_are_close_go_to_different_sides() -> None:
+    found = _places([("a", 10.0, 0.5), ("b", 10.1, 0.5), ("c", 9.9, 0.5), ("far", 100.0, 0.5), ("free", 0.0, 0.1)])
+    assert len({found[name] for name in "abc"}) == 3
+    assert found["far"] == found["free"] == found["a"] == PLACES[0]
+    assert _places([]) == {}
