@@ -1,6 +1,6 @@
 """Charts of a comparison's report as pictures, for a README.
 
-    python -m tests.benchmarks.report_figures OUT/report.html tests/benchmarks/figures digits 1 3
+    python -m tests.benchmarks.report_figures OUT/report.html tests/benchmarks/figures digits 2 7
 
 The report is opened in headless Chromium (the extra "dev" has Playwright; the browser is the machine's), and the charts
 with these numbers, counted from 1, are written to ``DIR/NAME-NUMBER.png``, light, at 720 pixels. Without numbers it
@@ -23,6 +23,7 @@ def main() -> None:
     with sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         page = started.new_page(viewport={"width": 760, "height": 1000}, color_scheme="light", device_scale_factor=1.2)
+        page.set_default_timeout(300_000)  # milliseconds; a report of a hundred runs draws for a while
         page.goto(report.as_uri())
         page.wait_for_selector(".chart svg")
         figures = page.locator("figure")
