@@ -82,7 +82,7 @@ COSTS: Mapping[str, Callable[[Line], float]] = {
     "bytes": lambda line: line.megabytes["up"] + line.megabytes["down"],
     "seconds": lambda line: line.seconds,
 }
-"""What a strategy is worth its price in: megabytes, and seconds."""
+"""What a strategy costs: megabytes up and down together, and seconds."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,11 @@ def scores_of(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientDat
 
     Raises:
         PartsError: a client's model is more than one adapter, which PEFT cannot load.
+        SystemExit: a model is not what its client measured during the run.
     """
     from peft import PeftModel
 
+    reported = json.loads((run / "summary.json").read_text())["clients"]
     data = {name: load()[1] for name, load in clients.items()}
     scores = Scores({}, {})
     for name in sorted(path.name for path in (run / "clients").iterdir()):
@@ -115,7 +118,10 @@ def scores_of(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientDat
         found = {
             other: score(model, data[name], theirs, split) for other, theirs in data.items() if fits(data[name], theirs)
         }
-        scores.own[name] = found.pop(name)
+        scores.own[name] = value = found.pop(name)
+        said = reported[name].get("accuracy")
+        if said is not None and not data[name].tasks and abs(said - value) > 0.02:
+            raise SystemExit(f"{name}: the run reported {said:.4f}, its saved model has {value:.4f}")
         scores.others[name] = sum(found.values()) / len(found) if found else None
     return scores
 
@@ -173,7 +179,6 @@ def measure(strategy: str, seed: int, arguments: argparse.Namespace, folder: Pat
         )
         seconds = time.process_time() - started
         found = scores_of(directory.path, everybody, arguments.split)
-        require_as_reported(directory.path, everybody, found)
         whole.own |= found.own
         whole.others |= found.others
         whole.seconds += seconds
@@ -181,27 +186,13 @@ def measure(strategy: str, seed: int, arguments: argparse.Namespace, folder: Pat
     return whole
 
 
-def require_as_reported(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientData]]], found: Scores) -> None:
-    """What is tried here is what the clients measured during the run."""
-    reported = json.loads((run / "summary.json").read_text())["clients"]
-    for name, value in found.own.items():
-        said = reported[name].get("accuracy")
-        if said is not None and not clients[name]()[1].tasks and abs(said - value) > 0.02:
-            raise SystemExit(f"{name}: the run reported {said:.4f}, its saved model has {value:.4f}")
-
-
-def measure_saved(run: Path, arguments: argparse.Namespace) -> tuple[str, int, Scores]:
-    """Strategy, seed and scores of a run that ``fedalloy compare`` has kept."""
-    config = RunDirectory(run).config()
-    count = config["min-clients"]
-    started = time.process_time()
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / ".cache").symlink_to(arguments.cache)
-        everybody = load_clients(Path(name), list(range(count)), count, config)
-        found = scores_of(run, everybody, config.get("evaluate-split", "test"))
-        require_as_reported(run, everybody, found)
+def measure_saved(run: Path, config: Mapping[str, Any], folder: Path) -> Scores:
+    """A run that ``fedalloy compare`` has kept."""
+    count, started = config["min-clients"], time.process_time()
+    everybody = load_clients(folder, list(range(count)), count, config)
+    found = scores_of(run, everybody, config.get("evaluate-split", "test"))
     found.seconds = time.process_time() - started
-    return config["strategy"], config["seed"], found
+    return found
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
@@ -225,28 +216,35 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     return found
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, dict[int, Scores]]:
-    """Everything that is asked for, by strategy and seed."""
-    found: dict[str, dict[int, Scores]] = {}
+def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[Path], Scores]]]:
+    """Strategy, seed and what measures it in a folder of its own, for everything that is asked for."""
+    chosen = arguments.strategies.split(",") if arguments.strategies else None
     if arguments.of:
         for run in sorted(path.parent for path in arguments.of.glob("runs/*/summary.json")):
-            if arguments.strategies and RunDirectory(run).config()["strategy"] not in arguments.strategies.split(","):
-                continue
+            config = RunDirectory(run).config()
+            if chosen is None or config["strategy"] in chosen:
+                yield config["strategy"], config["seed"], partial(measure_saved, run, config)
+        return
+    for strategy in chosen or ("local", "fedavg"):
+        for seed in arguments.seeds:
+            yield strategy, seed, partial(measure, strategy, seed, arguments)
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, dict[int, Scores]]:
+    """Everything that is asked for, by strategy and seed; of saved runs, what PEFT can load."""
+    found: dict[str, dict[int, Scores]] = {}
+    for strategy, seed, measure_in in jobs(arguments):
+        with tempfile.TemporaryDirectory() as name:
+            (Path(name) / ".cache").symlink_to(arguments.cache)
             try:
-                strategy, seed, scores = measure_saved(run, arguments)
+                scores = measure_in(Path(name))
             except PartsError as error:
+                if not arguments.of:
+                    raise
                 print(error)
                 continue
-            found.setdefault(strategy, {})[seed] = scores
-            say(strategy, seed, scores)
-        return found
-    for strategy in (arguments.strategies or "local,fedavg").split(","):
-        for seed in arguments.seeds:
-            with tempfile.TemporaryDirectory() as name:
-                (Path(name) / ".cache").symlink_to(arguments.cache)
-                scores = measure(strategy, seed, arguments, Path(name))
-            found.setdefault(strategy, {})[seed] = scores
-            say(strategy, seed, scores)
+        found.setdefault(strategy, {})[seed] = scores
+        say(strategy, seed, scores)
     return found
 
 

@@ -20,7 +20,7 @@ from server_app.intake import REFUSED, Intake
 from server_app.run_directory import RunDirectory
 from strategies.messages import register_message
 from tests.faults.link import Forgetful, Link, Repeating, grid_over, over_http
-from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
+from tests.faults.nodes import Misbehave, NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import Answer
 
 BOUND = 96 * 2**20
@@ -39,6 +39,18 @@ def reasons(directory: RunDirectory, client: str = "cyd") -> list[str]:
     return [r["clients"][client].get("reason", "") for r in directory.rounds() if r["phase"] == "train"]
 
 
+def sending(array: Array) -> Misbehave:
+    """An honest answer, with this in the place of its numbers."""
+
+    def answers(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        answer = Answer.of(message, honest, None)
+        records = pack("report", answer.report, answer.blobs)
+        records.array_records[ARRAY_RECORD][answer.slot] = array
+        return [Message(records, reply_to=message)]
+
+    return answers
+
+
 def is_upload(node: int, answer: Message) -> bool:
     return node == 3 and answer.metadata.message_type == PLAN_TYPE
 
@@ -54,13 +66,7 @@ def test_a_run_over_flowers_own_grid_is_that_over_whole_messages(tmp_path: Path)
 
 
 def test_an_array_that_names_a_chunk_many_times_is_refused_before_it_is_put_together(tmp_path: Path) -> None:
-    def bomb(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
-        answer = Answer.of(message, honest, None)
-        records = pack("report", answer.report, answer.blobs)
-        records.array_records[ARRAY_RECORD][answer.slot] = Repeating(512, bytes(2**20), ARRAY_STYPE)
-        return [Message(records, reply_to=message)]
-
-    grid, link = grid_over(nodes(), {3: bomb})
+    grid, link = grid_over(nodes(), {3: sending(Repeating(512, bytes(2**20), ARRAY_STYPE))})
     tracemalloc.start()
     directory = run_over(tmp_path, grid)
     peak = tracemalloc.get_traced_memory()[1]
@@ -86,13 +92,7 @@ def test_an_answer_that_is_simply_too_long_is_refused_before_all_of_it_is_pulled
 
 
 def test_a_list_of_chunks_that_is_larger_than_they_are_is_not_even_read(tmp_path: Path) -> None:
-    def listing(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
-        answer = Answer.of(message, honest, None)
-        records = pack("report", answer.report, answer.blobs)
-        records.array_records[ARRAY_RECORD][answer.slot] = Repeating(10**6, b"", ARRAY_STYPE)
-        return [Message(records, reply_to=message)]
-
-    directory = run_over(tmp_path, grid_over(nodes(), {3: listing})[0])
+    directory = run_over(tmp_path, grid_over(nodes(), {3: sending(Repeating(10**6, b"", ARRAY_STYPE))})[0])
     assert statuses(directory) == [{"ada": "ok", "ben": "ok", "cyd": "rejected"}] * 2
     assert reasons(directory)[0] == "the answer describes itself in more than 1048576 bytes"
 
@@ -196,13 +196,7 @@ def test_an_answer_that_the_superlink_itself_cannot_read_ends_no_run(tmp_path: P
 
 
 def test_one_object_of_any_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    def large(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
-        answer = Answer.of(message, honest, None)
-        records = pack("report", answer.report, answer.blobs)
-        records.array_records[ARRAY_RECORD][answer.slot] = Repeating(1, bytes(2**25), ARRAY_STYPE)
-        return [Message(records, reply_to=message)]
-
-    grid, link = grid_over(nodes(), {3: large})
+    grid, link = grid_over(nodes(), {3: sending(Repeating(1, bytes(2**25), ARRAY_STYPE))})
     read = over_http(grid, link)
     directory = run_over(tmp_path, grid)
     assert statuses(directory) == [{"ada": "ok", "ben": "ok", "cyd": "rejected"}] * 2
