@@ -32,7 +32,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Process:
-    """A process that the cluster started; pid and start time name it, so a recycled pid is never touched."""
+    """A process that the cluster started; pid and start time name it, so a recycled pid is never touched.
+
+    ``started`` is what :func:`started` says.
+    """
 
     name: str
     pid: int
@@ -42,10 +45,19 @@ class Process:
         """The live process, or None."""
         try:
             found = psutil.Process(self.pid)
-            alive = abs(found.create_time() - self.started) < 0.1 and found.status() != psutil.STATUS_ZOMBIE
+            alive = abs(started(found) - self.started) < 0.1 and found.status() != psutil.STATUS_ZOMBIE
             return found if alive else None
         except psutil.NoSuchProcess:
             return None
+
+
+def started(process: psutil.Process) -> float:
+    """When a process started, in seconds: on Linux since the machine did, which no change of the clock moves.
+
+    Linux gives the time of the boot in whole seconds of the wall clock, so that a start in wall-clock time moves by a
+    whole second when the clock is corrected by a little.
+    """
+    return process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,7 @@ class LocalCluster(SuperLink):
                 cwd=app_directory(),
                 start_new_session=True,
             )
-        process = Process(name, child.pid, psutil.Process(child.pid).create_time())
+        process = Process(name, child.pid, started(psutil.Process(child.pid)))
         self.processes = [other for other in self.processes if other.name != name] + [process]
         state = {
             "fleet_port": self.fleet_port,

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from server_app.cli import app, parse_run_config, read_clients_file
-from server_app.cluster import ClusterError, LocalCluster, Process, Settings, running, stop
+from server_app.cluster import ClusterError, LocalCluster, Process, Settings, running, started, stop
 from server_app.demo import DemoResult, free_name, table
 from server_app.export import ExportError, export_adapter
 from server_app.superlink import literal
@@ -94,16 +95,26 @@ def test_stop_never_touches_a_recycled_pid_and_twice_is_fine(tmp_path: Path) -> 
         other.kill()
 
 
-def test_stop_ends_descendants_too(tmp_path: Path) -> None:
-    import psutil
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems say when a process started")
+def test_a_process_is_found_after_the_clock_was_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux rounds the time of the boot down to seconds: a correction of milliseconds can move it by one."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        found = Process("x", child.pid, started(psutil.Process(child.pid)))
+        before, boot = psutil.Process(child.pid).create_time(), psutil.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot + 1)
+        assert psutil.Process(child.pid).create_time() == before + 1
+        assert found.find() is not None
+        child.kill()
 
+
+def test_stop_ends_descendants_too(tmp_path: Path) -> None:
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     script = f"import subprocess, sys; {child}; input()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as parent:
         family = psutil.Process(parent.pid)
         while not (children := family.children()):
             pass
-        assert stop(tmp_path, [Process("x", parent.pid, family.create_time())]) == 2
+        assert stop(tmp_path, [Process("x", parent.pid, started(family))]) == 2
         assert not children[0].is_running() or children[0].status() == psutil.STATUS_ZOMBIE
 
 
