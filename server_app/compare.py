@@ -31,7 +31,7 @@ from adapters.durable import locked, write_durably
 from client_app.scenarios import FROM_FILES, NAMES
 from server_app.cluster import LocalCluster, Settings
 from server_app.comparison import Comparison, as_markdown, comparison_of
-from server_app.comparison_records import as_csv, read_run
+from server_app.comparison_records import as_csv, read_run, remarks
 from server_app.comparison_report import ReportError, as_html
 from server_app.demo import read_summary, terminate_as_interrupt
 from server_app.options import read_run_options
@@ -123,7 +123,7 @@ def compare(
     )
     title = f"{scenario}: {clients} clients, {rounds} rounds, seeds {', '.join(map(str, seeds))}"
     write_durably(out / "results.csv", as_csv(rows).encode())
-    write_durably(out / "table.md", as_markdown(found, title).encode())
+    write_durably(out / "table.md", as_markdown(found, title, remarks(finished, progress.failed)).encode())
     try:
         write_durably(out / "report.html", as_html(found, finished, title, progress.failed).encode())
     except ReportError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % bootstrap interval."""
+    """A number with its 95 % bootstrap interval, as :func:`interval` finds it."""
 
     value: float
     low: float
@@ -56,10 +58,10 @@ class Paired:
 
 @dataclass(frozen=True)
 class Line:
-    """One strategy: final scores, and what they cost (means over seeds, sums over clients).
+    """One strategy: final scores, and what they cost (sums over clients; bytes: means over seeds, seconds: medians).
 
     ``role`` is ``reference``, ``control`` or empty. ``beyond`` are the differences to the control with the best mean;
-    None for references and controls.
+    None for references and controls. ``unserved`` counts the comparison's seeds without a score, as ``seeds`` all.
     """
 
     strategy: str
@@ -71,11 +73,15 @@ class Line:
     seconds: float
     role: str = ""
     beyond: Paired | None = None
+    unserved: int = 0
+    seeds: int = 0
 
     @property
     def label(self) -> str:
-        """Its name, with what it is there for."""
-        return f"{self.strategy} ({self.role})" if self.role else self.strategy
+        """Its name, with what it is there for, and how many seeds failed."""
+        failed = f"{self.unserved} of {self.seeds} seeds failed" if self.unserved else ""
+        said = "; ".join(part for part in (self.role, failed) if part)
+        return f"{self.strategy} ({said})" if said else self.strategy
 
 
 COSTS: Mapping[str, Callable[[Line], float]] = {
@@ -134,55 +140,68 @@ def comparison_of(
     sign = METRICS[metric]
     judges = [name for name in controls if scores.get(name)]
     best = max(judges, key=lambda name: sign * sum(scores[name].values()) / len(scores[name]), default="")
-    lines = []
+    lines, every_seed = [], {row.seed for row in rows}
     for name in strategies:
         own = [row for row in rows if row.strategy == name]
         seeds = max(len({row.seed for row in own}), 1)
         role = "control" if name in controls else "reference" if name in references else ""
-        waits: dict[tuple[int, int], float] = {}
+        waits = defaultdict[int, dict[int, float]](dict)
         for row in served:
             if row.strategy == name:
-                waits[row.seed, row.round] = max(row.seconds, waits.get((row.seed, row.round), 0.0))
+                waits[row.seed][row.round] = max(row.seconds, waits[row.seed].get(row.round, 0.0))
         lines.append(
             Line(
                 strategy=name,
                 scores=scores[name],
-                mean=interval(list(scores[name].values())),
+                mean=interval(scores[name]),
                 worst=worst_decile(scores[name], sign),
                 against={other: paired(scores[name], scores.get(other, {}), sign) for other in references},
                 megabytes={d: sum(r.bytes.get(f"{d}_{level}") or 0 for r in own) / seeds / 1e6 for d in ("up", "down")},
-                seconds=sum(waits.values()) / seeds,
+                seconds=median([sum(rounds.values()) for rounds in waits.values()] or [0.0]),
                 role=role,
                 beyond=paired(scores[name], scores[best], sign) if best and not role else None,
+                unserved=len(every_seed - {seed for seed, _ in scores[name]}),
+                seeds=len(every_seed),
             )
         )
     return Comparison(metric, level, lines, best)
 
 
-def interval(values: Sequence[float], statistic: Callable[[Numbers], Numbers] | None = None) -> Interval:
-    """A statistic (the mean) of values with its percentile bootstrap interval; NaN without values.
+def interval(scores: Scores, statistic: Callable[[Numbers, Numbers], Numbers] | None = None) -> Interval:
+    """A statistic (the mean) of scores with its percentile bootstrap interval; NaN without scores.
+
+    Seeds are drawn with replacement, and clients, and a score counts as often as its seed was drawn times as often as
+    its client was (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007): what the scores of one client
+    have in common in all seeds, or those of one seed, is no independent evidence.
 
     Args:
-        values: one for each client and seed, taken as independent.
-        statistic: of the last axis.
+        scores: by seed and client; some may be missing.
+        statistic: of the scores and their weights (resamples x scores); a number for each resample.
     """
-    if not values:
+    if not scores:
         return Interval(math.nan, math.nan, math.nan)
-    take = statistic or (lambda array: np.asarray(array.mean(axis=-1)))
-    found = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))
-    low, high = np.percentile(take(found[drawn]), [2.5, 97.5])
-    return Interval(float(take(found)), float(low), float(high))
+    take = statistic or (lambda values, weights: weights @ values / weights.sum(axis=1))
+    values, generator = np.asarray(list(scores.values()), dtype=np.float64), np.random.default_rng(0)
+    weights = np.ones((RESAMPLES, len(scores)))
+    for kept in zip(*scores, strict=True):  # the seeds of the scores, then their clients
+        names, places = np.unique(np.asarray(kept), return_inverse=True)
+        weights *= generator.multinomial(len(names), [1 / len(names)] * len(names), RESAMPLES)[:, places]
+    weights = weights[weights.any(axis=1)]  # where scores are missing a resample may be without any
+    low, high = np.percentile(take(values, weights), [2.5, 97.5])
+    return Interval(float(take(values, np.ones((1, len(scores))))[0]), float(low), float(high))
 
 
 def worst_decile(scores: Scores, sign: int = 1) -> Interval:
-    """The mean of the worst tenth of all clients and seeds, at least one; ``sign`` -1: high is bad."""
-    count = max(1, math.ceil(len(scores) / 10))
+    """The mean of the worst tenth of all clients and seeds, rounded up; ``sign`` -1: high is bad."""
 
-    def take(values: Numbers) -> Numbers:
-        return np.asarray(sign * np.sort(sign * values, axis=-1)[..., :count].mean(axis=-1))
+    def take(values: Numbers, weights: Numbers) -> Numbers:
+        order = np.argsort(sign * values)
+        weights = weights[:, order]
+        count = np.ceil(weights.sum(axis=1, keepdims=True) / 10)
+        taken = np.clip(count - (weights.cumsum(axis=1) - weights), 0, weights)
+        return np.asarray(taken @ values[order] / count[:, 0])
 
-    return interval(list(scores.values()), take)
+    return interval(scores, take)
 
 
 def gains_over(scores: Scores, reference: Scores, sign: int = 1) -> Scores:
@@ -192,16 +211,16 @@ def gains_over(scores: Scores, reference: Scores, sign: int = 1) -> Scores:
 
 def paired(scores: Scores, reference: Scores, sign: int = 1) -> Paired:
     """What :func:`gains_over` finds, in numbers."""
-    differences = list(gains_over(scores, reference, sign).values())
-    return Paired(interval(differences), sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    gains = gains_over(scores, reference, sign)
+    return Paired(interval(gains), sum(d > 0 for d in gains.values()), sum(d < 0 for d in gains.values()))
 
 
-def as_markdown(found: Comparison, title: str) -> str:
-    """The table, with what its numbers are below."""
+def as_markdown(found: Comparison, title: str, remarks: Sequence[str] = ()) -> str:
+    """The table, with what its numbers are below, and what else is to be said of the runs."""
     heads, body = cells_of(found)
     text = [f"# {title}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     text += [f"| {' | '.join(cells)} |" for cells in body]
-    return "\n".join([*text, "", *explanation(found), ""])
+    return "\n".join([*text, "", *explanation(found), *(f"* {remark}" for remark in remarks), ""])
 
 
 def terminal_table(found: Comparison) -> Table:
@@ -247,17 +266,22 @@ def explanation(found: Comparison) -> list[str]:
     """What the table's numbers are, a line for each."""
     less = " (less is better)" if found.sign < 0 else ""
     wired = found.level == "wire"
+    total = max((len(line.scores) for line in found.lines), default=0)
+    count = math.ceil(total / 10)
     level = "on the wire" if wired else "of serialised messages (the wire was not measured)"
     waited = (
         "until the slowest client of each round had answered" if wired else "that each round's slowest client worked"
     )
     return [
         f"* {found.metric}{less} of each client's personal model on its own data after the last round; in brackets 95 "
-        f"% bootstrap intervals ({RESAMPLES:,} resamples of clients and seeds, taken as independent).",
-        "* Worst decile: mean of the worst tenth of all clients and seeds.",
-        "* Against: mean of the differences, client by client of the same seed; positive is better (better/worse).",
+        f"% bootstrap intervals ({RESAMPLES:,} resamples of seeds, and of clients). They know the variation that few "
+        "seeds show, and no more.",
+        f"* Worst decile: mean of the worst tenth of all clients and seeds, rounded up ({count} of {total}). Its "
+        "interval cannot reach beyond the worst that was seen.",
+        "* Against: mean of the differences, client by client of the same seed; positive is better (better/worse). "
+        "Each interval is for one difference: of 40 strategies that are no better, one is expected above 0 by chance.",
         f"* MB: {level}, everything from registration on, all clients, mean over seeds. Seconds: {waited}, summed over "
-        "rounds, likewise.",
+        "rounds, median over seeds.",
         "* Controls say what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
         "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-twice` (two local runs of one client, "
         "averaged). A gain by merging counts only beyond them.",

@@ -46,7 +46,7 @@ def figure(chart: Any, caption: str, said: str, table: Table, height: int, note:
     more = f"<p>{html.escape(note)}</p>" if note else ""
     return (
         f"<figure><figcaption>{html.escape(caption)}</figcaption><p>{html.escape(said)}</p>{more}"
-        f'<div class="wide"><div class="chart" role="img" aria-label="{html.escape(said, quote=True)}">{drawn}</div>'
+        f'<div class="wide"><div class="chart" role="group" aria-label="{html.escape(said, quote=True)}">{drawn}</div>'
         f"</div><details><summary>Numbers: {html.escape(caption)}</summary>{as_table(table)}</details></figure>"
     )
 

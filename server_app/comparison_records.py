@@ -53,6 +53,13 @@ def read_run(strategy: str, seed: int, run: Path) -> FinishedRun:
     return FinishedRun(strategy, seed, rows, rounds, kinds_of(accounts), accounts.unexplained_fraction())
 
 
+def remarks(runs: Sequence[FinishedRun], failed: Mapping[str, str]) -> list[str]:
+    """What has to be known of single runs: which were interrupted, which failed (by name) and why."""
+    resumed = [f"{r.strategy} (seed {r.seed})" for r in runs if any(c["phase"] == "resumed" for c in r.rounds)]
+    said = [f"Interrupted and resumed, so that some bytes were sent twice: {', '.join(resumed)}."] if resumed else []
+    return said + [f"Failed: {name}: {why}" for name, why in failed.items()]
+
+
 def kinds_of(accounts: Accounts) -> dict[str, dict[str, int]]:
     """The wire's reconciliation; without a wire, what Flower serialised: tensors, sketches and what is around them."""
     found = accounts.reconciliation()
@@ -94,6 +101,8 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
         counted[item.round, item.client] |= {f"{item.direction}_{level}": getattr(item, level) for level in LEVELS}
     networked = any(accounts.reconciliation().values())
     for record in rounds:
+        if record["phase"] == "register" and record["round"] > 0:  # by a resumed run, again
+            continue
         for client, answer in record.get("clients", {}).items():
             # In one process a client's answer also waits for the clients before it; its own time does not.
             seconds = (
@@ -109,5 +118,5 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
                 dict(answer.get("metrics", {}).get("personal", {})),
                 float(seconds),
                 float(answer.get("train_seconds", 0.0)),
-                counted.pop((int(record["round"]), client), {}),  # a resumed run registers twice
+                counted[int(record["round"]), client],
             )

@@ -10,7 +10,7 @@ from server_app.comparison import COSTS, Comparison, Line, Paired, cells_of, exp
 from server_app.comparison_costs import bytes_by_kind, reconciliation, slowest
 from server_app.comparison_figures import as_table
 from server_app.comparison_merges import merges
-from server_app.comparison_records import FinishedRun
+from server_app.comparison_records import FinishedRun, remarks
 from server_app.comparison_scores import costs, curves, differences, means
 
 STYLE = """
@@ -131,8 +131,7 @@ def at_a_glance(found: Comparison, runs: Sequence[FinishedRun], failed: Mapping[
             said.append(f"Worth their {what}, cheapest first (no other is better for at most as much): {front}.")
     if any(run.unexplained is not None for run in runs):
         said.append(reconciliation(runs))
-    said += [f"Failed: {name}: {why}" for name, why in failed.items()]
-    return said
+    return said + remarks(runs, failed)
 
 
 def _role(line: Line) -> str:

@@ -82,12 +82,10 @@ class FedFomo(Peers):
     def candidates(self, round_: int, client: Client) -> list[str]:
         """Whose adapters the client is sent: the same in a run that is repeated or resumed."""
         row = self.affinity.get(client.id, {})
-        left = sorted(
-            (name for name in self.uploads if name != client.id), key=lambda name: (-row.get(name, 0.0), name)
-        )
+        left = sorted(name for name in self.uploads if name != client.id)
         drawn = random.Random(f"{self.seed}:{round_}:{client.id}")
-        if not row:  # nothing is known: names must not decide
-            drawn.shuffle(left)
+        drawn.shuffle(left)  # of equals, names must not decide
+        left.sort(key=lambda name: -row.get(name, 0.0))
         chosen = []
         for _ in range(min(self.options.candidates, len(left))):
             explores = drawn.random() < self.options.explore

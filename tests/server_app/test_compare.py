@@ -125,6 +125,14 @@ def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path,
     continued = RunDirectory(out / "runs" / made[0]).rounds()
     assert [record["phase"] for record in continued].count("train") == rounds.count("train") == 2
     assert "resumed" in [record["phase"] for record in continued]  # and only what was missing was done again
+    assert (
+        "Interrupted and resumed, so that some bytes were sent twice: local (seed 5)" in (out / "table.md").read_text()
+    )
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert len({(r["strategy"], r["client"], r["round"], r["phase"]) for r in rows}) == len(rows)
+    written = json.loads((out / "runs" / made[0] / "summary.json").read_text())["bytes"]
+    own = [int(row["down_message_bytes"]) for row in rows if row["strategy"] == "local"]
+    assert sum(own) == written["down"]["message"]
     assert "local, seed 5: kept" in (tmp_path / "said").read_text()
 
 
@@ -146,6 +154,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_compared(
     assert name.startswith("ties-seed0-")
     assert why == "RuntimeError: out of luck"
     assert f"{name}: RuntimeError: out of luck" in (tmp_path / "report.html").read_text()
+    assert f"* Failed: {name}: RuntimeError: out of luck" in (tmp_path / "table.md").read_text()
 
 
 def without_ledger(strategy: str, seed: int, run: Path) -> FinishedRun:

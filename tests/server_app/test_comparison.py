@@ -6,16 +6,18 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
-from server_app.comparison import METRICS, Row, as_markdown, interval, paired, terminal_table, worst_decile
+from server_app.comparison import METRICS, Row, Scores, as_markdown, interval, paired, terminal_table, worst_decile
 from server_app.comparison_merges import matrix_of
 from server_app.comparison_report import as_html, at_a_glance
 from server_app.comparison_scores import PLACES, _places
+from tests.benchmarks.interval_coverage import coverage
 from tests.server_app.comparison_samples import SCORES, compared, rows_of, runs_of
 
 
@@ -57,7 +59,29 @@ def test_a_client_that_failed_at_the_end_is_left_out_of_its_pair() -> None:
     ]
     rival = compared(rows).lines[2]
     assert len(rival.scores) == 4
+    assert rival.label == "rival"
     assert rival.against["local"].mean.value == pytest.approx(0.1)
+
+
+def test_a_seed_that_failed_is_named_where_its_strategy_stands() -> None:
+    rows = [row for row in rows_of() if (row.strategy, row.seed) not in (("rival", 1), ("local-twice", 0))]
+    found = compared(rows)
+    assert [line.label for line in found.lines if line.unserved] == [
+        "rival (1 of 2 seeds failed)",
+        "local-twice (control; 1 of 2 seeds failed)",
+    ]
+    assert "| rival (1 of 2 seeds failed) |" in as_markdown(found, "title")
+    assert as_markdown(found, "title", ["Failed: rival-seed1: why"]).endswith("* Failed: rival-seed1: why\n")
+
+
+def test_seconds_are_those_of_the_median_seed() -> None:
+    rows = [
+        replace(row, seed=seed, seconds=1000.0 if seed == 2 else row.seconds)
+        for row in rows_of()
+        if row.seed == 0
+        for seed in (0, 1, 2)
+    ]
+    assert compared(rows).lines[0].seconds == pytest.approx(9.0)
 
 
 def test_where_less_is_better_so_are_differences() -> None:
@@ -72,15 +96,40 @@ def test_where_less_is_better_so_are_differences() -> None:
     assert found.lines[2].against["local"].mean.value == pytest.approx(-0.05)
 
 
+def of_clients(values: Sequence[float]) -> Scores:
+    """One seed, a client for each value."""
+    return {(0, f"client-{index:03}"): value for index, value in enumerate(values)}
+
+
 def test_intervals_cover_the_mean_and_shrink() -> None:
-    few, many = interval([0.0, 1.0] * 4), interval([0.0, 1.0] * 100)
+    few, many = interval(of_clients([0.0, 1.0] * 4)), interval(of_clients([0.0, 1.0] * 100))
     for found in (few, many):
         assert found.low < found.value == 0.5 < found.high
     assert many.high - many.low < 0.4 * (few.high - few.low)
     # the mean's standard error is 0.5 / sqrt(200)
     assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200), rel=0.1)
-    assert interval([0.0, 1.0] * 4) == few  # drawn from a fixed seed
-    assert math.isnan(interval([]).value)
+    assert interval(of_clients([0.0, 1.0] * 4)) == few  # drawn from a fixed seed
+    assert math.isnan(interval({}).value)
+
+
+def test_what_a_client_has_in_common_in_all_seeds_is_no_more_evidence_than_one_seed() -> None:
+    once = of_clients([0.0, 1.0] * 10)
+    thrice = {(seed, client): value for (_, client), value in once.items() for seed in range(3)}
+    swapped = {(int(client[-3:]), f"client-{seed}"): value for (seed, client), value in thrice.items()}
+    narrow = interval(of_clients(list(thrice.values())))  # as if they were 60 clients
+    for found in (interval(thrice), interval(swapped)):
+        assert found.high - found.low == pytest.approx(interval(once).high - interval(once).low, rel=0.05)
+        assert found.high - found.low > 1.4 * (narrow.high - narrow.low)
+
+
+def test_intervals_of_few_seeds_and_clients_cover_what_they_say() -> None:
+    """Eight clients, three seeds, as much variance between clients as within: as ``interval_coverage.py`` measures."""
+    assert 0.88 < coverage(3, 8, (0.0, 1.0, 1.0), times=300)["two ways"] <= 1
+
+
+def test_an_interval_bears_missing_scores() -> None:
+    found = interval({(0, "a"): 0.0, (1, "b"): 1.0})
+    assert (found.low, found.value, found.high) == (0.0, 0.5, 1.0)
 
 
 def test_the_worst_tenth() -> None:
@@ -88,6 +137,8 @@ def test_the_worst_tenth() -> None:
     assert worst_decile(scores).value == 0.5
     assert worst_decile(scores, -1).value == 18.5
     assert worst_decile({(0, "a"): 0.3}).value == 0.3
+    lowest = worst_decile(scores)
+    assert (lowest.low, lowest.high > lowest.value) == (0.0, True)
     assert paired({(0, "a"): 1.0, (1, "a"): 2.0}, {(1, "a"): 1.5}).mean.value == 0.5
 
 
@@ -151,7 +202,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         found = dict(attributes)
         self.links += [str(found[key]) for key in ("src", "href") if key in found]
-        if found.get("role") == "img":
+        if found.get("role") == "group":
             self.labels.append(found.get("aria-label") or "")
 
     def handle_data(self, data: str) -> None:

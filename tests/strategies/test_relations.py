@@ -109,6 +109,17 @@ def test_fedfomo_learns_whose_adapters_help() -> None:
     assert everybody == {"ben", "cyd"}
 
 
+def test_fedfomo_does_not_ask_by_name_where_nobody_has_helped() -> None:
+    fleet = Fleet("fedfomo", candidates=1, explore=0.0)
+    fleet.play()
+    strategy = fleet.strategy
+    strategy.affinity["ada"] = {"ben": 0.0}  # type: ignore[attr-defined]
+    asked = {strategy.candidates(round_, strategy.clients["ada"])[0] for round_ in range(20)}  # type: ignore[attr-defined]
+    assert asked == {"ben", "cyd"}
+    strategy.affinity["ada"] = {"ben": 0.0, "cyd": 0.1}  # type: ignore[attr-defined]
+    assert all(strategy.candidates(n, strategy.clients["ada"]) == ["cyd"] for n in range(20))  # type: ignore[attr-defined]
+
+
 def drawn(fleet: Fleet, round_: int) -> list[str]:
     strategy = fleet.strategy
     strategy.options = type(strategy.options)(candidates=1, explore=1.0)
