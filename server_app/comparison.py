@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 RESAMPLES = 10_000
-METRICS = {"accuracy": 1, "exact_match": 1, "loss": -1}
-"""The first that all final models have is compared; 1: more is better."""
+METRICS = {"accuracy": 1, "exact_match": 1, "score": 1, "loss": -1}
+"""The first that all final models have is compared; 1: more is better. For ``score`` see :func:`score_of`."""
 WORK = ("train", "deliver")
 """Phases of a run in which clients work; registration and the last look at counters cost bytes, too."""
 Scores = dict[tuple[int, str], float]
@@ -167,6 +167,14 @@ def comparison_of(
     return Comparison(metric, level, lines, best)
 
 
+def score_of(metrics: Mapping[str, float]) -> float | None:
+    """The mean over a client's tasks (``task/metric``) of accuracy, or exact match for texts; None without any."""
+    tasks = sorted({task for task, slash, _ in (name.partition("/") for name in metrics) if slash})
+    found = [metrics.get(f"{task}/accuracy", metrics.get(f"{task}/exact_match")) for task in tasks]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def interval(scores: Scores, statistic: Callable[[Numbers, Numbers], Numbers] | None = None) -> Interval:
     """A statistic (the mean) of scores with its percentile bootstrap interval; NaN without scores.
 
@@ -264,7 +272,9 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def explanation(found: Comparison) -> list[str]:
     """What the table's numbers are, a line for each."""
-    less = " (less is better)" if found.sign < 0 else ""
+    which = " (less is better)" if found.sign < 0 else ""
+    if found.metric == "score":
+        which = " (mean over a client's tasks of accuracy, or of exact match where texts are written)"
     wired = found.level == "wire"
     total = max((len(line.scores) for line in found.lines), default=0)
     count = math.ceil(total / 10)
@@ -273,7 +283,7 @@ def explanation(found: Comparison) -> list[str]:
         "until the slowest client of each round had answered" if wired else "that each round's slowest client worked"
     )
     return [
-        f"* {found.metric}{less} of each client's personal model on its own data after the last round; in brackets 95 "
+        f"* {found.metric}{which} of each client's personal model on its own data after the last round; in brackets 95 "
         f"% bootstrap intervals ({RESAMPLES:,} resamples of seeds, and of clients). They know the variation that few "
         "seeds show, and no more.",
         f"* Worst decile: mean of the worst tenth of all clients and seeds, rounded up ({count} of {total}). Its "

@@ -13,7 +13,17 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from server_app.comparison import METRICS, Row, Scores, as_markdown, interval, paired, terminal_table, worst_decile
+from server_app.comparison import (
+    METRICS,
+    Row,
+    Scores,
+    as_markdown,
+    interval,
+    paired,
+    score_of,
+    terminal_table,
+    worst_decile,
+)
 from server_app.comparison_merges import matrix_of
 from server_app.comparison_report import as_html, at_a_glance
 from server_app.comparison_scores import PLACES, _places
@@ -99,6 +109,17 @@ def test_where_less_is_better_so_are_differences() -> None:
 def of_clients(values: Sequence[float]) -> Scores:
     """One seed, a client for each value."""
     return {(0, f"client-{index:03}"): value for index, value in enumerate(values)}
+
+
+def test_clients_with_several_tasks_are_compared_by_their_mean_score() -> None:
+    """Where one only writes texts, not everybody has an accuracy."""
+    several = {"accuracy": 0.75, "answer/exact_match": 0.25, "answer/loss": 2.0, "topic/accuracy": 0.75, "loss": 1.0}
+    assert score_of(several) == 0.5
+    assert score_of({"caption/exact_match": 0.25, "loss": 1.0}) == 0.25
+    assert score_of({"caption/loss": 1.0, "accuracy": 0.5}) is None
+    found = compared(rows_of(metric="score"))
+    assert (found.metric, found.sign) == ("score", 1)
+    assert "score (mean over a client's tasks of accuracy" in as_markdown(found, "title")
 
 
 def test_intervals_cover_the_mean_and_shrink() -> None:
