@@ -14,7 +14,7 @@ from rich.table import Table
 
 RESAMPLES = 10_000
 METRICS = {"accuracy": 1, "exact_match": 1, "score": 1, "loss": -1}
-"""The first that all final models have is compared; 1: more is better. For ``score`` see :func:`score_of`."""
+"""The first that all final models have is compared; 1: more is better. For ``score`` see :func:`with_score`."""
 WORK = ("train", "deliver")
 """Phases of a run in which clients work; registration and the last look at counters cost bytes, too."""
 Scores = dict[tuple[int, str], float]
@@ -167,12 +167,12 @@ def comparison_of(
     return Comparison(metric, level, lines, best)
 
 
-def score_of(metrics: Mapping[str, float]) -> float | None:
-    """The mean over a client's tasks (``task/metric``) of accuracy, or exact match for texts; None without any."""
+def with_score(metrics: Mapping[str, float]) -> dict[str, float]:
+    """With ``score``, the mean over tasks (``task/metric``) of accuracy, or of exact match for texts, if there are."""
     tasks = sorted({task for task, slash, _ in (name.partition("/") for name in metrics) if slash})
     found = [metrics.get(f"{task}/accuracy", metrics.get(f"{task}/exact_match")) for task in tasks]
     known = [value for value in found if value is not None]
-    return sum(known) / len(known) if known else None
+    return {**metrics, "score": sum(known) / len(known)} if known else dict(metrics)
 
 
 def interval(scores: Scores, statistic: Callable[[Numbers, Numbers], Numbers] | None = None) -> Interval:

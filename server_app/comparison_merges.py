@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from server_app.comparison import with_score
 from server_app.comparison_figures import COLOURS, OUTLINED, Table, figure, heights, slider
 from server_app.comparison_records import FinishedRun
 
@@ -111,10 +112,15 @@ def _endpoints(strategy: str, run: FinishedRun, metric: str) -> list[str]:
     import plotly.graph_objects as go
 
     (last,) = [r for r in run.rounds if r["phase"] == "deliver"][-1:] or [{"clients": {}}]
-    found = {
-        client: {label: answer["metrics"][label].get(metric) for label in (*ENDPOINTS, "personal")}
+    models = (*ENDPOINTS, "personal")
+    measured = {
+        client: {label: with_score(metrics) for label, metrics in answer.get("metrics", {}).items()}
         for client, answer in last["clients"].items()
-        if all(label in answer.get("metrics", {}) for label in (*ENDPOINTS, "personal"))
+    }
+    found = {
+        client: {label: metrics[label][metric] for label in models}
+        for client, metrics in measured.items()
+        if all(metric in metrics.get(label, {}) for label in models)
     }
     if not found:
         return []
@@ -127,7 +133,7 @@ def _endpoints(strategy: str, run: FinishedRun, metric: str) -> list[str]:
             hoverinfo="skip",
         )  # fmt: skip
     shapes = (("triangle-left", 1), ("line-ns-open", 7), ("triangle-right", 2), ("diamond", 0))
-    for label, (symbol, colour) in zip((*ENDPOINTS, "personal"), shapes, strict=True):
+    for label, (symbol, colour) in zip(models, shapes, strict=True):
         chart.add_scatter(
             x=[scores[label] for scores in found.values()], y=list(found), mode="markers",
             name={"personal": "merged", "half": "half of each"}.get(label, f"{label} alone"),
@@ -139,7 +145,7 @@ def _endpoints(strategy: str, run: FinishedRun, metric: str) -> list[str]:
     body = [
         [
             client,
-            *(f"{scores[label]:.3f}" for label in (*ENDPOINTS, "personal")),
+            *(f"{scores[label]:.3f}" for label in models),
             f"{weights.get(client, float('nan')):.3f}",
         ]
         for client, scores in found.items()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from server_app.accounts import SKETCH, Accounts
-from server_app.comparison import Row, score_of
+from server_app.comparison import Row, with_score
 from server_app.ledger import Ledger
 from server_app.run_directory import RunDirectory
 
@@ -104,9 +104,6 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
         if record["phase"] == "register" and record["round"] > 0:  # by a resumed run, again
             continue
         for client, answer in record.get("clients", {}).items():
-            metrics = dict(answer.get("metrics", {}).get("personal", {}))
-            if (score := score_of(metrics)) is not None:
-                metrics["score"] = score
             # In one process a client's answer also waits for the clients before it; its own time does not.
             seconds = (
                 answer.get("seconds", 0.0) if networked else answer.get("client_seconds", answer.get("seconds", 0.0))
@@ -118,7 +115,7 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
                 int(record["round"]),
                 record["phase"],
                 answer["status"],
-                metrics,
+                with_score(answer.get("metrics", {}).get("personal", {})),
                 float(seconds),
                 float(answer.get("train_seconds", 0.0)),
                 counted[int(record["round"]), client],

@@ -20,7 +20,6 @@ from server_app.comparison import (
     as_markdown,
     interval,
     paired,
-    score_of,
     terminal_table,
     worst_decile,
 )
@@ -114,12 +113,15 @@ def of_clients(values: Sequence[float]) -> Scores:
 def test_clients_with_several_tasks_are_compared_by_their_mean_score() -> None:
     """Where one only writes texts, not everybody has an accuracy."""
     several = {"accuracy": 0.75, "answer/exact_match": 0.25, "answer/loss": 2.0, "topic/accuracy": 0.75, "loss": 1.0}
-    assert score_of(several) == 0.5
-    assert score_of({"caption/exact_match": 0.25, "loss": 1.0}) == 0.25
-    assert score_of({"caption/loss": 1.0, "accuracy": 0.5}) is None
-    found = compared(rows_of(metric="score"))
+    assert with_score(several) == several | {"score": 0.5}
+    assert with_score({"caption/exact_match": 0.25, "loss": 1.0})["score"] == 0.25
+    assert with_score({"caption/loss": 1.0, "accuracy": 0.5}) == {"caption/loss": 1.0, "accuracy": 0.5}
+    rows = rows_of(metric="score")
+    found = compared(rows)
     assert (found.metric, found.sign) == ("score", 1)
     assert "score (mean over a client's tasks of accuracy" in as_markdown(found, "title")
+    pytest.importorskip("plotly", reason="the extra 'report' is not installed")
+    assert "both its ends" not in as_html(found, runs_of(rows), "")  # whose clients have no tasks there
 
 
 def test_intervals_cover_the_mean_and_shrink() -> None:
