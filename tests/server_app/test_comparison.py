@@ -21,6 +21,7 @@ from server_app.comparison import (
     interval,
     paired,
     terminal_table,
+    with_score,
     worst_decile,
 )
 from server_app.comparison_merges import matrix_of
