@@ -262,9 +262,9 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
     body = []
     for line in found.ranked():
         cells = [line.label, _shown(line.mean), _shown(line.worst)]
-        cells += ["" if name == line.strategy else _difference(line.against[name]) for name in references]
+        cells += ["" if name == line.strategy else difference(line.against[name]) for name in references]
         if found.best_control:
-            cells.append(_difference(line.beyond) if line.beyond else "")
+            cells.append(difference(line.beyond) if line.beyond else "")
         cells += [_number(line.megabytes["up"], 2), _number(line.megabytes["down"], 2), _number(line.seconds, 1)]
         body.append(cells)
     return heads, body
@@ -302,7 +302,8 @@ def _shown(found: Interval) -> str:
     return f"{_number(found.value, 3)} [{_number(found.low, 3)}, {_number(found.high, 3)}]"
 
 
-def _difference(found: Paired) -> str:
+def difference(found: Paired) -> str:
+    """Mean, interval, and how many are better and worse."""
     mean = found.mean
     if math.isnan(mean.value):
         return "-"

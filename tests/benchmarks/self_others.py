@@ -37,6 +37,7 @@ from client_app.settings import read_settings
 from client_app.training import set_up_torch
 from server_app.align import Aligned, align_models
 from server_app.cli import parse_run_config
+from server_app.comparison import difference, paired
 from server_app.export import is_in_parts
 from server_app.run_directory import RunDirectory
 from tests.in_process import run_in_process
@@ -259,6 +260,28 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def table_of(found: Mapping[str, Mapping[int, Scores]], title: str) -> Table:
+    """Self and others by seed, their means, and how "self" differs from ``local`` and ``local-twice`` if they ran."""
+    table, seeds = Table(title=title), sorted({seed for runs in found.values() for seed in runs})
+    own = {
+        name: {(seed, client): value for seed, scores in runs.items() for client, value in scores.own.items()}
+        for name, runs in found.items()
+    }
+    references = [name for name in ACROSS[:2] if name in found]
+    heads = (*(f"seed {seed}" for seed in seeds), "self", "others", *(f"self against {name}" for name in references))
+    for column in ("strategy", *heads):
+        table.add_column(column, justify="right")
+    for strategy, runs in found.items():
+        rows = {which: [runs[seed].mean(which) if seed in runs else None for seed in seeds] for which in WHICH}
+        means = [None if None in values else sum(values) / len(values) for values in rows.values()]
+        cells = [f"{shown(own)} / {shown(other)}" for own, other in zip(*rows.values(), strict=True)]
+        gains = [paired(own[strategy], own[name]) if name != strategy else None for name in references]
+        table.add_row(
+            strategy, *cells, *map(shown, means), *("" if gain is None else difference(gain) for gain in gains)
+        )
+    return table
+
+
 def main() -> None:
     """Measure and print; with ``--json`` write the numbers to a file."""
     arguments = parse()
@@ -266,16 +289,8 @@ def main() -> None:
     set_up_torch()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     found = measured(arguments)
-    table = Table(title=str(arguments.of) if arguments.of else f"{arguments.scenario}, {arguments.split}")
-    seeds = sorted({seed for runs in found.values() for seed in runs})
-    for column in ("strategy", *(f"seed {seed}" for seed in seeds), "self", "others"):
-        table.add_column(column, justify="right")
-    for strategy, runs in found.items():
-        rows = {which: [runs[seed].mean(which) if seed in runs else None for seed in seeds] for which in WHICH}
-        means = [None if None in values else sum(values) / len(values) for values in rows.values()]
-        cells = [f"{shown(own)} / {shown(other)}" for own, other in zip(*rows.values(), strict=True)]
-        table.add_row(strategy, *cells, *map(shown, means))
-    Console(width=120).print(table)
+    title = str(arguments.of) if arguments.of else f"{arguments.scenario}, {arguments.split}"
+    Console(width=140).print(table_of(found, title))
     if arguments.json:
         numbers = {name: {seed: vars(scores) for seed, scores in runs.items()} for name, runs in found.items()}
         arguments.json.write_text(json.dumps(numbers, indent=2))
