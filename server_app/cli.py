@@ -14,12 +14,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from client_app.scenarios import FROM_FILES, NAMES
+
 app = typer.Typer(
     help="Every client its own model: personalised federated LoRA on Flower.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 cluster_app = typer.Typer(help="A local SuperLink and SuperNodes that stay up.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
@@ -62,8 +64,11 @@ def demo(
 
 @app.command()
 def compare(
-    scenario: Annotated[str, typer.Argument(help="A built-in scenario.")] = "digits",
+    scenario: Annotated[str, typer.Argument(help=f"One of {', '.join((*NAMES, *FROM_FILES))}.")] = "digits",
     data: DataRoot = None,
+    clients_file: Annotated[
+        Path | None, typer.Option(help="Your own clients instead: TOML with a table of node-config for each.")
+    ] = None,
     strategies: Annotated[
         str, typer.Option(help="Comma-separated, or all; local, fedavg and controls are added.")
     ] = "fedmerge",
@@ -83,6 +88,7 @@ def compare(
     """Which strategy for these clients, at what cost; by default in this process, without a network."""
     from server_app.compare import compare as run_comparison
     from server_app.comparison import explanation, terminal_table
+    from server_app.comparison_report import verdict
 
     chosen = range(first_seed, first_seed + seeds)
     with _clear_errors():
@@ -98,13 +104,19 @@ def compare(
             options=extra,
             place="cluster" if cluster else "process",
             workers=jobs,
+            nodes=read_clients_file(clients_file) if clients_file else None,
         )
-    console.print(terminal_table(found))
-    for line in explanation(found):
-        console.print(line, highlight=False, markup=False)
-    console.print(f"written: {out}: report.html, table.md, results.csv, runs/", highlight=False, soft_wrap=True)
-    for name, why in failed.items():
-        errors.print(f"{name}: {why}", highlight=False, markup=False)
+    if found.lines:
+        for line in verdict(found):
+            console.print(f"* {line}", highlight=False, markup=False)
+        console.print()
+        console.print(terminal_table(found))
+        for line in explanation(found, brief=True):
+            console.print(line, highlight=False, markup=False)
+        console.print(f"written: {out}: report.html, table.md, results.csv, runs/", highlight=False, soft_wrap=True)
+    for why in dict.fromkeys(failed.values()):
+        names = ", ".join(name for name, reason in failed.items() if reason == why)
+        errors.print(f"failed: {names}: {why}", highlight=False, markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 

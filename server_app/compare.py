@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from adapters.durable import locked, write_durably
 from client_app.scenarios import FROM_FILES, NAMES
+from client_app.scenarios.files import SCENARIOS
 from server_app.cluster import LocalCluster, Settings
 from server_app.comparison import Comparison, as_markdown, comparison_of
 from server_app.comparison_records import as_csv, read_run, remarks
@@ -37,28 +39,44 @@ from server_app.demo import read_summary, terminate_as_interrupt
 from server_app.options import read_run_options
 from server_app.run_directory import RunDirectory
 from server_app.superlink import ClusterError, SuperLink
-from server_app.workers import Engine, in_process, one_by_one, side_by_side
+from server_app.workers import Engine, Nodes, in_process, one_by_one, side_by_side
 from strategies import CONTROLS, STRATEGIES, strategy_from_run_config
 from strategies.options import OptionError, require_choice
 
 REFERENCES = ("local", "fedavg")
 EVERY = "all"
 """Stands for every strategy that there is."""
+OWN = {
+    "strategy": "--strategies",
+    "scenario": "the argument SCENARIO",
+    "seed": "--seeds and --first-seed",
+    "num-server-rounds": "--rounds",
+    "min-clients": "--clients",
+    "run-name": "--out",
+    "runs-dir": "--out",
+    "resume": "the same command again, which goes on where it stopped",
+}
+"""Run-config that a comparison sets, and how it is told what to."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a comparison; ``place`` is where it is carried out, which decides what of its bytes is measured."""
+    """One run of a comparison; ``place`` is where it is carried out, which decides what of its bytes is measured.
+
+    ``nodes``: clients of the user's own, by their ids.
+    """
 
     strategy: str
     seed: int
     config: Mapping[str, Any]
     place: str = "process"
+    nodes: Nodes = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The run's folder: strategy, seed, and a digest of everything that the run is told."""
-        text = json.dumps([self.place, dict(self.config)], sort_keys=True)
+        told = [self.place, dict(self.config), *([self.nodes] if self.nodes else [])]
+        text = json.dumps(told, sort_keys=True)
         return f"{self.strategy}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -75,12 +93,16 @@ def compare(
     engine: Engine | None = None,
     place: str = "process",
     workers: int = 1,
+    nodes: Nodes | None = None,
 ) -> tuple[Comparison, dict[str, str]]:
     """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
 
+    Finished runs of the folder that are not asked for, of other strategies or seeds, are compared, too.
+
     Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
     ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after. So
-    many ``workers`` carry out runs side by side, each in a process of its own.
+    many ``workers`` carry out runs side by side, each in a process of its own. ``nodes`` has a node-config for each
+    client by its id, which says where its data are; without it ``clients`` share the scenario's.
 
     Raises:
         OptionError: a strategy, scenario or key is unknown, a value is not valid, ``out`` cannot be written or has
@@ -97,8 +119,11 @@ def compare(
     for name in chosen:
         require_choice("--strategies", name, STRATEGIES)
     require_choice("SCENARIO", scenario, (*NAMES, *FROM_FILES))
+    nodes = nodes or {}
+    clients = len(nodes) or clients
+    _check_data(scenario, clients, options or {}, nodes)
     read_run_options(options or {})  # those of a strategy that does not run, too
-    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place))
+    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place, nodes))
     for job in jobs:
         read_run_options(job.config)
         strategy_from_run_config(job.config)
@@ -107,21 +132,26 @@ def compare(
     with (
         _alone(out),
         _quiet(),
-        _started(place if missing and engine is None else "process", clients, runs, console) as started,
+        _started(place if missing and engine is None else "process", clients, nodes, runs, console) as started,
         _Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place == "cluster"))) as progress,
     ):
         configs = [{**job.config, "run-name": job.name} | _begun(runs / job.name) for job in missing]
         if engine is None and place == "process" and (count := min(workers, len(missing))) > 1:
-            side_by_side(configs, clients, runs, progress, count)
+            side_by_side(configs, clients, runs, progress, count, nodes)
         else:
             one_by_one(configs, clients, runs, progress, engine or started)
     finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
+    finished += [read_run(strategy, seed, run) for (strategy, seed), run in _earlier(runs, jobs).items()]
     rows = [row for run in finished for row in run.rows]
     controls = [control.name for control in CONTROLS]
-    found = comparison_of(
-        rows, [name for name in chosen if any(row.strategy == name for row in rows)], REFERENCES, controls
-    )
-    title = f"{scenario}: {clients} clients, {rounds} rounds, seeds {', '.join(map(str, seeds))}"
+    there = dict.fromkeys(row.strategy for row in rows)
+    names = [name for name in dict.fromkeys((*chosen, *there)) if name in there]
+    found = comparison_of(rows, names, REFERENCES, controls)
+    if not finished:
+        return found, progress.failed
+    what = "own data" if nodes or "data-path" in (options or {}) else scenario
+    every_seed = ", ".join(map(str, sorted({run.seed for run in finished})))
+    title = f"{what}: {clients} clients, {rounds} rounds, seeds {every_seed}"
     write_durably(out / "results.csv", as_csv(rows).encode())
     write_durably(out / "table.md", as_markdown(found, title, remarks(finished, progress.failed)).encode())
     try:
@@ -139,6 +169,7 @@ def jobs_of(
     rounds: int,
     options: Mapping[str, Any],
     place: str = "process",
+    nodes: Nodes | None = None,
 ) -> Iterator[Job]:
     """Every run, seed by seed: a comparison that is interrupted has all strategies of the first seeds."""
     for seed in seeds:
@@ -146,7 +177,50 @@ def jobs_of(
             others = tuple(f"{name}." for name in STRATEGIES if name != strategy)
             config: dict[str, Any] = {key: value for key, value in options.items() if not key.startswith(others)}
             config |= {"strategy": strategy, "scenario": scenario, "seed": seed}
-            yield Job(strategy, seed, config | {"num-server-rounds": rounds, "min-clients": clients}, place)
+            config |= {"num-server-rounds": rounds, "min-clients": clients}
+            yield Job(strategy, seed, config, place, nodes or {})
+
+
+def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: Nodes) -> None:
+    """What would otherwise show when every client has failed, or not at all.
+
+    Raises:
+        OptionError: a key is the comparison's own; there are no data, or for fewer clients, or all would have the same.
+    """
+    for key, instead in OWN.items():
+        if key in options:
+            raise OptionError(f"--set {key}: a comparison sets it; expected {instead}")
+    root = options.get("data-root")
+    if nodes or "data-path" in options:
+        if not nodes and not options.get("partitioner"):
+            raise OptionError(
+                "--set data-path: every client would have the same examples; expected a partitioner, too "
+                "(partitioner='dirichlet'), or --clients-file with a data-path for each client"
+            )
+    elif scenario in FROM_FILES:
+        if not root or not Path(root).is_dir():
+            raise OptionError(
+                f"scenario {scenario!r} reads its data from a folder: --data = {root}, expected that folder"
+            )
+        if clients > (most := SCENARIOS[scenario].clients):
+            raise OptionError(
+                f"--clients = {clients}: scenario {scenario!r} has data for {most}, expected at most so many"
+            )
+    elif root is not None:
+        raise OptionError(
+            f"--data = {root}: scenario {scenario!r} reads no folder, expected one of {', '.join(FROM_FILES)}; "
+            "your own data are read by --clients-file"
+        )
+
+
+def _earlier(runs: Path, jobs: Sequence[Job]) -> dict[tuple[str, int], Path]:
+    """Finished runs of strategies and seeds that are not among the jobs; of several the newest."""
+    asked, found = {(job.strategy, job.seed) for job in jobs}, {}
+    for summary in sorted(runs.glob("*/summary.json"), key=lambda path: path.stat().st_mtime):
+        named = re.fullmatch(r"(.+)-seed(\d+)-[0-9a-f]{8}", summary.parent.name)
+        if named and (key := (named[1], int(named[2]))) not in asked:
+            found[key] = summary.parent
+    return found
 
 
 def is_finished(run: Path) -> bool:
@@ -188,6 +262,7 @@ def _folder(out: Path, job: Job) -> Path:
     own = tuple(f"{name}." for name in STRATEGIES)
     common = {key: value for key, value in job.config.items() if not key.startswith(own)}
     common = {key: common[key] for key in sorted(common) if key not in ("strategy", "seed")} | {"place": job.place}
+    common |= {"clients": job.nodes} if job.nodes else {}
     remembered = out / "comparison.json"
     try:
         (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -217,7 +292,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _said(key: str, config: Mapping[str, Any]) -> str:
-    return f"{key} = {config[key]!r}" if key in config else f"{key} as usual"
+    return f"{key} = {config[key]!r}" if key in config else f"the default of {key}"
 
 
 class _Progress:
@@ -238,12 +313,14 @@ class _Progress:
                 self._say(job, "kept")
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self.bars.stop()
+        if kind is KeyboardInterrupt:
+            self.console.print("stopped; the same command goes on with what is missing", highlight=False)
 
     def started(self, index: int) -> None:
         job = self.missing[index]
-        task = self.bars.add_task(f"{job.strategy}, seed {job.seed}", total=self.answers)
+        task = self.bars.add_task(f"{job.strategy}, seed {job.seed}: answers", total=self.answers)
         self.tasks[index] = task, time.monotonic()
 
     def answered(self, index: int) -> None:
@@ -267,16 +344,16 @@ class _Progress:
 
 
 @contextmanager
-def _started(place: str, clients: int, runs: Path, console: Console) -> Iterator[Engine]:
+def _started(place: str, clients: int, nodes: Nodes, runs: Path, console: Console) -> Iterator[Engine]:
     if place == "process":
-        yield in_process
+        yield partial(in_process, nodes=nodes)
         return
-    names = tuple(f"client-{index}" for index in range(clients))
+    names = tuple(nodes) or tuple(f"client-{index}" for index in range(clients))
     console.print(f"Starting a SuperLink and {clients} SuperNodes (TLS, one registered key each)...")
     with (
         terminate_as_interrupt(),
         tempfile.TemporaryDirectory(prefix="fedalloy-compare-") as folder,
-        LocalCluster(Path(folder) / "cluster", Settings(names, runs.resolve())) as cluster,
+        LocalCluster(Path(folder) / "cluster", Settings(names, runs.resolve(), node_config=nodes)) as cluster,
     ):
         yield partial(on_cluster, cluster)
 

@@ -54,6 +54,7 @@ class Paired:
     mean: Interval
     better: int
     worse: int
+    equal: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Line:
 
     @property
     def label(self) -> str:
-        """Its name, with what it is there for, and how many seeds failed."""
-        failed = f"{self.unserved} of {self.seeds} seeds failed" if self.unserved else ""
-        said = "; ".join(part for part in (self.role, failed) if part)
+        """Its name, with what it is there for, and of how many seeds it is if not of all."""
+        some = f"{self.seeds - self.unserved} of {self.seeds} seeds" if self.unserved else ""
+        said = "; ".join(part for part in (self.role, some) if part)
         return f"{self.strategy} ({said})" if said else self.strategy
 
 
@@ -200,7 +201,10 @@ def interval(scores: Scores, statistic: Callable[[Numbers, Numbers], Numbers] | 
 
 
 def worst_decile(scores: Scores, sign: int = 1) -> Interval:
-    """The mean of the worst tenth of all clients and seeds, rounded up; ``sign`` -1: high is bad."""
+    """The mean of the worst tenth of all clients and seeds, rounded up; ``sign`` -1: high is bad.
+
+    Of one or two scores, which resamples can hardly change, there is no interval.
+    """
 
     def take(values: Numbers, weights: Numbers) -> Numbers:
         order = np.argsort(sign * values)
@@ -209,7 +213,8 @@ def worst_decile(scores: Scores, sign: int = 1) -> Interval:
         taken = np.clip(count - (weights.cumsum(axis=1) - weights), 0, weights)
         return np.asarray(taken @ values[order] / count[:, 0])
 
-    return interval(scores, take)
+    found = interval(scores, take)
+    return found if len(scores) > 2 * 10 else Interval(found.value, math.nan, math.nan)
 
 
 def gains_over(scores: Scores, reference: Scores, sign: int = 1) -> Scores:
@@ -220,7 +225,8 @@ def gains_over(scores: Scores, reference: Scores, sign: int = 1) -> Scores:
 def paired(scores: Scores, reference: Scores, sign: int = 1) -> Paired:
     """What :func:`gains_over` finds, in numbers."""
     gains = gains_over(scores, reference, sign)
-    return Paired(interval(gains), sum(d > 0 for d in gains.values()), sum(d < 0 for d in gains.values()))
+    better, worse = (sum(side * gain > 0 for gain in gains.values()) for side in (1, -1))
+    return Paired(interval(gains), better, worse, len(gains) - better - worse)
 
 
 def as_markdown(found: Comparison, title: str, remarks: Sequence[str] = ()) -> str:
@@ -235,9 +241,9 @@ def terminal_table(found: Comparison) -> Table:
     """The table's essence, in 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     references = list(found.lines[0].against) if found.lines else []
-    heads = [found.metric, "worst", *(f"- {name}" for name in references), "- control"]
+    heads = [found.metric, "worst", *(f"vs {name}" for name in references), "vs control"]
     table.add_column("strategy", max_width=18, no_wrap=True, overflow="ellipsis")
-    for head in [*heads, "MB up", "MB down", "seconds"]:
+    for head in [*heads, "MB up", "down", "s"]:
         table.add_column(head, justify="right", no_wrap=True)
     for line in found.ranked():
         gains = [None if name == line.strategy else line.against[name] for name in references] + [line.beyond]
@@ -270,8 +276,8 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return heads, body
 
 
-def explanation(found: Comparison) -> list[str]:
-    """What the table's numbers are, a line for each."""
+def explanation(found: Comparison, brief: bool = False) -> list[str]:
+    """What the table's numbers are, a line for each; ``brief``: of a table without intervals."""
     which = " (less is better)" if found.sign < 0 else ""
     if found.metric == "score":
         which = " (mean over a client's tasks of accuracy, or of exact match where texts are written)"
@@ -282,23 +288,31 @@ def explanation(found: Comparison) -> list[str]:
     waited = (
         "until the slowest client of each round had answered" if wired else "that each round's slowest client worked"
     )
-    return [
-        f"* {found.metric}{which} of each client's personal model on its own data after the last round; in brackets 95 "
-        f"% bootstrap intervals ({RESAMPLES:,} resamples of seeds, and of clients). They know the variation that few "
-        "seeds show, and no more.",
-        f"* Worst decile: mean of the worst tenth of all clients and seeds, rounded up ({count} of {total}). Its "
-        "interval cannot reach beyond the worst that was seen.",
-        "* Against: mean of the differences, client by client of the same seed; positive is better (better/worse). "
-        "Each interval is for one difference: of 40 strategies that are no better, one is expected above 0 by chance.",
-        f"* MB: {level}, everything from registration on, all clients, mean over seeds. Seconds: {waited}, summed over "
-        "rounds, median over seeds.",
-        "* Controls say what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
+    lines = {
+        "metric": f"* {found.metric}{which} of each client's personal model on its own data after the last round.",
+        "intervals": f"* In brackets 95 % bootstrap intervals ({RESAMPLES:,} resamples of seeds, and of clients). They "
+        "know the variation that few seeds show, and no more.",
+        "decile": f"* Worst decile: mean of the worst tenth of all clients and seeds, rounded up ({count} of {total}). "
+        "Its interval, left out for fewer than 3, cannot reach beyond the worst that was seen.",
+        "against": "* Against: mean of the differences, client by client of the same seed; positive is better "
+        "(better/worse). Each interval is for one difference: of 40 strategies that are no better, one is expected "
+        "above 0 by chance.",
+        "costs": f"* MB: {level}, everything from registration on, all clients, mean over seeds. Seconds: {waited}, "
+        "summed over rounds, median over seeds.",
+        "controls": "* Controls say what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
         "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-twice` (two local runs of one client, "
         "averaged). A gain by merging counts only beyond them.",
-    ]
+    }
+    if brief:
+        del lines["intervals"]
+        lines["decile"] = f"* Worst: mean of the worst tenth of all clients and seeds, rounded up ({count} of {total})."
+        lines["against"] = "* vs: mean of the differences, client by client of the same seed; positive is better."
+    return list(lines.values())
 
 
 def _shown(found: Interval) -> str:
+    if math.isnan(found.low):
+        return _number(found.value, 3)
     return f"{_number(found.value, 3)} [{_number(found.low, 3)}, {_number(found.high, 3)}]"
 
 

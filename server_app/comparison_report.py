@@ -22,11 +22,12 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 3rem; border-botto
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; }
 small { opacity: 0.75; } thead th { white-space: normal; vertical-align: bottom; }
-tbody th { font-weight: 500; } th:first-child { text-align: left; }
+tbody th { font-weight: 500; } th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 figure { margin: 2.5rem 0; break-inside: avoid; } figcaption { font-weight: 600; font-size: 1.05rem; }
 figure p { margin: 0.2rem 0; } .wide { overflow-x: auto; } .chart { min-width: 34rem; }
 .glance { background: var(--soft); padding: 0.6rem 1rem 0.6rem 2rem; border-radius: 0.5rem; }
 summary { cursor: pointer; font-size: 0.85rem; }
+@media (max-width: 40rem) { .chart { min-width: 0; } .wide { border-right: 1px dashed var(--line); } }
 @media print {
   :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --soft: #f5f5f5; }
   body { margin: 0; max-width: none; font-size: 11pt; } .wide { overflow: visible; } .chart { min-width: 0; }
@@ -60,6 +61,10 @@ addEventListener('beforeprint', () => {
 });
 addEventListener('afterprint', () => { closed.forEach(d => d.open = false); paint(false); });
 """
+
+
+FEW = 12
+"""So few scores, one for each client and seed, or one seed, decide nothing."""
 
 
 class ReportError(RuntimeError):
@@ -105,19 +110,25 @@ def as_html(found: Comparison, runs: Sequence[FinishedRun], title: str, failed: 
 
 
 def at_a_glance(found: Comparison, runs: Sequence[FinishedRun], failed: Mapping[str, str]) -> list[str]:
+    """What the numbers say, in sentences, and what has to be known of the runs."""
+    measured = [reconciliation(runs)] if any(run.unexplained is not None for run in runs) else []
+    return [*verdict(found), *measured, *remarks(runs, failed)]
+
+
+def verdict(found: Comparison) -> list[str]:
     """What the numbers say, in sentences."""
-    said = []
     ranked = [line for line in found.ranked() if not math.isnan(line.mean.value)]
-    if ranked:
-        best = ranked[0]
-        said.append(f"Best mean {found.metric}: {best.strategy}, {best.mean.value:.3f}{_role(best)}.")
-        said += [
-            f"Against {name}, {best.strategy} {_gain(paired)}."
-            for name, paired in best.against.items()
-            if name != best.strategy and not math.isnan(paired.mean.value)
-        ]
-        worst = max(ranked, key=lambda line: found.sign * line.worst.value)
-        said.append(f"Best worst decile: {worst.strategy}, {worst.worst.value:.3f}{_role(worst)}.")
+    if not ranked:
+        return []
+    best = ranked[0]
+    said = [f"Best mean {found.metric}: {best.strategy}, {best.mean.value:.3f}{_role(best)}."]
+    said += [
+        f"Against {name}, {best.strategy} {_gain(paired)}."
+        for name, paired in best.against.items()
+        if name != best.strategy and not math.isnan(paired.mean.value)
+    ]
+    worst = max(ranked, key=lambda line: found.sign * line.worst.value)
+    said.append(f"Best worst decile: {worst.strategy}, {worst.worst.value:.3f}{_role(worst)}.")
     if found.best_control:
         beyond = [line.strategy for line in ranked if line.beyond and line.beyond.mean.low > 0]
         rivals = sum(not line.role for line in ranked)
@@ -125,13 +136,19 @@ def at_a_glance(found: Comparison, runs: Sequence[FinishedRun], failed: Mapping[
             f"Beyond the best control ({found.best_control}), with a 95 % interval above 0: "
             f"{', '.join(beyond) or 'none'} ({len(beyond)} of {rivals})."
         )
-    if ranked:
-        for what, cost in COSTS.items():
-            front = ", ".join(line.strategy for line in found.cheapest(cost))
-            said.append(f"Worth their {what}, cheapest first (no other is better for at most as much): {front}.")
-    if any(run.unexplained is not None for run in runs):
-        said.append(reconciliation(runs))
-    return said + remarks(runs, failed)
+    pairs, seeds = len(best.scores), len({seed for seed, _ in best.scores})
+    if seeds < 2 or pairs < FEW:
+        said.append(f"Only {pairs} scores of {seeds} seed{'s' * (seeds != 1)}: too few to choose by.")
+    local = next((line for line in found.lines if line.strategy == "local"), None)
+    for what, cost in COSTS.items():
+        front = [
+            line.strategy
+            for line in found.cheapest(cost)
+            if local is None or found.sign * (line.mean.value - local.mean.value) >= 0
+        ]
+        if front:
+            said.append(f"No other is better for at most as many {what}, cheapest first: {', '.join(front)}.")
+    return said
 
 
 def _role(line: Line) -> str:
@@ -142,6 +159,6 @@ def _gain(found: Paired) -> str:
     mean = found.mean
     word = "gains" if mean.value >= 0 else "loses"
     return (
-        f"{word} {abs(mean.value):.3f} [{mean.low:+.3f}, {mean.high:+.3f}]; {found.better} clients x seeds gain, "
-        f"{found.worse} lose"
+        f"{word} {abs(mean.value):.3f} [{mean.low:+.3f}, {mean.high:+.3f}]; {found.better} of "
+        f"{found.better + found.worse + found.equal} pairs of client and seed gain, {found.worse} lose"
     )

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from server_app.comparison import COSTS, Comparison, Line, Row, Scores, gains_over
-from server_app.comparison_figures import COLOURS, DASHES, ROLES, Table, figure, heights, ticks
+from server_app.comparison_figures import COLOURS, DASHES, OUTLINED, ROLES, Table, figure, heights, ticks
 
 SHOWN = 6
 """So many of the best strategies have a curve at first; the others' are a click on their names away."""
@@ -145,6 +145,7 @@ def _map(found: Comparison, reference: str) -> str:
     chart = go.Figure()
     chart.add_heatmap(
         z=cells, x=clients, y=[line.label for line, _ in shown], zmin=-bound, zmax=bound, colorscale="RdBu",
+        textfont=OUTLINED,
         text=[[f"{value:+.2f}" for value in row] for row in cells],
         texttemplate="%{text}" if len(clients) <= LABELLED else None, colorbar={"thickness": 12}, xgap=1, ygap=1,
     )  # fmt: skip

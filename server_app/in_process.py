@@ -115,10 +115,14 @@ class InProcessGrid(Grid):
     def answer(self, message: Message) -> Message:
         """What the node answers; an exception becomes an error reply, as in Flower's ClientApp process."""
         from client_app.app import app
+        from client_app.scenarios import ScenarioError
+        from client_app.settings import SettingsError
+        from client_app.tables import DataError
 
         node_id = message.metadata.dst_node_id
         try:
             return app(message, self.context(node_id))
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, (DataError, ScenarioError, SettingsError)):  # those say it in words
+                traceback.print_exc()
             return Message(Error(code=2, reason=f"{type(error)}:<'{error}'>"), reply_to=message)

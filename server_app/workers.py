@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -24,6 +25,8 @@ from server_app.in_process import InProcessGrid
 Config = Mapping[str, Any]
 Engine = Callable[[Config, int, Path, Callable[[], None]], None]
 """``(run-config, clients, runs folder, call after every answer)``: carries out one run, or raises."""
+Nodes = Mapping[str, Mapping[str, Any]]
+"""Node-config by client id."""
 
 
 class Watch(Protocol):
@@ -39,8 +42,13 @@ class Watch(Protocol):
         """It has ended; ``why`` it failed, or empty."""
 
 
-def in_process(config: Config, clients: int, runs: Path, answered: Callable[[], None]) -> None:
-    """The engine without a network: the wire is not measured, all else is as it would be."""
+def in_process(
+    config: Config, clients: int, runs: Path, answered: Callable[[], None], nodes: Nodes | None = None
+) -> None:
+    """The engine without a network: the wire is not measured, all else is as it would be.
+
+    ``nodes`` is more node-config for each client, by its id.
+    """
     from server_app.run import run
 
     def count(node: int, message: Message, reply: Message | None) -> Message | None:
@@ -48,7 +56,8 @@ def in_process(config: Config, clients: int, runs: Path, answered: Callable[[], 
         return reply
 
     config = {**config, "runs-dir": str(runs)}
-    grid = InProcessGrid(clients, runs, config, None, count)
+    own = [{"client-id": name, **node} for name, node in (nodes or {}).items()]
+    grid = InProcessGrid(clients, runs, config, own.__getitem__ if own else None, count)
     run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
 
 
@@ -65,11 +74,12 @@ def side_by_side(
     runs: Path,
     watch: Watch,
     count: int,
+    nodes: Nodes | None = None,
     work: Callable[..., None] | None = None,
 ) -> None:
     """Carry out runs in ``count`` processes, started in order; likewise. Leaving this ends the processes.
 
-    ``work`` is what a worker does; by default :func:`in_process`, run by run.
+    ``nodes`` are those of :func:`in_process`; ``work`` is what a worker does, by default that, run by run.
     """
     waiting = list(enumerate(configs))[::-1]
     busy: dict[Connection, tuple[int, SpawnProcess]] = {}
@@ -78,7 +88,7 @@ def side_by_side(
     try:
         while waiting or busy:
             while waiting and len(busy) < count:
-                connection, process = idle.pop() if idle else _start(work or _work, clients, runs)
+                connection, process = idle.pop() if idle else _start(work or _work, clients, runs, nodes)
                 started += [process] if process not in started else []
                 index, config = waiting.pop()
                 busy[connection] = index, process
@@ -105,17 +115,17 @@ def side_by_side(
             process.join()
 
 
-def _start(work: Callable[..., None], clients: int, runs: Path) -> tuple[Connection, SpawnProcess]:
+def _start(work: Callable[..., None], clients: int, runs: Path, nodes: Nodes | None) -> tuple[Connection, SpawnProcess]:
     # spawn: torch and gRPC have threads, which a fork would lose.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, clients, runs), daemon=True)
+    process = context.Process(target=work, args=(theirs, clients, runs, nodes), daemon=True)
     process.start()
     theirs.close()  # or its end would not be seen
     return ours, process
 
 
-def _work(connection: Connection, clients: int, runs: Path) -> None:
+def _work(connection: Connection, clients: int, runs: Path, nodes: Nodes | None) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent as well, which ends this process
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -125,7 +135,9 @@ def _work(connection: Connection, clients: int, runs: Path) -> None:
     try:
         while True:
             config = json.loads(connection.recv_bytes())
-            why = _attempt(in_process, config, clients, runs, lambda: _tell(connection, ("answered", "")))
+            why = _attempt(
+                partial(in_process, nodes=nodes), config, clients, runs, lambda: _tell(connection, ("answered", ""))
+            )
             _tell(connection, ("ended", why))
     except (EOFError, OSError):  # the parent is gone
         return

@@ -84,6 +84,11 @@ def test_a_port_in_use_names_the_port_and_its_holder(tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "cluster.json").exists()
 
 
+def test_help_says_what_arguments_are() -> None:
+    """Which depends on the versions of click and typer."""
+    assert "A run directory." in runner.invoke(app, ["traffic", "--help"]).output
+
+
 def test_stop_never_touches_a_recycled_pid_and_twice_is_fine(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         state = {"processes": [{"name": "superlink", "pid": other.pid, "started": 1.0}]}

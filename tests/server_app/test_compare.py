@@ -208,8 +208,64 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path, alone: None) 
     again(["ditto"], 2, **{"ditto.pull": 0.5})  # more strategies, and their options, are the same comparison
     with pytest.raises(OptionError, match="num-server-rounds = 2, this one has num-server-rounds = 3"):
         again([], 3)
-    with pytest.raises(OptionError, match="local-steps as usual, this one has local-steps = 5"):
+    with pytest.raises(OptionError, match="the default of local-steps, this one has local-steps = 5"):
         again([], 2, **{"local-steps": 5})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"scenario": "text-8"}, "scenario 'text-8' reads its data from a folder: --data = None"),
+        ({"scenario": "text-8", "options": {"data-root": "/nowhere"}}, "--data = /nowhere, expected that folder"),
+        ({"scenario": "text-8", "options": {"data-root": "."}, "clients": 9}, "--clients = 9: .* data for 8"),
+        ({"options": {"data-root": "."}}, "--data = .: scenario 'digits' reads no folder"),
+        ({"options": {"data-path": "a.jsonl"}}, "every client would have the same examples; expected a partitioner"),
+        ({"options": {"seed": 3}}, "--set seed: a comparison sets it; expected --seeds and --first-seed"),
+    ],
+)
+def test_what_no_client_could_train_on_is_refused_before_anything_runs(
+    arguments: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=said):
+        compare(**{"scenario": "digits"} | arguments, strategies=[], seeds=[0], out=tmp_path / "out", console=Console())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_in_the_folder_already_stays_in_the_comparison(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        folder = RunDirectory.create(runs, str(config["run-name"]), "")
+        good = {"status": "ok", "seconds": 1.0, "metrics": {"personal": {"accuracy": 0.5, "loss": 1.0}}}
+        folder.append_round({"phase": "deliver", "round": 3, "clients": {"ada": good}})
+        folder.write_summary({})
+
+    monkeypatch.setattr(module, "read_run", without_ledger)
+    said = console(tmp_path / "said")
+    compare("digits", ["ditto"], [0, 1], tmp_path, said, engine=engine, options={"ditto.pull": 0.1})
+    found, _ = compare("digits", ["fedrep"], [0], tmp_path, said, engine=engine)
+    scored = {line.strategy: {seed for seed, _ in line.scores} for line in found.lines}
+    assert scored == {"local": {0, 1}, "fedavg": {0, 1}, "fedrep": {0}, "ditto": {0, 1}}
+    assert (tmp_path / "table.md").read_text().startswith("# digits: 4 clients, 4 rounds, seeds 0, 1\n")
+    assert "fedrep (1 of 2 seeds)" in (tmp_path / "table.md").read_text()
+
+
+def test_clients_of_ones_own_are_compared(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, Any]] = []
+
+    def carried_out(config: Any, clients: int, runs: Path, answered: Callable[[], None], nodes: Any = None) -> None:
+        asked.append((clients, nodes))
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(module, "in_process", carried_out)
+    nodes = {"rome": {"data-path": "rome.jsonl"}, "oslo": {"data-path": "oslo.jsonl"}, "bern": {"data-path": "b.jsonl"}}
+    found, failed = compare("digits", [], [0], tmp_path, console(tmp_path / "said"), nodes=nodes)
+    assert asked == [(3, nodes)] * 2
+    assert set(failed.values()) == {"RuntimeError: out of luck"}
+    assert not found.lines
+    assert not (tmp_path / "table.md").exists()  # of nothing
+    with pytest.raises(OptionError, match="is of a comparison with clients = "):
+        compare("digits", [], [0], tmp_path, console(tmp_path / "said"), clients=3)
 
 
 def test_two_comparisons_do_not_work_in_one_folder(tmp_path: Path, alone: None) -> None:

@@ -25,7 +25,7 @@ from server_app.comparison import (
     worst_decile,
 )
 from server_app.comparison_merges import matrix_of
-from server_app.comparison_report import as_html, at_a_glance
+from server_app.comparison_report import as_html, at_a_glance, verdict
 from server_app.comparison_scores import PLACES, _places
 from tests.benchmarks.interval_coverage import coverage
 from tests.server_app.comparison_samples import SCORES, compared, rows_of, runs_of
@@ -73,14 +73,14 @@ def test_a_client_that_failed_at_the_end_is_left_out_of_its_pair() -> None:
     assert rival.against["local"].mean.value == pytest.approx(0.1)
 
 
-def test_a_seed_that_failed_is_named_where_its_strategy_stands() -> None:
+def test_a_strategy_without_all_seeds_says_so() -> None:
     rows = [row for row in rows_of() if (row.strategy, row.seed) not in (("rival", 1), ("local-twice", 0))]
     found = compared(rows)
     assert [line.label for line in found.lines if line.unserved] == [
-        "rival (1 of 2 seeds failed)",
-        "local-twice (control; 1 of 2 seeds failed)",
+        "rival (1 of 2 seeds)",
+        "local-twice (control; 1 of 2 seeds)",
     ]
-    assert "| rival (1 of 2 seeds failed) |" in as_markdown(found, "title")
+    assert "| rival (1 of 2 seeds) |" in as_markdown(found, "title")
     assert as_markdown(found, "title", ["Failed: rival-seed1: why"]).endswith("* Failed: rival-seed1: why\n")
 
 
@@ -161,8 +161,9 @@ def test_the_worst_tenth() -> None:
     assert worst_decile(scores).value == 0.5
     assert worst_decile(scores, -1).value == 18.5
     assert worst_decile({(0, "a"): 0.3}).value == 0.3
-    lowest = worst_decile(scores)
-    assert (lowest.low, lowest.high > lowest.value) == (0.0, True)
+    assert math.isnan(worst_decile(scores).low)  # of two
+    lowest = worst_decile(scores | {(1, client): value for (_, client), value in scores.items()})
+    assert lowest.low < lowest.value < lowest.high
     assert paired({(0, "a"): 1.0, (1, "a"): 2.0}, {(1, "a"): 1.5}).mean.value == 0.5
 
 
@@ -204,6 +205,18 @@ def test_at_a_glance_says_who_is_beyond_the_controls() -> None:
         for row in rows
     ]
     assert "above 0: rival (1 of 1)" in " ".join(at_a_glance(compared(better), runs_of(better), {}))
+
+
+def test_a_verdict_of_few_scores_says_so_and_recommends_nothing_worse_than_local() -> None:
+    rows = rows_of()
+    said = " ".join(verdict(compared(rows)))
+    assert "Only 6 scores of 2 seeds: too few to choose by." in said
+    assert "4 of 6 pairs of client and seed gain, 2 lose" in said
+    many = [replace(row, seed=seed) for row in rows if row.seed == 0 for seed in range(4)]
+    assert "too few" not in " ".join(verdict(compared(many)))
+    cheap = [replace(row, seconds=0.1) if row.strategy == "fedavg" else row for row in rows]
+    (front,) = (line for line in verdict(compared(cheap)) if "at most as many seconds" in line)
+    assert front.endswith("cheapest first: rival.")  # not fedavg, which is the cheapest and below local
 
 
 def test_only_rows_of_numbers_are_a_matrix() -> None:

@@ -32,7 +32,7 @@ class Heard:
         self.whys[index] = why
 
 
-def work(connection: Connection, clients: int, runs: Path) -> None:
+def work(connection: Connection, clients: int, runs: Path, nodes: None) -> None:
     """Answers twice, leaves a file, and fails or dies where the config says so."""
     while True:
         config = json.loads(connection.recv_bytes())
@@ -48,7 +48,7 @@ def test_every_run_is_carried_out_and_a_death_costs_one(tmp_path: Path) -> None:
     heard = Heard()
     doing = ["", "die", "no luck", "", ""]
     configs = [{"do": what, "name": f"run-{index}"} for index, what in enumerate(doing)]
-    side_by_side(configs, 2, tmp_path, heard, 2, work)
+    side_by_side(configs, 2, tmp_path, heard, 2, work=work)
     assert heard.begun == [0, 1, 2, 3, 4]
     assert heard.most == 2
     assert sorted(heard.answers) == [0, 0, 2, 2, 3, 3, 4, 4]
@@ -69,7 +69,7 @@ def test_an_interruption_ends_the_processes(tmp_path: Path) -> None:
 
     configs = [{"do": "", "name": f"run-{index}"} for index in range(3)]
     with pytest.raises(KeyboardInterrupt):
-        side_by_side(configs, 1, tmp_path, Impatient(), 1, work)
+        side_by_side(configs, 1, tmp_path, Impatient(), 1, work=work)
     (pid,) = {int(path.read_text()) for path in tmp_path.iterdir()}
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
