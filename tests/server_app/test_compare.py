@@ -136,16 +136,21 @@ def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path,
     assert "local, seed 5: kept" in (tmp_path / "said").read_text()
 
 
+def finished(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+    """An engine whose runs end well at once."""
+    folder = RunDirectory.create(runs, str(config["run-name"]), "")
+    good = {"status": "ok", "seconds": 1.0, "metrics": {"personal": {"accuracy": 0.5, "loss": 1.0}}}
+    folder.append_round({"phase": "deliver", "round": 3, "clients": {"ada": good}})
+    folder.write_summary({})
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_compared(
     tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
         if config["strategy"] == "ties":
             raise RuntimeError("out of luck")
-        folder = RunDirectory.create(runs, str(config["run-name"]), "")
-        good = {"status": "ok", "seconds": 1.0, "metrics": {"personal": {"accuracy": 0.5, "loss": 1.0}}}
-        folder.append_round({"phase": "deliver", "round": 3, "clients": {"ada": good}})
-        folder.write_summary({})
+        finished(config, clients, runs, answered)
 
     monkeypatch.setattr(module, "read_run", without_ledger)
     found, failed = compare("digits", ["ties"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
@@ -234,16 +239,10 @@ def test_what_no_client_could_train_on_is_refused_before_anything_runs(
 def test_what_is_in_the_folder_already_stays_in_the_comparison(
     tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
-        folder = RunDirectory.create(runs, str(config["run-name"]), "")
-        good = {"status": "ok", "seconds": 1.0, "metrics": {"personal": {"accuracy": 0.5, "loss": 1.0}}}
-        folder.append_round({"phase": "deliver", "round": 3, "clients": {"ada": good}})
-        folder.write_summary({})
-
     monkeypatch.setattr(module, "read_run", without_ledger)
     said = console(tmp_path / "said")
-    compare("digits", ["ditto"], [0, 1], tmp_path, said, engine=engine, options={"ditto.pull": 0.1})
-    found, _ = compare("digits", ["fedrep"], [0], tmp_path, said, engine=engine)
+    compare("digits", ["ditto"], [0, 1], tmp_path, said, engine=finished, options={"ditto.pull": 0.1})
+    found, _ = compare("digits", ["fedrep"], [0], tmp_path, said, engine=finished)
     scored = {line.strategy: {seed for seed, _ in line.scores} for line in found.lines}
     assert scored == {"local": {0, 1}, "fedavg": {0, 1}, "fedrep": {0}, "ditto": {0, 1}}
     assert (tmp_path / "table.md").read_text().startswith("# digits: 4 clients, 4 rounds, seeds 0, 1\n")
