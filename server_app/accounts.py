@@ -166,12 +166,15 @@ class Accounts:
         return totals
 
     def not_measured(self) -> dict[str, str]:
-        """Who could not read the wire, and why; the server is ``server``."""
-        return {
-            row["client"] if row["end"] == "client" else "server": row["not_measured"]
-            for row in self.readings
-            if row["not_measured"]
-        }
+        """Who could not read the wire when asked last, and why; the server is ``server``.
+
+        A reading in between that found no connection, as while one is being made again, loses nothing: counters only
+        grow, and what a connection that broke had counted last is lost with any reading.
+        """
+        last: dict[str, str] = {}
+        for row in self.readings:
+            last[row["client"] if row["end"] == "client" else "server"] = row["not_measured"]
+        return {who: why for who, why in last.items() if why}
 
     def unjoined(self) -> list[str]:
         """Clients whose connection the server does not see under the client's own address (NAT, or no server end)."""

@@ -23,16 +23,17 @@ RUN = "wire"
 CLIENTS = 2
 # The kernel counts the SYN-ACK at the listening socket, and of the SYN all but 8 bytes of its options.
 HANDSHAKE_UP, HANDSHAKE_DOWN = 8, 74
-# Bytes that may cross between the ledger's last look and the nearest look at the interface: a poll with its pings.
+# Bytes that may cross while the ledger looks for the last time: a poll with its pings.
 ONE_POLL = 2000
 
 
 @dataclass
 class Outcome:
-    """A finished run: its accounts, and bytes up and down on each cable when the ledger looked last."""
+    """A finished run: its accounts, and bytes up and down on each cable shortly before and after its last look."""
 
     accounts: Accounts
-    cables: list[tuple[int, int]]
+    before: list[tuple[int, int]]
+    after: list[tuple[int, int]]
 
 
 @pytest.fixture(scope="module", params=["tls", "plain"])
@@ -61,20 +62,23 @@ def _run(federation: Fleet, directory: Path) -> Outcome:
         federation.start_supernode(number, node)
         # The run waits for all of them; meanwhile the first one's lone polls show what a call costs.
         time.sleep(2.5 * POLL_INTERVAL if number == 0 else 0)
-    looks: list[tuple[float, list[tuple[int, int]]]] = []
+    looks: list[tuple[float, list[tuple[int, int]], float]] = []
 
     def finished() -> bool:
-        looks.append((time.time(), [federation.namespaces.counters(cable) for cable in federation.namespaces.cables]))
+        begun = time.time()
+        found = [federation.namespaces.counters(cable) for cable in federation.namespaces.cables]
+        looks.append((begun, found, time.time()))
         return bool(_reading_times(ledger, "final"))
 
     _wait_for(finished, federation)
     finished()
     (end,) = _reading_times(ledger, "final")
-    _, cables = min(looks, key=lambda look: abs(look[0] - end))
+    before = [found for _, found, ended in looks if ended <= end][-1]
+    after = next(found for begun, found, _ in looks if begun >= end)
     _wait_for(lambda: federation.status().startswith("finished"), federation)
     assert federation.status() == "finished:completed", federation.log("superlink")
     with Ledger(ledger, read_only=True) as opened:
-        return Outcome(opened.accounts(), cables)
+        return Outcome(opened.accounts(), before, after)
 
 
 def _wait_for(condition: object, federation: Fleet) -> None:
@@ -97,14 +101,16 @@ def _reading_times(ledger: Path, event: str) -> list[float]:
 
 
 def test_ledger_is_what_crossed_the_cable(outcome: Outcome) -> None:
-    for number, (up, down) in enumerate(outcome.cables):
+    for number, (before, after) in enumerate(zip(outcome.before, outcome.after, strict=True)):
         wire = {direction: 0 for direction in ("up", "down")}
         for row in outcome.accounts.rows():
             if row.client == f"client-{number}":
                 assert row.wire is not None
                 wire[row.direction] += row.wire
-        assert wire["up"] + HANDSHAKE_UP == pytest.approx(up, abs=ONE_POLL)
-        assert wire["down"] + HANDSHAKE_DOWN == pytest.approx(down, abs=ONE_POLL)
+        found = wire["up"] + HANDSHAKE_UP, wire["down"] + HANDSHAKE_DOWN
+        for least, counted, most in zip(before, found, after, strict=True):
+            assert least - ONE_POLL <= counted <= most + ONE_POLL
+            assert most - least < counted / 20, "too long between two looks: they would hide an error"
         assert min(wire.values()) > 20 * ONE_POLL, "the tolerance would hide an error"
 
 
