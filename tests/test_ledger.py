@@ -197,6 +197,15 @@ def test_without_the_clients_end_the_receiver_counts(ledger: Ledger) -> None:
     assert ledger.accounts().not_measured() == {"berlin": "TCP counters need Linux, this is darwin"}
 
 
+def test_a_reading_while_a_connection_is_made_again_loses_nothing(ledger: Ledger) -> None:
+    ledger.message(1, "berlin", "up", "train", 50, 3)
+    ledger.server_reading(0, "", "start", [at_server(100, 100)], unix_time=1)
+    ledger.client_reading(1, "berlin", reading(not_measured="no established connection"))
+    assert ledger.accounts().not_measured() == {"berlin": "no established connection"}
+    ledger.client_reading(2, "berlin", reading(at_client(5, 5)))
+    assert ledger.accounts().not_measured() == {}
+
+
 def test_strangers_on_the_port_are_not_this_runs(ledger: Ledger) -> None:
     two_rounds(ledger)
     before = ledger.totals()
