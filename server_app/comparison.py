@@ -62,7 +62,7 @@ class Line:
     """One strategy: final scores, and what they cost (sums over clients; bytes: means over seeds, seconds: medians).
 
     ``role`` is ``reference``, ``control`` or empty. ``beyond`` are the differences to the control with the best mean;
-    None for references and controls. ``unserved`` counts the comparison's seeds without a score, as ``seeds`` all.
+    None for references and controls. ``seeds`` is how many the comparison has.
     """
 
     strategy: str
@@ -74,8 +74,12 @@ class Line:
     seconds: float
     role: str = ""
     beyond: Paired | None = None
-    unserved: int = 0
     seeds: int = 0
+
+    @property
+    def unserved(self) -> int:
+        """Of how many seeds there is no score."""
+        return self.seeds - len({seed for seed, _ in self.scores})
 
     @property
     def label(self) -> str:
@@ -141,7 +145,7 @@ def comparison_of(
     sign = METRICS[metric]
     judges = [name for name in controls if scores.get(name)]
     best = max(judges, key=lambda name: sign * sum(scores[name].values()) / len(scores[name]), default="")
-    lines, every_seed = [], {row.seed for row in rows}
+    lines, every_seed = [], len({row.seed for row in rows})
     for name in strategies:
         own = [row for row in rows if row.strategy == name]
         seeds = max(len({row.seed for row in own}), 1)
@@ -161,8 +165,7 @@ def comparison_of(
                 seconds=median([sum(rounds.values()) for rounds in waits.values()] or [0.0]),
                 role=role,
                 beyond=paired(scores[name], scores[best], sign) if best and not role else None,
-                unserved=len(every_seed - {seed for seed, _ in scores[name]}),
-                seeds=len(every_seed),
+                seeds=every_seed,
             )
         )
     return Comparison(metric, level, lines, best)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from client_app.data import Base, ClientData, Dataset
+if TYPE_CHECKING:  # the names of scenarios are in every command's help, which torch would keep waiting
+    from client_app.data import Base, ClientData, Dataset
 
 NAMES = ("digits", "digits-mixed", "digits-multimodal")
 FROM_FILES = ("cifar100-20", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs")

@@ -89,6 +89,13 @@ def test_help_says_what_arguments_are() -> None:
     assert "A run directory." in runner.invoke(app, ["traffic", "--help"]).output
 
 
+def test_no_command_waits_for_torch_before_it_needs_it() -> None:
+    loaded = subprocess.check_output(
+        [sys.executable, "-c", "import sys, server_app.cli; print('torch' in sys.modules)"]
+    )
+    assert loaded.strip() == b"False"
+
+
 def test_stop_never_touches_a_recycled_pid_and_twice_is_fine(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         state = {"processes": [{"name": "superlink", "pid": other.pid, "started": 1.0}]}
