@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from transformers import Cache
 
 from adapters.layout import Factor
 
@@ -76,10 +77,23 @@ class GateContext:
     def _look(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         mask = keywords.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        cache = keywords.get("past_key_values")
-        self.decoding = cache is not None and cache.get_seq_length() > 0
+        self.decoding = any(_holds_tokens(value) for value in (*arguments, *keywords.values()))
         if not self.decoding:
             self._kept = {}
+
+
+def _holds_tokens(argument: Any) -> bool:
+    """Whether this argument of a forward pass is a cache with earlier tokens, so that the pass goes on with a text.
+
+    A cache is known by its type, for models have renamed the argument: up to transformers 5.23 it is ``past_key_values``
+    or ``cache_params``, from 5.24 on ``cache``.
+    """
+    if not isinstance(argument, Cache):
+        return False
+    try:
+        return int(argument.get_seq_length()) > 0
+    except ValueError:  # no layer with attention: such layers keep a state and count no tokens
+        return bool(argument.has_previous_state())
 
 
 @dataclass(frozen=True)

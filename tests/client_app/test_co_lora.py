@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Cache,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MambaConfig,
 )
 
 from adapters.adapter import Adapter
@@ -24,7 +27,7 @@ from adapters.algebra import distance, fold, stack, truncate
 from adapters.layout import Factor, Layout
 from adapters.peft_format import write_peft_directory
 from adapters.shared import shared_layout
-from client_app.co_lora import Gate, GateError
+from client_app.co_lora import Gate, GateContext, GateError
 from client_app.data import Base, ClientData, Dataset
 from client_app.interpreter import Interpreter
 from client_app.model import ModelError, PersonalModel
@@ -299,10 +302,44 @@ def test_decoding_keeps_the_gates_of_the_prompt() -> None:
     first = model.module(input_ids=prompt, use_cache=True)
     kept = {name: value.clone() for name, value in model._context._kept.items()}
     assert kept
-    model.module(input_ids=further, past_key_values=first.past_key_values, use_cache=True)
+    cache = {
+        name: value for name, value in first.items() if isinstance(value, Cache)
+    }  # by this transformers' name for it
+    assert len(cache) == 1
+    model.module(input_ids=further, **cache, use_cache=True)
     assert all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
     model.module(input_ids=further)
     assert not all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache_params", "cache", None])
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_pass_goes_on_with_a_text_when_a_cache_holds_tokens_whatever_the_argument_is_called(
+    name: str | None, attention: bool
+) -> None:
+    class Model(nn.Module):
+        def forward(self, tokens: Tensor, *others: Any, **named: Any) -> Tensor:
+            return tokens
+
+    def decoding(cache: Any) -> bool:
+        if name is None:
+            module(torch.zeros(1, 1), cache)
+        else:
+            module(torch.zeros(1, 1), **{name: cache})
+        return context.decoding
+
+    context, module = GateContext(), Model()
+    context.attach(module)
+    cache = DynamicCache() if attention else DynamicCache(config=MambaConfig(num_hidden_layers=1))
+    assert not decoding(None)
+    assert not decoding(cache)
+    if attention:
+        cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    else:
+        cache.update_conv_state(torch.zeros(1, 4, 3), 0)
+        cache.update_recurrent_state(torch.zeros(1, 4, 3), 0)
+    assert decoding(cache)
+    assert not decoding(None)
 
 
 def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_of_its_own() -> None:
