@@ -85,8 +85,8 @@ class GateContext:
 def _holds_tokens(argument: Any) -> bool:
     """Whether this argument of a forward pass is a cache with earlier tokens, so that the pass goes on with a text.
 
-    A cache is known by its type, for models have renamed the argument: up to transformers 5.23 it is ``past_key_values``
-    or ``cache_params``, from 5.24 on ``cache``.
+    A cache is known by its type, for transformers has renamed the argument: it is ``past_key_values`` or
+    ``cache_params`` up to 5.23, and ``cache`` from 5.24 on.
     """
     if not isinstance(argument, Cache):
         return False

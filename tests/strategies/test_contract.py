@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
+from google.protobuf.message import Message as ProtoMessage
 from safetensors.torch import load, save
 
 from adapters.adapter import Adapter
@@ -359,22 +361,64 @@ def play_if_it_sends(strategy: AlloyStrategy, round_: int = 1) -> dict[str, Any]
 # ----------------------------------------------------------------------------------------------------- briefs and state
 
 
+ALGORITHMS = {"fedavg", "fedit", "fedmerge", "ffa", "potara", "tap", "mosaic", "ditto", "ifca"} | set(STRATEGIES)
+ALGORITHMS.remove("local")  # the name of a slot: whose it is, not what it is for
+
+
+def words_of(message: ProtoMessage) -> Iterator[str]:
+    """What somebody can read in a message: names of set fields and of enum values, texts, keys of maps; no numbers.
+
+    Digests and ids are left out: any of them may have "ffa" in it, by chance.
+    """
+    for field, value in message.ListFields():
+        yield field.name
+        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+        if is_map:
+            yield from (str(key) for key in value)
+            field, value = field.message_type.fields_by_name["value"], list(value.values())
+        for item in value if is_map or field.is_repeated else [value]:
+            if isinstance(item, ProtoMessage):
+                yield from words_of(item)
+            elif field.enum_type is not None:
+                yield field.enum_type.values_by_number[item].name
+            elif isinstance(item, str):
+                yield re.sub(r"[0-9a-f]{16,}", "", item)
+
+
+def named_in(words: Iterable[str]) -> list[str]:
+    text = " ".join(words).lower()
+    return sorted(algorithm for algorithm in ALGORITHMS if algorithm in text)
+
+
 @every_strategy
 def test_a_client_never_learns_the_algorithm(name: str) -> None:
-    algorithms = {"fedavg", "fedit", "fedmerge", "ffa", "potara", "tap", "mosaic", "ditto", "ifca"} | set(STRATEGIES)
-    algorithms.remove("local")  # the name of a slot: whose it is, not what it is for
     strategy = enrolled(name)
     for round_ in (1, 2):
         for client in strategy.clients.values():
             for brief in (strategy.brief(round_, client), strategy.deliver(client)):
-                text = " ".join([*(str(step) for step in brief.steps), *brief.adapters]).lower()
-                assert not [algorithm for algorithm in algorithms if algorithm in text], text
+                assert named_in([*(word for step in brief.steps for word in words_of(step)), *brief.adapters]) == []
         play_if_it_sends(strategy, round_)
     found = nodes()
     accuracies(BUILDS[name](seed=7), FakeGrid(found), rounds=1)
-    plans = b"".join(plan.SerializeToString() for node in found for plan in node.plans).lower()
-    plans = re.sub(rb"[0-9a-f]{16,}", b"", plans)  # digests and ids: any of them may have "ffa" in it
-    assert not [algorithm for algorithm in algorithms if algorithm.encode() in plans]
+    assert named_in(word for node in found for plan in node.plans for word in words_of(plan)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: setattr(plan, "run_name", "my-FFA-run"),
+        lambda plan: plan.steps.add().train.slots.append("ffa"),
+        lambda plan: setattr(plan.steps.add().evaluate.mixture.terms.add(), "slot", "of-ffa"),
+        lambda plan: plan.steps.add().evaluate.mixture.terms.add().per_module.values.update({"ffa": 1.0}),
+    ],
+)
+def test_the_search_for_algorithms_finds_them_in_every_text_of_a_plan(change: Callable[[Any], Any]) -> None:
+    plan = plan_pb2.Plan(client_id="ada", run_name="0123456789abffa0")
+    (plan.steps.add().train.learning_rate,) = struct.unpack("<d", b"\0" + b"tapffa?")
+    assert b"tapffa" in plan.SerializeToString()
+    assert named_in(words_of(plan)) == []
+    change(plan)
+    assert named_in(words_of(plan)) == ["ffa"]
 
 
 @every_strategy
