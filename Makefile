@@ -7,15 +7,22 @@
 #
 # The same without make: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. It is not the default, because a
 # build should ask only the package index that its user has chosen. Another torch: `make demo TORCH=torch==2.12.1`.
+#
+# Everything is installed in the version that constraints.txt names. `make demo PINS=` takes the newest versions that
+# pyproject.toml allows instead, in an environment of their own (.venv-newest).
 
-VENV  ?= .venv
-TORCH ?= torch==2.13.0
+PINS  ?= constraints.txt
+VENV  ?= $(if $(PINS),.venv,.venv-newest)
+TORCH ?=
 TORCH_INDEX ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-for-pyproject
 # -qq: errors only. Progress bars and "already satisfied" are noise in a log.
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+# Who names a torch gets it, with the CUDA libraries that it asks for; everything else stays as it is pinned.
+USED_PINS := $(if $(PINS),$(if $(TORCH),$(VENV)/pins-but-torch.txt,$(PINS)))
+INSTALL := $(PIP) install $(if $(PINS),-c $(USED_PINS))
 
 # No process of this project reports anywhere or asks a model hub for files.
 export FLWR_TELEMETRY_ENABLED := 0
@@ -30,7 +37,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-docker test-faults unit lint format proto clean
+.PHONY: help demo test test-docker test-faults test-newest unit lint format proto lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +56,10 @@ test-docker: $(STAMP) ## The image and the compose files, with a real cluster in
 
 test-faults: $(STAMP) ## Kills, hostile clients, full disks, in their long form (a short one is part of `make test`).
 	@FEDALLOY_FAULTS=long $(BIN)/python -m pytest -rs -m faults
+
+test-newest: ## The unit tests with the newest versions that pyproject.toml allows, in a fresh .venv-newest.
+	@rm -rf .venv-newest
+	@$(MAKE) --no-print-directory unit PINS= VENV=.venv-newest
 
 unit: $(STAMP) ## The tests that start no Flower process.
 	@$(UNIT)
@@ -70,13 +81,26 @@ format: $(STAMP) ## Rewrite the code the way ruff formats it.
 proto: $(STAMP) ## Generate the Python code of proto/fedalloy/v1/*.proto.
 	@$(BIN)/python proto/generate.py
 
-clean: ## Remove the environment and what tools left; runs/ stays.
-	rm -rf $(VENV) build dist *.egg-info *.fab .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+# For every platform and every Python from the oldest supported one on, with what builds the package. torch stays the one
+# that was tested, whose wheels CI and the image have; raise it on purpose: make lock TORCH=torch==2.14.0
+LOCKED_TORCH = $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+lock: $(STAMP) ## Renew constraints.txt: the newest versions that pyproject.toml allows, and the same torch.
+	@{ $(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')"; \
+		echo editables; echo "$(or $(TORCH),$(LOCKED_TORCH))"; } | \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --strip-extras \
+		--annotation-style line --custom-compile-command "make lock" --upgrade -o constraints.txt pyproject.toml - >/dev/null
+	@git --no-pager diff --stat constraints.txt
+
+clean: ## Remove the environments and what tools left; runs/ stays.
+	rm -rf $(VENV) .venv-newest build dist *.egg-info *.fab
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One environment, made once and again when pyproject.toml changes. torch goes in first and alone, so that a CPU build
-# that pip can see (TORCH_INDEX, or a mirror that has one) is taken before another package asks for "any torch".
-$(STAMP): pyproject.toml
+# One environment, made once and again when pyproject.toml or the pins change. torch goes in first and alone, so that a
+# CPU build that pip can see (TORCH_INDEX, or a mirror that has one) is taken before another package asks for "any torch".
+$(STAMP): pyproject.toml $(PINS)
 	@set -e; \
 	if [ ! -x $(BIN)/python ]; then \
 		found=""; \
@@ -94,13 +118,15 @@ $(STAMP): pyproject.toml
 		"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
 			echo "'$$found -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; exit 1; }; \
 	fi; \
+	$(if $(and $(PINS),$(TORCH)),grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==' $(PINS) >$(USED_PINS);) \
 	if ! $(BIN)/python -c 'import torch' >/dev/null 2>&1; then \
-		echo "Installing $(TORCH) ..."; \
+		echo "Installing $(or $(TORCH),torch) ..."; \
 		if [ "$$(uname -s)" = Linux ] && [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
 			echo "  (no GPU here: TORCH_INDEX=https://download.pytorch.org/whl/cpu makes this download smaller)"; \
 		fi; \
-		$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"; \
 	fi; \
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(or $(TORCH),torch)"; \
 	echo "Installing FedAlloy and its tools ..."; \
-	$(PIP) install -e '.[dev,simulation]'; \
+	$(INSTALL) hatchling editables; \
+	$(INSTALL) --no-build-isolation -e '.[dev,simulation]'; \
 	touch $(STAMP)
