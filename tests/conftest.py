@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or Flower. Test processes and the processes they start share two cores on CI.
@@ -16,8 +19,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 
+# What tests read of a command's output depends on neither the terminal nor the CI service that they run in.
+for name in (
+    "CLICOLOR_FORCE", "COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH",
+    "TTY_COMPATIBLE",
+):  # fmt: skip
+    os.environ.pop(name, None)
+
 # No test asserts a duration; by default hypothesis fails an example that takes 200 ms, as any may on a busy machine.
-hypothesis.settings.register_profile("fedalloy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The same examples in every run, for a test that fails now and then tells nobody what broke it; tests/fuzz and
+# FUZZ_EXAMPLES look for new ones.
+hypothesis.settings.register_profile(
+    "fedalloy", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("fedalloy")
 
 FAULTS = Path(__file__).parent / "faults"
@@ -34,6 +48,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.faults)
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(without_gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Iterator[None]:
+    """A fixture draws the same numbers in every run, whatever was drawn before it."""
+    _seed()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A test draws the same numbers alone, in another order, and on another worker."""
+    _seed()
+    return (yield)
 
 
 def pytest_collection_finish() -> None:
@@ -53,6 +81,15 @@ def pytest_report_header() -> str:
         except PackageNotFoundError:
             found.append(f"{name} not installed")
     return ", ".join(found)
+
+
+def _seed() -> None:
+    random.seed(0)
+    # Not imported for this: some tests need neither. A torch that is imported later starts with a seed of its own.
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def _has_gpu() -> bool:

@@ -144,9 +144,10 @@ def test_not_below_a_supernode_is_not_measured() -> None:
 
 @linux
 def test_a_port_without_listener_is_not_measured() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    assert f"nobody listens on the Fleet port {port}" in wire.read_server_wire(port).not_measured
+    with socket.socket() as held:  # bound and no listener, so that nobody else takes the port meanwhile
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        assert f"nobody listens on the Fleet port {port}" in wire.read_server_wire(port).not_measured
 
 
 def test_without_linux_or_pyroute2_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,11 +90,10 @@ def test_a_certificate_of_another_name(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_nobody_there_and_no_certificate(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(LinkError, match=r"nobody answers at .* is the SuperLink up"):
-        check_link(address, None)
+    with socket.socket() as held:  # bound and no listener, so that nobody else takes the port meanwhile
+        held.bind(("127.0.0.1", 0))
+        with pytest.raises(LinkError, match=r"nobody answers at .* is the SuperLink up"):
+            check_link(f"127.0.0.1:{held.getsockname()[1]}", None)
     with pytest.raises(LinkError, match="expected HOST:PORT"):
         check_link("superlink", None)
     (tmp_path / "ca.crt").write_text("no")
