@@ -14,14 +14,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
-from adapters.records import pack, unpack
-from client_app.residence import find_owner, read_trainer_settings
 from client_app.settings import read_settings
-from client_app.wire import read_fleet_wire
+from client_app.sockets import read_fleet_wire
+from client_app.trainer.address import find_owner, read_trainer_settings
+from fedalloy_adapters.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 if TYPE_CHECKING:
-    from client_app.trainer_client import TrainerClient
+    from client_app.trainer.client import TrainerClient
 
 app = ClientApp()
 
@@ -35,7 +35,7 @@ def register(message: Message, context: Context) -> Message:
     if trainer is not None:
         registration = trainer.register(context, read_trainer_settings(context).idle_seconds)
     else:
-        from client_app.executor import Executor
+        from client_app.session import Executor
 
         registration = Executor().register(settings)
     registration.wire.CopyFrom(wire)
@@ -53,7 +53,7 @@ def plan(message: Message, context: Context) -> Message:
         idle_seconds = read_trainer_settings(context).idle_seconds
         report, uploads = trainer.carry_out(context, idle_seconds, request, blobs)
     else:
-        from client_app.executor import Executor
+        from client_app.session import Executor
 
         report, uploads = Executor().carry_out(settings, request, blobs)
     report.wire.CopyFrom(wire)
@@ -75,6 +75,6 @@ def _trainer(message: Message, context: Context) -> TrainerClient | None:
     if owner is None:
         log(DEBUG, "no SuperNode above this process: working in it, without a resident trainer")
         return None
-    from client_app.trainer_client import TrainerClient
+    from client_app.trainer.client import TrainerClient
 
     return TrainerClient(owner, message.metadata.ttl)

@@ -139,7 +139,7 @@ class Settings:
     ``state_dir`` holds all runs of this client: node-config's ``state-dir``, else ``fedalloy`` below ``FLWR_HOME``.
     ``start_adapter`` is a PEFT directory that the slot ``start_slot`` starts from, instead of from zero.
     ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
-    ``task_arrival`` says how training data arrive over the run's ``rounds``; see :mod:`client_app.streams`.
+    ``task_arrival`` says how training data arrive over the run's ``rounds``; see :mod:`client_app.data.arrival`.
     ``keep_rounds``: so many earlier states of the slots are kept as the server keeps checkpoints.
     """
 

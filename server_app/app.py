@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from server_app.run import run
+from server_app.run.loop import run
 
 app = ServerApp()
 

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from strategies.apfl import APFL
-from strategies.base import AlloyStrategy
-from strategies.controls import CONTROLS
-from strategies.dare import DARE
-from strategies.ditto import Ditto
-from strategies.fedalt import FedALT
-from strategies.fedamp import FedAMP
-from strategies.fedavg import FedAvg
-from strategies.feddpa import FedDPA
-from strategies.fedem import FedEM
-from strategies.fedex_lora import FedExLoRA
-from strategies.fedfomo import FedFomo
-from strategies.fedmerge import FedMerge
-from strategies.fedmosaic import FedMosaic
-from strategies.fedprox import FedProx
-from strategies.fedrep import FedRep
-from strategies.fedsa_lora import FedSALoRA
-from strategies.ffa_lora import FFALoRA
-from strategies.fisher_merge import FisherMerge
-from strategies.flexlora import FlexLoRA
-from strategies.flora import FLoRA
-from strategies.fml import FML
-from strategies.ifca import IFCA
-from strategies.local import Local
-from strategies.nan_merge import NAN
-from strategies.options import RunConfig, require_choice
-from strategies.pfedgraph import PFedGraph
-from strategies.potara import Potara
-from strategies.regmean import RegMean
-from strategies.rolora import RoLoRA
-from strategies.tap import Tap
-from strategies.task_arithmetic import TaskArithmetic
-from strategies.ties import TIES
+from strategies.algorithms.apfl import APFL
+from strategies.algorithms.controls import CONTROLS
+from strategies.algorithms.dare import DARE
+from strategies.algorithms.ditto import Ditto
+from strategies.algorithms.fedalt import FedALT
+from strategies.algorithms.fedamp import FedAMP
+from strategies.algorithms.feddpa import FedDPA
+from strategies.algorithms.fedem import FedEM
+from strategies.algorithms.fedex_lora import FedExLoRA
+from strategies.algorithms.fedfomo import FedFomo
+from strategies.algorithms.fedmerge import FedMerge
+from strategies.algorithms.fedmosaic import FedMosaic
+from strategies.algorithms.fedprox import FedProx
+from strategies.algorithms.fedrep import FedRep
+from strategies.algorithms.fedsa_lora import FedSALoRA
+from strategies.algorithms.ffa_lora import FFALoRA
+from strategies.algorithms.fisher_merge import FisherMerge
+from strategies.algorithms.flexlora import FlexLoRA
+from strategies.algorithms.flora import FLoRA
+from strategies.algorithms.fml import FML
+from strategies.algorithms.ifca import IFCA
+from strategies.algorithms.local import Local
+from strategies.algorithms.nan_merge import NAN
+from strategies.algorithms.pfedgraph import PFedGraph
+from strategies.algorithms.potara import Potara
+from strategies.algorithms.regmean import RegMean
+from strategies.algorithms.rolora import RoLoRA
+from strategies.algorithms.tap import Tap
+from strategies.algorithms.task_arithmetic import TaskArithmetic
+from strategies.algorithms.ties import TIES
+from strategies.families.fedavg import FedAvg
+from strategies.framework.contract import AlloyStrategy
+from strategies.framework.options import RunConfig, require_choice
 
 __all__ = ["CONTROLS", "STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
 

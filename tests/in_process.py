@@ -1,4 +1,4 @@
-"""A federation in one process for tests: see :mod:`server_app.in_process`."""
+"""A federation in one process for tests: see :mod:`server_app.tools.compare.in_process_grid`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from server_app.in_process import FIRST_NODE, InProcessGrid, Tamper
+from server_app.tools.compare.in_process_grid import FIRST_NODE, InProcessGrid, Tamper
 
 __all__ = ["FIRST_NODE", "InProcessGrid", "Tamper", "run_config_of", "run_in_process"]
 
@@ -26,7 +26,7 @@ def run_in_process(
     **run_config: Any,
 ) -> Any:
     """Run the real server loop; keys as in :func:`run_config_of`."""
-    from server_app.run import run
+    from server_app.run.loop import run
 
     config = run_config_of(**run_config)
     config.setdefault("runs-dir", str(runs_dir))

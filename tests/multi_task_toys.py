@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from adapters.adapter import Adapter
-from adapters.codec import decode, encode
-from adapters.parts import layouts_of_plan
-from client_app.data import Base, ClientData, Dataset
-from client_app.interpreter import Interpreter
-from client_app.model import PersonalModel
-from client_app.multi_task import TaskSpec, multi_task_base
+from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.model.multi_task import TaskSpec, multi_task_base
+from client_app.model.personal import PersonalModel
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.slots import SlotStore
 from client_app.scenarios import digits_multimodal as scenario
-from client_app.slots import SlotStore
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import decode, encode
+from fedalloy_adapters.parts import layouts_of_plan
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 TINY = replace(scenario.RECIPE, name="toy-flava", width=16, layers=1, heads=2, mlp=16, steps=0)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from server_app.run_directory import dotted
+from server_app.run.run_directory import dotted
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("proto", "adapters", "strategies", "client_app", "server_app")
+PACKAGES = ("proto", "fedalloy_adapters", "strategies", "client_app", "server_app")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Users' commands and config files contain these. Adding one is an interface, renaming or removing one breaks somebody:
@@ -273,7 +273,7 @@ def test_run_config_keys_are_frozen() -> None:
 
 
 def test_run_config_defaults_are_those_of_the_code() -> None:
-    from server_app.options import known_keys
+    from server_app.run.options import known_keys
 
     written = dict(dotted(PROJECT["tool"]["flwr"]["app"]["config"]))
     assert written == known_keys()
@@ -327,7 +327,8 @@ def _imported(*starts: str) -> set[str]:
 
 
 def test_bundle_contains_what_the_apps_import_and_nothing_else(bundle: dict[str, bytes]) -> None:
-    wanted = _imported("server_app.app", "client_app.app", "client_app.trainer")  # the last is started by its name
+    # The last is started by its name.
+    wanted = _imported("server_app.app", "client_app.app", "client_app.trainer.server")
     assert set(bundle) == wanted | {"pyproject.toml", "LICENSE", ".info/CONTENT"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the names of scenarios are in every command's help, which torch would keep waiting
-    from client_app.data import Base, ClientData, Dataset
+    from client_app.data.dataset import Base, ClientData, Dataset
 
 NAMES = ("digits", "digits-mixed", "digits-multimodal")
 FROM_FILES = ("cifar100-20", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs")

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.base_models import FoundModel, find_model, load_base
-from client_app.data import Base, ClientData, Dataset
+from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.task_kinds import KINDS
+from client_app.model.base_models import FoundModel, find_model, load_base
 from client_app.scenarios import ScenarioError
 from client_app.scenarios.vit import ALL_MODULES, build_vit, fingerprint_of, load_or_make, one_thread, vit_base
 from client_app.settings import Settings
-from client_app.tasks import KINDS
 
 IMAGES = Path("vision") / "cifar100_heldout40_mini.npz"
 MODEL = Path("models") / "vit-c100-p8"

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client_app.data import Base, ClientData, Dataset
+from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.scenarios import ScenarioError
 from client_app.scenarios.vit import Recipe, load_or_pretrain
 

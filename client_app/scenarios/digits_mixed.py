@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from client_app.data import Base, ClientData, Dataset
+from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.scenarios import digits
 from client_app.scenarios.vit import ALL_MODULES, Recipe, load_or_pretrain
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from client_app.data import Base, ClientData
+from client_app.data.dataset import Base, ClientData
 from client_app.scenarios import ScenarioError, cifar, multi_modal, texts
 from client_app.settings import Settings
 

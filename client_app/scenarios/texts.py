@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client_app.base_models import BaseModelError, FoundModel, find_model, load_base, load_body
-from client_app.data import Base, ClientData
-from client_app.encoding import Encoder, load_encoder
-from client_app.examples import Example
-from client_app.model import modules_ending_with
+from client_app.data.dataset import Base, ClientData
+from client_app.data.task_kinds import KINDS
+from client_app.model.base_models import BaseModelError, FoundModel, find_model, load_base, load_body
+from client_app.model.personal import modules_ending_with
+from client_app.own.encoding import Encoder, load_encoder
+from client_app.own.examples import Example
 from client_app.scenarios import ScenarioError
 from client_app.settings import Settings
-from client_app.tasks import KINDS
 
 TEXT_TASKS: Mapping[str, tuple[str, ...]] = {
     "sst2": ("a negative movie review", "a positive movie review"),

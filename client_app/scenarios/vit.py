@@ -23,8 +23,8 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.durable import locked, sync
-from client_app.data import Base
+from client_app.data.dataset import Base
+from fedalloy_adapters.atomic_files import locked, sync
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj")
 ALL_MODULES = (*TARGET_MODULES, "o_proj", "fc1", "fc2")
@@ -94,7 +94,7 @@ def load_or_pretrain(
 def vit_base(recipe: Any, model: nn.Module, targets: tuple[str, ...]) -> Base:
     """A ViT as a base model; arguments as for :func:`load_or_make` and :func:`load_or_pretrain`."""
     # Slow to import (peft), and this file is imported where only data is wanted.
-    from client_app.model import modules_ending_with
+    from client_app.model.personal import modules_ending_with
 
     return Base(
         name=recipe.name,

@@ -20,16 +20,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from client_app.interpreter import Interpreter
-from client_app.model import PersonalModel
+from client_app.model.personal import PersonalModel
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.slots import SlotStore
+from client_app.plan.training import set_up_torch
 from client_app.scenarios import load_scenario
-from client_app.slots import SlotStore
-from client_app.training import set_up_torch
 from proto.fedalloy.v1 import plan_pb2
-from server_app.demo import SCENARIO_CONFIG
-from strategies import STRATEGIES, steps
-from strategies.options import read_options
-from strategies.steps import Training
+from server_app.tools.demo import SCENARIO_CONFIG
+from strategies import STRATEGIES
+from strategies.framework import steps
+from strategies.framework.options import read_options
+from strategies.framework.steps import Training
 from tests.in_process import run_in_process
 
 Scores = dict[str, list[float]]

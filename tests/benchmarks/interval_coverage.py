@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from server_app.comparison import Scores, interval
+from server_app.tools.compare.statistics import Scores, interval
 
 Shares = tuple[float, float, float]
 """Variances between seeds, between clients, and of the rest."""
@@ -30,7 +30,7 @@ def coverage(seeds: int, clients: int, shares: Shares, times: int) -> dict[str, 
     """The share of ``times`` draws whose interval has the true mean in it, for both ways to resample."""
     generator, found = np.random.default_rng(1), {"two ways": 0, "as if independent": 0}
     between_seeds, between_clients, rest = np.sqrt(shares)
-    with mock.patch("server_app.comparison.RESAMPLES", 1000):
+    with mock.patch("server_app.tools.compare.statistics.RESAMPLES", 1000):
         for _ in range(times):
             drawn = between_seeds * generator.normal(size=(seeds, 1)) + between_clients * generator.normal(
                 size=(1, clients)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from server_app.cluster import LocalCluster, Settings
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.cluster.local import LocalCluster, Settings
 
 MIB = 2**20
 

@@ -20,10 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from client_app.training import set_up_torch
-from server_app.demo import SCENARIO_CONFIG
-from server_app.run_directory import RunDirectory
-from strategies.weighting import MODES
+from client_app.plan.training import set_up_torch
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.demo import SCENARIO_CONFIG
+from strategies.algorithms.potara_weights import MODES
 from tests.in_process import run_in_process
 
 ENDPOINTS = ("local", "federated", "half", "searched")

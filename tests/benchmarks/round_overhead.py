@@ -44,13 +44,13 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from client_app.base_models import find_model
-from client_app.encoding import load_encoder
-from client_app.own_data import read_own
+from client_app.data.task_kinds import KINDS
+from client_app.model.base_models import find_model
+from client_app.own.encoding import load_encoder
+from client_app.own.files import read_own
 from client_app.settings import DataSettings, ModelSettings, Settings
-from client_app.tasks import KINDS
-from server_app import cluster as local
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.cluster import local
 from tests import tiny_models, toy_data
 
 STOCK_APP = Path(__file__).with_name("stock_app")

@@ -30,16 +30,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from client_app.data import ClientData, Dataset
-from client_app.evaluation import evaluate
-from client_app.executor import base_and_data
+from client_app.data.dataset import ClientData, Dataset
+from client_app.plan.evaluation import evaluate
+from client_app.plan.training import set_up_torch
+from client_app.session import base_and_data
 from client_app.settings import read_settings
-from client_app.training import set_up_torch
-from server_app.align import Aligned, align_models
-from server_app.cli import parse_run_config
-from server_app.comparison import difference, paired
-from server_app.export import is_in_parts
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.align import Aligned, align_models
+from server_app.tools.cli import parse_run_config
+from server_app.tools.compare.statistics import difference, paired
+from server_app.tools.export import is_in_parts
 from tests.in_process import run_in_process
 
 ACROSS = ("local", "local-twice", "fedmosaic")
@@ -50,7 +50,7 @@ TWO_ARCHITECTURES = ("digits-mixed", "mixed-arch")
 
 @dataclass
 class SavedModel:
-    """A personal model as a user would load it; has what :func:`client_app.evaluation.evaluate` asks of a model."""
+    """A personal model as a user would load it; has what ``client_app.plan.evaluation`` asks of a model."""
 
     module: Any
     micro_batch: int = 0

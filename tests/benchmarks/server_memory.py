@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from flwr.app import Message
 
-from adapters.adapter import Adapter
-from adapters.codec import encode
-from adapters.parts import layout_of_part
-from adapters.records import PLAN_TYPE, pack, unpack
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import encode
+from fedalloy_adapters.flower_records import PLAN_TYPE, pack, unpack
+from fedalloy_adapters.parts import layout_of_part
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from tests.faults.nodes import NodeGrid, run_nodes, statuses
 from tests.strategies.conftest import FakeNode, layout_of

@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from client_app.training import set_up_torch
-from server_app.run_directory import RunDirectory
+from client_app.plan.training import set_up_torch
+from server_app.run.run_directory import RunDirectory
 from tests.in_process import run_in_process
 
 METRICS = ("accuracy", "exact_match")

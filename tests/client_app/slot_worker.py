@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from adapters.adapter import Adapter
-from adapters.layout import Entry, Factor, Layout
-from client_app.slots import SlotStore
+from client_app.plan.slots import SlotStore
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Entry, Factor, Layout
 
 LAYOUT = Layout(
     (

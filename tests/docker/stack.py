@@ -17,7 +17,7 @@ import torch
 
 from tests.docker.engine import ROOT
 
-SOURCES = ("proto", "adapters", "strategies", "client_app", "server_app", "docker")
+SOURCES = ("proto", "fedalloy_adapters", "strategies", "client_app", "server_app", "docker")
 FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 CLIENTS = ("client-0", "client-1", "client-2")
 # The compose file has four clients; what this leaves out is no part of the project.

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from examples import three_clients
-from server_app.accounts import Accounts
-from server_app.ledger import Ledger
-from server_app.links import OTHER
+from server_app.ledger.connections import OTHER
+from server_app.ledger.reconciliation import Accounts
+from server_app.ledger.store import Ledger
 from tests.docker.engine import CAP, ENGINE
 from tests.docker.stack import CLIENTS, Stack
 

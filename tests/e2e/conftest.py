@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server_app.cluster import LocalCluster, Settings
+from server_app.tools.cluster.local import LocalCluster, Settings
 
 
 def our_processes() -> set[int]:

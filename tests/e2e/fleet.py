@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server_app.certificates import make_client_key, make_server_files
+from server_app.tools.cluster.certificates import make_client_key, make_server_files
 from tests.e2e.namespaces import Namespaces, enter
 
 BINARIES = Path(sys.executable).parent

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import torch
 
-from server_app.certificates import make_client_key
-from server_app.cluster import ClusterError, LocalCluster, Process, app_directory
-from server_app.export import export_adapter
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.cluster.certificates import make_client_key
+from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, app_directory
+from server_app.tools.export import export_adapter
 from tests.in_process import run_config_of
 
 BIN = Path(sys.executable).parent
@@ -43,7 +43,7 @@ def trainers_of(supernode: Process) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if "client_app.trainer" in command and any(part.startswith(f"{supernode.pid}-") for part in command):
+        if "client_app.trainer.server" in command and any(part.startswith(f"{supernode.pid}-") for part in command):
             found.append(process)
     return found
 

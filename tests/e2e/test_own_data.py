@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from examples import three_clients
-from server_app.cli import read_clients_file
-from server_app.cluster import LocalCluster, Settings, stop
-from server_app.export import export_adapter
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.cli import read_clients_file
+from server_app.tools.cluster.local import LocalCluster, Settings, stop
+from server_app.tools.export import export_adapter
 from tests import tiny_models, toy_data
 
 CLIENTS = tuple(three_clients.GREETINGS)
@@ -149,7 +149,7 @@ def test_cluster_down_ends_the_resident_trainers(own: Own) -> None:
         return [
             process
             for process in psutil.process_iter(["cmdline", "status"])
-            if "client_app.trainer" in (command := process.info["cmdline"] or [])
+            if "client_app.trainer.server" in (command := process.info["cmdline"] or [])
             and any(part.startswith(owner) for owner in owners for part in command)
             and process.info["status"] != psutil.STATUS_ZOMBIE
         ]

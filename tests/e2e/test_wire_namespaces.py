@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from server_app.accounts import POLL_INTERVAL, Accounts
-from server_app.ledger import Ledger
+from server_app.ledger.reconciliation import POLL_INTERVAL, Accounts
+from server_app.ledger.store import Ledger
 from tests.e2e.fleet import Fleet, fleet
 from tests.e2e.namespaces import NamespacesUnavailableError
 

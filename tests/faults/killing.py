@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
 from tests.in_process import run_config_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from server_app.certificates import ServerFiles
-from server_app.cluster import LocalCluster, Process, Settings
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.cluster.certificates import ServerFiles
+from server_app.tools.cluster.local import LocalCluster, Process, Settings
 from tests.faults.killing import LONG, assert_same
 
 pytestmark = pytest.mark.skipif(not LONG, reason="long form: make test-faults")

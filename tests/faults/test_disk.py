@@ -22,8 +22,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from client_app.slots import SlotStore
-from server_app.run_directory import RunDirectory, RunDirectoryError
+from client_app.plan.slots import SlotStore
+from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from tests.faults.killing import LONG, assert_valid
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
@@ -242,7 +242,7 @@ def test_a_client_killed_between_two_renames_has_the_personal_model_of_its_slots
         left[0] -= 1
         rename(old, new)
 
-    monkeypatch.setattr("client_app.slots.os.rename", dying)
+    monkeypatch.setattr("client_app.plan.slots.os.rename", dying)
     seen = set()
     for first in (0, 1):  # with and without a personal model before
         for number in range(6):

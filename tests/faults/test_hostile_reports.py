@@ -16,7 +16,7 @@ import torch
 from flwr.app import Error, Message
 
 from proto.fedalloy.v1 import plan_pb2
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
 from strategies import STRATEGIES
 from tests.faults.killing import LONG, MAIN
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses

@@ -14,11 +14,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.app.message import make_message
 from flwr.superlink.grid import HttpGrid
 
-from adapters.records import ARRAY_RECORD, ARRAY_STYPE, PLAN_TYPE, pack
+from fedalloy_adapters.flower_records import ARRAY_RECORD, ARRAY_STYPE, PLAN_TYPE, pack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from server_app.intake import REFUSED, Intake
-from server_app.run_directory import RunDirectory
-from strategies.messages import register_message
+from server_app.run.replies import REFUSED, Intake
+from server_app.run.run_directory import RunDirectory
+from strategies.framework.messages import register_message
 from tests.faults.link import Forgetful, Link, Repeating, grid_over, over_http
 from tests.faults.nodes import Misbehave, NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import Answer
@@ -276,7 +276,7 @@ def test_a_superlink_that_cannot_forget_a_message_ends_no_run(tmp_path: Path) ->
 
 
 def test_this_is_the_flower_that_the_intake_was_written_for() -> None:
-    """Where this fails: read both functions again, compare server_app/intake.py with them, then note the new ones."""
+    """Where this fails: read both functions again, compare run/replies.py with them, then note the new ones."""
     assert version("flwr").startswith("1.39.")
     source = inspect.getsource(HttpGrid.pull_messages) + inspect.getsource(Array.inflate)
     assert hashlib.sha256(source.encode()).hexdigest()[:16] == "59d401f4d31b7e65"

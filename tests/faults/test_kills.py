@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
 from strategies import STRATEGIES
 from tests.faults.killing import LONG, MAIN, Killer, assert_same, assert_valid
 

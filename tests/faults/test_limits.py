@@ -10,19 +10,19 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from adapters.adapter import Adapter
-from adapters.codec import CodecError, decode, encode
-from adapters.records import pack, unpack
-from client_app.interpreter import Interpreter
-from client_app.plan_names import PlanError
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.names import PlanError
+from client_app.plan.slots import SlotStore
 from client_app.settings import Policy, SettingsError, read_settings
-from client_app.slots import SlotStore
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import CodecError, decode, encode
+from fedalloy_adapters.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from server_app.federation import NotEnoughClientsError
-from server_app.run_directory import RunDirectory
+from server_app.run.federation import NotEnoughClientsError
+from server_app.run.run_directory import RunDirectory
 from strategies import STRATEGIES
-from strategies.limits import Limits, with_bounded_weight
-from strategies.options import OptionError
+from strategies.framework.limits import Limits, with_bounded_weight
+from strategies.framework.options import OptionError
 from tests.faults.killing import LONG, MAIN
 from tests.faults.nodes import NodeGrid, run_nodes, statuses
 from tests.faults.reports import LAYOUT
@@ -53,7 +53,7 @@ def giant(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Messag
 
 
 def parts() -> list[Any]:
-    from adapters.layout import Factor
+    from fedalloy_adapters.layout import Factor
 
     factors = (Factor.A, Factor.B, Factor.WEIGHT, Factor.BIAS)
     return [LAYOUT.select([f for f in factors if f is not left]) for left in factors]

@@ -13,10 +13,10 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from server_app import certificates
-from server_app.certificates import ServerFiles, make_client_key, make_missing, make_server_files
-from server_app.cli import app
-from server_app.link_check import LinkError, advice, check_key, check_link
+from server_app.tools.cli import app
+from server_app.tools.cluster import certificates
+from server_app.tools.cluster.certificates import ServerFiles, make_client_key, make_missing, make_server_files
+from server_app.tools.cluster.link_check import LinkError, advice, check_key, check_link
 
 
 @contextmanager

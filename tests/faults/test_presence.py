@@ -9,11 +9,11 @@ import pytest
 import torch
 from flwr.app import Error, Message
 
-from adapters.records import pack, unpack
+from fedalloy_adapters.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from server_app import outcomes
-from server_app.federation import NotEnoughClientsError
-from server_app.run_directory import RunDirectory, RunDirectoryError
+from server_app.run import client_status
+from server_app.run.federation import NotEnoughClientsError
+from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode, error_from_the_superlink, layout_of
@@ -59,7 +59,7 @@ def test_a_client_that_comes_late_takes_part_from_then_on(tmp_path: Path) -> Non
     found = statuses(directory)
     assert set(found[0]) == {"ada", "ben"}
     assert set(found[-1]) == {"ada", "ben", "cyd"}
-    assert all(status == outcomes.OK for round_ in found for status in round_.values())
+    assert all(status == client_status.OK for round_ in found for status in round_.values())
     assert statuses(directory, "deliver")[0]["cyd"] == "ok"
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server_app import run_directory
-from server_app.options import as_toml
-from server_app.run_directory import RunDirectory, RunDirectoryError, dotted
+from server_app.run import run_directory
+from server_app.run.options import as_toml
+from server_app.run.run_directory import RunDirectory, RunDirectoryError, dotted
 
 KEYS = st.sampled_from(["run-name", "data-path", "resume", "fedmerge.mu", "seed", "labels"])
 VALUES = st.one_of(st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False), st.text())

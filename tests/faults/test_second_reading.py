@@ -12,17 +12,17 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 
-from adapters.adapter import Adapter
-from adapters.codec import encode
-from adapters.records import PLAN_TYPE, REGISTER_TYPE, RecordError, pack, unpack
-from client_app.interpreter import Interpreter
-from client_app.plan_names import PlanError
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.names import PlanError
 from client_app.settings import Policy
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import encode
+from fedalloy_adapters.flower_records import PLAN_TYPE, REGISTER_TYPE, RecordError, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from server_app import outcomes
-from server_app.link_check import LinkError, check_key, check_link
-from server_app.run_directory import RunDirectory, RunDirectoryError
-from strategies.regmean import transports
+from server_app.run import client_status
+from server_app.run.run_directory import RunDirectory, RunDirectoryError
+from server_app.tools.cluster.link_check import LinkError, check_key, check_link
+from strategies.algorithms.regmean import transports
 from tests.faults.nodes import Misbehave, NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT, Answer, measured
 from tests.faults.test_limits import NoTouch
@@ -120,11 +120,11 @@ def test_more_metrics_than_any_task_has_are_not_written_down(tmp_path: Path) -> 
 
 def test_an_error_is_one_line_of_the_log() -> None:
     asked = Message(pack("plan", plan_pb2.Plan(version=1)), dst_node_id=1, message_type=PLAN_TYPE)
-    record = outcomes.of_error(Message(Error(2, "no\n\x1b[2JINFO fine" + "x" * 10**5), reply_to=asked))
+    record = client_status.of_error(Message(Error(2, "no\n\x1b[2JINFO fine" + "x" * 10**5), reply_to=asked))
     assert record["reason"].startswith("no  [2JINFO fine")
     assert record["reason"].isprintable()
     assert len(record["reason"]) < 2100
-    assert outcomes.of_error(Message(Error(2), reply_to=asked))["reason"] == "Flower error 2"
+    assert client_status.of_error(Message(Error(2), reply_to=asked))["reason"] == "Flower error 2"
 
 
 def test_who_is_refused_does_not_keep_the_id_from_its_owner(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 
-from adapters.records import PLAN_TYPE, pack, unpack
-from client_app.executor import Executor
+from client_app.session import Executor
 from client_app.settings import read_settings
+from fedalloy_adapters.flower_records import PLAN_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from tests.in_process import InProcessGrid
 
@@ -153,7 +153,7 @@ def config_of(runs: Path, task: dict[str, Any]) -> dict[str, Any]:
 
 def run(runs: Path, executors: dict[int, Executor], task: dict[str, Any]) -> int:
     """Start or resume the run of a task; how many moments it had."""
-    from server_app.run import run as start
+    from server_app.run.loop import run as start
 
     config = config_of(runs, task)
     if task["resume"]:
@@ -212,7 +212,7 @@ def main() -> None:
         data = executor._held[1]  # a dozen examples are enough to be different numbers
         few = {name: split.subset(torch.arange(min(len(split), 12))) for name, split in data.splits.items()}
         executor._held = (executor._held[0], dataclasses.replace(data, splits=few))
-    import server_app.run  # noqa: F401  everything that a child would import
+    import server_app.run.loop  # noqa: F401  everything that a child would import
 
     print("ready", flush=True)
     for line in sys.stdin:

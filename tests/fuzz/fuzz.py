@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["adapters", "client_app", "strategies", "proto"]):
+with atheris.instrument_imports(include=["fedalloy_adapters", "client_app", "strategies", "proto"]):
     from tests.fuzz import targets
 
 

@@ -10,18 +10,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
-from adapters.adapter import Adapter
-from adapters.codec import CodecError, Encoding, decode, encode
-from adapters.records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
-from client_app.data import ClientData, Dataset
-from client_app.interpreter import Interpreter
-from client_app.plan_names import PlanError
-from client_app.slots import SlotError
+from client_app.data.dataset import ClientData, Dataset
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.names import PlanError
+from client_app.plan.slots import SlotError
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import CodecError, Encoding, decode, encode
+from fedalloy_adapters.flower_records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
 from proto.fedalloy.v1 import plan_pb2
-from strategies import steps
-from strategies.limits import Limits, bounded
-from strategies.messages import BadAnswerError, read_answer
-from strategies.steps import Training
+from strategies.framework import steps
+from strategies.framework.limits import Limits, bounded
+from strategies.framework.messages import BadAnswerError, read_answer
+from strategies.framework.steps import Training
 from tests.strategies.hostile import LAYOUT, NAME, asked, dispatch_of, honest
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server_app.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory
 from tests.in_process import Tamper, run_in_process
 
 Runner = Callable[..., RunDirectory]

@@ -19,15 +19,15 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from adapters.adapter import Adapter
-from adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
-from adapters.codec import decode, encode, encoding_from_proto
-from adapters.layout import Entry, Factor, Layout
-from adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
-from adapters.records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
+from fedalloy_adapters.codec import decode, encode, encoding_from_proto
+from fedalloy_adapters.flower_records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.base import AlloyStrategy, Answer, Brief, Client
-from strategies.messages import Dispatch, plan_dispatch
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client
+from strategies.framework.messages import Dispatch, plan_dispatch
 
 Move = Callable[[str, int, Adapter], Adapter]
 """``(client id, round, received adapter) -> trained adapter`` in the same layout."""

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from adapters.adapter import Adapter
-from adapters.codec import MAGIC, Encoding, encode, payload_size
-from adapters.layout import Factor, Layout
-from adapters.records import (
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import MAGIC, Encoding, encode, payload_size
+from fedalloy_adapters.flower_records import (
     ARRAY_DTYPE,
     ARRAY_RECORD,
     ARRAY_STYPE,
@@ -20,13 +19,14 @@ from adapters.records import (
     pack,
     unpack,
 )
+from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
-from strategies import steps
-from strategies.messages import (
+from strategies.framework import steps
+from strategies.framework.messages import (
     Dispatch,
     plan_dispatch,
 )
-from strategies.steps import Training
+from strategies.framework.steps import Training
 from tests.strategies.conftest import FakeNode, error_from_the_superlink, layout_of, random_adapter
 
 NAME, NODE = "berlin", 12345

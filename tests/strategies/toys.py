@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.layout import Factor
-from strategies.fedmerge import (
+from fedalloy_adapters.layout import Factor
+from strategies.algorithms.fedmerge import (
     FedMerge,
     FedMergeOptions,
 )
-from strategies.steps import Training
+from strategies.framework.steps import Training
 from tests.strategies.conftest import (
     client_of,
     layout_of,

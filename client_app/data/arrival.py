@@ -1,0 +1,143 @@
+"""Training data that arrives over the rounds, and the replay memory that batches are then drawn from.
+
+FedMosaic's two settings (its reference code; specification section 5.1): ``static``, where every round brings an equal
+share of all of a client's data, and ``dynamic``, where its tasks come one after another, each over its own rounds. A
+task is a group of classes. What has arrived stays: batches are drawn from all of it, what is new or was rarely drawn
+first. Nothing is remembered between rounds: what a client has in round k, and the draws of all rounds before, follow
+from k and the seed, so a resumed run sees what a run that was never stopped sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client_app.data.dataset import ClientData, Dataset
+from client_app.settings import SettingsError
+
+TASKS = 4
+"""Groups of classes that a client's data are divided into, or fewer where it has fewer classes."""
+SHARPNESS, FADING = 0.125, 0.99
+"""An example that was drawn c times has a weight of exp(-c / SHARPNESS); counts fade by this factor at each draw."""
+
+
+@dataclass(frozen=True)
+class StreamedDataset(Dataset):
+    """A split of which each example arrives in a round, ``arrivals [n]``, from 1."""
+
+    arrivals: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def subset(self, indices: Tensor) -> StreamedDataset:
+        """See :meth:`Dataset.subset`."""
+        part = Dataset.subset(self, indices)
+        return StreamedDataset(part.inputs, part.labels, part.kind, part.task, self.arrivals[indices])
+
+    def until(self, round_: int) -> StreamedDataset:
+        """What has arrived in this round or before."""
+        return self.subset((self.arrivals <= round_).nonzero().flatten())
+
+    def batches(self, batch_size: int, steps: int, round_: int, seed_of_round: Callable[[int], int]) -> list[Tensor]:
+        """Indices ``[batch_size]`` of the ``steps`` batches of a round, drawn from the memory.
+
+        The round's examples arrive one by one; after every n / steps of them a batch is drawn, without replacement
+        (with, as long as fewer than ``batch_size`` have arrived). Earlier rounds are drawn again first, as if they had
+        had as many steps, because their draws count.
+
+        Args:
+            batch_size: of every batch.
+            steps: of every round.
+            round_: which one is wanted, from 1.
+            seed_of_round: what decides a round's draws.
+        """
+        arrivals = self.arrivals.numpy()
+        counts, here = np.zeros(len(arrivals)), np.zeros(len(arrivals), dtype=bool)
+        drawn: list[Tensor] = []
+        for number in range(1, max(round_, 1) + 1):
+            chance = np.random.default_rng(seed_of_round(number))
+            new = np.flatnonzero(arrivals == number)
+            drawn = []
+            for step in range(1, steps + 1):
+                here[new[: -(-step * len(new) // steps)]] = True
+                chosen = _draw(np.flatnonzero(here), counts, batch_size, chance)
+                drawn.append(torch.from_numpy(chosen))
+        return drawn
+
+
+def streamed(data: ClientData, arrival: str, rounds: int, seed: int) -> ClientData:
+    """The client's data with a training split that arrives over the rounds.
+
+    Args:
+        data: of one task whose examples have classes.
+        arrival: ``static`` or ``dynamic``.
+        rounds: of the run.
+        seed: decides the order of tasks and examples.
+
+    Raises:
+        SettingsError: there are several tasks already, or no classes.
+    """
+    train = data.splits["train"]
+    if type(train) is not Dataset or train.labels.dim() != 1:
+        raise SettingsError(
+            f"task-arrival = {arrival!r} divides one classification task by its classes; this client's data "
+            f"({data.task}, {data.kind}) cannot be divided so"
+        )
+    find = arrivals_dynamic if arrival == "dynamic" else arrivals_static
+    arrivals = torch.from_numpy(find(train.labels.numpy(), rounds, seed))
+    whole = StreamedDataset(train.inputs, train.labels, train.kind, train.task, arrivals)
+    return replace(data, splits={**data.splits, "train": whole})
+
+
+def arrivals_static(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArray[np.int64]:
+    """The round of each example: all of them shuffled, in equal chunks (but for one example), the larger ones first."""
+    found = np.empty(len(labels), dtype=np.int64)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    for number, chunk in enumerate(np.array_split(order, rounds), start=1):
+        found[chunk] = number
+    return found
+
+
+def arrivals_dynamic(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArray[np.int64]:
+    """The round of each example: tasks one after another, each shuffled and over an equal part of the rounds.
+
+    With R = ``rounds`` / tasks, a round brings 1 / R of a task; where R is no whole number, some bring the end of one
+    and the beginning of the next.
+    """
+    chance = np.random.default_rng(seed)
+    found = np.empty(len(labels), dtype=np.int64)
+    tasks = tasks_of(labels, seed)
+    count = int(tasks.max()) + 1
+    for task in range(count):
+        order = chance.permutation(np.flatnonzero(tasks == task))
+        # In whole numbers: 0.1 * 30 is more than 3 in floating point.
+        found[order] = (task * len(order) + np.arange(len(order))) * rounds // (count * len(order)) + 1
+    return found
+
+
+def tasks_of(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """The task of each example, from 0: classes in random order, divided into at most :data:`TASKS` groups."""
+    classes = np.random.default_rng((TASKS, seed)).permutation(np.unique(labels))
+    found = np.empty(len(labels), dtype=np.int64)
+    for number, group in enumerate(np.array_split(classes, min(TASKS, len(classes)))):
+        found[np.isin(labels, group)] = number
+    return found
+
+
+def _draw(
+    memory: NDArray[np.int64], counts: NDArray[np.float64], size: int, chance: np.random.Generator
+) -> NDArray[np.int64]:
+    """One batch; changes ``counts`` in place. The largest of weight plus Gumbel noise: draws without replacement."""
+    counts *= FADING
+    weights = -counts[memory] / SHARPNESS
+    if len(memory) >= size:
+        noisy = weights + chance.gumbel(size=len(memory))
+        chosen = memory[np.argsort(-noisy, kind="stable")[:size]]
+    else:
+        shares = np.exp(weights - weights.max())
+        chosen = chance.choice(memory, size=size, p=shares / shares.sum())
+    np.add.at(counts, chosen, 1.0)
+    return chosen

@@ -1,0 +1,199 @@
+"""What a client trains on: tensors per split, the task they belong to, and the base model that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+MASK = "attention_mask"
+MIXED = "several tasks"
+"""The kind of a split that mixes tasks, each of which has a kind of its own."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split in memory: model inputs by argument name, each ``[n, ...]``, and labels.
+
+    Labels are integers ``[n]``, or ``[n, L]`` where every token has one (-100: not a target). ``kind`` decides the loss
+    and the metrics; see ``client_app.data.task_kinds``. Texts are padded on the right to the longest of the split;
+    inputs that are as long as ``attention_mask`` belong to tokens. ``task`` names one of several tasks of a client.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    kind: str = "image-classification"
+    task: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor) -> Dataset:
+        """The examples at ``indices`` ``[b]``, in that order; texts are padded to the longest of the batch only."""
+        return Dataset(
+            {name: tensor[indices] for name, tensor in self.inputs.items()}, self.labels[indices], self.kind, self.task
+        ).trimmed()
+
+    def by_task(self, indices: Tensor) -> list[Dataset]:
+        """The examples at ``indices`` in batches of one task each: here, one batch."""
+        return [self.batch(indices)]
+
+    def subset(self, indices: Tensor) -> Dataset:
+        """A split with the examples at ``indices`` only."""
+        return self.batch(indices)
+
+    def trimmed(self) -> Dataset:
+        """Without the columns that are padding in every example."""
+        if MASK not in self.inputs or not len(self):
+            return self
+        width = self.inputs[MASK].shape[1]
+        used = max(1, int(self.inputs[MASK].sum(dim=1).max()))
+        if used == width:
+            return self
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, :used] if tensor.dim() == 2 and tensor.shape[1] == width else tensor
+
+        return Dataset(
+            {name: cut(tensor) for name, tensor in self.inputs.items()}, cut(self.labels), self.kind, self.task
+        )
+
+
+@dataclass(frozen=True)
+class LazyDataset(Dataset):
+    """A split whose large inputs (images) are read when a batch needs them.
+
+    ``read`` gives those inputs for a list of positions; ``inputs`` holds the small ones.
+    """
+
+    read: Callable[[Sequence[int]], Mapping[str, Tensor]] = lambda positions: {}
+
+    def batch(self, indices: Tensor) -> Dataset:
+        """See :meth:`Dataset.batch`."""
+        small = Dataset.batch(self, indices)
+        return Dataset({**self.read(indices.tolist()), **small.inputs}, small.labels, self.kind, self.task)
+
+    def subset(self, indices: Tensor) -> Dataset:
+        """See :meth:`Dataset.subset`; nothing is read yet."""
+        small, chosen = Dataset.batch(self, indices), indices.tolist()
+        return LazyDataset(
+            small.inputs,
+            small.labels,
+            self.kind,
+            self.task,
+            lambda positions: self.read([chosen[i] for i in positions]),
+        )
+
+
+@dataclass(frozen=True)
+class MixedDataset(Dataset):
+    """One split of a client with several tasks: their examples one after the other, by name of the task.
+
+    A batch has examples of one task only; :meth:`by_task` takes a mixed choice apart. ``labels`` are the numbers of the
+    tasks.
+    """
+
+    parts: Mapping[str, Dataset] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Dataset]) -> MixedDataset:
+        """The split with these tasks' examples."""
+        numbers = [torch.full((len(part),), number) for number, part in enumerate(parts.values())]
+        return cls({}, torch.cat(numbers), MIXED, "", {name: replace(part, task=name) for name, part in parts.items()})
+
+    def batch(self, indices: Tensor) -> Dataset:
+        """See :meth:`Dataset.batch`.
+
+        Raises:
+            ValueError: the examples are of several tasks.
+        """
+        (found,) = self.by_task(indices)
+        return found
+
+    def by_task(self, indices: Tensor) -> list[Dataset]:
+        """See :meth:`Dataset.by_task`; tasks in their own order, examples in that of ``indices``."""
+        return [part.batch(chosen) for part, chosen in self._chosen(indices) if len(chosen)]
+
+    def subset(self, indices: Tensor) -> Dataset:
+        """See :meth:`Dataset.subset`; a task may be left with no example."""
+        chosen = self._chosen(indices)
+        return MixedDataset.of({part.task: part.subset(own) for part, own in chosen})
+
+    def _chosen(self, indices: Tensor) -> list[tuple[Dataset, Tensor]]:
+        tasks, found, start = self.labels[indices], [], 0
+        for number, part in enumerate(self.parts.values()):
+            found.append((part, indices[tasks == number] - start))
+            start += len(part)
+        return found
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's task and its splits; ``"train"``, ``"validation"`` and ``"test"`` are disjoint.
+
+    ``metrics`` are wanted beyond those that logits give at once. Where texts are generated, ``decode`` turns token ids
+    into text, and at most ``generate_examples`` texts of ``max_new_tokens`` tokens are written in an evaluation.
+    ``notes`` are findings about the data that contain none of it, for the server's log. ``for_reference`` has splits as
+    the reference model reads them, where that has a tokenizer or processor of its own.
+
+    ``modalities`` are what the model reads and writes, ``groups`` the parameter groups
+    (:mod:`fedalloy_adapters.groups`) that the task's forward pass touches; none: the adapter has no groups. A client
+    with several tasks has each of them in ``tasks``, by name, and splits that mix them.
+    """
+
+    task: str
+    kind: str
+    splits: Mapping[str, Dataset]
+    metrics: tuple[str, ...] = ()
+    decode: Callable[[Tensor], str] | None = None
+    generate_examples: int = 0
+    max_new_tokens: int = 64
+    notes: tuple[str, ...] = ()
+    for_reference: Mapping[str, Dataset] = field(default_factory=dict)
+    modalities: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    tasks: Mapping[str, ClientData] = field(default_factory=dict)
+
+    @classmethod
+    def of_tasks(cls, tasks: Sequence[ClientData]) -> ClientData:
+        """The data of a client with several tasks; a split has those that have it.
+
+        Raises:
+            ValueError: two tasks have one name, or there is none.
+        """
+        by_name = {data.task: data for data in tasks}
+        if not by_name or len(by_name) != len(tasks):
+            raise ValueError(f"tasks {[data.task for data in tasks]}, expected at least one, and names that differ")
+        names = dict.fromkeys(name for data in tasks for name in data.splits)
+        splits = {
+            name: MixedDataset.of({task: data.splits[name] for task, data in by_name.items() if name in data.splits})
+            for name in names
+        }
+        return cls("+".join(by_name), MIXED, splits, tasks=by_name)
+
+    @property
+    def each_task(self) -> Mapping[str, ClientData]:
+        """The client's tasks by name, be it one or several."""
+        return self.tasks or {self.task: self}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model and what of it adapters change.
+
+    ``targets`` are the names of the linear modules that get LoRA factors, ``heads`` those whose weight and bias are
+    trained in full, as differences. ``own_heads`` are trained in full, too, but never leave the client: heads for
+    labels that only this client has. ``fingerprint`` is 64 hex digits that all clients of a federation must share,
+    except with a strategy that crosses architectures. ``reference`` is the small model that sketches are gradients of,
+    the same for all clients; None: this base model itself.
+    """
+
+    name: str
+    model: nn.Module
+    fingerprint: str
+    targets: tuple[str, ...]
+    heads: tuple[str, ...]
+    own_heads: tuple[str, ...] = ()
+    reference: Base | None = None

@@ -1,0 +1,114 @@
+"""Kinds of tasks: what a model's logits are scored against. One place for every loss.
+
+Classification: ``logits [b, C]`` and ``labels [b]``. Text generation: ``logits [b, L, V]`` and ``labels [b, L]``, where
+position t predicts the label at t + 1, and -100 is not a target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from client_app.data.dataset import Dataset
+
+IGNORED = -100
+"""The label of a token that is not a target: prompt and padding. PyTorch's default ``ignore_index``."""
+
+
+class TaskError(ValueError):
+    """There is no such kind of task, or data and model are of different kinds."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tasks of one kind have in common.
+
+    ``auto_model`` is the class of transformers that loads a base model for it; ``columns`` are what one example has;
+    ``evaluation_batch`` bounds how many are evaluated at once (logits over a vocabulary are large).
+    """
+
+    name: str
+    auto_model: str
+    columns: tuple[str, ...]
+    generative: bool
+    evaluation_batch: int
+
+    @property
+    def has_text(self) -> bool:
+        """Whether examples have text, for which a tokenizer is needed."""
+        return self.columns != ("image", "label")
+
+    @property
+    def has_image(self) -> bool:
+        """Whether examples have an image, for which an image processor is needed."""
+        return "image" in self.columns
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("text-classification", "AutoModelForSequenceClassification", ("text", "label"), False, 64),
+        Kind("image-classification", "AutoModelForImageClassification", ("image", "label"), False, 256),
+        Kind("causal-lm", "AutoModelForCausalLM", ("prompt", "completion"), True, 16),
+        Kind("image-text-classification", "AutoModelForVisualQuestionAnswering", ("image", "text", "label"), False, 32),
+        Kind("image-text-to-text", "AutoModelForImageTextToText", ("image", "prompt", "completion"), True, 8),
+    )
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The kind with this name.
+
+    Raises:
+        TaskError: there is none; names those that there are.
+    """
+    if name not in KINDS:
+        raise TaskError(f"task {name!r} is unknown, expected one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def mean_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """What training minimises: the mean over a batch's examples, or over its target tokens where texts are generated.
+
+    Args:
+        kind: a key of :data:`KINDS`.
+        logits: ``[b, C]`` or ``[b, L, V]``.
+        labels: ``[b]`` or ``[b, L]``, on the same device.
+    """
+    if not kind_of(kind).generative:
+        return functional.cross_entropy(logits, labels)
+    total, count = _token_losses(logits, labels)
+    return total.sum() / count.sum().clamp_min(1)
+
+
+def example_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """One loss for each example ``[b]``: its cross-entropy, or the mean over its target tokens.
+
+    Args:
+        kind: a key of :data:`KINDS`.
+        logits: ``[b, C]`` or ``[b, L, V]``.
+        labels: ``[b]`` or ``[b, L]``, on the same device.
+    """
+    if not kind_of(kind).generative:
+        return functional.cross_entropy(logits, labels, reduction="none")
+    total, count = _token_losses(logits, labels)
+    return total / count.clamp_min(1)
+
+
+def targets_in(batch: Dataset) -> int:
+    """How many labels :func:`mean_loss` averages over: the weight of a part of a batch in the whole."""
+    if not kind_of(batch.kind).generative:
+        return len(batch)
+    return int((batch.labels[:, 1:] != IGNORED).sum())
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of losses and number of targets for each example, ``[b]`` both."""
+    # A prefix may have been put before the tokens (images), never after them.
+    logits = logits[:, -labels.shape[1] :]
+    losses = functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+    return losses.sum(dim=1), (labels[:, 1:] != IGNORED).sum(dim=1).to(losses.dtype)

@@ -1,0 +1,146 @@
+"""What PEFT's LoRA layers lack, as a variant of them: P and Q between A and B, and learned gates.
+
+One term of a mixture at one module adds ``g(x) s (drop(x) A^T P + Q) B^T`` to the module's output, where P, Q and the
+gate g may each be absent. PEFT's ``LoraVariant`` is its extension point for such layers; A, B, dropout, scaling, which
+adapters are active, and deletion stay PEFT's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from transformers import Cache
+
+from fedalloy_adapters.layout import Factor
+
+SHARED_FACTORS = {Factor.P: "lora_P", Factor.Q: "lora_Q"}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A learned coefficient in a mixture: ``sigmoid`` of the module's gate in a slot, or one minus it."""
+
+    slot: str
+    complement: bool = False
+
+
+class GateError(ValueError):
+    """A gate cannot be computed from what the model is given."""
+
+
+class GateContext:
+    """What an input-dependent gate needs to know about the forward pass that it is part of.
+
+    Attach it to a model: it sees which tokens are padding, and keeps the gates of the last pass over a whole input, so
+    that generating token by token goes on with the gates of the prompt.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.decoding = False
+        self._kept: dict[str, Tensor] = {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Look at the keyword arguments of every forward pass of ``model``."""
+        model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def weights(self, module: str, x: Tensor, gate: Tensor) -> Tensor:
+        """``sigmoid(mean over tokens of x . gate)``, one for each example: shape ``[b, 1, ..]`` to multiply ``x``.
+
+        Args:
+            module: whose gate it is.
+            x: the module's input, ``[b, d_in]`` or ``[b, T, d_in]``.
+            gate: ``[d_in]``.
+        """
+        if self.decoding and module in self._kept:
+            return self._kept[module]
+        scores = (x @ gate.to(x.dtype)).reshape(x.shape[0], -1)  # [b, T], or [b, 1]
+        if self.mask is not None and scores.shape[1] > 1:
+            if self.mask.shape != scores.shape:
+                raise GateError(
+                    f"module {module!r} gets {tuple(scores.shape)} (examples, tokens), but the attention mask is "
+                    f"{tuple(self.mask.shape)}"
+                )
+            mask = self.mask.to(scores)
+            mean = (scores * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        else:
+            mean = scores.mean(dim=1)
+        found = torch.sigmoid(mean).reshape(-1, *[1] * (x.ndim - 1))
+        self._kept[module] = found.detach()
+        return found
+
+    def _look(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        mask = keywords.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.decoding = any(_holds_tokens(value) for value in (*arguments, *keywords.values()))
+        if not self.decoding:
+            self._kept = {}
+
+
+def _holds_tokens(argument: Any) -> bool:
+    """Whether this argument of a forward pass is a cache with earlier tokens, so that the pass goes on with a text.
+
+    A cache is known by its type, for transformers has renamed the argument: it is ``past_key_values`` or
+    ``cache_params`` up to 5.23, and ``cache`` from 5.24 on.
+    """
+    if not isinstance(argument, Cache):
+        return False
+    try:
+        return int(argument.get_seq_length()) > 0
+    except ValueError:  # no layer with attention: such layers keep a state and count no tokens
+        return bool(argument.has_previous_state())
+
+
+@dataclass(frozen=True)
+class ModuleGate:
+    """One module's gate in one term of the active mixture."""
+
+    module: str
+    parameter: nn.Parameter
+    complement: bool
+    context: GateContext
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The coefficient, to multiply the term's output with; ``x`` is the module's input."""
+        if self.parameter.shape == (1,):
+            weight = torch.sigmoid(self.parameter)
+        else:
+            weight = self.context.weights(self.module, x, self.parameter)
+        return 1 - weight if self.complement else weight
+
+
+class TermVariant(LoraVariant):
+    """One slot's term at one module: see the module's docstring."""
+
+    def __init__(self, gate: ModuleGate | None = None) -> None:
+        self.gate = gate
+
+    # PEFT's own variants are static; it calls them on the instance, and this one has a gate to remember.
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """``result`` plus this term."""
+        hidden: Tensor = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        p, q = (getattr(module, name, {}) for name in SHARED_FACTORS.values())
+        if active_adapter in p:
+            hidden = hidden @ p[active_adapter]
+        if active_adapter in q:
+            hidden = hidden + q[active_adapter]
+        update = module.lora_B[active_adapter](hidden) * module.scaling[active_adapter]
+        total: Tensor = result + (update if self.gate is None else self.gate(x) * update)
+        return total
+
+
+def add_factor(layer: LoraLayer, slot: str, factor: Factor, shape: tuple[int, ...]) -> None:
+    """Give a slot P or Q at one of PEFT's layers, zero; PEFT's own bookkeeping then covers it."""
+    name = SHARED_FACTORS[factor]
+    if not hasattr(layer, name):
+        setattr(layer, name, nn.ParameterDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, name)
+    weight: Any = layer.lora_A[slot].weight
+    getattr(layer, name)[slot] = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))

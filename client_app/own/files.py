@@ -1,0 +1,226 @@
+"""A client's own data and base model: read, divided, checked, reported, encoded."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.task_kinds import Kind, kind_of
+from client_app.model.base_models import BaseModelError, find_model, load_base
+from client_app.own.encoding import Encoder, load_encoder
+from client_app.own.examples import Example, guess_kind, open_image, read_example
+from client_app.own.readers import SPLIT_NAMES, SPLITS, DataError, Table, read_table, stamp
+from client_app.settings import DataSettings, Settings
+from fedalloy_adapters.atomic_files import write_durably
+
+MIN_EXAMPLES = 3
+
+
+@dataclass
+class Found:
+    """What was found in the data: checked examples by split, the kind of task, and its labels in order."""
+
+    kind: Kind
+    splits: dict[str, list[Example]]
+    labels: tuple[str, ...]
+    source: str
+    findings: list[str] = field(default_factory=list)
+
+
+def load_own(settings: Settings) -> tuple[Base, ClientData]:
+    """The base model that run-config names, and this client's data for it; writes ``data-<client-id>.txt``.
+
+    Raises:
+        DataError: the data are not usable; names file, line and column.
+        BaseModelError: the base model is not here, or not for this task.
+    """
+    cache = settings.state_dir / ".cache"
+    found = read_own(settings)
+    chat = any(example.messages for split in found.splits.values() for example in split)
+    model = find_model(settings.model.base_model, cache)
+    encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
+    if found.kind.has_image:
+        check_images(found, settings)
+    splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
+    base = load_base(model, found.kind, settings.model, found.labels, encoder.padding_id)
+    _check_vocabulary(base, splits)
+    notes = notes_of(found, encoder)
+    for_reference: dict[str, Dataset] = {}
+    if settings.model.reference_model:
+        reference, for_reference["train"] = _reference(found, settings, chat=chat)
+        base = replace(base, reference=reference)
+    write_durably(settings.state_dir / f"data-{settings.client_id}.txt", report(found, notes).encode())
+    generates = found.kind.generative
+    return base, ClientData(
+        task=found.kind.name,
+        kind=found.kind.name,
+        splits=splits,
+        metrics=() if generates else ("f1",),
+        decode=encoder.decode if generates else None,
+        generate_examples=settings.model.generate_examples,
+        max_new_tokens=settings.model.max_new_tokens,
+        notes=tuple(notes),
+        for_reference=for_reference,
+    )
+
+
+def read_own(settings: Settings) -> Found:
+    """The client's examples, checked and divided, without any model.
+
+    Raises:
+        DataError: see :func:`load_own`.
+    """
+    data = settings.data
+    table = read_table(data.data_path, data.data_config, settings.state_dir / ".cache" / "datasets")
+    if data.split_column:
+        table = _split_by_column(table, data.split_column)
+    if data.partitioner:
+        from client_app.own.partitions import partition
+
+        table = partition(table, data, settings.partition_id, settings.num_partitions)
+    kind = kind_of(settings.model.task or guess_kind(list(table.rows[0].values), data))
+    examples = [read_example(row, kind, data) for row in table.rows]
+    shared = settings.model.label_names
+    labels = () if kind.generative else _labels(examples, shared)
+    splits = _divide(examples, table.splits, data)
+    found = Found(kind, splits, labels, data.data_path)
+    if table.blank_lines:
+        found.findings.append(f"{table.blank_lines} blank lines were skipped")
+    return found
+
+
+def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, Dataset]:
+    """The model that sketches are gradients of, and the training examples as it reads them."""
+    model = find_model(settings.model.reference_model, settings.state_dir / ".cache")
+    encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
+    # Nothing of it is adapted, and a quantised weight has no gradient.
+    plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
+    base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
+    examples = encoder.encode(found.splits["train"], found.labels)
+    _check_vocabulary(base, {"train": examples})
+    return base, examples
+
+
+def _check_vocabulary(base: Base, splits: Mapping[str, Dataset]) -> None:
+    """A tokenizer with more tokens than the model would be an index error, and on a GPU the end of the process."""
+    embeddings: Any = base.model.get_input_embeddings()  # type: ignore[operator]
+    rows = getattr(embeddings, "num_embeddings", None)
+    for split in splits.values():
+        ids = split.inputs.get("input_ids")
+        if rows is not None and ids is not None and int(ids.max()) >= rows:
+            raise BaseModelError(
+                f"base-model {base.name!r}: its tokenizer gives token {int(ids.max())}, but it has embeddings of "
+                f"{rows} tokens only"
+            )
+
+
+def check_images(found: Found, settings: Settings) -> None:
+    """Decode every image once; that is remembered until the files change."""
+    key = hashlib.sha256(repr((settings.data, stamp(settings.data.data_path))).encode()).hexdigest()[:32]
+    marker = settings.state_dir / ".cache" / f"images-{key}.checked"
+    if not marker.exists():
+        for examples in found.splits.values():
+            for example in examples:
+                open_image(example)
+        write_durably(marker, b"")
+
+
+def report(found: Found, notes: Sequence[str]) -> str:
+    """What was found, for the client's own eyes: it names labels."""
+    lines = [f"data: {found.source}", f"task: {found.kind.name}"]
+    for name, examples in found.splits.items():
+        lines.append(f"{name}: {len(examples)} examples")
+        if found.labels:
+            counts = Counter(example.label for example in examples)
+            lines.append("    " + ", ".join(f"{label}: {counts[label]}" for label in found.labels))
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
+
+
+def notes_of(found: Found, encoder: Encoder) -> list[str]:
+    """Findings in numbers only: the server reads them. Encode the examples before, so that cut texts are counted."""
+    notes = list(found.findings)
+    everything = [example for examples in found.splits.values() for example in examples]
+    if encoder.truncated:
+        notes.append(f"{encoder.truncated} of {len(everything)} texts were cut to {encoder.max_length} tokens")
+    copies = len(everything) - len({example.content for example in everything})
+    if copies:
+        notes.append(f"{copies} of {len(everything)} examples are copies of others")
+    seen = {example.content for example in found.splits.get("train", [])}
+    for name in ("validation", "test"):
+        shared = sum(example.content in seen for example in found.splits.get(name, []))
+        if shared:
+            notes.append(f"{shared} examples of {name} are in train, too")
+    if found.labels:
+        trained = {example.label for example in found.splits["train"]}
+        missing = sum(label not in trained for label in found.labels)
+        if missing:
+            notes.append(f"{missing} of {len(found.labels)} labels have no training example")
+    return notes
+
+
+def _split_by_column(table: Table, column: str) -> Table:
+    splits = []
+    for row in table.rows:
+        value = str(row.values.get(column, "")).strip().lower()
+        if value not in SPLIT_NAMES:
+            raise DataError(f"{row.place}, column {column!r}: {value!r}, expected train, validation or test")
+        splits.append(SPLIT_NAMES[value])
+    return replace(table, splits=splits)
+
+
+def _labels(examples: Sequence[Example], shared: Sequence[str]) -> tuple[str, ...]:
+    """Class names in order: those that all clients share, else this client's own (numbers by value, then names)."""
+    for example in examples:
+        if shared and example.label not in shared:
+            close = difflib.get_close_matches(str(example.label), shared, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise DataError(
+                f"{example.place}: label {example.label!r} is not one of the labels of this run "
+                f"({', '.join(shared)}){hint}"
+            )
+    if shared:
+        return tuple(shared)
+    names = {str(example.label) for example in examples}
+    if len(names) < 2:
+        raise DataError(f"{examples[0].place}: the only label is {names.pop()!r}, expected at least two")
+    return tuple(sorted(names, key=lambda name: (0, int(name), "") if _is_number(name) else (1, 0, name)))
+
+
+def _is_number(name: str) -> bool:
+    return name.lstrip("-").isdecimal() and name.isascii()
+
+
+def _divide(
+    examples: Sequence[Example], given: Sequence[str | None], settings: DataSettings
+) -> dict[str, list[Example]]:
+    """Examples by split, as given; what is not given is taken from train, the same examples whenever they are read."""
+    if len(examples) < MIN_EXAMPLES:
+        raise DataError(f"{examples[0].place}: {len(examples)} examples, expected at least {MIN_EXAMPLES}")
+    splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    for example, split in zip(examples, given, strict=True):
+        splits[split or "train"].append(example)
+    if not splits["train"]:
+        raise DataError(f"{examples[0].place}: no example is in split 'train'")
+    shares = dict(zip(SPLITS, settings.fractions, strict=True))
+    ordered = sorted(splits["train"], key=_order)
+    total = len(ordered)
+    for name in ("test", "validation"):
+        if splits[name] or not shares[name]:
+            continue
+        count = min(max(1, round(total * shares[name])), len(ordered) - 1)
+        cut = len(ordered) - count
+        while cut > 1 and ordered[cut].content == ordered[cut - 1].content:
+            cut -= 1  # copies of one example stay together
+        splits[name], ordered = ordered[cut:], ordered[:cut]
+    chosen = {id(example) for example in ordered}
+    splits["train"] = [example for example in splits["train"] if id(example) in chosen]
+    return {name: found for name, found in splits.items() if found}
+
+
+def _order(example: Example) -> bytes:
+    return hashlib.sha256(example.content.encode()).digest()

@@ -1,0 +1,138 @@
+"""A client's own data for several tasks: a TOML file with a table for each, over one FLAVA.
+
+::
+
+    [species]
+    task = "image-classification"
+    data-path = "species.csv"
+    labels = "oak,ash,elm"
+
+    [report]
+    task = "image-text-to-text"
+    data-path = "reports.jsonl"
+    expert = "write"
+
+``data-path`` in node-config names this file; paths in it are relative to it. A table's name is the task's: clients
+whose tasks have one name share its head, so they must agree on its ``labels``. ``expert`` (by default ``classify`` or
+``write``) says which tasks share an expert's groups. All other keys of a client's data (columns, fractions) may be in a
+table, too. The base model is a FLAVA: a folder, or a hub id such as ``facebook/flava-full@refs/pr/5``, the revision
+that has safetensors.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from client_app.data.dataset import Base, ClientData
+from client_app.model.base_models import find_model, load_flava, require_flava
+from client_app.model.multi_task import TaskSpec, multi_task_base
+from client_app.own.encoding import load_encoder
+from client_app.own.files import check_images, notes_of, read_own
+from client_app.own.readers import DataError, stamp
+from client_app.settings import DataSettings, ModelSettings, Settings
+
+_MODALITIES = {
+    "text-classification": ("text",),
+    "image-classification": ("image",),
+    "causal-lm": ("text",),
+    "image-text-classification": ("image", "text"),
+    "image-text-to-text": ("image", "text"),
+}
+
+
+_MODEL_KEYS = ("task", "labels", "max_length", "max_new_tokens", "generate_examples")
+
+
+def is_task_file(data_path: str) -> bool:
+    """Whether node-config's ``data-path`` is a file of several tasks."""
+    return data_path.endswith(".toml")
+
+
+def stamp_of(settings: Settings) -> object:
+    """What changes when the client's data files do."""
+    path = Path(settings.data.data_path).expanduser()
+    if not is_task_file(settings.data.data_path):
+        return stamp(settings.data.data_path)
+    return [stamp(str(path)), *(stamp(_own(settings, path, n, t).data.data_path) for n, t in _tables(path).items())]
+
+
+def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
+    """The FLAVA that run-config names, and the client's tasks.
+
+    Raises:
+        DataError: the file or a task's data are not usable; names the task.
+        BaseModelError: the base model is not here, or is no FLAVA.
+    """
+    path = Path(settings.data.data_path).expanduser()
+    found = find_model(settings.model.base_model, settings.state_dir / ".cache")
+    require_flava(found)
+    specs, tasks, ends = [], [], (0, 0)
+    for name, table in _tables(path).items():
+        own = _own(settings, path, name, table)
+        read = read_own(own)
+        writes = read.kind.generative
+        if not writes and not own.model.label_names:
+            raise DataError(f"{path}, task {name!r}: no labels, on which all owners of its head must agree")
+        if read.kind.has_image:
+            check_images(read, own)
+        encoder = load_encoder(found, read.kind, own.model.max_length)
+        outputs = len(read.labels)
+        if writes:  # BERT's tokenizers end a text with a separator
+            encoder.tokenizer.eos_token = encoder.tokenizer.eos_token or encoder.tokenizer.sep_token
+            ends = (int(encoder.tokenizer.eos_token_id), int(encoder.padding_id or 0))
+            outputs = len(encoder.tokenizer)
+        expert = str(table.get("expert", "write" if writes else "classify"))
+        spec = TaskSpec(name, read.kind.name, _MODALITIES[read.kind.name], expert, outputs)
+        splits = {split: encoder.encode(examples, read.labels) for split, examples in read.splits.items()}
+        specs.append(spec)
+        tasks.append(
+            ClientData(
+                task=name,
+                kind=read.kind.name,
+                splits=splits,
+                metrics=() if writes else ("f1",),
+                decode=encoder.decode if writes else None,
+                generate_examples=own.model.generate_examples,
+                max_new_tokens=own.model.max_new_tokens,
+                notes=tuple(notes_of(read, encoder)),
+                modalities=spec.modalities,
+                groups=spec.groups,
+            )
+        )
+    backbone = load_flava(found, settings.model)
+    return multi_task_base(found.name, found.fingerprint, backbone, specs, ends), ClientData.of_tasks(tasks)
+
+
+def _tables(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    tables = {name: table for name, table in found.items() if isinstance(table, dict)}
+    if not tables or len(tables) != len(found):
+        raise DataError(
+            f"{path}: expected a table for each task and nothing else, found {', '.join(found) or 'nothing'}"
+        )
+    return tables
+
+
+def _own(settings: Settings, path: Path, name: str, table: dict[str, Any]) -> Settings:
+    """The settings of one task: the client's, with what its table says."""
+    given = {key.replace("-", "_"): value for key, value in table.items()}
+    data = {key: given.pop(key) for key in [field.name for field in fields(DataSettings)] if key in given}
+    model = {key: given.pop(key) for key in _MODEL_KEYS if key in given}
+    given.pop("expert", None)
+    if given:
+        known = ", ".join(key.replace("_", "-") for key in (*_MODEL_KEYS, "expert", "data_path"))
+        raise DataError(f"{path}, task {name!r}: unknown key {next(iter(given))!r}, expected some of {known}, columns")
+    if not data.get("data_path"):
+        raise DataError(f"{path}, task {name!r}: no data-path")
+    data["data_path"] = str((path.parent / str(data["data_path"])).resolve())
+    try:
+        own_model: ModelSettings = replace(settings.model, **({"task": "", "labels": ""} | model))
+        return replace(settings, model=own_model, data=replace(settings.data, **data))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}, task {name!r}: {error}") from None

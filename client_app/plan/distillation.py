@@ -1,0 +1,99 @@
+r"""Distillation: the distance of a student's outputs from a teacher's, as a second term of the training loss.
+
+For one task's examples in a batch and a temperature T::
+
+    KL:   T^2 sum_v p_v (log p_v - log q_v),   p = softmax(teacher / T), q = softmax(student / T)
+    MSE:  mean_v (teacher_v - student_v)^2
+
+over the last axis (classes, vocabulary), reduced over positions as the plan says. Hinton, Vinyals and Dean,
+"Distilling the Knowledge in a Neural Network", 2015.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from client_app.data.dataset import Dataset
+from client_app.data.task_kinds import IGNORED, kind_of
+from client_app.model.personal import Mixture, PersonalModel
+from client_app.plan.training import autocast, logits_of
+from proto.fedalloy.v1 import plan_pb2
+
+
+class DistillationError(ValueError):
+    """A distillation step that cannot be carried out."""
+
+
+def divergence(
+    teacher: Tensor,
+    student: Tensor,
+    loss: plan_pb2.DistillLoss,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The distance at every position: ``[..., V]`` and ``[..., V]`` to ``[...]``; the teacher gets no gradient."""
+    if loss == plan_pb2.DISTILL_LOSS_MSE:
+        return (teacher.detach().float() - student.float()).square().mean(dim=-1)
+    if loss != plan_pb2.DISTILL_LOSS_KL:
+        raise DistillationError(f"unknown distillation loss {loss}, expected one of {plan_pb2.DistillLoss.keys()}")
+    log_p = torch.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    log_q = torch.log_softmax(student.float() / temperature, dim=-1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+class MixtureTeacher:
+    """A frozen mixture as the teacher; see :class:`client_app.plan.training.Teacher`.
+
+    Args:
+        model: with the mixture's slots loaded.
+        mixture: the teacher.
+        step: weights, losses, temperature and reduction.
+        default_task: the name of the client's only task, whose batches bear none.
+
+    Raises:
+        DistillationError: temperature, reduction or a weight is not valid.
+    """
+
+    def __init__(self, model: PersonalModel, mixture: Mixture, step: plan_pb2.DistillStep, default_task: str) -> None:
+        if not step.temperature > 0 or step.reduction not in (1, 2):
+            raise DistillationError(
+                f"temperature {step.temperature:g} and reduction {step.reduction}, expected a positive temperature and "
+                f"one of {plan_pb2.DistillReduction.keys()[1:]}"
+            )
+        bad = [item.task for item in step.tasks if not 0 <= item.weight < float("inf")]
+        if bad:
+            raise DistillationError(f"the weight of task {bad[0]!r} is not a finite number of at least 0")
+        self.model, self.mixture, self.step, self.default_task = model, mixture, step, default_task
+        self.tasks = {item.task: item for item in step.tasks}
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def outputs(self, batch: Dataset) -> Tensor | None:
+        """The teacher's logits for a batch, in evaluation mode; None for a task of weight 0."""
+        asked = self.tasks.get(batch.task or self.default_task)
+        if asked is None or asked.weight == 0:
+            return None
+        with self.model.switched(self.mixture), torch.no_grad(), autocast(self.model.device):
+            return logits_of(self.model, batch)
+
+    def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor) -> Tensor:
+        """Weight times the mean divergence of a batch of one task."""
+        task = batch.task or self.default_task
+        found = self._reduced(batch, divergence(outputs, logits, self.tasks[task].loss, self.step.temperature))
+        self.sums[task] = self.sums.get(task, 0.0) + float(found.detach())
+        self.counts[task] = self.counts.get(task, 0) + 1
+        return self.tasks[task].weight * found
+
+    def divergences(self) -> dict[str, float]:
+        """Mean over batches, by task."""
+        return {task: self.sums[task] / self.counts[task] for task in self.sums}
+
+    def _reduced(self, batch: Dataset, found: Tensor) -> Tensor:
+        """``[b]`` or ``[b, positions]`` to one number."""
+        if not kind_of(batch.kind).generative:
+            return found.mean()
+        found = found[:, -batch.labels.shape[1] :]
+        if self.step.reduction == plan_pb2.DISTILL_REDUCTION_EXAMPLE_MEAN:
+            return found.sum() / len(batch)
+        targets = (batch.labels[:, 1:] != IGNORED).to(found)  # position t predicts the label at t + 1
+        return (found[:, :-1] * targets).sum() / targets.sum().clamp_min(1)

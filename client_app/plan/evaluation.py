@@ -1,0 +1,160 @@
+"""Metrics of the active mixture by kind of task: from logits, and from texts that the model writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
+from client_app.data.task_kinds import IGNORED, example_losses, kind_of
+from client_app.model.personal import PersonalModel
+from client_app.plan.progress import tick
+from client_app.plan.training import TrainingError, autocast, logits_of
+
+_MAX_EXPONENT = 700.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote for some examples, and what it should have written."""
+
+    texts: list[str]
+    references: list[str]
+
+
+@torch.no_grad()
+def evaluate(
+    model: PersonalModel,
+    data: Dataset,
+    client: ClientData | None = None,
+    forward: Callable[[Dataset], Tensor] | None = None,
+) -> dict[str, float]:
+    """Metrics of a split.
+
+    Classification: mean cross-entropy ``loss`` and ``accuracy``, and ``f1`` (mean over classes) where the client asks
+    for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; where the client
+    asks for texts, ``exact_match`` and ``rouge_l`` of at most so many examples and new tokens.
+
+    ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts.
+
+    Raises:
+        TrainingError: there is no example.
+    """
+    if len(data) == 0:
+        raise TrainingError("nothing to evaluate: the split has no example")
+    if isinstance(data, MixedDataset):
+        assert client is not None
+        return _over_tasks({n: evaluate(model, p, client.tasks[n]) for n, p in data.parts.items() if len(p)})
+    model.module.eval()
+    kind = kind_of(data.kind)
+    size = min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
+    loss, correct, count = 0.0, 0, 0
+    answers: list[Tensor] = []
+    classes = 0
+    for indices in torch.split(torch.arange(len(data)), size):
+        tick("evaluate", int(indices[0]), len(data))
+        batch = data.batch(indices)
+        labels = batch.labels.to(model.device)
+        with autocast(model.device):
+            logits = (forward or partial(logits_of, model))(batch).float()
+        if kind.generative:
+            targets = (labels[:, 1:] != IGNORED).sum(dim=1)
+            loss += float((example_losses(data.kind, logits, labels).double() * targets).sum())
+            count += int(targets.sum())
+        else:
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += int((logits.argmax(dim=-1) == labels).sum())
+            count += len(batch)
+            answers.append(logits.argmax(dim=-1).cpu())
+            classes = logits.shape[-1]
+    metrics = {"loss": loss / max(count, 1)}
+    if not kind.generative:
+        metrics["accuracy"] = correct / count
+        if client is not None and "f1" in client.metrics:
+            metrics["f1"] = macro_f1(torch.cat(answers), data.labels, classes)
+        return metrics
+    metrics["perplexity"] = math.exp(min(metrics["loss"], _MAX_EXPONENT))
+    if client is not None and client.decode is not None and client.generate_examples and forward is None:
+        chosen = data.subset(torch.arange(min(client.generate_examples, len(data))))
+        metrics |= text_metrics(write(model, chosen, client, size))
+    return metrics
+
+
+def _over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    metrics = {f"{task}/{name}": value for task, values in found.items() for name, value in values.items()}
+    for name in ("loss", "accuracy"):
+        values = [values[name] for values in found.values() if name in values]
+        if values:
+            metrics[name] = sum(values) / len(values)
+    return metrics
+
+
+def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:
+    """Mean over classes of F1, ``answers`` and ``labels`` ``[n]``; classes that occur in neither do not count."""
+    from torchmetrics.functional.classification import multiclass_f1_score
+
+    return float(multiclass_f1_score(answers, labels, num_classes=max(classes, 2), average="macro"))
+
+
+def text_metrics(written: Written) -> dict[str, float]:
+    """Share of texts equal to their reference but for white space around, and mean ROUGE-L F-measure."""
+    from torchmetrics.functional.text import rouge_score
+
+    pairs = list(zip(written.texts, written.references, strict=True))
+    exact = sum(text.strip() == reference.strip() for text, reference in pairs)
+    rouge: Mapping[str, Any] = rouge_score(written.texts, written.references, rouge_keys="rougeL")
+    return {"exact_match": exact / len(pairs), "rouge_l": float(rouge["rougeL_fmeasure"])}
+
+
+@torch.no_grad()
+def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: int) -> Written:
+    """Let the model write each example's last answer, greedily, with at most ``client.max_new_tokens`` tokens."""
+    assert client.decode is not None
+    texts, references = [], []
+    for indices in torch.split(torch.arange(len(data)), batch_size):
+        tick("generate", int(indices[0]), len(data))
+        batch = data.batch(indices)
+        width, starts, ends = _last_answers(batch)
+        prompts = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros_like(prompts)
+        for row, start in enumerate(starts):  # to the left, where generation begins at the right end
+            prompts[row, width - start :] = batch.inputs["input_ids"][row, :start]
+            mask[row, width - start :] = 1
+            references.append(client.decode(batch.labels[row, start : ends[row]]))
+        rest: dict[str, Any] = dict(
+            model.inputs({k: v for k, v in batch.inputs.items() if k not in ("input_ids", MASK)})
+        )
+        if batch.task:
+            rest["task"] = batch.task
+        module: Any = model.module
+        with autocast(model.device):
+            found = module.generate(
+                input_ids=prompts.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=client.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                **rest,
+            )
+        texts += [client.decode(row[width:]) for row in found.cpu()]
+    return Written(texts, references)
+
+
+def _last_answers(batch: Dataset) -> tuple[int, list[int], list[int]]:
+    """Longest prompt, and for each example where its last run of targets begins and ends."""
+    starts, ends = [], []
+    for labels in batch.labels:
+        targets = (labels != IGNORED).nonzero().flatten().tolist()
+        start = targets[-1]
+        while start > 1 and int(labels[start - 1]) != IGNORED:
+            start -= 1
+        starts.append(start)
+        ends.append(targets[-1] + 1)
+    return max(starts), starts, ends

@@ -1,0 +1,203 @@
+"""Diagonal Fisher information of slots, from per-example gradients.
+
+Empirical Fisher: the mean over examples of the squared gradient of one example's loss, at that example's own label. The
+square of a batch's mean gradient would be something else. What is reported are sums over modules: a few numbers for
+each, never the diagonal itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from client_app.data.dataset import Dataset
+from client_app.data.task_kinds import example_losses
+from client_app.model.personal import PersonalModel
+from client_app.plan.progress import tick
+from client_app.plan.training import batches, logits_of
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Factor, Layout
+from proto.fedalloy.v1 import report_pb2
+
+MAX_CHUNK = 32
+"""Examples at once, whatever the bound on gradients allows: activations need memory, too."""
+_COPIES = 8
+"""Of a chunk's gradients that are alive at the peak: both slots, as they come, flat, and their squares."""
+MAX_DROPPED = 0.1
+"""Share of examples that may have a gradient that is not finite."""
+
+
+class FisherError(ValueError):
+    """There are no usable examples, or too many gradients are not finite."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean squared gradients ``[P]`` of two slots, and the mean of their products, over the same examples."""
+
+    first: Tensor
+    second: Tensor
+    product: Tensor
+    samples: int
+    dropped: int
+
+
+def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Dataset) -> Tensor:
+    """Gradients ``[b, P]``, float32, of each example's loss in the slot's numbers, the slot alone being active.
+
+    By vmap; a model whose code vmap cannot trace goes example by example.
+    """
+    model.activate({slot: 1.0})
+    parameters = model.trainable(slot, layout)
+    if batch.kind != "image-classification" or batch.task:
+        return _one_by_one(model, list(parameters.values()), batch)
+    names = {parameter: name for name, parameter in model.module.named_parameters()}
+    values = {names[parameter]: parameter.detach() for parameter in parameters.values()}
+
+    def loss(values: dict[str, Tensor], inputs: Mapping[str, Tensor], label: Tensor) -> Tensor:
+        one = {name: tensor[None] for name, tensor in inputs.items()}
+        logits: Tensor = functional_call(model.module, values, kwargs=one).logits
+        return functional.cross_entropy(logits, label[None])
+
+    inputs = model.inputs(batch.inputs)
+    labels = batch.labels.to(model.device)
+    # The fused attention kernels have no batching rule: vmap would loop over them, and say so on every run.
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            found = vmap(grad(loss), in_dims=(None, 0, 0))(values, inputs, labels)
+        except RuntimeError:  # control flow that depends on the data, or an operator without a batching rule
+            each = [
+                grad(loss)(values, {name: tensor[index] for name, tensor in inputs.items()}, labels[index])
+                for index in range(len(batch))
+            ]
+            found = {name: torch.stack([gradient[name] for gradient in each]) for name in values}
+    flat = [found[names[parameter]].reshape(len(batch), -1) for parameter in parameters.values()]
+    return torch.cat(flat, dim=1).float()
+
+
+def _one_by_one(model: PersonalModel, parameters: list[nn.Parameter], batch: Dataset) -> Tensor:
+    """The same without vmap: attention masks of texts decide by their values which kernel to use, which it forbids."""
+    gradients = []
+    for index in range(len(batch)):
+        one = batch.batch(torch.tensor([index]))
+        loss = example_losses(one.kind, logits_of(model, one), one.labels.to(model.device)).sum()
+        found = torch.autograd.grad(loss, parameters, allow_unused=bool(one.task))  # other tasks' groups
+        numbers = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        gradients.append(torch.cat([tensor.reshape(-1) for tensor in numbers]))
+    return torch.stack(gradients).float()
+
+
+def moments(
+    model: PersonalModel,
+    slots: tuple[str, str],
+    layout: Layout,
+    data: Dataset,
+    *,
+    samples: int,
+    seed: int,
+    max_bytes: int,
+) -> Moments:
+    """Mean squares and products of the two slots' gradients on at most ``samples`` examples.
+
+    Args:
+        model: with both slots loaded.
+        slots: the two slots.
+        layout: their common layout, in whose order the numbers are.
+        data: where examples are drawn from, without replacement.
+        samples: how many at most.
+        seed: decides which.
+        max_bytes: bound on the memory of gradients; one example at a time at least.
+
+    Raises:
+        FisherError: no example, or more than a tenth of the gradients are not finite.
+    """
+    count = min(samples, len(data))
+    if count < 1:
+        raise FisherError(f"{samples} samples of {len(data)} examples, expected at least one")
+    model.module.eval()
+    total = torch.zeros(3, layout.size, device=model.device)
+    kept = 0
+    chunk = max(1, min(MAX_CHUNK, max_bytes // (_COPIES * 4 * layout.size)))
+    chosen = next(batches(len(data), count, 1, seed))
+    for indices in torch.split(chosen, chunk):
+        tick("fisher")
+        for batch in data.by_task(indices):
+            first, second = (example_gradients(model, slot, layout, batch) for slot in slots)
+            finite = (first.isfinite() & second.isfinite()).all(dim=1)
+            first, second = first[finite], second[finite]
+            total += torch.stack([first.square().sum(0), second.square().sum(0), (first * second).sum(0)])
+            kept += int(finite.sum())
+    if count - kept > MAX_DROPPED * count:
+        raise FisherError(f"{count - kept} of {count} gradients are not finite, expected at most {MAX_DROPPED:.0%}")
+    first, second, product = (total / kept).cpu()
+    return Moments(first, second, product, kept, count - kept)
+
+
+def damping_of(found: Moments, relative: float) -> float:
+    """The same damping for both slots: per-slot damping would compare a slot with its own scale."""
+    return relative * 0.5 * float(found.first.double().mean() + found.second.double().mean())
+
+
+def delta_weights(adapter: Adapter) -> Tensor:
+    """``[P]``, float64: by how much a number's variance moves the delta ``s B A``, to first order.
+
+    ``s^2 ||B[:, p]||^2`` for ``A[p, q]``, ``s^2 ||A[p, :]||^2`` for ``B[o, p]``, 1 for weight and bias.
+    """
+    weights = Adapter(adapter.layout, torch.ones(adapter.layout.size, dtype=torch.float64))
+    for module in adapter.layout.lora_modules:
+        square = adapter.layout.scalings[module] ** 2
+        a, b = adapter[module, Factor.A].double(), adapter[module, Factor.B].double()
+        weights[module, Factor.A].copy_(square * b.square().sum(dim=0)[:, None].expand_as(a))
+        weights[module, Factor.B].copy_(square * a.square().sum(dim=1)[None, :].expand_as(b))
+    return weights.vector
+
+
+def result(
+    pair: tuple[Adapter, ...], found: Moments, damping: float, *, in_delta_space: bool
+) -> report_pb2.FisherResult:
+    """What is reported; ``pair`` are the two slots' adapters.
+
+    With damping 0 a number without information has no finite variance: it is left out of the variances of both slots,
+    since leaving it out of one would make that one look certain.
+    """
+    layout = pair[0].layout
+    first, second, product = (tensor.double() for tensor in (found.first, found.second, found.product))
+    usable = (first + damping > 0) & (second + damping > 0)
+    variance_first, variance_second = (
+        torch.where(usable, 1 / (information + damping), 0.0) for information in (first, second)
+    )
+    if in_delta_space:
+        variance_first = variance_first * delta_weights(pair[0])
+        variance_second = variance_second * delta_weights(pair[1])
+    scale = (first * second).sqrt()
+    correlation = torch.where(scale > 0, product / scale.clamp_min(torch.finfo(torch.float64).tiny), 0.0).clamp(0, 1)
+    difference = (pair[0].vector.double() - pair[1].vector.double()).square()
+    sums = {
+        "information_first": first,
+        "information_second": second,
+        "variance_first": variance_first,
+        "variance_second": variance_second,
+        "covariance": correlation * (variance_first * variance_second).sqrt(),
+        "information_distance": second * difference,
+        "effective_dimension": torch.where(second + damping > 0, second / (second + damping), 0.0),
+    }
+    return report_pb2.FisherResult(
+        samples=found.samples,
+        dropped=found.dropped,
+        damping=damping,
+        **{name: module_sums(layout, numbers) for name, numbers in sums.items()},
+    )
+
+
+def module_sums(layout: Layout, numbers: Tensor) -> list[float]:
+    """Sums of ``numbers [P]`` over each module of the layout, in its order."""
+    sums = dict.fromkeys(layout.modules, 0.0)
+    for entry in layout.entries:
+        sums[entry.module] += float(numbers[layout.slice_of(entry.name)].double().sum())
+    return list(sums.values())

@@ -1,0 +1,211 @@
+"""Sketches: a few rows of the gradient of a small frozen reference model on a client's data, with noise.
+
+RELA of FedMosaic (arXiv 2506.11024) compares clients by the gradient of one weight of a model that all of them hold:
+the MLP down-projection of the last layer. The reference is the scenario's own, or else the client's base model;
+adapters take no part in it. No clipping, so the noise sanitises, and is not differential privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from client_app.data.dataset import Dataset
+from client_app.data.task_kinds import mean_loss
+from client_app.model.module_roles import RoleError, last_down_projection, layer_of
+from client_app.model.personal import PersonalModel
+from client_app.plan.training import batches, seed_of
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.parts import layout_of_sketch
+from proto.fedalloy.v1 import plan_pb2
+
+
+class SketchError(ValueError):
+    """The reference model has not the parts that a sketch needs, or cannot score this client's labels."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """``state`` is the moving average that the next round goes on from, ``upload`` what the server gets."""
+
+    state: Adapter
+    upload: Adapter
+    examples: int
+    norm: float
+
+
+class ReferenceModel:
+    """The frozen model that sketches are gradients of.
+
+    Raises:
+        RoleError: it has no MLP down-projection by a known name.
+        SketchError: that is quantised.
+    """
+
+    def __init__(self, personal: PersonalModel) -> None:
+        reference = personal.base.reference
+        self.personal = personal if reference is None else None
+        self.module: nn.Module = personal.module if reference is None else reference.model
+        self.device = personal.device
+        self.module.to(self.device)
+        self.name = last_down_projection(self.module)
+        layer = self.module.get_submodule(self.name)
+        self.linear = layer if isinstance(layer, nn.Linear) else layer.get_submodule("base_layer")
+        if not self.weight.is_floating_point():
+            raise SketchError(f"{self.name!r} of the reference model is quantised, so it has no gradient")
+        fingerprint = personal.base.fingerprint if reference is None else reference.fingerprint
+        self.layout = Layout((Entry(self.name, Factor.GRADIENT, tuple(self.weight.shape)),), {}, fingerprint)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The down-projection's weight ``[d, f]``."""
+        weight = self.linear.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def gradient(self, batch: Dataset, kind: plan_pb2.SketchGradient = plan_pb2.SKETCH_GRADIENT_EXACT) -> Tensor:
+        """Gradient ``[d, f]`` of the mean cross-entropy on a batch; parameters and mode stay as they were.
+
+        Raises:
+            SketchError: a label that the reference model's head does not have, or no RMS norm for the diagonal kind.
+        """
+        with self._frozen():
+            if kind == plan_pb2.SKETCH_GRADIENT_DIAGONAL:
+                return self._diagonal(batch)
+            self.weight.requires_grad_(True)
+            return torch.autograd.grad(self._loss(batch), self.weight)[0].detach()
+
+    def _loss(self, batch: Dataset) -> Tensor:
+        dtype = self.weight.dtype
+        inputs = {n: v.to(self.device, dtype if v.is_floating_point() else None) for n, v in batch.inputs.items()}
+        task = {"task": batch.task} if batch.task else {}
+        logits: Tensor = self.module(**inputs, **task).logits
+        labels = batch.labels.to(self.device)
+        if int(labels.max()) >= logits.shape[-1]:
+            raise SketchError(
+                f"the reference model scores {logits.shape[-1]} classes, but this client has the label "
+                f"{int(labels.max())}"
+            )
+        return mean_loss(batch.kind, logits.float(), labels)
+
+    def _diagonal(self, batch: Dataset) -> Tensor:
+        """With the diagonal of the last RMS norm's Jacobian: the authors' closed form, without autograd below it."""
+        norms = [(name, m) for name, m in self.module.named_modules() if "RMSNorm" in type(m).__name__]
+        last = [module for name, module in norms if layer_of(name) is None]
+        if len(last) != 1:
+            raise SketchError(f"the diagonal gradient needs one RMS norm after the layers, found {len(last)}")
+        norm: Any = last[0]
+        kept: dict[str, Tensor] = {}
+
+        def before_down(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            kept["u"] = inputs[0].detach()
+
+        def after_norm(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            kept["h"], kept["z"] = inputs[0].detach(), output.detach().requires_grad_(True)
+            return kept["z"]
+
+        hooks = [self.linear.register_forward_pre_hook(before_down), norm.register_forward_hook(after_norm)]
+        try:
+            loss = self._loss(batch)
+            above = torch.autograd.grad(loss, kept["z"])[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        h = kept["h"]
+        variance = h.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon
+        diagonal = norm.weight * variance.rsqrt() * (1 - h.square() / (variance * h.shape[-1]))
+        result: Tensor = (above * diagonal).flatten(0, -2).T @ kept["u"].flatten(0, -2)
+        return result.detach()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Adapters off, evaluation mode, and afterwards everything as it was."""
+        training = self.module.training
+        if self.personal is not None:
+            self.personal.activate({}, own_head=False)
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.weight.requires_grad_(False)
+            self.module.train(training)
+
+
+def reference_layout(personal: PersonalModel) -> Layout | None:
+    """The gradient that this client's sketches are made of; None for a model without a known down-projection."""
+    try:
+        return ReferenceModel(personal).layout
+    except (RoleError, SketchError):
+        return None
+
+
+def take_sketch(
+    reference: ReferenceModel,
+    step: plan_pb2.SketchStep,
+    data: Dataset,
+    previous: Adapter | None,
+    seed: int,
+    common_seed: int,
+) -> Sketch:
+    """One round's sketch: mean gradient of some batches, a subset of its rows, moving average, noise.
+
+    Args:
+        reference: the model.
+        step: what is asked.
+        data: the split.
+        previous: the moving average so far; None, or of another layout, starts a new one.
+        seed: decides batches and noise.
+        common_seed: decides the rows; the same for all clients and rounds.
+
+    Raises:
+        SketchError: a count is zero, or more rows are asked for than there are.
+    """
+    d = reference.weight.shape[0]
+    if step.batches < 1 or step.batch_size < 1 or not 1 <= step.row_count <= d or not 0 < step.new_weight <= 1:
+        raise SketchError(
+            f"{step.batches} batches of {step.batch_size}, {step.row_count} of {d} rows, new weight "
+            f"{step.new_weight:g}: expected at least one of each, and a weight above 0 and at most 1"
+        )
+    layout = layout_of_sketch(reference.layout, step.row_count)
+    rows = row_subset(d, step.row_count, step.rows, common_seed)
+    noise = _noise(step.noise, seed)
+    total, clean = (torch.zeros(step.row_count, reference.weight.shape[1]) for _ in range(2))
+    examples = 0
+    for indices in batches(len(data), step.batch_size, step.batches, seed):
+        gradient = reference.gradient(data.batch(indices), step.gradient).float().cpu()[rows]
+        clean += gradient
+        total += gradient + noise(gradient.shape) if step.noise_on_gradients else gradient
+        examples += len(indices)
+    mean = Adapter(layout, (total / step.batches).reshape(-1))
+    if previous is not None and previous.layout.digest == layout.digest:
+        old = previous.vector
+        mean = Adapter(layout, (1 - step.new_weight) * old + step.new_weight * mean.vector)
+    upload = mean
+    if not step.noise_on_gradients:
+        upload = Adapter(layout, mean.vector + noise(mean.vector.shape))
+    return Sketch(mean, upload, examples, float(clean.norm()) / step.batches)
+
+
+def row_subset(rows: int, kept: int, which: plan_pb2.SketchRows, seed: int) -> Tensor:
+    """Indices ``[kept]`` in rising order; the same for everybody who has the same seed.
+
+    Raises:
+        SketchError: ``which`` is neither the first rows nor random ones.
+    """
+    if which == plan_pb2.SKETCH_ROWS_FIRST:
+        return torch.arange(kept)
+    if which != plan_pb2.SKETCH_ROWS_RANDOM:
+        raise SketchError(f"unknown choice of rows {which}, expected the first or random ones")
+    generator = torch.Generator().manual_seed(seed_of("sketch rows", seed))
+    return torch.randperm(rows, generator=generator)[:kept].sort().values
+
+
+def _noise(scale: float, seed: int) -> Callable[[torch.Size], Tensor]:
+    generator = torch.Generator().manual_seed(seed_of("sketch noise", seed))
+    return lambda shape: scale * torch.randn(shape, generator=generator)

@@ -1,0 +1,301 @@
+"""A client's slots on its own disk: one PEFT directory per slot, changed all together or not at all.
+
+``<state-dir>/<run-name>/clients/<client-id>/`` holds::
+
+    slots/<slot>/adapter_config.json, adapter_model.safetensors    what PEFT loads
+    slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual
+    slots/state.json                                               the last round whose plan was carried out, and losses
+    history/<round>/                                               the same after earlier plans, the newest ones
+    adapter/                                                       the personal model, a PEFT directory; or, where its
+                                                                   coefficients depend on the input, mixture.json,
+                                                                   gates.safetensors and a PEFT directory per slot
+
+A plan's changes are staged in a folder of their own and become visible by renames, so that a process killed at any
+moment leaves either the old slots or the new ones, and the earlier ones with them. (What a kill leaves between two
+renames is put right when the next plan begins; until then ``adapter/`` may be a plan ahead of ``slots/``, or missing.)
+As many earlier states are kept as the server keeps checkpoints (``keep-checkpoints``): from whichever it resumes, the
+round after it starts from the slots that it started from the first time. One process at a time: Flower may start a
+second one for the same client, when a resumed run asks while the old one still trains; it waits.
+``exact.safetensors`` exists because PEFT stores a head as base plus difference, from which the difference cannot be
+recovered to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import DecodeError, Message
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.atomic_files import locked, sync, write_durably
+from fedalloy_adapters.layout import Layout
+from fedalloy_adapters.peft_format import write_peft_directory
+from proto.fedalloy.v1 import adapter_pb2
+
+MIXTURE_FILE = "mixture.json"
+Parts = tuple[Mapping[str, Adapter], Mapping[str, Adapter], Message]
+HeadReader = Callable[[], dict[str, torch.Tensor]]
+
+
+class SlotError(ValueError):
+    """A slot is missing, damaged, or does not fit."""
+
+
+class SlotStore:
+    """The slots of one client in one run; use inside :meth:`transaction`. ``keep`` earlier states stay on disk."""
+
+    def __init__(self, directory: Path, base_model: str, base_heads: HeadReader, keep: int = 1) -> None:
+        self.directory = directory
+        self.base_model = base_model
+        self.base_heads = base_heads
+        self.keep = keep
+        self._slots: dict[str, Adapter] = {}
+        self._residuals: dict[str, Adapter] = {}
+        self._opened: set[str] = set()
+        self._dirty: set[str] = set()
+        self._personal: Adapter | None = None
+        self._parts: Parts | None = None
+        self.losses: dict[str, dict[str, float]] = {}
+        """Recorded losses by name of the record and task; finite ones only."""
+        self._source = directory / "slots"
+
+    @contextmanager
+    def transaction(self, round_: int) -> Iterator[SlotStore]:
+        """Carry out the plan of ``round_``: changes are written when the block ends without an error.
+
+        A round that was carried out before (its answer was lost) starts again from the slots before it. The final
+        delivery is a round of its own, after the last.
+
+        Raises:
+            SlotError: the slots before ``round_`` are no longer here, or a file is damaged.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locked(self.directory / ".lock"):
+            self._recover()
+            self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
+            self._opened, self._dirty = set(), set()
+            self._source = self._before(round_)
+            self.losses = _losses_of(self._source)
+            yield self
+            self._commit(round_)
+
+    def names(self) -> list[str]:
+        """Slots that exist."""
+        stored = {path.name for path in self._source.iterdir() if path.is_dir()} if self._source.exists() else set()
+        return sorted(stored | set(self._slots))
+
+    def __contains__(self, slot: str) -> bool:
+        return slot in self.names()
+
+    def __getitem__(self, slot: str) -> Adapter:
+        """The adapter in a slot.
+
+        Raises:
+            SlotError: there is no such slot, or its file is damaged.
+        """
+        if slot not in self._slots:
+            if slot not in self.names():
+                raise SlotError(f"no slot {slot!r}; this client holds: {', '.join(self.names()) or 'none'}")
+            self._open(slot)
+        return self._slots[slot]
+
+    def __setitem__(self, slot: str, adapter: Adapter) -> None:
+        self._slots[slot] = adapter
+        self._dirty.add(slot)
+
+    def residual(self, slot: str) -> Adapter | None:
+        """What lossy encodings of this slot have dropped so far, or None."""
+        self._open(slot)
+        return self._residuals.get(slot)
+
+    def set_residual(self, slot: str, residual: Adapter) -> None:
+        """Keep what the encoding of this upload dropped."""
+        self._residuals[slot] = residual
+        self._dirty.add(slot)
+
+    def save_personal(self, adapter: Adapter) -> None:
+        """Write the personal model to ``adapter/`` when the plan has been carried out."""
+        self._personal, self._parts = adapter, None
+
+    def save_parts(self, slots: Mapping[str, Adapter], gates: Mapping[str, Adapter], mixture: Message) -> bytes:
+        """Write a mixture that is no single adapter to ``adapter/``: one PEFT directory per slot, and the gates."""
+        self._personal, self._parts = None, (slots, gates, mixture)
+        found = b"".join(adapter.digest for adapter in [*slots.values(), *gates.values()])
+        return hashlib.sha256(found + mixture.SerializeToString(deterministic=True)).digest()
+
+    def _before(self, round_: int) -> Path:
+        """The folder with the slots as they were before a round."""
+        current, history = self.directory / "slots", self._history()
+        if round_ > _round_of(current):
+            return current
+        for number in reversed(history):
+            if number < round_:
+                return self.directory / "history" / f"{number}"
+        kept = [*map(str, history), f"{_round_of(current)}"]
+        raise SlotError(
+            f"round {round_} has been carried out, and {self.directory} no longer holds the slots before it, only "
+            f"those after round {' and '.join(kept)}; for a new run under an old name, remove that folder"
+        )
+
+    def _open(self, slot: str) -> None:
+        """Read a slot of the source, once; what the plan has already put in its place stays."""
+        folder = self._source / slot
+        if slot in self._opened or not folder.exists():
+            return
+        path = folder / "exact.safetensors"
+        try:
+            tensors = load_file(path)
+            stored = _from_tensors(tensors, "")
+            residual = _from_tensors(tensors, "residual_") if len(tensors) > 3 else None
+        except (SafetensorError, DecodeError, OSError, KeyError, TypeError, ValueError) as error:
+            raise SlotError(f"slot {slot!r} is damaged ({path}): {error}") from None
+        self._opened.add(slot)
+        self._slots.setdefault(slot, stored)
+        if residual is not None:
+            self._residuals.setdefault(slot, residual)
+
+    def _commit(self, round_: int) -> None:
+        staged = self.directory / f".staged-{os.getpid()}"
+        (staged / "slots").mkdir(parents=True)
+        for slot in self.names():
+            if slot in self._dirty:
+                self._open(slot)  # a slot that was replaced unseen keeps its residual
+                self._write(staged / "slots" / slot, self[slot], self._residuals.get(slot))
+            else:
+                shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
+                sync(staged / "slots" / slot)
+        state = {"round": round_} | ({"losses": self.losses} if self.losses else {})
+        write_durably(staged / "slots" / "state.json", json.dumps(state).encode())
+        if self._personal is not None or self._parts is not None:
+            if self._personal is not None:
+                write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
+            elif self._parts is not None:
+                self._write_parts(staged / "adapter", *self._parts)
+            if not self._rename("adapter", ".adapter-old"):  # an empty one says that there was none
+                (self.directory / ".adapter-old").mkdir(exist_ok=True)
+            os.rename(staged / "adapter", self.directory / "adapter")
+        # From here, _recover knows every state that a kill can leave.
+        if self._source.name == "slots":
+            (self.directory / "history").mkdir(exist_ok=True)
+            self._rename("slots", f"history/{_round_of(self._source)}")
+        else:  # a round carried out again: what it started from is in the history and stays there
+            self._rename("slots", ".slots-old")
+        os.rename(staged / "slots", self.directory / "slots")
+        sync(self.directory)
+        self._clean()
+
+    def _rename(self, name: str, new: str) -> bool:
+        """Rename a folder if it exists and the new name is free."""
+        if not (self.directory / name).exists() or (self.directory / new).exists():
+            return False
+        os.rename(self.directory / name, self.directory / new)
+        return True
+
+    def _write(self, folder: Path, adapter: Adapter, residual: Adapter | None) -> None:
+        if all(entry.factor.is_update for entry in adapter.layout.entries):  # PEFT has no gates and no sketches
+            write_peft_directory(folder, adapter, self.base_model, self.base_heads())
+        tensors = _to_tensors(adapter, "") | (_to_tensors(residual, "residual_") if residual is not None else {})
+        write_durably(folder / "exact.safetensors", save(tensors))
+
+    def _write_parts(
+        self, folder: Path, slots: Mapping[str, Adapter], gates: Mapping[str, Adapter], mixture: Message
+    ) -> None:
+        for slot, adapter in slots.items():
+            write_peft_directory(folder / slot, adapter, self.base_model, self.base_heads())
+        tensors = {
+            f"{slot}/{entry.module}": value.clone() for slot, found in gates.items() for entry, value in found.items()
+        }
+        write_durably(folder / "gates.safetensors", save(tensors))
+        write_durably(folder / MIXTURE_FILE, (MessageToJson(mixture) + "\n").encode())
+
+    def _recover(self) -> None:
+        """Undo what a killed process left between two renames of ``_commit``, and throw its unfinished folders away."""
+        if (self.directory / ".adapter-old").exists() and any(self.directory.glob(".staged-*/slots")):
+            self._rename("adapter", ".adapter-undone")  # the slots are the old ones: so must the adapter be
+            self._rename(".adapter-old", "adapter")
+            with contextlib.suppress(OSError):  # there was none
+                (self.directory / "adapter").rmdir()
+        restored = self._rename(".slots-old", "slots") or (self.directory / "slots").exists()
+        if not restored and (history := self._history()):
+            self._rename(f"history/{history[-1]}", "slots")
+        # A new client holds no slots, and that is a state which round 1 can start from again.
+        (self.directory / "slots").mkdir(exist_ok=True)
+        self._clean()
+
+    def _history(self) -> list[int]:
+        """Rounds after which earlier slots are kept, in order."""
+        folder = self.directory / "history"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+    def _clean(self) -> None:
+        """Remove what is no state any more: unfinished folders, slots of a future that was given up, the oldest."""
+        with contextlib.suppress(SlotError):  # a damaged number is for who wants to read it
+            now = _round_of(self.directory / "slots")
+            kept = [number for number in self._history() if number < now][-self.keep :]
+            for number in set(self._history()) - set(kept):  # half removed, it must not be taken for a state
+                self._rename(f"history/{number}", f".stale-{number}")
+        for path in self.directory.glob(".*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that nobody changes in place; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        sync(Path(target))
+
+
+def _to_tensors(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
+    layout = adapter.layout.to_proto().SerializeToString()
+    return {
+        f"{prefix}vector": adapter.vector.contiguous(),
+        f"{prefix}layout": torch.tensor(list(layout), dtype=torch.uint8),
+        f"{prefix}digest": torch.tensor(list(adapter.digest), dtype=torch.uint8),
+    }
+
+
+def _from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Adapter:
+    layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes(tensors[f"{prefix}layout"].tolist())))
+    adapter = Adapter(layout, tensors[f"{prefix}vector"])
+    if adapter.digest != bytes(tensors[f"{prefix}digest"].tolist()):
+        raise ValueError("the numbers are not those that were written")
+    return adapter
+
+
+def _losses_of(folder: Path) -> dict[str, dict[str, float]]:
+    """Losses that were recorded until a round; :func:`_round_of` has checked the file."""
+    path = folder / "state.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text()).get("losses", {})
+        return {str(name): {str(task): float(loss) for task, loss in of.items()} for name, of in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SlotError(f"{path} is damaged: {error!r}") from None
+
+
+def _round_of(folder: Path) -> int:
+    """The last round whose plan was carried out, 0 for none."""
+    path = folder / "state.json"
+    try:
+        return int(json.loads(path.read_text())["round"])
+    except FileNotFoundError:
+        if any(folder.iterdir()):
+            raise SlotError(f"{path} is missing") from None
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SlotError(f"{path} is damaged: {error!r}") from None

@@ -1,0 +1,254 @@
+"""Training of a personal model on a client's data; deterministic for a seed on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from client_app.data.dataset import Dataset
+from client_app.data.task_kinds import example_losses, mean_loss, targets_in
+from client_app.model.personal import PersonalModel
+from client_app.plan.progress import tick
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import factor_from_proto
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+class TrainingError(ValueError):
+    """Training produced a loss that is not a number, or there is nothing to evaluate."""
+
+
+def set_up_torch() -> torch.device:
+    """CUDA where there is one; else the CPU with one thread (clients share cores). Deterministic on the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    return torch.device("cpu")
+
+
+def accelerator() -> str:
+    """The name that all processes have for the GPU that this one works on; empty without one."""
+    return f"cuda-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else ""
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that differs wherever any part differs."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def seed_of_step(plan: plan_pb2.Plan, index: int, step: plan_pb2.TrainStep, *, replaced: bool = False) -> int:
+    """The seed of a train step's batches and dropout.
+
+    Args:
+        plan: of which the step is a part.
+        index: its number.
+        step: may ask for the draw of another step, or for a seed.
+        replaced: whether a replace step before it has copied something.
+    """
+    draw = step.draw_after_replace if replaced and step.HasField("draw_after_replace") else step.draw
+    if draw.WhichOneof("kind") == "seed":
+        return draw.seed & (2**63 - 1)
+    number = draw.as_step if draw.WhichOneof("kind") == "as_step" else index
+    return seed_of(plan.seed, plan.client_id, plan.round, number)
+
+
+def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Indices ``[b]`` of ``steps`` batches: pass after pass over the examples, each in a new random order.
+
+    The last batch of a pass may be smaller; with fewer examples than ``batch_size`` every batch is all of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    position, order = examples, torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if position >= examples:
+            position, order = 0, torch.randperm(examples, generator=generator)
+        yield order[position : position + batch_size]
+        position += batch_size
+
+
+class Teacher(Protocol):
+    """A second target for a model in training (:mod:`client_app.plan.distillation`)."""
+
+    def outputs(self, batch: Dataset) -> Tensor | None:
+        """What the teacher says about a batch; None where nothing is to be learnt from it."""
+
+    def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor) -> Tensor:
+        """Weighted distance of the student's logits from the teacher's outputs."""
+
+
+class TaskLosses:
+    """Training losses of each task over one train step."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.batches = 0
+        self.examples: dict[str, int] = {}
+        self.sums: dict[str, float] = {}
+
+    def add(self, found: Mapping[str, tuple[int, float]]) -> None:
+        """One batch: examples and mean loss by task."""
+        self.batches += 1
+        for task, (examples, loss) in found.items():
+            self.examples[task] = self.examples.get(task, 0) + examples
+            self.sums[task] = self.sums.get(task, 0.0) + examples * loss
+
+    def to_proto(self) -> dict[str, report_pb2.TaskLoss]:
+        """For the report: over a task's examples, and as (1 / batches) sum (examples / batch size) loss."""
+        return {
+            task: report_pb2.TaskLoss(
+                examples=count,
+                mean=self.sums[task] / count,
+                batch_share=self.sums[task] / (self.batch_size * self.batches),
+            )
+            for task, count in self.examples.items()
+        }
+
+
+def train(
+    model: PersonalModel,
+    step: plan_pb2.TrainStep,
+    parameters: Mapping[str, nn.Parameter],
+    data: Dataset,
+    seed: int,
+    anchor: Mapping[str, Tensor] | None = None,
+    teacher: Teacher | None = None,
+    example_weights: Tensor | None = None,
+    order: Iterable[Tensor] | None = None,
+) -> report_pb2.TrainResult:
+    """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
+
+    A batch with examples of several tasks has the loss ``sum over tasks of (n_task / n) x the task's mean loss``.
+
+    Args:
+        model: with the mixture active.
+        step: hyper-parameters.
+        parameters: what is optimised, by entry name.
+        data: training split.
+        seed: decides batches and dropout.
+        anchor: the values that ``step.proximal`` pulls to, by entry name.
+        teacher: whose outputs are a second target.
+        example_weights: how much each example of ``data``, which has one task, counts, ``[n]``.
+        order: the batches' indices; None: pass after pass over the data, shuffled.
+
+    Raises:
+        TrainingError: the loss, or in the end a number that was trained, became NaN or infinite.
+    """
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    optimiser = torch.optim.AdamW(_groups(step, parameters), lr=step.learning_rate, weight_decay=step.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
+    model.module.train()
+    losses: list[float] = []
+    by_task = TaskLosses(step.batch_size)
+    for indices in order or batches(len(data), step.batch_size, step.steps, seed):
+        tick("train", len(losses), step.steps)
+        optimiser.zero_grad()
+        loss = 0.0
+        size = model.micro_batch or len(indices)
+        chunks = torch.split(indices, size)
+        parts = [part for chosen in chunks for part in data.by_task(chosen)]
+        if example_weights is not None and len(parts) != len(chunks):
+            raise TrainingError("examples of several tasks in one batch cannot be weighed one by one")
+        shares = _shares(parts)
+        found: dict[str, tuple[int, float]] = {}
+        for position, part in enumerate(parts):
+            taught = teacher.outputs(part) if teacher is not None else None
+            with autocast(model.device):
+                logits = logits_of(model, part)
+                labels = part.labels.to(model.device)
+                if example_weights is None:
+                    objective = mean_loss(part.kind, logits, labels)
+                else:
+                    each = example_losses(part.kind, logits, labels)
+                    objective = (each * example_weights[chunks[position]].to(each)).mean()
+            in_batch, in_task = shares[position]
+            count, so_far = found.get(part.task, (0, 0.0))
+            found[part.task] = count + len(part), so_far + in_task * float(objective.detach())
+            if len(parts) > 1:  # gradients of the parts add up to that of the whole batch
+                objective = objective * (in_batch * in_task)
+            loss += float(objective.detach())
+            if anchor is not None and position == 0:
+                pull = torch.stack([(parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
+                objective = objective + step.proximal.mu / 2 * pull
+            if teacher is not None and taught is not None:
+                objective = objective + teacher.loss(part, logits, taught) * in_task
+            objective.backward()  # type: ignore[no-untyped-call]
+        by_task.add(found)
+        if step.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(parameters.values(), step.max_grad_norm)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"training loss became {loss} at step {len(losses)} of {step.steps}; lower learning-rate "
+                f"(now {step.learning_rate:g}) or set max-grad-norm"
+            )
+    # What the last step spoilt no later loss would show.
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
+        raise TrainingError(
+            f"numbers that are not finite after the last of {step.steps} steps; lower learning-rate "
+            f"(now {step.learning_rate:g}) or set max-grad-norm"
+        )
+    model.module.eval()
+    return report_pb2.TrainResult(
+        steps=len(losses),
+        examples=min(step.steps * step.batch_size, len(data) * math.ceil(step.steps * step.batch_size / len(data))),
+        first_loss=losses[0],
+        mean_loss=sum(losses) / len(losses),
+        last_loss=losses[-1],
+        seconds=time.monotonic() - started,
+        task_losses=by_task.to_proto(),
+    )
+
+
+def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor]:
+    """An adapter's tensors by entry name, on a device."""
+    return {entry.name: tensor.to(device) for entry, tensor in adapter.items()}
+
+
+def logits_of(model: PersonalModel, batch: Dataset) -> Tensor:
+    """The model's logits for a batch, on its device."""
+    return model.logits(model.inputs(batch.inputs), batch.task)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 arithmetic on CUDA; the CPU computes as the numbers are."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _shares(parts: list[Dataset]) -> list[tuple[float, float]]:
+    """For each part of a batch: its task's share of the examples, and its own share of the task's targets."""
+    examples: dict[str, int] = {}
+    targets: dict[str, int] = {}
+    for part in parts:
+        examples[part.task] = examples.get(part.task, 0) + len(part)
+        targets[part.task] = targets.get(part.task, 0) + targets_in(part)
+    total = sum(examples.values())
+    return [(examples[p.task] / total, targets_in(p) / max(targets[p.task], 1)) for p in parts]
+
+
+def _groups(step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """AdamW's groups: parameters by the factor in their names, each with its scale of the learning rate."""
+    scales = {str(factor_from_proto(item.factor)): item.scale for item in step.rate_scales}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(scales.get(name.rsplit(".", 1)[-1], 1.0), []).append(parameter)
+    return [{"params": found, "lr": scale * step.learning_rate} for scale, found in groups.items()]
+
+
+def _schedule(step: plan_pb2.TrainStep) -> Callable[[int], float]:
+    total = step.steps
+    if step.schedule == plan_pb2.SCHEDULE_LINEAR:
+        return lambda done: max(0.0, 1 - done / total)
+    if step.schedule == plan_pb2.SCHEDULE_COSINE:
+        return lambda done: 0.5 * (1 + math.cos(math.pi * min(done / total, 1.0)))
+    return lambda done: 1.0

@@ -1,0 +1,143 @@
+"""Carries out what the server asks a client for; the only way there is, in the ClientApp's process or in the trainer.
+
+An executor keeps the base model and the data between requests, as long as settings and data files
+stay the same.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+
+import torch
+
+from client_app.data.arrival import streamed
+from client_app.data.dataset import Base, ClientData
+from client_app.model.alignment import load_alignment
+from client_app.model.personal import PersonalModel
+from client_app.model.start_adapter import read_start_adapter
+from client_app.own.files import load_own
+from client_app.own.task_file import is_task_file, load_tasks, stamp_of
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.progress import Cancelled, tick
+from client_app.plan.sketch import reference_layout
+from client_app.plan.slots import SlotStore
+from client_app.plan.training import seed_of, set_up_torch
+from client_app.scenarios import FROM_FILES, load_scenario
+from client_app.scenarios.files import load_files
+from client_app.settings import Settings
+from fedalloy_adapters.adapter import Adapter
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+class Executor:
+    """One client's base model and data; holds those of one run's settings at a time."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._held: tuple[PersonalModel, ClientData] | None = None
+
+    def register(self, settings: Settings) -> report_pb2.Registration:
+        """Who this client is, what its adapters look like, and how many examples it has."""
+        return _registration(settings, *self._load(settings))
+
+    def carry_out(
+        self, settings: Settings, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]
+    ) -> tuple[report_pb2.Report, dict[str, bytes]]:
+        """Run a plan; the report and the uploads by slot. All changes to slots become visible together, or none.
+
+        The model is left as it was loaded; after an error it is not trusted any more, and loaded again next time.
+        """
+        model, data = self._load(settings)
+        directory = settings.run_directory(plan.run_name)
+        store = SlotStore(directory, model.base.name, lambda: model.heads, settings.keep_rounds)
+        try:
+            with store.transaction(plan.round) as slots:
+                starts = _starts(settings, model)
+                answer = Interpreter(settings.client_id, model, data, slots, starts, settings.policy).run(plan, blobs)
+            model.unload_all()
+        except Cancelled:  # between two batches or steps, where the model is sound
+            model.unload_all()
+            raise
+        except BaseException:
+            del model, data, store
+            self.evict()
+            raise
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # between messages, the memory is for whoever else uses this GPU
+        return answer
+
+    def evict(self) -> None:
+        """Let go of model and data, on the GPU too."""
+        self._key, self._held = None, None
+        gc.collect()  # modules and their hooks refer to each other
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
+
+    def _load(self, settings: Settings) -> tuple[PersonalModel, ClientData]:
+        key = (settings, stamp_of(settings))
+        if self._held is None or self._key != key:
+            self.evict()  # before the next one: there may not be room for two
+            tick("loading")
+            self._held, self._key = _load(settings), key
+        return self._held
+
+
+def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
+    reference = reference_layout(model)
+    return report_pb2.Registration(
+        version=1,
+        client_id=settings.client_id,
+        base_model=model.base.name,
+        layout=model.layout.to_proto(),
+        tasks=[
+            report_pb2.Task(
+                name=name,
+                kind=task.kind,
+                examples={split: len(found) for split, found in task.splits.items()},
+                notes=task.notes,
+                groups=task.groups,
+                modalities=task.modalities,
+            )
+            for name, task in data.each_task.items()
+        ],
+        device=str(model.device),
+        reference=reference.to_proto() if reference is not None else None,
+    )
+
+
+def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
+    device = set_up_torch()
+    base, data = base_and_data(settings)
+    model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
+    model.micro_batch = settings.model.micro_batch_size
+    if settings.alignment:
+        model.align(load_alignment(settings.alignments, settings.alignment, model.layout))
+    model.module.to(device)
+    return model, data
+
+
+def base_and_data(settings: Settings) -> tuple[Base, ClientData]:
+    """The client's base model and data, as its settings say."""
+    base, data = _read(settings)
+    if settings.task_arrival != "all":
+        data = streamed(data, settings.task_arrival, settings.rounds, seed_of(settings.seed, settings.client_id))
+    return base, data
+
+
+def _read(settings: Settings) -> tuple[Base, ClientData]:
+    if is_task_file(settings.data.data_path):
+        return load_tasks(settings)
+    if settings.data.data_path:
+        return load_own(settings)
+    if settings.scenario in FROM_FILES:
+        return load_files(settings.scenario, settings)
+    return load_scenario(
+        settings.scenario, settings.partition_id, settings.num_partitions, settings.seed, settings.state_dir / ".cache"
+    )
+
+
+def _starts(settings: Settings, model: PersonalModel) -> dict[str, Adapter]:
+    """What slots start from where the client was given an adapter."""
+    if not settings.start_adapter:
+        return {}
+    return {settings.start_slot: read_start_adapter(settings.start_adapter, model.layout, model.heads)}

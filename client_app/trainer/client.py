@@ -1,0 +1,309 @@
+"""The ClientApp's side of the resident trainer: find it or start it, hand it one job, take its answer.
+
+Nothing here imports torch. Whoever holds the residence's lock may start a trainer; the lock's descriptor is passed on
+to it, so that there is never a second one, however many ClientApps race and whoever of them is killed. A trainer that
+ends while it carries out a job is replaced and the job done again, once: slots change all together or not at all, and a
+round that was carried out before starts again from the slots before it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+import grpc
+from flwr.app import Context, RecordDict
+from flwr.common.logger import log
+
+from client_app.settings import default_state_dir
+from client_app.trainer.address import CHUNK_BYTES, NO_LIMIT, Owner, Residence, TrainerError, code_digest, inode_of
+from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
+from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
+
+LOOK_SECONDS = 0.02
+GREETING_SECONDS = 10.0
+SAY_SECONDS = 15.0
+MAX_LOG_BYTES = 2**20
+
+
+class JobFailedError(RuntimeError):
+    """The trainer carried a job out and it ended with an error, in the trainer's words."""
+
+
+class _LostError(RuntimeError):
+    """The trainer ended, or turned the job away; ``accepted`` if it had begun."""
+
+    def __init__(self, accepted: bool, reason: str) -> None:
+        super().__init__(reason)
+        self.accepted = accepted
+
+
+Listener = Callable[[str, trainer_pb2.Progress], None]
+
+
+class _Log:
+    """Progress in Flower's log, which is the SuperNode's output."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, job: str, progress: trainer_pb2.Progress) -> None:
+        if time.monotonic() - self.said > SAY_SECONDS:
+            self.said = time.monotonic()
+            log(INFO, "%s: %s %d/%d", job, progress.activity, progress.done, progress.total)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came back: a registration, or a report with its uploads."""
+
+    registration: report_pb2.Registration | None
+    report: report_pb2.Report | None
+    uploads: Mapping[str, bytes]
+
+
+class TrainerClient:
+    """One ClientApp's way to the trainer of an owner.
+
+    Args:
+        owner: whose trainer.
+        timeout: seconds for everything that this object is asked to do.
+        listen: told what is done, and how far it is; the default writes to Flower's log now and then.
+    """
+
+    def __init__(self, owner: Owner, timeout: float, listen: Listener | None = None) -> None:
+        self.residence = Residence.of(owner)
+        self.listen = listen or _Log()
+        self.deadline = time.monotonic() + timeout
+
+    def register(self, context: Context, idle_seconds: float) -> report_pb2.Registration:
+        """See :meth:`client_app.session.Executor.register`.
+
+        Raises:
+            TrainerError: there is no trainer, or it ended twice, or too late.
+            JobFailedError: it could not do it.
+        """
+        job = _job(context, idle_seconds)
+        job.register.SetInParent()
+        registration = self._run(job, {}).registration
+        assert registration is not None
+        return registration
+
+    def carry_out(
+        self, context: Context, idle_seconds: float, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]
+    ) -> tuple[report_pb2.Report, Mapping[str, bytes]]:
+        """See :meth:`client_app.session.Executor.carry_out`; errors as for :meth:`register`."""
+        job = _job(context, idle_seconds)
+        job.plan.CopyFrom(plan)
+        outcome = self._run(job, blobs)
+        assert outcome.report is not None
+        return outcome.report, outcome.uploads
+
+    def _run(self, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Outcome:
+        lost = 0
+        while True:
+            with self.connect() as (stub, pid):
+                try:
+                    return self._ask(stub, job, blobs)
+                except _LostError as error:
+                    lost += error.accepted
+                    if lost == 2:
+                        raise TrainerError(
+                            f"the trainer (process {pid}) ended while it carried out {_name(job)}, and so did the one "
+                            f"before it; out of memory? See {log_path()} ({error})"
+                        ) from None
+                    if error.accepted:
+                        log(INFO, "the trainer (process %d) ended during %s; once more", pid, _name(job))
+
+    def _ask(self, stub: TrainerServiceStub, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Outcome:
+        accepted = False
+        pieces: dict[str, list[bytes]] = {}
+        try:
+            for answer in stub.Run(_requests(job, blobs), timeout=self._left()):
+                accepted = True
+                part = answer.WhichOneof("part")
+                if part == "chunk":
+                    pieces.setdefault(answer.chunk.slot, []).append(answer.chunk.data)
+                elif part == "registration":
+                    return Outcome(answer.registration, None, {})
+                elif part == "report":
+                    return Outcome(None, answer.report, {slot: b"".join(found) for slot, found in pieces.items()})
+                elif part == "failure":
+                    raise JobFailedError(f"{answer.failure.error}: {answer.failure.message}")
+                elif part == "progress":
+                    self.listen(_name(job), answer.progress)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TrainerError(f"{_name(job)} took longer than the message may live; it was given up") from None
+            raise _LostError(accepted, f"{error.code().name}: {error.details()}") from None
+        raise _LostError(accepted, "the trainer ended the call without an outcome")
+
+    @contextmanager
+    def connect(self) -> Iterator[tuple[TrainerServiceStub, int]]:
+        """A trainer that runs this code, and its process id; it is started if need be, an older one retires first.
+
+        Raises:
+            TrainerError: it did not start, or not in time.
+        """
+        child: subprocess.Popen[bytes] | None = None
+        asked_to_retire = 0
+        while True:
+            if _listens(self.residence.socket):
+                with grpc.insecure_channel(f"unix:{self.residence.socket}", options=NO_LIMIT) as channel:
+                    stub = TrainerServiceStub(channel)  # type: ignore[no-untyped-call]
+                    greeting = self._greet(stub)
+                    if greeting is not None and greeting.code_digest == code_digest() and not greeting.retiring:
+                        yield stub, greeting.pid
+                        return
+                    if greeting is not None and not greeting.retiring and greeting.pid != asked_to_retire:
+                        log(INFO, "the trainer (process %d) runs other code and retires", greeting.pid)
+                        with suppress(grpc.RpcError):
+                            stub.Retire(trainer_pb2.RetireRequest(), timeout=self._left(GREETING_SECONDS))
+                        asked_to_retire = greeting.pid
+            elif child is None or child.poll() is not None:
+                if child is not None and child.pid == asked_to_retire:
+                    raise TrainerError("the files of the app changed while this process was running; try again")
+                if child is not None:
+                    raise TrainerError(f"the trainer ended as it started (status {child.returncode}); {_last_words()}")
+                child = self._start_alone()
+            self._left()
+            time.sleep(LOOK_SECONDS)
+
+    def _greet(self, stub: TrainerServiceStub) -> trainer_pb2.GreetResponse | None:
+        try:
+            greeting: trainer_pb2.GreetResponse = stub.Greet(
+                trainer_pb2.GreetRequest(), timeout=self._left(GREETING_SECONDS)
+            )
+            return greeting
+        except grpc.RpcError:
+            return None  # it has just gone, or it hangs: whether somebody else may start is up to the lock
+
+    def _start_alone(self) -> subprocess.Popen[bytes] | None:
+        """Start a trainer, unless one lives or is being started."""
+        descriptor = os.open(self.residence.lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        else:
+            if inode_of(self.residence.lock) != os.fstat(descriptor).st_ino:
+                return None  # removed in between; somebody may hold the lock of a new file
+            return _start(self.residence.owner, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _left(self, at_most: float = float("inf")) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TrainerError(f"the trainer was not ready in time; {_last_words()}")
+        return min(left, at_most)
+
+
+def log_path() -> Path:
+    """Where the trainer's output goes."""
+    return default_state_dir() / "trainer.log"
+
+
+def in_pieces(blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.Chunk]:
+    """Blobs in pieces that gRPC likes."""
+    for slot, blob in blobs.items():
+        for start in range(0, max(len(blob), 1), CHUNK_BYTES):
+            yield trainer_pb2.Chunk(slot=slot, data=blob[start : start + CHUNK_BYTES])
+
+
+def context_of(job: trainer_pb2.Job) -> Context:
+    """Flower's context as the ClientApp got it."""
+    return Context(
+        run_id=job.run_id,
+        node_id=job.node_id,
+        node_config=_values(job.node_config),
+        state=RecordDict(),
+        run_config=_values(job.run_config),
+    )
+
+
+def _job(context: Context, idle_seconds: float) -> trainer_pb2.Job:
+    job = trainer_pb2.Job(run_id=context.run_id, node_id=context.node_id, idle_seconds=idle_seconds)
+    for target, config in ((job.node_config, context.node_config), (job.run_config, context.run_config)):
+        for key, value in config.items():
+            scalar = target[key]
+            if isinstance(value, bool):
+                scalar.truth = value
+            elif isinstance(value, int):
+                scalar.integer = value
+            elif isinstance(value, float):
+                scalar.number = value
+            else:
+                scalar.text = str(value)
+    return job
+
+
+def _values(scalars: Mapping[str, trainer_pb2.Scalar]) -> dict[str, Any]:
+    return {key: getattr(scalar, scalar.WhichOneof("value") or "text") for key, scalar in scalars.items()}
+
+
+def _requests(job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.RunRequest]:
+    yield trainer_pb2.RunRequest(job=job)
+    for chunk in in_pieces(blobs):
+        yield trainer_pb2.RunRequest(chunk=chunk)
+
+
+def _name(job: trainer_pb2.Job) -> str:
+    if job.WhichOneof("kind") == "register":
+        return "the registration"
+    return f"the plan of client {job.plan.client_id!r} for round {job.plan.round} of run {job.plan.run_name!r}"
+
+
+def _listens(path: Path) -> bool:
+    """Whether a process accepts connections there, without gRPC's patience for those that do not."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+def _start(owner: Owner, lock: int) -> subprocess.Popen[bytes]:
+    """A trainer in a session of its own, so that nothing that Flower ends takes it along; it inherits the lock."""
+    output = log_path()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists() and output.stat().st_size > MAX_LOG_BYTES:
+            output.replace(output.with_suffix(".log.1"))
+        file = output.open("ab")
+    except OSError as error:
+        raise TrainerError(
+            f"the trainer's log {output} cannot be written ({error.strerror}); set FLWR_HOME to a folder of this "
+            "SuperNode's own"
+        ) from None
+    # -P and PYTHONPATH: the same modules as here, whatever lies in the working directory.
+    command = [sys.executable, "-P", "-m", "client_app.trainer.server", "--owner", str(owner), "--lock", str(lock)]
+    with file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+
+
+def _last_words() -> str:
+    try:
+        lines = log_path().read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return f"see {log_path()}" + (f", which ends: {lines[-1]}" if lines else "")

@@ -1,0 +1,273 @@
+r"""Closed forms on adapters; no dense ``d_out x d_in`` matrix is ever formed.
+
+For a LoRA module the *delta* is :math:`\Delta = s B A` with ``A [r, d_in]``, ``B [d_out, r]`` and scaling ``s``. Sums
+can be taken in two spaces:
+
+* *factor space*: numbers are added one by one. Linear in the vector, but the product of two sums has cross terms, so
+  this is not the sum of the deltas unless all A (or all B) agree.
+* *delta space*: the deltas are added (with P and Q: the maps ``x -> s (x A^T P + Q) B^T``). Exact as a stack of ranks;
+  a best approximation at a given rank by truncation.
+
+Weight and bias entries are differences from the base model and add linearly in both spaces.
+The scaling is folded in exactly one place, :func:`folded`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedalloy_adapters.adapter import Adapter, require_same_layout, stack_vectors
+from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
+
+Coefficient = float | Mapping[str, float]
+"""One number for the whole adapter, or one per module."""
+
+
+def coefficient_of(coefficient: Coefficient, module: str) -> float:
+    """The coefficient of one module.
+
+    Raises:
+        LayoutError: a per-module coefficient does not name this module, or it is NaN or infinite.
+    """
+    if isinstance(coefficient, Mapping):
+        if module not in coefficient:
+            given = ", ".join(sorted(coefficient)) or "none"
+            raise LayoutError(f"no coefficient for module {module!r}; given for {given}")
+        coefficient = coefficient[module]
+    if not math.isfinite(coefficient):
+        raise LayoutError(f"coefficient {coefficient} for module {module!r}, expected a finite number")
+    return float(coefficient)
+
+
+def folded(adapter: Adapter, module: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``(A [r, d_in], s B [d_out, r])``, in ``dtype`` if given: the one place where the scaling meets a factor.
+
+    With P, A is ``P^T A``. With Q, A has one more column, Q, which acts on a constant input of one: ``[r, d_in + 1]``.
+
+    Raises:
+        LayoutError: the adapter has only one of the module's two factors, hence no delta.
+    """
+    if not all(f"{module}.{factor}" in adapter.layout.by_name for factor in (Factor.A, Factor.B)):
+        raise LayoutError(f"module {module!r} has one LoRA factor; a delta needs both")
+    a, b = (adapter[module, factor].to(dtype or adapter.vector.dtype) for factor in (Factor.A, Factor.B))
+    if f"{module}.{Factor.P}" in adapter.layout.by_name:
+        a = adapter[module, Factor.P].to(a).T @ a
+    if f"{module}.{Factor.Q}" in adapter.layout.by_name:
+        a = torch.cat([a, adapter[module, Factor.Q].to(a)[:, None]], dim=1)
+    return a, adapter.layout.scalings[module] * b
+
+
+def fold(adapter: Adapter) -> Adapter:
+    """The same update without P: ``A <- P^T A``; Q stays (as the bias of B it is ``s B Q``)."""
+    if adapter.layout.folded is adapter.layout:
+        return adapter
+    result = Adapter.zeros(adapter.layout.folded, adapter.vector.dtype, adapter.vector.device)
+    for entry, tensor in result.items():
+        value = adapter[entry.module, entry.factor]
+        if entry.factor is Factor.A and f"{entry.module}.{Factor.P}" in adapter.layout.by_name:
+            value = adapter[entry.module, Factor.P].T @ value
+        tensor.copy_(value)
+    return result
+
+
+def combine_factors(adapters: Sequence[Adapter], weights: Tensor) -> Tensor:
+    """Weighted sums in factor space: ``weights [M, N]`` times the adapters' matrix ``[N, P]`` gives ``[M, P]``."""
+    matrix = stack_vectors(adapters)
+    if weights.ndim != 2 or weights.shape[1] != matrix.shape[0]:
+        raise LayoutError(f"got weights.shape={tuple(weights.shape)}, expected (*, {matrix.shape[0]})")
+    return weights.to(matrix) @ matrix
+
+
+def weighted_sum(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:
+    """Sum of coefficient times adapter in factor space; coefficients may be per module.
+
+    Note that a module's coefficient multiplies both of its factors, hence the delta by its square: for a sum of deltas
+    use :func:`stack`.
+
+    Raises:
+        LayoutError: layouts differ, counts differ, or a per-module coefficient is missing.
+    """
+    _require_counts(adapters, coefficients)
+    layout = adapters[0].layout
+    if all(not isinstance(coefficient, Mapping) for coefficient in coefficients):
+        weights = torch.tensor([[coefficient_of(c, "*") for c in coefficients]], dtype=torch.float64)
+        return Adapter(layout, combine_factors(adapters, weights)[0])
+    total = Adapter.zeros(layout, adapters[0].vector.dtype, adapters[0].vector.device)
+    for adapter, coefficient in zip(adapters, coefficients, strict=True):
+        require_same_layout(layout, adapter.layout)
+        for entry, tensor in total.items():
+            tensor += coefficient_of(coefficient, entry.module) * adapter[entry.module, entry.factor]
+    return total
+
+
+def precision_mean(adapters: Sequence[Adapter], precisions: Sequence[Adapter]) -> Adapter:
+    """Mean in factor space, each number weighted by its own precision: ``sum_i p_i x_i / sum_i p_i`` elementwise.
+
+    With Fisher information as precision this is Fisher merging (Matena and Raffel, NeurIPS 2022).
+
+    Raises:
+        LayoutError: layouts or counts differ, a precision is negative, or all of a number's are 0.
+    """
+    _require_counts(adapters, precisions)
+    for precision in precisions:
+        if not bool((precision.vector >= 0).all()):
+            raise LayoutError(f"a precision of {float(precision.vector.min()):g}, expected no negative number")
+    values, weights = stack_vectors(adapters), stack_vectors(precisions)
+    require_same_layout(adapters[0].layout, precisions[0].layout)
+    total = weights.sum(dim=0)
+    if not bool((total > 0).all()):
+        raise LayoutError(f"{int((total == 0).sum())} numbers have no precision in any adapter, expected one above 0")
+    return Adapter(adapters[0].layout, (weights * values).sum(dim=0) / total)
+
+
+def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:
+    """Exact sum in delta space: ``sum_i c_i Delta_i`` as one adapter whose ranks add up and whose scalings are 1.
+
+    ``A' = [A_1; A_2; ...]``, ``B' = [c_1 s_1 B_1, c_2 s_2 B_2, ...]`` and ``Q' = [Q_1; Q_2; ...]``, with each P
+    multiplied into its A. Ranks and scalings may differ between the
+    adapters; modules, input and output sizes may not.
+
+    Raises:
+        LayoutError: base models, modules or sizes differ, counts differ, a module has only one of its factors, or a
+            per-module coefficient is missing.
+    """
+    _require_counts(adapters, coefficients)
+    adapters = [fold(adapter) for adapter in adapters]
+    first = adapters[0].layout
+    for other in adapters[1:]:
+        _require_same_tensors(first, other.layout)
+    entries: list[Entry] = []
+    pieces: list[Tensor] = []
+    for entry in first.entries:
+        module, factor = entry.module, entry.factor
+        if factor is Factor.A:
+            tensor = torch.cat([folded(adapter, module)[0][:, : entry.shape[1]] for adapter in adapters], dim=0)
+        elif factor is Factor.Q:
+            tensor = torch.cat([adapter[module, factor] for adapter in adapters])
+        elif factor is Factor.B:
+            blocks = [
+                coefficient_of(c, module) * folded(adapter, module)[1]
+                for adapter, c in zip(adapters, coefficients, strict=True)
+            ]
+            tensor = torch.cat(blocks, dim=1)
+        else:
+            terms = [
+                coefficient_of(c, module) * adapter[module, factor]
+                for adapter, c in zip(adapters, coefficients, strict=True)
+            ]
+            tensor = torch.stack(terms).sum(dim=0)
+        entries.append(Entry(module, factor, tuple(tensor.shape)))
+        pieces.append(tensor.reshape(-1))
+    layout = Layout(tuple(entries), dict.fromkeys(first.lora_modules, 1.0), first.base_fingerprint)
+    return Adapter(layout, torch.cat(pieces))
+
+
+def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adapter:
+    """Best approximation of every delta at the ranks of ``layout`` (Frobenius norm), in that layout without P.
+
+    QR of B and of A transposed, then an SVD of the small core: ``O((d_in + d_out) r^2)``; equal to truncating the SVD
+    of the dense delta (Eckart-Young). Singular values are split evenly between the factors, or, unless ``balanced``,
+    go to B: A then has orthonormal rows. Where the target rank
+    exceeds the adapter's, the rest is zero. Signs and rotations of an SVD are arbitrary: reset optimiser moments.
+
+    Raises:
+        LayoutError: ``layout`` has another base model, other modules or other sizes; a delta is not finite.
+    """
+    _require_same_tensors(layout, adapter.layout)
+    layout = layout.folded
+    result = Adapter.zeros(layout, adapter.vector.dtype, adapter.vector.device)
+    for entry, tensor in result.items():
+        if not entry.factor.is_lora:
+            tensor.copy_(adapter[entry.module, entry.factor])
+    for module in layout.lora_modules:
+        a, b = folded(adapter, module)
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.T)
+        core = r_b @ r_a.T
+        if not core.is_meta and not bool(core.isfinite().all()):  # of which an SVD is an error or NaN, as it happens
+            raise LayoutError(f"the delta of module {module!r} has numbers that are not finite")
+        u, sigma, v_t = torch.linalg.svd(core, full_matrices=False)
+        kept = min(layout.ranks[module], len(sigma))
+        in_a, in_b = (sigma[:kept].sqrt(),) * 2 if balanced else (torch.ones_like(sigma[:kept]), sigma[:kept])
+        new_a = in_a[:, None] * (v_t[:kept] @ q_a.T)
+        result[module, Factor.A][:kept] = new_a[:, : result[module, Factor.A].shape[1]]
+        if f"{module}.{Factor.Q}" in layout.by_name:
+            result[module, Factor.Q][:kept] = new_a[:, -1]
+        result[module, Factor.B][:, :kept] = (q_b @ u[:, :kept]) * in_b / layout.scalings[module]
+    return result
+
+
+def inner(first: Adapter, second: Adapter) -> float:
+    """``<Delta_1, Delta_2>`` in delta space (Frobenius), weight and bias entries included; ranks may differ.
+
+    ``tr(A_1^T B_1^T B_2 A_2) = sum((B_1^T B_2) * (A_1 A_2^T))``: two ``r_1 x r_2`` Gram matrices, in float64.
+
+    Raises:
+        LayoutError: base models, modules or sizes differ.
+    """
+    _require_same_tensors(first.layout, second.layout)
+    total = 0.0
+    for entry in first.layout.entries:
+        if not entry.factor.is_lora:
+            left = first[entry.module, entry.factor].double()
+            total += float((left * second[entry.module, entry.factor].double()).sum())
+    for module in first.layout.lora_modules:
+        (a_1, b_1), (a_2, b_2) = (folded(adapter, module, torch.float64) for adapter in (first, second))
+        total += float(((b_1.T @ b_2) * (a_1 @ a_2.T)).sum())
+    return total
+
+
+def gram(adapters: Sequence[Adapter]) -> Tensor:
+    """Inner products of all pairs in delta space, ``[N, N]`` float64, symmetric."""
+    result = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    for i, first in enumerate(adapters):
+        for j, second in enumerate(adapters[: i + 1]):
+            result[i, j] = result[j, i] = inner(second, first)
+    return result
+
+
+def norm(adapter: Adapter) -> float:
+    """Frobenius norm in delta space."""
+    return math.sqrt(max(inner(adapter, adapter), 0.0))
+
+
+def squared_distances(first: Adapter, second: Adapter) -> dict[str, float]:
+    """Squared Frobenius norm of the difference of the deltas, by module.
+
+    Computed on the stacked difference after orthogonalising its factors: the expansion ``|x|^2 + |y|^2 - 2<x,y>`` would
+    lose all digits for neighbours.
+
+    Raises:
+        LayoutError: base models, modules or sizes differ.
+    """
+    difference = stack([first.to(torch.float64), second.to(torch.float64)], [1.0, -1.0])
+    squared = dict.fromkeys(first.layout.modules, 0.0)
+    for entry, tensor in difference.items():
+        if not entry.factor.is_lora:
+            squared[entry.module] += float(tensor.square().sum())
+    for module in difference.layout.lora_modules:
+        a, b = folded(difference, module)
+        core = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T
+        squared[module] += float(core.square().sum())
+    return squared
+
+
+def distance(first: Adapter, second: Adapter) -> float:
+    """Frobenius norm of the difference of the deltas."""
+    return math.sqrt(sum(squared_distances(first, second).values()))
+
+
+def _require_same_tensors(expected: Layout, found: Layout) -> None:
+    """Raise LayoutError, naming the first difference, unless only ranks, scalings, P and the order differ."""
+    difference = expected.folded.difference(found.folded, any_rank=True)
+    if difference:
+        raise LayoutError(f"found {difference}")
+
+
+def _require_counts(adapters: Sequence[Adapter], coefficients: Sequence[object]) -> None:
+    if not adapters or len(adapters) != len(coefficients):
+        raise LayoutError(f"got {len(adapters)} adapters and {len(coefficients)} coefficients")

@@ -1,0 +1,85 @@
+"""What becomes of a client in a phase, by name: the ``status`` in ``rounds.jsonl``, and its line in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Message
+
+from proto.fedalloy.v1 import report_pb2
+from server_app.run.federation import NODE_UNAVAILABLE
+from server_app.run.replies import REFUSED
+from strategies.framework.contract import Answer
+from strategies.framework.messages import one_line
+
+OK = "ok"
+"""A usable answer came in time and counts."""
+REJECTED = "rejected"
+"""An answer came and was refused: not what was asked for, for another round, not finite, too far, twice, ..."""
+FAILED = "failed"
+"""The client said that it could not, or its process ended more than once."""
+LATE = "late"
+"""No answer came in time; one that comes later is counted in ``late_answers`` of a later record, and not used."""
+LEFT = "left"
+"""The client's node went away during the phase and did not come back in time."""
+ABSENT = "absent"
+"""The client's node was not online when the phase began; it was not asked."""
+OUTCOMES = (OK, REJECTED, FAILED, LATE, LEFT, ABSENT)
+
+SHOWN = 5
+ClientRecord = dict[str, Any]
+
+
+def usable(records: Mapping[str, ClientRecord]) -> int:
+    """How many clients gave an answer that counts."""
+    return len([record for record in records.values() if record["status"] == OK])
+
+
+def of_silence(timeout: float) -> ClientRecord:
+    """No answer within so many seconds."""
+    return {"status": LATE, "reason": f"no answer within {timeout:.0f} s"}
+
+
+def of_error(message: Message) -> ClientRecord:
+    """The client's or Flower's error instead of an answer."""
+    status = {NODE_UNAVAILABLE: LEFT, REFUSED: REJECTED}.get(message.error.code, FAILED)
+    return {"status": status, "reason": one_line(message.error.reason or f"Flower error {message.error.code}")}
+
+
+def of_answer(answer: Answer) -> ClientRecord:
+    """What a good answer says of itself."""
+    results = answer.report.results
+    trains = [r.distill.train if r.HasField("distill") else r.train for r in results if _trains(r)]
+    record: ClientRecord = {
+        "status": OK,
+        "client_seconds": round(answer.report.seconds, 3),
+        "train_seconds": round(sum(train.seconds for train in trains), 3),
+        "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
+        "metrics": {label: dict(values) for label, values in answer.metrics.items()},
+    }
+    if answer.clipped:
+        record["clipped"] = {slot: round(norm, 6) for slot, norm in answer.clipped.items()}
+    return record
+
+
+def _trains(result: report_pb2.StepResult) -> bool:
+    return result.WhichOneof("kind") in ("train", "distill")
+
+
+def line(record: ClientRecord) -> str:
+    """One client's record as a line of the log."""
+    if record["status"] != OK:
+        return f"{record['status']} ({record.get('reason', '')})"
+    parts = [f"{record['seconds']:.1f} s"]
+    parts += ["diverged" if loss is None else f"loss {loss:.3f}" for loss in record["train_loss"]]
+    parts += [f"{slot} clipped from norm {norm:g}" for slot, norm in record.get("clipped", {}).items()]
+    scored = [
+        f"{label} {name} {metrics[name]:.3f}"
+        for label, metrics in record["metrics"].items()
+        for name in (("accuracy",) if "accuracy" in metrics else ("exact_match", "perplexity"))
+        if name in metrics
+    ]
+    scored.sort(key=lambda text: not text.startswith("personal "))  # a line search has dozens
+    parts += scored[:SHOWN] + [f"... ({len(scored) - SHOWN} more in rounds.jsonl)"] * (len(scored) > SHOWN)
+    return ", ".join(parts)

@@ -1,0 +1,311 @@
+"""Clients over Flower's grid: register them, hand out messages, take replies as they arrive.
+
+Flower's own loop waits for everybody and polls every three seconds; this one polls shortly, yields each reply when it
+comes, and turns errors, silence and lateness into named outcomes. A reply is matched by the message it answers,
+because an error reply carries no sender. Clients may come, leave and return at any time: nodes that appear while a
+round runs are asked who they are meanwhile, and a client whose process died is asked the same once more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+
+from server_app.run.replies import MESSAGE_UNAVAILABLE, Intake, error_reply
+from strategies.framework.contract import Client, client_from
+from strategies.framework.limits import Limits, require_affordable
+from strategies.framework.messages import BadAnswerError, read_registration, register_message
+
+Say = Callable[[str], None]
+Make = Callable[[], Message]
+"""Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
+NODE_UNAVAILABLE, APP_STOPPED = 5, 8
+"""Flower's error codes for a client that is gone, and for one whose process ended (facts of 1.39)."""
+ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
+"""How often a client is asked at most, by error."""
+LOOK_SECONDS = 1.0
+SAY_SECONDS = 10.0
+
+
+class Watch(Protocol):
+    """Is told just before and just after each message is pushed, and of replies that are not handed on."""
+
+    def pushing(self, client_id: str) -> None:
+        """A message is about to be pushed."""
+
+    def pushed(self, client_id: str, message: Message) -> None:
+        """It has been pushed."""
+
+    def lost(self, client_id: str, message: Message) -> None:
+        """Flower says that the client is gone; it may be asked again."""
+
+
+class NotEnoughClientsError(RuntimeError):
+    """Fewer clients than ``min-clients`` came, registered or answered."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of one message: the reply, or None when the time ran out; ``attempts`` times it was sent."""
+
+    client_id: str
+    message: Message | None
+    seconds: float
+    attempts: int = 1
+
+
+class Federation:
+    """The clients of one run.
+
+    Args:
+        grid: Flower's.
+        poll_interval: seconds between looks for replies.
+        say: called with progress messages.
+        arrived: called with every answer to a registration, and with the client that it describes (None: refused).
+        limits: the run's.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        poll_interval: float,
+        say: Say,
+        arrived: Callable[[Reply, Client | None], None],
+        limits: Limits,
+    ) -> None:
+        self.grid = grid
+        self.intake = Intake(grid, say)
+        self.poll_interval = poll_interval
+        self.say = say
+        self.arrived = arrived
+        self.limits = limits
+        self.clients: dict[str, Client] = {}
+        self.keys: dict[str, bytes] = {}
+        self.newcomers: dict[str, Client] = {}
+        self.refused: dict[str, str] = {}
+        self.overdue_answers: dict[str, int] = {}
+        self._nodes: dict[int, NodeInfo] = {}
+        self._asked: set[int] = set()
+        self._asking: dict[str, tuple[int, float]] = {}
+        self._overdue: dict[str, str] = {}
+        self._looked = float("-inf")
+
+    # ------------------------------------------------------------------------------------------------- who is there
+
+    def wait_for_nodes(self, minimum: int, timeout: float) -> list[NodeInfo]:
+        """Nodes that are online, once there are ``minimum``; a message every few seconds while waiting.
+
+        Raises:
+            NotEnoughClientsError: the time ran out.
+        """
+        started = time.monotonic()
+        next_word = started + 2
+        while True:
+            nodes = sorted(self.grid.get_nodes(), key=lambda node: node.node_id)
+            if len(nodes) >= minimum:
+                return nodes
+            now = time.monotonic()
+            if now - started > timeout:
+                raise NotEnoughClientsError(
+                    f"{len(nodes)} of at least {minimum} SuperNodes are online after {timeout:.0f} s "
+                    "(startup-timeout); start the missing ones, or lower min-clients"
+                )
+            if now >= next_word:
+                self.say(f"waiting for clients: {len(nodes)} of at least {minimum} SuperNodes online")
+                next_word = now + SAY_SECONDS
+            time.sleep(max(self.poll_interval, 0.2))
+
+    def register(self, minimum: int, timeout: float, watch: Watch) -> None:
+        """Ask every online node who it is, and wait for the answers.
+
+        Clients that may take part are in ``newcomers`` afterwards; refusals (errors, bad registrations, an id that
+        belongs to somebody else) in ``refused``.
+
+        Raises:
+            NotEnoughClientsError: fewer than ``minimum`` registered; names what went wrong.
+        """
+        deadline = time.monotonic() + timeout
+        self._nodes = {node.node_id: node for node in self.wait_for_nodes(minimum, timeout)}
+        self._asked |= set(self._nodes)
+        makes = {f"node {node_id}": _registration(node_id, timeout) for node_id in self._nodes}
+        for reply in self.exchange(makes, max(deadline - time.monotonic(), self.poll_interval), watch):
+            self._welcome(self._node_of(reply.client_id), reply)
+        if len(self.newcomers) < minimum:
+            reasons = "; ".join(f"{who}: {why}" for who, why in self.refused.items())
+            raise NotEnoughClientsError(f"{len(self.newcomers)} of at least {minimum} clients registered. {reasons}")
+
+    def present(self, watch: Watch) -> list[Client]:
+        """Enrolled clients whose nodes are online now, in order of id; unknown nodes are asked who they are."""
+        self._look_around(watch, now=True)
+        self._pull({})
+        return [client for _, client in sorted(self.clients.items()) if client.node_id in self._nodes]
+
+    def enrolled(self, client: Client) -> None:
+        """The strategy has taken this newcomer in."""
+        self.clients[client.id] = client
+
+    # ----------------------------------------------------------------------------------------------------- messages
+
+    def exchange(
+        self,
+        makes: Mapping[str, Make],
+        timeout: float,
+        watch: Watch,
+        enough: Callable[[], bool] = lambda: True,
+    ) -> Iterator[Reply]:
+        """Push one message per client and yield replies as they arrive; None for those that do not in ``timeout`` s.
+
+        A client whose process died is asked again. One whose node is gone is waited for only as long as there are not
+        ``enough`` usable answers without it; when it is back, it is asked again.
+        """
+        started = time.monotonic()
+        waiting: dict[str, str] = {}
+        lost: dict[str, Message] = {}
+        attempts = dict.fromkeys(makes, 0)
+
+        def push(client_id: str) -> None:
+            attempts[client_id] += 1
+            message = makes[client_id]()
+            watch.pushing(client_id)
+            taken = [message_id for message_id in self.grid.push_messages([message]) if message_id]
+            waiting.update(dict.fromkeys(taken, client_id))
+            watch.pushed(client_id, message)
+            if not taken:  # the node went away in between
+                lost[client_id] = error_reply(
+                    "", NODE_UNAVAILABLE, "the SuperLink did not take the message for this node"
+                )
+                self._nodes.pop(self._node_of(client_id), None)
+
+        for client_id in makes:
+            push(client_id)
+        next_word = started
+        while waiting or (lost and not enough()):
+            for reply in self._pull(waiting):
+                client_id = waiting.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error() and attempts[client_id] < ATTEMPTS.get(reply.error.code, 0):
+                    lost[client_id] = reply
+                    if reply.error.code == NODE_UNAVAILABLE:  # until the next look says that it is back
+                        self._nodes.pop(self._node_of(client_id), None)
+                    continue
+                yield Reply(client_id, reply, time.monotonic() - started, attempts[client_id])
+            now = time.monotonic()
+            if now - started > timeout:
+                break
+            self._look_around(watch)
+            for client_id in [name for name in lost if self._is_online(name)]:
+                watch.lost(client_id, lost.pop(client_id))
+                self.say(f"{client_id} is back and is asked again")
+                push(client_id)
+            if lost and now >= next_word:
+                self.say(f"waiting for {', '.join(lost)} to come back, at most {timeout - (now - started):.0f} s more")
+                next_word = now + SAY_SECONDS
+            if waiting or lost:
+                time.sleep(self.poll_interval)
+        for client_id, message in lost.items():
+            yield Reply(client_id, message, time.monotonic() - started, attempts[client_id])
+        for message_id, client_id in waiting.items():
+            self._overdue[message_id] = client_id
+            yield Reply(client_id, None, time.monotonic() - started, attempts[client_id])
+
+    def _pull(self, waiting: Mapping[str, str]) -> list[Message]:
+        """Replies to these messages (to clients by id); others are dealt with here, each message is answered once."""
+        ids = dict.fromkeys([*waiting, *self._asking, *self._overdue])
+        found: dict[str, Message] = {}
+        for reply in self.intake.pull(list(ids)):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id in self._asking:
+                node_id, asked = self._asking.pop(message_id)
+                if reply.has_error() and reply.error.code == MESSAGE_UNAVAILABLE:
+                    self._asked.discard(node_id)  # its answer was lost: asked again at the next look
+                else:
+                    self._welcome(node_id, Reply(f"node {node_id}", reply, time.monotonic() - asked))
+            elif message_id in waiting and message_id not in found:
+                found[message_id] = reply
+            else:  # too late, or once more: taken off the SuperLink, and told
+                overdue = self._overdue.pop(message_id, None)
+                if overdue is not None and overdue.startswith("node ") and not reply.has_error():
+                    self.refused.pop(overdue, None)  # slow to say who it is, and welcome from the next round on
+                    self._welcome(self._node_of(overdue), Reply(overdue, reply, 0.0))
+                elif not (reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID):
+                    name = overdue or waiting.get(message_id, "somebody")
+                    self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
+        return list(found.values())
+
+    def _is_online(self, client_id: str) -> bool:
+        return self._node_of(client_id) in self._nodes
+
+    def _node_of(self, client_id: str) -> int:
+        client = self.clients.get(client_id)
+        return client.node_id if client else int(client_id.removeprefix("node "))
+
+    def _look_around(self, watch: Watch, *, now: bool = False) -> None:
+        """Which nodes are online; those never seen before are asked who they are, and answer while others train."""
+        if not now and time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
+        held = {client.node_id for client in [*self.clients.values(), *self.newcomers.values()]}
+        self._asked &= set(self._nodes) | held  # one that left without being taken in is asked when it is back
+        for node_id in sorted(set(self._nodes) - self._asked - held):
+            self._asked.add(node_id)
+            message = register_message(node_id, ttl=3600)
+            watch.pushing(f"node {node_id}")
+            for message_id in self.grid.push_messages([message]):
+                if message_id:
+                    self._asking[message_id] = (node_id, time.monotonic())
+                else:
+                    self._asked.discard(node_id)
+            watch.pushed(f"node {node_id}", message)
+
+    def _welcome(self, node_id: int, reply: Reply) -> None:
+        """Read a registration: a newcomer, a client that is back at another node, or a refusal."""
+        client: Client | None = None
+        try:
+            if reply.message is None:
+                raise BadAnswerError(f"node {node_id} did not answer in time")
+            registration, layout = read_registration(reply.message, node_id)
+            client = client_from(registration, layout, node_id)
+            require_affordable(self.limits, client)
+            client = self._admit(client)
+        except BadAnswerError as error:
+            self.refused[reply.client_id] = str(error) if reply.message is not None else "did not answer in time"
+            self.say(f"refused: {error}")
+        self.arrived(reply, client)
+
+    def _admit(self, client: Client) -> Client:
+        """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.
+
+        Where nodes have no keys, a restarted one is a new one: it gets its id back when the old one is gone.
+        """
+        node = self._nodes.get(client.node_id) or NodeInfo(node_id=client.node_id)
+        if node.name and node.name != client.id:
+            raise BadAnswerError(
+                f"node {node.node_id} claims client-id {client.id!r}, but its key is registered as {node.name!r}"
+            )
+        holder = self.clients.get(client.id) or self.newcomers.get(client.id)
+        key = self.keys.get(client.id) or node.public_key
+        moved = holder is not None and holder.node_id != client.node_id
+        if key != node.public_key or (holder is not None and moved and holder.node_id in self._nodes):
+            held = f"node {holder.node_id}" if holder is not None else "a node with another key"
+            raise BadAnswerError(f"node {client.node_id} claims client-id {client.id!r}, which {held} holds already")
+        self.keys[client.id] = node.public_key
+        if client.id not in self.clients:
+            self.newcomers[client.id] = client
+            return client
+        known = self.clients[client.id]
+        if known.layout.digest != client.layout.digest:
+            difference = known.layout.describe_difference(client.layout)
+            raise BadAnswerError(f"client {client.id!r} came back with {difference}")
+        self.clients[client.id] = replace(known, node_id=client.node_id)
+        return self.clients[client.id]
+
+
+def _registration(node_id: int, timeout: float) -> Make:
+    return lambda: register_message(node_id, ttl=timeout)

@@ -1,0 +1,428 @@
+"""One run: register, rounds, delivery, last counters, summary. Everything is on disk before the next thing starts."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from proto.fedalloy.v1 import report_pb2
+from server_app.ledger.recorder import Booking, WireLog, explained
+from server_app.run import client_status
+from server_app.run.client_status import OK, REJECTED, ClientRecord
+from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply
+from server_app.run.options import RunOptions, as_toml, read_run_options
+from server_app.run.resume import clients_to_json, require_same_config, saved_clients
+from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
+from server_app.run.summary import headline, summary_of
+from strategies import AlloyStrategy, strategy_from_run_config
+from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from, outvoted
+from strategies.framework.limits import with_bounded_weight
+from strategies.framework.messages import (
+    BadAnswerError,
+    Dispatch,
+    counters_message,
+    one_line,
+    plan_dispatch,
+    read_counters,
+)
+
+INFO, WARNING = 20, 30
+
+
+def run(grid: Grid, context: Context) -> RunDirectory:
+    """Run what run-config says, from the start or (``resume``) from the last complete round; the finished directory.
+
+    Raises:
+        OptionError: run-config is not valid.
+        RunDirectoryError: the run directory exists, cannot be written, or is not one that can be continued.
+        NotEnoughClientsError: fewer than ``min-clients`` registered, are here or answered; everything so far is saved.
+    """
+    options = read_run_options(context.run_config)
+    strategy = strategy_from_run_config(context.run_config)
+    if options.resume:
+        directory = RunDirectory.open(Path(options.resume).expanduser())
+        require_same_config(directory, context.run_config)
+    else:
+        name = options.run_name or f"{options.strategy}-{options.scenario}-{context.run_id}"
+        directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
+    name = directory.path.resolve().name
+    log(INFO, "FedAlloy run %s in %s", name, directory.path.resolve())
+    ledger = directory.path / "ledger.sqlite"
+    with directory.alone(), explained(ledger), WireLog(ledger, name, grid) as wire:
+        whole = Run(grid, options, strategy, directory, wire, name)
+        try:
+            whole.run()
+        except NotEnoughClientsError as error:
+            log(WARNING, "stopped: %s", error)
+            whole.record("stopped", whole.completed, {}, time.monotonic(), reason=str(error))
+            raise
+    return directory
+
+
+class Run:
+    """The loop of one run; see the module's docstring."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        options: RunOptions,
+        strategy: AlloyStrategy,
+        directory: RunDirectory,
+        wire: WireLog,
+        name: str,
+    ) -> None:
+        self.options = options
+        self.strategy = strategy
+        self.directory = directory
+        self.wire = wire
+        self.name = name
+        self.federation = Federation(grid, options.poll_interval, _say, self._arrived, strategy.limits)
+        self.completed = 0
+        self.training_seconds = 0.0
+        self.started = time.monotonic()
+        self._round_now = 0
+        self._registered: dict[str, ClientRecord] = {}
+
+    def run(self) -> None:
+        """From the first message, or the last complete round, to the summary."""
+        checkpoint = self.directory.newest_checkpoint() if self.options.resume else None
+        if (
+            self.options.resume
+            and checkpoint is None
+            and any(record["phase"] == "train" for record in self.directory.rounds())
+        ):
+            raise RunDirectoryError(
+                f"resume: no checkpoint in {self.directory.path / 'checkpoints'} is whole, and clients are rounds "
+                "ahead of a start; put a copy of one back, or start a run with another run-name"
+            )
+        if checkpoint is not None:
+            self._continue_from(checkpoint)
+        self._register(checkpoint)
+        for round_ in range(self.completed + 1, self.options.num_server_rounds + 1):
+            self._round(round_)
+        final = self._deliver(self.options.num_server_rounds + 1)
+        self._last_counters(self.options.num_server_rounds + 2)
+        self._summarise(final)
+
+    # --------------------------------------------------------------------------------------------- clients and rounds
+
+    def _continue_from(self, checkpoint: Checkpoint) -> None:
+        self.completed = checkpoint.round
+        self.training_seconds = checkpoint.run["training_seconds"]
+        self.started -= checkpoint.run["seconds"]
+        record = checkpoint.run["record"]
+        if record not in self.directory.rounds():  # a kill between checkpoint and record
+            self.directory.append_round(record)
+        self.record("resumed", checkpoint.round, {}, time.monotonic())
+        log(INFO, "resumed after round %d of %d", checkpoint.round, self.options.num_server_rounds)
+
+    def _register(self, checkpoint: Checkpoint | None) -> None:
+        started = time.monotonic()
+        saved = saved_clients(self.directory, checkpoint) if checkpoint is not None else []
+        self.federation.keys.update({known.client.id: known.key for known in saved})
+        watch = Booking(self.wire, 0, "query")
+        self.federation.register(self.options.min_clients, self.options.startup_timeout, watch)
+        for known in saved:  # in the order in which they were enrolled first
+            came = self.federation.newcomers.pop(known.client.id, None)
+            if came is not None and came.layout.digest != known.client.layout.digest:
+                difference = known.client.layout.describe_difference(came.layout)
+                self._refuse(came.id, f"client {came.id!r} came back with {difference}")
+                came = None
+            client = replace(known.client, node_id=came.node_id if came is not None else 0)
+            self.strategy.enrol(client)
+            self.federation.enrolled(client)
+        if checkpoint is not None:
+            self.strategy.load_state(checkpoint.state)
+        self._enrol_newcomers()
+        records = self._registered | {
+            who: {"status": REJECTED, "reason": why} for who, why in self.federation.refused.items()
+        }
+        record = self.record("register", self.completed, records, started)
+        fitting = sum(client.node_id != 0 for client in self.federation.clients.values())
+        if fitting < self.options.min_clients:
+            reasons = "; ".join(self.federation.refused.values())
+            raise NotEnoughClientsError(f"{fitting} of at least {self.options.min_clients} clients fit. {reasons}")
+        if checkpoint is None:
+            self._checkpoint(0, record)
+
+    def _arrived(self, reply: Reply, client: Client | None) -> None:
+        """A node has said who it is, at the start or while a round runs."""
+        reading = client.registration.wire if client is not None else None
+        self.wire.arrived(self._round_now, reply.client_id, "query", reply.message, reading)
+        if client is None:
+            return
+        self.wire.registered(reply.client_id, client.id)
+        self._registered[client.id] = {"status": OK, "examples": client.examples, "seconds": round(reply.seconds, 3)}
+        base = one_line(client.base_model[:200])
+        log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, base)
+        for note in [note for task in client.registration.tasks for note in task.notes][: client_status.SHOWN]:
+            log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
+
+    def _enrol_newcomers(self) -> None:
+        """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
+        newcomers = dict(self.federation.newcomers)
+        self.federation.newcomers.clear()
+        counts = {client.id: client.claimed for client in [*self.federation.clients.values(), *newcomers.values()]}
+        votes = self.strategy.votes(newcomers.values())
+        for client in [newcomers[client_id] for client_id in votes]:
+            bounded = with_bounded_weight(self.strategy.limits, client, counts)
+            if bounded.examples < client.examples:
+                log(WARNING, "%s counts for %d examples, not %d", client.id, bounded.examples, client.examples)
+            try:
+                self.strategy.enrol(bounded)
+            except StrategyError as error:
+                self._refuse(client.id, f"{error}{outvoted(votes, client.id)}")
+                self.federation.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
+                continue
+            said = report_pb2.Registration()
+            said.CopyFrom(client.registration)
+            said.ClearField("wire")
+            self.directory.save_registration(client.id, said.SerializeToString(deterministic=True))
+            self.federation.enrolled(bounded)
+
+    def _refuse(self, client_id: str, reason: str) -> None:
+        reason = one_line(reason)
+        self.federation.refused[client_id] = reason
+        self._registered.pop(client_id, None)
+        log(WARNING, "refused: %s", reason)
+
+    def _gather(self, round_: int) -> list[Client]:
+        """Clients that are online, newcomers among them; waits for ``min-clients``.
+
+        Raises:
+            NotEnoughClientsError: they did not come within ``startup-timeout``.
+        """
+        self._round_now = round_
+        started, next_word = time.monotonic(), 0.0
+        while True:
+            watch = Booking(self.wire, round_, "query")
+            self.federation.present(watch)
+            self._enrol_newcomers()
+            present = self.federation.present(watch)
+            if len(present) >= self.options.min_clients:
+                return present
+            now, here = time.monotonic(), ", ".join(client.id for client in present) or "nobody"
+            count = f"round {round_}: {len(present)} of at least {self.options.min_clients} clients are here ({here})"
+            if now - started > self.options.startup_timeout:
+                raise NotEnoughClientsError(
+                    f"{count} after {self.options.startup_timeout:.0f} s (startup-timeout). Everything up to round "
+                    f"{self.completed} is saved; when they are back, {self.directory.how_to_resume}"
+                )
+            if now >= next_word:
+                log(INFO, "%s; waiting", count)
+                next_word = now + SAY_SECONDS
+            time.sleep(max(self.options.poll_interval, 0.2))
+
+    def _round(self, round_: int) -> None:
+        started = time.monotonic()
+        present = self._gather(round_)
+        chosen = self._sample(round_, present)
+        needed = min(self.options.min_clients, len(chosen))
+        briefs = {client: self.strategy.brief(round_, client) for client in chosen}
+        records = self._ask("train", round_, briefs, self.strategy.absorb, needed) | self._absent(present)
+        answered = client_status.usable(records)
+        if answered < needed:
+            self.record("train", round_, records, started)
+            raise NotEnoughClientsError(
+                f"round {round_}: {answered} of at least {self.options.min_clients} clients gave a usable answer; "
+                f"see {self.directory.path / 'rounds.jsonl'}. The round does not count; to do it again, "
+                f"{self.directory.how_to_resume}"
+            )
+        settled = self.strategy.settle(round_)
+        record = self._record_of("train", round_, records, started, settled=dict(settled))
+        self._checkpoint(round_, record)
+        self.directory.append_round(record)
+
+    def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:
+        about = {
+            "clients": clients_to_json(self.federation.clients, self.federation.keys),
+            "training_seconds": self.training_seconds,
+            "seconds": time.monotonic() - self.started,
+            "record": record,
+        }
+        self.directory.save_checkpoint(round_, self.strategy.state(), self.options.keep_checkpoints, about)
+        self.completed = round_
+
+    def _deliver(self, round_: int) -> dict[str, Answer]:
+        started = time.monotonic()
+        present = self._gather(round_)
+        answers: dict[str, Answer] = {}
+        briefs = {client: self.strategy.deliver(client) for client in present}
+        needed = min(self.options.min_clients, len(briefs))
+        records = self._ask(
+            "deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), needed
+        )
+        self.record("deliver", round_, records | self._absent(present), started)
+        return answers
+
+    def _last_counters(self, round_: int) -> None:
+        """The counters in a reply were read before it was sent, so the last reply needs one more question."""
+        started = time.monotonic()
+        if not self.wire.is_measuring:
+            return
+        records: dict[str, ClientRecord] = {}
+        timeout = min(self.options.round_timeout, 60.0)
+        watch = Booking(self.wire, round_, "query")
+        asks: dict[str, Make] = {
+            client.id: lambda client=client: counters_message(client.node_id, timeout)  # type: ignore[misc]
+            for client in self.federation.present(watch)
+        }
+        for reply in self.federation.exchange(asks, timeout, watch):
+            record: ClientRecord = {"status": OK, "seconds": round(reply.seconds, 3)}
+            reading = None
+            try:
+                reading = read_counters(_require(reply)).wire
+            except BadAnswerError as error:
+                record |= {"status": client_status.FAILED, "reason": str(error)}
+            self.wire.arrived(round_, reply.client_id, "query", reply.message, reading)
+            records[reply.client_id] = record
+        self.record("counters", round_, records, started)
+
+    # ------------------------------------------------------------------------------------------------------- messages
+
+    def _ask(
+        self,
+        phase: str,
+        round_: int,
+        briefs: Mapping[Client, Brief],
+        absorb: Callable[[int, Client, Answer], None],
+        needed: int,
+    ) -> dict[str, ClientRecord]:
+        """Send every client its brief; absorb good answers as they arrive; a record for every client asked."""
+        self._round_now = round_
+        clients = {client.id: client for client in briefs}
+        dispatches: dict[str, Dispatch] = {}
+        tensors: dict[str, Mapping[str, int]] = {}
+        records: dict[str, ClientRecord] = {}
+
+        def make(client_id: str) -> Message:
+            dispatch = self._dispatch(round_, clients[client_id], briefs[clients[client_id]])
+            message = dispatch.message(self.federation.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
+            self.federation.intake.expect(dispatch.max_answer_bytes)
+            tensors[client_id] = dispatch.tensor_bytes
+            dispatches[client_id] = replace(dispatch, content=RecordDict())  # once sent, the blobs are the SuperLink's
+            return message
+
+        def enough() -> bool:
+            return client_status.usable(records) >= needed
+
+        asks: dict[str, Make] = {name: lambda name=name: make(name) for name in clients}  # type: ignore[misc]
+        watch = Booking(self.wire, round_, phase, tensors)
+        slowest = 0.0
+        for reply in self.federation.exchange(asks, self.options.round_timeout, watch, enough):
+            client = clients[reply.client_id]
+            records[client.id] = record = self._absorb(phase, round_, client, dispatches.pop(client.id), reply, absorb)
+            slowest = max(slowest, min(float(record.get("train_seconds", 0.0)), reply.seconds))  # theirs is a claim
+            level = INFO if record["status"] == OK else WARNING
+            log(level, "[%s %d] %s: %s", phase, round_, client.id, client_status.line(record))
+        self.training_seconds += slowest
+        return dict(sorted(records.items()))
+
+    def _absorb(
+        self,
+        phase: str,
+        round_: int,
+        client: Client,
+        dispatch: Dispatch,
+        reply: Reply,
+        absorb: Callable[[int, Client, Answer], None],
+    ) -> ClientRecord:
+        record: ClientRecord = {"seconds": round(reply.seconds, 3)}
+        if reply.attempts > 1:
+            record["attempts"] = reply.attempts
+        if reply.message is None or reply.message.has_error():
+            self.wire.arrived(round_, client.id, phase, reply.message)
+            if reply.message is None:
+                return record | client_status.of_silence(self.options.round_timeout)
+            return record | client_status.of_error(reply.message)
+        try:
+            answer = answer_from(dispatch, reply.message, self.strategy.limits)
+        except BadAnswerError as error:
+            self.wire.arrived(round_, client.id, phase, reply.message, None, dispatch)
+            return record | {"status": REJECTED, "reason": str(error)}
+        self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
+        try:
+            absorb(round_, client, answer)
+        except StrategyError as error:
+            return record | {"status": REJECTED, "reason": str(error)}
+        return record | client_status.of_answer(answer)
+
+    def _dispatch(self, round_: int, client: Client, brief: Brief) -> Dispatch:
+        return plan_dispatch(
+            brief.steps,
+            brief.adapters,
+            client_id=client.id,
+            layout=client.layout,
+            round_=round_,
+            seed=self.options.seed,
+            run_name=self.name,
+            encoding=self.strategy.training.downlink_encoding,
+            reference=client.reference,
+        )
+
+    def _clients(self) -> list[Client]:
+        return [self.federation.clients[client_id] for client_id in sorted(self.federation.clients)]
+
+    def _absent(self, present: list[Client]) -> dict[str, ClientRecord]:
+        return {client.id: {"status": client_status.ABSENT} for client in self._clients() if client not in present}
+
+    def _sample(self, round_: int, clients: list[Client]) -> list[Client]:
+        count = max(self.options.min_clients, round(self.options.fraction_clients * len(clients)))
+        if count >= len(clients) or self.strategy.needs_everyone(round_):
+            return clients
+        chosen = random.Random(f"{self.options.seed}:{round_}").sample(clients, count)
+        return sorted(chosen, key=lambda client: client.id)
+
+    def record(
+        self, phase: str, round_: int, clients: Mapping[str, ClientRecord], started: float, **more: Any
+    ) -> dict[str, Any]:
+        """Append what happened in a phase to ``rounds.jsonl``."""
+        record = self._record_of(phase, round_, clients, started, **more)
+        self.directory.append_round(record)
+        return record
+
+    def _record_of(
+        self, phase: str, round_: int, clients: Mapping[str, ClientRecord], started: float, **more: Any
+    ) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "phase": phase,
+            "round": round_,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - started, 3),
+            "clients": dict(sorted(clients.items())),
+        }
+        if self.federation.overdue_answers:
+            record["late_answers"] = dict(sorted(self.federation.overdue_answers.items()))
+            self.federation.overdue_answers.clear()
+        return record | more
+
+    def _summarise(self, final: Mapping[str, Answer]) -> None:
+        clients = {
+            client.id: {**final[client.id].metrics["personal"], "examples": client.examples}
+            for client in self._clients()
+            if client.id in final
+        }
+        summary = summary_of(
+            self.options, clients, time.monotonic() - self.started, self.training_seconds, self.wire.totals()
+        )
+        self.directory.write_summary(summary)
+        log(INFO, "finished: %s", headline(summary))
+
+
+def _say(text: str) -> None:
+    log(INFO, "%s", text)
+
+
+def _require(reply: Reply) -> Message:
+    if reply.message is None:
+        raise BadAnswerError(f"client {reply.client_id!r} did not answer in time")
+    return reply.message

@@ -1,0 +1,72 @@
+"""Continue an unfinished run: its directory must fit what was asked for, and its clients keep their places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedalloy_adapters.layout import Layout, LayoutError
+from proto.fedalloy.v1 import report_pb2
+from server_app.run.options import known_keys
+from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
+from strategies.framework.contract import Client, client_from
+from strategies.framework.messages import BadAnswerError
+from strategies.framework.options import RunConfig
+
+FREE_KEYS = {
+    "resume", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout", "poll-interval",
+    "keep-checkpoints",
+}  # fmt: skip
+"""Keys that a resumed run may have other values for. Only ``min-clients`` can change what is computed, where
+``fraction-clients`` is below 1: no round has fewer."""
+_FREE_PREFIXES = ("trainer.", "client.")
+
+
+def require_same_config(directory: RunDirectory, run_config: RunConfig) -> None:
+    """The run goes on as it began.
+
+    Raises:
+        RunDirectoryError: names the keys that differ, and the file that has the right ones.
+    """
+    before, defaults = directory.config(), known_keys()
+    different = []
+    for key in sorted({*before, *run_config} - FREE_KEYS):
+        old, new = before.get(key, defaults.get(key)), run_config.get(key, defaults.get(key))
+        if old != new and not key.startswith(_FREE_PREFIXES):
+            different.append(f"{key} = {new!r}, it was {old!r}")
+    if different:
+        raise RunDirectoryError(
+            f"resume: the run in {directory.path} was started with another run-config: {'; '.join(different[:5])}. "
+            f"With the one it had, {directory.how_to_resume}"
+        )
+
+
+@dataclass(frozen=True)
+class SavedClient:
+    """A client as it was enrolled: ``examples`` as it counts; ``node_id`` 0, it may not be back yet."""
+
+    client: Client
+    key: bytes
+
+
+def clients_to_json(clients: Mapping[str, Client], keys: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """Enrolled clients, in order, for a checkpoint; their registrations are files of their own."""
+    return [{"id": c.id, "examples": c.examples, "key": keys.get(c.id, b"").hex()} for c in clients.values()]
+
+
+def saved_clients(directory: RunDirectory, checkpoint: Checkpoint) -> list[SavedClient]:
+    """The clients of a checkpoint in the order of their enrolment.
+
+    Raises:
+        RunDirectoryError: a registration is missing or damaged.
+    """
+    found = []
+    for entry in checkpoint.run.get("clients", ()):
+        try:
+            registration = report_pb2.Registration.FromString(directory.registration(entry["id"]))
+            client = client_from(registration, Layout.from_proto(registration.layout), 0)
+        except (LayoutError, BadAnswerError, ValueError) as error:
+            raise RunDirectoryError(f"registration of client {entry['id']!r} in {directory.path}: {error}") from None
+        found.append(SavedClient(replace(client, examples=entry["examples"]), bytes.fromhex(entry["key"])))
+    return found

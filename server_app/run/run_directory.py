@@ -1,0 +1,255 @@
+"""A run on disk: ``runs/<name>/{config.toml, rounds.jsonl, checkpoints/round-0005/, summary.json, ledger.sqlite}``.
+
+Everything is valid after a kill at any moment: files are written, flushed and renamed; ``rounds.jsonl`` is appended to
+line by line, and a line that a kill tore is passed over when it is read. A checkpoint names the digest of its numbers;
+one that is torn is passed over, too, and the one before it is used. ``registrations/`` holds what each client said of
+itself, ``resume.toml`` the run-config that continues the run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedalloy_adapters.atomic_files import locked, sync, write_durably
+from strategies.framework.contract import State
+
+_CHECKPOINT = re.compile(r"round-(\d+)")
+RESUMABLE_PHASES = ("train", "deliver", "counters")
+"""Phases whose records a resumed run writes again."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is on disk after a round: the strategy's state, and what the run itself must know to go on (JSON values)."""
+
+    round: int
+    state: State
+    run: Mapping[str, Any]
+
+
+class RunDirectoryError(RuntimeError):
+    """A run directory cannot be created, written or read."""
+
+
+class RunDirectory:
+    """One run's folder.
+
+    Raises:
+        RunDirectoryError: the folder exists already, or cannot be written (full disk, read-only); says where.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, runs_dir: Path, name: str, config: str) -> RunDirectory:
+        """A new folder with its configuration: all of it appears at once, so of two that are made at once one is."""
+        path = runs_dir / name
+        staged = runs_dir / f".{name}-{secrets.token_hex(4)}"
+        resume = f"resume = {toml_string(str(path.resolve()))}\n"
+        without = "".join(f"{line}\n" for line in config.split("\n") if line and not line.startswith("resume ="))
+        try:
+            write_durably(staged / "resume.toml", (without + resume).encode())
+            write_durably(staged / "config.toml", config.encode())
+            os.rename(staged, path)  # replaces an empty folder, and no other
+            sync(runs_dir)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                held = "a run" if (path / "config.toml").exists() else "files that are no run's"
+                raise RunDirectoryError(
+                    f"{path} already holds {held}; choose another run-name, or continue a run with resume"
+                ) from None
+            raise RunDirectoryError(_explain(path, error)) from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """The folder of a run that was not finished.
+
+        Raises:
+            RunDirectoryError: there is no run, or it is finished.
+        """
+        if not (path / "config.toml").exists():
+            raise RunDirectoryError(
+                f"resume: {path} holds no run (no config.toml); name the folder of an unfinished one"
+            )
+        if (path / "summary.json").exists():
+            raise RunDirectoryError(f"resume: the run in {path} is finished; there is nothing to continue")
+        return cls(path)
+
+    @property
+    def how_to_resume(self) -> str:
+        """What a user does to continue the run."""
+        return f"continue it with: flwr run . <connection> --run-config {self.path.resolve() / 'resume.toml'}"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else writes here meanwhile.
+
+        Raises:
+            RunDirectoryError: another process does, for example the run that is to be resumed: it still lives.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path / ".lock", wait=False))
+            except BlockingIOError:
+                raise RunDirectoryError(
+                    f"another process is carrying out the run in {self.path}; stop it first (flwr list, flwr stop)"
+                ) from None
+            except OSError as error:
+                raise RunDirectoryError(_explain(self.path, error)) from error
+            yield
+
+    def config(self) -> dict[str, Any]:
+        """The run-config that the run was started with.
+
+        Raises:
+            RunDirectoryError: the file cannot be read.
+        """
+        try:
+            return dict(dotted(tomllib.loads((self.path / "config.toml").read_text("utf-8"))))
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(f"cannot read {self.path / 'config.toml'}: {error}") from None
+
+    def append_round(self, record: dict[str, Any]) -> None:
+        """Append one line to ``rounds.jsonl`` and flush it to the disk."""
+        line = json.dumps(record, sort_keys=False, allow_nan=False) + "\n"
+        try:
+            with (self.path / "rounds.jsonl").open("a+b") as file:
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a kill tore the last line; what follows gets one of its own
+                        file.write(b"\n")
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunDirectoryError(_explain(self.path, error)) from error
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """All records that count: torn lines are left out, and what a resumed run has done again counts once."""
+        path = self.path / "rounds.jsonl"
+        if not path.exists():
+            return []
+        records: list[dict[str, Any]] = []
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record.get("phase") == "resumed":
+                given_up = record["round"]
+                records = [old for old in records if old["phase"] not in RESUMABLE_PHASES or old["round"] <= given_up]
+            records.append(record)
+        return records
+
+    def save_checkpoint(self, round_: int, state: State, keep: int, run: Mapping[str, Any] | None = None) -> None:
+        """The strategy's state after a round, as ``checkpoints/round-0005/``; all but the last ``keep`` are removed."""
+        folder = self.path / "checkpoints"
+        final = folder / f"round-{round_:04d}"
+        staged = folder / f".round-{round_:04d}-{os.getpid()}"
+        try:
+            for unfinished in folder.glob(".round-*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            staged.mkdir(parents=True)
+            tensors = save({name: tensor.contiguous() for name, tensor in state.tensors.items()})
+            digest = hashlib.sha256(tensors).hexdigest()
+            written = {"round": round_, "values": state.values, "run": dict(run or {}), "sha256": digest}
+            write_durably(staged / "state.safetensors", tensors)
+            write_durably(staged / "state.json", json.dumps(written, allow_nan=False).encode())
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(staged, final)
+            sync(folder)
+            for old in self._checkpoints()[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise RunDirectoryError(_explain(self.path, error)) from error
+
+    def load_checkpoint(self) -> tuple[int, State] | None:
+        """Round and state of the newest checkpoint that is whole, or None."""
+        found = self.newest_checkpoint()
+        return (found.round, found.state) if found else None
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None; a torn one is passed over."""
+        for folder in reversed(self._checkpoints()):
+            try:
+                saved = json.loads((folder / "state.json").read_text())
+                data = (folder / "state.safetensors").read_bytes()
+                if hashlib.sha256(data).hexdigest() != saved["sha256"]:
+                    continue
+                return Checkpoint(int(saved["round"]), State(load(data), saved["values"]), saved["run"])
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                continue
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        found = [
+            (int(match.group(1)), path)
+            for path in (self.path / "checkpoints").glob("round-*")
+            if (match := _CHECKPOINT.fullmatch(path.name))
+        ]
+        return [path for _, path in sorted(found)]
+
+    def save_registration(self, client_id: str, data: bytes) -> None:
+        """What a client said of itself: a resumed run knows it before it is back."""
+        path = self.path / "registrations" / f"{client_id}.pb"
+        try:
+            if not path.exists() or path.read_bytes() != data:
+                write_durably(path, data)
+        except OSError as error:
+            raise RunDirectoryError(_explain(self.path, error)) from error
+
+    def registration(self, client_id: str) -> bytes:
+        """What :meth:`save_registration` kept.
+
+        Raises:
+            RunDirectoryError: it is not there.
+        """
+        path = self.path / "registrations" / f"{client_id}.pb"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json`` (other tools read it)."""
+        try:
+            write_durably(self.path / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            raise RunDirectoryError(_explain(self.path, error)) from error
+
+
+def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of run-config, whose keys have dots: TOML reads ``a.b = 1`` as a table in a table."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def toml_string(text: str) -> str:
+    """A TOML basic string on one line; what would end it, or is not printable, is escaped (TOML 1.0, "String")."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text) + '"'
+
+
+def _explain(path: Path, error: OSError) -> str:
+    return f"cannot write the run directory {path}: {error.strerror or error}"

@@ -1,0 +1,68 @@
+"""What ``summary.json`` says of a finished run."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import flwr
+
+from server_app.run.options import RunOptions
+
+Totals = tuple[dict[str, dict[str, int | None]], float | None]
+
+
+def summary_of(
+    options: RunOptions, clients: Mapping[str, Mapping[str, float]], total: float, training: float, wire: Totals
+) -> dict[str, Any]:
+    """The summary.
+
+    Args:
+        options: the run's.
+        clients: final metrics of every client that was delivered its model.
+        total: seconds of the whole run, before and after it was resumed.
+        training: seconds of them that the slowest clients trained.
+        wire: bytes by direction and level, and the unexplained fraction.
+    """
+    scores = [metrics["accuracy"] for metrics in clients.values() if "accuracy" in metrics]
+    totals, unexplained = wire
+    return {
+        "strategy": options.strategy,
+        "rounds": options.num_server_rounds,
+        "seed": options.seed,
+        "scenario": options.scenario,
+        "clients": clients,
+        "mean_accuracy": sum(scores) / len(scores) if scores else None,
+        "worst_accuracy": min(scores) if scores else None,
+        "bytes": totals,
+        "unexplained_wire_fraction": unexplained,
+        "seconds": {
+            "total": round(total, 3),
+            "training": round(training, 3),
+            "overhead": round(total - training, 3),
+        },
+        "flwr": flwr.__version__,
+        "git": git_commit(),
+    }
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """One line: the clients' mean and worst accuracy; where they have none (texts), mean exact match and perplexity."""
+    if summary["mean_accuracy"] is not None:
+        return f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"
+    found = []
+    for name in ("exact_match", "perplexity"):
+        values = [metrics[name] for metrics in summary["clients"].values() if name in metrics]
+        if values:
+            found.append(f"mean {name.replace('_', ' ')} {sum(values) / len(values):.3f}")
+    return ", ".join(found) or "no client was delivered its model"
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that the process was started in, or None."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

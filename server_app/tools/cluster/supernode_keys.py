@@ -1,0 +1,52 @@
+"""Which client keys a SuperLink accepts: one per client id, kept equal to a folder of public keys.
+
+``<folder>/<client-id>.pub`` may join as ``<client-id>``; a client whose file changes gets its old key refused, one
+whose file is gone is refused altogether. What was registered is remembered in a JSON file, because Flower's list of
+SuperNodes shows neither names nor keys; keep it where the SuperLink keeps its database, so that both are lost together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedalloy_adapters.atomic_files import write_durably
+from server_app.tools.cluster.superlink import ClusterError, SuperLink
+
+
+def register_clients(superlink: SuperLink, folder: Path, remembered: Path) -> Iterator[str]:
+    """Make the SuperLink's clients those of ``folder``; yields a line for every change.
+
+    Raises:
+        ClusterError: the SuperLink refused a key; the message has its reason.
+    """
+    known: dict[str, dict[str, str]] = json.loads(remembered.read_text()) if remembered.exists() else {}
+    wanted = {path.stem: path.read_text().strip() for path in sorted(folder.glob("*.pub"))}
+    for client_id, entry in list(known.items()):
+        if wanted.get(client_id) != entry["key"]:
+            superlink.flwr("supernode", "unregister", entry["node"], superlink.connection)
+            del known[client_id]
+            _remember(remembered, known)
+            yield f"{client_id}: its old key is refused from now on"
+    for client_id, key in wanted.items():
+        if client_id in known:
+            continue
+        public = str(folder / f"{client_id}.pub")
+        said = superlink.flwr(
+            "supernode", "register", public, superlink.connection, "--name", client_id, "--format", "json"
+        )
+        known[client_id] = {"key": key, "node": str(_node_id(said))}
+        _remember(remembered, known)
+        yield f"{client_id}: registered as node {known[client_id]['node']}"
+
+
+def _remember(path: Path, known: dict[str, dict[str, str]]) -> None:
+    write_durably(path, json.dumps(known, indent=2, sort_keys=True).encode())
+
+
+def _node_id(said: str) -> str:
+    try:
+        return str(json.loads(said[said.index("{") :])["node-id"])
+    except (ValueError, KeyError):
+        raise ClusterError(f"flwr supernode register said {said.strip()[-200:]!r}, expected a node-id") from None

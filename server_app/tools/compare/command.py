@@ -1,0 +1,370 @@
+"""``fedalloy compare``: strategies over the same clients, data, base model, local work and seeds; a folder of results.
+
+    OUT/runs/<strategy>-seed0-<digest>/   every run as any other, kept: a finished one is not run again
+    OUT/comparison.json                   what all of them have in common; another comparison needs another folder
+    OUT/results.csv                       client x seed x strategy x round
+    OUT/table.md, OUT/report.html         what they say
+
+The digest names the run's configuration, so a changed setting is another run. The controls of
+:mod:`strategies.algorithms.controls`, ``local`` and ``fedavg`` are always among the strategies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from client_app.scenarios import FROM_FILES, NAMES
+from client_app.scenarios.files import SCENARIOS
+from fedalloy_adapters.atomic_files import locked, write_durably
+from server_app.run.options import read_run_options
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.cluster.local import LocalCluster, Settings
+from server_app.tools.cluster.superlink import ClusterError, SuperLink
+from server_app.tools.compare.html import ReportError, as_html
+from server_app.tools.compare.processes import Engine, Nodes, in_process, one_by_one, side_by_side
+from server_app.tools.compare.records import as_csv, read_run, remarks
+from server_app.tools.compare.statistics import Comparison, as_markdown, comparison_of
+from server_app.tools.demo import read_summary, terminate_as_interrupt
+from strategies import CONTROLS, STRATEGIES, strategy_from_run_config
+from strategies.framework.options import OptionError, require_choice
+
+REFERENCES = ("local", "fedavg")
+EVERY = "all"
+"""Stands for every strategy that there is."""
+OWN = {
+    "strategy": "--strategies",
+    "scenario": "the argument SCENARIO",
+    "seed": "--seeds and --first-seed",
+    "num-server-rounds": "--rounds",
+    "min-clients": "--clients",
+    "run-name": "--out",
+    "runs-dir": "--out",
+    "resume": "the same command again, which goes on where it stopped",
+}
+"""Run-config that a comparison sets, and how it is told what to."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison; ``place`` is where it is carried out, which decides what of its bytes is measured.
+
+    ``nodes``: clients of the user's own, by their ids.
+    """
+
+    strategy: str
+    seed: int
+    config: Mapping[str, Any]
+    place: str = "process"
+    nodes: Nodes = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The run's folder: strategy, seed, and a digest of everything that the run is told."""
+        told = [self.place, dict(self.config), *([self.nodes] if self.nodes else [])]
+        text = json.dumps(told, sort_keys=True)
+        return f"{self.strategy}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def compare(
+    scenario: str,
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    console: Console,
+    *,
+    clients: int = 4,
+    rounds: int = 4,
+    options: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+    place: str = "process",
+    workers: int = 1,
+    nodes: Nodes | None = None,
+) -> tuple[Comparison, dict[str, str]]:
+    """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
+
+    Finished runs of the folder that are not asked for, of other strategies or seeds, are compared, too.
+
+    Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
+    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after. So
+    many ``workers`` carry out runs side by side, each in a process of its own. ``nodes`` has a node-config for each
+    client by its id, which says where its data are; without it ``clients`` share the scenario's.
+
+    Raises:
+        OptionError: a strategy, scenario or key is unknown, a value is not valid, ``out`` cannot be written or has
+            another comparison in it; nothing has been run.
+    """
+    if not seeds:
+        raise OptionError("--seeds: no seed is left, expected at least one")
+    if place == "cluster" and workers > 1:
+        raise OptionError(f"--jobs = {workers} with --cluster: a cluster has one SuperNode for each client, expected 1")
+    if EVERY in strategies:
+        strategies = [*strategies, *STRATEGIES]
+    asked = [*REFERENCES, *strategies, *(control.name for control in CONTROLS)]
+    chosen = [name for name in dict.fromkeys(asked) if name != EVERY]
+    for name in chosen:
+        require_choice("--strategies", name, STRATEGIES)
+    require_choice("SCENARIO", scenario, (*NAMES, *FROM_FILES))
+    nodes = nodes or {}
+    clients = len(nodes) or clients
+    _check_data(scenario, clients, options or {}, nodes)
+    read_run_options(options or {})  # those of a strategy that does not run, too
+    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place, nodes))
+    for job in jobs:
+        read_run_options(job.config)
+        strategy_from_run_config(job.config)
+    runs = _folder(out, jobs[0])
+    missing = [job for job in jobs if not is_finished(runs / job.name)]
+    with (
+        _alone(out),
+        _quiet(),
+        _started(place if missing and engine is None else "process", clients, nodes, runs, console) as started,
+        _Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place == "cluster"))) as progress,
+    ):
+        configs = [{**job.config, "run-name": job.name} | _begun(runs / job.name) for job in missing]
+        if engine is None and place == "process" and (count := min(workers, len(missing))) > 1:
+            side_by_side(configs, clients, runs, progress, count, nodes)
+        else:
+            one_by_one(configs, clients, runs, progress, engine or started)
+    finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
+    finished += [read_run(strategy, seed, run) for (strategy, seed), run in _earlier(runs, jobs).items()]
+    rows = [row for run in finished for row in run.rows]
+    controls = [control.name for control in CONTROLS]
+    there = dict.fromkeys(row.strategy for row in rows)
+    names = [name for name in dict.fromkeys((*chosen, *there)) if name in there]
+    found = comparison_of(rows, names, REFERENCES, controls)
+    if not finished:
+        return found, progress.failed
+    what = "own data" if nodes or "data-path" in (options or {}) else scenario
+    every_seed = ", ".join(map(str, sorted({run.seed for run in finished})))
+    title = f"{what}: {clients} clients, {rounds} rounds, seeds {every_seed}"
+    write_durably(out / "results.csv", as_csv(rows).encode())
+    write_durably(out / "table.md", as_markdown(found, title, remarks(finished, progress.failed)).encode())
+    try:
+        write_durably(out / "report.html", as_html(found, finished, title, progress.failed).encode())
+    except ReportError as error:
+        console.print(str(error), highlight=False, markup=False)
+    return found, progress.failed
+
+
+def jobs_of(
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    scenario: str,
+    clients: int,
+    rounds: int,
+    options: Mapping[str, Any],
+    place: str = "process",
+    nodes: Nodes | None = None,
+) -> Iterator[Job]:
+    """Every run, seed by seed: a comparison that is interrupted has all strategies of the first seeds."""
+    for seed in seeds:
+        for strategy in strategies:
+            others = tuple(f"{name}." for name in STRATEGIES if name != strategy)
+            config: dict[str, Any] = {key: value for key, value in options.items() if not key.startswith(others)}
+            config |= {"strategy": strategy, "scenario": scenario, "seed": seed}
+            config |= {"num-server-rounds": rounds, "min-clients": clients}
+            yield Job(strategy, seed, config, place, nodes or {})
+
+
+def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: Nodes) -> None:
+    """What would otherwise show when every client has failed, or not at all.
+
+    Raises:
+        OptionError: a key is the comparison's own; there are no data, or for fewer clients, or all would have the same.
+    """
+    for key, instead in OWN.items():
+        if key in options:
+            raise OptionError(f"--set {key}: a comparison sets it; expected {instead}")
+    root = options.get("data-root")
+    if nodes or "data-path" in options:
+        if not nodes and not options.get("partitioner"):
+            raise OptionError(
+                "--set data-path: every client would have the same examples; expected a partitioner, too "
+                "(partitioner='dirichlet'), or --clients-file with a data-path for each client"
+            )
+    elif scenario in FROM_FILES:
+        if not root or not Path(root).is_dir():
+            raise OptionError(
+                f"scenario {scenario!r} reads its data from a folder: --data = {root}, expected that folder"
+            )
+        if clients > (most := SCENARIOS[scenario].clients):
+            raise OptionError(
+                f"--clients = {clients}: scenario {scenario!r} has data for {most}, expected at most so many"
+            )
+    elif root is not None:
+        raise OptionError(
+            f"--data = {root}: scenario {scenario!r} reads no folder, expected one of {', '.join(FROM_FILES)}; "
+            "your own data are read by --clients-file"
+        )
+
+
+def _earlier(runs: Path, jobs: Sequence[Job]) -> dict[tuple[str, int], Path]:
+    """Finished runs of strategies and seeds that are not among the jobs; of several the newest."""
+    asked, found = {(job.strategy, job.seed) for job in jobs}, {}
+    for summary in sorted(runs.glob("*/summary.json"), key=lambda path: path.stat().st_mtime):
+        named = re.fullmatch(r"(.+)-seed(\d+)-[0-9a-f]{8}", summary.parent.name)
+        if named and (key := (named[1], int(named[2]))) not in asked:
+            found[key] = summary.parent
+    return found
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has its summary, which is written last."""
+    return (run / "summary.json").exists()
+
+
+def on_cluster(
+    cluster: SuperLink, config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]
+) -> None:
+    """The engine on real Flower processes, with every byte on the wire.
+
+    Raises:
+        ClusterError: the run did not end well; its last records are in its folder.
+    """
+    directory, seen = RunDirectory(runs / str(config["run-name"])), [0]
+
+    def look() -> None:
+        answers = sum(len(record["clients"]) for record in directory.rounds())
+        for _ in range(answers - seen[0]):
+            answered()
+        seen[0] = max(seen[0], answers)
+
+    outcome = cluster.run({**config, "runs-dir": str(runs.resolve())}, look)
+    if not outcome.completed or not is_finished(directory.path):
+        raise ClusterError(f"the run ended as {outcome.status}")
+
+
+def _begun(run: Path) -> dict[str, Any]:
+    """Run-config that continues an interrupted run after its last complete round; without one it begins anew."""
+    if RunDirectory(run).newest_checkpoint() is not None:
+        return {"resume": str(run.resolve())}
+    shutil.rmtree(run, ignore_errors=True)
+    return {}
+
+
+def _folder(out: Path, job: Job) -> Path:
+    """Make ``out/runs``, and remember what all runs have in common; a folder of other runs is refused."""
+    own = tuple(f"{name}." for name in STRATEGIES)
+    common = {key: value for key, value in job.config.items() if not key.startswith(own)}
+    common = {key: common[key] for key in sorted(common) if key not in ("strategy", "seed")} | {"place": job.place}
+    common |= {"clients": job.nodes} if job.nodes else {}
+    remembered = out / "comparison.json"
+    try:
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        if not remembered.exists():
+            write_durably(remembered, (json.dumps(common, indent=2) + "\n").encode())
+        before = json.loads(remembered.read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--out {out} cannot be used: {error}") from None
+    for key in sorted({*before, *common}):
+        if before.get(key) != common.get(key):
+            raise OptionError(
+                f"--out {out} is of a comparison with {_said(key, before)}, this one has {_said(key, common)}; "
+                "expected the same, or another folder"
+            )
+    return out / "runs"
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two at once would clear away each other's unfinished runs. The lock goes with the process, however that ends."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / ".lock", wait=False))
+        except BlockingIOError:
+            raise OptionError(f"--out {out}: another comparison is at work there, expected none") from None
+        yield
+
+
+def _said(key: str, config: Mapping[str, Any]) -> str:
+    return f"{key} = {config[key]!r}" if key in config else f"the default of {key}"
+
+
+class _Progress:
+    """Live progress: in a terminal a bar for all runs and one for each that is going on; a line as each ends."""
+
+    def __init__(self, console: Console, jobs: Sequence[Job], missing: Sequence[Job], runs: Path, answers: int) -> None:
+        self.console, self.jobs, self.missing, self.runs, self.answers = console, jobs, missing, runs, answers
+        self.failed: dict[str, str] = {}
+        self.tasks: dict[int, tuple[TaskID, float]] = {}
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        self.bars = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        self.overall = self.bars.add_task("runs", total=len(jobs), completed=len(jobs) - len(missing))
+
+    def __enter__(self) -> _Progress:
+        self.bars.start()
+        for job in self.jobs:
+            if job not in self.missing:
+                self._say(job, "kept")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self.bars.stop()
+        if kind is KeyboardInterrupt:
+            self.console.print("stopped; the same command goes on with what is missing", highlight=False)
+
+    def started(self, index: int) -> None:
+        job = self.missing[index]
+        task = self.bars.add_task(f"{job.strategy}, seed {job.seed}: answers", total=self.answers)
+        self.tasks[index] = task, time.monotonic()
+
+    def answered(self, index: int) -> None:
+        self.bars.advance(self.tasks[index][0])
+
+    def ended(self, index: int, why: str) -> None:
+        job, (task, started) = self.missing[index], self.tasks.pop(index)
+        if why:
+            self.failed[job.name] = why
+        self.bars.remove_task(task)
+        self.bars.advance(self.overall)
+        said = f"failed ({why})" if why else "finished"
+        self._say(job, f"{said}, {time.monotonic() - started:.0f} s")
+
+    def _say(self, job: Job, word: str) -> None:
+        mean = (read_summary(self.runs / job.name) or {}).get("mean_accuracy")
+        score = "" if mean is None else f", accuracy {mean:.3f}"
+        self.console.print(
+            f"  {job.strategy}, seed {job.seed}: {word}{score}", highlight=False, markup=False, soft_wrap=True
+        )
+
+
+@contextmanager
+def _started(place: str, clients: int, nodes: Nodes, runs: Path, console: Console) -> Iterator[Engine]:
+    if place == "process":
+        yield partial(in_process, nodes=nodes)
+        return
+    names = tuple(nodes) or tuple(f"client-{index}" for index in range(clients))
+    console.print(f"Starting a SuperLink and {clients} SuperNodes (TLS, one registered key each)...")
+    with (
+        terminate_as_interrupt(),
+        tempfile.TemporaryDirectory(prefix="fedalloy-compare-") as folder,
+        LocalCluster(Path(folder) / "cluster", Settings(names, runs.resolve(), node_config=nodes)) as cluster,
+    ):
+        yield partial(on_cluster, cluster)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Flower's log would tear the progress bars; what clients did is in each run's rounds.jsonl."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,128 @@
+"""A whole federation in one process: Flower's Grid interface on one side, the real ClientApp on the other.
+
+No network, no process starts: the same messages, handlers, slots on disk and round loop as a deployment, so strategies
+can be tried in seconds. Each message is answered when it is pulled. The wire is not measured, since there is none.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+FIRST_NODE = 2
+"""Node 1 is the SuperLink: what it answers the ledger does not book as a client's."""
+Tamper = Callable[[int, Message, Message | None], Message | None]
+
+
+class InProcessGrid(Grid):
+    """A grid whose nodes are calls of the ClientApp.
+
+    Args:
+        clients: how many nodes; they are numbered from ``FIRST_NODE``, and have the partitions from 0.
+        state_dir: where clients keep their slots.
+        run_config: of the clients.
+        node_config: more of it for the client with an index.
+        tamper: may replace a reply, or drop it by returning None.
+    """
+
+    def __init__(
+        self,
+        clients: int,
+        state_dir: Path,
+        run_config: dict[str, Any],
+        node_config: Callable[[int], dict[str, Any]] | None = None,
+        tamper: Tamper | None = None,
+    ) -> None:
+        self.clients = clients
+        self.state_dir = state_dir
+        self.run_config = run_config
+        self.node_config = node_config or (lambda index: {})
+        self.tamper = tamper
+        self.queue: dict[str, Message] = {}
+        self.count = 0
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
+
+    def context(self, node_id: int) -> Context:
+        """What Flower would hand to a node's ClientApp."""
+        index = node_id - FIRST_NODE
+        node: dict[str, Any] = {"partition-id": index, "num-partitions": self.clients, "state-dir": str(self.state_dir)}
+        return Context(
+            run_id=1,
+            node_id=node_id,
+            node_config=node | self.node_config(index),
+            state=RecordDict(),
+            run_config=self.run_config,
+        )
+
+    def set_run(self, run: Any) -> None:
+        """Not used here."""
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        """Not used here."""
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Not used here."""
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes."""
+        return range(FIRST_NODE, FIRST_NODE + self.clients)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """All nodes."""
+        return [NodeInfo(node_id=node_id) for node_id in self.get_node_ids()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Number the messages, and keep them until their answers are asked for."""
+        names = []
+        for message in messages:
+            self.count += 1
+            name = f"message-{self.count}"
+            message.metadata.__dict__["_message_id"] = name
+            message.metadata.__dict__["_src_node_id"] = 0
+            self.queue[name] = message
+            names.append(name)
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answer them now."""
+        replies = []
+        for name in list(message_ids):
+            message = self.queue.pop(name, None)
+            if message is None:
+                continue
+            reply: Message | None = self.answer(message)
+            if self.tamper is not None:
+                reply = self.tamper(message.metadata.dst_node_id, message, reply)
+            if reply is not None:
+                replies.append(reply)
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push and pull."""
+        return self.pull_messages(list(self.push_messages(messages)))
+
+    def answer(self, message: Message) -> Message:
+        """What the node answers; an exception becomes an error reply, as in Flower's ClientApp process."""
+        from client_app.app import app
+        from client_app.own.readers import DataError
+        from client_app.scenarios import ScenarioError
+        from client_app.settings import SettingsError
+
+        node_id = message.metadata.dst_node_id
+        try:
+            return app(message, self.context(node_id))
+        except Exception as error:
+            if not isinstance(error, (DataError, ScenarioError, SettingsError)):  # those say it in words
+                traceback.print_exc()
+            return Message(Error(code=2, reason=f"{type(error)}:<'{error}'>"), reply_to=message)

@@ -1,0 +1,156 @@
+"""Runs in processes of their own, several at a time: what ``fedalloy compare --jobs`` is made of.
+
+A worker is a Python process with one torch thread that carries out one run after the other by
+:mod:`server_app.tools.compare.in_process_grid`. Parent and worker exchange JSON over a pipe: a run-config one way,
+``answered`` and ``ended`` the other. A worker that dies takes its run with it and no other; the next run gets a new
+one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.app import Context, Message, RecordDict
+
+from server_app.tools.compare.in_process_grid import InProcessGrid
+
+Config = Mapping[str, Any]
+Engine = Callable[[Config, int, Path, Callable[[], None]], None]
+"""``(run-config, clients, runs folder, call after every answer)``: carries out one run, or raises."""
+Nodes = Mapping[str, Mapping[str, Any]]
+"""Node-config by client id."""
+
+
+class Watch(Protocol):
+    """Hears of runs, by their place in the list."""
+
+    def started(self, index: int) -> None:
+        """A run begins."""
+
+    def answered(self, index: int) -> None:
+        """One of its clients has answered."""
+
+    def ended(self, index: int, why: str) -> None:
+        """It has ended; ``why`` it failed, or empty."""
+
+
+def in_process(
+    config: Config, clients: int, runs: Path, answered: Callable[[], None], nodes: Nodes | None = None
+) -> None:
+    """The engine without a network: the wire is not measured, all else is as it would be.
+
+    ``nodes`` is more node-config for each client, by its id.
+    """
+    from server_app.run.loop import run
+
+    def count(node: int, message: Message, reply: Message | None) -> Message | None:
+        answered()
+        return reply
+
+    config = {**config, "runs-dir": str(runs)}
+    own = [{"client-id": name, **node} for name, node in (nodes or {}).items()]
+    grid = InProcessGrid(clients, runs, config, own.__getitem__ if own else None, count)
+    run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
+
+
+def one_by_one(configs: Sequence[Config], clients: int, runs: Path, watch: Watch, engine: Engine) -> None:
+    """Carry out runs in this process, in order; one that fails does not keep the others from being tried."""
+    for index, config in enumerate(configs):
+        watch.started(index)
+        watch.ended(index, _attempt(engine, config, clients, runs, lambda index=index: watch.answered(index)))  # type: ignore[misc]
+
+
+def side_by_side(
+    configs: Sequence[Config],
+    clients: int,
+    runs: Path,
+    watch: Watch,
+    count: int,
+    nodes: Nodes | None = None,
+    work: Callable[..., None] | None = None,
+) -> None:
+    """Carry out runs in ``count`` processes, started in order; likewise. Leaving this ends the processes.
+
+    ``nodes`` are those of :func:`in_process`; ``work`` is what a worker does, by default that, run by run.
+    """
+    waiting = list(enumerate(configs))[::-1]
+    busy: dict[Connection, tuple[int, SpawnProcess]] = {}
+    idle: list[tuple[Connection, SpawnProcess]] = []
+    started: list[SpawnProcess] = []
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < count:
+                connection, process = idle.pop() if idle else _start(work or _work, clients, runs, nodes)
+                started += [process] if process not in started else []
+                index, config = waiting.pop()
+                busy[connection] = index, process
+                watch.started(index)
+                _tell(connection, dict(config))
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                index, process = busy[ready]
+                try:
+                    said, why = json.loads(ready.recv_bytes())
+                except (EOFError, OSError):  # nothing more will come
+                    process.join()
+                    del busy[ready]
+                    watch.ended(index, f"its process ended with exit code {process.exitcode} (killed? no memory left?)")
+                    continue
+                if said == "answered":
+                    watch.answered(index)
+                else:
+                    idle.append((ready, busy.pop(ready)[1]))
+                    watch.ended(index, why)
+    finally:
+        for process in started:
+            process.kill()  # what it was at is begun anew the next time
+            process.join()
+
+
+def _start(work: Callable[..., None], clients: int, runs: Path, nodes: Nodes | None) -> tuple[Connection, SpawnProcess]:
+    # spawn: torch and gRPC have threads, which a fork would lose.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, clients, runs, nodes), daemon=True)
+    process.start()
+    theirs.close()  # or its end would not be seen
+    return ours, process
+
+
+def _work(connection: Connection, clients: int, runs: Path, nodes: Nodes | None) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent as well, which ends this process
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        while True:
+            config = json.loads(connection.recv_bytes())
+            why = _attempt(
+                partial(in_process, nodes=nodes), config, clients, runs, lambda: _tell(connection, ("answered", ""))
+            )
+            _tell(connection, ("ended", why))
+    except (EOFError, OSError):  # the parent is gone
+        return
+
+
+def _attempt(engine: Engine, config: Config, clients: int, runs: Path, answered: Callable[[], None]) -> str:
+    try:
+        engine(config, clients, runs, answered)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _tell(connection: Connection, what: object) -> None:
+    connection.send_bytes(json.dumps(what).encode())

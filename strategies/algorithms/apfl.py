@@ -1,0 +1,56 @@
+r"""APFL: the client's model is a mixture of the global adapter and its own, with a learned coefficient.
+
+Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", 2020 (arXiv 2003.13461):
+:math:`\bar v = \alpha v + (1 - \alpha) w`; w is trained alone and averaged, v is trained inside :math:`\bar v` with w
+frozen, :math:`\alpha` by the gradient of the same loss.
+
+Here the *deltas* are mixed, not the factors, whose product would have cross terms. ``adaptive = true``: one coefficient
+for each module, the sigmoid of a gate that is trained together with v (the paper: one in all, clipped to [0, 1]; it
+starts at one half, too). ``false``: ``alpha`` stays. Twice FedAvg's local work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.fedavg import SLOT, FedAvg
+from strategies.framework import steps
+from strategies.framework.contract import Client
+from strategies.framework.options import require_range
+
+LOCAL, GATES = "local", "gates"
+
+
+@dataclass(frozen=True)
+class APFLOptions:
+    """``alpha``: the client's own share, where it is not ``adaptive``."""
+
+    adaptive: bool = True
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_range("alpha", self.alpha, 0, 1)
+
+
+class APFL(FedAvg):
+    """One global adapter, and a mixture per client."""
+
+    name = "apfl"
+    Options = APFLOptions
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """The client's own adapter and gates."""
+        gates = [steps.initialise_gates(GATES, "scalar")] if self.options.adaptive else []
+        return [steps.initialise(LOCAL, self.seed), *gates]
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """The client's own inside the mixture, beside the received global adapter; then the global one alone."""
+        trained = [LOCAL, GATES] if self.options.adaptive else [LOCAL]
+        return [steps.train(self.training, self.personal(client), trained), *super().train(round_, client)]
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The mixture."""
+        if self.options.adaptive:
+            return steps.gated(LOCAL, SLOT, GATES)
+        return steps.mixture(LOCAL, SLOT, coefficients=[self.options.alpha, 1 - self.options.alpha])

@@ -1,0 +1,140 @@
+"""Controls: what merging has to beat. They are in every comparison, whatever it compares.
+
+* ``fedavg-head``: FedAvg, and at the end each client re-fits the head on its own data. Shows how much of a personal
+  model is nothing but its labels.
+* ``fedavg-tuned``: FedAvg in the first half of the rounds, then each client trains on from the global adapter, alone:
+  as many local steps in all as FedAvg has.
+* ``local-twice``: the exact average of two local runs of the same client, which differ in the order of batches only.
+  What an average of adapters gains without anybody else's data; twice the local work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from proto.fedalloy.v1 import plan_pb2
+from strategies.algorithms.local import Local
+from strategies.families.fedavg import SLOT, FedAvg
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.options import require_range
+
+TWINS = ("first", "second")
+
+
+@dataclass(frozen=True)
+class FedAvgHeadOptions:
+    """``steps`` on the head at the end; 0: as many as in a round."""
+
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("steps", self.steps, 0, 2**31 - 1)
+
+
+class FedAvgHead(FedAvg):
+    """FedAvg with heads re-fitted at the end."""
+
+    name = "fedavg-head"
+    Options = FedAvgHeadOptions
+
+    def deliver(self, client: Client) -> Brief:
+        """The global adapter with the client's head; plain FedAvg where no head is averaged to begin with."""
+        brief = super().deliver(client)
+        if not self._head(client):
+            return brief
+        count = self.options.steps or self.training.local_steps
+        fit = steps.train(self.training, self.personal(client), [SLOT], modules=self._head(client), steps=count)
+        return Brief([fit, *brief.steps], brief.adapters)
+
+    def _head(self, client: Client) -> list[str]:
+        return [module for module in client.layout.modules if module not in client.layout.lora_modules]
+
+
+@dataclass(frozen=True)
+class FedAvgTunedOptions:
+    """``federated_rounds``: 0 is half of them."""
+
+    federated_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("federated-rounds", self.federated_rounds, 0)
+
+
+class FedAvgTuned(FedAvg):
+    """FedAvg, then everybody alone."""
+
+    name = "fedavg-tuned"
+    Options = FedAvgTunedOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tuning: set[str] = set()  # clients that train on alone
+
+    def needs_everyone(self, round_: int) -> bool:
+        """Rounds alone cost no bytes."""
+        return not self._is_federated(round_)
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """FedAvg's; later nothing is sent up, and nothing down once the client has begun."""
+        brief = super().brief(round_, client)
+        if self._is_federated(round_):
+            return brief
+        plan = [step for step in brief.steps if not step.HasField("send")]
+        return Brief(plan, {} if client.id in self.tuning else brief.adapters)
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Remember who trains alone."""
+        if self._is_federated(round_):
+            super().absorb(round_, client, answer)
+        else:
+            self.tuning.add(client.id)
+
+    def deliver(self, client: Client) -> Brief:
+        """What the client has made of the global adapter."""
+        brief = super().deliver(client)
+        return Brief(brief.steps, {} if client.id in self.tuning else brief.adapters)
+
+    def state(self) -> State:
+        """The global adapter, and who trains alone."""
+        found = super().state()
+        return State(found.tensors, found.values | {"tuning": sorted(self.tuning)})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        super().load_state(state)
+        self.tuning = set(state.values["tuning"])
+
+    def _is_federated(self, round_: int) -> bool:
+        return round_ <= (self.options.federated_rounds or max(1, self.rounds // 2))
+
+
+@dataclass(frozen=True)
+class LocalTwiceOptions:
+    """No options of its own."""
+
+
+class LocalTwice(Local):
+    """Two local runs, averaged."""
+
+    name = "local-twice"
+    Options = LocalTwiceOptions
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Evaluate the average of both, train each on."""
+        plan = [steps.initialise(slot, self.seed, keep_existing=round_ > 1) for slot in TWINS]
+        plan.append(steps.evaluate(self.training, _average()))
+        return Brief([*plan, *(steps.train(self.training, steps.mixture(slot), [slot]) for slot in TWINS)])
+
+    def deliver(self, client: Client) -> Brief:
+        """The average."""
+        plan = [steps.initialise(slot, self.seed) for slot in TWINS]
+        return Brief([*plan, steps.save(_average()), steps.evaluate(self.training, _average())])
+
+
+def _average() -> plan_pb2.Mixture:
+    return steps.mixture(*TWINS, coefficients=[0.5, 0.5])
+
+
+CONTROLS: tuple[type[AlloyStrategy], ...] = (FedAvgHead, FedAvgTuned, LocalTwice)

@@ -1,0 +1,49 @@
+r"""Ditto: FedAvg, and beside it an adapter of the client's own that is pulled to the global one.
+
+Li, Hu, Beirami, Smith, "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021:
+:math:`v_k \leftarrow v_k - \eta(\nabla F_k(v_k) + \lambda(v_k - w^t))` with the received global w, in factor space. v
+never leaves the client. ``lambda = 0`` is local training; a large one gives the global adapter. Twice FedAvg's local
+work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.fedavg import SLOT, FedAvg
+from strategies.framework import steps
+from strategies.framework.contract import Client
+from strategies.framework.options import require_range
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class DittoOptions:
+    """``pull``: lambda, usually one of 0.01, 0.1 and 1."""
+
+    pull: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_range("pull", self.pull, 0)
+
+
+class Ditto(FedAvg):
+    """One global adapter, and a pulled one per client."""
+
+    name = "ditto"
+    Options = DittoOptions
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """The client's own, from the common start."""
+        return [steps.initialise(LOCAL, self.seed)]
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """First the client's own: the pull is to what was received."""
+        own = steps.train(self.training, steps.mixture(LOCAL), [LOCAL], proximal=(SLOT, self.options.pull))
+        return [own, *super().train(round_, client)]
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The client's own."""
+        return steps.mixture(LOCAL)

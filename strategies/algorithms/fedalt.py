@@ -1,0 +1,71 @@
+r"""FedALT: each client's own adapter is never overwritten; a frozen "rest of world" adapter works beside it.
+
+Bian, Wang, Zhang, Xu, "FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World LoRA", AAAI
+2026 (arXiv 2503.11880): :math:`A^R_k = \frac{1}{K-1} \sum_{m \neq k} A^L_m`, the same for B, and a mixer that stays
+at the client,
+:math:`y = W_0 x + \alpha(x) \Delta_L x + (1 - \alpha(x)) \Delta_R x`.
+
+``mixer = "input"``: :math:`\alpha` is the sigmoid of a projection of the module's input (a softmax over two), averaged
+over an example's tokens (the paper: for each token); ``"scalar"``: a number for each module. Uploads of clients that
+did not answer are their last known ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from strategies.families.peer_average import LOCAL, Peers
+from strategies.framework import steps
+from strategies.framework.contract import Brief, Client
+from strategies.framework.options import require_choice
+
+REST, GATES = "rest", "gates"
+
+
+@dataclass(frozen=True)
+class FedALTOptions:
+    """``mixer``: see the module's docstring."""
+
+    mixer: str = "input"
+
+    def __post_init__(self) -> None:
+        require_choice("mixer", self.mixer, ("input", "scalar"))
+
+
+class FedALT(Peers):
+    """The mean of the others, gated."""
+
+    name = "fedalt"
+    Options = FedALTOptions
+
+    def weigh(self, names: list[str]) -> Tensor:
+        """The mean of the others; alone, nothing."""
+        others = 1 - torch.eye(len(names), dtype=torch.float64)
+        return others / max(len(names) - 1, 1)
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Install the others' mean, evaluate the mixture, train the own adapter and the mixer in it, send the own."""
+        mix = steps.gated(LOCAL, REST, GATES)
+        rest = self.combined(client)
+        plan = [
+            *self._slots(),
+            steps.evaluate(self.training, mix),
+            steps.train(self.training, mix, [LOCAL, GATES]),
+            self.send(),
+        ]
+        return Brief(plan, {} if rest is None else {REST: rest})
+
+    def deliver(self, client: Client) -> Brief:
+        """The mixture, with the others' last adapters."""
+        mix = steps.gated(LOCAL, REST, GATES)
+        rest = self.combined(client)
+        plan = [*self._slots(), steps.save(mix), steps.evaluate(self.training, mix)]
+        return Brief(plan, {} if rest is None else {REST: rest})
+
+    def _slots(self) -> list[steps.Step]:
+        """Before anything is known of the others, their mean is zero."""
+        gates = steps.initialise_gates(GATES, self.options.mixer)
+        return [*self.begin(), steps.initialise(REST, self.seed), gates]

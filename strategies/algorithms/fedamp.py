@@ -1,0 +1,81 @@
+r"""FedAMP: attentive message passing; clients that are alike attract each other.
+
+Huang, Chu, Zhou, Wang, Liu, Pei, Zhang, "Personalized Cross-Silo Federated Learning on Non-IID Data", AAAI 2021. With
+:math:`A(x) = 1 - e^{-x/\sigma}`,
+
+.. math::
+    \xi_{kj} = \alpha A'(\|\theta_k - \theta_j\|^2), \quad \xi_{kk} = 1 - \sum_{j \neq k} \xi_{kj}, \quad
+    u_k = \sum_j \xi_{kj} \theta_j
+
+and client k goes on from its own adapter with the pull :math:`\frac{\lambda}{2\alpha} \|\theta - u_k\|^2`. Distances,
+sums and the pull are in factor space. Since distances of adapters have no natural scale, ``sigma`` is in units of the
+median squared distance of two clients, and A' is normalised to 1 at 0: :math:`\xi_{kj} = \alpha e^{-x/\sigma}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from strategies.families.peer_average import LOCAL, Peers
+from strategies.framework import steps
+from strategies.framework.contract import Brief, Client
+from strategies.framework.options import require_range
+
+CLOUD = "cloud"
+
+
+@dataclass(frozen=True)
+class FedAMPOptions:
+    """``alpha``: largest weight of another client; rows are scaled down where the others would weigh more than all.
+
+    ``pull`` is lambda / alpha.
+    """
+
+    alpha: float = 0.2
+    sigma: float = 1.0
+    pull: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_range("alpha", self.alpha, 0, 1)
+        require_range("sigma", self.sigma, 1e-6)
+        require_range("pull", self.pull, 0)
+
+
+def attention(vectors: Tensor, alpha: float, sigma: float) -> Tensor:
+    """``xi [N, N]`` of adapters ``[N, P]``: rows sum to one, nothing is negative.
+
+    ``alpha e^{-x / (sigma m)}`` off the diagonal, x the squared distance and m the median of those that are not 0.
+    Where a row's others sum to more than one, they are divided by that sum: the diagonal would be negative.
+    """
+    squared = torch.cdist(vectors, vectors).square()
+    apart = squared[squared > 0]
+    scale = sigma * float(apart.median()) if len(apart) else 1.0
+    found = alpha * torch.exp(-squared / scale)
+    found.fill_diagonal_(0)
+    found = found / found.sum(dim=1, keepdim=True).clamp_min(1)
+    return found + torch.diag(1 - found.sum(dim=1))
+
+
+class FedAMP(Peers):
+    """A pull to a mixture of similar clients."""
+
+    name = "fedamp"
+    Options = FedAMPOptions
+
+    def weigh(self, names: list[str]) -> Tensor:
+        """Attention by distance."""
+        return attention(self._vectors(names), self.options.alpha, self.options.sigma)
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Install the mixture, evaluate and train the own adapter with the pull to it, send it."""
+        mix, cloud = steps.mixture(LOCAL), self.combined(client)
+        plan = [
+            *self.begin(),
+            steps.evaluate(self.training, mix),
+            steps.train(self.training, mix, [LOCAL], proximal=None if cloud is None else (CLOUD, self.options.pull)),
+            self.send(),
+        ]
+        return Brief(plan, {} if cloud is None else {CLOUD: cloud})

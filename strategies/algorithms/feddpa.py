@@ -1,0 +1,105 @@
+r"""FedDPA: a global and a local adapter whose outputs are added, :math:`y = W_0 x + (1 - u) \Delta_G x + u \Delta_L x`.
+
+Yang, Long, Shen, Jiang, Blumenstein, "Dual-Personalizing Adapter for Federated Foundation Models", NeurIPS 2024.
+
+* ``variant = "t"`` (FedDPA-T): from the second round on, first the local adapter is trained beside the frozen global
+  one, then the global one alone; only that travels.
+* ``variant = "f"`` (FedDPA-F): the first half of the rounds (or ``federated-rounds``) is FedAvg; in the others the
+  local adapter is trained beside what came of it, and nothing travels but the global adapter, once.
+
+u is fixed (``local_share``), in training and at test. The paper's weight for each test example, from the similarity
+of its embedding to training examples, is left out: its released code multiplies the adapter that its text says it
+should not. A client that has not trained a local adapter yet has the global one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.fedavg import SLOT, FedAvg
+from strategies.framework import steps
+from strategies.framework.contract import Answer, Brief, Client, State
+from strategies.framework.options import require_choice, require_range
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class FedDPAOptions:
+    """See the module's docstring; ``federated_rounds`` 0: half of them."""
+
+    variant: str = "t"
+    local_share: float = 0.5
+    federated_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice("variant", self.variant, ("t", "f"))
+        require_range("local-share", self.local_share, 0, 1)
+        require_range("federated-rounds", self.federated_rounds, 0)
+
+
+class FedDPA(FedAvg):
+    """One global adapter, and one per client beside it."""
+
+    name = "feddpa"
+    Options = FedDPAOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own: set[str] = set()  # clients that have trained a local adapter
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """FedAvg's; a round without the global branch (variant "f") sends nothing up, and nothing down twice."""
+        brief = super().brief(round_, client)
+        if self._is_federated(round_):
+            return brief
+        plan = [step for step in brief.steps if not step.HasField("send")]
+        return Brief(plan, {} if client.id in self.own else brief.adapters)
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Remember who has a local adapter."""
+        if self._is_federated(round_):
+            super().absorb(round_, client, answer)
+        if self._trains_own(round_):
+            self.own.add(client.id)
+
+    def needs_everyone(self, round_: int) -> bool:
+        """Local rounds cost no bytes."""
+        return not self._is_federated(round_)
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """The client's own, from the common start."""
+        return [steps.initialise(LOCAL, self.seed)]
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """The client's own beside the global adapter, then the global one alone."""
+        plan = []
+        if self._trains_own(round_):
+            plan.append(steps.train(self.training, self._both(), [LOCAL]))
+        return plan + (super().train(round_, client) if self._is_federated(round_) else [])
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """Both, once the client has a local adapter."""
+        return self._both() if client.id in self.own else super().personal(client)
+
+    def state(self) -> State:
+        """The global adapter, and who has one of its own."""
+        found = super().state()
+        return State(found.tensors, found.values | {"own": sorted(self.own)})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        super().load_state(state)
+        self.own = set(state.values["own"])
+
+    def _both(self) -> plan_pb2.Mixture:
+        return steps.mixture(SLOT, LOCAL, coefficients=[1 - self.options.local_share, self.options.local_share])
+
+    def _is_federated(self, round_: int) -> bool:
+        half = self.options.federated_rounds or max(1, self.rounds // 2)
+        return self.options.variant == "t" or round_ <= half
+
+    def _trains_own(self, round_: int) -> bool:
+        return round_ > 1 if self.options.variant == "t" else not self._is_federated(round_)

@@ -1,0 +1,92 @@
+r"""FedEM: the data of every client are a mixture of C distributions; C adapters, one for each, are averaged.
+
+Marfoq, Neglia, Bellet, Kameni, Vidal, "Federated Multi-Task Learning under a Mixture of Distributions", NeurIPS
+2021. At client k
+
+.. math::
+    q_{sc} \propto \pi_{kc} e^{-\ell(h_c(x_s), y_s)}, \qquad \pi_{kc} = mean_s q_{sc}
+
+adapter c is trained with example weights :math:`q_{sc}`, the server averages each adapter by example counts (as the
+authors' code does, not by :math:`\pi`), and the client predicts :math:`\sum_c \pi_{kc} softmax(logits_c)`. :math:`\pi`
+never leaves it. C times FedAvg's traffic and local work. Adapters start from different A: with the same numbers they
+would stay the same. The personal model is an ensemble, hence C adapters and their shares on disk, not one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedalloy_adapters.adapter import Adapter
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.fedavg import average
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.options import require_range
+
+SHARES = "shares"
+
+
+@dataclass(frozen=True)
+class FedEMOptions:
+    """``learners`` C."""
+
+    learners: int = 2
+
+    def __post_init__(self) -> None:
+        require_range("learners", self.learners, 1)
+
+
+class FedEM(AlloyStrategy):
+    """C global adapters; a client's model is an ensemble of them all."""
+
+    name = "fedem"
+    Options = FedEMOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.slots = [f"learner-{index}" for index in range(self.options.learners)]
+        self.models: dict[str, Adapter] = {}
+        self.arrived: dict[str, dict[str, Adapter]] = {}
+
+    def enrol(self, client: Client) -> None:
+        """The first client's layout is the federation's."""
+        super().enrol(client)
+        if not self.models:
+            self.models = {slot: Adapter.initial(client.layout, self.seed + i) for i, slot in enumerate(self.slots)}
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Attribute the examples, evaluate the ensemble, train each adapter on its share of them, send all."""
+        plan = [steps.attribute(self.slots, SHARES), steps.evaluate(self.training, self._model())]
+        for slot in self.slots:
+            plan.append(steps.train(self.training, steps.mixture(slot), [slot], attributed_to=slot))
+        return Brief([*plan, *(steps.send(self.training, slot) for slot in self.slots)], self.models)
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep the trained adapters."""
+        self.arrived[client.id] = dict(answer.adapters)
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Average each adapter."""
+        names = sorted(self.arrived)
+        arrived, self.arrived = self.arrived, {}
+        if names:
+            counts = [self.clients[name].examples for name in names]
+            self.models = {slot: average([arrived[name][slot] for name in names], counts) for slot in self.slots}
+        return {"merged": len(names)}
+
+    def deliver(self, client: Client) -> Brief:
+        """The ensemble, with shares from what was averaged last."""
+        plan = [steps.attribute(self.slots, SHARES), steps.save(self._model())]
+        return Brief([*plan, steps.evaluate(self.training, self._model())], self.models)
+
+    def state(self) -> State:
+        """The adapters."""
+        return State({slot: model.vector for slot, model in self.models.items()})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        self.models = {slot: Adapter(model.layout, state.tensors[slot]) for slot, model in self.models.items()}
+
+    def _model(self) -> plan_pb2.Mixture:
+        return steps.ensemble(self.slots, SHARES)

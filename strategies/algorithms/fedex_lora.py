@@ -1,0 +1,62 @@
+r"""FedEx-LoRA: FedAvg of the factors, and what that leaves out goes into every client's base.
+
+Singhal, Ponkshe, Vepakomma, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
+Models", ACL 2025. With :math:`\bar A = \sum p_k A_k`, :math:`\bar B = \sum p_k B_k`, the residual
+
+.. math:: R = s(\sum_k p_k B_k A_k - \bar B \bar A) = s \sum_k p_k (B_k - \bar B)(A_k - \bar A)
+
+of rank (S - 1) r is added to the frozen base (:mod:`strategies.families.merged_base`), so base plus adapter are the
+exact average. Weights are example counts (``uniform = true``: 1/S, as the authors have them). The residual is sent as
+a stack of rank (S - 1) r; the head, whose average is exact, is all zero in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import stack, truncate
+from fedalloy_adapters.layout import Factor
+from strategies.families.fedavg import average
+from strategies.families.merged_base import MergedBase
+
+
+@dataclass(frozen=True)
+class FedExLoRAOptions:
+    """``uniform``: clients weigh the same, whatever their example counts."""
+
+    uniform: bool = False
+
+
+def residual(adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
+    """``s sum p (B - mean B)(A - mean A)`` in float32, of rank ``(S - 1) r``; ``shares`` sum to one.
+
+    Differences are taken in float64: they are small beside the factors.
+    """
+    vectors = torch.stack([adapter.vector.double() for adapter in adapters])
+    mean = torch.tensor(shares, dtype=torch.float64) @ vectors
+    parts = [Adapter(adapters[0].layout, vector - mean) for vector in vectors]
+    total = stack(parts, list(shares))
+    for entry, tensor in total.items():
+        if entry.factor in (Factor.WEIGHT, Factor.BIAS):
+            tensor.zero_()
+    ranks = {module: max(rank * (len(adapters) - 1), 1) for module, rank in adapters[0].layout.ranks.items()}
+    return truncate(total, total.layout.with_ranks(ranks)).to(torch.float32)
+
+
+class FedExLoRA(MergedBase):
+    """FedAvg and its residual."""
+
+    name = "fedex-lora"
+    Options = FedExLoRAOptions
+
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
+        """Factors are averaged, and the base changes by the rest."""
+        uploads = list(adapters.values())
+        counts = [1] * len(uploads) if self.options.uniform else list(examples.values())
+        if len(uploads) > 1:
+            self.add(residual(uploads, [count / sum(counts) for count in counts]))
+        return average(uploads, counts)

@@ -1,0 +1,36 @@
+r"""FedProx: FedAvg with a pull to the received adapter during local training.
+
+Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020. The local
+objective is :math:`F_k(\theta) + \mu/2 \|\theta - \theta^t\|^2` over what is trained (A, B, head), in factor space: it
+depends on how a delta is split into A and B. ``mu = 0`` is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strategies.families.fedavg import SLOT, FedAvg
+from strategies.framework import steps
+from strategies.framework.contract import Client
+from strategies.framework.options import require_range
+
+
+@dataclass(frozen=True)
+class FedProxOptions:
+    """``mu``: strength of the pull, usually one of 0.001, 0.01 and 0.1."""
+
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_range("mu", self.mu, 0)
+
+
+class FedProx(FedAvg):
+    """FedAvg, pulled."""
+
+    name = "fedprox"
+    Options = FedProxOptions
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """Local training that stays near what was received."""
+        return [steps.train(self.training, steps.mixture(SLOT), [SLOT], proximal=(SLOT, self.options.mu))]

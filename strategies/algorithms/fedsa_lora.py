@@ -1,0 +1,30 @@
+r"""FedSA-LoRA: both factors are trained, A is averaged, B and the head stay at the client.
+
+Guo, Zeng, Wang, Fan, Wang, Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025: A
+learns what is general, B what is the client's. The head stays local as in the authors' configuration for GLUE. A
+client that is not sampled keeps its B; a new one starts at B = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedalloy_adapters.layout import Factor
+from strategies.families.part_average import Part, PartAverage
+from strategies.framework.contract import Client
+
+
+@dataclass(frozen=True)
+class FedSALoRAOptions:
+    """No options of its own."""
+
+
+class FedSALoRA(PartAverage):
+    """FedAvg of A."""
+
+    name = "fedsa-lora"
+    Options = FedSALoRAOptions
+
+    def shared(self, round_: int, client: Client) -> Part:
+        """A."""
+        return Part((Factor.A,))

@@ -1,0 +1,35 @@
+r"""FFA-LoRA: A is drawn from the seed and frozen, B is trained and averaged, which averages the deltas exactly.
+
+Sun, Li, Li, Ding, "Improving LoRA in Privacy-preserving Federated Learning" (FFA-LoRA), ICLR 2024:
+:math:`\sum_k p_k B_k A = \bar B A`. Half the traffic of FedAvg. B usually wants a larger learning rate than A and B
+together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strategies.families.fedavg import SLOT
+from strategies.families.part_average import NOT_A, Part, PartAverage
+from strategies.framework import steps
+from strategies.framework.contract import Client
+
+
+@dataclass(frozen=True)
+class FFALoRAOptions:
+    """No options of its own."""
+
+
+class FFALoRA(PartAverage):
+    """FedAvg of B."""
+
+    name = "ffa-lora"
+    Options = FFALoRAOptions
+
+    def shared(self, round_: int, client: Client) -> Part:
+        """B and the head."""
+        return Part(NOT_A)
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """A stays."""
+        return [steps.train(self.training, steps.mixture(SLOT), [SLOT], factors=NOT_A)]

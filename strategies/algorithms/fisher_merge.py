@@ -1,0 +1,64 @@
+r"""Fisher merging: the mean of adapters in which every number is weighted by its Fisher information.
+
+Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022:
+:math:`\theta_i = \sum_k p_k f_{ki} \theta_{ki} / \sum_k p_k f_{ki}`, in factor space (all start from one A), with the
+diagonal empirical information of A, B and head, plus ``damping`` times its mean. ``normalise`` divides each client's
+information by its norm, so that confident clients do not decide alone. Twice the upload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import precision_mean
+from strategies.families.one_shot import LOCAL, OneShot
+from strategies.framework import steps
+from strategies.framework.contract import Client
+from strategies.framework.options import require_range
+
+INFORMATION = "information"
+
+
+@dataclass(frozen=True)
+class FisherMergeOptions:
+    """``samples``: training examples at most that the information is taken on."""
+
+    samples: int = 30
+    damping: float = 1e-3
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        require_range("samples", self.samples, 1, 2**31 - 1)
+        require_range("damping", self.damping, 0)
+
+
+class FisherMerge(OneShot):
+    """A mean weighted number by number."""
+
+    name = "fisher-merge"
+    Options = FisherMergeOptions
+
+    def extra(self, client: Client) -> list[steps.Step]:
+        """The information, as an upload of its own."""
+        return [
+            steps.fisher(
+                LOCAL,
+                LOCAL,
+                split="train",
+                samples=self.options.samples,
+                damping=self.options.damping,
+                keep=(INFORMATION, ""),
+            ),
+            steps.send(self.training, INFORMATION, relative_to_received=False),
+        ]
+
+    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+        """The weighted mean; an upload's information may not be negative, whatever a client sends."""
+        precisions = []
+        for found, share in zip(uploads, shares, strict=True):
+            information = found[INFORMATION].vector.clamp_min(0)
+            size = float(information.double().norm()) if self.options.normalise else 1.0
+            precisions.append(Adapter(found[INFORMATION].layout, share * information / max(size, 1e-30) + 1e-12))
+        return precision_mean([found[LOCAL] for found in uploads], precisions)

@@ -1,0 +1,74 @@
+r"""FLoRA: the exact average of the deltas goes into every client's base, and a fresh adapter is trained in each round.
+
+Wang, Shen, He, Sun, Wang, Zhang, Peng, Li, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous
+Low-Rank Adaptations", NeurIPS 2024. The server stacks :math:`A' = [A_k], B' = [p_k s_k B_k]` (one factor is scaled, not
+both): :math:`B'A' = \sum_k p_k s_k B_k A_k`, of rank S r, which every client merges into its base; then A is drawn
+again and B is zero. Ranks may differ. Down goes S times what goes up.
+
+The base stays as it is on disk (:mod:`strategies.families.merged_base`), so nothing is lost with a
+quantised one either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Layout
+from strategies.families.fedavg import SLOT
+from strategies.families.merged_base import MergedBase, weighted
+from strategies.framework import steps
+from strategies.framework.contract import Brief, Client
+
+
+@dataclass(frozen=True)
+class FLoRAOptions:
+    """No options of its own."""
+
+
+class FLoRA(MergedBase):
+    """Stacking, and starting again."""
+
+    name = "flora"
+    Options = FLoRAOptions
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Ranks and scalings may differ."""
+        return first.difference(second, any_rank=True) is None and first.modules == second.modules
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """Ranks and scalings aside."""
+        return first.difference(second, any_rank=True) or first.describe_difference(second)
+
+    def part_of(self, client: Client) -> Adapter:
+        """A fresh adapter at the client's own rank, which it draws itself."""
+        return Adapter.initial(client.layout, self.seed)
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """No adapter travels down but the stack."""
+        return self._without_global(super().brief(round_, client))
+
+    def deliver(self, client: Client) -> Brief:
+        """The stack alone."""
+        return self._without_global(super().deliver(client))
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """A new adapter, drawn from the seed and the round, on the changed base."""
+        return [steps.initialise(SLOT, self.seed + round_, keep_existing=False), *super().prepare(round_, client)]
+
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
+        """All of it goes into the base."""
+        self.add(weighted(list(adapters.values()), list(examples.values())))
+        return self.global_model
+
+    def _without_global(self, brief: Brief) -> Brief:
+        sent = {slot: adapter for slot, adapter in brief.adapters.items() if slot != SLOT}
+        return Brief([_absolute(step) for step in brief.steps], sent)
+
+
+def _absolute(step: steps.Step) -> steps.Step:
+    """Uploads do not start from anything that was received."""
+    if step.HasField("send"):
+        step.send.relative_to_received = False
+    return step

@@ -1,0 +1,72 @@
+r"""Federated mutual learning: a private and a shared adapter learn from the data and from each other.
+
+Shen, Zhang, Jia, Zhang, Huang, Zhou, Kuang, Wu, Wu, "Federated Mutual Learning", 2020 (arXiv 2006.16765). The shared
+model ("meme") is averaged, the private one never leaves the client:
+
+.. math::
+    L_{private} = \alpha L_{CE} + (1 - \alpha) KL(p_{shared} \| p_{private}), \quad
+    L_{shared} = \beta L_{CE} + (1 - \beta) KL(p_{private} \| p_{shared})
+
+The losses are divided by :math:`\alpha` and :math:`\beta`, which AdamW does not notice (clipping of gradients does).
+In the paper both are updated on every batch. Here they take ``turns`` in a round, each learning from the other as that
+was left, with ``local-steps`` for each in all: twice FedAvg's local work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.fedavg import SLOT, FedAvg
+from strategies.framework import steps
+from strategies.framework.contract import Client
+from strategies.framework.options import OptionError, require_range
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class FMLOptions:
+    """``alpha``, ``beta``: how much the private and the shared adapter learn from the data."""
+
+    alpha: float = 0.5
+    beta: float = 0.5
+    temperature: float = 1.0
+    turns: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) <= 1:
+                raise OptionError(f"{name} = {getattr(self, name)}, expected above 0 and at most 1")
+        require_range("temperature", self.temperature, 1e-3)
+        require_range("turns", self.turns, 1)
+
+
+class FML(FedAvg):
+    """One shared adapter, and a private one per client."""
+
+    name = "fml"
+    Options = FMLOptions
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """The private adapter, from the common start."""
+        return [steps.initialise(LOCAL, self.seed)]
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """In turns: the private adapter from the shared one, the shared one from the private one."""
+        turns = min(self.options.turns, self.training.local_steps)
+        plan = []
+        for turn in range(turns):
+            count = self.training.local_steps * (turn + 1) // turns - self.training.local_steps * turn // turns
+            for slot, teacher, weight in ((LOCAL, SLOT, self.options.alpha), (SLOT, LOCAL, self.options.beta)):
+                step = steps.train(self.training, steps.mixture(slot), [slot], steps=count)
+                if weight < 1:
+                    weights = {task.name: (1 - weight) / weight for task in client.registration.tasks}
+                    lesson = steps.mixture(teacher)
+                    step = steps.distill(step, lesson, weights, temperature=self.options.temperature)
+                plan.append(step)
+        return plan
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The private adapter."""
+        return steps.mixture(LOCAL)

@@ -1,0 +1,114 @@
+r"""IFCA: the server has C models, every client trains the one that fits its data best.
+
+Ghosh, Chung, Yin, Ramchandran, "An Efficient Framework for Clustered Federated Learning", NeurIPS 2020. Each client
+is sent all :math:`\theta_1 .. \theta_C`, takes :math:`\arg\min_j F_k(\theta_j)`, trains it and returns it; the server
+averages per cluster by example counts. A cluster that nobody chose stays. Down goes C times what goes up.
+
+All start at the base model, where every model has the same loss. So the first round is FedAvg's, and its uploads are
+divided by k-means (factor space) into the first clusters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedalloy_adapters.adapter import Adapter
+from strategies.algorithms.fedmerge import cluster
+from strategies.families.fedavg import average
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.options import require_range
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class IFCAOptions:
+    """``clusters`` C; ``samples`` training examples at most that a client chooses on, 0: all."""
+
+    clusters: int = 2
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("clusters", self.clusters, 1)
+        require_range("samples", self.samples, 0, 2**31 - 1)
+
+
+class IFCA(AlloyStrategy):
+    """C global adapters; a client's is the one that it chooses."""
+
+    name = "ifca"
+    Options = IFCAOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.models: list[Adapter] = []  # one before the first round has settled
+        self.arrived: dict[str, tuple[int, Adapter, int]] = {}
+
+    def enrol(self, client: Client) -> None:
+        """The first client's layout is the federation's."""
+        super().enrol(client)
+        if not self.models:
+            self.models = [Adapter.initial(client.layout, self.seed)]
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Choose, evaluate, train, send."""
+        mix = steps.mixture(MODEL)
+        plan = [
+            self._choose(),
+            steps.evaluate(self.training, mix),
+            steps.train(self.training, mix, [MODEL]),
+            steps.send(self.training, MODEL, relative_to_received=False),
+        ]
+        return Brief(plan, self._candidates())
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep the trained adapter and whose turn it was."""
+        weights = next(result.select.weights for result in answer.report.results if result.HasField("select"))
+        chosen = max(range(len(weights)), key=lambda index: weights[index])
+        self.arrived[client.id] = (chosen, answer.adapters[MODEL], client.examples)
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Average each cluster; the first time, find them."""
+        names = sorted(self.arrived)
+        arrived, self.arrived = self.arrived, {}
+        chosen = {name: arrived[name][0] for name in names}
+        if names and len(self.models) < self.options.clusters:
+            uploads = torch.stack([arrived[name][1].vector for name in names])
+            _, logits = cluster(uploads, self.options.clusters, 1.0, self.seed)
+            chosen = dict(zip(names, logits.argmax(dim=1).tolist(), strict=True))
+            self.models = self.models * self.options.clusters
+        self.models = [
+            self._averaged(j, [arrived[n] for n in names if chosen[n] == j]) for j in range(len(self.models))
+        ]
+        sizes = [sum(index == j for index in chosen.values()) for j in range(len(self.models))]
+        return {"merged": len(names), "clusters": chosen, "sizes": sizes}
+
+    def deliver(self, client: Client) -> Brief:
+        """The model that fits best."""
+        mix = steps.mixture(MODEL)
+        return Brief([self._choose(), steps.save(mix), steps.evaluate(self.training, mix)], self._candidates())
+
+    def state(self) -> State:
+        """The models."""
+        return State({f"model/{index}": model.vector for index, model in enumerate(self.models)}, {})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        layout = self.models[0].layout
+        self.models = [Adapter(layout, state.tensors[f"model/{index}"]) for index in range(len(state.tensors))]
+
+    def _averaged(self, index: int, members: list[tuple[int, Adapter, int]]) -> Adapter:
+        if not members:
+            return self.models[index]
+        _, adapters, examples = zip(*members, strict=True)
+        return average(adapters, examples)
+
+    def _choose(self) -> steps.Step:
+        return steps.select(MODEL, list(self._candidates()), "best", split="train", samples=self.options.samples)
+
+    def _candidates(self) -> dict[str, Adapter]:
+        return {f"candidate-{index}": model for index, model in enumerate(self.models)}

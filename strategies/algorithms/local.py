@@ -1,0 +1,68 @@
+"""Local-only training: every client alone, from the same start; the yardstick that federation has to beat.
+
+No adapter crosses the network. Each round trains ``local-steps`` steps on the client's own slot, so that a comparison
+at equal rounds is one at equal local work (algorithms/baselines: "Local-only").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fedalloy_adapters.layout import Layout
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+
+SLOT = "local"
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """No options of its own."""
+
+
+class Local(AlloyStrategy):
+    """Every client trains its own adapter and keeps it."""
+
+    name = "local"
+    Options: ClassVar[type[Any]] = LocalOptions
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Always: nothing is merged."""
+        return True
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Evaluate what there is, train on."""
+        mix = steps.mixture(SLOT)
+        return Brief(
+            [
+                steps.initialise(SLOT, self.seed, keep_existing=round_ > 1),
+                steps.evaluate(self.training, mix),
+                steps.train(self.training, mix, [SLOT]),
+            ]
+        )
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Nothing arrives."""
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Nothing to merge."""
+        return {}
+
+    def deliver(self, client: Client) -> Brief:
+        """Save and evaluate the client's own adapter."""
+        mix = steps.mixture(SLOT)
+        return Brief(
+            [
+                steps.initialise(SLOT, self.seed),  # a client that missed every round still has the common start
+                steps.save(mix),
+                steps.evaluate(self.training, mix),
+            ]
+        )
+
+    def state(self) -> State:
+        """Nothing: all state is at the clients."""
+        return State()
+
+    def load_state(self, state: State) -> None:
+        """Nothing to load."""

@@ -1,0 +1,33 @@
+r"""NAN: merge with coefficients inversely proportional to the norms of the deltas.
+
+Si, Shi, Shao, et al., "NAN: A Training-Free Solution to Coefficient Estimation in Model Merging", 2025 (arXiv
+2505.16148):
+:math:`\Delta = \sum_k c_k \Delta_k, \; c_k = \|\Delta_k\|^{-1} / \sum_j \|\Delta_j\|^{-1}`. The norm here is that of
+the whole delta, head included, by Gram matrices; the excerpts that we have do not say whether theirs is per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import norm
+from strategies.families.one_shot import LOCAL, OneShot, merge_linear
+
+
+def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
+    """Coefficients that sum to one; deltas of norm zero share all of it among themselves."""
+    zeros = [found == 0 for found in norms]
+    inverse = [float(zero) for zero in zeros] if any(zeros) else [1 / found for found in norms]
+    return [found / sum(inverse) for found in inverse]
+
+
+class NAN(OneShot):
+    """A mean in which large updates count less."""
+
+    name = "nan"
+
+    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+        """Exact in delta space, then truncated."""
+        adapters = [found[LOCAL] for found in uploads]
+        return merge_linear(adapters, inverse_norm_coefficients([norm(a) for a in adapters]), self.options.rank)

@@ -1,0 +1,77 @@
+r"""RoLoRA: rounds take turns in training and averaging B and A, each exactly averaged because the other is common.
+
+Chen, Guo, Ju, Dalal, Zhu, Khisti, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", NeurIPS
+2025 (arXiv 2502.01755; parts of it write A and B the other way round). Odd rounds train B, even rounds A; B = 0 at the
+start would give A no gradient. A head is trained and averaged in every round.
+
+A client that answered the round before lacks only what that round averaged; any other is sent everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from strategies.families.fedavg import SLOT
+from strategies.families.part_average import NOT_A, NOT_B, Part, PartAverage
+from strategies.framework import steps
+from strategies.framework.contract import Answer, Client, State, StrategyError
+
+
+@dataclass(frozen=True)
+class RoLoRAOptions:
+    """No options of its own."""
+
+
+class RoLoRA(PartAverage):
+    """FedAvg of B, then of A, then of B, ..."""
+
+    name = "rolora"
+    Options = RoLoRAOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settled = 0
+        self.seen: dict[str, int] = {}  # the last round that each client is known to have carried out
+
+    def shared(self, round_: int, client: Client) -> Part:
+        """The factor whose turn it is."""
+        return Part(NOT_A if round_ % 2 else NOT_B)
+
+    def wanted(self, round_: int, client: Client) -> Part:
+        """What the last round averaged, to a client that took part in it; to others everything."""
+        if self.settled and self.seen.get(client.id) == self.settled:
+            return self.shared(self.settled, client)
+        return Part()
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """The other factor stays."""
+        factors = self.shared(round_, client).factors
+        return [steps.train(self.training, steps.mixture(SLOT), [SLOT], factors=factors)]
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Remember who is up to date.
+
+        Raises:
+            StrategyError: the client has lost what it held (its disk, say), and trained on a start from the seed.
+        """
+        created = any(result.initialise.created for result in answer.report.results)
+        if created and self.seen.pop(client.id, 0) == self.settled > 0:
+            raise StrategyError(f"client {client.id!r} lost its slots; it is sent everything in the next round")
+        super().absorb(round_, client, answer)
+        self.seen[client.id] = round_
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Average the round's factor."""
+        self.settled = round_
+        return super().settle(round_)
+
+    def state(self) -> State:
+        """The adapter, and who holds which of it."""
+        found = super().state()
+        return State(found.tensors, found.values | {"settled": self.settled, "seen": dict(self.seen)})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        super().load_state(state)
+        self.settled, self.seen = int(state.values["settled"]), dict(state.values["seen"])

@@ -1,0 +1,36 @@
+r"""Task arithmetic: the sum of all deltas, scaled.
+
+Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi, "Editing Models with Task Arithmetic", ICLR 2023:
+:math:`\Delta = \lambda \sum_k \Delta_k`; :math:`\lambda = 1/S` is the mean of S clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedalloy_adapters.adapter import Adapter
+from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_linear
+from strategies.framework.options import require_range
+
+
+@dataclass(frozen=True)
+class TaskArithmeticOptions(OneShotOptions):
+    """``scale``: lambda, to be chosen on validation data."""
+
+    scale: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("scale", self.scale, 0)
+
+
+class TaskArithmetic(OneShot):
+    """A scaled sum."""
+
+    name = "task-arithmetic"
+    Options = TaskArithmeticOptions
+
+    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+        """Exact in delta space, then truncated."""
+        return merge_linear([found[LOCAL] for found in uploads], [self.options.scale] * len(uploads), self.options.rank)

@@ -1,0 +1,64 @@
+r"""TIES: trim each delta, elect a sign for every number, average what agrees with it.
+
+Yadav, Tam, Choshen, Raffel, Bansal, "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023. Per
+dense delta: keep the share ``density`` of the largest magnitudes; the sign of the sum is elected (a sum of zero
+elects plus); the merged number is ``scale`` times the mean of those that are not zero and have that sign. Trimmed per
+module (the original: over the whole model). The result is no longer of low rank: it is cut to ``rank``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedalloy_adapters.adapter import Adapter
+from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_dense
+from strategies.framework.options import OptionError, require_range
+
+
+@dataclass(frozen=True)
+class TIESOptions(OneShotOptions):
+    """See the module's docstring."""
+
+    density: float = 0.2
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("scale", self.scale, 0)
+        if not 0 < self.density <= 1:
+            raise OptionError(f"density = {self.density}, expected above 0 and at most 1")
+
+
+def trim(deltas: Tensor, density: float) -> Tensor:
+    """Each of ``deltas [N, ...]`` with all but its ``density`` largest magnitudes at zero; at least one stays."""
+    flat = deltas.reshape(len(deltas), -1)
+    count = max(1, round(density * flat.shape[1]))
+    kept = flat.abs().topk(count, dim=1).indices
+    return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).reshape(deltas.shape)
+
+
+def elect_and_average(deltas: Tensor) -> Tensor:
+    """Mean over ``deltas [N, ...]`` of the numbers whose sign is that of their sum; zeros do not count."""
+    sign = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
+    agrees = deltas * sign > 0
+    return (deltas * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)
+
+
+class TIES(OneShot):
+    """Trim, elect, average."""
+
+    name = "ties"
+    Options = TIESOptions
+
+    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+        """On dense deltas, module by module."""
+        options = self.options
+        return merge_dense(
+            [found[LOCAL] for found in uploads],
+            lambda name, deltas: options.scale * elect_and_average(trim(deltas, options.density)),
+            options.rank,
+        )

@@ -1,0 +1,167 @@
+"""FedAvg of LoRA adapters (FedIT): one global adapter, averaged by example count.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, on LoRA
+factors as in Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT), 2023.
+
+With participants S and p_k = n_k / sum of n over S:
+
+* ``fedavg.space = "factor"`` (FedIT): A = sum p_k A_k and B = sum p_k B_k. Not the average of the deltas: it differs
+  from it by sum p_k (B_k - B)(A_k - A).
+* ``fedavg.space = "delta"``: the deltas are averaged exactly as a stack of ranks and truncated to the common rank
+  (best approximation in Frobenius norm).
+
+Clients may own different parameter groups (:mod:`fedalloy_adapters.groups`): the server then holds all of them, and S
+is, for each group, those of its owners that took part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import stack, truncate, weighted_sum
+from fedalloy_adapters.groups import average_groups, group_difference, union
+from fedalloy_adapters.layout import Layout
+from proto.fedalloy.v1 import adapter_pb2, plan_pb2
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.options import require_choice
+
+SLOT = "global"
+
+
+@dataclass(frozen=True)
+class FedAvgOptions:
+    """``space``: where the average is taken, ``"factor"`` (FedIT) or ``"delta"`` (exact, then truncated)."""
+
+    space: str = "factor"
+
+    def __post_init__(self) -> None:
+        require_choice("fedavg.space", self.space, ("factor", "delta"))
+
+
+def average(adapters: Sequence[Adapter], examples: Sequence[int], space: str = "factor") -> Adapter:
+    """Average of adapters of one layout, weighted by example counts, in that layout.
+
+    Raises:
+        LayoutError: the layouts differ.
+    """
+    total = sum(examples)
+    weights = [count / total for count in examples]
+    if space == "factor":
+        return weighted_sum(adapters, weights)
+    return truncate(stack(adapters, weights), adapters[0].layout)
+
+
+class FedAvg(AlloyStrategy):
+    """One adapter for all.
+
+    Variants override what a client prepares (:meth:`prepare`), how it trains (:meth:`train`), which model is its own
+    (:meth:`personal`) and what becomes of the uploads (:meth:`average`).
+    """
+
+    name = "fedavg"
+    Options: ClassVar[type[Any]] = FedAvgOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model: Adapter | None = None
+        self.arrived: dict[str, tuple[Adapter, int]] = {}
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Groups that both have are equal; a client without groups has one, all of its adapter."""
+        return group_difference(first, second) is None
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """The first difference in a group that both have."""
+        return group_difference(first, second) or first.describe_difference(second)
+
+    def enrol(self, client: Client) -> None:
+        """The federation's layout has all groups of all clients; a group starts from the seed when it gets an owner."""
+        super().enrol(client)
+        if self.model is None:
+            self.model = Adapter.initial(client.layout, self.seed)
+        elif not self.model.layout.contains(client.layout):
+            before = self.model
+            self.model = Adapter.initial(union([before.layout, client.layout]), self.seed).with_part(before)
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Install the global adapter, evaluate the client's model, train, send the global adapter back."""
+        plan = [
+            *self.prepare(round_, client),
+            steps.evaluate(self.training, self.personal(client)),
+            *self.train(round_, client),
+            steps.send(self.training, SLOT),
+        ]
+        return Brief(plan, {SLOT: self.part_of(client)})
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep the trained adapter until the round settles."""
+        self.arrived[client.id] = (answer.adapters[SLOT], client.examples)
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Average; without answers the model stays."""
+        arrived = {name: self.arrived[name] for name in sorted(self.arrived)}  # not as they came: sums are not exact
+        self.arrived = {}
+        if arrived:
+            adapters = {name: adapter for name, (adapter, _) in arrived.items()}
+            self.model = self.average(adapters, {name: examples for name, (_, examples) in arrived.items()})
+        return {"merged": len(arrived)}
+
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
+        """The next global adapter from the uploads, by client; variants without the option average factors."""
+        space = getattr(self.options, "space", "factor")
+
+        def over_owners(group: str, owners: Mapping[str, Adapter]) -> Adapter:
+            weights = [self.weight_of(group, name, examples[name]) for name in owners]
+            return average(list(owners.values()), weights, space)
+
+        return average_groups(self.global_model, adapters, over_owners)
+
+    def weight_of(self, group: str, client: str, examples: int) -> int:
+        """The client's weight in a group's average: its examples."""
+        return examples
+
+    def deliver(self, client: Client) -> Brief:
+        """The global adapter, and what the client has made of it where that is more."""
+        mix = self.personal(client)
+        plan = [*self.prepare(0, client), steps.save(mix), steps.evaluate(self.training, mix)]
+        return Brief(plan, {SLOT: self.part_of(client)})
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """Steps before the adapter is installed; round 0 is the delivery."""
+        return []
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """Steps that train the global adapter, and others where there are some."""
+        return [steps.train(self.training, steps.mixture(SLOT), [SLOT])]
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The client's model: here the global adapter is everybody's."""
+        return steps.mixture(SLOT)
+
+    def part_of(self, client: Client) -> Adapter:
+        """The groups that the client owns, in its layout."""
+        model = self.global_model
+        return model if model.layout.digest == client.layout.digest else model.part(client.layout)
+
+    def state(self) -> State:
+        """The global adapter's numbers, and its layout, to which clients that are not back yet contribute."""
+        layout = self.global_model.layout.to_proto().SerializeToString(deterministic=True)
+        return State({"model": self.global_model.vector}, {"layout": layout.hex()})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes.fromhex(state.values["layout"])))
+        saved = Adapter(layout, state.tensors["model"])
+        whole = union([layout, self.global_model.layout])
+        self.model = saved if whole.digest == layout.digest else Adapter.initial(whole, self.seed).with_part(saved)
+
+    @property
+    def global_model(self) -> Adapter:
+        """The global adapter; :attr:`model` is None before the first client."""
+        if self.model is None:
+            raise RuntimeError("no client is enrolled yet")
+        return self.model

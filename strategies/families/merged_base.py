@@ -1,0 +1,132 @@
+"""What rounds add to every client's frozen base: updates that travel once and stay there, as a slot beside the others.
+
+The base model itself is never written: the sum of all updates is a slot of growing rank, and a client's model is the
+base plus that slot plus what is trained. Once the ranks exceed what a module's delta can have, they are cut to that,
+which is exact.
+
+A client adds what it lacks to a *copy* of what it is known to hold, and the two names take turns: a plan that was
+carried out and whose answer was lost adds nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import stack, truncate
+from fedalloy_adapters.layout import Factor, Layout
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.fedavg import SLOT, FedAvg
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+
+MERGED = ("merged-odd", "merged-even")
+UPDATE = "update"
+
+
+def full_ranks(layout: Layout) -> dict[str, int]:
+    """The rank that a module's delta can have at most, by module."""
+    sizes = {(e.module, e.factor): e.shape for e in layout.entries}
+    return {m: min(sizes[m, Factor.A][1], sizes[m, Factor.B][0]) for m in layout.lora_modules}
+
+
+def compact(update: Adapter) -> Adapter:
+    """The same update without ranks that it cannot have."""
+    full = full_ranks(update.layout)
+    ranks = {module: min(rank, full[module]) for module, rank in update.layout.ranks.items()}
+    return update if ranks == update.layout.ranks else truncate(update, update.layout.with_ranks(ranks))
+
+
+class MergedBase(FedAvg):
+    """FedAvg whose rounds also add to the base. Variants say in :meth:`average` what is added (:meth:`add`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.updates: list[Adapter] = []
+        self.held: dict[str, tuple[int, int]] = {}  # updates in a client's slot, and which of the two names it has
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Equal layouts: a base has no groups."""
+        return first.digest == second.digest
+
+    def enrol(self, client: Client) -> None:
+        """The first client's layout is the federation's."""
+        AlloyStrategy.enrol(self, client)  # FedAvg's own makes a union of groups
+        if self.model is None:
+            self.model = Adapter.initial(client.layout, self.seed)
+
+    def add(self, update: Adapter) -> None:
+        """Every client's base changes by this from the next round on."""
+        self.updates.append(compact(update))
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """FedAvg's round on the changed base."""
+        brief = super().brief(round_, client)
+        return Brief(brief.steps, {**brief.adapters, **self._update(client)})
+
+    def deliver(self, client: Client) -> Brief:
+        """FedAvg's, with the changed base."""
+        brief = super().deliver(client)
+        return Brief(brief.steps, {**brief.adapters, **self._update(client)})
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """The client now holds all updates that there were."""
+        super().absorb(round_, client, answer)
+        self.held[client.id] = (len(self.updates), self._target(client))
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """Add what the client lacks."""
+        count, name = self.held.get(client.id, (0, 0))
+        if count == len(self.updates):
+            return []
+        terms = [MERGED[name], UPDATE] if count else [UPDATE]
+        rank = max(full_ranks(client.layout).values())
+        grown = sum(max(update.layout.ranks.values()) for update in self.updates)
+        merge = steps.merge(MERGED[1 - name], steps.mixture(*terms), truncate_rank=rank if grown > rank else 0)
+        return [merge]
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The changed base and the adapter."""
+        return steps.mixture(SLOT, MERGED[self._target(client)]) if self.updates else steps.mixture(SLOT)
+
+    def train(self, round_: int, client: Client) -> list[steps.Step]:
+        """The base stays."""
+        return [steps.train(self.training, self.personal(client), [SLOT])]
+
+    def state(self) -> State:
+        """The adapter, all updates with their ranks, and who holds which."""
+        tensors = {f"update/{index}": update.vector for index, update in enumerate(self.updates)}
+        held = {name: list(pair) for name, pair in self.held.items()}
+        ranks = [update.layout.ranks for update in self.updates]
+        found = super().state()
+        return State(found.tensors | tensors, found.values | {"ranks": ranks, "held": held})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        super().load_state(state)
+        self.held = {name: (int(pair[0]), int(pair[1])) for name, pair in state.values["held"].items()}
+        self.updates = [
+            Adapter(_unscaled(self.global_model.layout, ranks), state.tensors[f"update/{index}"])
+            for index, ranks in enumerate(state.values["ranks"])
+        ]
+
+    def _target(self, client: Client) -> int:
+        count, name = self.held.get(client.id, (0, 0))
+        return name if count == len(self.updates) else 1 - name
+
+    def _update(self, client: Client) -> dict[str, Adapter]:
+        count, _ = self.held.get(client.id, (0, 0))
+        missing = self.updates[count:]
+        return {UPDATE: compact(stack(missing, [1.0] * len(missing)))} if missing else {}
+
+
+def _unscaled(layout: Layout, ranks: dict[str, int]) -> Layout:
+    found = layout.with_ranks(ranks)
+    return Layout(found.entries, dict.fromkeys(found.lora_modules, 1.0), found.base_fingerprint)
+
+
+def weighted(adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
+    """The exact average of the deltas, by example counts, as a stack of their ranks."""
+    total = sum(examples)
+    return stack(adapters, [count / total for count in examples])

@@ -1,0 +1,144 @@
+"""One-shot merging: clients train alone, upload once at the end, and all get one merged adapter.
+
+A rule is a file that says in :meth:`OneShot.merge` what becomes of the uploads. Linear rules merge exactly, as a
+stack of ranks, and are then truncated to the clients' rank (``rank = 0``) or to another. Rules that look at single
+numbers of a delta need it dense, one module at a time (:func:`merge_dense`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import folded, stack, truncate
+from fedalloy_adapters.layout import Factor, Layout
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.options import require_range
+
+LOCAL, MERGED = "local", "merged"
+Rule = Callable[[str, Tensor], Tensor]
+"""``(tensor name, numbers [N, ...]) -> merged [...]``."""
+
+
+@dataclass(frozen=True)
+class OneShotOptions:
+    """``rank`` of what clients get: 0 is that of their own adapters; another is at most all of theirs together."""
+
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("rank", self.rank, 0, 2**20)
+
+
+def merge_linear(adapters: Sequence[Adapter], coefficients: Sequence[float], rank: int = 0) -> Adapter:
+    """``sum_k c_k Delta_k``, exact up to the truncation to ``rank`` (0: that of the first)."""
+    return truncate(stack(adapters, list(coefficients)), at_rank(adapters, rank))
+
+
+def merge_dense(adapters: Sequence[Adapter], rule: Rule, rank: int = 0) -> Adapter:
+    """A rule on the deltas as dense matrices, module by module, then the best approximation at ``rank`` (SVD).
+
+    Weights and biases are merged by the same rule, as they are.
+    """
+    layout = at_rank(adapters, rank)
+    result = Adapter.zeros(layout)
+    for entry, tensor in result.items():
+        if not entry.factor.is_lora:
+            tensor.copy_(rule(entry.name, torch.stack([a[entry.module, entry.factor] for a in adapters])))
+    for module in layout.lora_modules:
+        pairs = [folded(adapter, module) for adapter in adapters]
+        merged = rule(module, torch.stack([b @ a for a, b in pairs]))
+        u, sigma, v_t = torch.linalg.svd(merged, full_matrices=False)
+        kept = min(layout.ranks[module], len(sigma))
+        root = sigma[:kept].sqrt()
+        result[module, Factor.A][:kept] = root[:, None] * v_t[:kept]
+        result[module, Factor.B][:, :kept] = u[:, :kept] * root / layout.scalings[module]
+    return result
+
+
+def at_rank(adapters: Sequence[Adapter], rank: int) -> Layout:
+    """The adapters' layout at another rank (0: their own), which is at most that of all of them stacked."""
+    layout = adapters[0].layout
+    return layout.with_ranks({m: min(rank, r * len(adapters)) for m, r in layout.ranks.items()}) if rank else layout
+
+
+class OneShot(AlloyStrategy):
+    """Local training, then one merge. Between rounds nothing travels."""
+
+    Options: ClassVar[type[Any]] = OneShotOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.uploads: dict[str, dict[str, Adapter]] = {}
+        self.trained: set[str] = set()
+        self.merged: Adapter | None = None
+
+    @abstractmethod
+    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+        """What becomes of the uploads, in order of client ids; ``shares`` of the examples sum to one."""
+
+    def extra(self, client: Client) -> list[steps.Step]:
+        """Steps of the last round between training and upload: what a rule needs beyond the adapters."""
+        return []
+
+    def needs_everyone(self, round_: int) -> bool:
+        """Local rounds cost no bytes, and all are to be merged."""
+        return True
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Train alone; in the last round, upload."""
+        mix = steps.mixture(LOCAL)
+        plan = [
+            steps.initialise(LOCAL, self.seed, keep_existing=client.id in self.trained),
+            steps.evaluate(self.training, mix),
+            steps.train(self.training, mix, [LOCAL]),
+        ]
+        if self._is_last(round_):
+            plan += [*self.extra(client), steps.send(self.training, LOCAL, relative_to_received=False)]
+        return Brief(plan)
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep what was uploaded."""
+        self.trained.add(client.id)
+        if LOCAL in answer.adapters:
+            self.uploads[client.id] = dict(answer.adapters)
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Merge, in the last round."""
+        arrived, self.uploads = self.uploads, {}
+        names = sorted(arrived)
+        if names:
+            counts = [self.clients[name].examples for name in names]
+            self.merged = self.merge([arrived[name] for name in names], [n / sum(counts) for n in counts])
+        return {"merged": len(names)}
+
+    def deliver(self, client: Client) -> Brief:
+        """The merge; before there is one, the client's own adapter."""
+        mix = steps.mixture(LOCAL if self.merged is None else MERGED)
+        plan = [steps.initialise(LOCAL, self.seed), steps.save(mix), steps.evaluate(self.training, mix)]
+        return Brief(plan, {} if self.merged is None else {MERGED: self.merged})
+
+    def state(self) -> State:
+        """Who has trained, and the merge."""
+        tensors = {} if self.merged is None else {"merged": self.merged.vector}
+        ranks = {} if self.merged is None else self.merged.layout.ranks
+        return State(tensors, {"trained": sorted(self.trained), "ranks": ranks})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        self.trained = set(state.values["trained"])
+        if "merged" in state.tensors:
+            layout = next(iter(self.clients.values())).layout
+            layout = layout if layout.ranks == state.values["ranks"] else layout.with_ranks(state.values["ranks"])
+            self.merged = Adapter(layout, state.tensors["merged"])
+
+    def _is_last(self, round_: int) -> bool:
+        """Without a known end, every round may be the last."""
+        return round_ >= self.rounds

@@ -1,0 +1,78 @@
+"""FedAvg of a part of the adapter: the rest stays as it is at the client, or is never changed.
+
+A variant says which part travels in a round (:meth:`PartAverage.shared`), and what is trained (:meth:`FedAvg.train`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Factor, Layout
+from strategies.families.fedavg import SLOT, FedAvg, average
+from strategies.framework import steps
+from strategies.framework.contract import Brief, Client
+
+NOT_A = (Factor.B, Factor.WEIGHT, Factor.BIAS)
+NOT_B = (Factor.A, Factor.WEIGHT, Factor.BIAS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors with one of these factors, of one of these modules; an empty list does not restrict."""
+
+    factors: Sequence[Factor] = ()
+    modules: Sequence[str] = ()
+
+    def of(self, layout: Layout) -> Layout:
+        """This part of a layout."""
+        return layout.select(self.factors, self.modules)
+
+
+class PartAverage(FedAvg):
+    """One part for all; the whole starts from the seed at the client and never travels."""
+
+    def shared(self, round_: int, client: Client) -> Part:
+        """What the client sends in this round."""
+        raise NotImplementedError
+
+    def wanted(self, round_: int, client: Client) -> Part:
+        """What it is sent before; round 0 is the delivery. Here the same in all rounds."""
+        return self.shared(round_, client)
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Install the part, evaluate, train, send a part back."""
+        wanted, shared = self.wanted(round_, client), self.shared(round_, client)
+        plan = [
+            *self.prepare(round_, client),
+            steps.evaluate(self.training, self.personal(client)),
+            *self.train(round_, client),
+            steps.send(
+                self.training,
+                SLOT,
+                factors=shared.factors,
+                modules=shared.modules,
+                relative_to_received=wanted.of(client.layout).contains(shared.of(client.layout)),
+            ),
+        ]
+        return Brief(plan, self._received(wanted, client))
+
+    def deliver(self, client: Client) -> Brief:
+        """The part inside what the client holds."""
+        return Brief(super().deliver(client).steps, self._received(self.wanted(0, client), client))
+
+    def prepare(self, round_: int, client: Client) -> list[steps.Step]:
+        """The whole adapter, from the seed."""
+        return [steps.initialise(SLOT, self.seed)]
+
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
+        """The part is averaged in factor space: exact where the other factor is common."""
+        return self.global_model.with_part(average(list(adapters.values()), list(examples.values())))
+
+    def compatible(self, first: Layout, second: Layout) -> bool:
+        """Equal layouts: parts of groups are not shared here."""
+        return first.digest == second.digest
+
+    def _received(self, wanted: Part, client: Client) -> dict[str, Adapter]:
+        return {SLOT: self.global_model.part(wanted.of(client.layout))}

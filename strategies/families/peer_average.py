@@ -1,0 +1,90 @@
+"""Strategies that give every client a combination of its own of all clients' adapters.
+
+The server keeps each client's last upload; :meth:`Peers.weigh` says how much each counts for each.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedalloy_adapters.adapter import Adapter, stack_vectors
+from fedalloy_adapters.algebra import combine_factors
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+
+LOCAL = "local"
+
+
+class Peers(AlloyStrategy):
+    """Last uploads, and a row of weights for each client; sums are taken in factor space."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.uploads: dict[str, Adapter] = {}
+        self.weights: dict[str, dict[str, float]] = {}
+        self.arrived = 0
+
+    @abstractmethod
+    def weigh(self, names: list[str]) -> Tensor:
+        """Weights ``[N, N]``: how much the upload of the column's client counts for the row's."""
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep the upload until the next one comes."""
+        self.uploads[client.id] = answer.adapters[LOCAL]
+        self.arrived += 1
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Weigh all whose adapters are known; the matrix goes to the round's record."""
+        record: dict[str, Any] = {"merged": self.arrived}
+        self.arrived = 0
+        self._weigh()
+        rows = {name: [round(w, 6) for w in row.values()] for name, row in self.weights.items()}
+        return record | ({"relations": rows} if rows else {})
+
+    def combined(self, client: Client) -> Adapter | None:
+        """The client's combination; None for one that has no weights, or only zeros."""
+        row = {name: weight for name, weight in self.weights.get(client.id, {}).items() if weight}
+        if not row:
+            return None
+        found = [self.uploads[name] for name in row]
+        weights = torch.tensor([list(row.values())], dtype=torch.float64)
+        return Adapter(found[0].layout, combine_factors(found, weights)[0])
+
+    def begin(self) -> list[steps.Step]:
+        """The client's own adapter, from the common start."""
+        return [steps.initialise(LOCAL, self.seed)]
+
+    def send(self) -> steps.Step:
+        """Upload the client's own adapter, which it does not get back."""
+        return steps.send(self.training, LOCAL, relative_to_received=False)
+
+    def deliver(self, client: Client) -> Brief:
+        """The client's own adapter, as it holds it."""
+        mix = steps.mixture(LOCAL)
+        return Brief([*self.begin(), steps.save(mix), steps.evaluate(self.training, mix)])
+
+    def state(self) -> State:
+        """Last uploads; weights follow from them."""
+        tensors = {f"upload/{name}": adapter.vector for name, adapter in self.uploads.items()}
+        return State(tensors, {"clients": sorted(self.uploads)})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        layout = next(iter(self.clients.values())).layout  # one for all, also of clients that are not back yet
+        self.uploads = {
+            name: Adapter(layout, state.tensors[f"upload/{name}"].clone()) for name in state.values["clients"]
+        }
+        self._weigh()
+
+    def _weigh(self) -> None:
+        names = sorted(self.uploads)
+        rows = self.weigh(names).tolist() if names else []
+        self.weights = {name: dict(zip(names, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+
+    def _vectors(self, names: list[str]) -> Tensor:
+        """Uploads as a matrix ``[N, P]`` float64."""
+        return stack_vectors(self.uploads[name] for name in names).double()

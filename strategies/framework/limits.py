@@ -1,0 +1,114 @@
+"""Bounds on what one client can do to everybody's model: how far an upload may move, how much a client may weigh.
+
+Both are off by default: they change what honest clients get, too. A bounded norm is the usual first defence against
+boosted updates (Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 4); the bound on counts keeps
+a client that lies about its data from outweighing everybody else. A third bound, on the size of an adapter, is always
+on: the server allocates it when the client is taken in, on its word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING
+
+from fedalloy_adapters.adapter import Adapter
+from strategies.framework.messages import BadAnswerError, Dispatch
+from strategies.framework.options import require_choice, require_range
+
+if TYPE_CHECKING:
+    from strategies.framework.contract import Client
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The run-config keys.
+
+    Args:
+        max_update_norm: largest L2 norm, over all numbers of a slot, of an upload minus what the client was sent for
+            that slot; of the upload itself where it was sent nothing. 0: no bound.
+        update_norm_action: ``"clip"`` scales the difference down to the bound, ``"reject"`` refuses the answer.
+        max_examples_ratio: a client counts for at most so many times the median number of training examples; 0: no
+            bound.
+        max_adapter_mb: the largest adapter that a client may have, in megabytes (10^6 bytes) of float32; the same for
+            a gradient of its reference model, which sketches are rows of.
+    """
+
+    max_update_norm: float = 0.0
+    update_norm_action: str = "clip"
+    max_examples_ratio: float = 0.0
+    max_adapter_mb: float = 1024.0
+
+    def __post_init__(self) -> None:
+        require_range("max-update-norm", self.max_update_norm, 0)
+        require_choice("update-norm-action", self.update_norm_action, ("clip", "reject"))
+        require_range("max-examples-ratio", self.max_examples_ratio, 0)
+        require_range("max-adapter-mb", self.max_adapter_mb, 0.001)
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Uploads that keep the bound; ``clipped`` has the norm that each clipped one had, by slot."""
+
+    adapters: Mapping[str, Adapter]
+    clipped: Mapping[str, float] = field(default_factory=dict)
+
+
+def bounded(limits: Limits, dispatch: Dispatch, adapters: Mapping[str, Adapter]) -> Bounded:
+    """Apply ``max-update-norm`` to checked uploads; sketches are directions and stay as they are.
+
+    Raises:
+        BadAnswerError: an update is longer, and the action is to reject.
+    """
+    kept, clipped = dict(adapters), {}
+    for slot, adapter in adapters.items():
+        if not limits.max_update_norm or slot in dispatch.sketches:
+            continue
+        received = dispatch.received.get(slot)
+        update = adapter.vector.double()
+        if received is not None and received.layout.contains(adapter.layout):
+            update = update - received.part(adapter.layout).vector.double()
+        norm = float(update.norm())
+        if norm <= limits.max_update_norm:
+            continue
+        if limits.update_norm_action == "reject":
+            raise BadAnswerError(
+                f"client {dispatch.plan.client_id!r} sent slot {slot!r} with an update of norm {norm:.6g}, expected at "
+                f"most {limits.max_update_norm:g} (max-update-norm)"
+            )
+        excess = update * (1 - limits.max_update_norm / norm)
+        kept[slot] = Adapter(adapter.layout, (adapter.vector.double() - excess).to(adapter.vector.dtype))
+        clipped[slot] = norm
+    return Bounded(kept, clipped)
+
+
+def require_affordable(limits: Limits, client: Client) -> None:
+    """Apply ``max-adapter-mb`` to what a client registered, before anything of that size is allocated.
+
+    Raises:
+        BadAnswerError: its adapter, or a gradient of its reference model, is larger.
+    """
+    layouts = {"an adapter": client.layout, "a reference gradient": client.reference}
+    for name, layout in layouts.items():
+        size = 4 * layout.size / 10**6 if layout is not None else 0.0
+        if size > limits.max_adapter_mb:
+            raise BadAnswerError(
+                f"client {client.id!r} registered {name} of {size:.6g} MB, expected at most {limits.max_adapter_mb:g} "
+                "(max-adapter-mb)"
+            )
+
+
+def with_bounded_weight(limits: Limits, client: Client, counts: Mapping[str, int]) -> Client:
+    """The client with as many examples as it counts for.
+
+    Args:
+        limits: the bounds.
+        client: as registered.
+        counts: training examples of the federation's clients by id, as registered.
+    """
+    if not limits.max_examples_ratio or not counts:
+        return client
+    most = max(1, math.floor(limits.max_examples_ratio * median(sorted(counts.values()))))
+    return replace(client, examples=min(client.examples, most))

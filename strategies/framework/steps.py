@@ -1,0 +1,351 @@
+"""Plan steps, written the way a strategy reads: ``train(mixture("global"), slots=["global"], ...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedalloy_adapters.algebra import Coefficient
+from fedalloy_adapters.codec import Encoding, encoding_to_proto
+from fedalloy_adapters.layout import Factor, factor_to_proto
+from proto.fedalloy.v1 import plan_pb2
+from strategies.framework.options import OptionError, require_choice, require_range
+
+Step = plan_pb2.Step
+Draw = plan_pb2.Draw
+
+_SCHEDULES = {
+    "constant": plan_pb2.SCHEDULE_CONSTANT,
+    "linear": plan_pb2.SCHEDULE_LINEAR,
+    "cosine": plan_pb2.SCHEDULE_COSINE,
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Local training and transport, the same for every strategy (run-config keys without prefix)."""
+
+    local_steps: int = 30
+    batch_size: int = 16
+    learning_rate: float = 5e-3
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    evaluate_split: str = "test"
+    uplink_encoding: str = "fp32"
+    downlink_encoding: str = "fp32"
+
+    def __post_init__(self) -> None:
+        require_range("local-steps", self.local_steps, 1, 2**31 - 1)  # uint32 on the wire
+        require_range("batch-size", self.batch_size, 1, 2**31 - 1)
+        require_range("weight-decay", self.weight_decay, 0)
+        require_range("max-grad-norm", self.max_grad_norm, 0)
+        if not 0 < self.learning_rate < float("inf"):
+            raise OptionError(f"learning-rate = {self.learning_rate}, expected a positive number")
+        require_choice("schedule", self.schedule, _SCHEDULES)
+        require_choice("evaluate-split", self.evaluate_split, ("validation", "test"))
+        require_choice("uplink-encoding", self.uplink_encoding, list(Encoding))
+        require_choice("downlink-encoding", self.downlink_encoding, list(Encoding))
+
+
+def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> plan_pb2.Mixture:
+    """The base model plus coefficient times slot, summed; coefficients default to 1."""
+    terms = []
+    for slot, coefficient in zip(slots, coefficients or [1.0] * len(slots), strict=True):
+        if isinstance(coefficient, Mapping):
+            values = plan_pb2.ModuleCoefficients(values=dict(coefficient))
+            terms.append(plan_pb2.Term(slot=slot, per_module=values))
+        else:
+            terms.append(plan_pb2.Term(slot=slot, scalar=coefficient))
+    return plan_pb2.Mixture(terms=terms)
+
+
+def ensemble(slots: Sequence[str], shares: str) -> plan_pb2.Mixture:
+    """The probabilities that the slots predict, each alone, averaged by what the slot ``shares`` holds."""
+    mix = mixture(*slots)
+    mix.shares = shares
+    return mix
+
+
+def attribute(slots: Sequence[str], shares: str) -> Step:
+    """Divide every training example among ``slots``; ``shares`` holds the means."""
+    return Step(attribute=plan_pb2.AttributeStep(slots=list(slots), shares=shares, split="train"))
+
+
+def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
+    """``sigmoid(g) first + (1 - sigmoid(g)) second`` for each module, with the gates g of the slot ``gates``."""
+    return plan_pb2.Mixture(
+        terms=[
+            plan_pb2.Term(slot=first, gate=plan_pb2.Gate(slot=gates)),
+            plan_pb2.Term(slot=second, gate=plan_pb2.Gate(slot=gates, complement=True)),
+        ]
+    )
+
+
+def part(factors: Iterable[Factor] = (), modules: Iterable[str] = (), *, without_basis: bool = False) -> plan_pb2.Part:
+    """The tensors with these factors and modules; an empty list does not restrict."""
+    numbers = [factor_to_proto(factor) for factor in factors]
+    return plan_pb2.Part(factors=numbers, modules=list(modules), without_basis=without_basis)
+
+
+def initialise(slot: str, seed: int, *, keep_existing: bool = True) -> Step:
+    """Create ``slot`` from a seed."""
+    step = plan_pb2.InitialiseStep(slot=slot, seed=seed, keep_existing=keep_existing)
+    return Step(initialise=step)
+
+
+def initialise_gates(slot: str, kind: str) -> Step:
+    """Create a slot of gates at one half, ``"scalar"`` or ``"input"``, unless it exists."""
+    kinds = {"scalar": plan_pb2.GATE_KIND_SCALAR, "input": plan_pb2.GATE_KIND_INPUT}
+    return Step(initialise=plan_pb2.InitialiseStep(slot=slot, gate=kinds[kind], keep_existing=True))
+
+
+def copy(slot: str, source: str) -> Step:
+    """``slot`` becomes a copy of ``source``; at the start of a plan this happens before received adapters go in."""
+    return Step(initialise=plan_pb2.InitialiseStep(slot=slot, copy_of=source))
+
+
+def train(
+    training: Training,
+    mix: plan_pb2.Mixture,
+    slots: Sequence[str],
+    *,
+    factors: Iterable[Factor] = (),
+    modules: Iterable[str] = (),
+    proximal: tuple[str, float] | None = None,
+    steps: int | None = None,
+    fold: tuple[int, int] | None = None,
+    without_basis: bool = False,
+    rate_scales: Mapping[Factor, float] | None = None,
+    learning_rate: float | None = None,
+    draw: Draw | None = None,
+    draw_after_replace: Draw | None = None,
+    record: str = "",
+    record_batch_share: bool = False,
+    keep_on_divergence: bool = False,
+    attributed_to: str = "",
+) -> Step:
+    """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
+
+    ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
+    learning rate of tensors with a factor. ``draw`` decides batches and dropout, ``draw_after_replace`` instead where a
+    replace step has copied something; the losses of tasks are kept as ``record``, for such steps. ``attributed_to``
+    weighs examples by how much of them :func:`attribute` gave to that slot.
+    """
+    step = plan_pb2.TrainStep(
+        mixture=mix,
+        slots=list(slots),
+        part=part(factors, modules, without_basis=without_basis),
+        steps=training.local_steps if steps is None else steps,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate if learning_rate is None else learning_rate,
+        schedule=_SCHEDULES[training.schedule],
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        split="train",
+        rate_scales=[
+            plan_pb2.RateScale(factor=factor_to_proto(factor), scale=scale)
+            for factor, scale in (rate_scales or {}).items()
+        ],
+        draw=draw,
+        draw_after_replace=draw_after_replace,
+        record=record,
+        record_batch_share=record_batch_share,
+        keep_on_divergence=keep_on_divergence,
+        attributed_to=attributed_to,
+    )
+    if proximal is not None and proximal[1] > 0:
+        step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
+    if fold is not None:
+        step.fold.CopyFrom(plan_pb2.Fold(index=fold[0], count=fold[1]))
+    return Step(train=step)
+
+
+def merge(target: str, mix: plan_pb2.Mixture, *, space: str = "delta", truncate_rank: int = 0) -> Step:
+    """``target <- mix`` in ``"delta"`` or ``"factor"`` space."""
+    spaces = {"delta": plan_pb2.MERGE_SPACE_DELTA, "factor": plan_pb2.MERGE_SPACE_FACTOR}
+    step = plan_pb2.MergeStep(target=target, mixture=mix, space=spaces[space], truncate_rank=truncate_rank)
+    return Step(merge=step)
+
+
+def evaluate(
+    training: Training, mix: plan_pb2.Mixture, label: str = "personal", split: str | None = None, record: str = ""
+) -> Step:
+    """Metrics of ``mix`` on a split, reported under ``label``; losses of tasks are kept as ``record``."""
+    step = plan_pb2.EvaluateStep(label=label, mixture=mix, split=split or training.evaluate_split, record=record)
+    return Step(evaluate=step)
+
+
+def replace(
+    target: str,
+    source: str,
+    margins: Mapping[str, float],
+    *,
+    records: tuple[str, str],
+    relative: bool = False,
+    exclusive: bool = False,
+) -> Step:
+    """Copy a task's groups from ``source`` where its loss plus the margin is below that of ``target``.
+
+    Args:
+        target: the slot that is changed.
+        source: the slot that is copied from.
+        margins: by task; may be infinite.
+        records: names of the recorded losses of ``target`` and of ``source``.
+        relative: margins are shares of the source's loss.
+        exclusive: leave groups alone that another task uses, whose rule does not fire.
+    """
+    rules = [plan_pb2.ReplaceRule(task=task, margin=margin, relative=relative) for task, margin in margins.items()]
+    step = plan_pb2.ReplaceStep(
+        target=target,
+        source=source,
+        target_record=records[0],
+        source_record=records[1],
+        rules=rules,
+        exclusive=exclusive,
+    )
+    return Step(replace=step)
+
+
+def distill(
+    step: Step,
+    teacher: plan_pb2.Mixture,
+    weights: Mapping[str, float],
+    *,
+    losses: Mapping[str, str] | None = None,
+    temperature: float = 1.0,
+    reduction: str = "per-position-mean",
+) -> Step:
+    """The train step ``step`` with the teacher's outputs as a second target.
+
+    Args:
+        step: what is trained, and how.
+        teacher: frozen.
+        weights: of the distance from the teacher, by task.
+        losses: ``"kl"`` (the default) or ``"mse"`` by task.
+        temperature: of both softmaxes.
+        reduction: ``"per-position-mean"``, or ``"first-dim"``: the sum over all positions.
+    """
+    kinds = {"kl": plan_pb2.DISTILL_LOSS_KL, "mse": plan_pb2.DISTILL_LOSS_MSE}
+    reductions = {
+        "per-position-mean": plan_pb2.DISTILL_REDUCTION_POSITION_MEAN,
+        "first-dim": plan_pb2.DISTILL_REDUCTION_EXAMPLE_MEAN,
+    }
+    tasks = [
+        plan_pb2.TaskDistillation(task=task, weight=weight, loss=kinds[(losses or {}).get(task, "kl")])
+        for task, weight in weights.items()
+    ]
+    found = plan_pb2.DistillStep(
+        train=step.train, teacher=teacher, temperature=temperature, reduction=reductions[reduction], tasks=tasks
+    )
+    return Step(distill=found)
+
+
+def save(mix: plan_pb2.Mixture) -> Step:
+    """Keep ``mix`` as the client's personal model."""
+    return Step(save=plan_pb2.SaveStep(mixture=mix))
+
+
+def send(
+    training: Training,
+    slot: str,
+    *,
+    factors: Iterable[Factor] = (),
+    modules: Iterable[str] = (),
+    relative_to_received: bool = True,
+    without_basis: bool = False,
+) -> Step:
+    """Upload ``slot`` or its ``factors`` and ``modules``, encoded as the run says.
+
+    A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
+    the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
+    for a slot that does not.
+    """
+    encoding = Encoding(training.uplink_encoding)
+    step = plan_pb2.SendStep(
+        slot=slot,
+        part=part(factors, modules, without_basis=without_basis),
+        encoding=encoding_to_proto(encoding),
+        relative_to_received=relative_to_received and encoding.is_lossy,
+    )
+    return Step(send=step)
+
+
+def fisher(
+    first: str,
+    second: str,
+    *,
+    split: str,
+    samples: int,
+    damping: float,
+    in_delta_space: bool = False,
+    keep: tuple[str, str] = ("", ""),
+) -> Step:
+    """Compare two slots by their diagonal Fisher information; ``keep`` names slots that hold it afterwards."""
+    step = plan_pb2.FisherStep(
+        first=first,
+        second=second,
+        split=split,
+        samples=samples,
+        relative_damping=damping,
+        in_delta_space=in_delta_space,
+        keep_first=keep[0],
+        keep_second=keep[1],
+    )
+    return Step(fisher=step)
+
+
+def distance(first: str, second: str) -> Step:
+    """Squared distances of two slots' deltas, by module."""
+    return Step(distance=plan_pb2.DistanceStep(first=first, second=second))
+
+
+def precision_mixture(precisions: Mapping[str, str]) -> plan_pb2.Mixture:
+    """For a merge in factor space: slots, and the slots that hold the weight of each of their numbers."""
+    return plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, precision=name) for slot, name in precisions.items()])
+
+
+def sketch(
+    training: Training,
+    slot: str,
+    *,
+    batches: int,
+    rows: int,
+    row_choice: str = "random",
+    gradient: str = "exact",
+    noise: float = 0.0,
+    noise_on_gradients: bool = False,
+    new_weight: float = 1.0,
+    encoding: str = "bf16",
+) -> Step:
+    """Upload ``rows`` rows of the reference model's gradient on ``batches`` batches; ``slot`` averages over rounds."""
+    choices = {"first": plan_pb2.SKETCH_ROWS_FIRST, "random": plan_pb2.SKETCH_ROWS_RANDOM}
+    gradients = {"exact": plan_pb2.SKETCH_GRADIENT_EXACT, "diagonal": plan_pb2.SKETCH_GRADIENT_DIAGONAL}
+    step = plan_pb2.SketchStep(
+        slot=slot,
+        split="train",
+        batches=batches,
+        batch_size=training.batch_size,
+        gradient=gradients[gradient],
+        rows=choices[row_choice],
+        row_count=rows,
+        noise=noise,
+        noise_on_gradients=noise_on_gradients,
+        new_weight=new_weight,
+        encoding=encoding_to_proto(Encoding(encoding)),
+    )
+    return Step(sketch=step)
+
+
+def select(target: str, candidates: Sequence[str], rule: str, *, split: str, samples: int = 0) -> Step:
+    """``target`` becomes the ``"best"`` candidate, or moves towards those that are an ``"improvement"``."""
+    rules = {"best": plan_pb2.SELECT_RULE_BEST, "improvement": plan_pb2.SELECT_RULE_IMPROVEMENT}
+    step = plan_pb2.SelectStep(slots=list(candidates), target=target, rule=rules[rule], split=split, samples=samples)
+    return Step(select=step)
+
+
+def gram(training: Training, slot: str, mix: plan_pb2.Mixture, *, samples: int = 0) -> Step:
+    """Upload the second moments of every module's inputs, under the name ``slot``."""
+    encoding = encoding_to_proto(Encoding(training.uplink_encoding))
+    step = plan_pb2.GramStep(slot=slot, mixture=mix, split="train", samples=samples, encoding=encoding)
+    return Step(gram=step)

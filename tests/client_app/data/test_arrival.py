@@ -1,0 +1,113 @@
+"""Data that arrive over the rounds (FedMosaic's invariants, group 13): arrivals, replay, and runs that are resumed."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client_app.data.arrival import StreamedDataset, arrivals_dynamic, arrivals_static, streamed, tasks_of
+from client_app.data.dataset import ClientData, Dataset
+from client_app.settings import SettingsError
+
+LABELS = np.repeat(np.arange(8), [9, 3, 7, 12, 5, 8, 4, 6])
+
+
+def stream(arrival: str = "dynamic", rounds: int = 6, seed: int = 3) -> StreamedDataset:
+    labels = torch.from_numpy(LABELS)
+    whole = Dataset({"pixel_values": torch.arange(len(LABELS)).float()[:, None]}, labels)
+    found = streamed(ClientData("toy", whole.kind, {"train": whole, "test": whole}), arrival, rounds, seed)
+    assert type(found.splits["test"]) is Dataset
+    train = found.splits["train"]
+    assert isinstance(train, StreamedDataset)
+    return train
+
+
+def batches(data: StreamedDataset, round_: int, size: int = 5, steps: int = 7, seed: int = 0) -> list[torch.Tensor]:
+    return data.until(round_).batches(size, steps, round_, lambda number: 100 * seed + number)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=80), st.integers(1, 30), st.integers(0, 2**62))
+def test_every_example_arrives_once_and_something_is_there_from_the_first_round(
+    labels: list[int], rounds: int, seed: int
+) -> None:
+    for find in (arrivals_static, arrivals_dynamic):
+        found = find(np.array(labels), rounds, seed)
+        assert found.min() == 1
+        assert found.max() <= rounds
+        assert np.array_equal(found, find(np.array(labels), rounds, seed))
+
+
+def test_static_chunks_are_equal() -> None:
+    counts = np.bincount(arrivals_static(LABELS, 6, 0))[1:]
+    assert counts.tolist() == [9] * 6
+    assert not np.array_equal(arrivals_static(LABELS, 6, 0), arrivals_static(LABELS, 6, 1))
+
+
+@pytest.mark.parametrize("rounds", [4, 8, 6, 3])
+def test_tasks_come_one_after_another_in_slices_that_partition_them(rounds: int) -> None:
+    tasks, found = tasks_of(LABELS, 5), arrivals_dynamic(LABELS, rounds, 5)
+    assert sorted(set(tasks)) == [0, 1, 2, 3]
+    for task in range(4):
+        mine = found[tasks == task]
+        assert len({label for label in LABELS[tasks == task]}) == 2
+        first, last = task * rounds / 4, (task + 1) * rounds / 4
+        assert mine.min() == int(first) + 1
+        assert mine.max() <= -(-(task + 1) * rounds // 4)
+        if rounds % 4 == 0:  # equal slices, but for one example
+            slices = np.bincount(mine, minlength=rounds + 1)[int(first) + 1 : int(last) + 1]
+            assert slices.sum() == len(mine)
+            assert slices.max() - slices.min() <= 1
+
+
+@pytest.mark.parametrize("arrival", ["static", "dynamic"])
+def test_batches_are_as_many_and_as_large_as_wanted_without_repetition_from_what_has_arrived(arrival: str) -> None:
+    data = stream(arrival)
+    for round_ in range(1, 8):  # one more than there are
+        found, memory = batches(data, round_), data.until(round_)
+        assert [len(batch) for batch in found] == [5] * 7
+        assert int(memory.arrivals.max()) == min(round_, 6)
+        for number, batch in enumerate(found, start=1):
+            before, new = int((memory.arrivals < round_).sum()), int((memory.arrivals == round_).sum())
+            if before + number * new // 7 >= 5:
+                assert len(set(batch.tolist())) == 5
+    assert len(data.until(6)) == len(data)
+
+
+def test_a_batch_has_repetitions_only_while_fewer_have_arrived() -> None:
+    data = stream("dynamic", rounds=4)
+    first = data.until(1)
+    large = first.batches(len(first) + 2, 3, 1, lambda number: number)
+    assert [len(batch) for batch in large] == [len(first) + 2] * 3
+
+
+def test_new_and_rarely_drawn_examples_come_first() -> None:
+    data = stream("dynamic", rounds=4)
+    memory = data.until(3)
+    new = set((memory.arrivals == 3).nonzero().flatten().tolist())
+    last = batches(data, 3)[-1].tolist()
+    assert len(new & set(last)) > len(last) * len(new) / len(memory)
+    drawn = list(itertools.chain(*(batch.tolist() for batch in batches(data, 5, steps=54))))  # after all have arrived
+    counts = np.bincount(drawn, minlength=len(data))
+    assert counts.sum() == 5 * len(data)
+    assert counts.std() < 1.5  # draws without a memory of draws: about 2.1
+
+
+def test_a_round_depends_on_its_number_and_the_seed_alone() -> None:
+    alone = batches(stream(), 4)
+    after_others = [batches(stream(), round_) for round_ in (1, 2, 3, 4)][-1]
+    assert all(torch.equal(a, b) for a, b in zip(alone, after_others, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(alone, batches(stream(), 4, seed=1), strict=True))
+
+
+def test_only_one_task_with_classes_can_arrive_so() -> None:
+    texts = Dataset(
+        {"input_ids": torch.zeros(4, 3, dtype=torch.long)}, torch.zeros(4, 3, dtype=torch.long), "causal-lm"
+    )
+    with pytest.raises(SettingsError, match=r"task-arrival = 'static' divides .* \(story, causal-lm\) cannot"):
+        streamed(ClientData("story", "causal-lm", {"train": texts}), "static", 3, 0)

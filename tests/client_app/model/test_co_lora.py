@@ -1,0 +1,462 @@
+"""Co-LoRA at the client: groups 1 to 4 of the specification's invariants, and folding into one PEFT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+)
+
+from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.model.co_lora import Gate, GateContext, GateError
+from client_app.model.module_roles import RoleError, block_ends, last_down_projection, role_of
+from client_app.model.personal import ModelError, PersonalModel
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.slots import SlotStore
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import distance, fold, stack, truncate
+from fedalloy_adapters.co_lora_names import shared_layout
+from fedalloy_adapters.layout import Factor, Layout
+from fedalloy_adapters.peft_format import write_peft_directory
+from proto.fedalloy.v1 import plan_pb2
+from server_app.tools.export import is_in_parts
+from strategies.framework import steps
+from tests.fedalloy_adapters.samples import random_adapter
+from tests.fedalloy_adapters.tiny_vit import assert_same_logits, base_of, build, heads_of, images, logits_of
+
+SUFFIXES = ("q_proj", "v_proj", "fc2")
+KINDS = ("scalar", "input")
+
+
+def model_of(blocks: int = 1, rank: int = 3, dropout: float = 0.0) -> PersonalModel:
+    return PersonalModel(base_of(SUFFIXES), rank, 6.0, dropout, blocks)
+
+
+def slots_of(model: PersonalModel) -> dict[str, Adapter]:
+    """Two adapters over one basis, as the protocol has them."""
+    start = model.initial(4)
+    part = model.layout.select(without_basis=True)
+    return {
+        name: start.with_part(random_adapter(part, seed, scale=0.3)) for seed, name in enumerate(("global", "local"))
+    }
+
+
+def gates_of(model: PersonalModel, kind: str, seed: int = 9) -> Adapter:
+    return random_adapter(model.gate_layout(looks_at_input=kind == "input"), seed, scale=1.5)
+
+
+def gated(model: PersonalModel, kind: str, gates: Adapter | None = None) -> PersonalModel:
+    for name, adapter in slots_of(model).items():
+        model.load(name, adapter)
+    model.load("gates", gates or gates_of(model, kind))
+    model.activate({"global": Gate("gates"), "local": Gate("gates", complement=True)})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("depth", "ends"),
+    [
+        (16, (3, 7, 11, 15)),
+        (24, (5, 11, 17, 23)),
+        (28, (6, 13, 20, 27)),
+        (32, (7, 15, 23, 31)),
+        (36, (8, 17, 26, 35)),
+    ],
+)
+def test_block_ends_are_those_of_the_authors_code(depth: int, ends: tuple[int, ...]) -> None:
+    assert block_ends(depth, 4) == ends
+
+
+def test_block_ends_rise_to_the_last_layer_and_more_blocks_than_layers_are_refused() -> None:
+    for depth in range(1, 40):
+        for blocks in range(1, depth + 1):
+            ends = block_ends(depth, blocks)
+            assert len(ends) == blocks
+            assert ends[-1] == depth - 1
+            assert list(ends) == sorted(set(ends))
+            assert ends[0] >= 0
+    with pytest.raises(RoleError, match="5 blocks of 4 layers"):
+        block_ends(4, 5)
+    with pytest.raises(ModelError, match="3 blocks of 2 layers"):
+        model_of(blocks=3)
+
+
+def llama(width: int = 16, depth: int = 3, family: type = LlamaForSequenceClassification) -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        pad_token_id=0,
+        initializer_range=0.4,
+    )
+    model: nn.Module = family(config)
+    return model
+
+
+def bert() -> nn.Module:
+    config = BertConfig(vocab_size=20, hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    return BertForSequenceClassification(config)
+
+
+def test_families_widths_and_depths_share_the_same_tensors() -> None:
+    found = []
+    for model, suffixes in (
+        (llama(), ("q_proj", "v_proj", "up_proj", "down_proj")),
+        (llama(32, 5), ("q_proj", "v_proj", "up_proj", "down_proj")),
+        (bert(), ("query", "value", "intermediate.dense", "output.dense")),
+    ):
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(suffixes)]
+        targets = tuple(n for n in names if "attention.output" not in n)
+        personal = PersonalModel(Base("m", model, "f" * 64, targets, ()), 3, 6.0, blocks=2)
+        assert all(personal.layout.by_name[f"{m}.P"].shape == (3, 3) for m in personal.layout.shared_names)
+        assert all(personal.layout.by_name[f"{m}.Q"].shape == (3,) for m in personal.layout.shared_names)
+        found.append(shared_layout(personal.layout))
+    assert found[0] is not None
+    assert found[0].size == 2 * 4 * (3 * 3 + 3)
+    assert {layout.digest for layout in found if layout is not None} == {found[0].digest}
+    assert last_down_projection(llama()) == "model.layers.2.mlp.down_proj"
+    assert last_down_projection(bert()) == "bert.encoder.layer.3.output.dense"
+    with pytest.raises(RoleError, match="'score' has no known role"):
+        role_of("score")
+
+
+def test_families_name_the_same_part_in_their_own_ways() -> None:
+    layers = {
+        "q": (
+            "model.layers.0.self_attn.q_proj",
+            "bert.encoder.layer.0.attention.self.query",
+            "layer.0.attention.q_lin",
+        ),
+        "o": (
+            "bert.encoder.layer.0.attention.output.dense",
+            "gpt_neox.layers.0.attention.dense",
+            "layers.0.attn.Wo",
+            "transformer.h.0.attn.c_proj",
+        ),
+        "down": (
+            "model.layers.0.mlp.down_proj",
+            "bert.encoder.layer.0.output.dense",
+            "transformer.h.0.mlp.c_proj",
+            "gpt_neox.layers.0.mlp.dense_4h_to_h",
+            "layers.0.mlp.Wo",
+            "transformer.layer.0.ffn.lin2",
+        ),
+        "qkv": ("model.layers.0.self_attn.qkv_proj", "gpt_neox.layers.0.attention.query_key_value", "h.0.attn.c_attn"),
+        "gate_up": ("model.layers.0.mlp.gate_up_proj",),
+    }
+    for role, names in layers.items():
+        assert [role_of(name) for name in names] == [role] * len(names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_the_start_the_model_is_the_base_for_any_gate_and_only_p_and_q_of_the_local_slot_learn(kind: str) -> None:
+    model = model_of()
+    start = model.initial(1)
+    for name in ("global", "local"):
+        model.load(name, start)
+    model.load("gates", gates_of(model, kind))
+    model.activate({"global": Gate("gates"), "local": Gate("gates", complement=True)})
+    assert_same_logits(logits_of(model.module), logits_of(build()), 1e-6)
+    parameters = model.trainable("local", model.layout.select(without_basis=True))
+    model.logits({"pixel_values": images()}).square().sum().backward()  # type: ignore[no-untyped-call]
+    shared = [name for name in parameters if name.endswith((".P", ".Q"))]
+    assert shared
+    for name in shared:
+        gradient = parameters[name].grad
+        assert gradient is not None
+        assert float(gradient.abs().max()) > 0
+    learning = {id(parameter) for parameter in parameters.values()}
+    others = [parameter for parameter in model.module.parameters() if id(parameter) not in learning]
+    assert all(parameter.grad is None for parameter in others)
+
+
+def by_hand(model: PersonalModel, slots: dict[str, Adapter], gates: Adapter, kind: str) -> Tensor:
+    """The closed formula in float64, module by module, with hooks on a plain base model."""
+    base = build().double()
+    coefficient: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x, g = inputs[0], gates[name, Factor.GATE].double()
+            if kind == "scalar":
+                beta = torch.sigmoid(g)
+            else:
+                beta = torch.sigmoid(torch.stack([sum(t @ g for t in sample) / len(sample) for sample in x]))
+                beta = beta[:, None, None]
+            coefficient[name] = beta
+            for slot, weight in (("global", beta), ("local", 1 - beta)):
+                adapter = slots[slot].to(torch.float64)
+                hidden = x @ adapter[name, Factor.A].T
+                if f"{name}.P" in adapter.layout.by_name:
+                    hidden = hidden @ adapter[name, Factor.P] + adapter[name, Factor.Q]
+                scaling = adapter.layout.scalings[name]
+                output = output + weight * scaling * (hidden @ adapter[name, Factor.B].T)
+            return output
+
+        return add
+
+    for name in model.layout.lora_modules:
+        base.get_submodule(name).register_forward_hook(hook(name))
+    beta = torch.sigmoid(gates["classifier", Factor.GATE].double())
+    with torch.no_grad():
+        for key in ("weight", "bias"):
+            factor = Factor(key)
+            change = beta * slots["global"]["classifier", factor] + (1 - beta) * slots["local"]["classifier", factor]
+            base.get_parameter(f"classifier.{key}").add_(change)
+        return base(pixel_values=images().double()).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gated_model_is_the_closed_formula(kind: str) -> None:
+    model = model_of()
+    slots, gates = slots_of(model), gates_of(model, kind)
+    gated(model, kind, gates)
+    model.module.double()
+    for parameters in model._gates.values():
+        for parameter in parameters.values():
+            parameter.data = parameter.data.double()
+    found = model.logits({"pixel_values": images().double()})
+    torch.testing.assert_close(found, by_hand(model, slots, gates, kind), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("logit", "slot"), [(-80.0, "local"), (80.0, "global")])
+def test_extreme_gates_leave_one_slot(logit: float, slot: str) -> None:
+    model = model_of()
+    layout = model.gate_layout(looks_at_input=False)
+    gated(model, "scalar", Adapter(layout, torch.full((layout.size,), logit)))
+    found = logits_of(model.module)
+    model.activate({slot: 1.0})
+    assert_same_logits(found, logits_of(model.module), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_slots_make_the_gate_irrelevant(kind: str) -> None:
+    model = model_of()
+    slots = slots_of(model)
+    found = []
+    for seed in (1, 2):
+        model.load("global", slots["local"])
+        model.load("local", slots["local"])
+        model.load("gates", gates_of(model, kind, seed))
+        model.activate({"global": Gate("gates"), "local": Gate("gates", complement=True)})
+        found.append(logits_of(model.module))
+    assert_same_logits(found[0], found[1], 1e-5)
+
+
+def test_gates_learn() -> None:
+    model = gated(model_of(), "input")
+    parameters = model.trainable("gates", model.gate_layout(looks_at_input=True))
+    model.logits({"pixel_values": images()}).square().sum().backward()  # type: ignore[no-untyped-call]
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+def text_model(looks_at_input: bool = True, family: type = LlamaForSequenceClassification) -> PersonalModel:
+    torch.manual_seed(0)
+    module = llama(family=family).eval()
+    targets = tuple(n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.endswith("q_proj"))
+    model = PersonalModel(Base("llama", module, "f" * 64, targets, ()), 3, 6.0, blocks=1)
+    model.load("gates", random_adapter(model.gate_layout(looks_at_input=looks_at_input), 3, scale=1.0))
+    for name, adapter in slots_of(model).items():
+        model.load(name, adapter)
+    model.activate({"global": Gate("gates"), "local": Gate("gates", complement=True)})
+    return model
+
+
+def test_padding_does_not_change_an_input_dependent_gate() -> None:
+    model = text_model()
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    alone = model.logits({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+    padded = torch.cat([tokens, torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    mask = torch.cat([torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    other = torch.tensor([[9, 3, 4, 5, 9, 2, 1]])
+    batch = {"input_ids": torch.cat([other, padded]), "attention_mask": torch.cat([torch.ones_like(other), mask])}
+    torch.testing.assert_close(model.logits(batch)[1], alone[0], atol=1e-5, rtol=0)
+    model._context.mask = torch.ones(1, 4)
+    with pytest.raises(GateError, match=r"\(2, 7\) \(examples, tokens\), but the attention mask is \(1, 4\)"):
+        model._context.weights("m", torch.zeros(2, 7, 16), torch.zeros(16))
+
+
+def test_decoding_keeps_the_gates_of_the_prompt() -> None:
+    """With a cache every further pass sees one token; the gate must not follow it."""
+    model = text_model()
+    prompt, further = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9]])
+    first = model.module(input_ids=prompt, use_cache=True)
+    kept = {name: value.clone() for name, value in model._context._kept.items()}
+    assert kept
+    cache = {
+        name: value for name, value in first.items() if isinstance(value, Cache)
+    }  # by this transformers' name for it
+    assert len(cache) == 1
+    model.module(input_ids=further, **cache, use_cache=True)
+    assert all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
+    model.module(input_ids=further)
+    assert not all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache_params", "cache", None])
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_pass_goes_on_with_a_text_when_a_cache_holds_tokens_whatever_the_argument_is_called(
+    name: str | None, attention: bool
+) -> None:
+    class Model(nn.Module):
+        def forward(self, tokens: Tensor, *others: Any, **named: Any) -> Tensor:
+            return tokens
+
+    def decoding(cache: Any) -> bool:
+        if name is None:
+            module(torch.zeros(1, 1), cache)
+        else:
+            module(torch.zeros(1, 1), **{name: cache})
+        return context.decoding
+
+    context, module = GateContext(), Model()
+    context.attach(module)
+    cache = DynamicCache() if attention else DynamicCache(config=MambaConfig(num_hidden_layers=1))
+    assert not decoding(None)
+    assert not decoding(cache)
+    if attention:
+        cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    else:
+        cache.update_conv_state(torch.zeros(1, 4, 3), 0)
+        cache.update_recurrent_state(torch.zeros(1, 4, 3), 0)
+    assert decoding(cache)
+    assert not decoding(None)
+
+
+def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_of_its_own() -> None:
+    model = text_model(family=LlamaForCausalLM)
+    module: Any = model.module
+    prompts = ([5, 6, 7, 8, 9, 10, 11], [3, 4, 5])
+
+    def written(rows: Sequence[list[int]]) -> list[list[int]]:
+        width = max(map(len, rows))
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "eos_token_id": None}
+        found: Tensor = module.generate(input_ids=tokens, attention_mask=mask, **options)
+        return found[:, width:].tolist()
+
+    def by_prefix(row: list[int]) -> list[int]:
+        """Without a cache: the gates of the prompt, as numbers, over the whole text so far."""
+        model.logits({"input_ids": torch.tensor([row])})
+        fixed = dict(model._context._kept)
+        model._context.weights = lambda name, x, gate: fixed[name]  # type: ignore[method-assign]
+        try:
+            answer: list[int] = []
+            for _ in range(5):
+                answer.append(int(model.logits({"input_ids": torch.tensor([row + answer])})[0, -1].argmax()))
+        finally:
+            del model._context.weights
+        return answer
+
+    together = written(prompts)
+    assert together == [written([prompt])[0] for prompt in prompts]
+    assert together == [by_prefix(prompt) for prompt in prompts]
+    model.activate({})
+    assert together != written(prompts)  # the adapters decide something
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_personal_model_has_the_clients_logits_whether_it_folds_or_not(tmp_path: Path, kind: str) -> None:
+    model = model_of()
+    slots, gates = slots_of(model), gates_of(model, kind)
+    expected = logits_of(gated(model, kind, gates).module)
+    model.unload_all()
+    data = ClientData("toy", "image-classification", {"train": Dataset({"pixel_values": images()}, torch.zeros(6))})
+    store = SlotStore(tmp_path, "tiny-vit", lambda: model.heads)
+    plan = plan_pb2.Plan(version=1, client_id="ada", steps=[steps.save(steps.gated("global", "local", "gates"))])
+    with store.transaction(1) as held:
+        for name, adapter in {**slots, "gates": gates}.items():
+            held[name] = adapter
+        report, _ = Interpreter("ada", model, data, held).run(plan, {})
+    folder = tmp_path / "adapter"
+    assert report.results[0].save.in_parts is is_in_parts(folder) is (kind == "input")
+    if kind == "scalar":
+        assert_same_logits(logits_of(PeftModel.from_pretrained(build(), folder)), expected, 1e-5)
+        return
+    kept = load_file(folder / "gates.safetensors")
+    for entry, tensor in gates.items():
+        assert torch.equal(kept[f"gates/{entry.module}"], tensor)
+    for name, adapter in slots.items():
+        model.load(name, adapter)
+        model.activate({name: 1.0})
+        assert_same_logits(logits_of(PeftModel.from_pretrained(build(), folder / name)), logits_of(model.module), 1e-5)
+
+
+def test_scalar_gates_fold_into_one_peft_adapter_with_the_same_logits(tmp_path: Path) -> None:
+    model = model_of()
+    slots, gates = slots_of(model), gates_of(model, "scalar")
+    found = logits_of(gated(model, "scalar", gates).module)
+    weights = {entry.module: float(torch.sigmoid(value)) for entry, value in gates.items()}
+    folded = stack(
+        [slots["global"], slots["local"]], [weights, {module: 1 - weight for module, weight in weights.items()}]
+    )
+    assert not any(entry.factor is Factor.P for entry in folded.layout.entries)
+    write_peft_directory(tmp_path / "adapter", folded, "tiny-vit", heads_of(build()))
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
+    assert_same_logits(logits_of(loaded), found, 1e-5)
+    model.load("folded", folded)
+    model.activate({"folded": 1.0})
+    assert_same_logits(logits_of(model.module), found, 1e-5)
+
+
+def test_delta_algebra_covers_p_and_q() -> None:
+    model = model_of()
+    first, second = (adapter.to(torch.float64) for adapter in slots_of(model).values())
+    assert distance(first, fold(first)) < 1e-9
+    assert distance(first, second) > 0.1
+    without_q = first.clone()
+    for entry, tensor in without_q.items():
+        if entry.factor is Factor.Q:
+            tensor.zero_()
+    assert distance(first, without_q) > 0.1
+    both = stack([first, second], [0.5, 0.5])
+    wide = Layout(
+        tuple(entry for entry in both.layout.entries), dict(both.layout.scalings), both.layout.base_fingerprint
+    )
+    assert distance(truncate(both, wide), both) < 1e-9
+
+
+def test_p_and_q_of_a_slot_go_when_it_is_unloaded() -> None:
+    model = gated(model_of(), "scalar")
+    model.unload("global")
+    assert not any("slot-global" in name for name, _ in model.module.named_parameters())
+    model.unload("gates")
+    with pytest.raises(ModelError, match="slot 'gates' is not loaded"):
+        model.activate({"local": Gate("gates")})
+
+
+def test_a_slot_reads_back_as_it_was_loaded() -> None:
+    model = gated(model_of(), "input")
+    for name, adapter in {**slots_of(model), "gates": gates_of(model, "input")}.items():
+        assert torch.equal(model.read(name).vector, adapter.vector)
+
+
+def test_p_and_q_are_float32_over_a_base_of_less() -> None:
+    base = base_of(SUFFIXES)
+    base.model.to(torch.bfloat16)
+    model = PersonalModel(base, 3, 6.0, blocks=1)
+    model.load("local", slots_of(model)["local"])
+    model.activate({"local": 1.0})
+    parameters = model.trainable("local", model.layout.select(without_basis=True))
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    assert model.logits({"pixel_values": images().bfloat16()}).isfinite().all()

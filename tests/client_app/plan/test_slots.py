@@ -1,0 +1,526 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from client_app.model.personal import PersonalModel
+from client_app.plan.slots import SlotError, SlotStore
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Factor
+from fedalloy_adapters.peft_format import read_peft_directory
+from tests.client_app.slot_worker import (
+    HEADS,
+    LAYOUT,
+    PART,
+    State,
+    carry_out,
+    changes,
+    numbers,
+    personal,
+    store_in,
+)
+from tests.fedalloy_adapters.samples import bits, layout_of, random_adapter
+from tests.fedalloy_adapters.tiny_vit import assert_same_logits, base_of, build, logits_of
+
+ROOT = Path(__file__).resolve().parents[3]
+Snapshot = dict[str, tuple[bytes, bytes | None]]
+"""Digests of a slot's adapter and of its residual."""
+
+
+class Abort(Exception):
+    """Leaves a transaction without a commit."""
+
+
+def snapshot(state: State) -> Snapshot:
+    return {
+        slot: (adapter.digest, residual.digest if residual else None) for slot, (adapter, residual) in state.items()
+    }
+
+
+def start_of(directory: Path, round_: int, keep: int = 1) -> Snapshot:
+    """What the plan of a round would find; the store is left as it was."""
+    seen: Snapshot = {}
+
+    def look(slots: SlotStore) -> None:
+        for slot in slots.names():
+            residual = slots.residual(slot)
+            seen[slot] = (slots[slot].digest, residual.digest if residual else None)
+        raise Abort
+
+    with pytest.raises(Abort), store_in(directory, keep).transaction(round_) as slots:
+        look(slots)
+    return seen
+
+
+def after(*rounds: int, salt: int = 0) -> Snapshot:
+    """The slots after these rounds, by the rule of the worker's plans."""
+    state: State = {}
+    for round_ in rounds:
+        state |= changes(round_, salt)
+    return snapshot(state)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+# -------------------------------------------------------------------------------------------------- reading and writing
+
+
+def test_a_new_client_holds_nothing(tmp_path: Path) -> None:
+    with store_in(tmp_path / "new" / "client").transaction(1) as slots:
+        assert slots.names() == []
+        assert "global" not in slots
+        assert slots.residual("global") is None
+        with pytest.raises(SlotError, match="no slot 'global'; this client holds: none"):
+            slots["global"]
+
+
+def test_slots_survive_to_the_bit(tmp_path: Path) -> None:
+    adapter = numbers(LAYOUT, 0)
+    adapter.vector[:4] = torch.tensor([-0.0, 1e-45, 3.4e38, -1e-30])
+    wide = random_adapter(
+        layout_of(ranks={"q_proj": 7, "v_proj": 1}, scalings={"q_proj": 0.1, "v_proj": 12.5 / 7}, head=None), 1
+    )
+    double = Adapter(LAYOUT, torch.randn(LAYOUT.size, dtype=torch.float64))
+    with store_in(tmp_path).transaction(1) as slots:
+        slots["global"], slots["wide"], slots["double"] = adapter, wide, double
+        assert slots.names() == ["double", "global", "wide"]
+        assert "wide" in slots
+        assert slots["global"] is adapter
+    with store_in(tmp_path).transaction(2) as slots:
+        assert slots.names() == ["double", "global", "wide"]
+        assert bits(slots["global"].vector) == bits(adapter.vector)
+        assert slots["wide"].layout == wide.layout
+        assert bits(slots["wide"].vector) == bits(wide.vector)
+        assert torch.equal(slots["double"].vector, double.vector)
+        with pytest.raises(SlotError, match="no slot 'local'; this client holds: double, global, wide"):
+            slots["local"]
+
+
+def test_what_a_plan_changes_is_seen_by_its_later_steps(tmp_path: Path) -> None:
+    carry_out(store_in(tmp_path), 1)
+    with store_in(tmp_path).transaction(2) as slots:
+        new, residual = numbers(LAYOUT, 9), numbers(PART, 9)
+        slots["global"] = new
+        slots.set_residual("global", residual)
+        assert slots["global"] is new
+        assert slots.residual("global") is residual
+    assert start_of(tmp_path, 3) == after(1) | {"global": (new.digest, residual.digest)}
+
+
+def test_residuals_are_kept(tmp_path: Path) -> None:
+    first, second = numbers(LAYOUT, 0), numbers(LAYOUT, 1)
+    dropped, more = numbers(PART, 0), numbers(PART, 1)
+    with store_in(tmp_path).transaction(1) as slots:
+        slots["a"], slots["b"] = first, second
+        slots.set_residual("a", dropped)
+    expected = {"a": (first.digest, dropped.digest), "b": (second.digest, None)}
+    with store_in(tmp_path).transaction(2) as slots:
+        slots["b"] = first  # a plan that never looks at slot a
+    expected["b"] = (first.digest, None)
+    assert start_of(tmp_path, 3) == expected
+    with store_in(tmp_path).transaction(3) as slots:
+        slots["a"] = second  # replaced without having been read
+    expected["a"] = (second.digest, dropped.digest)
+    assert start_of(tmp_path, 4) == expected
+    with store_in(tmp_path).transaction(4) as slots:
+        slots["a"] = first
+        found = slots.residual("a")  # asked for after the replacement: what an upload does
+        assert found is not None
+        assert found.digest == dropped.digest
+        assert slots["a"] is first
+    with store_in(tmp_path).transaction(5) as slots:
+        slots.set_residual("a", more)  # the slot itself untouched
+    expected["a"] = (first.digest, more.digest)
+    assert start_of(tmp_path, 6) == expected
+
+
+def test_a_failed_plan_changes_nothing(tmp_path: Path) -> None:
+    for round_ in (1, 2):
+        carry_out(store_in(tmp_path), round_)
+    before = files_of(tmp_path)
+    store = store_in(tmp_path)
+
+    def fail(slots: SlotStore) -> None:
+        slots["global"] = numbers(LAYOUT, 7)
+        slots["new"] = numbers(LAYOUT, 8)
+        slots.set_residual("local", numbers(PART, 9))
+        slots.save_personal(numbers(LAYOUT, 10))
+        raise Abort
+
+    with pytest.raises(Abort), store.transaction(3) as slots:
+        fail(slots)
+    assert files_of(tmp_path) == before
+    with store.transaction(3) as slots:  # the same object, too, has forgotten what failed
+        assert slots.names() == ["global", "local"]
+        assert slots["global"].digest == after(1, 2)["global"][0]
+    assert read_peft_directory(tmp_path / "adapter", LAYOUT, HEADS).is_finite
+
+
+def test_a_first_plan_that_fails_leaves_no_slot(tmp_path: Path) -> None:
+    def fail(slots: SlotStore) -> None:
+        slots["global"] = numbers(LAYOUT, 7)
+        raise Abort
+
+    with pytest.raises(Abort), store_in(tmp_path).transaction(1) as slots:
+        fail(slots)
+    assert files_of(tmp_path) == {}
+    assert start_of(tmp_path, 1) == {}
+
+
+def test_a_commit_that_fails_changes_nothing(tmp_path: Path) -> None:
+    """The base turns out to have no such head when the slot is written: half of the files are there already."""
+    carry_out(store_in(tmp_path), 1)
+    before = files_of(tmp_path)
+    store = SlotStore(tmp_path, "toy", dict)
+    with pytest.raises(ValueError, match="no parameter"), store.transaction(2) as slots:
+        slots["global"] = numbers(LAYOUT, 1)
+    assert start_of(tmp_path, 2) == after(1)
+    assert files_of(tmp_path) == before
+
+
+def test_slots_that_a_plan_leaves_alone_are_not_read_nor_written(tmp_path: Path) -> None:
+    carry_out(store_in(tmp_path), 1)
+    before = files_of(tmp_path)
+    carry_out(store_in(tmp_path), 2)
+    now = files_of(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "exact.safetensors"):
+        assert now[f"slots/local/{name}"] == before[f"slots/local/{name}"]
+        assert now[f"history/1/global/{name}"] == before[f"slots/global/{name}"]
+    assert now["slots/global/exact.safetensors"] != before["slots/global/exact.safetensors"]
+
+
+def test_file_systems_without_links_get_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for round_ in (1, 2, 3):
+        carry_out(store_in(tmp_path), round_)
+    assert start_of(tmp_path, 4) == after(1, 2, 3)
+
+
+def test_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
+    for round_ in (1, 2):
+        carry_out(store_in(tmp_path), round_)
+    slot_files = {"adapter_config.json", "adapter_model.safetensors", "exact.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"slots", "history", "adapter", ".lock"}
+    assert {path.name for path in (tmp_path / "slots").iterdir()} == {"global", "local", "state.json"}
+    assert {path.name for path in (tmp_path / "slots" / "local").iterdir()} == slot_files
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == slot_files - {"exact.safetensors"}
+    assert json.loads((tmp_path / "slots" / "state.json").read_text()) == {"round": 2}
+
+
+# --------------------------------------------------------------------------------------------------------------- rounds
+
+
+def test_a_round_carried_out_again_starts_from_the_slots_before_it(tmp_path: Path) -> None:
+    for round_ in (1, 2, 3):
+        carry_out(store_in(tmp_path), round_)
+    assert start_of(tmp_path, 3) == after(1, 2)
+    for salt in (1, 2):
+        carry_out(store_in(tmp_path), 3, salt)
+        assert start_of(tmp_path, 4) == after(1, 2) | after(3, salt=salt)
+        assert start_of(tmp_path, 3) == after(1, 2)
+    carry_out(store_in(tmp_path), 4)
+    assert start_of(tmp_path, 4) == after(1, 2) | after(3, salt=2)
+
+
+def test_the_first_round_carried_out_again_starts_from_nothing(tmp_path: Path) -> None:
+    carry_out(store_in(tmp_path), 1)
+    assert start_of(tmp_path, 1) == {}
+    carry_out(store_in(tmp_path), 1, salt=5)
+    assert start_of(tmp_path, 2) == after(1, salt=5)
+    assert start_of(tmp_path, 1) == {}
+
+
+def test_a_client_may_miss_rounds(tmp_path: Path) -> None:
+    carry_out(store_in(tmp_path), 2)
+    carry_out(store_in(tmp_path), 5)
+    assert start_of(tmp_path, 9) == after(2, 5)
+    assert start_of(tmp_path, 5) == after(2)
+    assert start_of(tmp_path, 3) == after(2)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_as_many_rounds_can_be_carried_out_again_as_states_are_kept(keep: int, tmp_path: Path) -> None:
+    for round_ in range(1, 8):
+        carry_out(store_in(tmp_path, keep), round_)
+    assert sorted(path.name for path in (tmp_path / "history").iterdir()) == [str(n) for n in range(7 - keep, 7)]
+    for round_ in range(7, 7 - keep, -1):
+        assert start_of(tmp_path, round_, keep) == after(*range(1, round_))
+    first = 8 - keep
+    with pytest.raises(SlotError, match="no longer holds"):
+        start_of(tmp_path, first - 1, keep)
+    carry_out(store_in(tmp_path, keep), first, salt=1)  # what came after it is given up
+    assert start_of(tmp_path, 9, keep) == after(*range(1, first)) | after(first, salt=1)
+    carry_out(store_in(tmp_path, keep), first + 1, salt=2)
+    assert start_of(tmp_path, first + 1, keep) == after(*range(1, first)) | after(first, salt=1)
+
+
+def test_a_round_whose_beginning_is_lost_is_refused(tmp_path: Path) -> None:
+    """Training on from later slots would look like success and be another experiment."""
+    for round_ in (1, 2, 3):
+        carry_out(store_in(tmp_path), round_)
+    before = files_of(tmp_path)
+    for round_ in (1, 2):
+        with pytest.raises(SlotError, match=f"round {round_} has been carried out.*after round 2 and 3"):
+            start_of(tmp_path, round_)
+    assert files_of(tmp_path) == before
+
+
+def test_two_processes_take_turns(tmp_path: Path) -> None:
+    """A resumed run may ask for a round while the process of the old run still trains it."""
+
+    def is_free() -> bool:
+        with (tmp_path / ".lock").open() as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    with store_in(tmp_path).transaction(1):
+        assert not is_free()
+    assert is_free()
+    with pytest.raises(Abort), store_in(tmp_path).transaction(2):
+        raise Abort
+    assert is_free()
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def two_rounds(tmp_path: Path) -> Path:
+    for round_ in (1, 2):
+        carry_out(store_in(tmp_path), round_)
+    return tmp_path
+
+
+def assert_damaged(directory: Path, path: Path) -> None:
+    with pytest.raises(SlotError) as caught:
+        start_of(directory, 3)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_cut_anywhere_is_named(two_rounds: Path) -> None:
+    path = two_rounds / "slots" / "global" / "exact.safetensors"
+    data = path.read_bytes()
+    for end in [*range(0, 16), *range(16, len(data), 37), len(data) - 1]:
+        path.write_bytes(data[:end])
+        assert_damaged(two_rounds, path)
+    path.write_bytes(data)
+    assert start_of(two_rounds, 3) == after(1, 2)
+
+
+def test_a_flipped_bit_is_found(two_rounds: Path) -> None:
+    """Wherever it is: in the numbers, the layout, the digest or safetensors' own header."""
+    path = two_rounds / "slots" / "global" / "exact.safetensors"
+    data = path.read_bytes()
+    numbers_at = data.index(bits(changes(2)["global"][0].vector))
+    positions = [*random.Random(0).sample(range(len(data)), 150), numbers_at, numbers_at + 4 * LAYOUT.size - 1]
+    unharmed, messages = 0, list[str]()
+    for position in positions:
+        spoilt = bytearray(data)
+        spoilt[position] ^= 1 << position % 8
+        path.write_bytes(spoilt)
+        try:
+            found = start_of(two_rounds, 3)
+        except SlotError as error:
+            messages.append(str(error))
+        else:
+            unharmed += 1  # white space in safetensors' header, say
+            assert found == after(1, 2)
+    assert all(str(path) in message for message in messages)
+    assert unharmed < len(positions) / 10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"round": "two"}', b'{"round": null}', b"\xff\xfe"])
+def test_a_damaged_round_number_is_named(content: bytes, two_rounds: Path) -> None:
+    path = two_rounds / "slots" / "state.json"
+    path.write_bytes(content)
+    assert_damaged(two_rounds, path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "global/exact.safetensors"])
+def test_a_missing_file_is_named(name: str, two_rounds: Path) -> None:
+    path = two_rounds / "slots" / name
+    path.unlink()
+    assert_damaged(two_rounds, path)
+
+
+def test_damage_to_one_slot_leaves_the_others_readable(two_rounds: Path) -> None:
+    (two_rounds / "slots" / "local" / "exact.safetensors").write_bytes(b"junk")
+    with store_in(two_rounds).transaction(3) as slots:
+        assert slots["global"].digest == after(1, 2)["global"][0]
+        with pytest.raises(SlotError, match="slot 'local' is damaged"):
+            slots["local"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- PEFT
+
+
+def loaded(folder: Path) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # transformers about itself
+        return PeftModel.from_pretrained(build(), folder).eval()
+
+
+def test_slots_and_the_personal_model_load_in_peft(tmp_path: Path) -> None:
+    model = PersonalModel(base_of(), rank=4, alpha=12.5)
+    adapter, mine = random_adapter(model.layout, 1, scale=0.2), random_adapter(model.layout, 2, scale=0.2)
+    with SlotStore(tmp_path, "tiny-vit", lambda: model.heads).transaction(1) as slots:
+        slots["global"] = adapter
+        slots.set_residual("global", adapter.select([Factor.B]))
+        slots.save_personal(mine)
+    for folder, expected in ((tmp_path / "slots" / "global", adapter), (tmp_path / "adapter", mine)):
+        model.load("slot", expected)
+        model.activate({"slot": 1.0})
+        assert_same_logits(logits_of(loaded(folder)), logits_of(model.module), 1e-6)
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-vit"
+
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+class Worker:
+    """The process of ``slot_worker``, which forks one child for each task."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.client_app.slot_worker"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, directory: Path, first: int, count: int = 1, kill_at: int = 0, salt: int = 0) -> int:
+        """Start a child; its pid."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        task = {
+            "directory": str(directory),
+            "first": first,
+            "count": count,
+            "kill_at": kill_at,
+            "salt": salt,
+            "progress": f"{directory}.progress",
+        }
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def ended_by_kill(self) -> bool:
+        """Wait for the child; whether SIGKILL ended it, and not its last round."""
+        assert self.process.stdout is not None
+        status = int(self.process.stdout.readline())
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            return True
+        assert os.WEXITSTATUS(status) == 0
+        return False
+
+    def run(self, directory: Path, round_: int, kill_at: int = 0, salt: int = 0) -> bool:
+        self.start(directory, round_, 1, kill_at, salt)
+        return self.ended_by_kill()
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    started = Worker()
+    yield started
+    assert started.process.stdin is not None
+    started.process.stdin.close()
+    assert started.process.wait(timeout=60) == 0
+
+
+def assert_whole(directory: Path, round_: int, rerun: bool) -> bool:
+    """After a kill in ``round_``: slots and previous slots are those before or those after it; whether after."""
+    history = list(range(1, round_))
+    replaced = after(*history) | after(round_, salt=1 if rerun else 0)
+    old = after(*history, round_) if rerun else after(*history)
+    now = start_of(directory, round_ + 1)
+    assert now in (old, replaced)
+    assert start_of(directory, round_) == after(*history)
+    if not rerun and now == old and round_ > 1:
+        assert start_of(directory, round_ - 1) == after(*history[:-1])
+    kept = [personal(round_, salt=1 if rerun else 0), personal(round_ if rerun else round_ - 1)]
+    if rerun or round_ > 1:
+        found = read_peft_directory(directory / "adapter", LAYOUT, HEADS)
+        assert any(torch.allclose(found.vector, adapter.vector, atol=1e-6) for adapter in kept)
+    assert {path.name for path in directory.iterdir()} <= {"slots", "history", "adapter", ".lock"}
+    return now == replaced
+
+
+@pytest.mark.parametrize(("round_", "rerun"), [(1, False), (2, False), (4, False), (4, True), (1, True)])
+def test_killed_before_any_operation_of_a_plan(round_: int, rerun: bool, worker: Worker, tmp_path: Path) -> None:
+    """SIGKILL just before the 1st, 2nd, 3rd, ... touch of the disk; and again inside what comes next."""
+    prepared = tmp_path / "prepared"
+    for earlier in range(1, round_ + rerun):
+        carry_out(store_in(prepared), earlier)
+    prepared.mkdir(exist_ok=True)
+    chance = random.Random(round_)
+    outcomes = []
+    for kill_at in range(1, 500):
+        directory = tmp_path / str(kill_at)
+        shutil.copytree(prepared, directory)
+        killed = worker.run(directory, round_, kill_at, salt=int(rerun))
+        if kill_at % 3 == 0:  # the process that comes after is killed as well, while it cleans up or later
+            worker.run(directory, round_, chance.randint(1, 40), salt=int(rerun))
+        outcomes.append(assert_whole(directory, round_, rerun))
+        shutil.rmtree(directory)
+        if not killed:
+            break
+    else:
+        pytest.fail("a plan touches the disk 500 times")
+    assert len(outcomes) > 30
+    assert outcomes[0] is False
+    assert outcomes[-1] is True
+
+
+def test_killed_at_random_moments(worker: Worker, tmp_path: Path) -> None:
+    """SIGKILL from outside, anywhere in a long series of rounds, until enough rounds lie between the kills."""
+    directory, progress = tmp_path / "client", tmp_path / "client.progress"
+    chance = random.Random(0)
+    done = 0
+    for kill in range(500):
+        if kill >= 25 and done > 10:
+            return
+        progress.write_text("")
+        pid = worker.start(directory, done + 1, count=10**6)
+        time.sleep(chance.uniform(0, 0.15 * (1 + kill / 50)))  # longer each time: slow machines get there, too
+        os.kill(pid, signal.SIGKILL)
+        assert worker.ended_by_kill()
+        lines = progress.read_text().splitlines()
+        reported = int(lines[-1]) if lines else done
+        found = start_of(directory, 10**6)
+        state_path = directory / "slots" / "state.json"
+        done = json.loads(state_path.read_text())["round"] if state_path.exists() else 0
+        assert done in (reported, reported + 1)
+        assert found == after(*range(1, done + 1))
+        if done:
+            assert start_of(directory, done) == after(*range(1, done))
+    pytest.fail(f"{done} rounds between 500 kills are too few to prove anything")

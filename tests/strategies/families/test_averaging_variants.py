@@ -1,0 +1,238 @@
+"""Variants of averaging: each one's defining property, against dense matrices; and what crosses the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Factor, Layout
+from fedalloy_adapters.parts import layout_of_part
+from strategies import STRATEGIES, AlloyStrategy
+from strategies.algorithms.fedex_lora import residual
+from strategies.families.merged_base import weighted
+from strategies.framework.contract import Brief, StrategyError
+from tests.strategies.conftest import FakeGrid, FakeNode, client_of, layout_of, random_adapter
+
+LAYOUT = layout_of()
+NAMES = ("ada", "ben", "cyd")
+COUNTS = (10, 30, 20)
+SHARES = [count / sum(COUNTS) for count in COUNTS]
+
+
+def dense(adapter: Adapter, module: str) -> Tensor:
+    scaling = adapter.layout.scalings[module]
+    return scaling * adapter[module, Factor.B].double() @ adapter[module, Factor.A].double()
+
+
+class Fleet:
+    """A strategy and nodes that carry out its plans; ``deaf`` loses the answers of one of them."""
+
+    def __init__(self, name: str, layouts: list[Layout] | None = None, **options: Any) -> None:
+        kind = STRATEGIES[name]
+        self.strategy: AlloyStrategy = kind(kind.Options(**options), seed=3)
+        self.nodes = [
+            FakeNode(who, layout, count)
+            for who, count, layout in zip(NAMES, COUNTS, layouts or [LAYOUT] * 3, strict=True)
+        ]
+        for index, node in enumerate(self.nodes):
+            self.strategy.enrol(client_of(node.name, node.layout, node.examples, node_id=index + 1))
+        self.grid = FakeGrid(self.nodes)
+        self.round_ = 0
+
+    def __getitem__(self, name: str) -> FakeNode:
+        return next(node for node in self.nodes if node.name == name)
+
+    def brief(self, name: str) -> Brief:
+        return self.strategy.brief(self.round_ + 1, self.strategy.clients[name])
+
+    def play(self, deaf: str = "", only: tuple[str, ...] = NAMES) -> dict[str, Any]:
+        self.round_ += 1
+        briefs = {
+            client: self.strategy.brief(self.round_, client)
+            for client in self.strategy.clients.values()
+            if client.id in only
+        }
+        replies = list(self.grid.send_and_receive(self.strategy._messages(briefs, self.round_)))
+        kept = [reply for reply, client in zip(replies, briefs, strict=True) if client.id != deaf]
+        self.strategy._absorb_all(self.round_, kept, absorb=True)
+        return self.strategy.settle(self.round_)
+
+    def deliver(self) -> dict[str, Adapter]:
+        self.round_ += 1
+        briefs = {client: self.strategy.deliver(client) for client in self.strategy.clients.values()}
+        list(self.grid.send_and_receive(self.strategy._messages(briefs, self.round_)))
+        return {node.name: node.saved for node in self.nodes if node.saved is not None}
+
+
+def sent(brief: Brief) -> dict[str, int]:
+    return {slot: adapter.layout.size for slot, adapter in brief.adapters.items()}
+
+
+def size(*factors: Factor) -> int:
+    return LAYOUT.select(factors).size
+
+
+def trained(fleet: Fleet, name: str) -> dict[str, Tensor]:
+    """The deltas of a client's model as its training left it, by module."""
+    node = fleet[name]
+    slots = {term.slot for step in node.plans[-1].steps if step.HasField("train") for term in step.train.mixture.terms}
+    return {m: sum((dense(node.slots[s], m) for s in slots), torch.zeros(5, 6)) for m in LAYOUT.lora_modules}
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex-lora", "ffa-lora", "rolora"])
+def test_aggregation_is_exact(name: str) -> None:
+    """Every client's model is the average of the models (not of the factors) that the clients trained."""
+    fleet = Fleet(name)
+    for _ in range(3):
+        fleet.play()
+    models = [trained(fleet, who) for who in NAMES]
+    for saved in fleet.deliver().values():
+        for module in LAYOUT.lora_modules:
+            ideal = sum(share * model[module] for share, model in zip(SHARES, models, strict=True))
+            torch.testing.assert_close(dense(saved, module), torch.as_tensor(ideal), rtol=0, atol=2e-5)
+            assert float((models[0][module] - ideal).abs().max()) > 0.05  # there was something to average
+
+
+def test_fedavg_is_not_exact() -> None:
+    fleet = Fleet("fedavg")
+    fleet.play()
+    models = [trained(fleet, who)["q_proj"] for who in NAMES]
+    ideal = sum(share * model for share, model in zip(SHARES, models, strict=True))
+    assert float((dense(fleet.deliver()["ada"], "q_proj") - ideal).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex-lora"])
+def test_a_lost_answer_adds_nothing_twice_and_a_late_client_catches_up(name: str) -> None:
+    fleet = Fleet(name)
+    fleet.play()
+    fleet.play(deaf="ben")  # carried out, and nobody knows
+    fleet.play(only=("ada", "cyd"))
+    fleet.play()
+    found = fleet.deliver()
+    for module in LAYOUT.lora_modules:
+        for other in ("ben", "cyd"):
+            torch.testing.assert_close(dense(found["ada"], module), dense(found[other], module), rtol=0, atol=1e-5)
+
+
+def test_the_residual_has_the_rank_that_is_sent() -> None:
+    adapters = [random_adapter(layout_of(rank=2, d_in=20, d_out=30), seed, dtype=torch.float64) for seed in range(4)]
+    found = residual(adapters, [0.1, 0.2, 0.3, 0.4])
+    assert set(found.layout.ranks.values()) == {3 * 2}
+    mean = Adapter(adapters[0].layout, sum(w * a.vector for w, a in zip([0.1, 0.2, 0.3, 0.4], adapters, strict=True)))
+    for module in found.layout.lora_modules:
+        ideal = sum(w * dense(a, module) for w, a in zip([0.1, 0.2, 0.3, 0.4], adapters, strict=True))
+        torch.testing.assert_close(
+            dense(found, module) + dense(mean, module), torch.as_tensor(ideal), rtol=0, atol=1e-5
+        )
+    assert float(found["head", Factor.WEIGHT].abs().max()) == 0
+
+
+def test_ranks_may_differ_and_everybody_gets_the_best_approximation() -> None:
+    layouts = [layout_of(rank=2, alpha=4.0), layout_of(rank=4, alpha=4.0), layout_of(rank=3, alpha=4.0)]
+    fleet = Fleet("flexlora", layouts)
+    fleet.play()
+    for module in LAYOUT.lora_modules:
+        mean = sum(share * dense(fleet[who].slots["global"], module) for share, who in zip(SHARES, NAMES, strict=True))
+        u, sigma, v = torch.linalg.svd(torch.as_tensor(mean))
+        for who, rank in zip(NAMES, (2, 4, 3), strict=True):
+            adapter = fleet.brief(who).adapters["global"]
+            assert adapter.layout.ranks[module] == rank
+            best = u[:, :rank] @ torch.diag(sigma[:rank]) @ v[:rank]
+            torch.testing.assert_close(dense(adapter, module), best, rtol=0, atol=1e-5)
+            rows = adapter[module, Factor.A] @ adapter[module, Factor.A].T  # the singular values are in B
+            torch.testing.assert_close(rows, torch.eye(rank), rtol=0, atol=1e-5)
+    stacked = Fleet("flora", layouts)
+    stacked.play()
+    update = stacked.brief("ada").adapters["update"]
+    assert update.layout.ranks["q_proj"] == 5  # 2 + 4 + 3, and no more than the matrix has
+    with pytest.raises(StrategyError, match="base model other"):
+        stacked.strategy.enrol(client_of("dan", layout_of(base="other")))
+
+
+def test_full_rank_flexlora_is_flora() -> None:
+    adapters = [random_adapter(layout_of(rank=5), seed, dtype=torch.float64) for seed in range(3)]
+    flex = STRATEGIES["flexlora"](seed=3)
+    flex.enrol(client_of("ada", layout_of(rank=5)))
+    uploads = dict(zip(NAMES, adapters, strict=True))
+    merged = flex.average(uploads, dict(zip(NAMES, COUNTS, strict=True)))  # type: ignore[attr-defined]
+    stack = weighted(adapters, COUNTS)
+    for module in LAYOUT.lora_modules:
+        torch.testing.assert_close(dense(merged, module), dense(stack, module), rtol=0, atol=1e-10)
+
+
+def test_what_crosses_the_network() -> None:
+    a, b, head = size(Factor.A), size(Factor.B), size(Factor.WEIGHT, Factor.BIAS)
+    expected = {
+        "fedprox": ({"global": a + b + head}, a + b + head),
+        "ffa-lora": ({"global": b + head}, b + head),
+        "rolora": ({"global": b + head}, a + head),  # what the first round averaged; what the second does
+        "fedsa-lora": ({"global": a}, a),
+        "fedrep": ({"global": a + b}, a + b),
+        "ditto": ({"global": a + b + head}, a + b + head),
+        "apfl": ({"global": a + b + head}, a + b + head),
+        "feddpa": ({"global": a + b + head}, a + b + head),
+        "fml": ({"global": a + b + head}, a + b + head),
+        "fedalt": ({"rest": a + b + head}, a + b + head),
+        "fedamp": ({"cloud": a + b + head}, a + b + head),
+        "pfedgraph": ({"local": a + b + head}, a + b + head),
+        "fedfomo": ({"peer-0": a + b + head, "peer-1": a + b + head}, a + b + head),
+        "ifca": ({"candidate-0": a + b + head, "candidate-1": a + b + head}, a + b + head),
+    }
+    for name, (down, up) in expected.items():
+        fleet = Fleet(name)
+        fleet.play()
+        assert sent(fleet.brief("ada")) == down, name
+        fleet.play()
+        (send,) = [step.send for step in fleet["ada"].plans[-1].steps if step.HasField("send")]
+        assert layout_of_part(LAYOUT, send.part).size == up, name
+
+
+def test_flora_sends_down_as_many_ranks_as_there_are_clients() -> None:
+    wide = layout_of(rank=2, d_in=40, d_out=30)
+    fleet = Fleet("flora", [wide] * 3)
+    fleet.play()
+    update = fleet.brief("ada").adapters
+    assert set(update) == {"update"}
+    assert set(update["update"].layout.ranks.values()) == {3 * 2}
+
+
+def test_fedprox_without_pull_is_fedavg() -> None:
+    plans = []
+    for name, options in (("fedavg", {}), ("fedprox", {"mu": 0.0}), ("fedprox", {"mu": 0.5})):
+        plans.append([str(step) for step in Fleet(name, **options).brief("ada").steps])
+    assert plans[0] == plans[1]
+    (pulled,) = [step.train.proximal for step in Fleet("fedprox", mu=0.5).brief("ada").steps if step.HasField("train")]
+    assert (pulled.slot, pulled.mu) == ("global", 0.5)
+
+
+def test_rolora_takes_turns_and_sends_everything_to_a_client_that_missed_one() -> None:
+    fleet = Fleet("rolora")
+    start = fleet.strategy.global_model  # type: ignore[attr-defined]
+    fleet.play()
+    first = fleet.strategy.global_model  # type: ignore[attr-defined]
+    assert torch.equal(first.select([Factor.A]).vector, start.select([Factor.A]).vector)
+    assert not torch.equal(first.select([Factor.B]).vector, start.select([Factor.B]).vector)
+    fleet.play(only=("ada", "cyd"))
+    second = fleet.strategy.global_model  # type: ignore[attr-defined]
+    assert not torch.equal(second.select([Factor.A]).vector, first.select([Factor.A]).vector)
+    assert torch.equal(second.select([Factor.B]).vector, first.select([Factor.B]).vector)
+    assert sent(fleet.brief("ada")) == {"global": size(Factor.A, Factor.WEIGHT, Factor.BIAS)}
+    assert sent(fleet.brief("ben")) == {"global": LAYOUT.size}
+    saved = fleet.deliver()
+    assert torch.equal(saved["ada"].vector, saved["ben"].vector)
+
+
+def test_fedsa_keeps_b_and_head_where_they_are() -> None:
+    fleet = Fleet("fedsa-lora")
+    fleet.play()
+    own = {who: fleet[who].slots["global"] for who in NAMES}
+    saved = fleet.deliver()
+    for factor in (Factor.B, Factor.WEIGHT, Factor.BIAS):
+        for who in NAMES:
+            assert torch.equal(saved[who].select([factor]).vector, own[who].select([factor]).vector)
+    mean = sum(share * own[who].select([Factor.A]).vector for share, who in zip(SHARES, NAMES, strict=True))
+    torch.testing.assert_close(saved["ada"].select([Factor.A]).vector, torch.as_tensor(mean), rtol=0, atol=1e-6)

@@ -1,0 +1,98 @@
+"""Every registered strategy over real clients: two rounds, real training of a tiny model, no message ever rejected.
+
+Clients share one model in memory and keep their slots on disk; what a client runs is the interpreter itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.data.dataset import ClientData, Dataset
+from client_app.model.personal import PersonalModel
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.sketch import ReferenceModel
+from client_app.plan.slots import SlotStore
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies import STRATEGIES
+from strategies.framework.steps import Training
+from tests.fedalloy_adapters.tiny_vit import base_of, images
+from tests.strategies.conftest import FakeGrid, FakeNode
+
+NAMES = ("ada", "ben", "cyd")
+TRAINING = Training(local_steps=6, batch_size=32, learning_rate=0.01, evaluate_split="validation")
+
+
+def data_of(index: int) -> ClientData:
+    """Two classes by the brightness of the upper half, which one client sees the other way round."""
+    splits = {}
+    for number, (split, count) in enumerate((("train", 16 + 4 * index), ("validation", 16), ("test", 4))):
+        pixels = images(count, seed=10 * index + number)
+        bright = (pixels[:, 0, :4].mean(dim=(1, 2)) > 0).long()
+        splits[split] = Dataset({"pixel_values": pixels}, 1 - bright if index == 2 else bright)
+    return ClientData("toy", "image-classification", splits)
+
+
+@pytest.fixture(scope="module")
+def model() -> PersonalModel:
+    torch.set_num_threads(1)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
+    return PersonalModel(base_of(), 2, 4.0)
+
+
+class RealNode(FakeNode):
+    """A node whose plans are carried out by the client's own interpreter."""
+
+    def __init__(self, index: int, model: PersonalModel, folder: Path) -> None:
+        super().__init__(NAMES[index], model.layout, len(data_of(index).splits["train"]))
+        self.data, self.model = data_of(index), model
+        self.store = SlotStore(folder / self.name, "tiny", lambda: model.heads)
+        self.folder = folder / self.name
+        self.reports: list[report_pb2.Report] = []
+
+    def registration(self) -> report_pb2.Registration:
+        found = super().registration()
+        found.tasks[0].kind = "image-classification"
+        found.reference.CopyFrom(ReferenceModel(self.model).layout.to_proto())
+        return found
+
+    def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
+        with self.store.transaction(plan.round) as slots:
+            report, uploads = Interpreter(self.name, self.model, self.data, slots).run(plan, blobs)
+        self.reports.append(report)
+        return report, uploads
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_two_rounds_with_real_clients(
+    name: str, model: PersonalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("strategies.framework.contract.log", lambda level, text, *args: warnings.append(text % args))
+    model.unload_all()
+    nodes = [RealNode(index, model, tmp_path) for index in range(3)]
+    strategy = STRATEGIES[name](training=TRAINING, seed=3)
+    result = strategy.start(FakeGrid(nodes), initial_arrays=ArrayRecord(), num_rounds=2)
+    assert sorted(result.evaluate_metrics_clientapp) == [1, 2]
+    assert not [line for line in warnings if not line.startswith("\t")]
+    for node in nodes:
+        assert len(node.reports) == 4  # two rounds, each with its delivery
+        assert (node.folder / "adapter").is_dir()
+        losses = [
+            result.evaluate.metrics["loss"]
+            for report in node.reports
+            for result in report.results
+            if result.HasField("evaluate") and result.evaluate.label == "personal"
+        ]
+        assert losses[-1] != losses[0]  # the model is no longer the base
+    results = [result for node in nodes for report in node.reports for result in report.results]
+    trains = [r.distill.train if r.HasField("distill") else r.train for r in results]
+    trains = [train for train in trains if train.steps]
+    assert len(trains) >= 6
+    # Every batch is the whole split, so that these are the same loss before and after.
+    assert sum(train.last_loss < train.first_loss for train in trains) > 0.8 * len(trains)
