@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,3 +123,22 @@ def test_the_image_and_ci_install_from_the_lock() -> None:
     assert "/constraints.txt" in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test </dev/null")
     assert not list(ROOT.glob("docker/**/constraints*.txt")), "one lock"
+
+
+HELD_BACK = re.findall(r"^\| ([\w-]+) \| `([^`]+)` \|", (ROOT / "docs" / "security.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "bound"), HELD_BACK)
+def test_what_is_held_back_is_locked_below_the_bound_that_the_docs_name(name: str, bound: str) -> None:
+    assert SpecifierSet(bound).contains(pin_of(name))
+    for line in map(Requirement, NAMED):
+        if canonicalize_name(line.name) == name and line.specifier:
+            (upper,) = [str(part) for part in line.specifier if part.operator == "<"]
+            assert upper == bound
+
+
+def test_who_says_in_pyproject_that_a_package_is_held_back_says_in_the_docs_why() -> None:
+    comments = re.findall(r"((?:^ *#.*\n)+) *\"([\w-]+)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    said = {name for comment, name in comments if "docs/security.md" in comment}
+    assert {"click", "cryptography", "protobuf", "rich", "typer"} <= said
+    assert said <= {name for name, _ in HELD_BACK}

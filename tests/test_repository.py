@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +378,11 @@ def test_the_search_for_skips_finds_them(source: str, lines: set[int], tmp_path:
 
 def test_ci_script_is_executable() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
+
+
+def test_neither_this_code_nor_flower_reads_pkcs7_messages() -> None:
+    """What docs/security.md says about CVE-2026-69247; where this fails, read that page again."""
+    (flower,) = (find_spec("flwr") or pytest.fail("no Flower")).submodule_search_locations or ()
+    sources = [*_sources(*PACKAGES), *Path(flower).rglob("*.py")]
+    assert len(sources) > 300
+    assert not [path for path in sources if "pkcs7" in path.read_text().lower()]
