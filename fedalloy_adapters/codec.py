@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter, require_same_layout
+from fedalloy_adapters.block_quantisation import FOUR_BITS, TWO_BITS, pack_blocks, unpack_blocks
 from fedalloy_adapters.layout import Layout, LayoutError
 from proto.fedalloy.v1 import adapter_pb2
 
@@ -61,6 +62,8 @@ class Encoding(enum.StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
+    INT2 = "int2"
 
     @property
     def is_lossy(self) -> bool:
@@ -73,9 +76,12 @@ _TO_PROTO = {
     Encoding.FP16: adapter_pb2.ENCODING_FP16,
     Encoding.BF16: adapter_pb2.ENCODING_BF16,
     Encoding.INT8: adapter_pb2.ENCODING_INT8,
+    Encoding.INT4: adapter_pb2.ENCODING_INT4,
+    Encoding.INT2: adapter_pb2.ENCODING_INT2,
 }
 _FROM_PROTO: dict[int, Encoding] = {int(number): encoding for encoding, number in _TO_PROTO.items()}
 _WIDTH = {Encoding.FP32: 4, Encoding.FP16: 2, Encoding.BF16: 2, Encoding.INT8: 1}
+_IN_BLOCKS = {Encoding.INT4: FOUR_BITS, Encoding.INT2: TWO_BITS}
 
 
 def encoding_to_proto(encoding: Encoding) -> adapter_pb2.Encoding:
@@ -104,7 +110,9 @@ class Encoded:
 
 
 def payload_size(layout: Layout, encoding: Encoding) -> int:
-    """Bytes of the payload: the numbers, and for int8 one binary32 scale per row."""
+    """Bytes of the payload: the numbers, and the scales of the integer encodings."""
+    if encoding in _IN_BLOCKS:
+        return sum(_IN_BLOCKS[encoding].size(entry.size) for entry in layout.entries)
     scales = sum(entry.rows for entry in layout.entries) * 4 if encoding is Encoding.INT8 else 0
     return layout.size * _WIDTH[encoding] + scales
 
@@ -276,6 +284,9 @@ def _pack(layout: Layout, numbers: Tensor, encoding: Encoding) -> bytes:
         if not torch.isfinite(brief).all():
             raise CodecError(CodecErrorCode.NOT_FINITE, f"bf16 overflows at {float(numbers.abs().max()):.4g}")
         return brief.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+    if encoding in _IN_BLOCKS:
+        kind = _IN_BLOCKS[encoding]
+        return b"".join(pack_blocks(numbers[layout.slice_of(entry.name)], kind) for entry in layout.entries)
     pieces: list[bytes] = []
     for entry in layout.entries:
         rows = numbers[layout.slice_of(entry.name)].view(entry.rows, -1)
@@ -297,6 +308,12 @@ def _unpack(layout: Layout, payload: bytes | memoryview, encoding: Encoding) -> 
         return bits.view(torch.bfloat16).to(torch.float32)
     numbers = torch.empty(layout.size)
     position = 0
+    if encoding in _IN_BLOCKS:
+        kind = _IN_BLOCKS[encoding]
+        for entry in layout.entries:
+            numbers[layout.slice_of(entry.name)] = unpack_blocks(payload, position, entry.size, kind)
+            position += kind.size(entry.size)
+        return numbers
     for entry in layout.entries:
         scales = np.frombuffer(payload, "<f4", count=entry.rows, offset=position).astype(np.float32)
         position += 4 * entry.rows

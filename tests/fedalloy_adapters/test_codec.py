@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.block_quantisation import BLOCK
 from fedalloy_adapters.codec import (
     NONCE_BYTES,
     CodecError,
@@ -29,8 +30,12 @@ from tests.fedalloy_adapters.samples import adapters, adapters_of, bits, example
 
 LAYOUT = layout_of(ranks={"q_proj": 2, "v_proj": 3})
 ENCODINGS = list(Encoding)
-LARGEST = {Encoding.FP32: None, Encoding.FP16: 65504.0, Encoding.BF16: 2.0**127, Encoding.INT8: 2.0**126}
+LARGEST = {Encoding.FP32: None, Encoding.FP16: 65504.0, Encoding.BF16: 2.0**127} | dict.fromkeys(
+    (Encoding.INT8, Encoding.INT4, Encoding.INT2), 2.0**126
+)
 """Numbers up to these can be encoded; beyond them, see the tests of overflow."""
+BLOCK_STEPS = {Encoding.INT4: 1 / 7, Encoding.INT2: 2 / 3}
+"""Distance of two levels in units of the highest."""
 
 
 def header_of(encoded: Encoded) -> adapter_pb2.AdapterHeader:
@@ -47,6 +52,15 @@ def rows_of(adapter: Adapter) -> list[np.ndarray[tuple[int, int], np.dtype[np.fl
     return matrices
 
 
+def assert_blocks_within_bounds(before: np.ndarray, error: np.ndarray, encoding: Encoding) -> None:
+    """A block's root mean square error is at most half a step, were its largest number the highest level."""
+    for start in range(0, len(before), BLOCK):
+        block = slice(start, start + BLOCK)
+        # The scale is itself rounded to bfloat16, which ends at 2**-133.
+        half_step = np.abs(before[block]).max() * BLOCK_STEPS[encoding] / 2
+        assert np.sqrt(np.mean(error[block] ** 2)) <= half_step * (1 + 2.0**-6) + 7 * 2.0**-133
+
+
 def assert_within_bounds(sent: Adapter, got: Adapter, encoding: Encoding) -> None:
     """Half a unit in the last place; for int8 half a step, which is the row's largest number / 127."""
     for before, after in zip(rows_of(sent), rows_of(got), strict=True):
@@ -55,6 +69,9 @@ def assert_within_bounds(sent: Adapter, got: Adapter, encoding: Encoding) -> Non
             scale = np.abs(before).max(axis=1, keepdims=True) / 127
             # The scale is itself rounded to binary32, and so is scale x integer; 1e-43 is where binary32 ends.
             bound = scale * (0.5 + 127 * 2.0**-23) + 127 * 2.0**-149
+        elif encoding in BLOCK_STEPS:
+            assert_blocks_within_bounds(before.reshape(-1), error.reshape(-1), encoding)
+            continue
         else:
             unit, tiny = {"fp32": (0.0, 0.0), "fp16": (2.0**-11, 2.0**-25), "bf16": (2.0**-8, 2.0**-134)}[encoding]
             bound = np.abs(before) * unit + tiny
@@ -77,7 +94,7 @@ def test_round_trip(encoding: Encoding, data: st.DataObject) -> None:
     if encoding is Encoding.FP32:
         assert bits(decoded.vector) == bits(adapter.vector)
     again = encode(decoded, encoding)  # what has been through an encoding goes through it again unchanged
-    if encoding is not Encoding.INT8:
+    if encoding in (Encoding.FP32, Encoding.FP16, Encoding.BF16):
         assert bits(again.decoded.vector) == bits(decoded.vector)
 
 
@@ -98,6 +115,10 @@ def test_round_trip_of_differences(encoding: Encoding, data: st.DataObject) -> N
     for before, after, base in zip(rows_of(difference), rows_of(got), rows_of(reference), strict=True):
         # reference + d is rounded once more to binary32.
         rounding = (np.abs(base) + np.abs(before)) * 2.0**-22 + 2.0**-140
+        if encoding in BLOCK_STEPS:
+            error = np.maximum(np.abs(before - after) - rounding, 0).reshape(-1)
+            assert_blocks_within_bounds(before.reshape(-1), error, encoding)
+            continue
         relative = {Encoding.FP32: 0.0, Encoding.FP16: 2.0**-11, Encoding.BF16: 2.0**-8, Encoding.INT8: 0.0}[encoding]
         step = np.abs(before).max(axis=1, keepdims=True) / 254 if encoding is Encoding.INT8 else 0.0
         tiny = 2.0**-25 if encoding is Encoding.FP16 else 0.0
@@ -250,7 +271,15 @@ def test_reference_of_another_layout_is_refused_by_the_sender() -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "size"), [("fp32", 8 * 4), ("fp16", 8 * 2), ("bf16", 8 * 2), ("int8", 8 + 4 * (2 + 1))]
+    ("encoding", "size"),
+    [
+        ("fp32", 8 * 4),
+        ("fp16", 8 * 2),
+        ("bf16", 8 * 2),
+        ("int8", 8 + 4 * (2 + 1)),
+        ("int4", 2 * 2 + 3 + 1),
+        ("int2", 2 * 2 + 2 + 1),
+    ],
 )
 def test_payload_size(encoding: str, size: int) -> None:
     layout = Layout((Entry("m", Factor.WEIGHT, (2, 1, 3)), Entry("m", Factor.BIAS, (2,))), {}, "base")
@@ -260,8 +289,8 @@ def test_payload_size(encoding: str, size: int) -> None:
 
 def test_encodings_have_wire_numbers_and_others_are_refused() -> None:
     assert [encoding_from_proto(encoding_to_proto(encoding)) for encoding in Encoding] == list(Encoding)
-    assert [encoding.is_lossy for encoding in Encoding] == [False, True, True, True]
-    for number in (0, 5, -1):
+    assert [encoding.is_lossy for encoding in Encoding] == [False, True, True, True, True, True]
+    for number in (0, 7, -1):
         with pytest.raises(CodecError) as caught:
             encoding_from_proto(number)
         assert caught.value.code is CodecErrorCode.BAD_ENCODING

@@ -226,7 +226,7 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "layout transposed, same number of numbers": (layout(entry(shape=(2, 4)[::-1])), T.BAD_LAYOUT),
     # encoding and length
     "encoding unspecified": (header(encoding=0), T.BAD_ENCODING),
-    "encoding unknown": (header(encoding=5), T.BAD_ENCODING),
+    "encoding unknown": (header(encoding=7), T.BAD_ENCODING),
     "encoding negative": (header(encoding=-1), T.BAD_ENCODING),
     "no payload": (HONEST[: 12 + HEAD_LENGTH], T.BAD_LENGTH),
     "payload ends one byte early": (HONEST[:-1], T.BAD_LENGTH),

@@ -14,6 +14,8 @@ class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENCODING_FP16: _ClassVar[Encoding]
     ENCODING_BF16: _ClassVar[Encoding]
     ENCODING_INT8: _ClassVar[Encoding]
+    ENCODING_INT4: _ClassVar[Encoding]
+    ENCODING_INT2: _ClassVar[Encoding]
 
 class Factor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -32,6 +34,8 @@ ENCODING_FP32: Encoding
 ENCODING_FP16: Encoding
 ENCODING_BF16: Encoding
 ENCODING_INT8: Encoding
+ENCODING_INT4: Encoding
+ENCODING_INT2: Encoding
 FACTOR_UNSPECIFIED: Factor
 FACTOR_A: Factor
 FACTOR_B: Factor
