@@ -27,6 +27,7 @@ from client_app.scenarios import FROM_FILES, load_scenario
 from client_app.scenarios.files import load_files
 from client_app.settings import Settings
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.atomic_files import private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
@@ -78,6 +79,7 @@ class Executor:
         if self._held is None or self._key != key:
             self.evict()  # before the next one: there may not be room for two
             tick("loading")
+            private_folder(settings.state_dir)  # before libraries make folders in it
             self._held, self._key = _load(settings), key
         return self._held
 

@@ -1,28 +1,72 @@
-"""Files that are whole after a kill at any moment (write elsewhere, flush, rename), and locks between processes."""
+"""Files that are whole after a kill at any moment (write elsewhere, flush, rename), and locks between processes.
+
+Whatever the umask, folders and files that are made here are their owner's alone: adapters and logs say much about the
+data that they are made of.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FOLDER_MODE, FILE_MODE = 0o700, 0o600
+LOOK_SECONDS = 0.05
+
+
+def private_folder(path: Path) -> Path:
+    """The folder; what of it is missing is made, for this user only. One that is there keeps its mode.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # somebody made it in between
+            folder.mkdir(mode=FOLDER_MODE)
+    return path
+
+
+def private_mask() -> None:
+    """What this process makes from now on is this user's alone, what libraries make included."""
+    os.umask(0o777 & ~FOLDER_MODE)
+
+
+def open_private(path: Path, flags: int) -> int:
+    """A descriptor of a file that only this user may open; it is made where it is missing.
+
+    Raises:
+        OSError: the file cannot be made or opened.
+    """
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    found = os.fstat(descriptor)
+    if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o077:  # made by an earlier version
+        os.fchmod(descriptor, FILE_MODE)
+    return descriptor
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file by way of a temporary one in the same folder (made if needed): write, fsync, rename.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what was there before stays.
+        OSError: the disk is full or the folder cannot be written; names the file. What was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        private_folder(path.parent)
+        with open(open_private(temporary, os.O_WRONLY | os.O_TRUNC), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -38,18 +82,33 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """No other process holds this lock meanwhile; one that dies lets go of it.
 
-    The file stays: removing it would give the next one a lock of its own.
+    The file stays: removing it would give the next one a lock of its own. Others cannot open it, or their lock on it
+    would hold us up as long as they like.
+
+    Args:
+        path: the lock file.
+        wait: for whoever holds it.
+        waiting: called again and again while waiting; what it raises ends the wait.
 
     Raises:
         BlockingIOError: another process holds it, and ``wait`` is false.
         OSError: the file cannot be made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_private(path, os.O_RDWR)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise
+            if waiting is not None:
+                waiting()
+            time.sleep(LOOK_SECONDS)
         yield
     finally:
         os.close(descriptor)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import fold
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.atomic_files import private_folder, write_durably
 from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
 
 PREFIX = "base_model.model."
@@ -120,7 +120,8 @@ def write_peft_directory(folder: Path, adapter: Adapter, base_model: str, base_h
     Raises:
         FileExistsError: the folder exists.
     """
-    folder.mkdir(parents=True)
+    private_folder(folder.parent)
+    folder.mkdir(mode=0o700)
     state = {key: value.contiguous() for key, value in to_peft_state(adapter, base_heads).items()}
     write_durably(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt"}))
     config = json.dumps(peft_config(adapter.layout, base_model), indent=2, sort_keys=True)

@@ -26,6 +26,9 @@ from fedalloy_adapters.atomic_files import write_durably
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_PLAIN_WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_SAVED_BY = ("_name_or_path", "_commit_hash", "transformers_version")
+"""What a configuration says of how it was saved; two copies of a model may differ in it."""
 _HEAD_STD = 0.02
 _HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _SHIFTED = ("camembert", "mpnet", "longformer")
@@ -78,7 +81,31 @@ def find_model(name: str, cache_dir: Path) -> FoundModel:
             f"base-model {name!r}: {folder} has no *.safetensors (found {others}); other formats can contain code and "
             "are not read: save the model again with save_pretrained"
         )
+    _require_plain(name, folder)
     return FoundModel(name, folder, _fingerprint(folder, weights, cache_dir))
+
+
+def _require_plain(name: str, folder: Path) -> None:
+    """What is read of a folder is what its fingerprint is made of, and nothing beside it.
+
+    Raises:
+        BaseModelError: an index names a file that is not a ``*.safetensors`` of this folder, or the folder is an
+            adapter's, whose base model lies elsewhere.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise BaseModelError(
+            f"base-model {name!r}: {folder} is an adapter (adapter_config.json), expected a whole model"
+        )
+    for index in sorted(folder.glob("*.safetensors.index.json")):  # other formats are not read
+        try:
+            named = json.loads(index.read_text())["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(f"base-model {name!r}: {index} cannot be read: {error!r}") from None
+        for file in sorted({str(value) for value in named}):
+            if not _PLAIN_WEIGHTS.fullmatch(file) or not (folder / file).is_file():
+                raise BaseModelError(
+                    f"base-model {name!r}: {index} names {file[:200]!r}, expected *.safetensors files of this folder"
+                )
 
 
 def load_base(
@@ -253,7 +280,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _fingerprint(folder: Path, weights: Sequence[Path], cache_dir: Path) -> str:
-    """SHA-256 over the weights' contents; large files are read once and remembered by size and time."""
+    """SHA-256 over configuration, index and weights; large files are read once and remembered by size and time."""
     digests = []
     for path in weights:
         stat = path.stat()
@@ -268,8 +295,10 @@ def _fingerprint(folder: Path, weights: Sequence[Path], cache_dir: Path) -> str:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             write_durably(remembered, digest.encode())
         digests.append((path.name, digest))
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type", "")
-    return hashlib.sha256(json.dumps([model_type, digests]).encode()).hexdigest()
+    texts = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.safetensors.index.json"))}
+    config = json.loads((folder / "config.json").read_text())
+    texts["config.json"] = {key: value for key, value in config.items() if key not in _SAVED_BY}
+    return hashlib.sha256(json.dumps([texts, digests], sort_keys=True).encode()).hexdigest()
 
 
 def _labels_of(config: Any) -> list[str]:

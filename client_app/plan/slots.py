@@ -37,8 +37,9 @@ from google.protobuf.message import DecodeError, Message
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from client_app.plan.progress import tick
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.atomic_files import locked, sync, write_durably
+from fedalloy_adapters.atomic_files import locked, private_folder, sync, write_durably
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.peft_format import write_peft_directory
 from proto.fedalloy.v1 import adapter_pb2
@@ -80,8 +81,8 @@ class SlotStore:
         Raises:
             SlotError: the slots before ``round_`` are no longer here, or a file is damaged.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with locked(self.directory / ".lock"):
+        private_folder(self.directory)
+        with locked(self.directory / ".lock", waiting=lambda: tick("waiting for the slots")):
             self._recover()
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
             self._opened, self._dirty = set(), set()
@@ -167,7 +168,7 @@ class SlotStore:
 
     def _commit(self, round_: int) -> None:
         staged = self.directory / f".staged-{os.getpid()}"
-        (staged / "slots").mkdir(parents=True)
+        private_folder(staged / "slots")
         for slot in self.names():
             if slot in self._dirty:
                 self._open(slot)  # a slot that was replaced unseen keeps its residual
@@ -183,11 +184,11 @@ class SlotStore:
             elif self._parts is not None:
                 self._write_parts(staged / "adapter", *self._parts)
             if not self._rename("adapter", ".adapter-old"):  # an empty one says that there was none
-                (self.directory / ".adapter-old").mkdir(exist_ok=True)
+                private_folder(self.directory / ".adapter-old")
             os.rename(staged / "adapter", self.directory / "adapter")
         # From here, _recover knows every state that a kill can leave.
         if self._source.name == "slots":
-            (self.directory / "history").mkdir(exist_ok=True)
+            private_folder(self.directory / "history")
             self._rename("slots", f"history/{_round_of(self._source)}")
         else:  # a round carried out again: what it started from is in the history and stays there
             self._rename("slots", ".slots-old")
@@ -230,7 +231,7 @@ class SlotStore:
         if not restored and (history := self._history()):
             self._rename(f"history/{history[-1]}", "slots")
         # A new client holds no slots, and that is a state which round 1 can start from again.
-        (self.directory / "slots").mkdir(exist_ok=True)
+        private_folder(self.directory / "slots")
         self._clean()
 
     def _history(self) -> list[int]:

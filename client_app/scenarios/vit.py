@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.dataset import Base
-from fedalloy_adapters.atomic_files import locked, sync
+from fedalloy_adapters.atomic_files import locked, private_folder, sync
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj")
 ALL_MODULES = (*TARGET_MODULES, "o_proj", "fc1", "fc2")
@@ -116,7 +116,7 @@ def load_or_make(
         build: the model with any weights; it has ``save_pretrained``.
         pretrain: the same with those that are wanted; only called if the model has to be made.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    private_folder(cache_dir)
     directory = cache_dir / f"{recipe.name}-{recipe.fingerprint[:16]}"
     model = build()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -27,6 +27,7 @@ from flwr.common.logger import log
 
 from client_app.settings import default_state_dir
 from client_app.trainer.address import CHUNK_BYTES, NO_LIMIT, Owner, Residence, TrainerError, code_digest, inode_of
+from fedalloy_adapters.atomic_files import open_private, private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
 
@@ -278,10 +279,10 @@ def _start(owner: Owner, lock: int) -> subprocess.Popen[bytes]:
     """A trainer in a session of its own, so that nothing that Flower ends takes it along; it inherits the lock."""
     output = log_path()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(output.parent)
         if output.exists() and output.stat().st_size > MAX_LOG_BYTES:
             output.replace(output.with_suffix(".log.1"))
-        file = output.open("ab")
+        file = open(open_private(output, os.O_WRONLY | os.O_APPEND), "ab")  # noqa: SIM115
     except OSError as error:
         raise TrainerError(
             f"the trainer's log {output} cannot be written ({error.strerror}); set FLWR_HOME to a folder of this "

@@ -33,6 +33,7 @@ from client_app.plan.progress import Cancelled, listening, tick
 from client_app.settings import read_settings
 from client_app.trainer.address import NO_LIMIT, Owner, Residence, code_digest, inode_of
 from client_app.trainer.client import context_of, in_pieces
+from fedalloy_adapters.atomic_files import private_mask
 from proto.fedalloy.v1 import trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 
@@ -238,6 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lock", type=int, required=True, help="descriptor of the locked lock file")
     given = parser.parse_args(arguments)
     os.set_inheritable(given.lock, False)  # held, and not passed on, until this process ends
+    private_mask()
     residence = Residence.of(given.owner)
     residence.sweep()
     residence.socket.unlink(missing_ok=True)  # of a trainer that was killed: this one holds the lock

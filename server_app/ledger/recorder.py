@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.superlink.grid import HttpGrid
 
 from proto.fedalloy.v1 import report_pb2
 from server_app.ledger.flower_costs import BundleCost, bundle_cost
@@ -30,7 +31,10 @@ class WireLog:
         self.grid = grid
 
     def __enter__(self) -> WireLog:
-        self.sampler.start()
+        if isinstance(self.grid, HttpGrid):  # any other has no network, whoever listens on its port
+            self.sampler.start()
+        else:
+            self.sampler.decline("clients in this process have no network")
         if not self.sampler.is_measuring:
             log(INFO, "wire bytes: not measured (%s)", self.sampler.not_measured)
         return self

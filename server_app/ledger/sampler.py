@@ -119,8 +119,7 @@ class FleetSampler:
                 self._tls = "--insecure" not in superlink[1]
             now, connections = time.time(), server_connections(self._table(), self._port)
         except Exception as error:  # the wire level is worth less than the run
-            self.not_measured = str(error) or repr(error)
-            self.ledger.server_reading(0, "", "start", [], not_measured=self.not_measured)
+            self.decline(str(error) or repr(error))
             return
         self.not_measured = ""
         self.ledger.server_reading(0, "", "start", connections, unix_time=now)
@@ -128,6 +127,11 @@ class FleetSampler:
             for connection in connections:
                 self._watched[_key(connection)] = _Watched(connection, 0)
         self._thread.start()
+
+    def decline(self, reason: str) -> None:
+        """Measure nothing; the ledger says why."""
+        self.not_measured = reason
+        self.ledger.server_reading(0, "", "start", [], not_measured=reason)
 
     def push(self, round_: int, client: str, kind: str) -> None:
         """Call this just before a message is pushed to ``client`` (or to a node whose client is not known yet)."""

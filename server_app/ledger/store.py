@@ -29,6 +29,7 @@ any number of readers. The arithmetic is in :mod:`server_app.ledger.connections`
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -41,6 +42,8 @@ from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from client_app.sockets import Connection
+from fedalloy_adapters.atomic_files import open_private
+from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.ledger.flower_costs import BundleCost, MessageCost, message_cost
 from server_app.ledger.reconciliation import Accounts, ClientRound
@@ -108,6 +111,8 @@ class Ledger:
         try:
             if read_only and not path.exists():
                 raise LedgerError(f"no ledger at {path}")
+            if not read_only:
+                os.close(open_private(path, os.O_RDWR))  # what SQLite makes beside it has the same mode
             # Where nobody has it open there is no log, and SQLite would have to make one: not in a read-only folder.
             unused = read_only and not path.with_name(f"{path.name}-wal").exists()
             place = f"file:{quote(str(path.resolve()))}" + ("?immutable=1" if unused else "")
@@ -120,7 +125,7 @@ class Ledger:
                 self._db.executescript(_SCHEMA)
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?), ('run_name', ?)", (FORMAT, run_name))
             meta = dict(self._db.execute("SELECT key, value FROM meta"))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise LedgerError(f"cannot open the ledger {path}: {error}") from error
         if meta.get("format") != FORMAT:
             raise LedgerError(f"{path} has ledger format {meta.get('format')!r}, expected {FORMAT!r}")
@@ -299,16 +304,16 @@ class Ledger:
             cursor = self._db.execute(
                 "INSERT INTO reading (end, event, round, client, kind, time, not_measured) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (end, event, round_, client, kind, when, not_measured),
+                (end, event, round_, client, kind, when, one_line(not_measured)),
             )
             self._db.executemany(
                 f"INSERT INTO connection VALUES ({', '.join('?' * 15)})",
                 [
                     (
                         cursor.lastrowid,
-                        c.local_address,
+                        one_line(c.local_address),
                         c.local_port,
-                        c.remote_address,
+                        one_line(c.remote_address),
                         c.remote_port,
                         str(c.cookie),
                         *(getattr(c, name) for name in COUNTERS),

@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedalloy_adapters.atomic_files import locked, sync, write_durably
+from fedalloy_adapters.atomic_files import locked, open_private, private_folder, sync, write_durably
 from strategies.framework.contract import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")
@@ -132,7 +132,7 @@ class RunDirectory:
         """Append one line to ``rounds.jsonl`` and flush it to the disk."""
         line = json.dumps(record, sort_keys=False, allow_nan=False) + "\n"
         try:
-            with (self.path / "rounds.jsonl").open("a+b") as file:
+            with open(open_private(self.path / "rounds.jsonl", os.O_RDWR | os.O_APPEND), "a+b") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":  # a kill tore the last line; what follows gets one of its own
@@ -154,6 +154,8 @@ class RunDirectory:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if not isinstance(record, dict) or "phase" not in record or "round" not in record:
+                continue
             if record.get("phase") == "resumed":
                 given_up = record["round"]
                 records = [old for old in records if old["phase"] not in RESUMABLE_PHASES or old["round"] <= given_up]
@@ -168,7 +170,7 @@ class RunDirectory:
         try:
             for unfinished in folder.glob(".round-*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-            staged.mkdir(parents=True)
+            private_folder(staged)
             tensors = save({name: tensor.contiguous() for name, tensor in state.tensors.items()})
             digest = hashlib.sha256(tensors).hexdigest()
             written = {"round": round_, "values": state.values, "run": dict(run or {}), "sha256": digest}

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fedalloy_adapters.words import one_line
 from server_app.ledger.connections import OTHER
 from server_app.ledger.reconciliation import Accounts, ClientRound
 from server_app.ledger.store import Ledger
@@ -105,7 +106,7 @@ def _print_notes(accounts: Accounts, console: Console) -> None:
             "client's end counts, from its first reading on."
         )
     for who, why in sorted(accounts.not_measured().items()):
-        console.print(f"wire not measured at {who}: {why}", highlight=False)
+        console.print(f"wire not measured at {who}: {one_line(why)}", highlight=False, markup=False)
 
 
 def _bytes(count: int | None) -> str:

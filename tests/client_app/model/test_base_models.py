@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,15 @@ def set_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def index(folder: Path, file: str) -> None:
+    """Beside whole weights, an index that names a file which is there, too."""
+    (folder.parent / "other").mkdir()
+    shutil.copy(folder / "model.safetensors", folder.parent / "other")
+    torch.save({}, folder / "weights.bin")
+    weights = {"model.norm.weight": file}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json cannot be read"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json cannot be read"),
@@ -183,8 +193,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
                 json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}})
             )
         ),
-        "cannot be loaded: .*00002-of-00002",
+        "names 'model-00002-of-00002.safetensors', expected",
     ),
+    "a shard elsewhere": (lambda f: index(f, "../other/model.safetensors"), "names '../other/model.safetensors'"),
+    "a shard that is a pickle": (lambda f: index(f, "weights.bin"), "names 'weights.bin', expected"),
+    "an index without a map": (
+        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        r"index\.json cannot be read",
+    ),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "is an adapter"),
 }
 
 
@@ -196,6 +213,20 @@ def test_a_damaged_model_is_refused_by_name(damage: str, tmp_path: Path) -> None
     spoil(folder)
     with pytest.raises(BaseModelError, match=f"base-model '.*llama'.*{words}"):
         base_of(folder, "causal-lm")
+
+
+def test_the_fingerprint_is_of_everything_that_decides_what_the_model_computes(tmp_path: Path) -> None:
+    """But not of how it was saved: another copy of a model is the same model."""
+    folder = tiny_models.save_llama(tmp_path / "llama")
+    found = [find_model(str(folder), tmp_path).fingerprint]
+    set_config(folder, transformers_version="0.0.1", _name_or_path="/elsewhere")
+    assert find_model(str(folder), tmp_path).fingerprint == found[0]
+    set_config(folder, rms_norm_eps=0.5)
+    found.append(find_model(str(folder), tmp_path).fingerprint)
+    weights = {"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+    found.append(find_model(str(folder), tmp_path).fingerprint)
+    assert len(set(found)) == 3
 
 
 def test_no_text_is_longer_than_the_model_has_positions(tmp_path: Path) -> None:
