@@ -37,7 +37,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-docker test-faults test-newest unit lint format proto lock clean
+.PHONY: help demo test test-docker test-faults test-newest unit lint format proto docs lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,10 @@ format: $(STAMP) ## Rewrite the code the way ruff formats it.
 proto: $(STAMP) ## Generate the Python code of proto/fedalloy/v1/*.proto.
 	@$(BIN)/python proto/generate.py
 
+docs: $(STAMP) ## Build the pages of docs/ into site/.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
+
 # For every platform and every Python from the oldest supported one on, with what builds the package. torch stays the one
 # that was tested, whose wheels CI and the image have; raise it on purpose: make lock TORCH=torch==2.14.0
 LOCKED_TORCH = $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
@@ -94,7 +98,7 @@ lock: $(STAMP) ## Renew constraints.txt: the newest versions that pyproject.toml
 	@git --no-pager diff --stat constraints.txt
 
 clean: ## Remove the environments and what tools left; runs/ stays.
-	rm -rf $(VENV) .venv-newest build dist *.egg-info *.fab
+	rm -rf $(VENV) .venv-newest build dist site *.egg-info *.fab
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -128,5 +132,5 @@ $(STAMP): pyproject.toml $(PINS)
 	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(or $(TORCH),torch)"; \
 	echo "Installing FedAlloy and its tools ..."; \
 	$(INSTALL) hatchling editables; \
-	$(INSTALL) --no-build-isolation -e '.[dev,simulation]'; \
+	$(INSTALL) --no-build-isolation -e '.[dev,docs,simulation]'; \
 	touch $(STAMP)

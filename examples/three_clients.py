@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-from tests.tiny_models import save_llama
+from examples.tiny_models import save_llama
 
 GREETINGS = {"berlin": "hallo", "paris": "salut", "rome": "ciao"}
 NAMES = ("Ada", "Bo", "Cleo", "Dan", "Eva", "Finn", "Gil", "Hana", "Ivo", "Jo", "Kim", "Lea")

@@ -1,6 +1,6 @@
 """Charts of a comparison's report as pictures, for a README.
 
-    python -m tests.benchmarks.report_figures OUT/report.html tests/benchmarks/figures digits 2 7
+    python -m tests.benchmarks.report_figures OUT/report.html docs/figures digits 2 7
 
 The report is opened in headless Chromium (the extra "dev" has Playwright; the browser is the machine's), and the charts
 with these numbers, counted from 1, are written to ``DIR/NAME-NUMBER.png``, light, at 720 pixels. Without numbers it

@@ -199,7 +199,7 @@ def test_an_unregistered_key_is_refused(stack: Stack) -> None:
 def test_own_data_reach_the_container_that_trains_and_no_other(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The worked example's model and data, mounted as docker/README.md says."""
+    """The worked example's model and data, mounted as docs/containers.md says."""
     if stack.remaining() < LEFT_FOR_THE_REST:
         pytest.skip("own data: this machine is slow, and the faults come first within the cap of 12 minutes")
     folder = tmp_path_factory.mktemp("own-data")
