@@ -20,9 +20,10 @@ from client_app.own.files import load_own
 from client_app.own.task_file import is_task_file, load_tasks, stamp_of
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.progress import Cancelled, tick
+from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import reference_layout
 from client_app.plan.slots import SlotStore
-from client_app.plan.training import seed_of, set_up_torch
+from client_app.plan.training import set_up_torch
 from client_app.scenarios import FROM_FILES, load_scenario
 from client_app.scenarios.files import load_files
 from client_app.settings import Settings

@@ -17,12 +17,34 @@ from torch import Tensor
 from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import IGNORED, kind_of
 from client_app.model.personal import Mixture, PersonalModel
+from client_app.plan import training
+from client_app.plan.mixtures import activate, terms_of
+from client_app.plan.names import PlanError
 from client_app.plan.training import autocast, logits_of
-from proto.fedalloy.v1 import plan_pb2
+from client_app.plan.workbench import Workbench
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 class DistillationError(ValueError):
     """A distillation step that cannot be carried out."""
+
+
+def carry_out(bench: Workbench, step: plan_pb2.DistillStep) -> report_pb2.DistillResult:
+    """Train with a frozen mixture of slots as the teacher.
+
+    Raises:
+        DistillationError: temperature, reduction or a weight is not valid.
+        PlanError: a slot would teach itself, or the train step does not fit.
+        TrainingError: training diverged.
+    """
+    activate(bench, step.teacher)  # which loads it
+    slots, coefficients = terms_of(step.teacher)
+    taught = dict(zip(slots, coefficients, strict=True))
+    if set(step.train.slots) & set(slots):
+        raise PlanError("a slot that is trained cannot be its own teacher")
+    teacher = MixtureTeacher(bench.model, taught, step, bench.data.task)
+    result = training.carry_out(bench, step.train, teacher)
+    return report_pb2.DistillResult(train=result, divergences=teacher.divergences())
 
 
 def divergence(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,16 +10,49 @@ from torch import Tensor
 from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import example_losses, kind_of
 from client_app.model.personal import PersonalModel
+from client_app.plan.mixtures import activate_slot, terms_of
+from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
 from client_app.plan.training import autocast, logits_of
+from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Entry, Factor, Layout
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 _MODULE = "shares"
 
 
 class EnsembleError(ValueError):
     """Shares do not belong to these slots, or are no shares."""
+
+
+def carry_out(bench: Workbench, step: plan_pb2.AttributeStep) -> report_pb2.AttributeResult:
+    """Attribute each example of a split to the step's slots, and make the means the new shares.
+
+    Raises:
+        EnsembleError: the shares do not fit the slots.
+        PlanError: no slot, or one twice.
+    """
+    data, slots = bench.split(step.split), _loaded(bench, step.slots)
+    shares = bench.held(step.shares) or equal_shares(bench.model, slots)
+    found = attribute(bench.model, slots, shares_of(shares, slots), data)
+    bench.attributions = {slot: found[:, index] for index, slot in enumerate(slots)}
+    bench.slots[step.shares] = Adapter(shares.layout, found.mean(dim=0).float())
+    return report_pb2.AttributeResult(examples=len(data))
+
+
+def forward_of(bench: Workbench, mixture: plan_pb2.Mixture) -> Callable[[Dataset], Tensor]:
+    """What gives an ensemble's logits for a batch.
+
+    Raises:
+        EnsembleError: the shares do not fit the slots.
+        PlanError: a coefficient is not 1, or there is no slot, or one twice.
+    """
+    slots, coefficients = terms_of(mixture)
+    if any(coefficient != 1.0 for coefficient in coefficients):
+        raise PlanError("an ensemble's coefficients are 1: its shares say how much each slot counts")
+    shares = shares_of(bench.slots[mixture.shares], _loaded(bench, slots))
+    return lambda batch: log_probabilities(bench.model, slots, shares, batch)
 
 
 def equal_shares(model: PersonalModel, slots: Sequence[str]) -> Adapter:
@@ -74,3 +107,13 @@ def log_probabilities(model: PersonalModel, slots: Sequence[str], shares: Tensor
         model.activate({slot: 1.0})
         parts.append(logits_of(model, batch).float().log_softmax(dim=-1) + share)
     return torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def _loaded(bench: Workbench, slots: Iterable[str]) -> list[str]:
+    """Slots that the model holds from now on, each once."""
+    found = list(slots)
+    if not found or len(set(found)) < len(found):
+        raise PlanError(f"slots {found}, expected at least one and none twice")
+    for slot in found:
+        activate_slot(bench, slot)
+    return found

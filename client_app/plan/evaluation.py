@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,12 @@ from torch.nn import functional
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
 from client_app.data.task_kinds import IGNORED, example_losses, kind_of
 from client_app.model.personal import PersonalModel
+from client_app.plan.ensembles import forward_of
+from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick
 from client_app.plan.training import TrainingError, autocast, logits_of
+from client_app.plan.workbench import Workbench
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 _MAX_EXPONENT = 700.0
 
@@ -27,6 +32,32 @@ class Written:
 
     texts: list[str]
     references: list[str]
+
+
+def carry_out(bench: Workbench, step: plan_pb2.EvaluateStep) -> report_pb2.EvaluateResult:
+    """Evaluate a mixture or an ensemble on a split, and record its losses where the plan says so.
+
+    Raises:
+        TrainingError: the split has no example.
+    """
+    started = time.monotonic()
+    data, forward = bench.split(step.split), None
+    if step.mixture.shares:
+        forward = forward_of(bench, step.mixture)
+    else:
+        activate(bench, step.mixture)
+    metrics = evaluate(bench.model, data, bench.data, forward)
+    if step.record:
+        names = {task: f"{task}/loss" if bench.data.tasks else "loss" for task in bench.data.each_task}
+        losses = {task: metrics[name] for task, name in names.items() if math.isfinite(metrics.get(name, math.inf))}
+        bench.slots.losses[step.record] = losses
+    return report_pb2.EvaluateResult(
+        label=step.label,
+        split=step.split,
+        examples=len(data),
+        metrics=metrics,
+        seconds=time.monotonic() - started,
+    )
 
 
 @torch.no_grad()

@@ -19,12 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import example_losses
 from client_app.model.personal import PersonalModel
+from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
-from client_app.plan.training import batches, logits_of
+from client_app.plan.seeds import batches
+from client_app.plan.training import logits_of
+from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, Layout
-from proto.fedalloy.v1 import report_pb2
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 
+DEFAULT_GRADIENT_BYTES = 2**28
 MAX_CHUNK = 32
 """Examples at once, whatever the bound on gradients allows: activations need memory, too."""
 _COPIES = 8
@@ -46,6 +50,40 @@ class Moments:
     product: Tensor
     samples: int
     dropped: int
+
+
+def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherResult:
+    """Compare two slots by their Fisher information, and keep the diagonals where the plan says so.
+
+    Raises:
+        FisherError: no example, or too many gradients are not finite.
+        PlanError: samples or damping make no sense, or a slot has another layout than the client.
+    """
+    if step.samples < 1 or not step.relative_damping >= 0:
+        raise PlanError(
+            f"{step.samples} samples and damping {step.relative_damping:g}, expected one sample and no less than 0"
+        )
+    layout = bench.model.layout
+    pair = tuple(bench.slots[slot] for slot in (step.first, step.second))
+    for slot, adapter in zip((step.first, step.second), pair, strict=True):
+        if adapter.layout.digest != layout.digest:
+            raise PlanError(f"slot {slot!r} has {layout.describe_difference(adapter.layout)}")
+        bench.model.load(slot, adapter)
+    found = moments(
+        bench.model,
+        (step.first, step.second),
+        layout,
+        bench.split(step.split),
+        samples=step.samples,
+        seed=bench.seed,
+        max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
+    )
+    damping = damping_of(found, step.relative_damping)
+    blind = (found.first + found.second + damping == 0).float()  # neither knows anything: equal precisions
+    for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
+        if slot:
+            bench.slots[slot] = Adapter(layout, information + damping + blind)
+    return result(pair, found, damping, in_delta_space=step.in_delta_space)
 
 
 def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Dataset) -> Tensor:

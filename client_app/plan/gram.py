@@ -1,4 +1,4 @@
-"""What a client measures so that others can combine models: moments of module inputs, weights by improvement."""
+"""Second moments of the inputs of a model's modules, from which a server can combine models."""
 
 from __future__ import annotations
 
@@ -11,11 +11,27 @@ from torch import Tensor
 from client_app.data.dataset import MASK, Dataset
 from client_app.data.task_kinds import kind_of
 from client_app.model.personal import PersonalModel
+from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick
 from client_app.plan.training import logits_of
+from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor
 from fedalloy_adapters.parts import layout_of_gram
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+def carry_out(bench: Workbench, step: plan_pb2.GramStep) -> report_pb2.GramResult:
+    """Send the moments of the active mixture's inputs.
+
+    Raises:
+        PlanError: the slot is sent twice.
+    """
+    bench.require_unsent(step.slot)
+    data = bench.drawn(step.split, step.samples)
+    activate(bench, step.mixture)
+    bench.upload(step.slot, input_moments(bench.model, data), step.encoding)
+    return report_pb2.GramResult(slot=step.slot, examples=len(data))
 
 
 @torch.no_grad()
@@ -57,18 +73,3 @@ def input_moments(model: PersonalModel, data: Dataset) -> Adapter:
         rows, columns = torch.triu_indices(*total.shape)
         found[name, Factor.GRAM].copy_((total / counts[name])[rows, columns])
     return found
-
-
-def improvement_weights(own: float, losses: Tensor, moves: Tensor) -> Tensor:
-    """Weights ``[M]`` of candidates in proportion to ``max(0, (own - loss) / distance)``; they sum to 1, or are all 0.
-
-    Args:
-        own: loss of where one is.
-        losses: the candidates' ``[M]``.
-        moves: candidate minus where one is, ``[M, P]``; one that is no move has weight 0, as one without a finite loss.
-    """
-    distances = moves.double().norm(dim=1)
-    gains = torch.where(distances > 0, (own - losses).clamp_min(0) / distances.clamp_min(1e-30), 0.0).nan_to_num(
-        0, 0, 0
-    )
-    return gains / gains.sum() if gains.sum() > 0 else gains

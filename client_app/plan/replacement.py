@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from client_app.data.dataset import ClientData
-from client_app.plan.slots import SlotStore
+from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.groups import groups_of, layout_of_groups
 from fedalloy_adapters.layout import Layout, LayoutError
@@ -78,16 +78,14 @@ def replace_groups(target: Adapter, source: Adapter, groups: set[str]) -> tuple[
     return target.with_part(source.part(part)), part.size
 
 
-def carry_out(
-    step: plan_pb2.ReplaceStep, data: ClientData, layout: Layout, slots: SlotStore
-) -> report_pb2.ReplaceResult:
+def carry_out(bench: Workbench, step: plan_pb2.ReplaceStep) -> report_pb2.ReplaceResult:
     """Apply a step's rules to the losses that the slots keep, and copy what they ask for.
 
     Raises:
         LayoutError: a slot has not the client's layout, or a task's groups are not those of the adapter.
         ReplacementError: a rule is for a task that the client has not.
     """
-    tasks = task_groups(data, layout)
+    slots, tasks = bench.slots, task_groups(bench.data, bench.model.layout)
     unknown = [rule.task for rule in step.rules if rule.task not in tasks]
     if unknown:
         raise ReplacementError(f"a rule for task {unknown[0]!r}; this client has {', '.join(tasks)}")
@@ -105,6 +103,7 @@ def carry_out(
             source_loss=source.get(rule.task),
             target_loss=target.get(rule.task),
         )
+    bench.replaced = bench.replaced or any(task.replaced for task in result.tasks)
     return result
 
 

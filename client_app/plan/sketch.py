@@ -7,6 +7,7 @@ adapters take no part in it. No clipping, so the noise sanitises, and is not dif
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import mean_loss
 from client_app.model.module_roles import RoleError, last_down_projection, layer_of
 from client_app.model.personal import PersonalModel
-from client_app.plan.training import batches, seed_of
+from client_app.plan.seeds import batches, seed_of
+from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_sketch
-from proto.fedalloy.v1 import plan_pb2
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 class SketchError(ValueError):
@@ -38,6 +40,25 @@ class Sketch:
     upload: Adapter
     examples: int
     norm: float
+
+
+def carry_out(bench: Workbench, step: plan_pb2.SketchStep) -> report_pb2.SketchResult:
+    """Take this round's sketch, keep its moving average in the step's slot, and send it.
+
+    Raises:
+        PlanError: the slot is sent twice.
+        RoleError, SketchError: the reference model or the step does not fit.
+    """
+    started = time.monotonic()
+    bench.require_unsent(step.slot)
+    readings = bench.data.for_reference
+    data = readings[step.split] if step.split in readings else bench.split(step.split)
+    reference, common_seed = ReferenceModel(bench.model), bench.plan.seed
+    sketch = take_sketch(reference, step, data, bench.held(step.slot), bench.seed, common_seed)
+    bench.slots[step.slot] = sketch.state
+    bench.upload(step.slot, sketch.upload, step.encoding)
+    seconds = time.monotonic() - started
+    return report_pb2.SketchResult(slot=step.slot, examples=sketch.examples, norm=sketch.norm, seconds=seconds)
 
 
 class ReferenceModel:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from client_app.data.dataset import Dataset
+from client_app.data.arrival import StreamedDataset
+from client_app.data.dataset import ClientData, Dataset
 from client_app.data.task_kinds import example_losses, mean_loss, targets_in
 from client_app.model.personal import PersonalModel
+from client_app.plan.mixtures import activate, own_heads
+from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
+from client_app.plan.seeds import batches, seed_of_step
+from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.layout import factor_from_proto
+from fedalloy_adapters.layout import Factor, factor_from_proto
+from fedalloy_adapters.parts import layout_of_part
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
@@ -37,41 +42,6 @@ def set_up_torch() -> torch.device:
 def accelerator() -> str:
     """The name that all processes have for the GPU that this one works on; empty without one."""
     return f"cuda-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else ""
-
-
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed that differs wherever any part differs."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-def seed_of_step(plan: plan_pb2.Plan, index: int, step: plan_pb2.TrainStep, *, replaced: bool = False) -> int:
-    """The seed of a train step's batches and dropout.
-
-    Args:
-        plan: of which the step is a part.
-        index: its number.
-        step: may ask for the draw of another step, or for a seed.
-        replaced: whether a replace step before it has copied something.
-    """
-    draw = step.draw_after_replace if replaced and step.HasField("draw_after_replace") else step.draw
-    if draw.WhichOneof("kind") == "seed":
-        return draw.seed & (2**63 - 1)
-    number = draw.as_step if draw.WhichOneof("kind") == "as_step" else index
-    return seed_of(plan.seed, plan.client_id, plan.round, number)
-
-
-def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Indices ``[b]`` of ``steps`` batches: pass after pass over the examples, each in a new random order.
-
-    The last batch of a pass may be smaller; with fewer examples than ``batch_size`` every batch is all of them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    position, order = examples, torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if position >= examples:
-            position, order = 0, torch.randperm(examples, generator=generator)
-        yield order[position : position + batch_size]
-        position += batch_size
 
 
 class Teacher(Protocol):
@@ -110,6 +80,95 @@ class TaskLosses:
             )
             for task, count in self.examples.items()
         }
+
+
+def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | None = None) -> report_pb2.TrainResult:
+    """Train the step's slots inside its mixture, with a teacher where there is one.
+
+    Raises:
+        PlanError: the step's numbers, slots, fold or attribution do not fit.
+        TrainingError: training diverged, and the plan does not say to go on.
+    """
+    if step.steps < 1 or step.batch_size < 1 or not step.learning_rate > 0:
+        raise PlanError(
+            f"{step.steps} steps of {step.batch_size} examples at learning rate {step.learning_rate:g}; "
+            "expected at least one of each and a positive rate"
+        )
+    data = bench.split(step.split)
+    if step.HasField("fold"):
+        data = bench.fold(data, step.fold, step.split)
+    activate(bench, step.mixture)
+    parameters, anchor = _trained(bench, step)
+    seed = seed_of_step(bench.plan, bench.index, step, replaced=bench.replaced)
+    weights = _attributed(bench, step) if step.attributed_to else None
+    try:
+        result = train(bench.model, step, parameters, data, seed, anchor, teacher, weights, _order(bench, step, data))
+    except TrainingError:
+        if not step.keep_on_divergence:
+            raise
+        bench.slots.losses.pop(step.record, None)
+        return report_pb2.TrainResult(diverged=True)
+    _name_tasks(result, bench.data)
+    if step.record:
+        share = step.record_batch_share
+        found = {task: loss.batch_share if share else loss.mean for task, loss in result.task_losses.items()}
+        bench.slots.losses[step.record] = bench.slots.losses.get(step.record, {}) | found
+    for slot in [*step.slots, *own_heads(bench)]:
+        bench.slots[slot] = bench.model.read(slot)
+    return result
+
+
+def _trained(bench: Workbench, step: plan_pb2.TrainStep) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
+    """What is optimised, by slot and entry name, and the values that the step pulls it to, if any."""
+    parameters: dict[str, nn.Parameter] = {}
+    anchor: dict[str, Tensor] = {}
+    for slot in step.slots:
+        layout = bench.slots[slot].layout
+        is_gates = any(entry.factor is Factor.GATE for entry in layout.entries)
+        part = layout if is_gates else layout_of_part(layout, step.part)
+        for name, parameter in bench.model.trainable(slot, part).items():
+            parameters[f"{slot}:{name}"] = parameter
+        if step.HasField("proximal") and not is_gates:
+            pulled = tensors_by_entry(bench.slots[step.proximal.slot].part(part), bench.model.device)
+            anchor |= {f"{slot}:{name}": tensor for name, tensor in pulled.items()}
+    if not parameters:
+        raise PlanError("nothing to train: no slot is named")
+    gates = {term.gate.slot for term in step.mixture.terms if term.HasField("gate")}
+    missing = set(step.slots) - {term.slot for term in step.mixture.terms} - gates
+    if missing:
+        raise PlanError(f"slot {sorted(missing)[0]!r} is to be trained but is not in the mixture")
+    for slot in own_heads(bench):
+        for name, parameter in bench.model.trainable(slot, bench.slots[slot].layout).items():
+            parameters[f"{slot}:{name}"] = parameter
+    return parameters, anchor or None
+
+
+def _attributed(bench: Workbench, step: plan_pb2.TrainStep) -> Tensor:
+    """How much each example counts, by an attribute step before this one."""
+    found = bench.attributions.get(step.attributed_to)
+    if found is None or step.HasField("fold") or len(found) != len(bench.split(step.split)):
+        raise PlanError(f"the split that is trained on was not attributed to slot {step.attributed_to!r}")
+    return found
+
+
+def _order(bench: Workbench, step: plan_pb2.TrainStep, data: Dataset) -> list[Tensor] | None:
+    """The batches of data that arrive over the rounds."""
+    if not isinstance(data, StreamedDataset):
+        return None
+    plans = plan_pb2.Plan(seed=bench.plan.seed, client_id=bench.plan.client_id)
+
+    def seed_in(round_: int) -> int:
+        plans.round = round_
+        return seed_of_step(plans, bench.index, step, replaced=bench.replaced)
+
+    return data.batches(step.batch_size, step.steps, bench.plan.round, seed_in)
+
+
+def _name_tasks(result: report_pb2.TrainResult, data: ClientData) -> None:
+    """Batches of a client with one task bear no name."""
+    if "" in result.task_losses:
+        result.task_losses[data.task].CopyFrom(result.task_losses[""])
+        del result.task_losses[""]
 
 
 def train(

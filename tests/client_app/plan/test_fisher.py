@@ -12,10 +12,11 @@ from torch.nn import functional
 
 from client_app.data.dataset import ClientData, Dataset
 from client_app.model.personal import PersonalModel
-from client_app.plan import fisher, training
+from client_app.plan import fisher, seeds
 from client_app.plan.fisher import FisherError, Moments
 from client_app.plan.interpreter import Interpreter, PlanError
 from client_app.plan.slots import SlotStore
+from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import distance, precision_mean
 from fedalloy_adapters.layout import Factor, LayoutError
@@ -237,7 +238,7 @@ def test_fisher_step_reports_one_number_per_module_and_keeps_what_it_is_told(tmp
     assert found.samples == 5
     again = fisher.moments(
         bench.model, ("first", "second"), bench.model.layout, bench.data.splits["train"], samples=5,
-        seed=training.seed_of(3, "ada", 1, 0), max_bytes=10**9,
+        seed=seeds.seed_of(3, "ada", 1, 0), max_bytes=10**9,
     )  # fmt: skip
     torch.testing.assert_close(slots["p1"].vector, again.first + found.damping, rtol=1e-5, atol=0)
     torch.testing.assert_close(slots["p2"].vector, again.second + found.damping, rtol=1e-5, atol=0)
@@ -263,9 +264,9 @@ def test_the_same_seed_draws_the_same_examples_and_another_round_others(tmp_path
 def test_folds_are_disjoint_and_together_the_whole_split(tmp_path: Path) -> None:
     bench = Bench(tmp_path, examples=7)
     with bench.store.transaction(1) as slots:
-        interpreter = Interpreter("ada", bench.model, bench.data, slots)
+        workbench = Workbench(plan_pb2.Plan(seed=1, client_id="ada", round=1), bench.model, bench.data, slots)
         whole = bench.data.splits["train"]
-        folds = [interpreter._fold(whole, plan_pb2.Fold(index=index, count=2), "train") for index in (0, 1)]
+        folds = [workbench.fold(whole, plan_pb2.Fold(index=index, count=2), "train") for index in (0, 1)]
     rows = [row.tolist() for fold in folds for row in fold.inputs["pixel_values"].flatten(1)]
     assert sorted(rows) == sorted(row.tolist() for row in whole.inputs["pixel_values"].flatten(1))
     assert [len(fold) for fold in folds] == [4, 3]

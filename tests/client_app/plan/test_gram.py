@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from client_app.data.dataset import ClientData, Dataset
 from client_app.model.personal import PersonalModel
-from client_app.plan.gram import improvement_weights, input_moments
+from client_app.plan.gram import input_moments
 from client_app.plan.interpreter import Interpreter, PlanError
+from client_app.plan.selection import improvement_weights
 from client_app.plan.slots import SlotStore
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import decode

@@ -16,7 +16,7 @@ import torch
 from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import mean_loss
 from client_app.model.personal import PersonalModel
-from client_app.plan import training
+from client_app.plan import seeds, training
 from client_app.plan.distillation import MixtureTeacher, divergence
 from client_app.plan.interpreter import PlanError
 from client_app.plan.replacement import fired_tasks, fires
@@ -205,11 +205,11 @@ def test_a_seed_may_be_one_for_all_clients() -> None:
     step = plan_pb2.TrainStep(draw=Draw(seed=0), draw_after_replace=Draw(seed=8))
     for name in ("ada", "ben"):
         plan = plan_pb2.Plan(client_id=name, round=5, seed=3)
-        assert training.seed_of_step(plan, 1, step) == 0
-        assert training.seed_of_step(plan, 1, step, replaced=True) == 8
+        assert seeds.seed_of_step(plan, 1, step) == 0
+        assert seeds.seed_of_step(plan, 1, step, replaced=True) == 8
     step = plan_pb2.TrainStep(draw=SAME)
     plans = [plan_pb2.Plan(client_id=name, round=round_, seed=3) for name in ("ada", "ben") for round_ in (1, 2)]
-    assert len({training.seed_of_step(plan, 1, step) for plan in plans}) == 4
+    assert len({seeds.seed_of_step(plan, 1, step) for plan in plans}) == 4
 
 
 def test_a_probe_records_the_loss_of_each_task(client: ToyClient) -> None:
@@ -574,7 +574,7 @@ def test_one_client_with_one_task_is_centralised_training(tmp_path: Path) -> Non
     data = client.data.tasks["digit"].splits["train"]
     for round_ in (1, 2):
         optimiser = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
-        for chosen in training.batches(8, 4, 3, training.seed_of(3, "ada", round_, 1)):
+        for chosen in seeds.batches(8, 4, 3, seeds.seed_of(3, "ada", round_, 1)):
             optimiser.zero_grad()
             batch = data.batch(chosen)
             loss = torch.nn.functional.cross_entropy(model.logits(batch.inputs, "digit"), batch.labels)

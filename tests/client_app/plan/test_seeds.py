@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client_app.plan.training import batches
+from client_app.plan.seeds import batches
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 30), st.integers(0, 5))

@@ -1,0 +1,28 @@
+"""Creates a slot: from a seed or a given adapter, as a copy of another slot, or as gates of zeros."""
+
+from __future__ import annotations
+
+from client_app.plan.names import PlanError
+from client_app.plan.workbench import Workbench
+from fedalloy_adapters.adapter import Adapter
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+
+def carry_out(bench: Workbench, step: plan_pb2.InitialiseStep) -> report_pb2.InitialiseResult:
+    """Create the step's slot, unless it exists and is to be kept.
+
+    Raises:
+        PlanError: an unknown kind of gate.
+    """
+    created = not (step.keep_existing and step.slot in bench.slots)
+    if created and step.copy_of:
+        bench.slots[step.slot] = bench.slots[step.copy_of].clone()
+    elif created and step.gate:
+        if step.gate not in plan_pb2.GateKind.values():
+            raise PlanError(f"unknown kind of gate {step.gate}, expected one of {plan_pb2.GateKind.keys()}")
+        looks = step.gate == plan_pb2.GATE_KIND_INPUT
+        bench.slots[step.slot] = Adapter.zeros(bench.model.gate_layout(looks_at_input=looks))
+    elif created:
+        start = bench.starts.get(step.slot)
+        bench.slots[step.slot] = start.clone() if start else bench.model.initial(step.seed)
+    return report_pb2.InitialiseResult(created=created)

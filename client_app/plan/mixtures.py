@@ -1,0 +1,94 @@
+"""Mixtures of slots, as a plan writes them: their terms, and the model running one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from client_app.model.co_lora import Gate
+from client_app.model.personal import OWN_HEAD
+from client_app.plan.names import PlanError
+from client_app.plan.slots import SlotStore
+from client_app.plan.workbench import Workbench
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import Coefficient
+from proto.fedalloy.v1 import plan_pb2
+
+
+def terms_of(mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient | Gate]]:
+    """A mixture's slots and their coefficients.
+
+    Raises:
+        PlanError: a term without a coefficient, or a slot that occurs twice.
+    """
+    slots: list[str] = []
+    coefficients: list[Coefficient | Gate] = []
+    for term in mixture.terms:
+        kind = term.WhichOneof("coefficient")
+        if kind not in ("scalar", "per_module", "gate"):
+            raise PlanError(f"slot {term.slot!r} in a mixture has no coefficient")
+        if term.slot in slots:
+            raise PlanError(f"slot {term.slot!r} occurs twice in a mixture")
+        slots.append(term.slot)
+        if kind == "gate":
+            coefficients.append(Gate(term.gate.slot, term.gate.complement))
+            continue
+        coefficients.append(term.scalar if kind == "scalar" else dict(term.per_module.values))
+    return slots, coefficients
+
+
+def fixed_terms(bench: Workbench, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
+    """The same with numbers for gates: what the gates are now.
+
+    Raises:
+        PlanError: the mixture is no sum of adapters with fixed coefficients.
+    """
+    if mixture.shares:
+        raise PlanError("an ensemble is no sum of adapters")
+    slots, coefficients = terms_of(mixture)
+    if looks_at_input(bench.slots, coefficients):
+        raise PlanError("gates that look at the input cannot be folded into one adapter")
+    fixed: list[Coefficient] = []
+    for coefficient in coefficients:
+        if isinstance(coefficient, Gate):
+            logits = {e.module: float(t) for e, t in bench.slots[coefficient.slot].to(torch.float64).items()}
+            sign = -1 if coefficient.complement else 1
+            coefficient = {module: 1 / (1 + math.exp(-sign * logit)) for module, logit in logits.items()}
+        fixed.append(coefficient)
+    return slots, fixed
+
+
+def looks_at_input(slots: SlotStore, coefficients: Iterable[Coefficient | Gate]) -> bool:
+    """Whether a gate among the coefficients depends on the input: it has more than one number in a module."""
+    gates = [slots[gate.slot] for gate in coefficients if isinstance(gate, Gate)]
+    return any(entry.shape != (1,) for gate in gates for entry in gate.layout.entries)
+
+
+def activate(bench: Workbench, mixture: plan_pb2.Mixture) -> None:
+    """Load a mixture's slots and gates, and make the model this mixture.
+
+    Raises:
+        PlanError: the mixture is an ensemble.
+    """
+    if mixture.shares:
+        raise PlanError("an ensemble can be evaluated and saved, not trained, merged or measured")
+    slots, coefficients = terms_of(mixture)
+    if bench.model.own_layout is not None:
+        if OWN_HEAD not in bench.slots:
+            bench.slots[OWN_HEAD] = Adapter.zeros(bench.model.own_layout)
+        bench.model.load(OWN_HEAD, bench.slots[OWN_HEAD])
+    for slot in [*slots, *{gate.slot for gate in coefficients if isinstance(gate, Gate)}]:
+        bench.model.load(slot, bench.slots[slot])
+    bench.model.activate(dict(zip(slots, coefficients, strict=True)))
+
+
+def activate_slot(bench: Workbench, slot: str) -> None:
+    """Make the model this slot alone."""
+    activate(bench, plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, scalar=1.0)]))
+
+
+def own_heads(bench: Workbench) -> list[str]:
+    """The slot of the client's own heads, where it has any; it is in no mixture, and part of each."""
+    return [OWN_HEAD] if bench.model.own_layout is not None else []

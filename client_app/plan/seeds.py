@@ -1,0 +1,46 @@
+"""What decides the draws of a plan: seeds from names and numbers, and the batches that a seed draws."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from proto.fedalloy.v1 import plan_pb2
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that differs wherever any part differs."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def seed_of_step(plan: plan_pb2.Plan, index: int, step: plan_pb2.TrainStep, *, replaced: bool = False) -> int:
+    """The seed of a train step's batches and dropout.
+
+    Args:
+        plan: of which the step is a part.
+        index: its number.
+        step: may ask for the draw of another step, or for a seed.
+        replaced: whether a replace step before it has copied something.
+    """
+    draw = step.draw_after_replace if replaced and step.HasField("draw_after_replace") else step.draw
+    if draw.WhichOneof("kind") == "seed":
+        return draw.seed & (2**63 - 1)
+    number = draw.as_step if draw.WhichOneof("kind") == "as_step" else index
+    return seed_of(plan.seed, plan.client_id, plan.round, number)
+
+
+def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Indices ``[b]`` of ``steps`` batches: pass after pass over the examples, each in a new random order.
+
+    The last batch of a pass may be smaller; with fewer examples than ``batch_size`` every batch is all of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    position, order = examples, torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if position >= examples:
+            position, order = 0, torch.randperm(examples, generator=generator)
+        yield order[position : position + batch_size]
+        position += batch_size

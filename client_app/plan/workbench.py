@@ -1,0 +1,95 @@
+"""What the steps of one plan work on. A step kind's ``carry_out(bench, step)`` reads it and changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from client_app.data.arrival import StreamedDataset
+from client_app.data.dataset import ClientData, Dataset
+from client_app.model.personal import PersonalModel
+from client_app.plan.names import PlanError
+from client_app.plan.seeds import batches, seed_of
+from client_app.plan.slots import SlotStore
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import encode, encoding_from_proto
+from proto.fedalloy.v1 import adapter_pb2, plan_pb2
+
+
+@dataclass
+class Workbench:
+    """One client's model, data and slots, the plan that is carried out, and what its earlier steps left."""
+
+    plan: plan_pb2.Plan
+    model: PersonalModel
+    data: ClientData
+    slots: SlotStore
+    starts: Mapping[str, Adapter] = field(default_factory=dict)
+    """Adapters that slots of these names start from when they are created from a seed."""
+    received: dict[str, Adapter] = field(default_factory=dict)
+    """What the server sent, by slot."""
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    """What the client sends back, by slot."""
+    attributions: dict[str, Tensor] = field(default_factory=dict)
+    """How much of each training example belongs to a slot, ``[n]`` float64, by slot."""
+    replaced: bool = False
+    """Whether a replace step has copied something."""
+    index: int = 0
+    """The number of the step that is carried out."""
+
+    @property
+    def seed(self) -> int:
+        """Decides the draws of the present step, unless the step says otherwise."""
+        return seed_of(self.plan.seed, self.plan.client_id, self.plan.round, self.index)
+
+    def held(self, slot: str) -> Adapter | None:
+        """The adapter in a slot; None where there is no such slot."""
+        if slot not in self.slots:
+            return None
+        return self.slots[slot]
+
+    def split(self, name: str) -> Dataset:
+        """A split of the client's data, as much of it as has arrived by the plan's round.
+
+        Raises:
+            PlanError: the client has no such split.
+        """
+        if name not in self.data.splits:
+            raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
+        data = self.data.splits[name]
+        return data.until(self.plan.round) if isinstance(data, StreamedDataset) else data
+
+    def drawn(self, split: str, samples: int) -> Dataset:
+        """``samples`` examples of a split, drawn without replacement; all of them for 0, or if there are no more."""
+        data = self.split(split)
+        if not samples or samples >= len(data):
+            return data
+        return data.subset(next(batches(len(data), samples, 1, self.seed)))
+
+    def fold(self, data: Dataset, fold: plan_pb2.Fold, split: str) -> Dataset:
+        """One of several parts of a split's data, each example in one of them; the same parts in every round.
+
+        Raises:
+            PlanError: there is no such part, or fewer examples than parts.
+        """
+        if not fold.index < fold.count <= len(data):
+            raise PlanError(f"part {fold.index} of {fold.count} of {len(data)} examples: there is no such part")
+        seed = seed_of(self.plan.seed, self.plan.client_id, "fold", split)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        return data.subset(order[fold.index :: fold.count])
+
+    def require_unsent(self, slot: str) -> None:
+        """Each slot is uploaded once.
+
+        Raises:
+            PlanError: the slot is in the uploads already.
+        """
+        if slot in self.uploads:
+            raise PlanError(f"slot {slot!r} is sent twice")
+
+    def upload(self, slot: str, adapter: Adapter, encoding: adapter_pb2.Encoding) -> None:
+        """Encode an adapter and send it under a slot's name."""
+        self.uploads[slot] = encode(adapter, encoding_from_proto(encoding), include_layout=False).blob
