@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from client_app.data.dataset import MASK, Dataset, LazyDataset
 from client_app.data.task_kinds import IGNORED, Kind
 from client_app.model.base_models import BaseModelError, FoundModel, load_config, longest_input
-from client_app.own.examples import Example, open_image
+from client_app.own.examples import Example
+from client_app.own.images import ImageReader, read_image
 from client_app.own.readers import DataError
 
 Segment = tuple[str, bool]
 """A piece of text, and whether it is to be learnt."""
-CACHED_IMAGES = 2048
 
 
 @dataclass
@@ -62,7 +62,9 @@ class Encoder:
             inputs = _padded(items, self.padding_id) if items else {}
         if not self.kind.has_image:
             return Dataset(inputs, targets, self.kind.name)
-        return LazyDataset(inputs, targets, self.kind.name, read=_reader(self.images, examples))
+        return LazyDataset(
+            inputs, targets, self.kind.name, read=ImageReader(self.images, lambda at: _opened(examples[at]))
+        )
 
     def _text(self, example: Example) -> dict[str, list[int]]:
         encoded = self.tokenizer(example.text, example.pair)
@@ -154,7 +156,7 @@ class Encoder:
 
     def _with_image(self, example: Example, prompt: str) -> list[int]:
         try:
-            encoded = self.joint(images=[open_image(example)], text=[prompt])
+            encoded = self.joint(images=[_opened(example)], text=[prompt])
         except DataError:
             raise
         except Exception as error:  # processors raise what they like
@@ -237,13 +239,6 @@ def _padded(items: Sequence[Mapping[str, list[int]]], padding: int | None) -> di
     return result
 
 
-def _reader(processor: Any, examples: Sequence[Example]) -> Callable[[Sequence[int]], Mapping[str, Tensor]]:
-    @functools.lru_cache(maxsize=CACHED_IMAGES)
-    def image(position: int) -> Any:
-        return open_image(examples[position])
-
-    def read(positions: Sequence[int]) -> Mapping[str, Tensor]:
-        found = processor(images=[image(position) for position in positions], return_tensors="pt")
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-
-    return read
+def _opened(example: Example) -> Any:
+    assert example.image is not None
+    return read_image(example.image, example.place)

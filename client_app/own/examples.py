@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from client_app.own.readers import DataError, Row
 from client_app.settings import DataSettings
 
 ROLES = ("system", "user", "assistant")
-MAX_IMAGE_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -94,31 +92,6 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
     if settings.text_column in row.values:
         return Example(**found, completion=_text(row, settings.text_column))
     raise _missing(row, settings.prompt_column, f"or {settings.messages_column!r} or {settings.text_column!r}")
-
-
-def open_image(example: Example) -> Any:
-    """The image as RGB (``PIL.Image``), decoded.
-
-    Raises:
-        DataError: it cannot be decoded; names the file and the row.
-    """
-    import PIL.Image
-
-    source = example.image
-    assert source is not None
-    name = str(source) if isinstance(source, Path) else "the image"
-    try:
-        with PIL.Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise DataError(
-                    f"{example.place}: {name} has {image.width} x {image.height} pixels, "
-                    f"expected at most {MAX_IMAGE_PIXELS} in all"
-                )
-            return image.convert("RGB")
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise what they like
-        raise DataError(f"{example.place}: {name} is not an image that can be read: {error}") from None
 
 
 def _missing(row: Row, column: str, more: str = "") -> DataError:

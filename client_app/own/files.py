@@ -13,7 +13,8 @@ from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.task_kinds import Kind, kind_of
 from client_app.model.base_models import BaseModelError, find_model, load_base
 from client_app.own.encoding import Encoder, load_encoder
-from client_app.own.examples import Example, guess_kind, open_image, read_example
+from client_app.own.examples import Example, guess_kind, read_example
+from client_app.own.images import frames_in, read_image
 from client_app.own.readers import SPLIT_NAMES, SPLITS, DataError, Table, read_table, stamp
 from client_app.settings import DataSettings, Settings
 from fedalloy_adapters.atomic_files import write_durably
@@ -120,14 +121,21 @@ def _check_vocabulary(base: Base, splits: Mapping[str, Dataset]) -> None:
 
 
 def check_images(found: Found, settings: Settings) -> None:
-    """Decode every image once; that is remembered until the files change."""
+    """Decode every image once; what is found is remembered until the files change."""
     key = hashlib.sha256(repr((settings.data, stamp(settings.data.data_path))).encode()).hexdigest()[:32]
     marker = settings.state_dir / ".cache" / f"images-{key}.checked"
-    if not marker.exists():
+    try:
+        several = int(marker.read_text() or 0)
+    except (OSError, ValueError):
+        several = 0
         for examples in found.splits.values():
             for example in examples:
-                open_image(example)
-        write_durably(marker, b"")
+                assert example.image is not None
+                read_image(example.image, example.place)
+                several += frames_in(example.image) > 1
+        write_durably(marker, str(several).encode())
+    if several:
+        found.findings.append(f"{several} images have several frames, of which the first is read")
 
 
 def report(found: Found, notes: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,19 +18,12 @@ from client_app.model.personal import PersonalModel
 from client_app.plan.ensembles import forward_of
 from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick
+from client_app.plan.text_metrics import Written, text_metrics
 from client_app.plan.training import TrainingError, autocast, logits_of
 from client_app.plan.workbench import Workbench
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 _MAX_EXPONENT = 700.0
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the model wrote for some examples, and what it should have written."""
-
-    texts: list[str]
-    references: list[str]
 
 
 def carry_out(bench: Workbench, step: plan_pb2.EvaluateStep) -> report_pb2.EvaluateResult:
@@ -71,7 +63,7 @@ def evaluate(
 
     Classification: mean cross-entropy ``loss`` and ``accuracy``, and ``f1`` (mean over classes) where the client asks
     for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; where the client
-    asks for texts, ``exact_match`` and ``rouge_l`` of at most so many examples and new tokens.
+    asks for texts, ``exact_match``, ``rouge_l`` and ``chrf`` of at most so many examples and new tokens.
 
     ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts.
 
@@ -132,16 +124,6 @@ def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:
     from torchmetrics.functional.classification import multiclass_f1_score
 
     return float(multiclass_f1_score(answers, labels, num_classes=max(classes, 2), average="macro"))
-
-
-def text_metrics(written: Written) -> dict[str, float]:
-    """Share of texts equal to their reference but for white space around, and mean ROUGE-L F-measure."""
-    from torchmetrics.functional.text import rouge_score
-
-    pairs = list(zip(written.texts, written.references, strict=True))
-    exact = sum(text.strip() == reference.strip() for text, reference in pairs)
-    rouge: Mapping[str, Any] = rouge_score(written.texts, written.references, rouge_keys="rougeL")
-    return {"exact_match": exact / len(pairs), "rouge_l": float(rouge["rougeL_fmeasure"])}
 
 
 @torch.no_grad()

@@ -238,14 +238,6 @@ def test_metrics_are_those_of_torchmetrics_and_scikit_learn(tmp_path: Path, bert
     assert "exact_match" not in found
 
 
-def test_texts_are_scored_by_exact_match_and_rouge() -> None:
-    """ROUGE-L by hand: the longest common subsequence of "the cat sat" and "the cat ran" has 2 of 3 words: F = 2/3."""
-    written = evaluation.Written(["the cat sat", " yes\n", "no"], ["the cat ran", "yes", "yes"])
-    found = evaluation.text_metrics(written)
-    assert found["exact_match"] == pytest.approx(1 / 3)
-    assert found["rouge_l"] == pytest.approx((2 / 3 + 1 + 0) / 3, abs=1e-6)
-
-
 def test_macro_f1_counts_every_class_that_occurs() -> None:
     answers, labels = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
     assert evaluation.macro_f1(answers, labels, 5) == pytest.approx((2 / 3 + 0.8) / 2)

@@ -13,8 +13,8 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from client_app.own.examples import open_image
 from client_app.own.files import read_own
+from client_app.own.images import read_image
 from client_app.own.readers import DataError
 from client_app.settings import DataSettings, ModelSettings, Settings
 
@@ -213,8 +213,9 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row(kind: str, tmp_pa
     path.write_bytes(lines(good=rows))
     found = read_own(settings_for(path, Case(b"", "", "", task="image-classification")))
     bad = next(e for split in found.splits.values() for e in split if str(e.image).endswith("bad.png"))
+    assert bad.image is not None
     with pytest.raises(DataError, match=r"data\.jsonl, line \d: .*bad\.png is not an image") as caught:
-        open_image(bad)
+        read_image(bad.image, bad.place)
     assert "line 2" in str(caught.value) or "line 4" in str(caught.value)
 
 
