@@ -17,7 +17,8 @@ import click
 import pytest
 import typer
 
-from server_app.tools.cli import app, parse_run_config
+from server_app.tools.cli import app
+from server_app.tools.commands.arguments import parse_run_config
 from strategies.framework.options import OptionError
 from tests.test_repository import ROOT, RUN_CONFIG_KEYS
 

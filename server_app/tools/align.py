@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from server_app.tools.errors import ToolError
+
 if TYPE_CHECKING:
     from client_app.data.dataset import Base, Dataset
 
 
-class AlignCommandError(RuntimeError):
+class AlignCommandError(ToolError):
     """These models cannot be aligned; says why."""
 
 

@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+from server_app.tools.errors import ToolError
 
-class CollectError(RuntimeError):
+
+class CollectError(ToolError):
     """A run cannot be copied; the message names it and says why."""
 
 

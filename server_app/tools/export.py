@@ -6,11 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
+from server_app.tools.errors import ToolError
+
 MIXTURE_FILE = "mixture.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-class ExportError(RuntimeError):
+class ExportError(ToolError):
     """There is nothing to export, or the destination is taken; the message names what there is."""
 
 

@@ -37,7 +37,7 @@ from client_app.session import base_and_data
 from client_app.settings import read_settings
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.align import Aligned, align_models
-from server_app.tools.cli import parse_run_config
+from server_app.tools.commands.arguments import parse_run_config
 from server_app.tools.compare.statistics import difference, paired
 from server_app.tools.export import is_in_parts
 from tests.in_process import run_in_process

@@ -18,8 +18,8 @@ import pytest
 
 from examples import three_clients
 from server_app.run.run_directory import RunDirectory
-from server_app.tools.cli import read_clients_file
 from server_app.tools.cluster.local import LocalCluster, Settings, stop
+from server_app.tools.commands.arguments import read_clients_file
 from server_app.tools.export import export_adapter
 from tests import tiny_models, toy_data
 

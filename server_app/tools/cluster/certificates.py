@@ -14,12 +14,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from server_app.tools.errors import ToolError
+
 VALID = timedelta(days=825)
 """Longest lifetime that common TLS clients accept of a server certificate."""
 _CLOCK_SKEW = timedelta(minutes=5)
 
 
-class CertificateError(RuntimeError):
+class CertificateError(ToolError):
     """Certificates are not as expected; the message says what to do."""
 
 

@@ -14,6 +14,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from server_app.tools.errors import ToolError
+
 _NEW_CERTIFICATE = "make a new one at the server (fedalloy certificates --renew server) and restart the SuperLink"
 _REFUSALS = {
     "Failed to activate SuperNode": (
@@ -25,7 +27,7 @@ _REFUSALS = {
 }
 
 
-class LinkError(RuntimeError):
+class LinkError(ToolError):
     """The link cannot work; the message says what was found and what to do."""
 
 

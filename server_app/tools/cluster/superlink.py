@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server_app.tools.errors import ToolError
+
 TRIES = 60
 """Looks at a run's status, a second apart, while the SuperLink does not answer."""
 
 
-class ClusterError(RuntimeError):
+class ClusterError(ToolError):
     """A cluster cannot be started or reached, or is not as expected; the message says what to do."""
 
 

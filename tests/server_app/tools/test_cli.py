@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from server_app.tools.cli import app, parse_run_config, read_clients_file
+from server_app.tools.cli import app
 from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, Settings, running, started, stop
 from server_app.tools.cluster.superlink import literal
+from server_app.tools.commands.arguments import parse_run_config, read_clients_file
 from server_app.tools.demo import DemoResult, free_name, table
 from server_app.tools.export import ExportError, export_adapter
 from strategies.framework.options import OptionError

@@ -1,0 +1,72 @@
+"""``fedalloy cluster``: a SuperLink and SuperNodes on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from server_app.tools.commands.arguments import RunsDir, listed, read_clients_file
+from server_app.tools.commands.terminal import clear_errors, console
+
+DIRECTORY = Path(".fedalloy/cluster")
+Directory = Annotated[Path, typer.Option("--dir", help="The cluster's own folder.")]
+
+
+def up(
+    clients: Annotated[int, typer.Option(min=1, help="How many SuperNodes.")] = 4,
+    client_ids: Annotated[str, typer.Option(help="Comma-separated names instead of client-0, ...")] = "",
+    clients_file: Annotated[
+        Path | None, typer.Option(help="TOML: a table of node-config keys for each client, by its name.")
+    ] = None,
+    directory: Directory = DIRECTORY,
+    fleet_port: Annotated[int, typer.Option(help="gRPC port for SuperNodes; 0 chooses one.")] = 0,
+    http_port: Annotated[int, typer.Option(help="Port for flwr run; 0 chooses one.")] = 0,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Start a SuperLink and SuperNodes with TLS and keys, and leave them running."""
+    from server_app.tools.cluster.local import LocalCluster, Settings
+
+    names = listed(client_ids)
+    with clear_errors():
+        node_config = read_clients_file(clients_file) if clients_file else {}
+        names = names or list(node_config) or [f"client-{index}" for index in range(clients)]
+        settings = Settings(tuple(names), runs_dir, fleet_port=fleet_port, http_port=http_port, node_config=node_config)
+        cluster = LocalCluster(directory, settings, lambda text: console.print(text, highlight=False))
+        cluster.up()
+        console.print("\nNow, for example:\n", highlight=False)
+        console.print(cluster.stop_hint(), highlight=False, soft_wrap=True)
+
+
+def down(directory: Directory = DIRECTORY) -> None:
+    """Stop the cluster."""
+    from server_app.tools.cluster.local import stop
+
+    with clear_errors():
+        count = stop(directory)
+    console.print(f"stopped {count} processes" if count else "no cluster is running", highlight=False)
+
+
+def status(directory: Directory = DIRECTORY) -> None:
+    """Show what is running."""
+    from server_app.tools.cluster.local import Process, read_state
+
+    state = read_state(directory)
+    if state is None:
+        console.print(f"no cluster was started from {directory}", highlight=False)
+        raise typer.Exit(1)
+    table = Table()
+    for column in ("process", "pid", "state"):
+        table.add_column(column)
+    alive = True
+    for item in state["processes"]:
+        found = Process(**item).find()
+        alive = alive and found is not None
+        table.add_row(item["name"], str(item["pid"]), "running" if found else "ended")
+    console.print(table)
+    console.print(f"SuperNodes connect to {state['host']}:{state['fleet_port']}", highlight=False)
+    console.print(f"flwr connects to 127.0.0.1:{state['http_port']}", highlight=False)
+    if not alive:
+        raise typer.Exit(1)

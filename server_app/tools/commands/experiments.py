@@ -1,0 +1,104 @@
+"""Commands that run strategies and compare them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client_app.scenarios import FROM_FILES, NAMES
+from server_app.tools.commands.arguments import (
+    DataRoot,
+    MoreRunConfig,
+    RunsDir,
+    data_root,
+    listed,
+    parse_run_config,
+    read_clients_file,
+)
+from server_app.tools.commands.terminal import clear_errors, console, errors
+
+
+def demo(
+    strategies: Annotated[str, typer.Option(help="Comma-separated.")] = "local,fedavg,fedmerge",
+    clients: Annotated[int, typer.Option(min=1, help="How many SuperNodes.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Data, initial adapters and batches.")] = 0,
+    runs_dir: RunsDir = Path("runs"),
+    set_: MoreRunConfig = "",
+    data: DataRoot = None,
+    connection: Annotated[str, typer.Option(help="A flwr connection to a cluster that runs already.")] = "",
+    collect_to: Annotated[Path | None, typer.Option(help="Copy finished runs to this folder.")] = None,
+) -> None:
+    """Compare strategies on a local cluster with real data, and print one table."""
+    from server_app.tools.demo import demo as run_demo
+    from strategies import STRATEGIES
+    from strategies.framework.options import require_choice
+
+    chosen = listed(strategies)
+    with clear_errors():
+        for name in chosen:
+            require_choice("--strategies", name, STRATEGIES)
+        extra = parse_run_config(set_) | data_root(data)
+        results = run_demo(chosen, clients, rounds, seed, runs_dir, console, extra, connection, collect_to)
+    if any(result.summary is None for result in results):
+        raise typer.Exit(1)
+
+
+def compare(
+    scenario: Annotated[str, typer.Argument(help=f"One of {', '.join((*NAMES, *FROM_FILES))}.")] = "digits",
+    data: DataRoot = None,
+    clients_file: Annotated[
+        Path | None, typer.Option(help="Your own clients instead: TOML with a table of node-config for each.")
+    ] = None,
+    strategies: Annotated[
+        str, typer.Option(help="Comma-separated, or all; local, fedavg and controls are added.")
+    ] = "fedmerge",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="Choose settings on others than you report.")] = 0,
+    clients: Annotated[int, typer.Option(min=2, help="How many clients.")] = 4,
+    rounds: Annotated[int, typer.Option(min=2, help="Federated rounds.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished runs in it are kept.")] = Path(
+        "comparison"
+    ),
+    set_: MoreRunConfig = "",
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="On local SuperNodes, with bytes on the wire; slower.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="So many runs side by side, one process and thread each.")] = 1,
+) -> None:
+    """Which strategy for these clients, at what cost; by default in this process, without a network."""
+    from server_app.tools.compare.command import compare as run_comparison
+    from server_app.tools.compare.html import verdict
+    from server_app.tools.compare.statistics import explanation, terminal_table
+
+    chosen = range(first_seed, first_seed + seeds)
+    with clear_errors():
+        extra = parse_run_config(set_) | data_root(data)
+        found, failed = run_comparison(
+            scenario,
+            listed(strategies),
+            chosen,
+            out,
+            console,
+            clients=clients,
+            rounds=rounds,
+            options=extra,
+            place="cluster" if cluster else "process",
+            workers=jobs,
+            nodes=read_clients_file(clients_file) if clients_file else None,
+        )
+    if found.lines:
+        for line in verdict(found):
+            console.print(f"* {line}", highlight=False, markup=False)
+        console.print()
+        console.print(terminal_table(found))
+        for line in explanation(found, brief=True):
+            console.print(line, highlight=False, markup=False)
+        console.print(f"written: {out}: report.html, table.md, results.csv, runs/", highlight=False, soft_wrap=True)
+    for why in dict.fromkeys(failed.values()):
+        names = ", ".join(name for name, reason in failed.items() if reason == why)
+        errors.print(f"failed: {names}: {why}", highlight=False, markup=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,59 @@
+"""Commands that show runs, and take things out of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server_app.tools.commands.arguments import RunDirectory
+from server_app.tools.commands.terminal import clear_errors, console
+
+
+def traffic(run: RunDirectory) -> None:
+    """Print where every byte of a run went."""
+    from server_app.tools.print_traffic import print_traffic
+
+    with clear_errors():
+        print_traffic(run, console)
+
+
+def report(run: RunDirectory) -> None:
+    """Every client's models next to each other, and the weights that merged them."""
+    from server_app.tools.print_run import print_report
+
+    with clear_errors():
+        print_report(run, console)
+
+
+def export(
+    run: RunDirectory,
+    client: Annotated[str, typer.Argument(help="A client id.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Copy a client's personal model to a PEFT directory of its own."""
+    from server_app.tools.export import export_adapter, is_in_parts
+
+    with clear_errors():
+        export_adapter(run, client, destination)
+    console.print(f"exported to {destination}", highlight=False, soft_wrap=True)
+    if is_in_parts(destination):
+        console.print(
+            "Its coefficients depend on the input, so it cannot be one PEFT adapter: each slot is a PEFT directory of "
+            "its own, gates.safetensors holds the gates, and mixture.json says how they add up.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def collect(
+    runs: Annotated[Path, typer.Argument(help="Where a cluster keeps its runs.")],
+    destination: Annotated[Path, typer.Argument(help="A folder of yours.")],
+) -> None:
+    """Copy all runs of a cluster's own storage to a folder, owned by who owns that folder."""
+    from server_app.tools.copy_runs import collect_all
+
+    with clear_errors():
+        for copy in collect_all(runs, destination):
+            console.print(str(copy), highlight=False, soft_wrap=True)

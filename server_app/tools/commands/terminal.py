@@ -1,0 +1,30 @@
+"""Where commands print, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+from server_app.tools.errors import ToolError
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Our own errors are one line and exit code 1; Ctrl-C is exit code 130."""
+    from server_app.run.run_directory import RunDirectoryError
+    from strategies.framework.options import OptionError
+
+    try:
+        yield
+    except (ToolError, RunDirectoryError, OptionError) as error:
+        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; every process was stopped, run directories are as they were", highlight=False)
+        raise typer.Exit(130) from None
