@@ -135,8 +135,10 @@ class ClientData:
 
     ``metrics`` are wanted beyond those that logits give at once. Where texts are generated, ``decode`` turns token ids
     into text, and at most ``generate_examples`` texts of ``max_new_tokens`` tokens are written in an evaluation.
-    ``notes`` are findings about the data that contain none of it, for the server's log. ``for_reference`` has splits as
-    the reference model reads them, where that has a tokenizer or processor of its own.
+    ``choices`` are the tokens with which the possible answers begin, where there are only so many: the likeliest of
+    them counts as the model's answer. ``notes`` are findings about the data that contain none of it, for the server's
+    log. ``for_reference`` has splits as the reference model reads them, where that has a tokenizer or processor of its
+    own.
 
     ``modalities`` are what the model reads and writes, ``groups`` the parameter groups
     (:mod:`fedalloy_adapters.groups`) that the task's forward pass touches; none: the adapter has no groups. A client
@@ -150,6 +152,7 @@ class ClientData:
     decode: Callable[[Tensor], str] | None = None
     generate_examples: int = 0
     max_new_tokens: int = 64
+    choices: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     for_reference: Mapping[str, Dataset] = field(default_factory=dict)
     modalities: tuple[str, ...] = ()

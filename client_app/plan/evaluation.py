@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,8 +62,9 @@ def evaluate(
     """Metrics of a split.
 
     Classification: mean cross-entropy ``loss`` and ``accuracy``, and ``f1`` (mean over classes) where the client asks
-    for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; where the client
-    asks for texts, ``exact_match``, ``rouge_l`` and ``chrf`` of at most so many examples and new tokens.
+    for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; ``accuracy`` where
+    the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l`` and ``chrf`` of at most so many
+    examples and new tokens.
 
     ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts.
 
@@ -91,6 +92,8 @@ def evaluate(
             targets = (labels[:, 1:] != IGNORED).sum(dim=1)
             loss += float((example_losses(data.kind, logits, labels).double() * targets).sum())
             count += int(targets.sum())
+            if client is not None and client.choices:
+                correct += likeliest_of(logits, labels, client.choices)
         else:
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(dim=-1) == labels).sum())
@@ -103,6 +106,8 @@ def evaluate(
         if client is not None and "f1" in client.metrics:
             metrics["f1"] = macro_f1(torch.cat(answers), data.labels, classes)
         return metrics
+    if client is not None and client.choices:
+        metrics["accuracy"] = correct / len(data)
     metrics["perplexity"] = math.exp(min(metrics["loss"], _MAX_EXPONENT))
     if client is not None and client.decode is not None and client.generate_examples and forward is None:
         chosen = data.subset(torch.arange(min(client.generate_examples, len(data))))
@@ -117,6 +122,21 @@ def _over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         if values:
             metrics[name] = sum(values) / len(values)
     return metrics
+
+
+def likeliest_of(logits: Tensor, labels: Tensor, choices: Sequence[int]) -> int:
+    """How many answers begin as they should, were the model to choose among the first tokens ``choices``.
+
+    Args:
+        logits: ``[b, L, V]``.
+        labels: ``[b, L]``, each row with one answer.
+        choices: tokens, each the beginning of one possible answer.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    first = (labels != IGNORED).int().argmax(dim=1)
+    offered = torch.tensor(list(choices), device=labels.device)
+    scores = logits[:, -labels.shape[1] :][rows, first - 1][:, offered]
+    return int((offered[scores.argmax(dim=1)] == labels[rows, first]).sum())
 
 
 def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:

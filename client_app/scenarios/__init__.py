@@ -9,7 +9,10 @@ if TYPE_CHECKING:  # the names of scenarios are in every command's help, which t
     from client_app.data.dataset import Base, ClientData, Dataset
 
 NAMES = ("digits", "digits-mixed", "digits-multimodal")
-FROM_FILES = ("cifar100-20", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs")
+FROM_FILES = (
+    *("cifar100-20", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs", "instruct-6", "instruct-6-same"),
+    *("instruct-6-family", "instruct-6-unrelated", "instruct-6-unequal", "instruct-12"),
+)
 """Benchmarks with data in a folder that the user names; see ``client_app.scenarios.files``."""
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from client_app.data.dataset import Base, ClientData
-from client_app.scenarios import ScenarioError, cifar, multi_modal, texts
+from client_app.scenarios import ScenarioError, cifar, instruct, multi_modal, texts
 from client_app.settings import Settings
 
 PACS_TRAIN, PACS_TEST = 100, 300
@@ -82,4 +83,8 @@ SCENARIOS: Mapping[str, Scenario] = {
     "text-8": Scenario(texts.load_text_task, len(texts.TEXT_TASKS)),
     "prompt-tasks": Scenario(texts.load_prompts, texts.PROMPT_TASKS),
     "pacs": Scenario(_pacs, 20),
+    **{
+        name: Scenario(partial(instruct.load_client, clients), len(clients.tasks))
+        for name, clients in instruct.SETS.items()
+    },
 }
