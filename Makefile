@@ -81,7 +81,8 @@ format: $(STAMP) ## Rewrite the code the way ruff formats it.
 proto: $(STAMP) ## Generate the Python code of proto/fedalloy/v1/*.proto.
 	@$(BIN)/python proto/generate.py
 
-docs: $(STAMP) ## Build the pages of docs/ into site/.
+docs: $(STAMP) ## Write what is generated from the code (options, strategies), and build docs/ into site/.
+	@$(BIN)/python -m server_app.tools.reference
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: site/index.html"
 

@@ -23,25 +23,67 @@ class SettingsError(ValueError):
 
 
 @dataclass(frozen=True)
+class AdapterSettings:
+    """The clients' adapters; rank, alpha and dropout may be in a client's node-config, too, and win there."""
+
+    lora_r: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Alpha of the adapters: the scaling is alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout at the adapters' input."""
+    lora_blocks: int = 0
+    """Co-LoRA: the last layer of each of this many blocks gets P and Q between A and B, which clients of other
+    architectures share; 0: plain LoRA."""
+    lora_alignment: str = ""
+    """Hash of the alignment of A and B that ``fedalloy align`` wrote; empty: drawn from the seed."""
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise SettingsError(f"lora-r = {self.lora_r}, expected at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise SettingsError(f"lora-dropout = {self.lora_dropout}, expected at least 0 and less than 1")
+        if self.lora_alignment and not re.fullmatch(r"[0-9a-f]{64}", self.lora_alignment):
+            raise SettingsError(
+                f"lora-alignment = {self.lora_alignment[:80]!r}, expected a SHA-256, 64 hexadecimal digits"
+            )
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """The base model and how it is held; the field ``base_model`` is the key ``base-model``.
 
-    Every key may be in run-config, for all clients, and in a client's node-config, which wins. ``pyproject.toml`` says
-    what each means.
+    Every key may be in run-config, for all clients, and in a client's node-config, which wins.
     """
 
     base_model: str = ""
+    """Hugging Face id (``org/name`` or ``org/name@revision``) or folder; for clients with a ``data-path``."""
     reference_model: str = ""
+    """For ``fedmosaic`` where clients differ in their base model: a small one that all of them compare their data with
+    (hub id or folder). Empty: the base model itself."""
     task: str = ""
+    """``text-classification``, ``causal-lm``, ``image-classification``, ``image-text-classification`` or
+    ``image-text-to-text``; empty: what the columns are for."""
     labels: str = ""
+    """Comma-separated class names that all clients share: the head is then a part of the adapter. Empty: each client's
+    labels are its own, and so is its head, which never leaves it."""
     target_modules: str = ""
+    """Comma-separated ends of module names that get LoRA factors, or ``all-linear``. Empty: PEFT's choice for the
+    architecture."""
     model_dtype: str = "float32"
+    """Of the frozen base: ``float32`` or ``bfloat16``. Adapters are always float32."""
     quantization: str = "none"
+    """``none`` or ``4bit`` (bitsandbytes NF4; CUDA only, extra ``quantization``)."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     micro_batch_size: int = 0
+    """Examples at most at once; a batch is then accumulated from parts. 0: no bound."""
     max_length: int = 512
+    """Tokens of one example; a longer prompt loses its beginning, a longer text its end."""
     max_new_tokens: int = 64
+    """Tokens at most of each text that is written in an evaluation."""
     generate_examples: int = 0
+    """Texts that are written in each evaluation, for exact match and ROUGE-L."""
 
     def __post_init__(self) -> None:
         _require_choice("model-dtype", self.model_dtype, ("float32", "bfloat16"))
@@ -63,20 +105,38 @@ class DataSettings:
     """Where the client's data are and what their columns are called; keys as in :class:`ModelSettings`."""
 
     data_path: str = ""
+    """File, folder or Hugging Face data set; usually in node-config, because each client has its own."""
     data_config: str = ""
+    """Name of a configuration of a Hugging Face data set."""
     data_root: str = ""
+    """Folder with the data of the scenarios on real data: ``cifar100-20``, ``mixed-arch``, ``multi-modal``, ``text-8``,
+    ``prompt-tasks``, ``pacs``."""
     text_column: str = "text"
+    """Column of the text; two for pairs of texts: ``"premise,hypothesis"``."""
     label_column: str = "label"
+    """Column of the label."""
     prompt_column: str = "prompt"
+    """Column of the prompt."""
     completion_column: str = "completion"
+    """Column of the text that follows the prompt."""
     messages_column: str = "messages"
+    """Column of a chat's messages."""
     image_column: str = "image"
+    """Column of the image."""
     split_column: str = ""
+    """Column that says train, validation or test. Without it, and without files for each, examples are divided by
+    ``split-fractions``, the same way whenever they are read."""
     split_fractions: str = "0.8,0.1,0.1"
+    """Shares of train, validation and test."""
     partitioner: str = ""
+    """Divides the data among clients that have a ``partition-id``: ``iid``, ``dirichlet``, ``pathological``,
+    ``natural`` or empty (all of it)."""
     partition_by: str = ""
+    """Column that the data are divided by; empty: the label."""
     partition_alpha: float = 0.5
+    """Dirichlet's alpha."""
     partition_classes: int = 2
+    """Classes of each client, for ``pathological``."""
 
     def __post_init__(self) -> None:
         _ = self.fractions
@@ -109,14 +169,12 @@ class Policy:
     """What this client lets a server ask of it; the field ``allow_steps`` is the key ``client.allow-steps``.
 
     Run-config may have a federation's policy; what the client's own node-config says wins.
-
-    Args:
-        allow_steps: comma-separated kinds of steps that a plan may contain; empty: all.
-        max_upload_mb: bound on all uploads of one plan together, in megabytes (10^6 bytes); 0: none.
     """
 
     allow_steps: str = ""
+    """Comma-separated kinds of steps that a plan may contain (proto/README.md has the list); empty: all."""
     max_upload_mb: float = 0.0
+    """Bound on all uploads of one plan together, in megabytes (10^6 bytes); 0: none."""
 
     def __post_init__(self) -> None:
         for name in self.allowed:
@@ -199,16 +257,9 @@ def read_settings(context: Context) -> Settings:
     fallback = f"client-{partition}" if has_partition else f"node-{context.node_id}"
     client_id = str(node.get("client-id", fallback))
     _require_name("client-id", client_id)
-    rank = int(node.get("lora-r", run.get("lora-r", 8)))
-    if rank < 1:
-        raise SettingsError(f"lora-r = {rank}, expected at least 1")
-    dropout = float(node.get("lora-dropout", run.get("lora-dropout", 0.0)))
-    if not 0 <= dropout < 1:
-        raise SettingsError(f"lora-dropout = {dropout}, expected at least 0 and less than 1")
+    own: dict[str, Any] = {key: node[key] for key in ("lora-r", "lora-alpha", "lora-dropout") if key in node}
+    adapter = _read(AdapterSettings, own, run)
     state_dir = Path(str(node.get("state-dir", default_state_dir()))).expanduser()
-    alignment = str(run.get("lora-alignment", ""))
-    if alignment and not re.fullmatch(r"[0-9a-f]{64}", alignment):
-        raise SettingsError(f"lora-alignment = {alignment[:80]!r}, expected a SHA-256, 64 hexadecimal digits")
     return Settings(
         client_id=client_id,
         state_dir=state_dir,
@@ -216,30 +267,21 @@ def read_settings(context: Context) -> Settings:
         partition_id=partition,
         num_partitions=count,
         seed=int(run.get("seed", 0)),
-        rank=rank,
-        alpha=float(node.get("lora-alpha", run.get("lora-alpha", 16))),
-        dropout=dropout,
+        rank=adapter.lora_r,
+        alpha=adapter.lora_alpha,
+        dropout=adapter.lora_dropout,
         model=_read(ModelSettings, node, run),
         data=data,
         start_adapter=str(node.get("start-adapter", "")),
         start_slot=str(node.get("start-slot", "local")),
-        blocks=int(run.get("lora-blocks", 0)),
-        alignment=alignment,
+        blocks=adapter.lora_blocks,
+        alignment=adapter.lora_alignment,
         alignments=Path(str(node.get("alignments", state_dir / "alignments"))).expanduser(),
         task_arrival=(arrival := str(run.get("task-arrival", "all"))),
         rounds=1 if arrival == "all" else int(run.get("num-server-rounds", 5)),
         keep_rounds=max(1, int(run.get("keep-checkpoints", 2))),
         policy=_read(Policy, node, run, "client."),
     )
-
-
-def run_config_keys() -> dict[str, Any]:
-    """Run-config keys that only clients read, with their defaults."""
-    keys: dict[str, Any] = {"lora-r": 8, "lora-alpha": 16.0, "lora-dropout": 0.0}
-    keys |= {"lora-blocks": 0, "lora-alignment": "", "task-arrival": "all"}
-    for kind in (ModelSettings, DataSettings):
-        keys |= {_key(item.name): item.default for item in fields(kind)}
-    return keys | {f"client.{_key(item.name)}": item.default for item in fields(Policy)}
 
 
 def default_state_dir() -> Path:

@@ -1,74 +1,65 @@
-"""Strategies by the name that run-config gives them. A new algorithm is a new file and a line here."""
+"""Strategies by the name that run-config gives them: every class with a ``name`` in ``algorithms``.
+
+A new algorithm is a new file in ``algorithms``; nothing else names it.
+"""
 
 from __future__ import annotations
 
-from strategies.algorithms.apfl import APFL
-from strategies.algorithms.controls import CONTROLS
-from strategies.algorithms.dare import DARE
-from strategies.algorithms.ditto import Ditto
-from strategies.algorithms.fedalt import FedALT
-from strategies.algorithms.fedamp import FedAMP
-from strategies.algorithms.feddpa import FedDPA
-from strategies.algorithms.fedem import FedEM
-from strategies.algorithms.fedex_lora import FedExLoRA
-from strategies.algorithms.fedfomo import FedFomo
-from strategies.algorithms.fedmerge import FedMerge
-from strategies.algorithms.fedmosaic import FedMosaic
-from strategies.algorithms.fedprox import FedProx
-from strategies.algorithms.fedrep import FedRep
-from strategies.algorithms.fedsa_lora import FedSALoRA
-from strategies.algorithms.ffa_lora import FFALoRA
-from strategies.algorithms.fisher_merge import FisherMerge
-from strategies.algorithms.flexlora import FlexLoRA
-from strategies.algorithms.flora import FLoRA
-from strategies.algorithms.fml import FML
-from strategies.algorithms.ifca import IFCA
-from strategies.algorithms.local import Local
-from strategies.algorithms.nan_merge import NAN
-from strategies.algorithms.pfedgraph import PFedGraph
-from strategies.algorithms.potara import Potara
-from strategies.algorithms.regmean import RegMean
-from strategies.algorithms.rolora import RoLoRA
-from strategies.algorithms.tap import Tap
-from strategies.algorithms.task_arithmetic import TaskArithmetic
-from strategies.algorithms.ties import TIES
-from strategies.families.fedavg import FedAvg
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any, TypeGuard
+
+from strategies import algorithms
 from strategies.framework.contract import AlloyStrategy
 from strategies.framework.options import RunConfig, require_choice
 
-__all__ = ["CONTROLS", "STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
+__all__ = ["CONTROLS", "MAIN", "STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]
 
-_OWN: tuple[type[AlloyStrategy], ...] = (Local, FedAvg, FedMerge, FedMosaic, Potara, Tap)
-_RIVALS: tuple[type[AlloyStrategy], ...] = (
-    FedProx,
-    FFALoRA,
-    FLoRA,
-    FlexLoRA,
-    FedExLoRA,
-    RoLoRA,
-    FedSALoRA,
-    Ditto,
-    APFL,
-    FedDPA,
-    FedALT,
-    FedRep,
-    FML,
-    IFCA,
-    FedEM,
-    FedAMP,
-    FedFomo,
-    PFedGraph,
-    NAN,
-    TaskArithmetic,
-    TIES,
-    DARE,
-    FisherMerge,
-    RegMean,
-)
-STRATEGIES: dict[str, type[AlloyStrategy]] = {strategy.name: strategy for strategy in (*_OWN, *_RIVALS, *CONTROLS)}
+_GROUPS = ("reference", "main", "related", "control")
 
 
-def strategy_from_run_config(run_config: RunConfig) -> AlloyStrategy:
+def find_strategies(package: ModuleType) -> dict[str, type[AlloyStrategy[Any]]]:
+    """The strategies that the modules of a package define, by group and then by name.
+
+    Raises:
+        ImportError: two have the same name, or one has no ``about`` of its own.
+    """
+    found: dict[str, type[AlloyStrategy[Any]]] = {}
+    for item in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for kind in vars(importlib.import_module(item.name)).values():
+            if not _is_strategy(kind, item.name):
+                continue
+            where = f"{item.name}.{kind.__name__}"
+            if "about" not in vars(kind):
+                raise ImportError(f"strategy {kind.name!r} ({where}) has no `about`, expected one of its own")
+            if kind.name in found:
+                other = found[kind.name]
+                raise ImportError(
+                    f"two strategies are named {kind.name!r}: {other.__module__}.{other.__name__} and {where}"
+                )
+            found[kind.name] = kind
+    return dict(sorted(found.items(), key=lambda item: (_GROUPS.index(item[1].about.group), item[0])))
+
+
+def _is_strategy(kind: object, module: str) -> TypeGuard[type[AlloyStrategy[Any]]]:
+    """A class of this module, not one that it imports; families have no ``name``."""
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, AlloyStrategy)
+        and kind.__module__ == module
+        and "name" in vars(kind)
+    )
+
+
+STRATEGIES = find_strategies(algorithms)
+MAIN = tuple(name for name, kind in STRATEGIES.items() if kind.about.group == "main")
+"""Those that are explained and measured at length."""
+CONTROLS = tuple(name for name, kind in STRATEGIES.items() if kind.about.group == "control")
+"""What merging has to beat: in every comparison, whatever it compares."""
+
+
+def strategy_from_run_config(run_config: RunConfig) -> AlloyStrategy[Any]:
     """The strategy that run-config names, with its options.
 
     Raises:

@@ -17,10 +17,11 @@ import click
 import pytest
 import typer
 
+from server_app.run.options import known_keys
 from server_app.tools.cli import app
 from server_app.tools.commands.arguments import parse_run_config
 from strategies.framework.options import OptionError
-from tests.test_repository import ROOT, RUN_CONFIG_KEYS
+from tests.test_repository import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "docker" / "README.md"]
@@ -181,7 +182,7 @@ def check(command: list[str]) -> None:
             assert flag != "-f" or (ROOT / file_name).exists(), command
     for flag, value in pairwise(command):
         if flag in {"--set", "--run-config"} and not value.endswith(".toml"):
-            unknown = set(parse_run_config(value)) - RUN_CONFIG_KEYS
+            unknown = set(parse_run_config(value)) - set(known_keys())
             assert not unknown, f"{command}: unknown run-config keys {sorted(unknown)}"
 
 

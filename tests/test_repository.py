@@ -22,177 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("proto", "fedalloy_adapters", "strategies", "client_app", "server_app")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# Users' commands and config files contain these. Adding one is an interface, renaming or removing one breaks somebody:
-# change this list knowingly, in the same commit as pyproject.toml.
-RUN_CONFIG_KEYS = {
-    "apfl.adaptive",
-    "apfl.alpha",
-    "base-model",
-    "batch-size",
-    "client.allow-steps",
-    "client.max-upload-mb",
-    "completion-column",
-    "dare.drop",
-    "dare.rank",
-    "data-config",
-    "data-path",
-    "data-root",
-    "ditto.pull",
-    "downlink-encoding",
-    "evaluate-split",
-    "fedalt.mixer",
-    "fedamp.alpha",
-    "fedamp.pull",
-    "fedamp.sigma",
-    "fedavg-head.steps",
-    "fedavg-tuned.federated-rounds",
-    "fedavg.space",
-    "feddpa.federated-rounds",
-    "feddpa.local-share",
-    "feddpa.variant",
-    "fedem.learners",
-    "fedex-lora.uniform",
-    "fedfomo.candidates",
-    "fedfomo.explore",
-    "fedmerge.cluster-temperature",
-    "fedmerge.init",
-    "fedmerge.jitter",
-    "fedmerge.lr-theta",
-    "fedmerge.lr-w",
-    "fedmerge.min-mass",
-    "fedmerge.models",
-    "fedmerge.mu",
-    "fedmerge.theta-norm",
-    "fedmerge.variant",
-    "fedmerge.w-client-weight",
-    "fedmerge.w-layers",
-    "fedmerge.w-step",
-    "fedmosaic.gate",
-    "fedmosaic.gate-rate",
-    "fedmosaic.include-self",
-    "fedmosaic.share-conventional-lora",
-    "fedmosaic.shared-rate",
-    "fedmosaic.similarity",
-    "fedmosaic.sketch-encoding",
-    "fedmosaic.sketch-every",
-    "fedmosaic.sketch-gradient",
-    "fedmosaic.sketch-new-weight",
-    "fedmosaic.sketch-noise",
-    "fedmosaic.sketch-noise-at",
-    "fedmosaic.sketch-row-choice",
-    "fedmosaic.sketch-rows",
-    "fedmosaic.temperature",
-    "fedprox.mu",
-    "fedrep.joint",
-    "fedrep.own",
-    "fedrep.own-steps",
-    "fisher-merge.damping",
-    "fisher-merge.normalise",
-    "fisher-merge.samples",
-    "fml.alpha",
-    "fml.beta",
-    "fml.temperature",
-    "fml.turns",
-    "fraction-clients",
-    "generate-examples",
-    "gradient-checkpointing",
-    "ifca.clusters",
-    "ifca.samples",
-    "image-column",
-    "keep-checkpoints",
-    "label-column",
-    "labels",
-    "learning-rate",
-    "local-steps",
-    "lora-alignment",
-    "lora-alpha",
-    "lora-blocks",
-    "lora-dropout",
-    "lora-r",
-    "max-adapter-mb",
-    "max-examples-ratio",
-    "max-grad-norm",
-    "max-length",
-    "max-new-tokens",
-    "max-update-norm",
-    "messages-column",
-    "micro-batch-size",
-    "min-clients",
-    "model-dtype",
-    "nan.rank",
-    "num-server-rounds",
-    "partition-alpha",
-    "partition-by",
-    "partition-classes",
-    "partitioner",
-    "pfedgraph.smoothing",
-    "poll-interval",
-    "potara.calibration",
-    "potara.damping",
-    "potara.fed-scale",
-    "potara.federated-rounds",
-    "potara.fisher-samples",
-    "potara.granularity",
-    "potara.local-steps",
-    "potara.merge-at",
-    "potara.search-points",
-    "potara.space",
-    "potara.trace-space",
-    "potara.variance",
-    "potara.weight",
-    "prompt-column",
-    "quantization",
-    "regmean.rank",
-    "regmean.samples",
-    "regmean.shrink",
-    "resume",
-    "round-timeout",
-    "run-name",
-    "reference-model",
-    "runs-dir",
-    "scenario",
-    "schedule",
-    "seed",
-    "split-column",
-    "split-fractions",
-    "startup-timeout",
-    "strategy",
-    "tap.deliver",
-    "tap.distill-rate",
-    "tap.distill-steps",
-    "tap.finetune-steps",
-    "tap.history",
-    "tap.history-norm",
-    "tap.kd-losses",
-    "tap.kd-reduction",
-    "tap.kd-teacher",
-    "tap.kd-weight",
-    "tap.kd-weights",
-    "tap.margin",
-    "tap.margin-mode",
-    "tap.margins",
-    "tap.replace-scope",
-    "tap.replace-source",
-    "tap.seed-mode",
-    "tap.temperature",
-    "tap.warm-up-rounds",
-    "tap.weight",
-    "target-modules",
-    "task",
-    "task-arithmetic.rank",
-    "task-arithmetic.scale",
-    "task-arrival",
-    "text-column",
-    "ties.density",
-    "ties.rank",
-    "ties.scale",
-    "trainer.idle-seconds",
-    "trainer.resident",
-    "update-norm-action",
-    "uplink-encoding",
-    "weight-decay",
-}
-
 
 def _sources(*folders: str) -> list[Path]:
     found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -269,11 +98,14 @@ def test_every_dependency_has_an_upper_bound() -> None:
     assert [line for line in lines if not re.search(r"<|==", line.split(";")[0])] == []
 
 
-def test_run_config_keys_are_frozen() -> None:
-    assert {key for key, _ in dotted(PROJECT["tool"]["flwr"]["app"]["config"])} == RUN_CONFIG_KEYS
+def test_generated_files_are_as_the_code_says() -> None:
+    from server_app.tools.reference import generated
+
+    drifted = [path.name for path, text in generated().items() if not path.exists() or path.read_text() != text]
+    assert not drifted, "run `make docs`, and commit what it changes: users' commands contain these keys"
 
 
-def test_run_config_defaults_are_those_of_the_code() -> None:
+def test_flower_accepts_every_run_config_key_and_has_the_defaults_of_the_code() -> None:
     from server_app.run.options import known_keys
 
     written = dict(dotted(PROJECT["tool"]["flwr"]["app"]["config"]))
@@ -328,8 +160,9 @@ def _imported(*starts: str) -> set[str]:
 
 
 def test_bundle_contains_what_the_apps_import_and_nothing_else(bundle: dict[str, bytes]) -> None:
-    # The last is started by its name.
-    wanted = _imported("server_app.app", "client_app.app", "client_app.trainer.server")
+    # The trainer is started by its name, strategies are found by theirs.
+    found = [f"strategies.algorithms.{path.stem}" for path in sorted((ROOT / "strategies" / "algorithms").glob("*.py"))]
+    wanted = _imported("server_app.app", "client_app.app", "client_app.trainer.server", *found)
     assert set(bundle) == wanted | {"pyproject.toml", "LICENSE", ".info/CONTENT"}
 
 

@@ -43,13 +43,17 @@ class TrainerError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """``trainer.resident`` and ``trainer.idle-seconds``.
+    """A client's resident trainer.
 
     Run-config has the defaults of a federation; a client's node-config wins, because machine and GPU are its owner's.
     """
 
     resident: bool = True
+    """``true``: one process for each client keeps base model and data in memory between messages. ``false``: everything
+    is done in the process that Flower starts for each message, for debuggers; in Flower's simulation engine that is
+    always so."""
     idle_seconds: float = 300.0
+    """The trainer leaves after this many seconds without a message (and at once when its SuperNode ends)."""
 
 
 def read_trainer_settings(context: Context) -> TrainerSettings:

@@ -75,7 +75,7 @@ class Run:
         self,
         grid: Grid,
         options: RunOptions,
-        strategy: AlloyStrategy,
+        strategy: AlloyStrategy[Any],
         directory: RunDirectory,
         wire: WireLog,
         name: str,

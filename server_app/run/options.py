@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from client_app.settings import run_config_keys
+from client_app.settings import AdapterSettings, DataSettings, ModelSettings, Policy
+from client_app.trainer.address import TrainerSettings
 from server_app.run.run_directory import toml_string
 from strategies import STRATEGIES
 from strategies.framework.limits import Limits
@@ -22,30 +23,46 @@ from strategies.framework.options import (
 from strategies.framework.steps import Training
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-CLIENT_KEYS = run_config_keys() | {"trainer.resident": True, "trainer.idle-seconds": 300.0}
-"""Keys that only clients read."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The run-config keys of the run: see ``pyproject.toml`` for what each means."""
+    """How a run begins, goes on and ends."""
 
     strategy: str = "fedavg"
+    """The algorithm; docs/strategies.md has the names."""
     run_name: str = ""
+    """Folder below ``runs-dir``. Empty: strategy, scenario and Flower's run id."""
     resume: str = ""
+    """Folder of an unfinished run (``runs/<name>``): it goes on after its last complete round. Everything that decides
+    numbers must be as it was; ``--run-config runs/<name>/resume.toml`` has it all."""
     runs_dir: str = "runs"
+    """Where the server keeps runs, one folder each."""
     scenario: str = "digits"
+    """Built-in data and base model, for clients whose node-config has a ``partition-id``."""
     num_server_rounds: int = 5
+    """Rounds of the run."""
+    task_arrival: str = "all"
+    """Training data of a client: ``all`` (from the beginning), ``static`` (an equal share in each round) or ``dynamic``
+    (its classes in groups, one after another)."""
     seed: int = 0
+    """Decides initial adapters, sampling and the order of the data. The same seed gives the same numbers on a CPU."""
     min_clients: int = 2
+    """The run starts when this many clients have registered, and a round settles only with as many answers."""
     fraction_clients: float = 1.0
+    """Share of the registered clients that is asked in each round."""
     round_timeout: float = 600.0
+    """Seconds after which a round goes on without the clients that have not answered."""
     startup_timeout: float = 300.0
+    """Seconds to wait for ``min-clients`` to register."""
     poll_interval: float = 0.1
+    """Seconds between two looks for answers."""
     keep_checkpoints: int = 2
+    """Checkpoints kept on disk, the newest ones; clients keep as many earlier states of their slots."""
 
     def __post_init__(self) -> None:
         require_choice("strategy", self.strategy, STRATEGIES)
+        require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
         require_range("num-server-rounds", self.num_server_rounds, 1)
         require_range("seed", self.seed, 0, 2**62)
         require_range("min-clients", self.min_clients, 1)
@@ -63,12 +80,23 @@ class RunOptions:
             )
 
 
+OPTIONS: tuple[tuple[str, type[Any]], ...] = (
+    ("", RunOptions),
+    ("", Limits),
+    ("", Training),
+    ("", AdapterSettings),
+    ("", ModelSettings),
+    ("", DataSettings),
+    ("trainer.", TrainerSettings),
+    ("client.", Policy),
+    *((f"{name}.", STRATEGIES[name].Options) for name in sorted(STRATEGIES)),
+)
+"""Every dataclass whose fields are run-config keys, with what the keys begin with: there are no other keys."""
+
+
 def known_keys() -> dict[str, Any]:
     """Every run-config key with its default: the run's, local training's, the clients' and all strategies'."""
-    keys = keys_of(RunOptions) | keys_of(Training) | keys_of(Limits) | CLIENT_KEYS
-    for strategy in STRATEGIES.values():
-        keys |= strategy.option_keys()
-    return keys
+    return {key: default for prefix, kind in OPTIONS for key, default in keys_of(kind, prefix).items()}
 
 
 def read_run_options(run_config: RunConfig) -> RunOptions:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
-from strategies.families.fedavg import SLOT, FedAvg
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
 from strategies.framework.options import require_range
 
 LOCAL, GATES = "local", "gates"
@@ -24,20 +24,22 @@ LOCAL, GATES = "local", "gates"
 
 @dataclass(frozen=True)
 class APFLOptions:
-    """``alpha``: the client's own share, where it is not ``adaptive``."""
+    """How much of the client's model is its own."""
 
     adaptive: bool = True
+    """Learn the share (one gate for each module); ``false``: it stays ``alpha``."""
     alpha: float = 0.5
+    """The client's own share where it is not adaptive, from 0 (FedAvg's adapter) to 1 (its own)."""
 
     def __post_init__(self) -> None:
         require_range("alpha", self.alpha, 0, 1)
 
 
-class APFL(FedAvg):
+class APFL(Averaging[APFLOptions]):
     """One global adapter, and a mixture per client."""
 
     name = "apfl"
-    Options = APFLOptions
+    about = About("a learned mixture of FedAvg's adapter and its own", trains="both, gates")
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The client's own adapter and gates."""

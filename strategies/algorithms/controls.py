@@ -15,9 +15,9 @@ from typing import Any
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.algorithms.local import Local
-from strategies.families.fedavg import SLOT, FedAvg
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import About, Answer, Brief, Client, State
 from strategies.framework.options import require_range
 
 TWINS = ("first", "second")
@@ -25,19 +25,20 @@ TWINS = ("first", "second")
 
 @dataclass(frozen=True)
 class FedAvgHeadOptions:
-    """``steps`` on the head at the end; 0: as many as in a round."""
+    """How long heads are re-fitted."""
 
     steps: int = 0
+    """Steps on the head at the end; 0: as many as in a round."""
 
     def __post_init__(self) -> None:
         require_range("steps", self.steps, 0, 2**31 - 1)
 
 
-class FedAvgHead(FedAvg):
+class FedAvgHead(Averaging[FedAvgHeadOptions]):
     """FedAvg with heads re-fitted at the end."""
 
     name = "fedavg-head"
-    Options = FedAvgHeadOptions
+    about = About("FedAvg's adapter, with the head re-fitted on its own data at the end", group="control")
 
     def deliver(self, client: Client) -> Brief:
         """The global adapter with the client's head; plain FedAvg where no head is averaged to begin with."""
@@ -54,19 +55,22 @@ class FedAvgHead(FedAvg):
 
 @dataclass(frozen=True)
 class FedAvgTunedOptions:
-    """``federated_rounds``: 0 is half of them."""
+    """When clients go on alone."""
 
     federated_rounds: int = 0
+    """Rounds of FedAvg; 0: half of them."""
 
     def __post_init__(self) -> None:
         require_range("federated-rounds", self.federated_rounds, 0)
 
 
-class FedAvgTuned(FedAvg):
+class FedAvgTuned(Averaging[FedAvgTunedOptions]):
     """FedAvg, then everybody alone."""
 
     name = "fedavg-tuned"
-    Options = FedAvgTunedOptions
+    about = About(
+        "FedAvg's adapter, then trained on alone", travels="P up, P down in half of the rounds", group="control"
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,16 +114,11 @@ class FedAvgTuned(FedAvg):
         return round_ <= (self.options.federated_rounds or max(1, self.rounds // 2))
 
 
-@dataclass(frozen=True)
-class LocalTwiceOptions:
-    """No options of its own."""
-
-
 class LocalTwice(Local):
     """Two local runs, averaged."""
 
     name = "local-twice"
-    Options = LocalTwiceOptions
+    about = About("the exact average of two local runs of its own", trains="both", travels="0", group="control")
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate the average of both, train each on."""
@@ -135,6 +134,3 @@ class LocalTwice(Local):
 
 def _average() -> plan_pb2.Mixture:
     return steps.mixture(*TWINS, coefficients=[0.5, 0.5])
-
-
-CONTROLS: tuple[type[AlloyStrategy], ...] = (FedAvgHead, FedAvgTuned, LocalTwice)

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_dense
+from strategies.framework.contract import About
 from strategies.framework.options import OptionError
 
 
 @dataclass(frozen=True)
 class DAREOptions(OneShotOptions):
-    """``drop``: probability, 0.9 in the paper for models with far more numbers than an adapter."""
+    """How many numbers are dropped."""
 
     drop: float = 0.9
+    """Probability that a number is dropped; 0.9 in the paper, for models with far more numbers than an adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,11 +41,13 @@ def drop_and_rescale(deltas: Tensor, drop: float, seed: str) -> Tensor:
     return deltas * kept / (1 - drop)
 
 
-class DARE(OneShot):
+class DARE(OneShot[DAREOptions]):
     """A mean of thinned deltas."""
 
     name = "dare"
-    Options = DAREOptions
+    about = About(
+        "one merge of all local adapters at the end, most numbers dropped at random", travels="P up once, P down once"
+    )
 
     def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
         """On dense deltas, module by module; the run's seed decides what is dropped."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
-from strategies.families.fedavg import SLOT, FedAvg
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
 from strategies.framework.options import require_range
 
 LOCAL = "local"
@@ -21,19 +21,20 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class DittoOptions:
-    """``pull``: lambda, usually one of 0.01, 0.1 and 1."""
+    """How far the own adapter may go."""
 
     pull: float = 0.1
+    """Lambda, the strength of the pull to the global adapter; usually one of 0.01, 0.1 and 1."""
 
     def __post_init__(self) -> None:
         require_range("pull", self.pull, 0)
 
 
-class Ditto(FedAvg):
+class Ditto(Averaging[DittoOptions]):
     """One global adapter, and a pulled one per client."""
 
     name = "ditto"
-    Options = DittoOptions
+    about = About("an adapter of its own, pulled to FedAvg's", trains="both")
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The client's own, from the common start."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from strategies.families.peer_average import LOCAL, Peers
 from strategies.framework import steps
-from strategies.framework.contract import Brief, Client
+from strategies.framework.contract import About, Brief, Client
 from strategies.framework.options import require_choice
 
 REST, GATES = "rest", "gates"
@@ -27,19 +27,20 @@ REST, GATES = "rest", "gates"
 
 @dataclass(frozen=True)
 class FedALTOptions:
-    """``mixer``: see the module's docstring."""
+    """How the two adapters are mixed."""
 
     mixer: str = "input"
+    """``"input"``: by what comes in, for each position; ``"scalar"``: one learned share for each module."""
 
     def __post_init__(self) -> None:
         require_choice("mixer", self.mixer, ("input", "scalar"))
 
 
-class FedALT(Peers):
+class FedALT(Peers[FedALTOptions]):
     """The mean of the others, gated."""
 
     name = "fedalt"
-    Options = FedALTOptions
+    about = About("its own adapter and the mean of the others', gated by the input", trains="own, gates")
 
     def weigh(self, names: list[str]) -> Tensor:
         """The mean of the others; alone, nothing."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from strategies.families.peer_average import LOCAL, Peers
 from strategies.framework import steps
-from strategies.framework.contract import Brief, Client
+from strategies.framework.contract import About, Brief, Client
 from strategies.framework.options import require_range
 
 CLOUD = "cloud"
@@ -29,14 +29,14 @@ CLOUD = "cloud"
 
 @dataclass(frozen=True)
 class FedAMPOptions:
-    """``alpha``: largest weight of another client; rows are scaled down where the others would weigh more than all.
-
-    ``pull`` is lambda / alpha.
-    """
+    """How strongly clients attract each other."""
 
     alpha: float = 0.2
+    """Largest weight of another client; rows are scaled down where the others would weigh more than all."""
     sigma: float = 1.0
+    """Reach of the attention, in units of the median squared distance of two clients."""
     pull: float = 0.1
+    """Lambda / alpha, the strength of the pull to the mixture."""
 
     def __post_init__(self) -> None:
         require_range("alpha", self.alpha, 0, 1)
@@ -59,11 +59,11 @@ def attention(vectors: Tensor, alpha: float, sigma: float) -> Tensor:
     return found + torch.diag(1 - found.sum(dim=1))
 
 
-class FedAMP(Peers):
+class FedAMP(Peers[FedAMPOptions]):
     """A pull to a mixture of similar clients."""
 
     name = "fedamp"
-    Options = FedAMPOptions
+    about = About("its own adapter, pulled to a mixture of similar clients")
 
     def weigh(self, names: list[str]) -> Tensor:
         """Attention by distance."""

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from proto.fedalloy.v1 import plan_pb2
-from strategies.families.fedavg import SLOT, FedAvg
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
-from strategies.framework.contract import Answer, Brief, Client, State
+from strategies.framework.contract import About, Answer, Brief, Client, State
 from strategies.framework.options import require_choice, require_range
 
 LOCAL = "local"
@@ -28,11 +28,15 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class FedDPAOptions:
-    """See the module's docstring; ``federated_rounds`` 0: half of them."""
+    """How the two adapters take turns."""
 
     variant: str = "t"
+    """``"t"``: both are trained in every round, one after the other; ``"f"``: the global one first, then the local one.
+    """
     local_share: float = 0.5
+    """u, the weight of the local adapter's output."""
     federated_rounds: int = 0
+    """Rounds of the global adapter in variant ``"f"``; 0: half of them."""
 
     def __post_init__(self) -> None:
         require_choice("variant", self.variant, ("t", "f"))
@@ -40,11 +44,15 @@ class FedDPAOptions:
         require_range("federated-rounds", self.federated_rounds, 0)
 
 
-class FedDPA(FedAvg):
+class FedDPA(Averaging[FedDPAOptions]):
     """One global adapter, and one per client beside it."""
 
     name = "feddpa"
-    Options = FedDPAOptions
+    about = About(
+        "FedAvg's adapter and its own, outputs added",
+        trains="both in turn",
+        travels="P up, P down (variant f: in half of the rounds)",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

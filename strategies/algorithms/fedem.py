@@ -21,7 +21,7 @@ from fedalloy_adapters.adapter import Adapter
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import average
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
 from strategies.framework.options import require_range
 
 SHARES = "shares"
@@ -29,19 +29,24 @@ SHARES = "shares"
 
 @dataclass(frozen=True)
 class FedEMOptions:
-    """``learners`` C."""
+    """How many adapters there are."""
 
     learners: int = 2
+    """C, the number of global adapters."""
 
     def __post_init__(self) -> None:
         require_range("learners", self.learners, 1)
 
 
-class FedEM(AlloyStrategy):
+class FedEM(AlloyStrategy[FedEMOptions]):
     """C global adapters; a client's model is an ensemble of them all."""
 
     name = "fedem"
-    Options = FedEMOptions
+    about = About(
+        "C global adapters, their predictions averaged by shares of its own",
+        trains="A, B, head of each",
+        travels="C P up, C P down",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

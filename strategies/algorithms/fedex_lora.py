@@ -22,13 +22,15 @@ from fedalloy_adapters.algebra import stack, truncate
 from fedalloy_adapters.layout import Factor
 from strategies.families.fedavg import average
 from strategies.families.merged_base import MergedBase
+from strategies.framework.contract import About
 
 
 @dataclass(frozen=True)
 class FedExLoRAOptions:
-    """``uniform``: clients weigh the same, whatever their example counts."""
+    """How clients are weighted."""
 
     uniform: bool = False
+    """Clients weigh the same, whatever their example counts."""
 
 
 def residual(adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
@@ -47,11 +49,11 @@ def residual(adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
     return truncate(total, total.layout.with_ranks(ranks)).to(torch.float32)
 
 
-class FedExLoRA(MergedBase):
+class FedExLoRA(MergedBase[FedExLoRAOptions]):
     """FedAvg and its residual."""
 
     name = "fedex-lora"
-    Options = FedExLoRAOptions
+    about = About("FedAvg's adapter; what that leaves out goes into its base", travels="P up, P + (S - 1) P down")
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """Factors are averaged, and the base changes by the rest."""

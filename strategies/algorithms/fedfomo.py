@@ -22,27 +22,29 @@ from torch import Tensor
 
 from strategies.families.peer_average import LOCAL, Peers
 from strategies.framework import steps
-from strategies.framework.contract import Answer, Brief, Client, State
+from strategies.framework.contract import About, Answer, Brief, Client, State
 from strategies.framework.options import require_range
 
 
 @dataclass(frozen=True)
 class FedFomoOptions:
-    """See the module's docstring."""
+    """Whose adapters a client is sent."""
 
     candidates: int = 2
+    """M, how many others' adapters a client is sent in a round."""
     explore: float = 0.3
+    """Probability that a candidate is replaced by a random client."""
 
     def __post_init__(self) -> None:
         require_range("candidates", self.candidates, 1)
         require_range("explore", self.explore, 0, 1)
 
 
-class FedFomo(Peers):
+class FedFomo(Peers[FedFomoOptions]):
     """Others' adapters, weighed where the data are."""
 
     name = "fedfomo"
-    Options = FedFomoOptions
+    about = About("its own adapter, moved to others' that help on its validation data", travels="P up, M P down")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

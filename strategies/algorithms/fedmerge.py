@@ -29,7 +29,7 @@ from torch import Tensor
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, Layout
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
 from strategies.framework.options import require_choice, require_range
 
 SLOT = "merged"
@@ -41,30 +41,37 @@ _NOT_A = (Factor.B, Factor.WEIGHT, Factor.BIAS)
 
 @dataclass(frozen=True)
 class FedMergeOptions:
-    """Defaults are for a handful of rounds (chosen on validation data of ``digits``); the rest is as in the paper.
-
-    ``models`` d: fewer than clients, else every client gets one of its own. ``lr_w``: with hundreds of rounds take 0.01
-    to 0.05; with five, that does not separate the models. ``w_layers`` comma-separated patterns of tensor names that W
-    learns from.
-
-    ``w_step``: "maxnorm" (the largest logit change of the round is ``lr_w``), "maxnorm-per-row" (of every client) or
-    "adam". ``init``: "cluster" runs round 1 as FedAvg and takes the k-means centres of the uploads as models;
-    "jitter" starts from tiny random models. ``min_mass``: a model that carries less weight than this is left alone.
-    """
+    """Defaults are for a handful of rounds (chosen on validation data of ``digits``); the rest is as in the paper."""
 
     models: int = 3
+    """d, the number of global models: fewer than clients, else every client gets one of its own."""
     variant: str = "frozen-a"
+    """``"frozen-a"``: one A for all, never trained; ``"trained-a"``: A is averaged as FedAvg does; ``"factors"``: A and
+    B are merged separately."""
     lr_w: float = 0.5
+    """Step of the logits. With hundreds of rounds take 0.01 to 0.05; with five, that does not separate the models."""
     lr_theta: float = 1.0
+    """Step of the global models."""
     mu: float = 0.02
+    """Strength of the clients' pull to the model that they received."""
     w_layers: str = "*.B"
+    """Comma-separated patterns of the tensor names that W learns from."""
     w_step: str = "maxnorm"
+    """``"maxnorm"``: the largest logit change of the round is ``lr-w``; ``"maxnorm-per-row"``: that of every client;
+    ``"adam"``."""
     w_client_weight: bool = True
+    """Weigh a client's logit gradient by its share of the examples."""
     theta_norm: str = "column"
+    """``"column"``: each model moves by a weighted mean of the displacements; ``"none"``: by their weighted sum."""
     min_mass: float = 1e-3
+    """A model that carries less weight than this is left alone."""
     init: str = "cluster"
+    """``"cluster"`` runs round 1 as FedAvg and takes the k-means centres of the uploads as models; ``"jitter"`` starts
+    from tiny random models."""
     jitter: float = 1e-3
+    """Scale of the noise in the random start: jitter / sqrt(d_out) in B."""
     cluster_temperature: float = 0.25
+    """Of the first weights: a softmax over squared distances to the centres, in units of their mean."""
 
     def __post_init__(self) -> None:
         require_choice("fedmerge.variant", self.variant, ("frozen-a", "trained-a", "factors"))
@@ -155,11 +162,16 @@ def cluster(uploads: Tensor, models: int, temperature: float, seed: int) -> tupl
     return centres, logits - logits.mean(dim=1, keepdim=True)
 
 
-class FedMerge(AlloyStrategy):
+class FedMerge(AlloyStrategy[FedMergeOptions]):
     """d models, K clients, one softmax row per client."""
 
     name = "fedmerge"
-    Options = FedMergeOptions
+    about = About(
+        "its own merge of d global models, with learned weights",
+        trains="B, head (A frozen, from the seed)",
+        travels="P_B up, P_B down",
+        group="main",
+    )
     options: FedMergeOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

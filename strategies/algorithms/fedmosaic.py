@@ -53,7 +53,7 @@ from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from strategies.algorithms.fedmosaic_relevance import entropy, relevance, similarity
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
 from strategies.framework.options import OptionError, require_choice, require_range
 
 LOCAL, GLOBAL, GATES, SKETCH = "local", "global", "gates", "sketch"
@@ -65,30 +65,39 @@ _SHARED = (Factor.P, Factor.Q)
 
 @dataclass(frozen=True)
 class FedMosaicOptions:
-    """See the module's docstring for the choices.
-
-    ``temperature`` of the softmax over peers: 0.5 in the paper, which has more clients; 0.2 was better on validation
-    data of ``digits`` with 4 and with 8. ``gate_rate`` and ``shared_rate`` multiply the learning rate of gates, and of
-    P and Q. ``sketch_every`` so many local steps one gradient; ``sketch_rows`` the share of its rows that is
-    sent; ``sketch_noise`` the standard deviation of what is added to each number; ``sketch_new_weight`` of a round's
-    gradient in the moving average.
-    """
+    """See the module's docstring for what the choices mean."""
 
     temperature: float = 0.2
+    """Of the softmax over peers: 0.5 in the paper, which has more clients; 0.2 was better on validation data of
+    ``digits`` with 4 and with 8."""
     similarity: str = "cosine"
+    """Of two sketches: ``"cosine"`` of all their numbers, or ``"column-mean"`` of the cosines of their columns."""
     include_self: bool = False
+    """Whether a client's own adapter is part of its global one."""
     gate: str = "scalar"
+    """How the two adapters are mixed: ``"scalar"``, one gate for each module; ``"input"``, by what comes in."""
     gate_rate: float = 1.0
+    """Multiplies the learning rate of gates."""
     shared_rate: float = 2.5
+    """Multiplies the learning rate of P and Q."""
     share_conventional_lora: bool = True
+    """Whether clients of one architecture also share A and B; ``false``: P and Q only."""
     sketch_every: int = 10
+    """One gradient in this many local steps."""
     sketch_rows: float = 0.4
+    """Share of the gradient's rows that is sent."""
     sketch_row_choice: str = "random"
+    """Which rows: ``"random"`` or ``"first"``."""
     sketch_noise: float = 1e-4
+    """Standard deviation of what is added to each number."""
     sketch_noise_at: str = "upload"
+    """What noise is added to: the ``"upload"``, or each batch's ``"gradients"``."""
     sketch_gradient: str = "exact"
+    """The ``"exact"`` gradient, or its ``"diagonal"`` approximation."""
     sketch_new_weight: float = 0.5
+    """Weight of a round's gradient in the moving average."""
     sketch_encoding: str = "bf16"
+    """How sketches travel: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``."""
 
     def __post_init__(self) -> None:
         require_choice("similarity", self.similarity, ("cosine", "column-mean"))
@@ -131,11 +140,17 @@ def mosaic(
     return result
 
 
-class FedMosaic(AlloyStrategy):
+class FedMosaic(AlloyStrategy[FedMosaicOptions]):
     """A local and a global adapter per client, gated; global adapters by relevance."""
 
     name = "fedmosaic"
-    Options = FedMosaicOptions
+    about = About(
+        'a "global" adapter of its own, averaged by relevance, frozen beside its local one and mixed by learned gates; '
+        "with lora-blocks P and Q cross architectures",
+        trains="A, B, head, gates (P, Q)",
+        travels="P and a sketch up, P down",
+        group="main",
+    )
     options: FedMosaicOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from strategies.families.fedavg import SLOT, FedAvg
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
 from strategies.framework.options import require_range
 
 
 @dataclass(frozen=True)
 class FedProxOptions:
-    """``mu``: strength of the pull, usually one of 0.001, 0.01 and 0.1."""
+    """How strong the pull is."""
 
     mu: float = 0.01
+    """Strength of the pull to the received adapter; usually one of 0.001, 0.01 and 0.1."""
 
     def __post_init__(self) -> None:
         require_range("mu", self.mu, 0)
 
 
-class FedProx(FedAvg):
+class FedProx(Averaging[FedProxOptions]):
     """FedAvg, pulled."""
 
     name = "fedprox"
-    Options = FedProxOptions
+    about = About("FedAvg's adapter; local training is pulled to it")
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
         """Local training that stays near what was received."""

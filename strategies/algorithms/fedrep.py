@@ -18,27 +18,34 @@ from fedalloy_adapters.layout import Layout
 from strategies.families.fedavg import SLOT
 from strategies.families.part_average import Part, PartAverage
 from strategies.framework import steps
-from strategies.framework.contract import Client, StrategyError
+from strategies.framework.contract import About, Client, StrategyError
 from strategies.framework.options import require_range
 
 
 @dataclass(frozen=True)
 class FedRepOptions:
-    """See the module's docstring."""
+    """What is the client's own, and how it is trained."""
 
     own: str = "head"
+    """The client's own part: ``"head"``, or comma-separated patterns of module names (``"*.layer.3.*,*head"``)."""
     own_steps: float = 0.5
+    """Share of the local steps that goes to the own part."""
     joint: bool = False
+    """Train both parts together (FedPer)."""
 
     def __post_init__(self) -> None:
         require_range("own-steps", self.own_steps, 0, 1)
 
 
-class FedRep(PartAverage):
+class FedRep(PartAverage[FedRepOptions]):
     """FedAvg of the representation."""
 
     name = "fedrep"
-    Options = FedRepOptions
+    about = About(
+        "a global representation, its own head (or other modules)",
+        trains="head, then the rest",
+        travels="the rest up, the rest down",
+    )
 
     def enrol(self, client: Client) -> None:
         """Both parts must be there."""

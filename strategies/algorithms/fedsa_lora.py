@@ -7,23 +7,17 @@ client that is not sampled keeps its B; a new one starts at B = 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from fedalloy_adapters.layout import Factor
 from strategies.families.part_average import Part, PartAverage
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
+from strategies.framework.options import NoOptions
 
 
-@dataclass(frozen=True)
-class FedSALoRAOptions:
-    """No options of its own."""
-
-
-class FedSALoRA(PartAverage):
+class FedSALoRA(PartAverage[NoOptions]):
     """FedAvg of A."""
 
     name = "fedsa-lora"
-    Options = FedSALoRAOptions
+    about = About("one global A, its own B and head", travels="A up, A down")
 
     def shared(self, round_: int, client: Client) -> Part:
         """A."""

@@ -7,24 +7,18 @@ together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from strategies.families.fedavg import SLOT
 from strategies.families.part_average import NOT_A, Part, PartAverage
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
+from strategies.framework.options import NoOptions
 
 
-@dataclass(frozen=True)
-class FFALoRAOptions:
-    """No options of its own."""
-
-
-class FFALoRA(PartAverage):
+class FFALoRA(PartAverage[NoOptions]):
     """FedAvg of B."""
 
     name = "ffa-lora"
-    Options = FFALoRAOptions
+    about = About("one global B; A is drawn from the seed", trains="B, head", travels="P_B up, P_B down")
 
     def shared(self, round_: int, client: Client) -> Part:
         """B and the head."""

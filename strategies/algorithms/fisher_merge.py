@@ -15,7 +15,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import precision_mean
 from strategies.families.one_shot import LOCAL, OneShot
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
 from strategies.framework.options import require_range
 
 INFORMATION = "information"
@@ -23,22 +23,28 @@ INFORMATION = "information"
 
 @dataclass(frozen=True)
 class FisherMergeOptions:
-    """``samples``: training examples at most that the information is taken on."""
+    """How the information is taken."""
 
     samples: int = 30
+    """Training examples at most that the information is taken on."""
     damping: float = 1e-3
+    """Times the mean information; added to all information."""
     normalise: bool = True
+    """Divide each client's information by its norm, so that only its distribution counts."""
 
     def __post_init__(self) -> None:
         require_range("samples", self.samples, 1, 2**31 - 1)
         require_range("damping", self.damping, 0)
 
 
-class FisherMerge(OneShot):
+class FisherMerge(OneShot[FisherMergeOptions]):
     """A mean weighted number by number."""
 
     name = "fisher-merge"
-    Options = FisherMergeOptions
+    about = About(
+        "one merge of all local adapters at the end, each number weighted by its Fisher information",
+        travels="2 P up once, P down once",
+    )
 
     def extra(self, client: Client) -> list[steps.Step]:
         """The information, as an upload of its own."""

@@ -10,27 +10,22 @@ loses nothing that any of them could be sent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2
-from strategies.families.fedavg import FedAvg
-from strategies.framework.contract import AlloyStrategy, Client, State
+from strategies.families.fedavg import Averaging
+from strategies.framework.contract import About, AlloyStrategy, Client, State
+from strategies.framework.options import NoOptions
 
 
-@dataclass(frozen=True)
-class FlexLoRAOptions:
-    """No options of its own."""
-
-
-class FlexLoRA(FedAvg):
+class FlexLoRA(Averaging[NoOptions]):
     """FedAvg in delta space, at any ranks."""
 
     name = "flexlora"
-    Options = FlexLoRAOptions
+    about = About("the exact average, best approximation at its own rank")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

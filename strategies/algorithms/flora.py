@@ -12,26 +12,21 @@ quantised one either.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Layout
 from strategies.families.fedavg import SLOT
 from strategies.families.merged_base import MergedBase, weighted
 from strategies.framework import steps
-from strategies.framework.contract import Brief, Client
+from strategies.framework.contract import About, Brief, Client
+from strategies.framework.options import NoOptions
 
 
-@dataclass(frozen=True)
-class FLoRAOptions:
-    """No options of its own."""
-
-
-class FLoRA(MergedBase):
+class FLoRA(MergedBase[NoOptions]):
     """Stacking, and starting again."""
 
     name = "flora"
-    Options = FLoRAOptions
+    about = About("the exact average goes into its base, a fresh adapter each round", travels="P up, S P down")
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Ranks and scalings may differ."""

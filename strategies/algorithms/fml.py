@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
-from strategies.families.fedavg import SLOT, FedAvg
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
 from strategies.framework.options import OptionError, require_range
 
 LOCAL = "local"
@@ -27,12 +27,16 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class FMLOptions:
-    """``alpha``, ``beta``: how much the private and the shared adapter learn from the data."""
+    """How much each adapter learns from the data and from the other."""
 
     alpha: float = 0.5
+    """Share of the private adapter's loss that comes from the data; the rest comes from the shared one."""
     beta: float = 0.5
+    """Share of the shared adapter's loss that comes from the data; the rest comes from the private one."""
     temperature: float = 1.0
+    """Of both softmaxes in the distance of the two predictions."""
     turns: int = 2
+    """How often in a round the two adapters take turns."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -42,11 +46,11 @@ class FMLOptions:
         require_range("turns", self.turns, 1)
 
 
-class FML(FedAvg):
+class FML(Averaging[FMLOptions]):
     """One shared adapter, and a private one per client."""
 
     name = "fml"
-    Options = FMLOptions
+    about = About("a private adapter and a global one that teach each other", trains="both")
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The private adapter, from the common start."""

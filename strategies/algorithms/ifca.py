@@ -19,7 +19,7 @@ from fedalloy_adapters.adapter import Adapter
 from strategies.algorithms.fedmerge import cluster
 from strategies.families.fedavg import average
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
 from strategies.framework.options import require_range
 
 MODEL = "model"
@@ -27,21 +27,23 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class IFCAOptions:
-    """``clusters`` C; ``samples`` training examples at most that a client chooses on, 0: all."""
+    """How many adapters there are, and how a client chooses."""
 
     clusters: int = 2
+    """C, the number of global adapters."""
     samples: int = 0
+    """Training examples at most that a client chooses on; 0: all."""
 
     def __post_init__(self) -> None:
         require_range("clusters", self.clusters, 1)
         require_range("samples", self.samples, 0, 2**31 - 1)
 
 
-class IFCA(AlloyStrategy):
+class IFCA(AlloyStrategy[IFCAOptions]):
     """C global adapters; a client's is the one that it chooses."""
 
     name = "ifca"
-    Options = IFCAOptions
+    about = About("the one of C global adapters that fits its data best", travels="P up, C P down")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

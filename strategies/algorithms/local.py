@@ -6,26 +6,21 @@ at equal rounds is one at equal local work (algorithms/baselines: "Local-only").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from fedalloy_adapters.layout import Layout
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.options import NoOptions
 
 SLOT = "local"
 
 
-@dataclass(frozen=True)
-class LocalOptions:
-    """No options of its own."""
-
-
-class Local(AlloyStrategy):
+class Local(AlloyStrategy[NoOptions]):
     """Every client trains its own adapter and keeps it."""
 
     name = "local"
-    Options: ClassVar[type[Any]] = LocalOptions
+    about = About("its own adapter, nothing shared", travels="0", group="reference")
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Always: nothing is merged."""

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import norm
-from strategies.families.one_shot import LOCAL, OneShot, merge_linear
+from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_linear
+from strategies.framework.contract import About
 
 
 def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
@@ -22,10 +23,13 @@ def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
     return [found / sum(inverse) for found in inverse]
 
 
-class NAN(OneShot):
+class NAN(OneShot[OneShotOptions]):
     """A mean in which large updates count less."""
 
     name = "nan"
+    about = About(
+        "one merge of all local adapters at the end, weighted by inverse norms", travels="P up once, P down once"
+    )
 
     def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
         """Exact in delta space, then truncated."""

@@ -21,15 +21,16 @@ from torch import Tensor
 from fedalloy_adapters.algebra import gram
 from strategies.families.peer_average import LOCAL, Peers
 from strategies.framework import steps
-from strategies.framework.contract import Brief, Client
+from strategies.framework.contract import About, Brief, Client
 from strategies.framework.options import require_range
 
 
 @dataclass(frozen=True)
 class PFedGraphOptions:
-    """``smoothing`` is lambda: large, everybody gets FedAvg's average; small, its own adapter."""
+    """How alike clients must be."""
 
     smoothing: float = 0.8
+    """Lambda: if large, everybody gets FedAvg's average; if small, its own adapter."""
 
     def __post_init__(self) -> None:
         require_range("smoothing", self.smoothing, 1e-9)
@@ -55,11 +56,11 @@ def collaboration(inner: Tensor, shares: Tensor, smoothing: float) -> Tensor:
     return to_simplex(shares + cosines / (2 * smoothing))
 
 
-class PFedGraph(Peers):
+class PFedGraph(Peers[PFedGraphOptions]):
     """An average of its own for every client."""
 
     name = "pfedgraph"
-    Options = PFedGraphOptions
+    about = About("an average of its own, by similarity of updates")
 
     def weigh(self, names: list[str]) -> Tensor:
         """The graph's rows."""

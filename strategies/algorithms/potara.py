@@ -27,11 +27,11 @@ from fedalloy_adapters.algebra import Coefficient, stack, truncate, weighted_sum
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms import potara_weights as weighting
+from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.potara_weights import Evidence, Weight
 from strategies.families.fedavg import SLOT as FEDERATED
-from strategies.families.fedavg import FedAvg
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
 from strategies.framework.options import OptionError, require_choice, require_range
 
 LOCAL = "local"
@@ -44,44 +44,40 @@ _NEEDS_B = ("random-effects", "plugin")
 
 @dataclass(frozen=True)
 class PotaraOptions:
-    """How the two branches are trained, weighed and merged.
-
-    Attributes:
-        federated_rounds: rounds of the federated branch; those after train the local one. 0: half of the run's, rounded
-            down, or 1 where Flower runs the strategy and the number of rounds is not known.
-        local_steps: steps of the local branch in each of its rounds; 0: ``local-steps``, as in a federated round.
-        weight: how the weight is found; see :mod:`strategies.algorithms.potara_weights`. The closed forms need no
-            held-out examples. Those of Fisher information alone cannot see that clients differ; those that can need b
-            in a metric that the loss agrees with. So the default is the line search (tests/benchmarks/potara_digits.py
-            compares them).
-        granularity: one weight per client, per ``"module"``, or per ``"parameter"`` (Fisher merging, factor space).
-        space: ``"delta"`` (exact, rank 2r), ``"delta-truncated"`` (the best approximation of that at the client's own
-            rank) or ``"factor"``.
-        merge_at: ``"client"``, or ``"server"``: then the local adapter is uploaded once and the merge sent down.
-        calibration: examples of which split the Fisher information is taken on, ``"train"`` or ``"validation"``.
-        fisher_samples: how many examples at most.
-        damping: times the mean information of both adapters together; added to all information.
-        trace_space: variances of ``"factor"`` numbers, or of the ``"delta"`` they make.
-        fed_scale: whether the federated adapter's information is that of the ``"client"``'s or of the ``"total"`` data.
-        variance: where ``plugin`` and ``random-effects`` take b from: ``"split-half"`` trains two more adapters on half
-            the data each, ``"curvature"`` takes the effective dimension over the number of examples.
-        search_points: mixtures of the line search on the validation split, from local to federated; 3: a parabola; 0:
-            none. Searched in every weight mode, for the record.
-    """
+    """How the two branches are trained, weighed and merged."""
 
     federated_rounds: int = 0
+    """Rounds of the federated branch; those after train the local one. 0: half of the run's, rounded down, or 1 where
+    Flower runs the strategy and the number of rounds is not known."""
     local_steps: int = 0
+    """Steps of the local branch in each of its rounds; 0: ``local-steps``, as in a federated round."""
     weight: str = "line-search"
+    """How the weight is found; see :mod:`strategies.algorithms.potara_weights`. The closed forms need no held-out
+    examples. Those of Fisher information alone cannot see that clients differ; those that can need b in a metric
+    that the loss agrees with. So the default is the line search (tests/benchmarks/potara_digits.py compares them)."""
     granularity: str = "scalar"
+    """One weight per client, per ``"module"``, or per ``"parameter"`` (Fisher merging, factor space)."""
     space: str = "delta"
+    """``"delta"`` (exact, rank 2r), ``"delta-truncated"`` (the best approximation of that at the client's own rank) or
+    ``"factor"``."""
     merge_at: str = "client"
+    """``"client"``, or ``"server"``: then the local adapter is uploaded once and the merge sent down."""
     calibration: str = "train"
+    """Examples of which split the Fisher information is taken on, ``"train"`` or ``"validation"``."""
     fisher_samples: int = 30
+    """How many examples at most."""
     damping: float = 1.0
+    """Times the mean information of both adapters together; added to all information."""
     trace_space: str = "factor"
+    """Variances of ``"factor"`` numbers, or of the ``"delta"`` they make."""
     fed_scale: str = "client"
+    """Whether the federated adapter's information is that of the ``"client"``'s or of the ``"total"`` data."""
     variance: str = "split-half"
+    """Where ``plugin`` and ``random-effects`` take b from: ``"split-half"`` trains two more adapters on half the data
+    each, ``"curvature"`` takes the effective dimension over the number of examples."""
     search_points: int = 21
+    """Mixtures of the line search on the validation split, from local to federated; 3: a parabola; 0: none. Searched in
+    every weight mode, for the record."""
 
     def __post_init__(self) -> None:
         require_range("potara.federated-rounds", self.federated_rounds, 0, 10**6)
@@ -113,11 +109,15 @@ class PotaraOptions:
             )
 
 
-class Potara(AlloyStrategy):
+class Potara(AlloyStrategy[PotaraOptions]):
     """Two branches, one weight per client."""
 
     name = "potara"
-    Options = PotaraOptions
+    about = About(
+        "its own merge of a federated and a local adapter, weighted in closed form or by line search",
+        travels="P up, P down in half of the rounds, then P down once (potara.merge-at = server: also P up, 2 P down)",
+        group="main",
+    )
     options: PotaraOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from fedalloy_adapters.algebra import fold, stack, truncate
 from fedalloy_adapters.layout import Factor
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, at_rank
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.contract import About, Client
 from strategies.framework.options import require_range
 
 GRAM = "gram"
@@ -30,10 +30,12 @@ GRAM = "gram"
 
 @dataclass(frozen=True)
 class RegMeanOptions(OneShotOptions):
-    """``shrink`` of the off-diagonal numbers, 1 for none; ``samples``: training examples at most, 0: all."""
+    """How the moments are taken and shrunk."""
 
     shrink: float = 0.9
+    """Factor of the moments' off-diagonal numbers; 1: none are shrunk."""
     samples: int = 0
+    """Training examples at most that the moments are taken on; 0: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,11 +79,14 @@ def regression_mean(
     return truncate(stack(moved, list(shares)), at_rank(adapters, rank)).to(adapters[0].vector.dtype)
 
 
-class RegMean(OneShot):
+class RegMean(OneShot[RegMeanOptions]):
     """Least squares on everybody's inputs."""
 
     name = "regmean"
-    Options = RegMeanOptions
+    about = About(
+        "one merge of all local adapters at the end, by regression on the modules' inputs",
+        travels="P and d_in (d_in + 1) / 2 for each module up once, P down once",
+    )
 
     def extra(self, client: Client) -> list[steps.Step]:
         """Second moments of the inputs of every module."""

@@ -9,25 +9,20 @@ A client that answered the round before lacks only what that round averaged; any
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from strategies.families.fedavg import SLOT
 from strategies.families.part_average import NOT_A, NOT_B, Part, PartAverage
 from strategies.framework import steps
-from strategies.framework.contract import Answer, Client, State, StrategyError
+from strategies.framework.contract import About, Answer, Client, State, StrategyError
+from strategies.framework.options import NoOptions
 
 
-@dataclass(frozen=True)
-class RoLoRAOptions:
-    """No options of its own."""
-
-
-class RoLoRA(PartAverage):
+class RoLoRA(PartAverage[NoOptions]):
     """FedAvg of B, then of A, then of B, ..."""
 
     name = "rolora"
-    Options = RoLoRAOptions
+    about = About("rounds average B and A in turn", trains="B, A in turn, head", travels="P_B, P_A in turn, both ways")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -40,10 +40,10 @@ from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import report_pb2
 from strategies.families.fedavg import SLOT as GLOBAL
-from strategies.families.fedavg import FedAvg, FedAvgOptions
+from strategies.families.fedavg import Averaging
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State, StrategyError
-from strategies.framework.options import OptionError, require_choice, require_range
+from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework.options import NoOptions, OptionError, require_choice, require_range
 
 T = TypeVar("T")
 PERSONAL, RECEIVED, FINETUNED, DISTILLED = "personal", "received", "finetuned", "distilled"
@@ -57,56 +57,53 @@ _WARNING = 30
 
 @dataclass(frozen=True)
 class TapOptions:
-    """Both stages; tables are ``"name=number,..."`` with names of tasks, or of kinds of tasks.
-
-    Attributes:
-        margin: m of tasks that ``margins`` does not name; may be ``inf`` (never replace) or ``-inf`` (always).
-        margins: m by task or kind.
-        margin_mode: ``"abs"``, or ``"rel"``: ``h_W (1 + m) < h_X``.
-        history: h is the ``"train-mean"`` of the last training of each adapter, or a ``"probe"``: the loss of both on
-            the validation split at the same moment.
-        history_norm: mean loss ``"per-sample"`` of the task, or ``"batch-share"``.
-        replace_source: W as ``"trained"`` in this round, or as received (``"global"``).
-        replace_scope: ``"full"``: all of R(o); ``"exclusive"``: without groups of a task whose rule does not fire.
-        seed_mode: batches by ``"client"``, or ``"reference"``: one seed for all clients, t, and 2t after a replacement.
-        warm_up_rounds: rounds in which the learning rate rises linearly from a third of its value; 0: none.
-        weight: of a client in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
-            (``"task"``).
-        distill_steps: J.
-        distill_rate: times ``learning-rate``, in stage 2.
-        finetune_steps: of V; 0: J.
-        kd_teacher: V (``"finetuned"``) or W as it is (``"global"``).
-        kd_reduction: over positions of generated texts: ``"per-position-mean"`` or ``"first-dim"`` (their sum).
-        kd_weight: times all of ``kd_weights``; 0: stage 2 is plain training.
-        kd_weights: lambda by task or kind; 0 for those not named.
-        kd_losses: ``kl`` (the default) or ``mse`` by task or kind.
-        temperature: T.
-        deliver: which model is the client's: ``"tap"``, X after ``"stage1"``, V (``"finetuned"``), or W (``"global"``).
-    """
+    """Both stages; tables are ``"name=number,..."`` with names of tasks, or of kinds of tasks."""
 
     margin: float = 0.01
+    """m of tasks that ``margins`` does not name; may be ``inf`` (never replace) or ``-inf`` (always)."""
     margins: str = "text-classification=0.005"
+    """m by task or kind."""
     margin_mode: str = "abs"
+    """``"abs"``, or ``"rel"``: ``h_W (1 + m) < h_X``."""
     history: str = "train-mean"
+    """h is the ``"train-mean"`` of the last training of each adapter, or a ``"probe"``: the loss of both on the
+    validation split at the same moment."""
     history_norm: str = "per-sample"
+    """Mean loss ``"per-sample"`` of the task, or ``"batch-share"``."""
     replace_source: str = "trained"
+    """W as ``"trained"`` in this round, or as received (``"global"``)."""
     replace_scope: str = "full"
+    """``"full"``: all of R(o); ``"exclusive"``: without groups of a task whose rule does not fire."""
     seed_mode: str = "client"
+    """Batches by ``"client"``, or ``"reference"``: one seed for all clients, t, and 2t after a replacement."""
     warm_up_rounds: int = 0
+    """Rounds in which the learning rate rises linearly from a third of its value; 0: none."""
     weight: str = "total"
+    """Of a client in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
+    (``"task"``)."""
     distill_steps: int = 50
+    """J."""
     distill_rate: float = 0.333
+    """Times ``learning-rate``, in stage 2."""
     finetune_steps: int = 0
+    """Of V; 0: J."""
     kd_teacher: str = "finetuned"
+    """V (``"finetuned"``) or W as it is (``"global"``)."""
     kd_reduction: str = "per-position-mean"
+    """Over positions of generated texts: ``"per-position-mean"`` or ``"first-dim"`` (their sum)."""
     kd_weight: float = 1.0
+    """Times all of ``kd_weights``; 0: stage 2 is plain training."""
     kd_weights: str = (
         "text-classification=1,image-classification=0.002,image-text-classification=0.002,causal-lm=0.512,"
         "image-text-to-text=0.512"
     )
+    """lambda by task or kind; 0 for those not named."""
     kd_losses: str = ""
+    """``kl`` (the default) or ``mse`` by task or kind."""
     temperature: float = 1.0
+    """T."""
     deliver: str = "tap"
+    """Which model is the client's: ``"tap"``, X after ``"stage1"``, V (``"finetuned"``), or W (``"global"``)."""
 
     def __post_init__(self) -> None:
         require_choice("tap.margin-mode", self.margin_mode, ("abs", "rel"))
@@ -134,7 +131,7 @@ class TapOptions:
             require_choice(f"tap.kd-losses: {name}", loss, ("kl", "mse"))
 
 
-class _Federated(FedAvg):
+class _Federated(Averaging[NoOptions]):
     """W at the server: FedAvg over the owners of each group."""
 
     by_task = False
@@ -146,16 +143,22 @@ class _Federated(FedAvg):
         return sum(int(task.examples["train"]) for task in _tasks(self.clients[client]) if group in _groups(task))
 
 
-class Tap(AlloyStrategy):
+class Tap(AlloyStrategy[TapOptions]):
     """A federated adapter for all, a personal one that never leaves its client."""
 
     name = "tap"
-    Options = TapOptions
+    about = About(
+        "an adapter of its own that takes over groups of the federated one by a margin rule, then learns from it; "
+        "clients may have several tasks and modalities",
+        trains="A, B, heads",
+        travels="P up, P down; P down once more at the end",
+        group="main",
+    )
     options: TapOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.federated = _Federated(FedAvgOptions(), self.training, self.seed)
+        self.federated = _Federated(NoOptions(), self.training, self.seed)
         self.federated.by_task = self.options.weight == "task"
         self.replacements: dict[str, dict[str, Any]] = {}
         self.totals: dict[str, int] = {}

@@ -11,25 +11,27 @@ from dataclasses import dataclass
 
 from fedalloy_adapters.adapter import Adapter
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_linear
+from strategies.framework.contract import About
 from strategies.framework.options import require_range
 
 
 @dataclass(frozen=True)
 class TaskArithmeticOptions(OneShotOptions):
-    """``scale``: lambda, to be chosen on validation data."""
+    """How much of the sum is taken."""
 
     scale: float = 0.3
+    """Lambda, to be chosen on validation data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range("scale", self.scale, 0)
 
 
-class TaskArithmetic(OneShot):
+class TaskArithmetic(OneShot[TaskArithmeticOptions]):
     """A scaled sum."""
 
     name = "task-arithmetic"
-    Options = TaskArithmeticOptions
+    about = About("the scaled sum of all local adapters at the end", travels="P up once, P down once")
 
     def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
         """Exact in delta space, then truncated."""

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_dense
+from strategies.framework.contract import About
 from strategies.framework.options import OptionError, require_range
 
 
 @dataclass(frozen=True)
 class TIESOptions(OneShotOptions):
-    """See the module's docstring."""
+    """How much is trimmed, and what becomes of the rest."""
 
     density: float = 0.2
+    """Share of each delta's numbers that is kept, the largest ones."""
     scale: float = 1.0
+    """Lambda, the factor of the merged delta."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,11 +51,13 @@ def elect_and_average(deltas: Tensor) -> Tensor:
     return (deltas * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)
 
 
-class TIES(OneShot):
+class TIES(OneShot[TIESOptions]):
     """Trim, elect, average."""
 
     name = "ties"
-    Options = TIESOptions
+    about = About(
+        "one merge of all local adapters at the end: trimmed, signs elected", travels="P up once, P down once"
+    )
 
     def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
         """On dense deltas, module by module."""

@@ -1,24 +1,13 @@
-"""FedAvg of LoRA adapters (FedIT): one global adapter, averaged by example count.
+"""One global adapter, averaged by example count: what FedAvg and its variants share.
 
-McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, on LoRA
-factors as in Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT), 2023.
-
-With participants S and p_k = n_k / sum of n over S:
-
-* ``fedavg.space = "factor"`` (FedIT): A = sum p_k A_k and B = sum p_k B_k. Not the average of the deltas: it differs
-  from it by sum p_k (B_k - B)(A_k - A).
-* ``fedavg.space = "delta"``: the deltas are averaged exactly as a stack of ranks and truncated to the common rank
-  (best approximation in Frobenius norm).
-
-Clients may own different parameter groups (:mod:`fedalloy_adapters.groups`): the server then holds all of them, and S
-is, for each group, those of its owners that took part.
+Clients may own different parameter groups (:mod:`fedalloy_adapters.groups`): the server then holds all of them, and
+each group is averaged over those of its owners that took part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate, weighted_sum
@@ -26,20 +15,9 @@ from fedalloy_adapters.groups import average_groups, group_difference, union
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
-from strategies.framework.options import require_choice
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
 
 SLOT = "global"
-
-
-@dataclass(frozen=True)
-class FedAvgOptions:
-    """``space``: where the average is taken, ``"factor"`` (FedIT) or ``"delta"`` (exact, then truncated)."""
-
-    space: str = "factor"
-
-    def __post_init__(self) -> None:
-        require_choice("fedavg.space", self.space, ("factor", "delta"))
 
 
 def average(adapters: Sequence[Adapter], examples: Sequence[int], space: str = "factor") -> Adapter:
@@ -55,15 +33,12 @@ def average(adapters: Sequence[Adapter], examples: Sequence[int], space: str = "
     return truncate(stack(adapters, weights), adapters[0].layout)
 
 
-class FedAvg(AlloyStrategy):
+class Averaging(AlloyStrategy[OptionsT]):
     """One adapter for all.
 
     Variants override what a client prepares (:meth:`prepare`), how it trains (:meth:`train`), which model is its own
     (:meth:`personal`) and what becomes of the uploads (:meth:`average`).
     """
-
-    name = "fedavg"
-    Options: ClassVar[type[Any]] = FedAvgOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -111,14 +86,18 @@ class FedAvg(AlloyStrategy):
         return {"merged": len(arrived)}
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
-        """The next global adapter from the uploads, by client; variants without the option average factors."""
-        space = getattr(self.options, "space", "factor")
+        """The next global adapter from the uploads, by client."""
 
         def over_owners(group: str, owners: Mapping[str, Adapter]) -> Adapter:
             weights = [self.weight_of(group, name, examples[name]) for name in owners]
-            return average(list(owners.values()), weights, space)
+            return average(list(owners.values()), weights, self.space)
 
         return average_groups(self.global_model, adapters, over_owners)
+
+    @property
+    def space(self) -> str:
+        """Where :meth:`average` averages: ``"factor"`` or ``"delta"``."""
+        return "factor"
 
     def weight_of(self, group: str, client: str, examples: int) -> int:
         """The client's weight in a group's average: its examples."""

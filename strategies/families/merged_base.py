@@ -17,9 +17,9 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate
 from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import plan_pb2
-from strategies.families.fedavg import SLOT, FedAvg
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
 
 MERGED = ("merged-odd", "merged-even")
 UPDATE = "update"
@@ -38,7 +38,7 @@ def compact(update: Adapter) -> Adapter:
     return update if ranks == update.layout.ranks else truncate(update, update.layout.with_ranks(ranks))
 
 
-class MergedBase(FedAvg):
+class MergedBase(Averaging[OptionsT]):
     """FedAvg whose rounds also add to the base. Variants say in :meth:`average` what is added (:meth:`add`)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

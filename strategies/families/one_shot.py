@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import folded, stack, truncate
 from fedalloy_adapters.layout import Factor, Layout
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
 from strategies.framework.options import require_range
 
 LOCAL, MERGED = "local", "merged"
@@ -29,9 +29,10 @@ Rule = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OneShotOptions:
-    """``rank`` of what clients get: 0 is that of their own adapters; another is at most all of theirs together."""
+    """What size the merge has."""
 
     rank: int = 0
+    """Of what clients get: 0 is that of their own adapters; another is at most all of theirs together."""
 
     def __post_init__(self) -> None:
         require_range("rank", self.rank, 0, 2**20)
@@ -69,10 +70,8 @@ def at_rank(adapters: Sequence[Adapter], rank: int) -> Layout:
     return layout.with_ranks({m: min(rank, r * len(adapters)) for m, r in layout.ranks.items()}) if rank else layout
 
 
-class OneShot(AlloyStrategy):
+class OneShot(AlloyStrategy[OptionsT]):
     """Local training, then one merge. Between rounds nothing travels."""
-
-    Options: ClassVar[type[Any]] = OneShotOptions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,6 +1,7 @@
 """FedAvg of a part of the adapter: the rest stays as it is at the client, or is never changed.
 
-A variant says which part travels in a round (:meth:`PartAverage.shared`), and what is trained (:meth:`FedAvg.train`).
+A variant says which part travels in a round (:meth:`PartAverage.shared`), and what is trained
+(:meth:`Averaging.train`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, Layout
-from strategies.families.fedavg import SLOT, FedAvg, average
+from strategies.families.fedavg import SLOT, Averaging, average
 from strategies.framework import steps
-from strategies.framework.contract import Brief, Client
+from strategies.framework.contract import Brief, Client, OptionsT
 
 NOT_A = (Factor.B, Factor.WEIGHT, Factor.BIAS)
 NOT_B = (Factor.A, Factor.WEIGHT, Factor.BIAS)
@@ -30,7 +31,7 @@ class Part:
         return layout.select(self.factors, self.modules)
 
 
-class PartAverage(FedAvg):
+class PartAverage(Averaging[OptionsT]):
     """One part for all; the whole starts from the seed at the client and never travels."""
 
     def shared(self, round_: int, client: Client) -> Part:

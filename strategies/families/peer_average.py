@@ -14,12 +14,12 @@ from torch import Tensor
 from fedalloy_adapters.adapter import Adapter, stack_vectors
 from fedalloy_adapters.algebra import combine_factors
 from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
 
 LOCAL = "local"
 
 
-class Peers(AlloyStrategy):
+class Peers(AlloyStrategy[OptionsT]):
     """Last uploads, and a row of weights for each client; sums are taken in factor space."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ import secrets
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
@@ -39,11 +39,32 @@ from strategies.framework.messages import (
     register_message,
     require_size,
 )
-from strategies.framework.options import RunConfig, keys_of, read_options, require_range
+from strategies.framework.options import NoOptions, RunConfig, keys_of, read_options, require_range
 from strategies.framework.steps import Training
 
+OptionsT = TypeVar("OptionsT")
+"""A strategy's options: a frozen dataclass."""
 _INFO, _WARNING = 20, 30
 _REGISTRATION_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class About:
+    """What the table of strategies says of one (``docs/strategies.md``), and which group it belongs to.
+
+    Attributes:
+        gives: what a client gets.
+        trains: what a client trains.
+        travels: what a client sends up and is sent in a round. P is the whole adapter, P_A and P_B its factors with the
+            head in both; S counts the clients of a round.
+        group: the ``"main"`` strategies are explained and measured at length; comparisons always contain the
+            ``"reference"`` and the ``"control"`` ones; all others are ``"related"``.
+    """
+
+    gives: str
+    trains: str = "A, B, head"
+    travels: str = "P up, P down"
+    group: Literal["main", "reference", "related", "control"] = "related"
 
 
 @dataclass(frozen=True)
@@ -120,19 +141,28 @@ class _Run:
         require_range("seed", self.seed, 0, 2**62)
 
 
-class AlloyStrategy(Strategy):
+class AlloyStrategy(Strategy, Generic[OptionsT]):
     """Base of all strategies.
 
-    Subclasses set ``name`` (the run-config value), ``Options`` (a frozen dataclass; field ``lr_w`` is the key
-    ``<name>.lr-w``) and implement :meth:`brief`, :meth:`absorb`, :meth:`settle`, :meth:`deliver`, :meth:`state` and
-    :meth:`load_state`. :meth:`enrol` is called once per client, before its first brief.
+    Subclasses name the dataclass of their options, ``class FedProx(AlloyStrategy[FedProxOptions])``, whose field
+    ``mu_0`` is the key ``<name>.mu-0`` (``NoOptions`` where there are none). They set ``name`` (the run-config value)
+    and ``about`` (for the table), and implement :meth:`brief`, :meth:`absorb`, :meth:`settle`, :meth:`deliver`,
+    :meth:`state` and :meth:`load_state`. :meth:`enrol` is called once per client, before its first brief.
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type[Any]]
+    about: ClassVar[About]
+    Options: ClassVar[type[Any]] = NoOptions  # from the bases: a class variable cannot have a type variable
 
-    def __init__(self, options: Any = None, training: Training | None = None, seed: int = 0, rounds: int = 0) -> None:
-        self.options = self.Options() if options is None else options
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        for base in vars(cls).get("__orig_bases__", ()):
+            cls.Options = next((kind for kind in get_args(base) if isinstance(kind, type)), cls.Options)
+
+    def __init__(
+        self, options: OptionsT | None = None, training: Training | None = None, seed: int = 0, rounds: int = 0
+    ) -> None:
+        self.options: OptionsT = self.Options() if options is None else options
         self.training = training or Training()
         self.seed = seed
         self.rounds = rounds  # of the whole run, 0 where that is not known
@@ -142,7 +172,7 @@ class AlloyStrategy(Strategy):
         self._flower_run = f"flower-{secrets.token_hex(4)}"  # a folder at the clients that no earlier run has used
 
     @classmethod
-    def from_run_config(cls, run_config: RunConfig) -> AlloyStrategy:
+    def from_run_config(cls, run_config: RunConfig) -> Self:
         """Build from run-config keys.
 
         Raises:

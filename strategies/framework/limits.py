@@ -24,22 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """The run-config keys.
-
-    Args:
-        max_update_norm: largest L2 norm, over all numbers of a slot, of an upload minus what the client was sent for
-            that slot; of the upload itself where it was sent nothing. 0: no bound.
-        update_norm_action: ``"clip"`` scales the difference down to the bound, ``"reject"`` refuses the answer.
-        max_examples_ratio: a client counts for at most so many times the median number of training examples; 0: no
-            bound.
-        max_adapter_mb: the largest adapter that a client may have, in megabytes (10^6 bytes) of float32; the same for
-            a gradient of its reference model, which sketches are rows of.
-    """
+    """Bounds against clients that lie."""
 
     max_update_norm: float = 0.0
+    """Largest L2 norm, over all numbers of a slot, of an upload minus what the client was sent for that slot; of the
+    upload itself where it was sent nothing. 0: no bound."""
     update_norm_action: str = "clip"
+    """What happens to a longer update: ``clip`` scales the difference down to the bound, ``reject`` refuses the answer.
+    """
     max_examples_ratio: float = 0.0
+    """A client counts for at most this many times the median number of training examples; 0: no bound."""
     max_adapter_mb: float = 1024.0
+    """A client whose adapter, or the gradient of whose reference model, has more megabytes (10^6 bytes, float32) is
+    refused when it registers: the server holds several of them for each client."""
 
     def __post_init__(self) -> None:
         require_range("max-update-norm", self.max_update_norm, 0)

@@ -1,6 +1,8 @@
 """Run-config keys to frozen dataclasses: typed, validated, and an unknown key names its nearest neighbour.
 
-A field ``learning_rate`` of a dataclass read with prefix ``"fedmerge."`` is the key ``fedmerge.learning-rate``.
+A field ``learning_rate`` of a dataclass read with prefix ``"fedmerge."`` is the key ``fedmerge.learning-rate``. Its
+type and default are the key's, and the string below it says what the key means. ``make docs`` makes the tables of
+pyproject.toml, which Flower reads, and docs/options.md from these three; nothing else declares a key.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ from typing import Any, TypeVar
 
 RunConfig = Mapping[str, bool | float | int | str]
 C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The options of a strategy that has none."""
 
 
 class OptionError(ValueError):

@@ -23,17 +23,26 @@ _SCHEDULES = {
 
 @dataclass(frozen=True)
 class Training:
-    """Local training and transport, the same for every strategy (run-config keys without prefix)."""
+    """The same for every strategy: how clients train in a round, and how adapters travel."""
 
     local_steps: int = 30
+    """Optimiser steps in each round."""
     batch_size: int = 16
+    """Examples in each step."""
     learning_rate: float = 5e-3
+    """Of AdamW, at the start of each round."""
     schedule: str = "constant"
+    """Of the learning rate over one round's steps: ``constant``, ``linear`` (to zero) or ``cosine`` (to zero)."""
     weight_decay: float = 0.0
+    """Of AdamW."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
     evaluate_split: str = "test"
+    """The split that is evaluated in every round: ``validation`` or ``test``."""
     uplink_encoding: str = "fp32"
+    """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``."""
     downlink_encoding: str = "fp32"
+    """How adapters travel to clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``."""
 
     def __post_init__(self) -> None:
         require_range("local-steps", self.local_steps, 1, 2**31 - 1)  # uint32 on the wire

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+import strategies
 from server_app.run.run_directory import RunDirectory
+from strategies import STRATEGIES
 from tests.in_process import run_config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = os.environ.get("FEDALLOY_FAULTS") == "long"
 """``make test-faults`` does everything; ``make test`` a short form."""
-MAIN = ("fedavg", "fedmerge", "fedmosaic", "potara", "tap")
+MAIN = ("fedavg", *strategies.MAIN)
 """The short form tries everything on these, and samples of it on other strategies."""
+FAMILIES = tuple({kind.__base__: name for name, kind in STRATEGIES.items() if kind.about.group == "related"}.values())
+"""One of the related strategies for each class that they are made from."""
 
 
 class Killer:

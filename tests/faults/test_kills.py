@@ -13,7 +13,7 @@ import pytest
 
 from server_app.run.run_directory import RunDirectory
 from strategies import STRATEGIES
-from tests.faults.killing import LONG, MAIN, Killer, assert_same, assert_valid
+from tests.faults.killing import FAMILIES, LONG, MAIN, Killer, assert_same, assert_valid
 
 SEED = 20
 CHOSEN = STRATEGIES if LONG else MAIN
@@ -54,7 +54,7 @@ def test_killed_at_random_moments_and_resumed(strategy: str, killer: Killer) -> 
         shutil.rmtree(killer.runs / name)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["fedem", "rolora"])
+@pytest.mark.parametrize("strategy", STRATEGIES if LONG else FAMILIES[:2])
 def test_stopped_after_every_round(strategy: str, killer: Killer) -> None:
     """What a strategy keeps between rounds, in numbers and in what it draws, is all in its checkpoints."""
     config = {"strategy": strategy, "num_server_rounds": 3}
@@ -69,7 +69,7 @@ def test_stopped_after_every_round(strategy: str, killer: Killer) -> None:
     assert_same(killer.runs / name, killer.runs / f"baseline-{strategy}")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["fedmosaic"])
+@pytest.mark.parametrize("strategy", STRATEGIES if LONG else MAIN[-2:-1])
 def test_a_client_killed_anywhere_is_asked_again_and_the_run_needs_no_resume(strategy: str, killer: Killer) -> None:
     """SIGKILL of the process that carries out a plan: the server goes on, and the numbers are those of no kill."""
     config = {"strategy": strategy, "round_timeout": 60.0}

@@ -23,12 +23,12 @@ from server_app.run.run_directory import RunDirectory
 from strategies import STRATEGIES
 from strategies.framework.limits import Limits, with_bounded_weight
 from strategies.framework.options import OptionError
-from tests.faults.killing import LONG, MAIN
+from tests.faults.killing import FAMILIES, LONG, MAIN
 from tests.faults.nodes import NodeGrid, run_nodes, statuses
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode, client_of
 
-CHOSEN = list(STRATEGIES) if LONG else [*MAIN, "ffa-lora", "flexlora", "flora", "fedem", "pfedgraph", "regmean"]
+CHOSEN = list(STRATEGIES) if LONG else [*MAIN, *FAMILIES]
 
 
 def nodes(examples: int = 30) -> dict[int, FakeNode]:

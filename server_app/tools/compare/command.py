@@ -114,7 +114,7 @@ def compare(
         raise OptionError(f"--jobs = {workers} with --cluster: a cluster has one SuperNode for each client, expected 1")
     if EVERY in strategies:
         strategies = [*strategies, *STRATEGIES]
-    asked = [*REFERENCES, *strategies, *(control.name for control in CONTROLS)]
+    asked = [*REFERENCES, *strategies, *CONTROLS]
     chosen = [name for name in dict.fromkeys(asked) if name != EVERY]
     for name in chosen:
         require_choice("--strategies", name, STRATEGIES)
@@ -143,10 +143,9 @@ def compare(
     finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
     finished += [read_run(strategy, seed, run) for (strategy, seed), run in _earlier(runs, jobs).items()]
     rows = [row for run in finished for row in run.rows]
-    controls = [control.name for control in CONTROLS]
     there = dict.fromkeys(row.strategy for row in rows)
     names = [name for name in dict.fromkeys((*chosen, *there)) if name in there]
-    found = comparison_of(rows, names, REFERENCES, controls)
+    found = comparison_of(rows, names, REFERENCES, CONTROLS)
     if not finished:
         return found, progress.failed
     what = "own data" if nodes or "data-path" in (options or {}) else scenario

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import Encoding, payload_size
 from fedalloy_adapters.layout import Factor
+from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.fedmerge import (
     FedMerge,
     FedMergeOptions,
@@ -22,7 +23,6 @@ from strategies.algorithms.fedmerge import (
     merge_models,
     model_coefficients,
 )
-from strategies.families.fedavg import FedAvg
 from tests.strategies.conftest import (
     client_of,
     dispatch_of,

@@ -11,9 +11,9 @@ import torch
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate, weighted_sum
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.potara import LOCAL, MERGED, Potara, PotaraOptions
 from strategies.algorithms.potara_weights import Evidence, Weight
-from strategies.families.fedavg import FedAvg
 from strategies.framework.contract import Answer, Brief, Client
 from strategies.framework.options import OptionError
 from tests.strategies.conftest import client_of, layout_of, play, random_adapter

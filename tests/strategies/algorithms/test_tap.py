@@ -15,8 +15,8 @@ from fedalloy_adapters.flower_records import pack
 from fedalloy_adapters.groups import groups_of, layout_of_groups
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.tap import Tap, TapOptions
-from strategies.families.fedavg import FedAvg
 from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from
 from strategies.framework.messages import BadAnswerError
 from strategies.framework.options import OptionError

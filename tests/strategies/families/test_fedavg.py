@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, LayoutError
-from strategies.families.fedavg import FedAvg, FedAvgOptions, average
+from strategies.algorithms.fedavg import FedAvg, FedAvgOptions
+from strategies.families.fedavg import average
 from strategies.framework.contract import State
 from strategies.framework.options import OptionError
 from strategies.framework.steps import Training

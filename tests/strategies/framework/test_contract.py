@@ -21,9 +21,9 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.flower_records import ARRAY_RECORD, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies import STRATEGIES, AlloyStrategy
+from strategies.algorithms.fedavg import FedAvgOptions
 from strategies.algorithms.fedmerge import FedMergeOptions
 from strategies.algorithms.potara import PotaraOptions
-from strategies.families.fedavg import FedAvgOptions
 from strategies.framework.contract import State, StrategyError
 from strategies.framework.messages import CLIENT_ID
 from strategies.framework.steps import Training

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from strategies import STRATEGIES, strategy_from_run_config
+from strategies.algorithms.fedavg import FedAvgOptions
 from strategies.algorithms.fedmerge import FedMergeOptions
-from strategies.families.fedavg import FedAvgOptions
 from strategies.framework.options import (
     OptionError,
     key_of,
@@ -182,8 +182,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"fedmerge.w-step": "sgd"}, "fedmerge.w-step = 'sgd', expected one of maxnorm, maxnorm-per-row, adam"),
     ({"fedmerge.theta-norm": "row"}, "fedmerge.theta-norm = 'row', expected one of column, none"),
     ({"fedmerge.init": "random"}, "fedmerge.init = 'random', expected one of jitter, cluster"),
-    ({"strategy": "fedmerg"}, r"strategy = 'fedmerg' \(did you mean 'fedmerge'\?\), expected one of local, fedavg"),
-    ({"strategy": 3}, "strategy = '3', expected one of local, fedavg, fedmerge"),
+    ({"strategy": "fedmerg"}, r"strategy = 'fedmerg' \(did you mean 'fedmerge'\?\), expected one of fedavg, local"),
+    ({"strategy": 3}, "strategy = '3', expected one of fedavg, local, fedmerge"),
 ]
 
 
