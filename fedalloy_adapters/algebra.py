@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter, require_same_layout, stack_vectors
+from fedalloy_adapters.bank.blocks import MemoryRow, combine
 from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
 
 Coefficient = float | Mapping[str, float]
@@ -75,10 +76,22 @@ def fold(adapter: Adapter) -> Adapter:
 
 
 def combine_factors(adapters: Sequence[Adapter], weights: Tensor) -> Tensor:
-    """Weighted sums in factor space: ``weights [M, N]`` times the adapters' matrix ``[N, P]`` gives ``[M, P]``."""
-    matrix = stack_vectors(adapters)
-    if weights.ndim != 2 or weights.shape[1] != matrix.shape[0]:
-        raise LayoutError(f"got weights.shape={tuple(weights.shape)}, expected (*, {matrix.shape[0]})")
+    """Weighted sums in factor space: ``weights [M, N]`` times the adapters' matrix ``[N, P]`` gives ``[M, P]``.
+
+    The matrix is never made (:mod:`fedalloy_adapters.bank.blocks`).
+
+    Raises:
+        LayoutError: the layouts differ, or there is not one weight for each adapter.
+    """
+    for other in adapters[1:]:
+        require_same_layout(adapters[0].layout, other.layout)
+    if weights.ndim != 2 or not adapters or weights.shape[1] != len(adapters):
+        raise LayoutError(f"got weights.shape={tuple(weights.shape)}, expected (*, {len(adapters)})")
+    vectors = [adapter.vector for adapter in adapters]
+    dtypes = {vector.dtype for vector in vectors}
+    if len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and all(v.device.type == "cpu" for v in vectors):
+        return combine([MemoryRow(vector) for vector in vectors], weights)
+    matrix = torch.stack(vectors)
     return weights.to(matrix) @ matrix
 
 

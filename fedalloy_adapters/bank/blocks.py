@@ -1,0 +1,256 @@
+"""Sums and products over many rows of numbers, a block of columns at a time.
+
+What a server does to N adapters of P numbers is bound by memory: every number is read once, and a matrix ``[N, P]``
+that is made for one product costs more than the product. Here a block of columns of a few rows is copied to a buffer
+that stays in the cache, and multiplied there.
+
+Results depend on nothing but the numbers, bit for bit. Every product has the shape ``[d, up to GROUP] @ [GROUP, TILE]``
+on one thread; the last block is filled up to the same width. So neither the number of threads, nor how much is read at
+once, nor where a row lies (memory or file) decides how a sum is rounded. The order of the rows does: callers sort them.
+
+The products are NumPy's: for matrices of a few rows its BLAS takes half the time of PyTorch's
+(``tests/benchmarks/merge_speed.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+TILE = 16384
+"""Columns of one product; with ``GROUP`` rows of float32, two megabytes: what a core's own cache holds."""
+GROUP = 32
+"""Rows of one product."""
+STRIPE = 8
+"""Tiles that are read from a file at once."""
+_PRODUCT_COLUMNS = 2048
+_ONE_AT_A_TIME = threading.Lock()
+Numbers = NDArray[Any]
+
+
+class Row(Protocol):
+    """P numbers that can be read from any column on."""
+
+    @property
+    def size(self) -> int:
+        """P."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 or float64."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading is copying."""
+
+    def read(self, start: int, out: Numbers) -> None:
+        """Fill ``out`` with the numbers from column ``start`` on; a row may be read by several threads at once."""
+
+
+class MemoryRow:
+    """A tensor ``[P]``, which nobody writes to any more."""
+
+    in_memory = True
+
+    def __init__(self, vector: Tensor) -> None:
+        self.vector = vector.detach().to("cpu").contiguous()
+        self.size = len(vector)
+        self.dtype = vector.dtype
+        self._numbers: Numbers = self.vector.numpy()
+
+    def read(self, start: int, out: Numbers) -> None:
+        """Copy."""
+        out[:] = self._numbers[start : start + len(out)]
+
+
+class Difference:
+    """``first - second``, made where it is read."""
+
+    def __init__(self, first: Row, second: Row) -> None:
+        self.first, self.second = first, second
+        self.size, self.dtype = first.size, first.dtype
+        self.in_memory = first.in_memory and second.in_memory
+
+    def read(self, start: int, out: Numbers) -> None:
+        """Both, and subtract."""
+        self.first.read(start, out)
+        taken = np.empty_like(out)
+        self.second.read(start, taken)
+        out -= taken
+
+
+class Part:
+    """Some columns of a row, as ranges ``(start, stop)`` one after the other."""
+
+    def __init__(self, row: Row, ranges: Sequence[tuple[int, int]]) -> None:
+        self.row = row
+        self.dtype, self.in_memory = row.dtype, row.in_memory
+        self._starts = [start for start, _ in ranges]
+        self._ends = list(itertools.accumulate(stop - start for start, stop in ranges))
+        self.size = self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, out: Numbers) -> None:
+        """Range by range."""
+        done = 0
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while done < len(out):
+            begin = self._ends[index - 1] if index else 0
+            count = min(len(out) - done, self._ends[index] - start - done)
+            self.row.read(self._starts[index] + start + done - begin, out[done : done + count])
+            done, index = done + count, index + 1
+
+
+def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """``weights [d, N] @ rows [N, P]`` as ``[d, P]``, in the rows' dtype.
+
+    Args:
+        rows: of one size and dtype, in an order that does not depend on chance.
+        weights: rounded to that dtype.
+        out: where the result goes; fresh memory costs as much as the product.
+
+    Raises:
+        ValueError: sizes or counts do not match.
+    """
+    size = _common_size(rows)
+    if weights.ndim != 2 or weights.shape[1] != len(rows):
+        raise ValueError(f"got weights.shape={tuple(weights.shape)}, expected (*, {len(rows)})")
+    dtype = rows[0].dtype
+    result = torch.empty(len(weights), size, dtype=dtype) if out is None else out
+    if result.shape != (len(weights), size) or result.dtype != dtype:
+        raise ValueError(f"got out {tuple(result.shape)} {result.dtype}, expected ({len(weights)}, {size}) {dtype}")
+    factors, target = weights.detach().to("cpu", dtype).numpy(), result.numpy()
+    stripe = TILE * (1 if all(row.in_memory for row in rows) else STRIPE)
+    counter = itertools.count()  # whoever is free takes the next; which one does changes no number
+
+    def work() -> None:
+        rows_at_once = min(GROUP, len(rows))
+        numbers = np.zeros((rows_at_once, stripe), target.dtype)
+        total, more = np.zeros((2, len(factors), TILE), target.dtype)
+        with np.errstate(all="ignore"):
+            while (start := next(counter) * stripe) < size:
+                _combine_stripe(rows, factors, target, start, (numbers, total, more))
+
+    threads = min(torch.get_num_threads(), -(-size // stripe))
+    with _ONE_AT_A_TIME, _libraries().limit(limits=1, user_api="blas"):
+        if threads < 2:
+            work()
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                for done in [pool.submit(work) for _ in range(threads)]:
+                    done.result()
+    return result
+
+
+def _combine_stripe(
+    rows: Sequence[Row], factors: Numbers, target: Numbers, start: int, buffers: tuple[Numbers, Numbers, Numbers]
+) -> None:
+    """The columns from ``start`` on, as many as the first buffer is wide."""
+    numbers, total, more = buffers
+    width = min(numbers.shape[1], target.shape[1] - start)
+    tiles = range(0, width, TILE)
+    for first in range(0, len(rows), GROUP):
+        group = rows[first : first + GROUP]
+        for index, row in enumerate(group):
+            row.read(start, numbers[index, :width])
+        for begin in tiles:
+            block = numbers[: len(group), begin : begin + TILE]  # of the whole width: what is beyond is not used
+            columns = slice(start + begin, start + min(begin + TILE, width))
+            count = columns.stop - columns.start
+            if first == 0:
+                np.matmul(factors[:, : len(group)], block, out=total)
+                target[:, columns] = total[:, :count]
+            else:
+                np.matmul(factors[:, first : first + len(group)], block, out=more)
+                target[:, columns] += more[:, :count]
+
+
+def products(first: Sequence[Row], second: Sequence[Row] | None = None) -> Tensor:
+    """Inner products ``<first_i, second_j>``, ``[M, N]`` in float64; without ``second`` of all pairs, symmetric.
+
+    Raises:
+        ValueError: sizes do not match.
+    """
+    every = [*first, *(second or ())]
+    size = _common_size(every)
+    counts = (len(first), len(second) if second is not None else len(first))
+    total: NDArray[np.float64] = np.zeros(counts)
+    for found in _in_order(_product_of_block(every, len(first)), range(0, size, _PRODUCT_COLUMNS)):
+        total += found
+    result = torch.from_numpy(total)
+    return (result + result.T) / 2 if second is None else result
+
+
+def _product_of_block(rows: Sequence[Row], split: int) -> Callable[[int], NDArray[np.float64]]:
+    dtype = torch.empty(0, dtype=rows[0].dtype).numpy().dtype
+
+    def of_block(start: int) -> NDArray[np.float64]:
+        numbers = np.empty((len(rows), min(_PRODUCT_COLUMNS, rows[0].size - start)), dtype)
+        for index, row in enumerate(rows):
+            row.read(start, numbers[index])
+        exact = numbers.astype(np.float64)
+        with np.errstate(all="ignore"):
+            found: NDArray[np.float64] = exact[:split] @ (exact[split:] if split < len(rows) else exact).T
+        return found
+
+    return of_block
+
+
+def squared_distances(rows: Sequence[Row]) -> Tensor:
+    """Squared distances of all pairs ``[N, N]`` float64, symmetric, zero on the diagonal.
+
+    From inner products of differences from the first row, so that a large common part costs no digits. Below what
+    float32 can tell apart (1e-14 of the squares) rows count as equal.
+
+    Raises:
+        ValueError: sizes do not match.
+    """
+    inner = products([Difference(row, rows[0]) for row in rows])
+    squares = inner.diagonal()
+    sums = squares[:, None] + squares[None, :]
+    found = sums - 2 * inner
+    return torch.where(found <= 1e-14 * sums, 0.0, found)
+
+
+def _in_order(work: Callable[[int], NDArray[np.float64]], items: Sequence[int]) -> Iterator[NDArray[np.float64]]:
+    """Results in the order of the items, made by all threads; only a few wait at any time."""
+    threads = min(torch.get_num_threads(), len(items))
+    with _ONE_AT_A_TIME, _libraries().limit(limits=1, user_api="blas"):
+        if threads < 2:
+            yield from map(work, items)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            waiting: deque[Future[NDArray[np.float64]]] = deque()
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+def _common_size(rows: Sequence[Row]) -> int:
+    if not rows:
+        raise ValueError("got no rows, expected at least one")
+    for row in rows:
+        if (row.size, row.dtype) != (rows[0].size, rows[0].dtype):
+            raise ValueError(f"rows of {row.size} {row.dtype} and {rows[0].size} {rows[0].dtype} numbers")
+    if rows[0].dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"rows of {rows[0].dtype}, expected float32 or float64")
+    return rows[0].size
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """The BLAS libraries of this process."""
+    return ThreadpoolController()

@@ -1,0 +1,268 @@
+"""Many adapters in one place: in memory as long as they fit, beyond that each in a file; merged block by block.
+
+A row is written once, when a client's answer is decoded, and never changed: a new upload of the same client is a new
+row. So whoever holds a row (a merge that waits to be sent, a checkpoint) can rely on it, and it is freed, with its
+file, when nobody holds it any more. Rows that a checkpoint keeps are hard links to the same files, not copies.
+
+Rows in files are read, not mapped: pages of a mapping count as memory of the process, and a file that has become
+shorter would be a fatal signal instead of an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import shutil
+import sys
+import weakref
+from collections.abc import Iterator, MutableMapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedalloy_adapters.adapter import Adapter, require_same_layout
+from fedalloy_adapters.bank.blocks import MemoryRow, Numbers, combine
+from fedalloy_adapters.layout import Layout
+
+_NAME = "row"
+_CHUNK = 2**20
+
+
+class BankError(RuntimeError):
+    """A row cannot be written or read; the message says which file and why."""
+
+
+class FileRow:
+    """A row of float32 in a safetensors file.
+
+    Raises:
+        BankError: the file is not there, or is not as long as its header says.
+    """
+
+    in_memory = False
+    dtype = torch.float32
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._offset = 8 + int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size - self._offset
+        except OSError as error:
+            raise BankError(f"cannot read {path}: {error.strerror or error}") from None
+        if size < 0 or size % 4:
+            raise BankError(f"{path} is torn: {size} bytes of float32 numbers")
+        self.size = size // 4
+
+    def read(self, start: int, out: Numbers) -> None:
+        """Straight into ``out``; the file is opened each time, since a process may have fewer open files than rows."""
+        view = memoryview(out.data).cast("B")
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                position = self._offset + 4 * start
+                while view:
+                    count = os.preadv(descriptor, [view], position)
+                    if not count:
+                        raise BankError(f"{self.path} has become shorter: nothing at byte {position}")
+                    view, position = view[count:], position + count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise BankError(f"cannot read {self.path}: {error.strerror or error}") from None
+
+
+StoredRow = MemoryRow | FileRow
+
+
+def tensor_of(row: StoredRow) -> Tensor:
+    """The row as a tensor ``[P]``: its own memory, or what is in its file."""
+    if isinstance(row, MemoryRow):
+        return row.vector
+    found = torch.empty(row.size)
+    row.read(0, found.numpy())
+    return found
+
+
+def digest_of(row: StoredRow) -> str:
+    """SHA-256 of the numbers, little-endian."""
+    found = hashlib.sha256()
+    buffer = torch.empty(min(row.size, _CHUNK), dtype=row.dtype).numpy()
+    for start in range(0, row.size, _CHUNK):
+        piece = buffer[: min(_CHUNK, row.size - start)]
+        row.read(start, piece)
+        found.update((piece if sys.byteorder == "little" else piece.byteswap()).data)
+    return found.hexdigest()
+
+
+class Space:
+    """Where the rows of a run's banks are: how much memory they may take, and the folder for the rest.
+
+    The folder is this process's own scratch: what an earlier one left there is removed. Without a folder everything
+    stays in memory.
+    """
+
+    def __init__(self) -> None:
+        self.used = 0
+        self._memory = 0
+        self._folder: Path | None = None
+        self._count = itertools.count()
+
+    def spill_to(self, folder: Path, memory_bytes: int) -> None:
+        """Rows from now on go to files in ``folder`` where those in memory would be more than ``memory_bytes``.
+
+        Raises:
+            BankError: the folder cannot be written.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        self._make(folder)
+        self._folder, self._memory = folder, memory_bytes
+
+    def keep(self, vector: Tensor) -> StoredRow:
+        """A row of these numbers, which nobody may write to any more.
+
+        Raises:
+            BankError: it cannot be written (the disk is full).
+        """
+        size = vector.numel() * vector.element_size()
+        if self._folder is None or vector.dtype != torch.float32 or self.used + size <= self._memory:
+            row = MemoryRow(vector)
+            self.used += size
+            weakref.finalize(row, self._free, size)
+            return row
+        path = self._folder / f"{next(self._count):08d}.safetensors"
+        try:
+            save_file({_NAME: vector.detach().to("cpu").contiguous()}, path)
+        except Exception as error:  # safetensors has its own kinds for a full disk
+            path.unlink(missing_ok=True)
+            raise BankError(f"cannot write {path} (bank-memory-mb says what stays in memory): {error}") from None
+        return self._owned(path)
+
+    def adopt(self, row: StoredRow) -> StoredRow:
+        """A row that is somebody else's file (a checkpoint's, which will be removed) as one of this space's own.
+
+        Raises:
+            BankError: it cannot be linked, copied or read.
+        """
+        if isinstance(row, MemoryRow) or self._folder is None:
+            return self.keep(tensor_of(row))
+        path = self._folder / f"{next(self._count):08d}.safetensors"
+        link(row, path)
+        return self._owned(path)
+
+    def _owned(self, path: Path) -> FileRow:
+        row = FileRow(path)
+        weakref.finalize(row, _remove, path)
+        return row
+
+    def _free(self, size: int) -> None:
+        self.used -= size
+
+    @staticmethod
+    def _make(folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BankError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+
+
+def link(row: FileRow, path: Path) -> None:
+    """Another name for the row's file, which lives as long as any of its names; a copy where there are no links.
+
+    Raises:
+        BankError: neither is possible.
+    """
+    try:
+        try:
+            os.link(row.path, path)
+        except OSError:
+            shutil.copyfile(row.path, path)
+    except OSError as error:
+        raise BankError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+class Bank(MutableMapping[str, Adapter]):
+    """Adapters by name, of any layouts; always in the order of their names, never in that of their arrival.
+
+    ``bank[name]`` reads an adapter; sums over many go through :meth:`combine`, which never has all of them in memory.
+    """
+
+    def __init__(self, space: Space | None = None) -> None:
+        self._space = space or Space()
+        self._rows: dict[str, tuple[Layout, StoredRow]] = {}
+
+    def __setitem__(self, name: str, adapter: Adapter) -> None:
+        self._rows[name] = (adapter.layout, self._space.keep(adapter.vector))
+
+    def __getitem__(self, name: str) -> Adapter:
+        layout, row = self._rows[name]
+        return Adapter(layout, tensor_of(row))
+
+    def __delitem__(self, name: str) -> None:
+        del self._rows[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def clear(self) -> None:
+        """Let go of all rows."""
+        self._rows.clear()
+
+    def taken(self) -> Bank:
+        """All rows, in a bank of their own; this one is empty afterwards."""
+        other = Bank(self._space)
+        other._rows, self._rows = self._rows, {}
+        return other
+
+    def layout_of(self, name: str) -> Layout:
+        """The adapter's layout, without reading it."""
+        return self._rows[name][0]
+
+    def rows(self, names: Sequence[str] | None = None) -> list[StoredRow]:
+        """Rows by name, in the given order (all: in that of their names); they stay what they are."""
+        return [self._rows[name][1] for name in (self if names is None else names)]
+
+    def put_row(self, name: str, layout: Layout, row: StoredRow) -> None:
+        """A row that a checkpoint has kept.
+
+        Raises:
+            BankError: it is not of this layout's size, or cannot be taken over.
+        """
+        if row.size != layout.size:
+            raise BankError(f"a row of {row.size} numbers for {name!r}, expected {layout.size}")
+        self._rows[name] = (layout, self._space.adopt(row))
+
+    def combine(self, names: Sequence[str], weights: Tensor) -> list[Adapter]:
+        """Weighted sums in factor space: ``weights [d, N]`` times these adapters gives d adapters.
+
+        Raises:
+            LayoutError: the layouts differ.
+        """
+        layout = self.common_layout(names)
+        return [Adapter(layout, vector) for vector in combine(self.rows(names), weights)]
+
+    def common_layout(self, names: Sequence[str]) -> Layout:
+        """The layout of all of these.
+
+        Raises:
+            LayoutError: two differ.
+        """
+        layout = self._rows[names[0]][0]
+        for name in names[1:]:
+            require_same_layout(layout, self._rows[name][0])
+        return layout
