@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Entry, Layout, LayoutError
 
 SEPARATOR = "::"
@@ -102,19 +103,19 @@ def union(layouts: Iterable[Layout]) -> Layout:
 def average_groups(
     model: Adapter,
     adapters: Mapping[str, Adapter],
-    average: Callable[[str, Mapping[str, Adapter]], Adapter],
+    average: Callable[[str, Bank], Adapter],
 ) -> Adapter:
     """``model`` with every group replaced by the average over its owners; what nobody owns stays as it is.
 
     Args:
         model: of the union of the clients' layouts.
         adapters: by client, each of a part of that layout made of whole groups.
-        average: called with a group's id and its owners' parts, by client, in the order of ``adapters``.
+        average: called with a group's id and its owners' parts, by client.
     """
-    result = model
+    result, bank = model, Bank.of(adapters)
     for group in groups_of(model.layout):
         layout = layout_of_groups(model.layout, [group])
-        owners = {name: adapter.part(layout) for name, adapter in adapters.items() if adapter.layout.contains(layout)}
+        owners = bank.parts(layout)
         if owners:
             averaged = average(group, owners)
             result = averaged if layout is model.layout else result.with_part(averaged)

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter, require_same_layout
-from fedalloy_adapters.bank.blocks import MemoryRow, Numbers, combine
+from fedalloy_adapters.bank.blocks import MemoryRow, Numbers, Part, Row, combine
 from fedalloy_adapters.layout import Layout
 
 _NAME = "row"
@@ -79,16 +79,16 @@ class FileRow:
 StoredRow = MemoryRow | FileRow
 
 
-def tensor_of(row: StoredRow) -> Tensor:
+def tensor_of(row: Row) -> Tensor:
     """The row as a tensor ``[P]``: its own memory, or what is in its file."""
     if isinstance(row, MemoryRow):
         return row.vector
-    found = torch.empty(row.size)
+    found = torch.empty(row.size, dtype=row.dtype)
     row.read(0, found.numpy())
     return found
 
 
-def digest_of(row: StoredRow) -> str:
+def digest_of(row: Row) -> str:
     """SHA-256 of the numbers, little-endian."""
     found = hashlib.sha256()
     buffer = torch.empty(min(row.size, _CHUNK), dtype=row.dtype).numpy()
@@ -99,7 +99,7 @@ def digest_of(row: StoredRow) -> str:
     return found.hexdigest()
 
 
-class Space:
+class Storage:
     """Where the rows of a run's banks are: how much memory they may take, and the folder for the rest.
 
     The folder is this process's own scratch: what an earlier one left there is removed. Without a folder everything
@@ -142,13 +142,13 @@ class Space:
             raise BankError(f"cannot write {path} (bank-memory-mb says what stays in memory): {error}") from None
         return self._owned(path)
 
-    def adopt(self, row: StoredRow) -> StoredRow:
-        """A row that is somebody else's file (a checkpoint's, which will be removed) as one of this space's own.
+    def adopt(self, row: Row) -> StoredRow:
+        """A row that is somebody else's file (a checkpoint's, which will be removed) as one of this storage's own.
 
         Raises:
             BankError: it cannot be linked, copied or read.
         """
-        if isinstance(row, MemoryRow) or self._folder is None:
+        if not isinstance(row, FileRow) or self._folder is None:
             return self.keep(tensor_of(row))
         path = self._folder / f"{next(self._count):08d}.safetensors"
         link(row, path)
@@ -196,12 +196,12 @@ class Bank(MutableMapping[str, Adapter]):
     ``bank[name]`` reads an adapter; sums over many go through :meth:`combine`, which never has all of them in memory.
     """
 
-    def __init__(self, space: Space | None = None) -> None:
-        self._space = space or Space()
-        self._rows: dict[str, tuple[Layout, StoredRow]] = {}
+    def __init__(self, storage: Storage | None = None) -> None:
+        self._storage = storage or Storage()
+        self._rows: dict[str, tuple[Layout, Row]] = {}
 
     def __setitem__(self, name: str, adapter: Adapter) -> None:
-        self._rows[name] = (adapter.layout, self._space.keep(adapter.vector))
+        self._rows[name] = (adapter.layout, self._storage.keep(adapter.vector))
 
     def __getitem__(self, name: str) -> Adapter:
         layout, row = self._rows[name]
@@ -219,13 +219,33 @@ class Bank(MutableMapping[str, Adapter]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @classmethod
+    def of(cls, adapters: Mapping[str, Adapter]) -> Bank:
+        """These adapters, in memory; a bank is itself."""
+        if isinstance(adapters, Bank):
+            return adapters
+        bank = cls()
+        bank.update(adapters)
+        return bank
+
     def clear(self) -> None:
         """Let go of all rows."""
         self._rows.clear()
 
+    def parts(self, layout: Layout) -> Bank:
+        """The tensors of ``layout`` of every adapter that has all of them; read from this bank's rows, not copied."""
+        found = Bank(self._storage)
+        for name, (whole, row) in self._rows.items():
+            if whole.digest == layout.digest:
+                found._rows[name] = (layout, row)
+            elif whole.contains(layout):
+                slices = [whole.slice_of(entry.name) for entry in layout.entries]
+                found._rows[name] = (layout, Part(row, [(piece.start, piece.stop) for piece in slices]))
+        return found
+
     def taken(self) -> Bank:
         """All rows, in a bank of their own; this one is empty afterwards."""
-        other = Bank(self._space)
+        other = Bank(self._storage)
         other._rows, self._rows = self._rows, {}
         return other
 
@@ -233,11 +253,11 @@ class Bank(MutableMapping[str, Adapter]):
         """The adapter's layout, without reading it."""
         return self._rows[name][0]
 
-    def rows(self, names: Sequence[str] | None = None) -> list[StoredRow]:
+    def rows(self, names: Sequence[str] | None = None) -> list[Row]:
         """Rows by name, in the given order (all: in that of their names); they stay what they are."""
         return [self._rows[name][1] for name in (self if names is None else names)]
 
-    def put_row(self, name: str, layout: Layout, row: StoredRow) -> None:
+    def put_row(self, name: str, layout: Layout, row: Row) -> None:
         """A row that a checkpoint has kept.
 
         Raises:
@@ -245,7 +265,7 @@ class Bank(MutableMapping[str, Adapter]):
         """
         if row.size != layout.size:
             raise BankError(f"a row of {row.size} numbers for {name!r}, expected {layout.size}")
-        self._rows[name] = (layout, self._space.adopt(row))
+        self._rows[name] = (layout, self._storage.adopt(row))
 
     def combine(self, names: Sequence[str], weights: Tensor) -> list[Adapter]:
         """Weighted sums in factor space: ``weights [d, N]`` times these adapters gives d adapters.
@@ -255,6 +275,17 @@ class Bank(MutableMapping[str, Adapter]):
         """
         layout = self.common_layout(names)
         return [Adapter(layout, vector) for vector in combine(self.rows(names), weights)]
+
+    def mean(self, counts: Mapping[str, float]) -> Adapter:
+        """The average in factor space, weighted by ``counts``.
+
+        Raises:
+            LayoutError: the layouts differ.
+        """
+        names = list(self)
+        total = sum(counts[name] for name in names)
+        weights = torch.tensor([[counts[name] / total for name in names]], dtype=torch.float64)
+        return self.combine(names, weights)[0]
 
     def common_layout(self, names: Sequence[str]) -> Layout:
         """The layout of all of these.

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate, weighted_sum
+from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.groups import average_groups, group_difference, union
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
@@ -43,7 +44,7 @@ class Averaging(AlloyStrategy[OptionsT]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model: Adapter | None = None
-        self.arrived: dict[str, tuple[Adapter, int]] = {}
+        self.arrived = Bank(self.storage)
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Groups that both have are equal; a client without groups has one, all of its adapter."""
@@ -74,23 +75,23 @@ class Averaging(AlloyStrategy[OptionsT]):
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the trained adapter until the round settles."""
-        self.arrived[client.id] = (answer.adapters[SLOT], client.examples)
+        self.arrived[client.id] = answer.adapters[SLOT]
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Average; without answers the model stays."""
-        arrived = {name: self.arrived[name] for name in sorted(self.arrived)}  # not as they came: sums are not exact
-        self.arrived = {}
+        arrived = self.arrived.taken()
         if arrived:
-            adapters = {name: adapter for name, (adapter, _) in arrived.items()}
-            self.model = self.average(adapters, {name: examples for name, (_, examples) in arrived.items()})
+            self.model = self.average(arrived, {name: self.clients[name].examples for name in arrived})
         return {"merged": len(arrived)}
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """The next global adapter from the uploads, by client."""
 
-        def over_owners(group: str, owners: Mapping[str, Adapter]) -> Adapter:
-            weights = [self.weight_of(group, name, examples[name]) for name in owners]
-            return average(list(owners.values()), weights, self.space)
+        def over_owners(group: str, owners: Bank) -> Adapter:
+            weights = {name: self.weight_of(group, name, examples[name]) for name in owners}
+            if self.space == "factor":
+                return owners.mean(weights)
+            return average(list(owners.values()), list(weights.values()), self.space)
 
         return average_groups(self.global_model, adapters, over_owners)
 

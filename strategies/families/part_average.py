@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Factor, Layout
-from strategies.families.fedavg import SLOT, Averaging, average
+from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import steps
 from strategies.framework.contract import Brief, Client, OptionsT
 
@@ -69,7 +70,7 @@ class PartAverage(Averaging[OptionsT]):
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """The part is averaged in factor space: exact where the other factor is common."""
-        return self.global_model.with_part(average(list(adapters.values()), list(examples.values())))
+        return self.global_model.with_part(Bank.of(adapters).mean(examples))
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Equal layouts: parts of groups are not shared here."""

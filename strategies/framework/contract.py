@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Storage
 from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.parts import layout_of_sketch
@@ -167,6 +168,7 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
         self.seed = seed
         self.rounds = rounds  # of the whole run, 0 where that is not known
         self.limits = Limits()
+        self.storage = Storage()  # of what is kept of its clients
         self.clients: dict[str, Client] = {}
         self._pending: list[tuple[Message, Client, Dispatch]] = []
         self._flower_run = f"flower-{secrets.token_hex(4)}"  # a folder at the clients that no earlier run has used

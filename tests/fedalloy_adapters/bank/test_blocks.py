@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedalloy_adapters.bank import blocks
 from fedalloy_adapters.bank.blocks import Difference, MemoryRow, Part, combine, products, squared_distances
-from fedalloy_adapters.bank.store import Space
+from fedalloy_adapters.bank.store import Storage
 from tests.fedalloy_adapters.samples import examples
 
 SIZES = (1, 7, blocks.TILE - 1, blocks.TILE, blocks.TILE + 1, 2 * blocks.TILE + 5)
@@ -82,12 +82,12 @@ def test_no_bit_depends_on_the_number_of_threads(two_threads: None) -> None:
 
 def test_no_bit_depends_on_where_a_row_is_and_how_it_is_aligned(tmp_path: Path) -> None:
     matrix, weights = drawn(35, blocks.TILE + 100), drawn(2, 35, seed=1)
-    space = Space()
-    space.spill_to(tmp_path / "bank", 0)
+    storage = Storage()
+    storage.spill_to(tmp_path / "bank", 0)
     shifted = torch.empty(35, blocks.TILE + 103)[:, 3:]
     shifted[:] = matrix
     expected = combine(memory_rows(matrix), weights)
-    assert torch.equal(combine([space.keep(row) for row in matrix], weights), expected)
+    assert torch.equal(combine([storage.keep(row) for row in matrix], weights), expected)
     assert torch.equal(combine(memory_rows(shifted), weights), expected)
 
 

@@ -10,8 +10,8 @@ import torch
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.blocks import MemoryRow
-from fedalloy_adapters.bank.store import Bank, BankError, FileRow, Space, digest_of, link, tensor_of
-from fedalloy_adapters.layout import LayoutError
+from fedalloy_adapters.bank.store import Bank, BankError, FileRow, Storage, digest_of, link, tensor_of
+from fedalloy_adapters.layout import Factor, LayoutError
 from tests.fedalloy_adapters.samples import layout_of
 
 LAYOUT = layout_of()
@@ -21,10 +21,10 @@ def adapter(seed: int) -> Adapter:
     return Adapter(LAYOUT, torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(seed)))
 
 
-def on_disk(folder: Path, memory_bytes: int = 0) -> Space:
-    space = Space()
-    space.spill_to(folder, memory_bytes)
-    return space
+def on_disk(folder: Path, memory_bytes: int = 0) -> Storage:
+    storage = Storage()
+    storage.spill_to(folder, memory_bytes)
+    return storage
 
 
 def files(folder: Path) -> list[str]:
@@ -78,8 +78,8 @@ def test_what_is_taken_is_gone_from_the_bank() -> None:
 
 
 def test_a_checkpoint_links_files_and_a_new_process_takes_them_over(tmp_path: Path) -> None:
-    space = on_disk(tmp_path / "bank")
-    row = space.keep(adapter(0).vector)
+    storage = on_disk(tmp_path / "bank")
+    row = storage.keep(adapter(0).vector)
     assert isinstance(row, FileRow)
     kept = tmp_path / "kept.safetensors"
     link(row, kept)
@@ -93,8 +93,8 @@ def test_a_checkpoint_links_files_and_a_new_process_takes_them_over(tmp_path: Pa
 
 
 def test_rows_of_a_checkpoint_come_into_a_bank_without_a_folder(tmp_path: Path) -> None:
-    space = on_disk(tmp_path / "bank")
-    row = space.keep(adapter(0).vector)
+    storage = on_disk(tmp_path / "bank")
+    row = storage.keep(adapter(0).vector)
     bank = Bank()
     bank.put_row("ada", LAYOUT, row)
     assert torch.equal(bank["ada"].vector, adapter(0).vector)
@@ -120,8 +120,8 @@ def test_what_an_earlier_process_left_is_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_the_digest_is_that_of_the_numbers(tmp_path: Path, disk: bool) -> None:
-    space = on_disk(tmp_path / "bank") if disk else Space()
-    first, same, other = (space.keep(adapter(seed).vector) for seed in (0, 0, 1))
+    storage = on_disk(tmp_path / "bank") if disk else Storage()
+    first, same, other = (storage.keep(adapter(seed).vector) for seed in (0, 0, 1))
     assert digest_of(first) == digest_of(same) == digest_of(MemoryRow(adapter(0).vector)) != digest_of(other)
 
 
@@ -139,6 +139,23 @@ def test_a_sum_is_that_of_the_adapters(tmp_path: Path, disk: bool) -> None:
         bank[name] = adapter(seed)
     (found,) = bank.combine(["a", "b"], torch.tensor([[2.0, -1.0]]))
     torch.testing.assert_close(found.vector, 2 * adapter(1).vector - adapter(0).vector)
+
+
+def test_a_mean_is_weighted_by_counts() -> None:
+    bank = Bank.of({"ada": adapter(0), "ben": adapter(1)})
+    expected = 0.75 * adapter(0).vector + 0.25 * adapter(1).vector
+    torch.testing.assert_close(bank.mean({"ben": 10, "ada": 30}).vector, expected)
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_parts_are_read_from_whole_rows(tmp_path: Path, disk: bool) -> None:
+    bank = Bank(on_disk(tmp_path / "bank") if disk else None)
+    part = LAYOUT.select([Factor.B, Factor.BIAS])
+    bank["ada"], bank["ben"] = adapter(0), adapter(1).part(LAYOUT.select([Factor.A]))
+    found = bank.parts(part)
+    assert list(found) == ["ada"], "the other has no B"
+    assert torch.equal(found["ada"].vector, adapter(0).part(part).vector)
+    assert torch.equal(found.mean({"ada": 3}).vector, adapter(0).part(part).vector)
 
 
 def test_a_row_of_another_size_is_refused() -> None:
@@ -163,12 +180,12 @@ def test_a_file_that_became_shorter_is_an_error_and_no_signal(tmp_path: Path) ->
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: object, path: Path) -> None:
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No storage left on device")
 
     monkeypatch.setattr("fedalloy_adapters.bank.store.save_file", full)
-    space = on_disk(tmp_path / "bank")
-    with pytest.raises(BankError, match=r"cannot write .*bank-memory-mb.*No space left"):
-        space.keep(torch.ones(5))
+    storage = on_disk(tmp_path / "bank")
+    with pytest.raises(BankError, match=r"cannot write .*bank-memory-mb.*No storage left"):
+        storage.keep(torch.ones(5))
     assert files(tmp_path / "bank") == []
 
 
