@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from flwr.app import Message
@@ -18,10 +18,10 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
+from server_app.run.enrolment import Enrolment
 from server_app.run.replies import MESSAGE_UNAVAILABLE, Intake, error_reply
-from strategies.framework.contract import Client, client_from
-from strategies.framework.limits import Limits, require_affordable
-from strategies.framework.messages import BadAnswerError, read_registration, register_message
+from strategies.framework.contract import Client
+from strategies.framework.messages import register_message
 
 Say = Callable[[str], None]
 Make = Callable[[], Message]
@@ -69,7 +69,7 @@ class Federation:
         poll_interval: seconds between looks for replies.
         say: called with progress messages.
         arrived: called with every answer to a registration, and with the client that it describes (None: refused).
-        limits: the run's.
+        enrolment: reads what they say, and knows the clients.
     """
 
     def __init__(
@@ -78,18 +78,14 @@ class Federation:
         poll_interval: float,
         say: Say,
         arrived: Callable[[Reply, Client | None], None],
-        limits: Limits,
+        enrolment: Enrolment,
     ) -> None:
         self.grid = grid
         self.intake = Intake(grid, say)
         self.poll_interval = poll_interval
         self.say = say
         self.arrived = arrived
-        self.limits = limits
-        self.clients: dict[str, Client] = {}
-        self.keys: dict[str, bytes] = {}
-        self.newcomers: dict[str, Client] = {}
-        self.refused: dict[str, str] = {}
+        self.enrolment = enrolment
         self.overdue_answers: dict[str, int] = {}
         self._nodes: dict[int, NodeInfo] = {}
         self._asked: set[int] = set()
@@ -125,8 +121,8 @@ class Federation:
     def register(self, minimum: int, timeout: float, watch: Watch) -> None:
         """Ask every online node who it is, and wait for the answers.
 
-        Clients that may take part are in ``newcomers`` afterwards; refusals (errors, bad registrations, an id that
-        belongs to somebody else) in ``refused``.
+        Clients that may take part are newcomers of the enrolment afterwards; errors, bad registrations and ids that
+        belong to somebody else are its refusals.
 
         Raises:
             NotEnoughClientsError: fewer than ``minimum`` registered; names what went wrong.
@@ -137,19 +133,16 @@ class Federation:
         makes = {f"node {node_id}": _registration(node_id, timeout) for node_id in self._nodes}
         for reply in self.exchange(makes, max(deadline - time.monotonic(), self.poll_interval), watch):
             self._welcome(self._node_of(reply.client_id), reply)
-        if len(self.newcomers) < minimum:
-            reasons = "; ".join(f"{who}: {why}" for who, why in self.refused.items())
-            raise NotEnoughClientsError(f"{len(self.newcomers)} of at least {minimum} clients registered. {reasons}")
+        if len(self.enrolment.newcomers) < minimum:
+            reasons = "; ".join(f"{who}: {why}" for who, why in self.enrolment.refused.items())
+            count = len(self.enrolment.newcomers)
+            raise NotEnoughClientsError(f"{count} of at least {minimum} clients registered. {reasons}")
 
     def present(self, watch: Watch) -> list[Client]:
         """Enrolled clients whose nodes are online now, in order of id; unknown nodes are asked who they are."""
         self._look_around(watch, now=True)
         self._pull({})
-        return [client for _, client in sorted(self.clients.items()) if client.node_id in self._nodes]
-
-    def enrolled(self, client: Client) -> None:
-        """The strategy has taken this newcomer in."""
-        self.clients[client.id] = client
+        return [client for _, client in sorted(self.enrolment.clients.items()) if client.node_id in self._nodes]
 
     # ----------------------------------------------------------------------------------------------------- messages
 
@@ -231,7 +224,8 @@ class Federation:
             else:  # too late, or once more: taken off the SuperLink, and told
                 overdue = self._overdue.pop(message_id, None)
                 if overdue is not None and overdue.startswith("node ") and not reply.has_error():
-                    self.refused.pop(overdue, None)  # slow to say who it is, and welcome from the next round on
+                    # Slow to say who it is, and welcome from the next round on.
+                    self.enrolment.refused.pop(overdue, None)
                     self._welcome(self._node_of(overdue), Reply(overdue, reply, 0.0))
                 elif not (reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID):
                     name = overdue or waiting.get(message_id, "somebody")
@@ -242,7 +236,7 @@ class Federation:
         return self._node_of(client_id) in self._nodes
 
     def _node_of(self, client_id: str) -> int:
-        client = self.clients.get(client_id)
+        client = self.enrolment.clients.get(client_id)
         return client.node_id if client else int(client_id.removeprefix("node "))
 
     def _look_around(self, watch: Watch, *, now: bool = False) -> None:
@@ -251,7 +245,7 @@ class Federation:
             return
         self._looked = time.monotonic()
         self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
-        held = {client.node_id for client in [*self.clients.values(), *self.newcomers.values()]}
+        held = {client.node_id for client in [*self.enrolment.clients.values(), *self.enrolment.newcomers.values()]}
         self._asked &= set(self._nodes) | held  # one that left without being taken in is asked when it is back
         for node_id in sorted(set(self._nodes) - self._asked - held):
             self._asked.add(node_id)
@@ -265,46 +259,8 @@ class Federation:
             watch.pushed(f"node {node_id}", message)
 
     def _welcome(self, node_id: int, reply: Reply) -> None:
-        """Read a registration: a newcomer, a client that is back at another node, or a refusal."""
-        client: Client | None = None
-        try:
-            if reply.message is None:
-                raise BadAnswerError(f"node {node_id} did not answer in time")
-            registration, layout = read_registration(reply.message, node_id)
-            client = client_from(registration, layout, node_id)
-            require_affordable(self.limits, client)
-            client = self._admit(client)
-        except BadAnswerError as error:
-            self.refused[reply.client_id] = str(error) if reply.message is not None else "did not answer in time"
-            self.say(f"refused: {error}")
-        self.arrived(reply, client)
-
-    def _admit(self, client: Client) -> Client:
-        """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.
-
-        Where nodes have no keys, a restarted one is a new one: it gets its id back when the old one is gone.
-        """
-        node = self._nodes.get(client.node_id) or NodeInfo(node_id=client.node_id)
-        if node.name and node.name != client.id:
-            raise BadAnswerError(
-                f"node {node.node_id} claims client-id {client.id!r}, but its key is registered as {node.name!r}"
-            )
-        holder = self.clients.get(client.id) or self.newcomers.get(client.id)
-        key = self.keys.get(client.id) or node.public_key
-        moved = holder is not None and holder.node_id != client.node_id
-        if key != node.public_key or (holder is not None and moved and holder.node_id in self._nodes):
-            held = f"node {holder.node_id}" if holder is not None else "a node with another key"
-            raise BadAnswerError(f"node {client.node_id} claims client-id {client.id!r}, which {held} holds already")
-        self.keys[client.id] = node.public_key
-        if client.id not in self.clients:
-            self.newcomers[client.id] = client
-            return client
-        known = self.clients[client.id]
-        if known.layout.digest != client.layout.digest:
-            difference = known.layout.describe_difference(client.layout)
-            raise BadAnswerError(f"client {client.id!r} came back with {difference}")
-        self.clients[client.id] = replace(known, node_id=client.node_id)
-        return self.clients[client.id]
+        node = self._nodes.get(node_id) or NodeInfo(node_id=node_id)
+        self.arrived(reply, self.enrolment.welcome(reply.client_id, node, reply.message, self._nodes))
 
 
 def _registration(node_id: int, timeout: float) -> Make:

@@ -14,18 +14,17 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from proto.fedalloy.v1 import report_pb2
 from server_app.ledger.recorder import Booking, WireLog, explained
 from server_app.run import client_status
 from server_app.run.client_status import OK, REJECTED, ClientRecord
+from server_app.run.enrolment import Enrolment
 from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply
 from server_app.run.options import RunOptions, as_toml, read_run_options
 from server_app.run.resume import clients_to_json, require_same_config, saved_clients
 from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
-from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from, outvoted
-from strategies.framework.limits import with_bounded_weight
+from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from
 from strategies.framework.messages import (
     BadAnswerError,
     Dispatch,
@@ -85,7 +84,8 @@ class Run:
         self.directory = directory
         self.wire = wire
         self.name = name
-        self.federation = Federation(grid, options.poll_interval, _say, self._arrived, strategy.limits)
+        self.enrolment = Enrolment(strategy, directory)
+        self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
         self.completed = 0
         self.training_seconds = 0.0
         self.started = time.monotonic()
@@ -128,28 +128,20 @@ class Run:
     def _register(self, checkpoint: Checkpoint | None) -> None:
         started = time.monotonic()
         saved = saved_clients(self.directory, checkpoint) if checkpoint is not None else []
-        self.federation.keys.update({known.client.id: known.key for known in saved})
+        self.enrolment.keys.update({known.client.id: known.key for known in saved})
         watch = Booking(self.wire, 0, "query")
         self.federation.register(self.options.min_clients, self.options.startup_timeout, watch)
-        for known in saved:  # in the order in which they were enrolled first
-            came = self.federation.newcomers.pop(known.client.id, None)
-            if came is not None and came.layout.digest != known.client.layout.digest:
-                difference = known.client.layout.describe_difference(came.layout)
-                self._refuse(came.id, f"client {came.id!r} came back with {difference}")
-                came = None
-            client = replace(known.client, node_id=came.node_id if came is not None else 0)
-            self.strategy.enrol(client)
-            self.federation.enrolled(client)
+        self.enrolment.restore(saved)
         if checkpoint is not None:
             self.strategy.load_state(checkpoint.state)
-        self._enrol_newcomers()
+        self.enrolment.enrol_newcomers()
         records = self._registered | {
-            who: {"status": REJECTED, "reason": why} for who, why in self.federation.refused.items()
+            who: {"status": REJECTED, "reason": why} for who, why in self.enrolment.refused.items()
         }
         record = self.record("register", self.completed, records, started)
-        fitting = sum(client.node_id != 0 for client in self.federation.clients.values())
+        fitting = sum(client.node_id != 0 for client in self.enrolment.clients.values())
         if fitting < self.options.min_clients:
-            reasons = "; ".join(self.federation.refused.values())
+            reasons = "; ".join(self.enrolment.refused.values())
             raise NotEnoughClientsError(f"{fitting} of at least {self.options.min_clients} clients fit. {reasons}")
         if checkpoint is None:
             self._checkpoint(0, record)
@@ -167,34 +159,6 @@ class Run:
         for note in [note for task in client.registration.tasks for note in task.notes][: client_status.SHOWN]:
             log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
 
-    def _enrol_newcomers(self) -> None:
-        """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
-        newcomers = dict(self.federation.newcomers)
-        self.federation.newcomers.clear()
-        counts = {client.id: client.claimed for client in [*self.federation.clients.values(), *newcomers.values()]}
-        votes = self.strategy.votes(newcomers.values())
-        for client in [newcomers[client_id] for client_id in votes]:
-            bounded = with_bounded_weight(self.strategy.limits, client, counts)
-            if bounded.examples < client.examples:
-                log(WARNING, "%s counts for %d examples, not %d", client.id, bounded.examples, client.examples)
-            try:
-                self.strategy.enrol(bounded)
-            except StrategyError as error:
-                self._refuse(client.id, f"{error}{outvoted(votes, client.id)}")
-                self.federation.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
-                continue
-            said = report_pb2.Registration()
-            said.CopyFrom(client.registration)
-            said.ClearField("wire")
-            self.directory.save_registration(client.id, said.SerializeToString(deterministic=True))
-            self.federation.enrolled(bounded)
-
-    def _refuse(self, client_id: str, reason: str) -> None:
-        reason = one_line(reason)
-        self.federation.refused[client_id] = reason
-        self._registered.pop(client_id, None)
-        log(WARNING, "refused: %s", reason)
-
     def _gather(self, round_: int) -> list[Client]:
         """Clients that are online, newcomers among them; waits for ``min-clients``.
 
@@ -206,7 +170,7 @@ class Run:
         while True:
             watch = Booking(self.wire, round_, "query")
             self.federation.present(watch)
-            self._enrol_newcomers()
+            self.enrolment.enrol_newcomers()
             present = self.federation.present(watch)
             if len(present) >= self.options.min_clients:
                 return present
@@ -244,7 +208,7 @@ class Run:
 
     def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:
         about = {
-            "clients": clients_to_json(self.federation.clients, self.federation.keys),
+            "clients": clients_to_json(self.enrolment.clients, self.enrolment.keys),
             "training_seconds": self.training_seconds,
             "seconds": time.monotonic() - self.started,
             "record": record,
@@ -306,7 +270,7 @@ class Run:
 
         def make(client_id: str) -> Message:
             dispatch = self._dispatch(round_, clients[client_id], briefs[clients[client_id]])
-            message = dispatch.message(self.federation.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
+            message = dispatch.message(self.enrolment.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
             self.federation.intake.expect(dispatch.max_answer_bytes)
             tensors[client_id] = dispatch.tensor_bytes
             dispatches[client_id] = replace(dispatch, content=RecordDict())  # once sent, the blobs are the SuperLink's
@@ -370,7 +334,7 @@ class Run:
         )
 
     def _clients(self) -> list[Client]:
-        return [self.federation.clients[client_id] for client_id in sorted(self.federation.clients)]
+        return [self.enrolment.clients[client_id] for client_id in sorted(self.enrolment.clients)]
 
     def _absent(self, present: list[Client]) -> dict[str, ClientRecord]:
         return {client.id: {"status": client_status.ABSENT} for client in self._clients() if client not in present}

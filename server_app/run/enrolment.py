@@ -1,0 +1,121 @@
+"""Who takes part in a run: registrations are read, ids are kept for their owners, newcomers are enrolled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from flwr.app import Message
+from flwr.common.logger import log
+from flwr.proto.node_pb2 import NodeInfo
+
+from proto.fedalloy.v1 import report_pb2
+from server_app.run.resume import SavedClient
+from server_app.run.run_directory import RunDirectory
+from strategies import AlloyStrategy
+from strategies.framework.contract import Client, StrategyError, client_from, outvoted
+from strategies.framework.limits import require_affordable, with_bounded_weight
+from strategies.framework.messages import BadAnswerError, one_line, read_registration
+
+INFO, WARNING = 20, 30
+
+
+class Enrolment:
+    """The clients of one run, by id, and those that may not take part."""
+
+    def __init__(self, strategy: AlloyStrategy, directory: RunDirectory) -> None:
+        self.strategy = strategy
+        self.directory = directory
+        self.clients: dict[str, Client] = {}
+        """Those that the strategy has taken in."""
+        self.newcomers: dict[str, Client] = {}
+        """Those that have registered since newcomers were enrolled last."""
+        self.refused: dict[str, str] = {}
+        """Reasons by client id; by node where there is no id."""
+        self.keys: dict[str, bytes] = {}
+        """The public key of each id's owner."""
+
+    def welcome(self, who: str, node: NodeInfo, answer: Message | None, online: Collection[int]) -> Client | None:
+        """Read a registration: a newcomer, a client that is back at another node, or (None) a refusal.
+
+        Args:
+            who: the node's name in refusals.
+            node: which was asked.
+            answer: None where none came in time.
+            online: ids of the nodes that are online.
+        """
+        try:
+            if answer is None:
+                raise BadAnswerError(f"node {node.node_id} did not answer in time")
+            registration, layout = read_registration(answer, node.node_id)
+            client = client_from(registration, layout, node.node_id)
+            require_affordable(self.strategy.limits, client)
+            return self._admit(client, node, online)
+        except BadAnswerError as error:
+            self.refused[who] = str(error) if answer is not None else "did not answer in time"
+            log(INFO, "refused: %s", error)
+            return None
+
+    def restore(self, saved: Iterable[SavedClient]) -> None:
+        """Enrol a resumed run's clients, in the order in which they were enrolled first, back or not."""
+        for known in saved:
+            came = self.newcomers.pop(known.client.id, None)
+            if came is not None and came.layout.digest != known.client.layout.digest:
+                difference = known.client.layout.describe_difference(came.layout)
+                self._refuse(came.id, f"client {came.id!r} came back with {difference}")
+                came = None
+            client = replace(known.client, node_id=came.node_id if came is not None else 0)
+            self.strategy.enrol(client)
+            self.clients[client.id] = client
+
+    def enrol_newcomers(self) -> None:
+        """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
+        newcomers = dict(self.newcomers)
+        self.newcomers.clear()
+        counts = {client.id: client.claimed for client in [*self.clients.values(), *newcomers.values()]}
+        votes = self.strategy.votes(newcomers.values())
+        for client in [newcomers[client_id] for client_id in votes]:
+            bounded = with_bounded_weight(self.strategy.limits, client, counts)
+            if bounded.examples < client.examples:
+                log(WARNING, "%s counts for %d examples, not %d", client.id, bounded.examples, client.examples)
+            try:
+                self.strategy.enrol(bounded)
+            except StrategyError as error:
+                self._refuse(client.id, f"{error}{outvoted(votes, client.id)}")
+                self.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
+                continue
+            said = report_pb2.Registration()
+            said.CopyFrom(client.registration)
+            said.ClearField("wire")
+            self.directory.save_registration(client.id, said.SerializeToString(deterministic=True))
+            self.clients[client.id] = bounded
+
+    def _admit(self, client: Client, node: NodeInfo, online: Collection[int]) -> Client:
+        """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.
+
+        Where nodes have no keys, a restarted one is a new one: it gets its id back when the old one is gone.
+        """
+        if node.name and node.name != client.id:
+            raise BadAnswerError(
+                f"node {node.node_id} claims client-id {client.id!r}, but its key is registered as {node.name!r}"
+            )
+        holder = self.clients.get(client.id) or self.newcomers.get(client.id)
+        key = self.keys.get(client.id) or node.public_key
+        moved = holder is not None and holder.node_id != client.node_id
+        if key != node.public_key or (holder is not None and moved and holder.node_id in online):
+            held = f"node {holder.node_id}" if holder is not None else "a node with another key"
+            raise BadAnswerError(f"node {client.node_id} claims client-id {client.id!r}, which {held} holds already")
+        self.keys[client.id] = node.public_key
+        if client.id not in self.clients:
+            self.newcomers[client.id] = client
+            return client
+        known = self.clients[client.id]
+        if known.layout.digest != client.layout.digest:
+            difference = known.layout.describe_difference(client.layout)
+            raise BadAnswerError(f"client {client.id!r} came back with {difference}")
+        self.clients[client.id] = replace(known, node_id=client.node_id)
+        return self.clients[client.id]
+
+    def _refuse(self, client_id: str, reason: str) -> None:
+        self.refused[client_id] = one_line(reason)
+        log(WARNING, "refused: %s", self.refused[client_id])
