@@ -18,20 +18,27 @@ many polls and heartbeats fell between the calls of a message.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from server_app.ledger.connections import OTHER, Key, Link, Row, join, segments
+from server_app.ledger.call_costs import CallCost, call_cost
+from server_app.ledger.connections import OTHER, Link, join, segments
+from server_app.ledger.rows import (
+    ActivityRow,
+    BundleRow,
+    ConnectionRow,
+    MessageRow,
+    ReadingRow,
+    SmallCallRow,
+    TensorRow,
+)
 
 FRAME_HEADER, TLS_RECORD = 9, 22  # RFC 9113, 4.1; RFC 8446, 5.2: header 5, content type 1, tag 16
 PING = FRAME_HEADER + 8  # RFC 9113, 6.7
 BUNDLE_CALLS = 2
-# Serialised request and answer with a 64-bit node id: PullMessages (nothing there), SendNodeHeartbeat.
-POLL_PROTO, HEARTBEAT_PROTO = (13, 0), (22, 2)
 POLL_INTERVAL = 3.0  # seconds; Flower's SuperNode, after a poll that brought nothing
 
 SKETCH = "sketch"
@@ -71,43 +78,19 @@ class ClientRound:
     source: str
 
 
-@dataclass(frozen=True)
-class CallCost:
-    """Bytes up and down of one small gRPC call without its protobuf, and of the pings with a group of calls."""
-
-    call: tuple[float, float]
-    pings: tuple[float, float]
-
-    @property
-    def poll(self) -> tuple[float, float]:
-        """Bytes up and down of one poll that brings nothing."""
-        return self.call[0] + POLL_PROTO[0], self.call[1] + POLL_PROTO[1]
-
-
-@dataclass(frozen=True)
-class _LoneCall:
-    phase: str
-    key: Key
-    up: int
-    down: int
-    pings_up: int
-    pings_down: int
-    count: int
-
-
 class Accounts:
     """A ledger's rows at one moment; see :mod:`server_app.ledger.store` for the tables."""
 
     def __init__(
         self,
         meta: dict[str, str],
-        tensors: list[Row],
-        messages: list[Row],
-        bundles: list[Row],
-        readings: list[Row],
-        connections: list[Row],
-        activity: list[Row],
-        small_calls: list[Row],
+        tensors: list[TensorRow],
+        messages: list[MessageRow],
+        bundles: list[BundleRow],
+        readings: list[ReadingRow],
+        connections: list[ConnectionRow],
+        activity: list[ActivityRow],
+        small_calls: list[SmallCallRow],
     ) -> None:
         self.meta = meta
         self.tensors = tensors
@@ -121,7 +104,7 @@ class Accounts:
         found = {link.client for link in own}
         # Somebody else's SuperNodes share the Fleet port. Only where a client of this run could not read its own end,
         # and nobody hides behind address translation, can what is left over be this run's.
-        missing = {row["client"] for row in messages} - found
+        missing = {row.client for row in messages} - found
         self.counts_other = bool(missing) and all(link.at_server for link in own)
         self.links = links if self.counts_other else own
         self.covered = found | (missing if self.counts_other else set())
@@ -132,9 +115,9 @@ class Accounts:
         """One row per client, round and direction, in that order."""
         tensor, message = defaultdict[tuple[int, str, str], int](int), defaultdict[tuple[int, str, str], int](int)
         for row in self.tensors:
-            tensor[row["round"], row["client"], row["direction"]] += row["bytes"]
-        for row in self.messages:
-            message[row["round"], row["client"], row["direction"]] += row["bytes"]
+            tensor[row.round, row.client, row.direction] += row.bytes
+        for sent in self.messages:
+            message[sent.round, sent.client, sent.direction] += sent.bytes
         wire, other, source = self._wire()
         keys = sorted({*tensor, *message, *wire}, key=lambda key: (key[0], key[1] == OTHER, key[1], key[2] == "down"))
         return [
@@ -173,7 +156,7 @@ class Accounts:
         """
         last: dict[str, str] = {}
         for row in self.readings:
-            last[row["client"] if row["end"] == "client" else "server"] = row["not_measured"]
+            last[row.client if row.end == "client" else "server"] = row.not_measured
         return {who: why for who, why in last.items() if why}
 
     def unjoined(self) -> list[str]:
@@ -211,42 +194,9 @@ class Accounts:
         return max(fractions, default=None)
 
     def call_overhead(self, client: str = "") -> CallCost | None:
-        """What one gRPC call costs beyond its protobuf: the median lone poll of ``client``.
-
-        Without one, of all clients; without any, the cheapest lone heartbeat (some carry a timeout as well); None when
-        there was no lone call at all. gRPC sends HTTP/2 pings after a pause; they travel in segments of their own.
-        """
-        calls = [call for row in self.small_calls if (call := self._lone_call(row)) is not None]
-        if not calls:
-            return None
+        """What one gRPC call costs beyond its protobuf: the median lone poll of ``client``, else of all clients."""
         keys = {link.key for link in self.links if link.client == client and link.at_server}
-        # A heartbeat between two runs' messages passes for a poll, but its answer is not empty.
-        beats = [(call.down, call.count) for call in calls if call.phase == "heartbeat"]
-        heartbeat = _median(beats) if beats else math.inf
-        polls = [call for call in calls if call.phase == "poll" and call.down < heartbeat]
-        polls = [call for call in polls if call.key in keys] or polls
-        count = sum(call.count for call in calls)
-        pings = [sum(getattr(call, name) * call.count for call in calls) / count for name in ("pings_up", "pings_down")]
-        if polls:
-            up = _median([(call.up, call.count) for call in polls]) - POLL_PROTO[0]
-            down = _median([(call.down, call.count) for call in polls]) - POLL_PROTO[1]
-        else:
-            up = min(call.up for call in calls) - HEARTBEAT_PROTO[0]
-            down = min(call.down for call in calls) - HEARTBEAT_PROTO[1]
-        return CallCost((up, down), (pings[0], pings[1]))
-
-    def _lone_call(self, row: Row) -> _LoneCall | None:
-        """A row of ``small_call`` without its pings; None for half a call (the answer came too late)."""
-        pings_up, pings_down = (self._ping * (row[name] - 1) for name in ("data_in", "data_out"))
-        up, down = row["up"] - pings_up, row["down"] - pings_down
-        if min(up, down) <= self._ping:
-            return None
-        key = (row["address"], row["port"], row["cookie"])
-        return _LoneCall(row["phase"], key, up, down, pings_up, pings_down, row["count"])
-
-    @property
-    def _ping(self) -> int:
-        return PING + self._record
+        return call_cost(self.small_calls, keys, PING + self._record)
 
     @property
     def _record(self) -> int:
@@ -281,24 +231,25 @@ class Accounts:
                 book(client, round_, up, down)
                 seconds[client, round_] += duration
         for row in self._carried():
-            if (cost := costs.get(row["client"])) is not None:
-                calls = [row["calls"] * cost.call[end] + cost.pings[end] for end in (0, 1)]
-                own, other = row["bytes"] + row["tls_records"] * self._record, row["control_bytes"]
-                up, down = (own, other) if row["direction"] == "up" else (other, own)
-                book(row["client"], row["round"], -up - calls[0], -down - calls[1])
-                if row["direction"] == "up":
+            if (cost := costs.get(row.client)) is not None:
+                calls = [row.calls * cost.call[end] + cost.pings[end] for end in (0, 1)]
+                own, other = row.bytes + row.tls_records * self._record, row.control_bytes
+                up, down = (own, other) if row.direction == "up" else (other, own)
+                book(row.client, row.round, -up - calls[0], -down - calls[1])
+                if row.direction == "up":
                     poll = cost.poll
-                    book(row["client"], row["round"], -poll[0], -poll[1])
+                    book(row.client, row.round, -poll[0], -poll[1])
         first = {client: min(round_ for name, round_ in missing if name == client) for client, _ in missing}
-        for row in self._fetched_bundles():
-            if (cost := costs.get(row["client"])) is not None:
-                down = row["down"] + row["tls_records"] * self._record
-                up, down = row["up"] + BUNDLE_CALLS * cost.call[0], down + BUNDLE_CALLS * cost.call[1]
-                book(row["client"], first.get(row["client"], 0), -up, -down)
-        for row in self.activity:
-            client = clients.get((row["address"], row["port"], row["cookie"]), "")
-            if client and row["kind"] in BY_COUNTER:
-                book(client, row["round"], -row["up"], -row["down"])
+        for bundle in self._fetched_bundles():
+            if (cost := costs.get(bundle.client)) is not None:
+                records = bundle.tls_records * self._record
+                calls = [BUNDLE_CALLS * cost.call[end] for end in (0, 1)]
+                round_ = first.get(bundle.client, 0)
+                book(bundle.client, round_, -bundle.up - calls[0], -bundle.down - records - calls[1])
+        for seen in self.activity:
+            client = clients.get(seen.key, "")
+            if client and seen.kind in BY_COUNTER:
+                book(client, seen.round, -seen.up, -seen.down)
         counts = defaultdict[str, int](int)
         for (client, round_), left in missing.items():
             poll = costs[client].poll
@@ -320,36 +271,36 @@ class Accounts:
             found["TCP/IP headers"] += header * data
             found["acknowledgements"] += header * (count - data)
         payload = sum(piece.payload for _, piece in pieces)
-        tensors = {(row["client"], row["round"], row["direction"], row["kind"]): 0 for row in self.tensors}
-        for row in self.tensors:
-            tensors[row["client"], row["round"], row["direction"], row["kind"]] += row["bytes"]
+        tensors = {(tensor.client, tensor.round, tensor.direction, tensor.kind): 0 for tensor in self.tensors}
+        for tensor in self.tensors:
+            tensors[tensor.client, tensor.round, tensor.direction, tensor.kind] += tensor.bytes
         own, control, tls_records, meant, sketched = 0, 0, 0, 0, 0
         calls, polls, groups = (defaultdict[str, int](int) for _ in range(3))
         for row in self._carried():
-            calls[row["client"]] += row["calls"]
-            groups[row["client"]] += 1
+            calls[row.client] += row.calls
+            groups[row.client] += 1
             # After each answer the SuperNode polls at once, too close to the answer to be seen apart.
-            polls[row["client"]] += row["direction"] == "up"
-            if row["direction"] == direction:
-                own += row["bytes"]
-                tls_records += row["tls_records"]
-                meant += tensors.pop((row["client"], row["round"], direction, row["kind"]), 0)
-                sketched += tensors.pop((row["client"], row["round"], direction, SKETCH), 0)
+            polls[row.client] += row.direction == "up"
+            if row.direction == direction:
+                own += row.bytes
+                tls_records += row.tls_records
+                meant += tensors.pop((row.client, row.round, direction, row.kind), 0)
+                sketched += tensors.pop((row.client, row.round, direction, SKETCH), 0)
             else:
-                control += row["control_bytes"]
-        for row in self._fetched_bundles():
-            found["app bundle"] += row[direction]
-            calls[row["client"]] += BUNDLE_CALLS
-            tls_records += row["tls_records"] if direction == "down" else 0
+                control += row.control_bytes
+        for bundle in self._fetched_bundles():
+            found["app bundle"] += bundle.to(direction)
+            calls[bundle.client] += BUNDLE_CALLS
+            tls_records += bundle.tls_records if direction == "down" else 0
         found["tensors"] = meant
         found["sketches"] = sketched
         found["message framing"] = own - meant - sketched
         found["Flower control"] = control
         found["TLS records"] = tls_records * self._record
         counted = {link.key for link in self.links if link.at_server}
-        for row in self.activity:
-            if row["kind"] in BY_COUNTER and (row["address"], row["port"], row["cookie"]) in counted:
-                found[BY_COUNTER[row["kind"]]] += row[direction]
+        for seen in self.activity:
+            if seen.kind in BY_COUNTER and seen.key in counted:
+                found[BY_COUNTER[seen.kind]] += seen.to(direction)
         for client in calls:
             overhead = self.call_overhead(client)
             if overhead is not None:  # else it stays unexplained
@@ -363,53 +314,41 @@ class Accounts:
         found["unexplained"] = payload + headers - sum(found.values())
         return found
 
-    def _carried(self) -> Iterator[Row]:
+    def _carried(self) -> Iterator[MessageRow]:
         """Messages whose bytes are inside the counted wire."""
         alone: dict[str, list[tuple[int, str]]] = {client: [] for client in self.unjoined()}
         for reading in self.readings:
-            if reading["end"] == "client" and reading["client"] in alone:
-                alone[reading["client"]].append((reading["round"], reading["kind"]))
-        answered = {(row["client"], row["round"], row["kind"]) for row in self.messages if row["direction"] == "up"}
+            if reading.end == "client" and reading.client in alone:
+                alone[reading.client].append((reading.round, reading.kind))
+        answered = {(row.client, row.round, row.kind) for row in self.messages if row.direction == "up"}
         wire, _, _ = self._wire()
         for row in self.messages:
-            client, what = row["client"], (row["round"], row["kind"])
+            client, what = row.client, (row.round, row.kind)
             if client not in self.covered:
                 continue
             if client in alone:
                 # Counting starts when the first message has arrived and ends before the last answer.
-                inside = alone[client][1:] if row["direction"] == "down" else alone[client][:-1]
+                inside = alone[client][1:] if row.direction == "down" else alone[client][:-1]
                 if what not in inside:
                     continue
-            elif row["direction"] == "down" and (client, *what) not in answered:
-                fetched = wire.get((row["round"], client, "down"))
-                if fetched is not None and fetched < row["bytes"]:
+            elif row.direction == "down" and (client, *what) not in answered:
+                fetched = wire.get((row.round, client, "down"))
+                if fetched is not None and fetched < row.bytes:
                     continue  # the SuperNode never came for it
             yield row
 
-    def _fetched_bundles(self) -> list[Row]:
+    def _fetched_bundles(self) -> list[BundleRow]:
         """One per fetch: a SuperNode that was started again fetches the bundle again, on a connection of its own."""
         alone = set(self.unjoined())
-        rows = [row for row in self.bundles if row["client"] in self.covered and row["client"] not in alone]
+        rows = [row for row in self.bundles if row.client in self.covered and row.client not in alone]
         sent = defaultdict[tuple[str, int, str], int](int)
-        for row in self.messages:
-            if row["direction"] == "down":
-                sent[row["client"], row["round"], row["kind"]] += row["bytes"]
+        for message in self.messages:
+            if message.direction == "down":
+                sent[message.client, message.round, message.kind] += message.bytes
         again = []
         for row in rows:
-            later = [link.at_client[0] for link in self.links if link.client == row["client"] and link.at_client][1:]
+            later = [link.at_client[0] for link in self.links if link.client == row.client and link.at_client][1:]
             for first in later:  # what came before and with the connection's first message, less that message
-                arrived = first["bytes_received"] - sent[row["client"], first["round"], first["kind"]]
-                again += [row] if arrived >= row["down"] else []
+                arrived = first.bytes_received - sent[row.client, first.round, first.kind]
+                again += [row] if arrived >= row.down else []
         return rows + again
-
-
-def _median(values: list[tuple[int, int]]) -> float:
-    """Median of values with counts."""
-    values = sorted(values)
-    half = sum(count for _, count in values) / 2
-    seen = 0
-    for value, count in values:
-        seen += count
-        if seen >= half:
-            return float(value)
-    raise ValueError("no values")

@@ -35,7 +35,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from flwr.app import Message
@@ -47,7 +47,17 @@ from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.ledger.flower_costs import BundleCost, MessageCost, message_cost
 from server_app.ledger.reconciliation import Accounts, ClientRound
+from server_app.ledger.rows import (
+    ActivityRow,
+    BundleRow,
+    ConnectionRow,
+    MessageRow,
+    ReadingRow,
+    SmallCallRow,
+    TensorRow,
+)
 
+Row = TypeVar("Row")
 FORMAT = "1"
 COUNTERS = (
     "bytes_sent",
@@ -255,13 +265,13 @@ class Ledger:
             try:
                 return Accounts(
                     meta=dict(tuple(row) for row in self._db.execute("SELECT key, value FROM meta")),
-                    tensors=self._rows("SELECT * FROM tensor"),
-                    messages=self._rows("SELECT rowid, * FROM message ORDER BY rowid"),
-                    bundles=self._rows("SELECT * FROM bundle"),
-                    readings=self._rows("SELECT * FROM reading ORDER BY seq"),
-                    connections=self._rows("SELECT * FROM connection ORDER BY seq, rowid"),
-                    activity=self._rows("SELECT * FROM activity"),
-                    small_calls=self._rows("SELECT * FROM small_call"),
+                    tensors=self._rows(TensorRow, "SELECT * FROM tensor"),
+                    messages=self._rows(MessageRow, "SELECT rowid, * FROM message ORDER BY rowid"),
+                    bundles=self._rows(BundleRow, "SELECT * FROM bundle"),
+                    readings=self._rows(ReadingRow, "SELECT * FROM reading ORDER BY seq"),
+                    connections=self._rows(ConnectionRow, "SELECT * FROM connection ORDER BY seq, rowid"),
+                    activity=self._rows(ActivityRow, "SELECT * FROM activity"),
+                    small_calls=self._rows(SmallCallRow, "SELECT * FROM small_call"),
                 )
             finally:
                 self._db.row_factory = None
@@ -282,8 +292,8 @@ class Ledger:
         """The larger direction's ``|unexplained| / wire``; None where the wire was not measured."""
         return self.accounts().unexplained_fraction()
 
-    def _rows(self, query: str) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._db.execute(query)]
+    def _rows(self, kind: type[Row], query: str) -> list[Row]:
+        return [kind(**dict(row)) for row in self._db.execute(query)]
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         with self._lock:

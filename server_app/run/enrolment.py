@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import Message
 from flwr.common.logger import log
@@ -23,7 +24,7 @@ INFO, WARNING = 20, 30
 class Enrolment:
     """The clients of one run, by id, and those that may not take part."""
 
-    def __init__(self, strategy: AlloyStrategy, directory: RunDirectory) -> None:
+    def __init__(self, strategy: AlloyStrategy[Any], directory: RunDirectory) -> None:
         self.strategy = strategy
         self.directory = directory
         self.clients: dict[str, Client] = {}

@@ -120,13 +120,12 @@ def test_both_ends_agree_to_the_byte(outcome: Outcome) -> None:
     assert sorted(link.client for link in links) == [f"client-{number}" for number in range(CLIENTS)]
     for link in links:
         at_client = {
-            (row["bytes_sent"] - row["bytes_retransmitted"], row["bytes_received"], row["round"])
-            for row in link.at_client
+            (row.bytes_sent - row.bytes_retransmitted, row.bytes_received, row.round) for row in link.at_client
         }
         at_server = {
-            (row["bytes_received"], row["bytes_sent"] - row["bytes_retransmitted"], row["round"])
+            (row.bytes_received, row.bytes_sent - row.bytes_retransmitted, row.round)
             for row in link.at_server
-            if row["event"] == "handler"
+            if row.event == "handler"
         }
         # A heartbeat may be on its way just then, so not all; but such numbers do not agree by chance.
         assert at_client & at_server, link.client

@@ -67,14 +67,10 @@ def kinds_of(accounts: Accounts) -> dict[str, dict[str, int]]:
         if found[direction]:
             continue
         meant, sketched = (
-            sum(
-                r["bytes"]
-                for r in accounts.tensors
-                if r["direction"] == direction and (r["kind"] == SKETCH) == is_sketch
-            )
+            sum(r.bytes for r in accounts.tensors if r.direction == direction and (r.kind == SKETCH) == is_sketch)
             for is_sketch in (False, True)
         )
-        whole = sum(row["bytes"] for row in accounts.messages if row["direction"] == direction)
+        whole = sum(row.bytes for row in accounts.messages if row.direction == direction)
         found[direction] = {"tensors": meant, "sketches": sketched, "message framing": whole - meant - sketched}
     return found
 

@@ -567,7 +567,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def activity(ledger: Ledger, column: str = "up") -> dict[str, int]:
     found: dict[str, int] = {}
     for row in ledger.accounts().activity:
-        found[row["kind"]] = found.get(row["kind"], 0) + row[column]
+        found[row.kind] = found.get(row.kind, 0) + getattr(row, column)
     return found
 
 
@@ -588,7 +588,7 @@ def test_sampler_tells_polls_from_messages(ledger: Ledger, kernel: Kernel) -> No
     sampler.reply(1, "berlin", "train", arrived)
     sampler.stop()
     assert activity(ledger) == {"idle": 590 + 668 + 590 + 599, "burst": 5300 + 105_000, "ping": 39}
-    calls = {(row["phase"], row["up"], row["count"]) for row in ledger.accounts().small_calls}
+    calls = {(row.phase, row.up, row.count) for row in ledger.accounts().small_calls}
     assert calls == {("poll", 590, 1), ("poll", 668, 1), ("heartbeat", 599, 1)}
     cost = ledger.accounts().call_overhead("berlin")
     assert cost is not None
@@ -634,8 +634,8 @@ def test_sampler_finds_the_moment_of_the_clients_reading(ledger: Ledger, kernel:
     kernel.traffic(sampler, 5, 100_000, 1000)
     sampler.reply(1, "berlin", "train", reading(at_client(there.bytes_received, there.bytes_sent)))
     (link,) = ledger.accounts().links
-    (moment,) = [row for row in link.at_server if row["event"] == "handler"]
-    assert (moment["bytes_received"], moment["bytes_sent"]) == (5000, 100_000)
+    (moment,) = [row for row in link.at_server if row.event == "handler"]
+    assert (moment.bytes_received, moment.bytes_sent) == (5000, 100_000)
     sampler.stop()
 
 
