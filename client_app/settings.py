@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -97,7 +98,7 @@ class ModelSettings:
     @property
     def label_names(self) -> tuple[str, ...]:
         """The labels that all clients share, in order; empty where each has its own."""
-        return tuple(name.strip() for name in self.labels.split(",") if name.strip())
+        return tuple(name for name in map(canonical_label, self.labels.split(",")) if name)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ class DataSettings:
     """Column of a chat's messages."""
     image_column: str = "image"
     """Column of the image."""
+    prompt_template: str = "auto"
+    """``auto``: prompts and completions go through the model's chat template where it has one, as user and assistant.
+    ``none``: they are read as they are."""
     split_column: str = ""
     """Column that says train, validation or test. Without it, and without files for each, examples are divided by
     ``split-fractions``, the same way whenever they are read."""
@@ -140,6 +144,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _ = self.fractions
+        _require_choice("prompt-template", self.prompt_template, ("auto", "none"))
 
     @property
     def fractions(self) -> tuple[float, float, float]:
@@ -282,6 +287,11 @@ def read_settings(context: Context) -> Settings:
         keep_rounds=max(1, int(run.get("keep-checkpoints", 2))),
         policy=_read(Policy, node, run, "client."),
     )
+
+
+def canonical_label(name: str) -> str:
+    """A label as it is compared: NFC, because the same letters can be written in two ways, and no space around."""
+    return unicodedata.normalize("NFC", name).strip().strip("\ufeff")
 
 
 def default_state_dir() -> Path:

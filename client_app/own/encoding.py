@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,17 +13,20 @@ from torch import Tensor
 from client_app.data.dataset import MASK, Dataset, LazyDataset
 from client_app.data.task_kinds import IGNORED, Kind
 from client_app.model.base_models import BaseModelError, FoundModel, load_config, longest_input
+from client_app.own.chat import ChatTemplate, Span, common_start
 from client_app.own.examples import Example
 from client_app.own.images import ImageReader, read_image
+from client_app.own.messages import Turn, images_in
 from client_app.own.readers import DataError
-
-Segment = tuple[str, bool]
-"""A piece of text, and whether it is to be learnt."""
 
 
 @dataclass
 class Encoder:
-    """Turns examples into a :class:`Dataset`; ``truncated`` counts texts that were cut to ``max_length`` tokens."""
+    """Turns examples into a :class:`Dataset`; ``truncated`` counts texts that were cut to ``max_length`` tokens.
+
+    ``chat`` is the model's chat template; ``ask_by_chat`` says whether prompts and completions go through it, too.
+    ``between`` is put between a prompt and its completion where no template does.
+    """
 
     kind: Kind
     max_length: int
@@ -31,6 +34,10 @@ class Encoder:
     images: Any = None
     joint: Any = None
     truncated: int = 0
+    chat: ChatTemplate | None = None
+    ask_by_chat: bool = True
+    between: str = ""
+    findings: Counter[str] = field(default_factory=Counter)
 
     @property
     def padding_id(self) -> int | None:
@@ -75,26 +82,71 @@ class Encoder:
         return {name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded}
 
     def _generative(self, example: Example) -> dict[str, list[int]]:
-        segments, templated = self._segments(example)
-        ids: list[int] = []
-        labels: list[int] = []
-        for number, (text, learnt) in enumerate(segments):
-            if number == 0 and self.kind.has_image and not learnt:
-                piece = self._with_image(example, text)
-            else:
-                piece = self.tokenizer(text, add_special_tokens=number == 0 and not templated)["input_ids"]
-                if number == 0 and not templated and piece and piece[-1] == self.tokenizer.eos_token_id:
-                    piece = piece[:-1]
-            ids += piece
-            labels += piece if learnt else [IGNORED] * len(piece)
-        if not templated and self.tokenizer.eos_token_id is not None:
+        turns = self._turns(example)
+        if turns:
+            assert self.chat is not None
+            text, spans = self.chat.render(turns, example.context, example.first, example.place)
+        else:
+            asked = f"{self._image_token}{example.prompt or ''}{self.between if example.prompt else ''}"
+            text = f"{asked}{example.completion}"
+            spans = [(len(asked), len(text))]
+        ids, learnt = self._tokens(example, text, spans, templated=bool(turns))
+        labels = [token if wanted else IGNORED for token, wanted in zip(ids, learnt, strict=True)]
+        if not turns and self.tokenizer.eos_token_id is not None and ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
             labels.append(self.tokenizer.eos_token_id)
+        if all(label == IGNORED for label in labels[1:]):
+            raise DataError(f"{example.place}: nothing in this conversation is to be learnt")
         if len(ids) > self.max_length:
             ids, labels = self._cut(example, ids, labels)
         if all(label == IGNORED for label in labels[1:]):
             raise DataError(f"{example.place}: nothing is left to learn within {self.max_length} tokens (max-length)")
         return {"input_ids": ids, MASK: [1] * len(ids), "labels": labels}
+
+    @property
+    def _image_token(self) -> str:
+        return (getattr(self.joint, "image_token", None) or "") if self.kind.has_image else ""
+
+    def _turns(self, example: Example) -> Sequence[Turn]:
+        """The conversation that an example is for this model; empty where its texts are read as they are."""
+        turns: Sequence[Turn] = example.messages
+        if example.prompt is not None and not (self.chat and self.ask_by_chat):
+            return ()
+        if example.prompt is not None and not turns:
+            turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+        if example.prompt is not None:
+            self.findings["prompts are read through the model's chat template (prompt-template = 'auto')"] += 1
+        return _with_parts(turns) if self.kind.has_image else turns
+
+    def _tokens(
+        self, example: Example, text: str, spans: Sequence[Span], *, templated: bool
+    ) -> tuple[list[int], list[bool]]:
+        """A text's tokens, tokenised as a whole, and whether each is learnt: whether it has a character of a span."""
+        special = not templated
+        if self.kind.has_image:
+            special = self.tokenizer.bos_token is None or not text.startswith(self.tokenizer.bos_token)
+        if not getattr(self.tokenizer, "is_fast", False):
+            ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            learnt = [False] * len(ids)
+            for span in spans:
+                starts = [self.tokenizer(text[:end], add_special_tokens=special)["input_ids"] for end in span]
+                start, end = (common_start(ids, found) for found in starts)
+                learnt[start:end] = [True] * (end - start)
+        else:
+            found = self.tokenizer(
+                text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True
+            )
+            ids = list(found["input_ids"])
+            added = found["special_tokens_mask"] if special else [0] * len(ids)
+            places = zip(found["offset_mapping"], added, strict=True)
+            learnt = [not new and any(_touches(place, span) for span in spans) for place, new in places]
+            if not templated and added[-1] and ids[-1] == self.tokenizer.eos_token_id:
+                ids, learnt = ids[:-1], learnt[:-1]
+        if len(ids) > 1 and special and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            ids, learnt = ids[1:], learnt[1:]  # the text has its own
+        if self.kind.has_image:
+            return _expanded(ids, learnt, self._with_image(example, text, special=special), example)
+        return ids, learnt
 
     def _cut(self, example: Example, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """The prompt loses its beginning (but for the first token), then the completion its end."""
@@ -108,55 +160,9 @@ class Encoder:
         ids, labels = ids[:1] + ids[1 + surplus :], labels[:1] + labels[1 + surplus :]
         return ids[: self.max_length], labels[: self.max_length]
 
-    def _segments(self, example: Example) -> tuple[list[Segment], bool]:
-        """What is read and what is learnt, and whether a chat template has put the special tokens in."""
-        if example.messages:
-            return self._conversation(example), True
-        if self.kind.has_image and getattr(self.joint, "chat_template", None):
-            user = [{"type": "image"}, {"type": "text", "text": example.prompt or ""}]
-            turns = [{"role": "user", "content": user}]
-            prompt = self.joint.apply_chat_template(turns, add_generation_prompt=True)
-            return [(prompt, False), (f"{example.completion}{self.tokenizer.eos_token or ''}", True)], True
-        if self.kind.has_image:
-            token = getattr(self.joint, "image_token", None) or ""
-            return [(f"{token}{example.prompt or ''}", False), (str(example.completion), True)], False
-        if example.prompt is None:
-            return [(str(example.completion), True)], False
-        return [(example.prompt, False), (str(example.completion), True)], False
-
-    def _conversation(self, example: Example) -> list[Segment]:
-        """Learn what the assistant says; where the template rewrites earlier turns, only the last of it."""
-        segments: list[Segment] = []
-        done = ""
-        for number, turn in enumerate(example.messages):
-            if turn["role"] != "assistant":
-                continue
-            before, after = self._around(example, number)
-            if not before.startswith(done):
-                last = len(example.messages) - 1
-                before, after = self._around(example, last)
-                return [(before, False), (after[len(before) :], True)]
-            segments += [(before[len(done) :], False), (after[len(before) :], True)]
-            done = after
-        return segments
-
-    def _around(self, example: Example, number: int) -> tuple[str, str]:
-        """The conversation up to an assistant's turn, and up to the end of it."""
-        template = functools.partial(self.tokenizer.apply_chat_template, tokenize=False)
-        turns = [dict(turn) for turn in example.messages]
+    def _with_image(self, example: Example, text: str, *, special: bool) -> list[int]:
         try:
-            after = str(template(turns[: number + 1]))
-            for options in ({"add_generation_prompt": True}, {}):
-                before = str(template(turns[:number], **options)) if number else ""
-                if after.startswith(before):
-                    return before, after
-        except Exception as error:  # a template raises what it likes
-            raise DataError(f"{example.place}: the model's chat template refuses this conversation: {error}") from None
-        raise DataError(f"{example.place}: the model's chat template does not put this conversation in order")
-
-    def _with_image(self, example: Example, prompt: str) -> list[int]:
-        try:
-            encoded = self.joint(images=[_opened(example)], text=[prompt])
+            encoded = self.joint(images=[_opened(example)], text=[text], add_special_tokens=special)
         except DataError:
             raise
         except Exception as error:  # processors raise what they like
@@ -164,7 +170,42 @@ class Encoder:
         return [int(token) for token in encoded["input_ids"][0]]
 
 
-def load_encoder(found: FoundModel, kind: Kind, max_length: int, *, chat: bool = False) -> Encoder:
+def _with_parts(turns: Sequence[Turn]) -> list[Turn]:
+    """Messages as templates of processors want them: lists of parts, the image first where no message has it."""
+    found = [dict(turn) for turn in turns]
+    for turn in found:
+        if isinstance(turn.get("content"), str):
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+    if not images_in(found):
+        user = next(turn for turn in found if turn["role"] == "user")
+        user["content"] = [{"type": "image"}, *user["content"]]
+    return list(found)
+
+
+def _touches(place: Span, span: Span) -> bool:
+    """Whether a token has a character of a span; one without characters, whether it begins there."""
+    if place[0] == place[1]:
+        return span[0] <= place[0] < span[1]
+    return max(place[0], span[0]) < min(place[1], span[1])
+
+
+def _expanded(
+    ids: Sequence[int], learnt: Sequence[bool], with_image: list[int], example: Example
+) -> tuple[list[int], list[bool]]:
+    """The processor's tokens and whether each is learnt: it has put in those that stand for the image."""
+    found, at = [], 0
+    for token in with_image:
+        same = at < len(ids) and token == ids[at]
+        found.append(same and learnt[at])
+        at += same
+    if at != len(ids):
+        raise DataError(f"{example.place}: the model's processor does not keep this text beside its image")
+    return with_image, found
+
+
+def load_encoder(
+    found: FoundModel, kind: Kind, max_length: int, *, chat: bool = False, prompt_template: str = "none"
+) -> Encoder:
     """The encoder of a base model.
 
     Args:
@@ -172,6 +213,7 @@ def load_encoder(found: FoundModel, kind: Kind, max_length: int, *, chat: bool =
         kind: of the task.
         max_length: tokens of one example, at most.
         chat: whether examples are conversations, which need a chat template.
+        prompt_template: whether prompts and completions go through it, too (``auto``), or not (``none``).
 
     Raises:
         BaseModelError: the model's folder lacks a tokenizer, an image processor, or a chat template.
@@ -198,7 +240,12 @@ def load_encoder(found: FoundModel, kind: Kind, max_length: int, *, chat: bool =
     if encoder.tokenizer is not None:
         limits = (max_length, getattr(encoder.tokenizer, "model_max_length", None), longest_input(load_config(found)))
         encoder.max_length = min(int(limit) for limit in limits if limit)
-    if chat and not getattr(encoder.tokenizer, "chat_template", None):
+    speaker = encoder.joint if getattr(encoder.joint, "chat_template", None) else encoder.tokenizer
+    if getattr(speaker, "chat_template", None):
+        added = [str(token) for token in encoder.tokenizer.added_tokens_decoder.values()]
+        encoder.chat = ChatTemplate(speaker, encoder.tokenizer, [*encoder.tokenizer.all_special_tokens, *added])
+        encoder.ask_by_chat = prompt_template == "auto"
+    if chat and encoder.chat is None:
         raise BaseModelError(
             f"base-model {found.name!r} has no chat template, which messages need; use an instruction-tuned model, or "
             "prompt and completion columns"

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
+import functools
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from client_app.data.task_kinds import Kind
+from client_app.own.messages import (
+    CONVERSATIONS,
+    INPUT,
+    INSTRUCTION,
+    KWARGS,
+    OUTPUT,
+    TOOLS,
+    Turn,
+    images_in,
+    read_alpaca,
+    read_context,
+    read_messages,
+    read_prompt_and_completion,
+)
 from client_app.own.readers import DataError, Row
-from client_app.settings import DataSettings
+from client_app.own.values import missing_column, short, text_in, value_in
+from client_app.settings import DataSettings, canonical_label
 
-ROLES = ("system", "user", "assistant")
+IMAGES = "images"
+"""The column of conversations with images, as TRL calls it; taken where there is no image column."""
+_NOT_IN_LABELS = ("Cc", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,9 @@ class Example:
     """One checked example; what its task does not have is None.
 
     ``text`` and ``pair`` for classification; ``prompt`` (None: the text has none) and ``completion``, or ``messages``,
-    for generation. ``image`` is a path or an encoded file.
+    for generation, or both, where the prompt is for models without a chat template. ``context`` is what a chat template
+    gets beside the messages (tools), ``first`` the first message that may be learnt. ``image`` is a path or an encoded
+    file.
     """
 
     place: str
@@ -30,15 +51,16 @@ class Example:
     label: str | None = None
     prompt: str | None = None
     completion: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Turn, ...] = ()
+    context: Mapping[str, Any] = field(default_factory=dict)
+    first: int = 0
     image: Path | bytes | None = None
 
     @property
     def content(self) -> str:
         """What two copies of one example have in common."""
-        # Not where the folder lies: a copy of it elsewhere is divided in the same way.
-        image = "/".join(self.image.parts[-2:]) if isinstance(self.image, Path) else repr(self.image)
-        return json.dumps([self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image])
+        told = [self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image_digest(self.image)]
+        return json.dumps([*told, self.context, self.first] if self.context or self.first else told, default=str)
 
 
 def guess_kind(columns: Sequence[str], settings: DataSettings) -> str:
@@ -53,7 +75,8 @@ def guess_kind(columns: Sequence[str], settings: DataSettings) -> str:
     }
     if has["image"] and has["label"]:
         return "image-text-classification" if has["text"] else "image-classification"
-    if has["image"] and (has["completion"] or has["text"]):
+    has["messages"] |= CONVERSATIONS in columns or {INSTRUCTION, OUTPUT} <= set(columns)
+    if (has["image"] or IMAGES in columns) and (has["completion"] or has["text"] or has["messages"]):
         return "image-text-to-text"
     if has["label"] and has["text"]:
         return "text-classification"
@@ -61,7 +84,8 @@ def guess_kind(columns: Sequence[str], settings: DataSettings) -> str:
         return "causal-lm"
     raise DataError(
         f"columns {', '.join(map(repr, columns))} are for no known task; expected text + label, prompt + completion, "
-        "messages, image + label or image + text. Columns with other names: set text-column, label-column, ... in "
+        "messages, conversations, instruction + output, image + label or image + text. "
+        "Columns with other names: set text-column, label-column, ... in "
         "node-config"
     )
 
@@ -81,100 +105,101 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
             names = [name.strip() for name in settings.text_column.split(",")]
             if len(names) > 2:
                 raise DataError(f"text-column = {settings.text_column!r}: at most two columns, like premise,hypothesis")
-            found["text"] = _text(row, names[0])
-            found["pair"] = _text(row, names[1]) if len(names) == 2 else None
+            found["text"] = text_in(row, names[0])
+            found["pair"] = text_in(row, names[1]) if len(names) == 2 else None
         return Example(**found)
-    if settings.messages_column in row.values:
-        return Example(**found, messages=_messages(row, settings.messages_column))
-    if settings.prompt_column in row.values or settings.completion_column in row.values:
-        prompt, completion = _text(row, settings.prompt_column), _text(row, settings.completion_column)
-        return Example(**found, prompt=prompt, completion=completion)
-    if settings.text_column in row.values:
-        return Example(**found, completion=_text(row, settings.text_column))
-    raise _missing(row, settings.prompt_column, f"or {settings.messages_column!r} or {settings.text_column!r}")
+    return Example(**found, **_to_write(row, settings, has_image=kind.has_image))
 
 
-def _missing(row: Row, column: str, more: str = "") -> DataError:
-    close = difflib.get_close_matches(column, row.values, n=1, cutoff=0.6)
-    hint = f" (did you mean {close[0]!r}? Then set the name of the column in node-config)" if close else ""
-    return DataError(
-        f"{row.place}: no column {column!r}{f' {more}' if more else ''}{hint}; found {', '.join(map(repr, row.values))}"
+def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> set[str]:
+    """Which of the columns of a row :func:`read_example` looks at."""
+    found = {settings.split_column, settings.partition_by} | (
+        {settings.image_column, IMAGES} if kind.has_image else set()
     )
+    if not kind.generative:
+        found |= {settings.label_column} | {name.strip() for name in settings.text_column.split(",") if kind.has_text}
+        return found & set(columns)
+    forms = (
+        *((settings.messages_column,), (CONVERSATIONS,), (settings.prompt_column, settings.completion_column)),
+        *((INSTRUCTION, INPUT, OUTPUT), (settings.text_column,)),
+    )
+    form = next((form for form in forms if form[0] in columns or form[-1] in columns), ())
+    return (found | set(form) | ({TOOLS, KWARGS} if form != forms[-1] else set())) & set(columns)
 
 
-def _value(row: Row, column: str) -> Any:
-    if column not in row.values:
-        raise _missing(row, column)
-    value = row.values[column]
-    if value is None:
-        raise DataError(f"{row.place}, column {column!r}: null, expected a value")
-    return value
+def _to_write(row: Row, settings: DataSettings, *, has_image: bool) -> dict[str, Any]:
+    """What a model is to write for a row, and after what: the first of the known forms that it has."""
+    context, columns = read_context(row), row.values
+    for column in (settings.messages_column, CONVERSATIONS):
+        if column in columns:
+            turns = read_messages(row, column)
+            _require_one_image(turns, f"{row.place}, column {column!r}", has_image=has_image)
+            return {"messages": turns, "context": context}
+    prompt, completion = settings.prompt_column, settings.completion_column
+    if prompt in columns or completion in columns:
+        if isinstance(columns.get(prompt), list) and isinstance(columns.get(completion), list):
+            turns, first = read_prompt_and_completion(row, prompt, completion)
+            _require_one_image(turns, row.place, has_image=has_image)
+            return {"messages": turns, "first": first, "context": context}
+        return {"prompt": text_in(row, prompt), "completion": text_in(row, completion), "context": context}
+    if INSTRUCTION in columns and OUTPUT in columns:
+        turns, asked, answer = read_alpaca(row)
+        return {"messages": turns, "prompt": asked, "completion": answer, "context": context}
+    if settings.text_column in columns:
+        return {"completion": text_in(row, settings.text_column)}
+    raise missing_column(row, prompt, f"or {settings.messages_column!r} or {settings.text_column!r}")
 
 
-def _text(row: Row, column: str) -> str:
-    return _checked_text(_value(row, column), f"{row.place}, column {column!r}")
-
-
-def _checked_text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {_short(value)} is {type(value).__name__}, expected text")
-    if not value.strip():
-        raise DataError(f"{where}: an empty text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: character {error.start + 1} is half of a surrogate pair (\\u{ord(value[error.start]):04x})"
-        ) from None
-    return value
+def _require_one_image(turns: Sequence[Turn], where: str, *, has_image: bool) -> None:
+    count = images_in(turns)
+    if count > (1 if has_image else 0):
+        expected = "at most one" if has_image else "none, because the task has no images"
+        raise DataError(f"{where}: {count} images in the messages, expected {expected}")
 
 
 def _label(row: Row, column: str) -> str:
-    value, where = _value(row, column), f"{row.place}, column {column!r}"
+    value, where = value_in(row, column), f"{row.place}, column {column!r}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, float) and value.is_integer():  # pandas' integers beside a missing one
+        return str(int(value))
     if not isinstance(value, str):
-        raise DataError(f"{where}: {_short(value)} is {type(value).__name__}, expected a label (text or integer)")
-    label = value.strip()
+        raise DataError(f"{where}: {short(value)} is {type(value).__name__}, expected a label (text or integer)")
+    label = canonical_label(value)
     if not label:
         raise DataError(f"{where}: an empty label")
-    if "," in label or not label.isprintable():
-        raise DataError(f"{where}: label {_short(label)} has a comma or a control character, expected a plain name")
+    # Joiners and non-breaking spaces are parts of words and of emoji.
+    if "," in label or any(unicodedata.category(letter) in _NOT_IN_LABELS for letter in label):
+        raise DataError(f"{where}: label {short(label)} has a comma or a control character, expected a plain name")
     if len(label) > 200:
         raise DataError(f"{where}: a label of {len(label)} characters, expected at most 200; is this the text?")
     return label
 
 
-def _messages(row: Row, column: str) -> tuple[Mapping[str, str], ...]:
-    value, where = _value(row, column), f"{row.place}, column {column!r}"
-    if isinstance(value, str):  # in a CSV file
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise DataError(f"{where}: not a JSON list of messages") from None
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{where}: {_short(value)}, expected a list of messages")
-    turns = []
-    for number, turn in enumerate(value, start=1):
-        at = f"{where}, message {number}"
-        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise DataError(f"{at}: {_short(turn)}, expected an object with role and content")
-        if turn["role"] not in ROLES:
-            raise DataError(f"{at}: role {_short(turn['role'])}, expected one of {', '.join(ROLES)}")
-        if turn["role"] == "system" and number > 1:
-            raise DataError(f"{at}: a system message, expected it first or not at all")
-        turns.append({"role": str(turn["role"]), "content": _checked_text(turn["content"], f"{at}, content")})
-    if turns[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the last message is the {turns[-1]['role']}'s, expected the assistant's")
-    if not any(turn["role"] == "user" for turn in turns):
-        raise DataError(f"{where}: no message of the user")
-    return tuple(turns)
+@functools.lru_cache(maxsize=100_000)
+def _digest_of(path: Path, _size: int, _time: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def image_digest(image: Path | bytes | None) -> str | None:
+    """SHA-256 of an image's file: a copy under another name, or in another folder, is the same image."""
+    if isinstance(image, Path):
+        stat = image.stat()
+        return _digest_of(image, stat.st_size, stat.st_mtime_ns)
+    return None if image is None else hashlib.sha256(image).hexdigest()
 
 
 def _image(row: Row, column: str) -> Path | bytes:
-    value, where = _value(row, column), f"{row.place}, column {column!r}"
+    if column not in row.values and IMAGES in row.values:
+        column = IMAGES
+    value, where = value_in(row, column), f"{row.place}, column {column!r}"
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise DataError(f"{where}: {len(value)} images, expected one")
+        value = value[0]
     if isinstance(value, Mapping):  # an image column of datasets
         if value.get("bytes"):
             return bytes(value["bytes"])
@@ -182,15 +207,10 @@ def _image(row: Row, column: str) -> Path | bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {_short(value)}, expected the path of an image")
+        raise DataError(f"{where}: {short(value)}, expected the path of an image")
     if "\0" in value or "://" in value:
-        raise DataError(f"{where}: {_short(value)}, expected the path of a file on this machine")
+        raise DataError(f"{where}: {short(value)}, expected the path of a file on this machine")
     path = row.folder / Path(value).expanduser()
     if not path.is_file():
         raise DataError(f"{where}: there is no file {str(path)!r}")
     return path
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -13,7 +13,7 @@ from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.task_kinds import Kind, kind_of
 from client_app.model.base_models import BaseModelError, find_model, load_base
 from client_app.own.encoding import Encoder, load_encoder
-from client_app.own.examples import Example, guess_kind, read_example
+from client_app.own.examples import Example, columns_read, guess_kind, read_example
 from client_app.own.images import frames_in, read_image
 from client_app.own.readers import SPLIT_NAMES, SPLITS, DataError, Table, read_table, stamp
 from client_app.settings import DataSettings, Settings
@@ -42,9 +42,11 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     """
     cache = settings.state_dir / ".cache"
     found = read_own(settings)
-    chat = any(example.messages for split in found.splits.values() for example in split)
+    chat = any(example.prompt is None for split in found.splits.values() for example in split if example.messages)
     model = find_model(settings.model.base_model, cache)
-    encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
+    encoder = load_encoder(
+        model, found.kind, settings.model.max_length, chat=chat, prompt_template=settings.data.prompt_template
+    )
     if found.kind.has_image:
         check_images(found, settings)
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
@@ -86,10 +88,14 @@ def read_own(settings: Settings) -> Found:
         table = partition(table, data, settings.partition_id, settings.num_partitions)
     kind = kind_of(settings.model.task or guess_kind(list(table.rows[0].values), data))
     examples = [read_example(row, kind, data) for row in table.rows]
+    read = columns_read(kind, data, {name for row in table.rows for name in row.values})
     shared = settings.model.label_names
     labels = () if kind.generative else _labels(examples, shared)
     splits = _divide(examples, table.splits, data)
     found = Found(kind, splits, labels, data.data_path)
+    unread = sorted({name for row in table.rows for name in row.values} - read)
+    if unread:
+        found.findings.append(f"columns that are not read: {', '.join(map(repr, unread))}")
     if table.blank_lines:
         found.findings.append(f"{table.blank_lines} blank lines were skipped")
     return found
@@ -98,7 +104,9 @@ def read_own(settings: Settings) -> Found:
 def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, Dataset]:
     """The model that sketches are gradients of, and the training examples as it reads them."""
     model = find_model(settings.model.reference_model, settings.state_dir / ".cache")
-    encoder = load_encoder(model, found.kind, settings.model.max_length, chat=chat)
+    encoder = load_encoder(
+        model, found.kind, settings.model.max_length, chat=chat, prompt_template=settings.data.prompt_template
+    )
     # Nothing of it is adapted, and a quantised weight has no gradient.
     plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
     base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
@@ -155,6 +163,8 @@ def notes_of(found: Found, encoder: Encoder) -> list[str]:
     everything = [example for examples in found.splits.values() for example in examples]
     if encoder.truncated:
         notes.append(f"{encoder.truncated} of {len(everything)} texts were cut to {encoder.max_length} tokens")
+    told = encoder.findings + encoder.chat.findings if encoder.chat else encoder.findings
+    notes += [f"{count} {what}" for what, count in told.items()]
     copies = len(everything) - len({example.content for example in everything})
     if copies:
         notes.append(f"{copies} of {len(everything)} examples are copies of others")

@@ -80,7 +80,8 @@ def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
             check_images(read, own)
         encoder = load_encoder(found, read.kind, own.model.max_length)
         outputs = len(read.labels)
-        if writes:  # BERT's tokenizers end a text with a separator
+        if writes:  # BERT's tokenizers know no spaces, and end a text with a separator
+            encoder.between = " "
             encoder.tokenizer.eos_token = encoder.tokenizer.eos_token or encoder.tokenizer.sep_token
             ends = (int(encoder.tokenizer.eos_token_id), int(encoder.padding_id or 0))
             outputs = len(encoder.tokenizer)

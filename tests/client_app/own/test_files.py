@@ -113,7 +113,8 @@ def test_an_unknown_partitioner_is_refused(tmp_path: Path) -> None:
 
 def test_only_the_completion_is_learnt_and_a_long_prompt_loses_its_beginning(tmp_path: Path, llama: Path) -> None:
     rows = [{"prompt": "a" * 40 + f"{n}>", "completion": "xy"} for n in range(4)]
-    settings = settings_of(toy_data.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path, llama, max_length=10)
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", rows)
+    settings = settings_of(path, tmp_path, llama, {"prompt_template": "none"}, max_length=10)
     _, data = load_own(settings)
     batch = data.splits["train"].batch(torch.tensor([0]))
     assert batch.inputs["input_ids"].shape == (1, 10)

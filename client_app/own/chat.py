@@ -1,0 +1,165 @@
+"""A conversation as the model's own chat template writes it, and which of its characters are learnt."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from client_app.own.messages import Turn, text_of
+from client_app.own.readers import DataError
+
+Span = tuple[int, int]
+"""Where characters that are learnt begin and end."""
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_KNOWN = ("role", "content", "weight")
+
+
+@dataclass
+class ChatTemplate:
+    """Renders conversations; ``findings`` counts what a template leaves out, in words without any data.
+
+    Args:
+        speaker: the tokenizer or the processor with the chat template.
+        tokenizer: the one whose special tokens it writes.
+        special: tokens that can end an answer, as text.
+    """
+
+    speaker: Any
+    tokenizer: Any
+    special: Sequence[str]
+    findings: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def source(self) -> str:
+        """The template itself; all of them where the model has several."""
+        found = self.speaker.chat_template
+        return found if isinstance(found, str) else "\n".join(found.values())
+
+    def render(
+        self, turns: Sequence[Turn], context: Mapping[str, Any], first: int, place: str
+    ) -> tuple[str, list[Span]]:
+        """The conversation's text, and the spans of it that are learnt.
+
+        What is learnt is what generation has to produce after the template's generation prompt, up to the token that
+        ends the answer; of a template with generation markers, what it marks. Answers with weight 0 are not learnt.
+
+        Args:
+            turns: messages, the last is the assistant's.
+            context: what else the template gets, ``tools`` above all.
+            first: the first message that may be learnt.
+            place: the row's, for errors.
+
+        Raises:
+            DataError: the template refuses the conversation, or changes it so that the last answer cannot be found.
+        """
+        turns = self._for_template(turns, context)
+        try:
+            text = self._text(turns, context)
+        except Exception as error:  # a template raises what it likes
+            raise DataError(f"{place}: the model's chat template refuses this conversation: {error}") from None
+        answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if _MARKERS.search(self.source):
+            found = self._marked(turns, context, answers, place)
+        else:
+            found = {number: self._span(turns, context, number, text) for number in answers}
+        if found[answers[-1]] is None:
+            raise DataError(f"{place}: the model's chat template does not put this conversation in order")
+        spans = []
+        for number, span in found.items():
+            if span is None:
+                self.findings["answers are not learnt, because the chat template rewrites them"] += 1
+            elif number >= first and turns[number].get("weight", 1):
+                spans.append(self._ended(text, span, text_of(turns[number]).strip()))
+        self._count_lost(turns, text)
+        return text, spans
+
+    def _for_template(self, turns: Sequence[Turn], context: Mapping[str, Any]) -> list[dict[str, Any]]:
+        source, found = self.source, [dict(turn) for turn in turns]
+        for turn in found:
+            if turn["role"] == "developer" and "developer" not in source:
+                turn["role"] = "system"
+                self.findings["developer messages are system messages, because the chat template knows no other"] += 1
+            for key in turn:
+                if key not in _KNOWN and key not in source:
+                    self.findings[f"messages have {key!r}, which the chat template does not use"] += 1
+        for key in context:
+            if key not in source:
+                self.findings[f"examples have {key!r}, which the chat template does not use"] += 1
+        return found
+
+    def _text(self, turns: Sequence[Turn], context: Mapping[str, Any], **options: Any) -> str:
+        return str(self.speaker.apply_chat_template(list(turns), tokenize=False, **context, **options))
+
+    def _span(self, turns: Sequence[Turn], context: Mapping[str, Any], number: int, text: str) -> Span | None:
+        """Where one answer is in the text of the whole conversation; None where the template rewrites it."""
+        try:
+            asked = self._text(turns[:number], context, add_generation_prompt=True) if number else ""
+            before = self._text(turns[:number], context) if number else ""
+            after = self._text(turns[: number + 1], context)
+        except Exception:  # it accepts the whole conversation, not its beginning
+            return None
+        start = common_start(text, asked)
+        # A generation prompt may open what an answer then has or not, like <think>; all before it must be there.
+        if start < len(before) or not text.startswith(before):
+            return None
+        if text.startswith(after):
+            return start, len(after)
+        content = text_of(turns[number]).strip()
+        at, at_end = text.find(content, start), after.rfind(content)
+        if not content or at < 0 or at_end < 0:
+            return None
+        end = at + len(content)
+        rest = after[at_end + len(content) :].rstrip()
+        return (start, end + len(rest)) if text.startswith(rest, end) else None
+
+    def _marked(
+        self, turns: Sequence[Turn], context: Mapping[str, Any], answers: Sequence[int], place: str
+    ) -> dict[int, Span | None]:
+        """Spans by the template's own markers, one for each answer."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tools, template = context.get("tools"), self.speaker.chat_template
+        if not isinstance(template, str):
+            template = self.tokenizer.get_chat_template(tools=tools)
+        rest = {key: value for key, value in context.items() if key != "tools"}
+        render: Any = render_jinja_template
+        _, marked = render(
+            conversations=[list(turns)],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **rest},
+        )
+        if len(marked[0]) != len(answers):
+            raise DataError(
+                f"{place}: the model's chat template marks {len(marked[0])} answers, expected {len(answers)}"
+            )
+        return {number: (start, end) for number, (start, end) in zip(answers, marked[0], strict=True)}
+
+    def _ended(self, text: str, span: Span, content: str) -> Span:
+        """Nothing after the end token is learnt: what follows it are the template's line breaks.
+
+        Where an end is written in plain text, the same; where there is none, line breaks are all that ends the answer.
+        """
+        start, end = span
+        shown = text[start:end].rstrip()
+        has_token = any(shown.endswith(token) for token in self.special)
+        if not has_token:
+            self.findings["answers have no end token in the chat template"] += 1
+        return (start, start + len(shown)) if has_token or not shown.endswith(content) else span
+
+    def _count_lost(self, turns: Sequence[Turn], text: str) -> None:
+        for turn in turns:
+            content = turn.get("content")
+            parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
+            if not all(part.strip() in text for part in parts):
+                self.findings["messages are not, or not wholly, in what the chat template makes of them"] += 1
+
+
+def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common from their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,0 +1,164 @@
+"""Conversations in a row: messages, ShareGPT's conversations, lists as prompt and completion, Alpaca's columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from client_app.own.readers import DataError, Row
+from client_app.own.values import checked_text, short, value_in
+
+Turn = Mapping[str, Any]
+"""One message: role, content (a text, or a list of parts), and whatever else the chat template may use."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CONVERSATIONS, INSTRUCTION, INPUT, OUTPUT, TOOLS, KWARGS = (
+    *("conversations", "instruction", "input", "output", "tools", "chat_template_kwargs"),
+)
+"""Columns with fixed names: those of ShareGPT, Alpaca, and TRL."""
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"} | {
+    "bot": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool"
+}  # fmt: skip
+_ALPACA = (
+    "Below is an instruction that describes a task{and_input}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n"
+)
+
+
+def read_messages(row: Row, column: str) -> tuple[Turn, ...]:
+    """The conversation in a column of messages, which the assistant ends.
+
+    Raises:
+        DataError: it is none; names the message.
+    """
+    turns = _turns(row, column)
+    where = f"{row.place}, column {column!r}"
+    _require_end(turns, where)
+    if not any(turn["role"] == "user" for turn in turns):
+        raise DataError(f"{where}: no message of the user")
+    return turns
+
+
+def read_prompt_and_completion(row: Row, prompt: str, completion: str) -> tuple[tuple[Turn, ...], int]:
+    """The conversation in two lists of messages (TRL's conversational form), and how many of them are the prompt's."""
+    asked, answered = _turns(row, prompt), _turns(row, completion)
+    _require_end(answered, f"{row.place}, column {completion!r}")
+    return (*asked, *answered), len(asked)
+
+
+def read_alpaca(row: Row) -> tuple[tuple[Turn, ...], str, str]:
+    """Alpaca's instruction, input and output: as a conversation, and as its prompt for models without a chat template.
+
+    The wording is that of Stanford Alpaca's ``train.py``.
+    """
+    instruction = checked_text(value_in(row, INSTRUCTION), f"{row.place}, column {INSTRUCTION!r}")
+    output = checked_text(value_in(row, OUTPUT), f"{row.place}, column {OUTPUT!r}")
+    more = row.values.get(INPUT) or ""
+    if not isinstance(more, str):
+        raise DataError(f"{row.place}, column {INPUT!r}: {short(more)} is {type(more).__name__}, expected text")
+    asked = f"{instruction}\n\n{more}" if more.strip() else instruction
+    prompt = _ALPACA.format(
+        and_input=", paired with an input that provides further context" if more.strip() else "",
+        instruction=instruction,
+        input=f"\n\n### Input:\n{more}" if more.strip() else "",
+    )
+    return ({"role": "user", "content": asked}, {"role": "assistant", "content": output}), prompt, output
+
+
+def read_context(row: Row) -> dict[str, Any]:
+    """What else a chat template gets for a row: ``tools``, and ``chat_template_kwargs``."""
+    found: dict[str, Any] = {}
+    tools = _parsed(row, TOOLS)
+    if tools:
+        if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(t, Mapping) for t in tools):
+            raise DataError(f"{row.place}, column {TOOLS!r}: {short(tools)}, expected a list of JSON schemas")
+        found[TOOLS] = [without_nulls(tool) for tool in tools]
+    more = _parsed(row, KWARGS)
+    if more:
+        if not isinstance(more, Mapping):
+            raise DataError(f"{row.place}, column {KWARGS!r}: {short(more)}, expected an object")
+        found |= without_nulls(more)
+    return found
+
+
+def without_nulls(value: Any) -> Any:
+    """A JSON value without the nulls that Arrow puts where rows have different keys."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def text_of(turn: Turn) -> str:
+    """The text of a message, whatever form its content has."""
+    content = turn.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def images_in(turns: Sequence[Turn]) -> int:
+    """How many images the messages have a place for."""
+    lists = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    return sum(part.get("type") == "image" for content in lists for part in content)
+
+
+def _parsed(row: Row, column: str) -> Any:
+    value = row.values.get(column)
+    if isinstance(value, str) and value.strip():  # in a CSV file
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise DataError(f"{row.place}, column {column!r}: not valid JSON") from None
+    return value
+
+
+def _turns(row: Row, column: str) -> tuple[Turn, ...]:
+    value_in(row, column)
+    where = f"{row.place}, column {column!r}"
+    try:
+        value = _parsed(row, column)
+    except DataError:
+        raise DataError(f"{where}: not a JSON list of messages") from None
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise DataError(f"{where}: {short(value)}, expected a list of messages")
+    turns = [_turn(turn, f"{where}, message {number}") for number, turn in enumerate(value, start=1)]
+    for number, turn in enumerate(turns, start=1):
+        if turn["role"] in ("system", "developer") and number > 1:
+            raise DataError(f"{where}, message {number}: a {turn['role']} message, expected it first or not at all")
+    return tuple(turns)
+
+
+def _turn(turn: Any, at: str) -> Turn:
+    if isinstance(turn, Mapping) and "from" in turn and "value" in turn and "role" not in turn:
+        told = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        turn = {"role": _SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"], **told}
+    if not isinstance(turn, Mapping) or "role" not in turn or not ("content" in turn or "tool_calls" in turn):
+        raise DataError(f"{at}: {short(turn)}, expected an object with role and content")
+    if turn["role"] not in ROLES:
+        raise DataError(f"{at}: role {short(turn['role'])}, expected one of {', '.join(ROLES)}")
+    found: dict[str, Any] = {key: without_nulls(value) for key, value in turn.items() if value is not None}
+    weight = found.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"{at}, weight: {short(weight)}, expected 0 (not learnt) or 1")
+    content = found.get("content")
+    if isinstance(content, list):
+        found["content"] = [_part(part, f"{at}, content") for part in content]
+        if not any(part["type"] == "image" for part in found["content"]):
+            found["content"] = "".join(part["text"] for part in found["content"])
+    elif not found.get("tool_calls") and not (found["role"] == "tool" and content == ""):
+        checked_text(content, f"{at}, content")
+    return found
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": checked_text(part["text"], where)}
+    if kind in ("image", "image_url"):
+        return {"type": "image"} | ({"image": part[kind]} if part.get(kind) else {})
+    raise DataError(f"{where}: {short(part)}, expected a part with type 'text' or 'image'")
+
+
+def _require_end(turns: Sequence[Turn], where: str) -> None:
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{where}: the last message is the {turns[-1]['role']}'s, expected the assistant's")
