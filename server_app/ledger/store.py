@@ -46,7 +46,7 @@ from fedalloy_adapters.atomic_files import open_private
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.ledger.flower_costs import BundleCost, MessageCost, message_cost
-from server_app.ledger.reconciliation import Accounts, ClientRound
+from server_app.ledger.reconciliation import Accounts
 from server_app.ledger.rows import (
     ActivityRow,
     BundleRow,
@@ -279,10 +279,6 @@ class Ledger:
     def totals(self) -> dict[str, dict[str, int | None]]:
         """``{"up" | "down": {"tensor": bytes, "message": bytes, "wire": bytes or None}}``."""
         return self.accounts().totals()
-
-    def per_client_round(self) -> list[ClientRound]:
-        """One row per client, round and direction, both ends of the wire next to each other."""
-        return self.accounts().rows()
 
     def reconciliation(self) -> dict[str, dict[str, int]]:
         """Where every wire byte went, per direction; the values add up to the direction's wire bytes."""

@@ -1,0 +1,171 @@
+"""The sampler tells polls, heartbeats and messages apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from client_app.sockets import Connection
+from server_app.ledger import sampler as fleet_sampler
+from server_app.ledger.sampler import FleetSampler
+from server_app.ledger.store import Ledger
+from tests.server_app.ledger.samples import (
+    HEADER,
+    at_client,
+    at_server,
+    reading,
+    wire_rows,
+)
+
+
+class Kernel:
+    """A scripted socket table and clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.sockets: dict[int, Connection] = {}
+        monkeypatch.setattr(fleet_sampler, "SocketTable", lambda: self)
+        monkeypatch.setattr(fleet_sampler, "server_connections", lambda table, port: table.connections(port))
+        monkeypatch.setattr(fleet_sampler, "find_ancestor", lambda program: (7, ["flower-superlink", "--ssl-certfile"]))
+        monkeypatch.setattr(fleet_sampler, "time", self)
+        monkeypatch.setattr(FleetSampler, "_sample", lambda sampler: None)
+
+    def time(self) -> float:
+        return self.now
+
+    def connections(self, port: int) -> list[Connection]:
+        return list(self.sockets.values())
+
+    def close(self) -> None:
+        return None
+
+    def traffic(self, sampler: FleetSampler, port: int, up: int, down: int, segments: int = 1) -> None:
+        """Bytes cross, the sampler looks, then half a second of silence in which it looks again."""
+        old = self.sockets[port]
+        self.sockets[port] = replace(
+            old,
+            bytes_received=old.bytes_received + up,
+            bytes_sent=old.bytes_sent + down,
+            segments_in=old.segments_in + segments,
+            segments_out=old.segments_out + segments,
+            data_segments_in=old.data_segments_in + segments,
+            data_segments_out=old.data_segments_out + segments,
+        )
+        for _ in range(2):
+            self.now += 0.5
+            with sampler._look():
+                pass
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    return Kernel(monkeypatch)
+
+
+def activity(ledger: Ledger, column: str = "up") -> dict[str, int]:
+    found: dict[str, int] = {}
+    for row in ledger.accounts().activity:
+        found[row.kind] = found.get(row.kind, 0) + getattr(row, column)
+    return found
+
+
+def test_sampler_tells_polls_from_messages(ledger: Ledger, kernel: Kernel) -> None:
+    kernel.sockets[5] = at_server(9000, 9000)
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    kernel.traffic(sampler, 5, 590, 86)  # a poll
+    kernel.traffic(sampler, 5, 668, 164, segments=3)  # another, with two pings
+    sampler.push(1, "berlin", "train")
+    kernel.traffic(sampler, 5, 590, 86)  # a third, which finds nothing yet: neither poll nor heartbeat for certain
+    kernel.traffic(sampler, 5, 5300, 100_000, segments=70)  # the message
+    kernel.traffic(sampler, 5, 39, 39)  # a ping
+    kernel.traffic(sampler, 5, 599, 88)  # a heartbeat: busy SuperNodes do not poll
+    end = kernel.sockets[5]
+    arrived = reading(at_client(end.bytes_received, end.bytes_sent))
+    kernel.traffic(sampler, 5, 105_000, 1200, segments=80)
+    sampler.reply(1, "berlin", "train", arrived)
+    sampler.stop()
+    assert activity(ledger) == {"idle": 590 + 668 + 590 + 599, "burst": 5300 + 105_000, "ping": 39}
+    calls = {(row.phase, row.up, row.count) for row in ledger.accounts().small_calls}
+    assert calls == {("poll", 590, 1), ("poll", 668, 1), ("heartbeat", 599, 1)}
+    cost = ledger.accounts().call_overhead("berlin")
+    assert cost is not None
+    assert cost.call == (577, 86)
+    assert ledger.accounts().meta["tls"] == "1"
+    # Nothing is lost between the kinds.
+    last = kernel.sockets[5]
+    assert sum(activity(ledger).values()) == last.bytes_received - 9000
+    assert sum(activity(ledger, "down").values()) == last.bytes_sent - 9000
+
+
+def test_an_answer_after_its_deadline_does_not_hide_among_the_polls(ledger: Ledger, kernel: Kernel) -> None:
+    kernel.sockets[5] = at_server(0, 0)
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    sampler.push(1, "berlin", "train")
+    kernel.traffic(sampler, 5, 5000, 100_000)
+    sampler.reply(1, "berlin", "train")  # the round went on without it
+    kernel.traffic(sampler, 5, 100_000, 1000)
+    kernel.traffic(sampler, 5, 1190, 172)  # a poll and a heartbeat together
+    sampler.stop()
+    assert activity(ledger) == {"burst": 105_000, "idle": 1190}
+
+
+def test_a_message_on_a_new_connection_is_not_its_setup(ledger: Ledger, kernel: Kernel) -> None:
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    kernel.sockets[5] = at_server(0, 0)
+    with sampler._look():
+        pass
+    kernel.traffic(sampler, 5, 50_000, 3000)
+    sampler.stop()
+    assert activity(ledger) == {"burst": 50_000}
+
+
+def test_sampler_finds_the_moment_of_the_clients_reading(ledger: Ledger, kernel: Kernel) -> None:
+    kernel.sockets[5] = at_server(0, 0)
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    sampler.push(1, "berlin", "train")
+    kernel.traffic(sampler, 5, 5000, 100_000)
+    there = kernel.sockets[5]
+    kernel.traffic(sampler, 5, 100_000, 1000)
+    sampler.reply(1, "berlin", "train", reading(at_client(there.bytes_received, there.bytes_sent)))
+    (link,) = ledger.accounts().links
+    (moment,) = [row for row in link.at_server if row.event == "handler"]
+    assert (moment.bytes_received, moment.bytes_sent) == (5000, 100_000)
+    sampler.stop()
+
+
+def test_sampler_keeps_the_last_counters_of_a_connection_that_goes(ledger: Ledger, kernel: Kernel) -> None:
+    kernel.sockets[5] = at_server(100, 100)
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    kernel.sockets[6] = at_server(0, 0, port=6)
+    with sampler._look():
+        pass
+    kernel.traffic(sampler, 6, 4000, 3000, segments=9)  # TLS handshake and activation
+    sampler.push(0, "node 1", "query")
+    kernel.traffic(sampler, 5, 700, 50)
+    sampler.reply(0, "node 1", "query", reading(at_client(800, 150)))
+    sampler.rename("node 1", "berlin")
+    kernel.traffic(sampler, 5, 300, 20)
+    del kernel.sockets[5]
+    with sampler._look():
+        pass
+    sampler.stop()
+    assert wire_rows(ledger, "up") == [(0, "berlin", 1000 + HEADER * 2, "client")]
+    assert activity(ledger)["setup"] == 4000
+
+
+def test_sampler_without_counters_books_the_reason_and_what_clients_say(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_sampler, "find_ancestor", lambda program: None)
+    with FleetSampler(ledger, port=1) as sampler:  # nobody listens there
+        assert not sampler.is_measuring
+        sampler.push(1, "berlin", "train")
+        sampler.reply(1, "berlin", "train", reading(at_client(5, 5)))
+    assert "server" in ledger.accounts().not_measured()
+    assert ledger.accounts().unjoined() == ["berlin"]
