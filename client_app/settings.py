@@ -72,7 +72,7 @@ class ModelSettings:
     """Comma-separated ends of module names that get LoRA factors, or ``all-linear``. Empty: PEFT's choice for the
     architecture."""
     model_dtype: str = "float32"
-    """Of the frozen base: ``float32`` or ``bfloat16``. Adapters are always float32."""
+    """Number type of the frozen base: ``float32`` or ``bfloat16``. Adapters are always float32."""
     quantization: str = "none"
     """``none`` or ``4bit`` (bitsandbytes NF4; CUDA only, extra ``quantization``)."""
     gradient_checkpointing: bool = False
@@ -203,7 +203,7 @@ class Settings:
     ``start_adapter`` is a PEFT directory that the slot ``start_slot`` starts from, instead of from zero.
     ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
     ``task_arrival`` says how training data arrive over the run's ``rounds``; see :mod:`client_app.data.arrival`.
-    ``keep_rounds``: so many earlier states of the slots are kept as the server keeps checkpoints.
+    ``keep_rounds`` is how many earlier states of the slots are kept, as many as the server keeps checkpoints.
     """
 
     client_id: str

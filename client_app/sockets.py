@@ -8,9 +8,9 @@ shows, but for the options of the handshake (82 bytes per connection).
 A ClientApp is a process of its own below the SuperNode (``flower-supernode`` > ``flower-superexec`` > ClientApp), and
 the connection belongs to the SuperNode: it is found through ``/proc``. A ServerApp lives in the network namespace of
 the SuperLink and sees the same connections from the other end. With process isolation in containers the SuperNode is
-no parent process and not to be seen in ``/proc``; who gives a SuperNode and its SuperExec a network namespace of their
-own says so by ``FEDALLOY_FLEET_PORT``, and then every connection to that port in the namespace is the SuperNode's.
-Where none of this holds, a reading says ``not_measured`` and why; it never guesses.
+no parent process and does not appear in ``/proc``. If a SuperNode and its SuperExec have a network namespace of their
+own, set ``FEDALLOY_FLEET_PORT``: then every connection to that port in the namespace is the SuperNode's. Where none of
+this holds, a reading says ``not_measured`` and why; it never guesses.
 """
 
 from __future__ import annotations

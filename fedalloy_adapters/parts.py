@@ -28,7 +28,7 @@ def layout_of_sketch(reference: Layout, row_count: int) -> Layout:
     """What a sketch with ``row_count`` rows of the reference gradient ``[d, f]`` looks like.
 
     Raises:
-        LayoutError: the gradient is not one matrix with so many rows.
+        LayoutError: the gradient is not one matrix with that many rows.
     """
     shapes = [entry.shape for entry in reference.entries if entry.factor is Factor.GRADIENT]
     if len(shapes) != len(reference.entries) or len(shapes) != 1 or len(shapes[0]) != 2:

@@ -237,3 +237,12 @@ def test_neither_this_code_nor_flower_reads_pkcs7_messages() -> None:
     sources = [*_sources(*PACKAGES), *Path(flower).rglob("*.py")]
     assert len(sources) > 300
     assert not [path for path in sources if "pkcs7" in path.read_text().lower()]
+
+
+def test_every_package_says_that_it_is_typed() -> None:
+    assert not [package for package in PACKAGES if not (ROOT / package / "py.typed").exists()]
+
+
+def test_the_version_has_its_place_in_the_changes() -> None:
+    version = PROJECT["project"]["version"].partition(".dev")[0]
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M), version

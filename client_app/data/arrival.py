@@ -28,7 +28,7 @@ SHARPNESS, FADING = 0.125, 0.99
 
 @dataclass(frozen=True)
 class StreamedDataset(Dataset):
-    """A split of which each example arrives in a round, ``arrivals [n]``, from 1."""
+    """A split whose examples arrive over time: ``arrivals [n]`` is the round of each, from 1."""
 
     arrivals: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 

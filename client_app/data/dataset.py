@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 MASK = "attention_mask"
 MIXED = "several tasks"
-"""The kind of a split that mixes tasks, each of which has a kind of its own."""
+"""The kind of a split that mixes tasks of several kinds."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def check_images(found: Found, settings: Settings) -> None:
                 several += frames_in(example.image) > 1
         write_durably(marker, str(several).encode())
     if several:
-        found.findings.append(f"{several} images have several frames, of which the first is read")
+        found.findings.append(f"{several} images have several frames; only the first frame of each is read")
 
 
 def report(found: Found, notes: Sequence[str]) -> str:

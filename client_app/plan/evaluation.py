@@ -63,8 +63,8 @@ def evaluate(
 
     Classification: mean cross-entropy ``loss`` and ``accuracy``, and ``f1`` (mean over classes) where the client asks
     for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; ``accuracy`` where
-    the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l`` and ``chrf`` of at most so many
-    examples and new tokens.
+    the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l`` and ``chrf`` of at most
+    ``generate_examples`` examples and ``max_new_tokens`` new tokens each.
 
     ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts.
 

@@ -20,7 +20,7 @@ def seed_of_step(plan: plan_pb2.Plan, index: int, step: plan_pb2.TrainStep, *, r
     """The seed of a train step's batches and dropout.
 
     Args:
-        plan: of which the step is a part.
+        plan: the plan that the step belongs to.
         index: its number.
         step: may ask for the draw of another step, or for a seed.
         replaced: whether a replace step before it has copied something.

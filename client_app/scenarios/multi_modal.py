@@ -13,7 +13,7 @@ task           reads           data                                        answe
 =============  ==============  ==========================================  ================================
 
 Clients differ in their tasks and modalities; two with one task have it alike, on examples of their own. The base model
-is a FLAVA of which the image tower is the ViT in ``data-root``; the rest is pre-trained once, in a minute, on examples
+is a FLAVA whose image tower is the ViT in ``data-root``; the rest is pre-trained once, in a minute, on examples
 that no client has, with the tasks' own labels and heads that are thrown away. Words are those of these examples.
 """
 

@@ -37,7 +37,7 @@ def usable(records: Mapping[str, ClientRecord]) -> int:
 
 
 def of_silence(timeout: float) -> ClientRecord:
-    """No answer within so many seconds."""
+    """No answer within ``round-timeout``."""
     return {"status": LATE, "reason": f"no answer within {timeout:.0f} s"}
 
 

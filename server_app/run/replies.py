@@ -123,7 +123,7 @@ class Intake:
         self._one_by_one = False
 
     def expect(self, max_bytes: int) -> None:
-        """An answer may have so many bytes from now on, and what Flower writes around it."""
+        """Allow answers of up to ``max_bytes`` from now on, and what Flower writes around them."""
         self.max_bytes = max(self.max_bytes, max_bytes + MAX_LISTING_BYTES)
 
     def pull(self, ids: list[str]) -> list[Message]:

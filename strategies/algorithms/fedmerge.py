@@ -71,7 +71,7 @@ class FedMergeOptions:
     jitter: float = 1e-3
     """Scale of the noise in the random start: jitter / sqrt(d_out) in B."""
     cluster_temperature: float = 0.25
-    """Of the first weights: a softmax over squared distances to the centres, in units of their mean."""
+    """Temperature of the first weights: a softmax over squared distances to the centres, in units of their mean."""
 
     def __post_init__(self) -> None:
         require_choice("fedmerge.variant", self.variant, ("frozen-a", "trained-a", "factors"))

@@ -26,10 +26,10 @@ Where the paper and the authors' code differ, both are options; the first is the
 ``share_conventional_lora`` true (code); false: P and Q alone (paper)
 ==========================  =======================================================================================
 
-A and B of other layers are averaged apart, as there: their product is not the average of the products. The gradient
-is taken on batches, not on single examples, ``local-steps / sketch_every`` of them a round. The code's noise on gates,
-whose scale nothing trains, is left out; an "input" gate sees a whole training text, as there, and the prompt alone
-when it generates. Optimisers start fresh in every round, as all do here.
+A and B of other layers are averaged apart, as in the paper: their product is not the average of the products. The
+gradient is taken on ``local-steps / sketch_every`` batches a round, not on single examples. The code's noise on gates
+is left out, because nothing trains its scale. An "input" gate sees a whole training text, as in the code, and only
+the prompt when it generates. Optimisers start fresh in every round, as they do for all strategies here.
 
 Under partial participation a client's last known upload and sketch stand for it. A client without known peers gets a
 copy of its own adapter as the global one.
@@ -68,10 +68,11 @@ class FedMosaicOptions:
     """See the module's docstring for what the choices mean."""
 
     temperature: float = 0.2
-    """Of the softmax over peers: 0.5 in the paper, which has more clients; 0.2 was better on validation data of
-    ``digits`` with 4 and with 8."""
+    """Temperature of the softmax over peers: 0.5 in the paper, which has more clients; 0.2 was better on validation
+    data of ``digits`` with 4 and with 8."""
     similarity: str = "cosine"
-    """Of two sketches: ``"cosine"`` of all their numbers, or ``"column-mean"`` of the cosines of their columns."""
+    """Similarity of two sketches: ``"cosine"`` of all their numbers, or ``"column-mean"``, the mean of the cosines of
+    their columns."""
     include_self: bool = False
     """Whether a client's own adapter is part of its global one."""
     gate: str = "scalar"

@@ -34,7 +34,7 @@ class FMLOptions:
     beta: float = 0.5
     """Share of the shared adapter's loss that comes from the data; the rest comes from the private one."""
     temperature: float = 1.0
-    """Of both softmaxes in the distance of the two predictions."""
+    """Temperature of both softmaxes in the distance of the two predictions."""
     turns: int = 2
     """How often in a round the two adapters take turns."""
 

@@ -86,5 +86,5 @@ class PFedGraph(Peers[PFedGraphOptions]):
         return Brief(super().deliver(client).steps, {} if model is None else {LOCAL: model})
 
     def _examples(self, name: str) -> int:
-        """Of a client that is not back after a resume, one."""
+        """The client's example count; 1 for a client that has not rejoined after a resume."""
         return self.clients[name].examples if name in self.clients else 1

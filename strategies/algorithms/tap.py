@@ -15,16 +15,16 @@ Defaults are those of our reading of the paper; the authors' code differs, and t
 ``tap.history-norm = "batch-share"`` (a task's loss times its share of the client's data), ``tap.seed-mode =
 "reference"``, ``tap.kd-reduction = "first-dim"`` with ``tap.kd-weights = "text-classification=1,
 image-classification=0.002,causal-lm=0.002,image-text-to-text=0.002"``, ``tap.warm-up-rounds = 20``, and, for
-optimisation itself, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. A pass here goes over all examples in turn;
-there K of them are drawn for each call.
+optimisation itself, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. Here a pass goes over all examples in turn;
+in the authors' code K of them are drawn for each call.
 
 Baselines are settings of the same code: FedAvg is ``tap.margin = inf, tap.margins = "", tap.deliver = "global"``;
 FedAvg and J steps of fine-tuning ``tap.deliver = "finetuned"`` (``tap.finetune-steps = 100``: twice as many); local
 training an infinite margin with ``tap.deliver = "stage1"``; TAP without distillation ``tap.kd-weight = 0``; a margin of
 ``-inf`` always replaces. Every delivery evaluates all four models.
 
-Where a client's labels are its own, so is its head, which never leaves it and is one for W and X: only then does the
-training of X reach W, by that head.
+Where a client's labels are its own, its head is, too: it never leaves the client, and W and X share it. Only then does
+the training of X reach W, through that head.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class TapOptions:
     warm_up_rounds: int = 0
     """Rounds in which the learning rate rises linearly from a third of its value; 0: none."""
     weight: str = "total"
-    """Of a client in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
+    """A client's weight in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
     (``"task"``)."""
     distill_steps: int = 50
     """J."""
     distill_rate: float = 0.333
     """Times ``learning-rate``, in stage 2."""
     finetune_steps: int = 0
-    """Of V; 0: J."""
+    """Steps of fine-tuning that make V; 0: as many as ``distill-steps``."""
     kd_teacher: str = "finetuned"
     """V (``"finetuned"``) or W as it is (``"global"``)."""
     kd_reduction: str = "per-position-mean"

@@ -32,7 +32,7 @@ class OneShotOptions:
     """What size the merge has."""
 
     rank: int = 0
-    """Of what clients get: 0 is that of their own adapters; another is at most all of theirs together."""
+    """Rank of what clients get; 0: the rank of their own adapters. It is at most the sum of all clients' ranks."""
 
     def __post_init__(self) -> None:
         require_range("rank", self.rank, 0, 2**20)

@@ -3,7 +3,7 @@
 Both are off by default: they change what honest clients get, too. A bounded norm is the usual first defence against
 boosted updates (Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 4); the bound on counts keeps
 a client that lies about its data from outweighing everybody else. A third bound, on the size of an adapter, is always
-on: the server allocates it when the client is taken in, on its word.
+on: the server allocates the adapter at registration, trusting the client's claim.
 """
 
 from __future__ import annotations

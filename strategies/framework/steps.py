@@ -30,11 +30,11 @@ class Training:
     batch_size: int = 16
     """Examples in each step."""
     learning_rate: float = 5e-3
-    """Of AdamW, at the start of each round."""
+    """AdamW's learning rate at the start of each round."""
     schedule: str = "constant"
-    """Of the learning rate over one round's steps: ``constant``, ``linear`` (to zero) or ``cosine`` (to zero)."""
+    """The learning rate over one round's steps: ``constant``, ``linear`` (to zero) or ``cosine`` (to zero)."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     evaluate_split: str = "test"
@@ -310,7 +310,7 @@ def distance(first: str, second: str) -> Step:
 
 
 def precision_mixture(precisions: Mapping[str, str]) -> plan_pb2.Mixture:
-    """For a merge in factor space: slots, and the slots that hold the weight of each of their numbers."""
+    """A merge in factor space: slots, and the slots that hold the weight of each of their numbers."""
     return plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, precision=name) for slot, name in precisions.items()])
 
 

@@ -202,9 +202,7 @@ def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: 
                 f"scenario {scenario!r} reads its data from a folder: --data = {root}, expected that folder"
             )
         if clients > (most := SCENARIOS[scenario].clients):
-            raise OptionError(
-                f"--clients = {clients}: scenario {scenario!r} has data for {most}, expected at most so many"
-            )
+            raise OptionError(f"--clients = {clients}: scenario {scenario!r} has data for at most {most}")
     elif root is not None:
         raise OptionError(
             f"--data = {root}: scenario {scenario!r} reads no folder, expected one of {', '.join(FROM_FILES)}; "

@@ -92,5 +92,5 @@ def slider(labels: Sequence[str], visible: Sequence[Sequence[bool]], prefix: str
 
 
 def heights(rows: int, rest: int = 130) -> int:
-    """Pixels of a chart with so many rows of text."""
+    """The height in pixels of a chart with this many rows of text."""
     return READABLE * rows + rest

@@ -14,7 +14,7 @@ SHOWN = 6
 PLACES = ("top center", "bottom center", "middle right", "middle left")
 """Of a label at its point, the best first."""
 LABELLED = 12
-"""Up to so many points all have their names."""
+"""Up to this many points, every point has its name."""
 
 
 def means(found: Comparison) -> str:

@@ -160,4 +160,4 @@ def test_images_of_several_frames_are_told(tmp_path: Path) -> None:
     frames[0].save(folder / "red" / "moving.gif", save_all=True, append_images=frames[1:])
     settings = settings_of(folder, tmp_path, tiny_models.save_vit(tmp_path / "vit"))
     for _ in range(2):  # remembered
-        assert "1 images have several frames, of which the first is read" in load_own(settings)[1].notes
+        assert "1 images have several frames; only the first frame of each is read" in load_own(settings)[1].notes
