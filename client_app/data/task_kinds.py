@@ -1,7 +1,7 @@
 """Kinds of tasks: what a model's logits are scored against. One place for every loss.
 
-Classification: ``logits [b, C]`` and ``labels [b]``. Text generation: ``logits [b, L, V]`` and ``labels [b, L]``, where
-position t predicts the label at t + 1, and -100 is not a target.
+Classification: ``logits [b, C]`` and ``labels [b]``. Text generation: ``labels [b, L]``, where position t predicts the
+label at t + 1 and -100 is not a target, and logits everywhere, ``[b, L, V]``, or of the n targets alone, ``[n, V]``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def mean_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         kind: a key of :data:`KINDS`.
-        logits: ``[b, C]`` or ``[b, L, V]``.
+        logits: ``[b, C]``; ``[n, V]`` or ``[b, L, V]``.
         labels: ``[b]`` or ``[b, L]``, on the same device.
     """
     if not kind_of(kind).generative:
@@ -88,7 +88,7 @@ def example_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         kind: a key of :data:`KINDS`.
-        logits: ``[b, C]`` or ``[b, L, V]``.
+        logits: ``[b, C]``; ``[n, V]`` or ``[b, L, V]``.
         labels: ``[b]`` or ``[b, L]``, on the same device.
     """
     if not kind_of(kind).generative:
@@ -101,14 +101,27 @@ def targets_in(batch: Dataset) -> int:
     """How many labels :func:`mean_loss` averages over: the weight of a part of a batch in the whole."""
     if not kind_of(batch.kind).generative:
         return len(batch)
-    return int((batch.labels[:, 1:] != IGNORED).sum())
+    return int(target_mask(batch.labels).sum())
+
+
+def target_mask(labels: Tensor) -> Tensor:
+    """Positions ``[b, L - 1]`` of ``labels [b, L]`` that predict a target: position t predicts the label at t + 1."""
+    return labels[:, 1:] != IGNORED
+
+
+def at_targets(everywhere: Tensor, labels: Tensor) -> Tensor:
+    """Of something at all positions ``[b, L', d]`` what lies before a target, ``[n, d]``, row by row.
+
+    L' may exceed the L of ``labels [b, L]``: a prefix may have been put before the tokens (images), never after them.
+    """
+    return everywhere[:, -labels.shape[1] :][:, :-1][target_mask(labels)]
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of losses and number of targets for each example, ``[b]`` both."""
-    # A prefix may have been put before the tokens (images), never after them.
-    logits = logits[:, -labels.shape[1] :]
-    losses = functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return losses.sum(dim=1), (labels[:, 1:] != IGNORED).sum(dim=1).to(losses.dtype)
+    mask = target_mask(labels)
+    if logits.dim() == 3:
+        logits = at_targets(logits, labels)
+    losses = functional.cross_entropy(logits.float(), labels[:, 1:][mask], reduction="none")
+    rows = mask.nonzero()[:, 0]
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses), mask.sum(dim=1).to(losses.dtype)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from client_app.data.dataset import Base
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
 from client_app.model.module_roles import RoleError, depth_of, shared_names
+from client_app.model.target_logits import TargetLogits
 from fedalloy_adapters.adapter import Adapter, scalings_from
 from fedalloy_adapters.algebra import Coefficient, coefficient_of
 from fedalloy_adapters.layout import Entry, Factor, Layout
@@ -90,6 +91,7 @@ class PersonalModel:
             for name in (*base.heads, *base.own_heads)
             for kind, parameter in modules[name].named_parameters(recurse=False)
         }
+        self._target_logits = TargetLogits(self.module)
         self._loaded: dict[str, Layout] = {}
         self._mixture: Mixture = {}
         self._differences: dict[str, _Differences] = {}
@@ -236,6 +238,10 @@ class PersonalModel:
         chosen = {"task": task} if task else {}
         output: Tensor = self.module(**inputs, **chosen).logits
         return output
+
+    def target_logits(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> Tensor:
+        """Logits ``[n, V]`` of the n targets in ``labels [b, L]``, row by row; no others are computed."""
+        return self._target_logits(lambda: self.logits(inputs, task), labels)
 
     @contextmanager
     def switched(self, mixture: Mixture) -> Iterator[None]:

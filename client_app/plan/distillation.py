@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import IGNORED, kind_of
+from client_app.data.task_kinds import kind_of
 from client_app.model.personal import Mixture, PersonalModel
 from client_app.plan import training
 from client_app.plan.mixtures import activate, terms_of
@@ -86,6 +86,7 @@ class MixtureTeacher:
         if bad:
             raise DistillationError(f"the weight of task {bad[0]!r} is not a finite number of at least 0")
         self.model, self.mixture, self.step, self.default_task = model, mixture, step, default_task
+        self.everywhere = step.reduction == plan_pb2.DISTILL_REDUCTION_EXAMPLE_MEAN
         self.tasks = {item.task: item for item in step.tasks}
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
@@ -96,7 +97,7 @@ class MixtureTeacher:
         if asked is None or asked.weight == 0:
             return None
         with self.model.switched(self.mixture), torch.no_grad(), autocast(self.model.device):
-            return logits_of(self.model, batch)
+            return logits_of(self.model, batch, everywhere=self.everywhere)
 
     def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor) -> Tensor:
         """Weight times the mean divergence of a batch of one task."""
@@ -111,11 +112,7 @@ class MixtureTeacher:
         return {task: self.sums[task] / self.counts[task] for task in self.sums}
 
     def _reduced(self, batch: Dataset, found: Tensor) -> Tensor:
-        """``[b]`` or ``[b, positions]`` to one number."""
-        if not kind_of(batch.kind).generative:
-            return found.mean()
-        found = found[:, -batch.labels.shape[1] :]
-        if self.step.reduction == plan_pb2.DISTILL_REDUCTION_EXAMPLE_MEAN:
-            return found.sum() / len(batch)
-        targets = (batch.labels[:, 1:] != IGNORED).to(found)  # position t predicts the label at t + 1
-        return (found[:, :-1] * targets).sum() / targets.sum().clamp_min(1)
+        """``[b]``, ``[targets]`` or, everywhere, ``[b, positions]`` to one number."""
+        if kind_of(batch.kind).generative and self.everywhere:
+            return found[:, -batch.labels.shape[1] :].sum() / len(batch)
+        return found.sum() / max(found.numel(), 1)

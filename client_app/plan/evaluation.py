@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
-from client_app.data.task_kinds import IGNORED, example_losses, kind_of
+from client_app.data.task_kinds import IGNORED, example_losses, kind_of, target_mask
 from client_app.model.personal import PersonalModel
 from client_app.plan.ensembles import forward_of
 from client_app.plan.mixtures import activate
@@ -89,7 +89,7 @@ def evaluate(
         with autocast(model.device):
             logits = (forward or partial(logits_of, model))(batch).float()
         if kind.generative:
-            targets = (labels[:, 1:] != IGNORED).sum(dim=1)
+            targets = target_mask(labels).sum(dim=1)
             loss += float((example_losses(data.kind, logits, labels).double() * targets).sum())
             count += int(targets.sum())
             if client is not None and client.choices:
@@ -128,15 +128,16 @@ def likeliest_of(logits: Tensor, labels: Tensor, choices: Sequence[int]) -> int:
     """How many answers begin as they should, were the model to choose among the first tokens ``choices``.
 
     Args:
-        logits: ``[b, L, V]``.
+        logits: ``[n, V]`` of all targets, row by row.
         labels: ``[b, L]``, each row with one answer.
         choices: tokens, each the beginning of one possible answer.
     """
-    rows = torch.arange(len(labels), device=labels.device)
-    first = (labels != IGNORED).int().argmax(dim=1)
+    mask = target_mask(labels)
+    counts = mask.sum(dim=1)
+    first = counts.cumsum(dim=0) - counts
     offered = torch.tensor(list(choices), device=labels.device)
-    scores = logits[:, -labels.shape[1] :][rows, first - 1][:, offered]
-    return int((offered[scores.argmax(dim=1)] == labels[rows, first]).sum())
+    scores = logits[first][:, offered]
+    return int((offered[scores.argmax(dim=1)] == labels[:, 1:][mask][first]).sum())
 
 
 def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
-from client_app.data.task_kinds import example_losses, mean_loss, targets_in
+from client_app.data.task_kinds import example_losses, kind_of, mean_loss, targets_in
 from client_app.model.personal import PersonalModel
 from client_app.plan.mixtures import activate, own_heads
 from client_app.plan.names import PlanError
@@ -46,6 +46,9 @@ def accelerator() -> str:
 
 class Teacher(Protocol):
     """A second target for a model in training (:mod:`client_app.plan.distillation`)."""
+
+    everywhere: bool
+    """Whether it teaches positions, too, that no label is for."""
 
     def outputs(self, batch: Dataset) -> Tensor | None:
         """What the teacher says about a batch; None where nothing is to be learnt from it."""
@@ -221,7 +224,7 @@ def train(
         for position, part in enumerate(parts):
             taught = teacher.outputs(part) if teacher is not None else None
             with autocast(model.device):
-                logits = logits_of(model, part)
+                logits = logits_of(model, part, everywhere=teacher is not None and teacher.everywhere)
                 labels = part.labels.to(model.device)
                 if example_weights is None:
                     objective = mean_loss(part.kind, logits, labels)
@@ -274,9 +277,18 @@ def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor
     return {entry.name: tensor.to(device) for entry, tensor in adapter.items()}
 
 
-def logits_of(model: PersonalModel, batch: Dataset) -> Tensor:
-    """The model's logits for a batch, on its device."""
-    return model.logits(model.inputs(batch.inputs), batch.task)
+def logits_of(model: PersonalModel, batch: Dataset, *, everywhere: bool = False) -> Tensor:
+    """The model's logits for a batch, on its device: ``[b, C]``, or ``[n, V]`` at the n targets of generated texts.
+
+    Args:
+        model: with a mixture active.
+        batch: of one task.
+        everywhere: ``[b, L, V]`` instead, at targets and elsewhere.
+    """
+    inputs = model.inputs(batch.inputs)
+    if everywhere or not kind_of(batch.kind).generative:
+        return model.logits(inputs, batch.task)
+    return model.target_logits(inputs, batch.labels.to(model.device), batch.task)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

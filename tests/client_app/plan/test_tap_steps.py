@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import mean_loss
+from client_app.data.task_kinds import at_targets, mean_loss
 from client_app.model.personal import PersonalModel
 from client_app.plan import seeds, training
 from client_app.plan.distillation import MixtureTeacher, divergence
@@ -427,7 +427,8 @@ def test_the_distance_is_over_what_is_to_be_written() -> None:
         step = distil(3.0, reduction=reduction)[1].distill
         step.tasks.add(task="answer", weight=3.0, loss=plan_pb2.DISTILL_LOSS_KL)
         teaches = MixtureTeacher(PersonalModel(base_of([SPECS["answer"]]), 2, 4.0), {W: 1.0}, step, "")
-        torch.testing.assert_close(teaches.loss(batch, student, teacher), 3.0 * found)
+        pair = (student, teacher) if teaches.everywhere else (at_targets(student, labels), at_targets(teacher, labels))
+        torch.testing.assert_close(teaches.loss(batch, *pair), 3.0 * found)
         assert teaches.divergences() == {"answer": pytest.approx(float(found))}
 
 
@@ -435,6 +436,8 @@ def test_the_distance_is_over_what_is_to_be_written() -> None:
 def test_a_tasks_distance_counts_in_full_however_few_its_examples(client: ToyClient, micro_batch: int) -> None:
     class Slope:
         """Distance with a slope of one for every trained number."""
+
+        everywhere = False
 
         def outputs(self, batch: Dataset) -> torch.Tensor:
             return torch.zeros(())

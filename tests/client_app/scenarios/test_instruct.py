@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from client_app.data.task_kinds import IGNORED
+from client_app.data.task_kinds import IGNORED, at_targets
 from client_app.model.personal import PersonalModel
 from client_app.plan.evaluation import evaluate, likeliest_of
 from client_app.scenarios import FROM_FILES, ScenarioError, instruct
@@ -88,10 +88,10 @@ def test_the_likeliest_answer_counts_and_other_tokens_do_not() -> None:
     logits = torch.zeros(3, 5, 10)
     logits[:, :, 2] = 9.0  # likelier than any choice, and none
     logits[0, 1, 7], logits[1, 2, 7], logits[2, 0, 7] = 1.0, 1.0, 1.0
-    assert likeliest_of(logits, labels, (7, 8)) == 2
-    assert likeliest_of(logits, labels, (8, 7)) == 2
+    assert likeliest_of(at_targets(logits, labels), labels, (7, 8)) == 2
+    assert likeliest_of(at_targets(logits, labels), labels, (8, 7)) == 2
     logits[1, 2, 8] = 2.0
-    assert likeliest_of(logits, labels, (7, 8)) == 3
+    assert likeliest_of(at_targets(logits, labels), labels, (7, 8)) == 3
 
 
 def test_answers_that_begin_alike_are_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,62 @@
+"""A language model's logits where there are targets, and nowhere else.
+
+With today's vocabularies the head is a large part of a step, and logits at all positions take gigabytes. Only positions
+whose next token counts have a loss. So the head sees only their hidden states: a hook picks them just before it, and
+whatever the model does to logits after its head (soft caps, scales) it does to these alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from client_app.data.task_kinds import at_targets, target_mask
+
+
+class TargetLogits:
+    """How one model's logits are had at targets only.
+
+    Args:
+        module: a model of transformers. One that hides its head, or calls it otherwise than once for each forward pass,
+            computes logits everywhere; ``reason`` then says why.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        find: Callable[[], Any] = getattr(module, "get_output_embeddings", lambda: None)
+        try:
+            head = find()
+        except (AttributeError, NotImplementedError):
+            head = None
+        self.head: nn.Module | None = head if isinstance(head, nn.Module) else None
+        self.reason = "" if self.head is not None else "the model names no output embeddings"
+
+    def __call__(self, forward: Callable[[], Tensor], labels: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of the batch's targets, row by row.
+
+        Args:
+            forward: the model's forward pass on the batch, giving ``[b, L', V]``.
+            labels: ``[b, L]``, on the model's device.
+        """
+        if self.head is None:
+            return at_targets(forward(), labels)
+        picked: list[bool] = []
+
+        def pick(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            hidden, *others = given or (None,)
+            fits = isinstance(hidden, Tensor) and hidden.dim() == 3 and len(hidden) == len(labels)
+            picked.append(fits and hidden.shape[1] >= labels.shape[1])
+            return (at_targets(hidden, labels)[None], *others) if picked[-1] else None
+
+        handle = self.head.register_forward_pre_hook(pick)
+        try:
+            logits = forward()
+        finally:
+            handle.remove()
+        wanted = int(target_mask(labels).sum())
+        if picked == [True] and logits.shape[:-1] == (1, wanted):
+            return logits[0]
+        self.head = None
+        self.reason = f"one forward pass calls its head {len(picked)} times, expected once with all hidden states"
+        return at_targets(forward(), labels)
