@@ -25,7 +25,7 @@ from tests.test_repository import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "docker" / "README.md"]
-PAGES += [ROOT / "examples" / "README.md"]
+PAGES += [ROOT / "examples" / "README.md", ROOT / "proto" / "README.md"]
 PAGES += sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"(?:^<!-- (?P<marker>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 README_LINES = 190
