@@ -255,7 +255,7 @@ def _task(task: str, site: Site, partition_id: int, num_partitions: int, seed: i
 
 
 def _shard(task: str, partition_id: int, num_partitions: int, seed: int) -> NDArray[np.int64]:
-    """Image numbers of a client's task: nobody else's, until the pool is used up and begins again."""
+    """Image numbers for a client's task. No other client has them, until the pool is used up and starts again."""
     wanted = [
         (client, name, TASKS[name][3])
         for client in range(num_partitions)

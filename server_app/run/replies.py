@@ -52,12 +52,12 @@ FAILED, MESSAGE_UNAVAILABLE = 2, 3
 REFUSED = 1413
 """No code of Flower's: an answer that was not put together, because it is too large."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError, HTTPStatusError)
-"""What Flower lets through when it puts together a message whose parts a client has made up; or the SuperLink fails at
-it, for example at one whose parts are in each other more than a hundred deep."""
+"""What Flower raises when it assembles a message whose parts a client has made up, or what the SuperLink fails with,
+for example when parts are nested more than a hundred deep."""
 MAX_LISTING_BYTES = 2**20
-"""Of all that only says what a message consists of; what is parsed takes tens of times as much memory."""
+"""Bytes of everything that only lists a message's parts; parsed, it takes tens of times as much memory."""
 MAX_ANNOUNCEMENT_BYTES = 16 * 2**20
-"""Of a response of the SuperLink that is no object: who is there, which messages, and what a client failed at."""
+"""Bytes of a SuperLink response that is not an object: lists of nodes and messages, and a client's errors."""
 MAX_OBJECTS = 10_000
 OBJECTS_A_TURN = 100
 """Of one upload, before the others have theirs. Honest answers have fewer: a chunk has 5 MiB."""

@@ -64,7 +64,7 @@ def collect_all(runs: Path, destination: Path) -> list[Path]:
 
 
 def give_to_owner_of(example: Path, folder: Path) -> None:
-    """``folder`` with all that is in it belongs to who owns ``example``."""
+    """Give ``folder`` and everything in it to the owner of ``example``."""
     owner = example.stat()
     for path in [folder, *folder.rglob("*")]:
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

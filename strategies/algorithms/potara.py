@@ -63,7 +63,7 @@ class PotaraOptions:
     merge_at: str = "client"
     """``"client"``, or ``"server"``: then the local adapter is uploaded once and the merge sent down."""
     calibration: str = "train"
-    """Examples of which split the Fisher information is taken on, ``"train"`` or ``"validation"``."""
+    """The split whose examples give the Fisher information: ``"train"`` or ``"validation"``."""
     fisher_samples: int = 30
     """How many examples at most."""
     damping: float = 1.0

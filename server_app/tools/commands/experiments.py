@@ -28,7 +28,7 @@ def demo(
     runs_dir: RunsDir = Path("runs"),
     set_: MoreRunConfig = "",
     data: DataRoot = None,
-    connection: Annotated[str, typer.Option(help="A flwr connection to a cluster that runs already.")] = "",
+    connection: Annotated[str, typer.Option(help="A flwr connection to a running cluster.")] = "",
     collect_to: Annotated[Path | None, typer.Option(help="Copy finished runs to this folder.")] = None,
 ) -> None:
     """Compare strategies on a local cluster with real data, and print one table."""
@@ -53,10 +53,12 @@ def compare(
         Path | None, typer.Option(help="Your own clients instead: TOML with a table of node-config for each.")
     ] = None,
     strategies: Annotated[
-        str, typer.Option(help="Comma-separated, or all; local, fedavg and controls are added.")
+        str, typer.Option(help="Comma-separated, or all. local, fedavg and the controls are added.")
     ] = "fedmerge",
     seeds: Annotated[int, typer.Option(min=1, help="How many, from --first-seed.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="Choose settings on others than you report.")] = 0,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="The first seed; choose settings on other seeds than you report.")
+    ] = 0,
     clients: Annotated[int, typer.Option(min=2, help="How many clients.")] = 4,
     rounds: Annotated[int, typer.Option(min=2, help="Federated rounds.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder of the results; finished runs in it are kept.")] = Path(
@@ -66,7 +68,7 @@ def compare(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="On local SuperNodes, with bytes on the wire; slower.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="So many runs side by side, one process and thread each.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, one process and thread each.")] = 1,
 ) -> None:
     """Which strategy for these clients, at what cost; by default in this process, without a network."""
     from server_app.tools.compare.command import compare as run_comparison

@@ -13,11 +13,11 @@ from server_app.tools.commands.terminal import clear_errors, console
 
 
 def certificates(
-    folder: Annotated[Path, typer.Argument(help="Files that are there already stay.")],
+    folder: Annotated[Path, typer.Argument(help="Existing files stay.")],
     hosts: Annotated[str, typer.Option(help="Comma-separated names and addresses of the server.")] = "",
     clients: Annotated[str, typer.Option(help="Comma-separated client ids.")] = "",
-    renew: Annotated[str, typer.Option(help="Comma-separated client ids, or server: make these anew.")] = "",
-    owner: Annotated[int, typer.Option(help="User id that the files shall belong to (needs root).")] = -1,
+    renew: Annotated[str, typer.Option(help="Client ids, or server, comma-separated: make new keys for these.")] = "",
+    owner: Annotated[int, typer.Option(help="User id of the files' owner (needs root).")] = -1,
 ) -> None:
     """Make what a federation lacks: certificate authority, server certificate, a key pair for each client."""
     from server_app.tools.cluster.certificates import make_missing

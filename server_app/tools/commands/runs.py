@@ -51,7 +51,7 @@ def collect(
     runs: Annotated[Path, typer.Argument(help="Where a cluster keeps its runs.")],
     destination: Annotated[Path, typer.Argument(help="A folder of yours.")],
 ) -> None:
-    """Copy all runs of a cluster's own storage to a folder, owned by who owns that folder."""
+    """Copy all runs from a cluster's own storage to a folder; the copies belong to the folder's owner."""
     from server_app.tools.copy_runs import collect_all
 
     with clear_errors():
