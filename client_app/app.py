@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
+from client_app.guard.disclosure import private_errors
 from client_app.settings import read_settings
 from client_app.sockets import read_fleet_wire
 from client_app.trainer.address import find_owner, read_trainer_settings
@@ -27,6 +28,7 @@ app = ClientApp()
 
 
 @app.query("register")
+@private_errors
 def register(message: Message, context: Context) -> Message:
     """Say who this client is, what its adapters look like, and how many examples it has."""
     wire = read_fleet_wire()
@@ -43,6 +45,7 @@ def register(message: Message, context: Context) -> Message:
 
 
 @app.train("plan")
+@private_errors
 def plan(message: Message, context: Context) -> Message:
     """Carry out a plan; all changes to slots become visible together, or none."""
     wire = read_fleet_wire()
@@ -61,6 +64,7 @@ def plan(message: Message, context: Context) -> Message:
 
 
 @app.query("counters")
+@private_errors
 def counters(message: Message, context: Context) -> Message:
     """Only read the counters: the last reply of a run is contained in them."""
     reading = report_pb2.Counters(version=1, client_id=read_settings(context).client_id, wire=read_fleet_wire())

@@ -7,19 +7,25 @@ stay the same.
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Mapping
 
 import torch
 
 from client_app.data.arrival import streamed
 from client_app.data.dataset import Base, ClientData
+from client_app.guard.disclosure import told
+from client_app.guard.noise import secret_of
+from client_app.guard.policy import PolicyError
+from client_app.guard.record import Record, asked, left
+from client_app.guard.run_binding import bind_run, require_same_run
 from client_app.model.alignment import load_alignment
 from client_app.model.personal import PersonalModel
 from client_app.model.start_adapter import read_start_adapter
 from client_app.own.files import load_own
 from client_app.own.task_file import is_task_file, load_tasks, stamp_of
 from client_app.plan.interpreter import Interpreter
-from client_app.plan.progress import Cancelled, tick
+from client_app.plan.progress import Cancelled, tick, within
 from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import reference_layout
 from client_app.plan.slots import SlotStore
@@ -41,7 +47,10 @@ class Executor:
 
     def register(self, settings: Settings) -> report_pb2.Registration:
         """Who this client is, what its adapters look like, and how many examples it has."""
-        return _registration(settings, *self._load(settings))
+        found = _registration(settings, *self._load(settings))
+        said = hashlib.sha256(found.SerializeToString(deterministic=True)).hexdigest()
+        Record(settings.state_dir, settings.client_id).append("registered", sha256=said)
+        return found
 
     def carry_out(
         self, settings: Settings, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]
@@ -50,15 +59,31 @@ class Executor:
 
         The model is left as it was loaded; after an error it is not trusted any more, and loaded again next time.
         """
+        record = Record(settings.state_dir, settings.client_id)
+        try:
+            with within(settings.policy.max_seconds):
+                report, uploads = self._carry_out(settings, plan, blobs)
+        except Exception as error:
+            record.append("refused", **asked(plan), error=told(error))
+            raise
+        record.append("left", **asked(plan), **left(report, uploads))
+        return report, uploads
+
+    def _carry_out(
+        self, settings: Settings, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]
+    ) -> tuple[report_pb2.Report, dict[str, bytes]]:
         model, data = self._load(settings)
-        directory = settings.run_directory(plan.run_name)
+        directory, who, policy = settings.run_directory(plan.run_name), settings.client_id, settings.policy
         store = SlotStore(directory, model.base.name, lambda: model.heads, settings.keep_rounds)
         try:
+            require_same_run(directory, plan)
             with store.transaction(plan.round) as slots:
-                starts = _starts(settings, model)
-                answer = Interpreter(settings.client_id, model, data, slots, starts, settings.policy).run(plan, blobs)
+                require_same_run(directory, plan)  # what another process has bound while this one waited
+                starts, secret = _starts(settings, model), secret_of(settings.state_dir, who)
+                answer = Interpreter(who, model, data, slots, starts, policy, secret).run(plan, blobs)
+                bind_run(directory, plan)
             model.unload_all()
-        except Cancelled:  # between two batches or steps, where the model is sound
+        except (Cancelled, PolicyError):  # between two batches or steps, where the model is sound
             model.unload_all()
             raise
         except BaseException:

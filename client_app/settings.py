@@ -6,21 +6,28 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from flwr.app import Context
 
-from proto.fedalloy.v1 import plan_pb2
+from client_app.guard.policy import Policy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY = re.compile(r"(?:node-config |run-config )?([a-z][a-z0-9.-]{0,60})(?= = )")
 Config = Mapping[str, Any]
 C = TypeVar("C")
 
 
 class SettingsError(ValueError):
     """A node-config or run-config value is missing or not valid."""
+
+    @property
+    def told(self) -> str:
+        """The key, which is all that the server gets to know: a value of node-config is the owner's."""
+        named = _KEY.match(str(self))
+        return named.group(1) if named else ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if self.lora_r < 1:
             raise SettingsError(f"lora-r = {self.lora_r}, expected at least 1")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise SettingsError(f"lora-alpha = {self.lora_alpha}, expected a positive number")
         if not 0 <= self.lora_dropout < 1:
             raise SettingsError(f"lora-dropout = {self.lora_dropout}, expected at least 0 and less than 1")
         if self.lora_alignment and not re.fullmatch(r"[0-9a-f]{64}", self.lora_alignment):
@@ -166,32 +175,8 @@ class DataSettings:
         return train, validation, test
 
 
-STEPS = tuple(field.name for field in plan_pb2.Step.DESCRIPTOR.fields)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What this client lets a server ask of it; the field ``allow_steps`` is the key ``client.allow-steps``.
-
-    Run-config may have a federation's policy; what the client's own node-config says wins.
-    """
-
-    allow_steps: str = ""
-    """Comma-separated kinds of steps that a plan may contain (proto/README.md has the list); empty: all."""
-    max_upload_mb: float = 0.0
-    """Bound on all uploads of one plan together, in megabytes (10^6 bytes); 0: none."""
-
-    def __post_init__(self) -> None:
-        for name in self.allowed:
-            _require_choice("client.allow-steps", name, STEPS)
-        if not 0 <= self.max_upload_mb < float("inf"):
-            raise SettingsError(f"client.max-upload-mb = {self.max_upload_mb}, expected a number of at least 0")
-
-    @property
-    def allowed(self) -> tuple[str, ...]:
-        """The kinds of steps that a plan may contain."""
-        named = tuple(name.strip() for name in self.allow_steps.split(",") if name.strip())
-        return named or STEPS
+_OWNERS = ("-path", "-root", "-config", "-column", "-by")
+"""How the keys end that name a file or a column."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +232,7 @@ def read_settings(context: Context) -> Settings:
         SettingsError: a value is missing or not valid; names the key.
     """
     node, run = context.node_config, context.run_config
+    _require_accepted(node, run)
     data = _read(DataSettings, node, run)
     has_partition = "partition-id" in node and "num-partitions" in node
     if not has_partition and not data.data_path:
@@ -285,13 +271,42 @@ def read_settings(context: Context) -> Settings:
         task_arrival=(arrival := str(run.get("task-arrival", "all"))),
         rounds=1 if arrival == "all" else int(run.get("num-server-rounds", 5)),
         keep_rounds=max(1, int(run.get("keep-checkpoints", 2))),
-        policy=_read(Policy, node, run, "client."),
+        policy=_policy(node, run),
     )
 
 
 def canonical_label(name: str) -> str:
     """A label as it is compared: NFC, because the same letters can be written in two ways, and no space around."""
     return unicodedata.normalize("NFC", name).strip().strip("\ufeff")
+
+
+def _policy(node: Config, run: Config) -> Policy:
+    """Node-config's policy; where it is silent, of the default and run-config's the stricter one."""
+    try:
+        own, asked = _read(Policy, node, {}, "client."), _read(Policy, {}, run, "client.")
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    said = {item.name: getattr(own, item.name) for item in fields(Policy) if f"client.{_key(item.name)}" in node}
+    return replace(Policy().stricter(asked), **said)
+
+
+def _require_accepted(node: Config, run: Config) -> None:
+    """Which file is read, and which of its columns, is the owner's to say, unless it accepts a run's word for it.
+
+    ``client.accept-keys`` in node-config, and only there, lists the keys that run-config may set, or is ``all``.
+    """
+    accepted = {name.strip() for name in str(node.get("client.accept-keys", "")).split(",")}
+    for item in fields(DataSettings):
+        key = _key(item.name)
+        if not key.endswith(_OWNERS) or key in node or run.get(key, item.default) == item.default:
+            continue
+        if not accepted & {key, "all"}:
+            raise SettingsError(
+                f"{key} = {run[key]!r} is run-config's, and this client takes it from its own node-config alone; to "
+                f"accept a run's, set client.accept-keys='{key}' there"
+            )
 
 
 def default_state_dir() -> Path:

@@ -54,6 +54,11 @@ class CodecError(ValueError):
         super().__init__(f"{code}: {message}")
         self.code = code
 
+    @property
+    def told(self) -> str:
+        """Who sent the blob may know."""
+        return str(self)
+
 
 class Encoding(enum.StrEnum):
     """How numbers are stored."""

@@ -30,6 +30,11 @@ M = TypeVar("M", bound=Message)
 class RecordError(ValueError):
     """A Flower message does not contain what ``proto/README.md`` says."""
 
+    @property
+    def told(self) -> str:
+        """Who sent the message may know."""
+        return str(self)
+
 
 def pack(key: str, message: Message, blobs: Mapping[str, bytes] | None = None) -> RecordDict:
     """Records with ``message`` under ``key``, and one array per blob."""

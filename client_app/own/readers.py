@@ -23,12 +23,19 @@ SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation"
 }  # fmt: skip
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_PLACE = re.compile(r"[^\n]*?, ((?:line|row) \d+(?:, column (?:\d+|'[^']{1,100}'))?)(?=:|,)")
 MAX_LINE = 2**24
 """Bytes of one line or field; a longer one is a file of another format, or a mistake."""
 
 
 class DataError(ValueError):
-    """The client's data are not as expected; the message names the file, the line and the column."""
+    """The client's data are not as expected; the message begins with the file, the line and the column."""
+
+    @property
+    def told(self) -> str:
+        """Line and column, which are all that the server gets to know."""
+        place = _PLACE.match(str(self))
+        return place.group(1) if place else ""
 
 
 @dataclass(frozen=True)

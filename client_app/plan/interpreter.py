@@ -12,6 +12,8 @@ from typing import Any
 from google.protobuf.message import Message
 
 from client_app.data.dataset import ClientData
+from client_app.guard.disclosure import told
+from client_app.guard.policy import Policy
 from client_app.model.personal import PersonalModel
 from client_app.plan import (
     distance,
@@ -33,7 +35,6 @@ from client_app.plan.names import PlanError, require_slot_names
 from client_app.plan.progress import tick
 from client_app.plan.slots import SlotStore
 from client_app.plan.workbench import Workbench
-from client_app.settings import Policy
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import decode
 from fedalloy_adapters.layout import Layout
@@ -69,6 +70,7 @@ class Interpreter:
         slots: the client's slots, inside a transaction.
         starts: adapters that slots of these names start from when they are created from a seed.
         policy: what this client lets a plan ask of it.
+        secret: of this client alone; decides noise.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Interpreter:
         slots: SlotStore,
         starts: Mapping[str, Adapter] | None = None,
         policy: Policy | None = None,
+        secret: bytes = b"",
     ) -> None:
         self.client_id = client_id
         self.model = model
@@ -86,6 +89,7 @@ class Interpreter:
         self.slots = slots
         self.starts = starts or {}
         self.policy = policy or Policy()
+        self.secret = secret
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
         """Install what was received, run the steps in order; the report and the uploads by slot.
@@ -96,13 +100,18 @@ class Interpreter:
         Raises:
             PlanError: the plan does not fit this client; names the step.
             CodecError: a received blob cannot be decoded.
+            PolicyError: the client's owner does not allow it.
         """
         started = time.monotonic()
         if plan.client_id != self.client_id:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
         require_slot_names(plan, blobs)
-        self._require_allowed(plan)
-        bench = Workbench(plan, self.model, self.data, self.slots, self.starts)
+        self.policy.require_plan(plan, blobs)
+        bench = Workbench(plan, self.model, self.data, self.slots, self.starts, self.secret)
+        self.policy.require_examples(
+            plan, lambda split: len(bench.split(split)) if split in self.data.splits else 2**31
+        )
+        self.slots.hidden = self.policy.require_private(plan, self.slots.hidden)
         report = report_pb2.Report(
             version=1,
             run_name=plan.run_name,
@@ -121,28 +130,8 @@ class Interpreter:
         if leading == len(plan.steps):
             _install(bench, blobs)
         report.seconds = time.monotonic() - started
-        self._require_small_uploads(bench.uploads)
+        self.policy.require_small(self.client_id, bench.uploads)
         return report, bench.uploads
-
-    def _require_allowed(self, plan: plan_pb2.Plan) -> None:
-        """Before anything is done: this client's owner decides what a plan may ask."""
-        for index, step in enumerate(plan.steps):
-            kind = step.WhichOneof("kind")
-            asked = [kind] if kind != "distill" else [kind, "train"]  # which it contains, with weights that may be 0
-            missing = [name for name in asked if name is not None and name not in self.policy.allowed]
-            if missing:
-                raise PlanError(
-                    f"client {self.client_id!r} refuses step {index} ({kind}); its client.allow-steps has "
-                    f"{', '.join(self.policy.allowed)}, and not {' and '.join(missing)}"
-                )
-
-    def _require_small_uploads(self, uploads: Mapping[str, bytes]) -> None:
-        size, most = sum(map(len, uploads.values())), self.policy.max_upload_mb * 10**6
-        if most and size > most:
-            raise PlanError(
-                f"client {self.client_id!r} does not send {size / 10**6:.3f} MB ({', '.join(sorted(uploads))}); "
-                f"its client.max-upload-mb is {self.policy.max_upload_mb:g}"
-            )
 
 
 def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:
@@ -156,7 +145,9 @@ def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:
     try:
         result = STEPS[kind](bench, getattr(step, kind))
     except ValueError as error:
-        raise PlanError(f"client {client!r}, step {bench.index} ({kind}): {error}") from error
+        where = f"client {client!r}, step {bench.index} ({kind})"
+        known = error.told if isinstance(error, PlanError) else told(error)
+        raise PlanError(f"{where}: {error}", told=f"{where}: {known}") from error
     outcome = report_pb2.StepResult()
     getattr(outcome, kind).CopyFrom(result)
     return outcome

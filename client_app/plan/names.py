@@ -14,7 +14,16 @@ _OPTIONAL = ("keep_first", "keep_second", "copy_of", "record", "target_record", 
 
 
 class PlanError(ValueError):
-    """A plan cannot be carried out: an unknown step, a missing slot, or parts that do not fit."""
+    """A plan cannot be carried out: an unknown step, a missing slot, or parts that do not fit.
+
+    Args:
+        words: of the plan and of slots' names: the server is told them.
+        told: what it is told instead, where the words are more than that.
+    """
+
+    def __init__(self, words: str, told: str | None = None) -> None:
+        super().__init__(words)
+        self.told = words if told is None else told
 
 
 def require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:

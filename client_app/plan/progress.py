@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 Listener = Callable[[str, int, int], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+_deadline: ContextVar[tuple[float, float] | None] = ContextVar("deadline", default=None)
+
+
+class OutOfTimeError(ValueError):
+    """The plan has taken longer than the client's owner allows."""
+
+    @property
+    def told(self) -> str:
+        """The server may know the bound."""
+        return str(self)
 
 
 class Cancelled(RuntimeError):
@@ -19,7 +32,11 @@ def tick(activity: str, done: int = 0, total: int = 0) -> None:
 
     Raises:
         Cancelled: the plan is to end here.
+        OutOfTimeError: it is past the bound of :func:`within`.
     """
+    bound = _deadline.get()
+    if bound is not None and time.monotonic() > bound[0]:
+        raise OutOfTimeError(f"the plan took longer than client.max-seconds, {bound[1]:g}")
     listener = _listener.get()
     if listener is not None:
         listener(activity, done, total)
@@ -33,3 +50,13 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Inside the block, :func:`tick` ends the plan after so many seconds; 0: no bound."""
+    token = _deadline.set((time.monotonic() + seconds, seconds) if seconds else None)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)

@@ -8,7 +8,7 @@ adapters take no part in it. No clipping, so the noise sanitises, and is not dif
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import mean_loss
+from client_app.guard.noise import Noise, gaussian, noise_key
 from client_app.model.module_roles import RoleError, last_down_projection, layer_of
 from client_app.model.personal import PersonalModel
 from client_app.plan.seeds import batches, seed_of
@@ -54,7 +55,8 @@ def carry_out(bench: Workbench, step: plan_pb2.SketchStep) -> report_pb2.SketchR
     readings = bench.data.for_reference
     data = readings[step.split] if step.split in readings else bench.split(step.split)
     reference, common_seed = ReferenceModel(bench.model), bench.plan.seed
-    sketch = take_sketch(reference, step, data, bench.held(step.slot), bench.seed, common_seed)
+    noise = gaussian(step.noise, noise_key(bench.secret, bench.plan, bench.index))
+    sketch = take_sketch(reference, step, data, bench.held(step.slot), bench.seed, common_seed, noise)
     bench.slots[step.slot] = sketch.state
     bench.upload(step.slot, sketch.upload, step.encoding)
     seconds = time.monotonic() - started
@@ -173,6 +175,7 @@ def take_sketch(
     previous: Adapter | None,
     seed: int,
     common_seed: int,
+    noise: Noise,
 ) -> Sketch:
     """One round's sketch: mean gradient of some batches, a subset of its rows, moving average, noise.
 
@@ -181,8 +184,9 @@ def take_sketch(
         step: what is asked.
         data: the split.
         previous: the moving average so far; None, or of another layout, starts a new one.
-        seed: decides batches and noise.
+        seed: decides batches.
         common_seed: decides the rows; the same for all clients and rounds.
+        noise: draws what is added.
 
     Raises:
         SketchError: a count is zero, or more rows are asked for than there are.
@@ -195,7 +199,6 @@ def take_sketch(
         )
     layout = layout_of_sketch(reference.layout, step.row_count)
     rows = row_subset(d, step.row_count, step.rows, common_seed)
-    noise = _noise(step.noise, seed)
     total, clean = (torch.zeros(step.row_count, reference.weight.shape[1]) for _ in range(2))
     examples = 0
     for indices in batches(len(data), step.batch_size, step.batches, seed):
@@ -225,8 +228,3 @@ def row_subset(rows: int, kept: int, which: plan_pb2.SketchRows, seed: int) -> T
         raise SketchError(f"unknown choice of rows {which}, expected the first or random ones")
     generator = torch.Generator().manual_seed(seed_of("sketch rows", seed))
     return torch.randperm(rows, generator=generator)[:kept].sort().values
-
-
-def _noise(scale: float, seed: int) -> Callable[[torch.Size], Tensor]:
-    generator = torch.Generator().manual_seed(seed_of("sketch noise", seed))
-    return lambda shape: scale * torch.randn(shape, generator=generator)

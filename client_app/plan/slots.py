@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +41,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.atomic_files import locked, private_folder, sync, write_durably
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.peft_format import write_peft_directory
+from fedalloy_adapters.sealed_json import sealed, unsealed
 from proto.fedalloy.v1 import adapter_pb2
 
 MIXTURE_FILE = "mixture.json"
@@ -69,6 +69,8 @@ class SlotStore:
         self._parts: Parts | None = None
         self.losses: dict[str, dict[str, float]] = {}
         """Recorded losses by name of the record and task; finite ones only."""
+        self.hidden: frozenset[str] = frozenset()
+        """Slots that hold something that may not leave; see :meth:`client_app.guard.policy.Policy.require_private`."""
         self._source = directory / "slots"
 
     @contextmanager
@@ -87,7 +89,7 @@ class SlotStore:
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
             self._opened, self._dirty = set(), set()
             self._source = self._before(round_)
-            self.losses = _losses_of(self._source)
+            self.losses, self.hidden = _losses_of(self._source), _hidden_in(self._source)
             yield self
             self._commit(round_)
 
@@ -176,8 +178,10 @@ class SlotStore:
             else:
                 shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
                 sync(staged / "slots" / slot)
-        state = {"round": round_} | ({"losses": self.losses} if self.losses else {})
-        write_durably(staged / "slots" / "state.json", json.dumps(state).encode())
+        state: dict[str, object] = {"round": round_} | ({"losses": self.losses} if self.losses else {})
+        if self.hidden:
+            state["hidden"] = sorted(self.hidden)
+        write_durably(staged / "slots" / "state.json", sealed(state))
         if self._personal is not None or self._parts is not None:
             if self._personal is not None:
                 write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
@@ -283,17 +287,23 @@ def _losses_of(folder: Path) -> dict[str, dict[str, float]]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text()).get("losses", {})
+        found = unsealed(path.read_text()).get("losses", {})
         return {str(name): {str(task): float(loss) for task, loss in of.items()} for name, of in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise SlotError(f"{path} is damaged: {error!r}") from None
+
+
+def _hidden_in(folder: Path) -> frozenset[str]:
+    """Slots that may not leave; :func:`_losses_of` has checked the file."""
+    path = folder / "state.json"
+    return frozenset(map(str, unsealed(path.read_text()).get("hidden", []))) if path.exists() else frozenset()
 
 
 def _round_of(folder: Path) -> int:
     """The last round whose plan was carried out, 0 for none."""
     path = folder / "state.json"
     try:
-        return int(json.loads(path.read_text())["round"])
+        return int(unsealed(path.read_text())["round"])
     except FileNotFoundError:
         if any(folder.iterdir()):
             raise SlotError(f"{path} is missing") from None

@@ -29,6 +29,8 @@ class Workbench:
     slots: SlotStore
     starts: Mapping[str, Adapter] = field(default_factory=dict)
     """Adapters that slots of these names start from when they are created from a seed."""
+    secret: bytes = field(default=b"", repr=False)
+    """Of this client alone; decides noise that the server must not know."""
     received: dict[str, Adapter] = field(default_factory=dict)
     """What the server sent, by slot."""
     uploads: dict[str, bytes] = field(default_factory=dict)

@@ -38,7 +38,15 @@ MAX_LOG_BYTES = 2**20
 
 
 class JobFailedError(RuntimeError):
-    """The trainer carried a job out and it ended with an error, in the trainer's words."""
+    """The trainer carried a job out and it ended with an error; here is what may be told of it, its log has the words.
+
+    ``told_class`` is the class of the trainer's error.
+    """
+
+    def __init__(self, error: str, message: str) -> None:
+        super().__init__(f"{message} [{log_path()}]")
+        self.told_class = error
+        self.told = message.removeprefix(error).removeprefix(": ")
 
 
 class _LostError(RuntimeError):
@@ -140,7 +148,7 @@ class TrainerClient:
                 elif part == "report":
                     return Outcome(None, answer.report, {slot: b"".join(found) for slot, found in pieces.items()})
                 elif part == "failure":
-                    raise JobFailedError(f"{answer.failure.error}: {answer.failure.message}")
+                    raise JobFailedError(answer.failure.error, answer.failure.message)
                 elif part == "progress":
                     self.listen(_name(job), answer.progress)
         except grpc.RpcError as error:

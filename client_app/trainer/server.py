@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from client_app.guard.disclosure import told
 from client_app.plan.progress import Cancelled, listening, tick
 from client_app.settings import read_settings
 from client_app.trainer.address import NO_LIMIT, Owner, Residence, code_digest, inode_of
@@ -158,7 +159,7 @@ class Trainer(TrainerServiceServicer):
             sound = _is_sound(error)
             if not isinstance(error, Cancelled):
                 traceback.print_exc()
-            failure = trainer_pb2.Failure(error=type(error).__name__, message=str(error))
+            failure = trainer_pb2.Failure(error=type(error).__name__, message=told(error))  # the words are in the log
             task.answers.put(trainer_pb2.RunResponse(failure=failure))
         task.answers.put(None)
         return sound

@@ -84,6 +84,7 @@ class Run:
         self.directory = directory
         self.wire = wire
         self.name = name
+        self.run_key = directory.run_key()
         self.enrolment = Enrolment(strategy, directory)
         self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
         self.completed = 0
@@ -329,6 +330,7 @@ class Run:
             round_=round_,
             seed=self.options.seed,
             run_name=self.name,
+            run_key=self.run_key,
             encoding=self.strategy.training.downlink_encoding,
             reference=client.reference,
         )

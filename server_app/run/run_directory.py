@@ -117,6 +117,16 @@ class RunDirectory:
                 raise RunDirectoryError(_explain(self.path, error)) from error
             yield
 
+    def run_key(self) -> bytes:
+        """What proves to clients that a plan is of this run: drawn when the run begins, and kept for its resumption."""
+        path = self.path / "run.key"
+        try:
+            if not path.exists():
+                write_durably(path, secrets.token_bytes(32))
+            return path.read_bytes()
+        except OSError as error:
+            raise RunDirectoryError(_explain(self.path, error)) from error
+
     def config(self) -> dict[str, Any]:
         """The run-config that the run was started with.
 

@@ -171,6 +171,7 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
         self.storage = Storage()  # of what is kept of its clients
         self.clients: dict[str, Client] = {}
         self._pending: list[tuple[Message, Client, Dispatch]] = []
+        self._flower_key = secrets.token_bytes(32)
         self._flower_run = f"flower-{secrets.token_hex(4)}"  # a folder at the clients that no earlier run has used
 
     @classmethod
@@ -358,6 +359,7 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
                 round_=round_,
                 seed=self.seed,
                 run_name=self._flower_run,
+                run_key=self._flower_key,
                 encoding=self.training.downlink_encoding,
                 reference=client.reference,
             )

@@ -109,6 +109,7 @@ def plan_dispatch(
     run_name: str,
     encoding: str = "fp32",
     reference: Layout | None = None,
+    run_key: bytes = b"",
 ) -> Dispatch:
     """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
 
@@ -116,7 +117,13 @@ def plan_dispatch(
         LayoutError: a sketch is asked of a client that registered no reference model, or of more rows than that has.
     """
     plan = plan_pb2.Plan(
-        version=FORMAT_VERSION, run_name=run_name, client_id=client_id, round=round_, seed=seed, steps=steps
+        version=FORMAT_VERSION,
+        run_name=run_name,
+        client_id=client_id,
+        round=round_,
+        seed=seed,
+        steps=steps,
+        run_key=run_key,
     )
     blobs, received, tensor_bytes = {}, {}, {}
     known = layouts_of_plan(layout, steps)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
+from client_app.guard.policy import Policy, PolicyError
 from client_app.plan.interpreter import Interpreter
-from client_app.plan.names import PlanError
 from client_app.plan.slots import SlotStore
-from client_app.settings import Policy, SettingsError, read_settings
+from client_app.settings import SettingsError, read_settings
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import CodecError, decode, encode
 from fedalloy_adapters.flower_records import pack, unpack
@@ -184,7 +184,7 @@ def test_a_step_that_the_owner_does_not_allow_is_refused_before_anything_is_done
     ])  # fmt: skip
     nothing: Any = NoTouch()
     interpreter = Interpreter("ada", nothing, nothing, nothing, policy=Policy("train,evaluate"))
-    with pytest.raises(PlanError, match=r"refuses step 1 \(send\); its client.allow-steps has train, evaluate"):
+    with pytest.raises(PolicyError, match=r"refuses step 1 \(send\); its client.allow-steps has train, evaluate"):
         interpreter.run(plan, {})
 
 
@@ -201,10 +201,10 @@ def test_too_large_an_upload_stays_at_the_client_and_changes_nothing(tmp_path: P
             return Interpreter("ada", model, data, slots, policy=policy).run(plan, {})[1]
 
     size = len(carry_out(Policy())["local"]) / 10**6
-    with pytest.raises(PlanError, match=r"does not send 0\.\d+ MB \(local\); its client\.max-upload-mb is 0\.0"):
+    with pytest.raises(PolicyError, match=r"does not send 0\.\d+ MB \(local\); its client\.max-upload-mb is 0\.0"):
         carry_out(Policy(max_upload_mb=0.9 * size))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(PlanError):
+    with pytest.raises(PolicyError):
         carry_out(Policy(max_upload_mb=1e-6))
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(carry_out(Policy(max_upload_mb=1.1 * size))) == 1

@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
 from client_app.data.dataset import ClientData, Dataset
+from client_app.guard.policy import PolicyError
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.names import PlanError
 from client_app.plan.slots import SlotError
@@ -39,6 +40,7 @@ class Memory(dict[str, Adapter]):
 
     def __init__(self, slots: dict[str, Adapter]) -> None:
         super().__init__(slots)
+        self.hidden: frozenset[str] = frozenset()
         self.losses = {"before": {"toy": 1.0}, "after": {"toy": 2.0}}
 
     def names(self) -> list[str]:
@@ -89,7 +91,7 @@ def plan(data: bytes) -> None:
     model: Any = NoModel()
     try:
         _, uploads = Interpreter(NAME, model, EXAMPLES, slots).run(asked_for, {})
-    except (PlanError, CodecError):
+    except (PlanError, PolicyError, CodecError):
         return
     assert set(uploads) <= {step.send.slot for step in asked_for.steps if step.HasField("send")}
 

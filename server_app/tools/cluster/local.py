@@ -153,7 +153,7 @@ class LocalCluster(SuperLink):
         client_id = self.settings.client_ids[index]
         node_config = (
             f"client-id='{client_id}' partition-id={index} num-partitions={len(self.settings.client_ids)} "
-            f"state-dir='{self.settings.runs_dir.resolve()}'"
+            f"state-dir='{self.settings.runs_dir.resolve()}' client.accept-keys='all'"
         )
         more = self.settings.node_config.get(client_id, {})
         node_config += "".join(f" {option}={literal(value)}" for option, value in more.items())

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from client_app.data.dataset import Base, Dataset
+from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.guard.noise import gaussian
 from client_app.model.personal import OWN_HEAD, PersonalModel
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import ReferenceModel, SketchError, reference_layout, row_subset, take_sketch
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.codec import Encoding, decode, encoding_to_proto
+from fedalloy_adapters.parts import layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2
 from tests.fedalloy_adapters.samples import random_adapter
 from tests.fedalloy_adapters.tiny_vit import CLASSES, base_of, images, logits_of
+from tests.fuzz.targets import Memory
+
+QUIET = gaussian(0.0, b"")
 
 
 def llama_personal() -> PersonalModel:
@@ -147,22 +155,22 @@ def test_rows_are_the_same_for_everybody_and_in_order() -> None:
 def test_without_noise_a_sketch_is_rows_of_the_mean_gradient_and_deterministic() -> None:
     reference, data = ReferenceModel(PersonalModel(base_of(), 2, 4.0)), pictures()
     everything = step(batches=1, batch_size=len(data))
-    sketch = take_sketch(reference, everything, data, None, 1, 2)
+    sketch = take_sketch(reference, everything, data, None, 1, 2, QUIET)
     rows = row_subset(reference.weight.shape[0], 5, plan_pb2.SKETCH_ROWS_RANDOM, 2)
     torch.testing.assert_close(sketch.upload.vector.view(5, -1), reference.gradient(data)[rows], atol=1e-6, rtol=1e-4)
-    again = take_sketch(reference, step(), data, None, 1, 2)
-    assert torch.equal(take_sketch(reference, step(), data, None, 1, 2).upload.vector, again.upload.vector)
+    again = take_sketch(reference, step(), data, None, 1, 2, QUIET)
+    assert torch.equal(take_sketch(reference, step(), data, None, 1, 2, QUIET).upload.vector, again.upload.vector)
     assert again.examples == 6
     assert sketch.norm == pytest.approx(float(sketch.upload.vector.norm()))
 
 
 def test_the_moving_average_starts_with_the_first_gradient_and_follows_its_recursion() -> None:
     reference, data = ReferenceModel(PersonalModel(base_of(), 2, 4.0)), pictures()
-    means = [take_sketch(reference, step(), data, None, seed, 2).state.vector for seed in (1, 2, 3)]
+    means = [take_sketch(reference, step(), data, None, seed, 2, QUIET).state.vector for seed in (1, 2, 3)]
     state: Adapter | None = None
     expected = means[0]
     for round_, seed in enumerate((1, 2, 3)):
-        state = take_sketch(reference, step(new_weight=0.25), data, state, seed, 2).state
+        state = take_sketch(reference, step(new_weight=0.25), data, state, seed, 2, QUIET).state
         expected = expected if round_ == 0 else 0.75 * expected + 0.25 * means[round_]
         torch.testing.assert_close(state.vector, expected, atol=1e-7, rtol=1e-5)
 
@@ -170,17 +178,41 @@ def test_the_moving_average_starts_with_the_first_gradient_and_follows_its_recur
 @pytest.mark.parametrize("on_gradients", [False, True])
 def test_noise_goes_where_the_plan_says(on_gradients: bool) -> None:
     reference, data = ReferenceModel(PersonalModel(base_of(), 2, 4.0)), pictures()
-    clean = take_sketch(reference, step(batches=4), data, None, 1, 2)
-    noisy = take_sketch(reference, step(batches=4, noise=0.5, noise_on_gradients=on_gradients), data, None, 1, 2)
+    clean = take_sketch(reference, step(batches=4), data, None, 1, 2, QUIET)
+    noisy = take_sketch(
+        reference, step(batches=4, noise=0.5, noise_on_gradients=on_gradients), data, None, 1, 2, gaussian(0.5, b"k")
+    )
     assert torch.equal(noisy.state.vector, clean.state.vector) is not on_gradients
     added = noisy.upload.vector - clean.upload.vector
     assert float(added.std()) == pytest.approx(0.5 / (2 if on_gradients else 1), rel=0.25)
 
 
+def test_whoever_knows_the_plan_cannot_take_the_noise_away_and_the_client_can_answer_again() -> None:
+    """The server knows seed, client, round and step; what it would draw from them is as far from the noise as any."""
+    personal, data = PersonalModel(base_of(), 2, 4.0), ClientData("toy", "", {"train": pictures()})
+
+    def sent(secret: bytes, noise: float) -> Tensor:
+        asked = step(batches=4, noise=noise, encoding=encoding_to_proto(Encoding.FP32))
+        steps = [plan_pb2.Step(sketch=asked)]
+        plan = plan_pb2.Plan(version=1, run_name="run", client_id="ada", round=3, seed=7, steps=steps)
+        slots: Any = Memory({})
+        _, uploads = Interpreter("ada", personal, data, slots, secret=secret).run(plan, {})
+        known = layout_of_sketch(ReferenceModel(personal).layout, asked.row_count)
+        return decode(uploads["sketch"], layouts={known.digest: known}).vector
+
+    clean, mine = sent(b"mine", 0.0), sent(b"mine", 50.0)
+    assert torch.equal(sent(b"mine", 50.0), mine)
+    assert not torch.equal(sent(b"other", 50.0), mine)
+    guesses = [seed_of("sketch noise", seed_of(7, "ada", 3, 0)), seed_of(7, "ada", 3, 0), 7]
+    for seed in guesses:
+        drawn = 50.0 * torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed))
+        assert float(torch.nn.functional.cosine_similarity(mine - drawn, clean, dim=0)) < 0.5
+
+
 def test_what_cannot_be_sketched_is_refused() -> None:
     reference, data = ReferenceModel(PersonalModel(base_of(), 2, 4.0)), pictures()
     with pytest.raises(SketchError, match="99 of 16 rows"):
-        take_sketch(reference, step(row_count=99), data, None, 1, 2)
+        take_sketch(reference, step(row_count=99), data, None, 1, 2, QUIET)
     wrong = Dataset(data.inputs, data.labels + CLASSES)
     with pytest.raises(SketchError, match=f"scores {CLASSES} classes, but this client has the label"):
         reference.gradient(wrong)

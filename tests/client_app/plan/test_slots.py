@@ -22,6 +22,7 @@ from client_app.plan.slots import SlotError, SlotStore
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor
 from fedalloy_adapters.peft_format import read_peft_directory
+from fedalloy_adapters.sealed_json import unsealed
 from tests.client_app.slot_worker import (
     HEADS,
     LAYOUT,
@@ -227,7 +228,7 @@ def test_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "slots").iterdir()} == {"global", "local", "state.json"}
     assert {path.name for path in (tmp_path / "slots" / "local").iterdir()} == slot_files
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == slot_files - {"exact.safetensors"}
-    assert json.loads((tmp_path / "slots" / "state.json").read_text()) == {"round": 2}
+    assert unsealed((tmp_path / "slots" / "state.json").read_text()) == {"round": 2}
 
 
 # --------------------------------------------------------------------------------------------------------------- rounds
@@ -524,3 +525,11 @@ def test_killed_at_random_moments(worker: Worker, tmp_path: Path) -> None:
         if done:
             assert start_of(directory, done) == after(*range(1, done))
     pytest.fail(f"{done} rounds between 500 kills are too few to prove anything")
+
+
+def test_a_state_that_is_not_the_one_that_was_written_is_damaged(tmp_path: Path) -> None:
+    carry_out(store_in(tmp_path), 1)
+    path = tmp_path / "slots" / "state.json"
+    path.write_text(path.read_text().replace('"round": 1', '"round": 7'))
+    with pytest.raises(SlotError, match=r"state\.json is damaged: .*not those that were written"):
+        carry_out(store_in(tmp_path), 8)

@@ -102,7 +102,7 @@ def test_each_clients_gates_and_sketch_stay_its_own_and_the_basis_stays_fixed(tw
 
 
 def test_a_run_repeats_bit_for_bit(run: Runner, two_rounds: RunDirectory) -> None:
-    first, second = two_rounds, run(**QUICK, lora_blocks=1, run_name="second")
+    first, second = two_rounds, run(**QUICK, lora_blocks=1, run_name="test")
     assert personal_accuracy(first) == personal_accuracy(second)
     states = [directory.load_checkpoint() for directory in (first, second)]
     assert states[0] is not None
@@ -112,5 +112,5 @@ def test_a_run_repeats_bit_for_bit(run: Runner, two_rounds: RunDirectory) -> Non
 
 
 def test_a_missing_alignment_is_a_refusal_that_names_it(run: Runner) -> None:
-    with pytest.raises(NotEnoughClientsError, match="no alignment 'aaaa"):
+    with pytest.raises(NotEnoughClientsError, match="AlignmentError"):
         run(**QUICK, lora_blocks=1, lora_alignment="a" * 64)

@@ -1,0 +1,261 @@
+"""What a client lets a server ask of it: its owner's policy, the one place for it, and the refusals.
+
+The owner's node-config decides (``client.allow-steps``, ...). Where it is silent, run-config, which is the server's,
+can make a bound stricter than the default, never looser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from proto.fedalloy.v1 import plan_pb2
+
+STEPS = tuple(field.name for field in plan_pb2.Step.DESCRIPTOR.fields)
+_NOTHING = "none"
+
+
+class PolicyError(ValueError):
+    """The plan asks for what this client's owner does not allow; names the key that says so."""
+
+    @property
+    def told(self) -> str:
+        """The server may know what it asked for, and the bound."""
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The bounds; the field ``allow_steps`` is the key ``client.allow-steps``. 0: no bound."""
+
+    allow_steps: str = ""
+    """Comma-separated kinds of steps that a plan may contain (proto/README.md has the list); empty: all."""
+    max_upload_mb: float = 0.0
+    """Bound on all uploads of one plan together, in megabytes (10^6 bytes)."""
+    max_download_mb: float = 4096.0
+    """Bound on all adapters that come with one plan, in megabytes."""
+    min_examples: int = 2
+    """Fewest different examples that may be trained on or measured in one step."""
+    max_steps: int = 100_000
+    """Most training steps in one plan, batches of sketches among them."""
+    max_evaluations: int = 5_000
+    """Most passes over a split in one plan: evaluations, candidates of selections, attributions."""
+    max_slots: int = 1_000
+    """Most slots that one plan may name."""
+    max_rounds: int = 100_000
+    """Largest number of a round."""
+    max_seconds: float = 86_400.0
+    """Longest time that one plan may take."""
+    min_sketch_noise: float = 0.0
+    """Least standard deviation of what is added to every number of a sketch."""
+    private_slots: str = ""
+    """Comma-separated slots that never leave, nor what is made of them; a strategy that sends one is refused."""
+
+    def __post_init__(self) -> None:
+        for name in self.allowed:
+            if name not in STEPS:
+                raise ValueError(f"client.allow-steps = {name!r}, expected one of {', '.join(STEPS)}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, str) and not 0 <= value < float("inf"):
+                raise ValueError(f"{_key(item.name)} = {value}, expected a number of at least 0")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The kinds of steps that a plan may contain."""
+        named = _names(self.allow_steps)
+        return () if named == (_NOTHING,) else named or STEPS
+
+    @property
+    def private(self) -> frozenset[str]:
+        """The slots that never leave."""
+        return frozenset(_names(self.private_slots))
+
+    def stricter(self, other: Policy) -> Policy:
+        """Of every bound the stricter one of two policies."""
+        found: dict[str, Any] = {}
+        for item in fields(self):
+            ours, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name == "allow_steps":
+                both = [name for name in self.allowed if name in other.allowed]
+                found[item.name] = "" if both == list(STEPS) else ",".join(both) or _NOTHING
+            elif item.name == "private_slots":
+                found[item.name] = ",".join(sorted(self.private | other.private))
+            elif item.name.startswith("min_"):
+                found[item.name] = max(ours, theirs)
+            else:
+                found[item.name] = min([value for value in (ours, theirs) if value] or [ours])
+        return Policy(**found)
+
+    def require_plan(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
+        """Before anything is done: what can be seen of a plan without the client's data.
+
+        Raises:
+            PolicyError: it asks for more than the owner allows.
+        """
+        who = f"client {plan.client_id!r}"
+        for index, step in enumerate(plan.steps):
+            kind = step.WhichOneof("kind")
+            asked = [kind] if kind != "distill" else [kind, "train"]  # which it contains, with weights that may be 0
+            missing = [name for name in asked if name is not None and name not in self.allowed]
+            if missing:
+                raise PolicyError(
+                    f"{who} refuses step {index} ({kind}); its client.allow-steps has {', '.join(self.allowed)}, and "
+                    f"not {' and '.join(missing)}"
+                )
+        for index, step in enumerate(plan.steps):
+            if step.HasField("sketch") and not step.sketch.noise >= self.min_sketch_noise:
+                raise PolicyError(
+                    f"{who} refuses step {index} (sketch): noise {step.sketch.noise:g}, its client.min-sketch-noise is "
+                    f"{self.min_sketch_noise:g}"
+                )
+        counts = {
+            "max_download_mb": sum(map(len, blobs.values())) / 10**6,
+            "max_steps": sum(map(_training_steps, plan.steps)),
+            "max_evaluations": sum(map(_evaluations, plan.steps)),
+            "max_slots": len({slot for step in plan.steps for slot in _slots_of(_body(step))} | set(blobs)),
+            "max_rounds": plan.round,
+        }
+        for name, found in counts.items():
+            most = getattr(self, name)
+            if most and found > most:
+                raise PolicyError(f"{who} refuses the plan: its {_key(name)} is {most:g}, and the plan has {found:g}")
+
+    def require_examples(self, plan: plan_pb2.Plan, size_of: Callable[[str], int]) -> None:
+        """No step that looks at so few examples that its result tells of one.
+
+        Args:
+            plan: what is asked.
+            size_of: how many examples a split has now.
+
+        Raises:
+            PolicyError: a step is about fewer than ``min_examples`` examples.
+        """
+        for index, step in enumerate(plan.steps):
+            kind, body = step.WhichOneof("kind"), _body(step)
+            looks_at = _examples(body, size_of)
+            if looks_at is not None and looks_at < self.min_examples:
+                raise PolicyError(
+                    f"client {plan.client_id!r} refuses step {index} ({kind}): {looks_at} examples, its "
+                    f"client.min-examples is {self.min_examples}"
+                )
+
+    def require_small(self, client_id: str, uploads: Mapping[str, bytes]) -> None:
+        """Bound what leaves.
+
+        Raises:
+            PolicyError: the uploads are larger than ``max_upload_mb``.
+        """
+        size = sum(map(len, uploads.values())) / 10**6
+        if self.max_upload_mb and size > self.max_upload_mb:
+            raise PolicyError(
+                f"client {client_id!r} does not send {size:.3f} MB ({', '.join(sorted(uploads))}); its "
+                f"client.max-upload-mb is {self.max_upload_mb:g}"
+            )
+
+    def require_private(self, plan: plan_pb2.Plan, hidden: Collection[str]) -> frozenset[str]:
+        """Follow the private slots through a plan; the slots that hold something of them afterwards.
+
+        Args:
+            plan: what is asked.
+            hidden: slots that held something private before it.
+
+        Raises:
+            PolicyError: the plan sends one of them.
+        """
+        found = set(hidden) | self.private
+        for index, step in enumerate(plan.steps):
+            kind, body = step.WhichOneof("kind"), _body(step)
+            if kind == "send" and body.slot in found:
+                raise PolicyError(
+                    f"client {plan.client_id!r} refuses step {index} (send): slot {body.slot!r} is private "
+                    "(client.private-slots), or made of one that is"
+                )
+            if kind == "sketch":  # its slot keeps what has no noise yet
+                found.add(body.slot)
+            for target, sources in _flows(kind, body):
+                if set(sources) & found:
+                    found.add(target)
+                elif kind in ("merge", "initialise") and target not in self.private:
+                    found.discard(target)  # it holds something else now
+        return frozenset(found)
+
+
+def _key(name: str) -> str:
+    return f"client.{name.replace('_', '-')}"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _body(step: plan_pb2.Step) -> Any:
+    return getattr(step, step.WhichOneof("kind") or "initialise")
+
+
+def _training_steps(step: plan_pb2.Step) -> int:
+    return int(step.train.steps + step.distill.train.steps + step.sketch.batches)
+
+
+def _evaluations(step: plan_pb2.Step) -> int:
+    return step.HasField("evaluate") + len(step.select.slots) + len(step.attribute.slots)
+
+
+def _slots_of(body: Any) -> Iterator[str]:
+    """Names of slots in a step, wherever they are in it."""
+    for field, value in body.ListFields():
+        if field.name in (
+            "slot",
+            "slots",
+            "target",
+            "source",
+            "first",
+            "second",
+            "copy_of",
+            "keep_first",
+            "keep_second",
+        ):
+            yield from [value] if isinstance(value, str) else value
+        elif field.message_type is not None and field.name in ("mixture", "teacher", "terms", "train", "proximal"):
+            for part in value if field.name == "terms" else [value]:
+                yield from _slots_of(part)
+
+
+def _examples(body: Any, size_of: Callable[[str], int]) -> int | None:
+    """How many different examples a step looks at; None for one that looks at none, or at a split as it is."""
+    if isinstance(body, plan_pb2.DistillStep):
+        body = body.train
+    if isinstance(body, plan_pb2.TrainStep):
+        size = size_of(body.split)
+        if body.HasField("fold") and body.fold.count:
+            size //= body.fold.count
+        return min(size, body.steps * body.batch_size) or None  # nothing to do is the plan's own error
+    if isinstance(body, plan_pb2.SketchStep):
+        return min(size_of(body.split), body.batches * body.batch_size) or None
+    if isinstance(body, plan_pb2.FisherStep | plan_pb2.GramStep | plan_pb2.SelectStep):
+        size = size_of(body.split)
+        return min(size, body.samples) if body.samples else size
+    return None
+
+
+def _flows(kind: str | None, body: Any) -> Iterator[tuple[str, list[str]]]:
+    """From which slots to which one something goes in a step."""
+    if kind == "initialise":
+        if body.copy_of or not body.keep_existing:
+            yield body.slot, [body.copy_of] if body.copy_of else []
+    elif kind == "merge":
+        precisions = [term.precision for term in body.mixture.terms if term.WhichOneof("coefficient") == "precision"]
+        yield body.target, [*(term.slot for term in body.mixture.terms), *precisions]
+    elif kind == "replace":
+        yield body.target, [body.source]
+    elif kind == "select":
+        yield body.target, list(body.slots)
+    elif kind == "fisher":
+        yield from ((keep, [slot]) for keep, slot in ((body.keep_first, body.first), (body.keep_second, body.second)))
+    elif kind == "train":
+        for slot in body.slots:
+            yield slot, [body.proximal.slot]
+    elif kind == "distill":
+        for slot in body.train.slots:
+            yield slot, [body.train.proximal.slot, *(term.slot for term in body.teacher.terms)]

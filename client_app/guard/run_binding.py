@@ -1,0 +1,38 @@
+"""A run's slots are that run's: a plan that only knows its name does not get at them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from pathlib import Path
+
+from client_app.guard.policy import PolicyError
+from fedalloy_adapters.atomic_files import write_durably
+from proto.fedalloy.v1 import plan_pb2
+
+_FILE = "run-key.sha256"
+
+
+def require_same_run(directory: Path, plan: plan_pb2.Plan) -> None:
+    """The plan has the key that the first plan under its run's name had.
+
+    Raises:
+        PolicyError: it has another one, or none.
+    """
+    path = directory / _FILE
+    if path.exists() and not hmac.compare_digest(path.read_text(), _digest(plan)):
+        raise PolicyError(
+            f"client {plan.client_id!r} has slots of an earlier run {plan.run_name!r}, whose key this plan has not; "
+            "choose another run-name, or continue that run with resume"
+        )
+
+
+def bind_run(directory: Path, plan: plan_pb2.Plan) -> None:
+    """From now on, plans that name this run need this one's key."""
+    path = directory / _FILE
+    if not path.exists():
+        write_durably(path, _digest(plan).encode())
+
+
+def _digest(plan: plan_pb2.Plan) -> str:
+    return hashlib.sha256(b"run key" + plan.run_key).hexdigest()

@@ -1,0 +1,37 @@
+"""JSON files that say whether they are what was written: a SHA-256 of the values beside them.
+
+It finds damage, not forgery: whoever can write the file can write its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+SEAL = "values-sha256"
+
+
+def sealed(values: Mapping[str, Any]) -> bytes:
+    """The values and their digest."""
+    return json.dumps({**values, SEAL: _digest(values)}, allow_nan=False).encode()
+
+
+def unsealed(data: str | bytes) -> dict[str, Any]:
+    """The values; those of a file without a digest, which an earlier version wrote, as they are.
+
+    Raises:
+        ValueError: not JSON, no object, or not the values that were written.
+    """
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}, expected an object")
+    seal = found.pop(SEAL, None)
+    if seal is not None and seal != _digest(found):
+        raise ValueError("the values are not those that were written")
+    return found
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
