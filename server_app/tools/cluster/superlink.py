@@ -52,8 +52,12 @@ class SuperLink:
         """The environment of ``flwr`` commands."""
         return os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"}
 
-    def run(self, run_config: Mapping[str, Any], watch: Callable[[], None] = lambda: None) -> RunOutcome:
+    def run(
+        self, run_config: Mapping[str, Any], watch: Callable[[], None] = lambda: None, app: Path | None = None
+    ) -> RunOutcome:
         """``flwr run`` with these run-config keys; ``watch`` is called a few times a second while it runs.
+
+        ``app`` is the folder of another Flower app than this one.
 
         Flower's exit code says nothing about the run, and its stream of messages breaks when the SuperLink restarts,
         which a run may survive; so the status decides. When this is interrupted, the run is stopped.
@@ -64,7 +68,7 @@ class SuperLink:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"run-{int(time.time() * 1000)}.log"
         config = " ".join(f"{key}={literal(value)}" for key, value in run_config.items())
-        command = ["flwr", "run", str(app_directory()), self.connection, "--stream", "--run-config", config]
+        command = ["flwr", "run", str(app or app_directory()), self.connection, "--stream", "--run-config", config]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment(),
