@@ -74,6 +74,11 @@ class MemoryRow:
         out[:] = self._numbers[start : start + len(out)]
 
 
+def rows_of(matrix: Tensor | Sequence[Row]) -> Sequence[Row]:
+    """The rows of a matrix that is there, ``[N, P]``; rows are themselves."""
+    return [MemoryRow(row) for row in matrix] if isinstance(matrix, Tensor) else matrix
+
+
 class Difference:
     """``first - second``, made where it is read."""
 
@@ -204,6 +209,30 @@ def _product_of_block(rows: Sequence[Row], split: int) -> Callable[[int], NDArra
         return found
 
     return of_block
+
+
+def squared_norms(rows: Sequence[Row]) -> Tensor:
+    """``|row|^2``, ``[N]`` in float64.
+
+    Raises:
+        ValueError: sizes do not match.
+    """
+    size = _common_size(rows)
+    dtype = torch.empty(0, dtype=rows[0].dtype).numpy().dtype
+
+    def of_block(start: int) -> NDArray[np.float64]:
+        numbers = np.empty(min(TILE, size - start), dtype)
+        found = np.empty(len(rows))
+        for index, row in enumerate(rows):
+            row.read(start, numbers)
+            exact = numbers.astype(np.float64)
+            found[index] = exact @ exact
+        return found
+
+    total: NDArray[np.float64] = np.zeros(len(rows))
+    for found in _in_order(of_block, range(0, size, TILE)):
+        total += found
+    return torch.from_numpy(total)
 
 
 def squared_distances(rows: Sequence[Row]) -> Tensor:

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
@@ -190,6 +190,28 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+class Made(Mapping[str, Adapter]):
+    """Adapters by slot that are made when they are looked at, and not kept: recipes, which may wait in any number.
+
+    What a recipe uses must not change: rows of a snapshot, tensors that nobody writes to.
+    """
+
+    def __init__(self, recipes: Mapping[str, Callable[[], Adapter]]) -> None:
+        self._recipes = dict(recipes)
+
+    def __getitem__(self, slot: str) -> Adapter:
+        return self._recipes[slot]()
+
+    def __contains__(self, slot: object) -> bool:
+        return slot in self._recipes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._recipes)
+
+    def __len__(self) -> int:
+        return len(self._recipes)
+
+
 class Bank(MutableMapping[str, Adapter]):
     """Adapters by name, of any layouts; always in the order of their names, never in that of their arrival.
 
@@ -247,6 +269,12 @@ class Bank(MutableMapping[str, Adapter]):
         """All rows, in a bank of their own; this one is empty afterwards."""
         other = Bank(self._storage)
         other._rows, self._rows = self._rows, {}
+        return other
+
+    def snapshot(self) -> Bank:
+        """The rows as they are now: what is put in later does not change them, nothing is copied."""
+        other = Bank(self._storage)
+        other._rows = dict(self._rows)
         return other
 
     def layout_of(self, name: str) -> Layout:

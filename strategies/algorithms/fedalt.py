@@ -50,21 +50,21 @@ class FedALT(Peers[FedALTOptions]):
     def brief(self, round_: int, client: Client) -> Brief:
         """Install the others' mean, evaluate the mixture, train the own adapter and the mixer in it, send the own."""
         mix = steps.gated(LOCAL, REST, GATES)
-        rest = self.combined(client)
+        rest = self.combined(REST, client)
         plan = [
             *self._slots(),
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [LOCAL, GATES]),
             self.send(),
         ]
-        return Brief(plan, {} if rest is None else {REST: rest})
+        return Brief(plan, rest or {})
 
     def deliver(self, client: Client) -> Brief:
         """The mixture, with the others' last adapters."""
         mix = steps.gated(LOCAL, REST, GATES)
-        rest = self.combined(client)
+        rest = self.combined(REST, client)
         plan = [*self._slots(), steps.save(mix), steps.evaluate(self.training, mix)]
-        return Brief(plan, {} if rest is None else {REST: rest})
+        return Brief(plan, rest or {})
 
     def _slots(self) -> list[steps.Step]:
         """Before anything is known of the others, their mean is zero."""

@@ -14,11 +14,13 @@ median squared distance of two clients, and A' is normalised to 1 at 0: :math:`\
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedalloy_adapters.bank.blocks import Row, rows_of, squared_distances
 from strategies.families.peer_average import LOCAL, Peers
 from strategies.framework import steps
 from strategies.framework.contract import About, Brief, Client
@@ -44,13 +46,13 @@ class FedAMPOptions:
         require_range("pull", self.pull, 0)
 
 
-def attention(vectors: Tensor, alpha: float, sigma: float) -> Tensor:
-    """``xi [N, N]`` of adapters ``[N, P]``: rows sum to one, nothing is negative.
+def attention(vectors: Tensor | Sequence[Row], alpha: float, sigma: float) -> Tensor:
+    """``xi [N, N]`` of adapters ``[N, P]``, or of a bank's rows: rows sum to one, nothing is negative.
 
     ``alpha e^{-x / (sigma m)}`` off the diagonal, x the squared distance and m the median of those that are not 0.
     Where a row's others sum to more than one, they are divided by that sum: the diagonal would be negative.
     """
-    squared = torch.cdist(vectors, vectors).square()
+    squared = squared_distances(rows_of(vectors))
     apart = squared[squared > 0]
     scale = sigma * float(apart.median()) if len(apart) else 1.0
     found = alpha * torch.exp(-squared / scale)
@@ -67,15 +69,15 @@ class FedAMP(Peers[FedAMPOptions]):
 
     def weigh(self, names: list[str]) -> Tensor:
         """Attention by distance."""
-        return attention(self._vectors(names), self.options.alpha, self.options.sigma)
+        return attention(self.uploads.rows(names), self.options.alpha, self.options.sigma)
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Install the mixture, evaluate and train the own adapter with the pull to it, send it."""
-        mix, cloud = steps.mixture(LOCAL), self.combined(client)
+        mix, cloud = steps.mixture(LOCAL), self.combined(CLOUD, client)
         plan = [
             *self.begin(),
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [LOCAL], proximal=None if cloud is None else (CLOUD, self.options.pull)),
             self.send(),
         ]
-        return Brief(plan, {} if cloud is None else {CLOUD: cloud})
+        return Brief(plan, cloud or {})

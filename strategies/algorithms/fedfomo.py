@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedalloy_adapters.bank.store import Made
 from strategies.families.peer_average import LOCAL, Peers
 from strategies.framework import steps
 from strategies.framework.contract import About, Answer, Brief, Client, State
@@ -60,7 +62,8 @@ class FedFomo(Peers[FedFomoOptions]):
     def brief(self, round_: int, client: Client) -> Brief:
         """Move towards what helps, evaluate, train, send."""
         peers = self.asked[client.id] = self.candidates(round_, client)
-        slots = {f"peer-{index}": self.uploads[peer] for index, peer in enumerate(peers)}
+        known = self.known
+        slots = Made({f"peer-{index}": partial(known.__getitem__, peer) for index, peer in enumerate(peers)})
         split = "validation" if client.held_out else "train"
         mix = steps.mixture(LOCAL)
         plan = [
@@ -84,7 +87,7 @@ class FedFomo(Peers[FedFomoOptions]):
     def candidates(self, round_: int, client: Client) -> list[str]:
         """Whose adapters the client is sent: the same in a run that is repeated or resumed."""
         row = self.affinity.get(client.id, {})
-        left = sorted(name for name in self.uploads if name != client.id)
+        left = sorted(name for name in self.known if name != client.id)
         drawn = random.Random(f"{self.seed}:{round_}:{client.id}")
         drawn.shuffle(left)  # of equals, names must not decide
         left.sort(key=lambda name: -row.get(name, 0.0))

@@ -20,6 +20,7 @@ does; ``"factors"`` merges A and B separately, whose product has cross terms.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +28,23 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.blocks import Part, Row, combine, rows_of, squared_norms
+from fedalloy_adapters.bank.store import Bank, Made
 from fedalloy_adapters.layout import Factor, Layout
+from strategies.algorithms.fedmerge_weights import (
+    GUARD,
+    cluster,
+    logit_gradient,
+    logit_step,
+    mean_row,
+    merge_models,
+    model_coefficients,
+)
 from strategies.framework import steps
 from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
 from strategies.framework.options import require_choice, require_range
 
 SLOT = "merged"
-GUARD = 1e-12
-"""Below this fraction of the largest possible inner product a logit step would amplify rounding: W stays."""
-_CHUNK = 2**20
 _NOT_A = (Factor.B, Factor.WEIGHT, Factor.BIAS)
 
 
@@ -84,84 +93,6 @@ class FedMergeOptions:
         require_range("fedmerge.cluster-temperature", self.cluster_temperature, 1e-6)
 
 
-def merge_models(theta: Tensor, logits: Tensor) -> Tensor:
-    """Merged models ``softmax(logits) [K, d] @ theta [d, P]`` as ``[K, P]``; the weights are taken in float64."""
-    return torch.softmax(logits.double(), dim=1).to(theta.dtype) @ theta
-
-
-def logit_gradient(theta: Tensor, logits: Tensor, displacement: Tensor) -> Tensor:
-    """``G_ij = w_ij <Theta_j - theta_i, D_i>``, ``[S, d]`` float64; rows sum to zero.
-
-    Args:
-        theta: models ``[d, P]``.
-        logits: ``[S, d]``, one row per client that answered.
-        displacement: ``D_i = received - returned``, ``[S, P]``.
-
-    Inner products run in float64 in column chunks: with equal models float32 rounding alone would look like a signal.
-    """
-    weights = torch.softmax(logits.double(), dim=1)
-    inner = torch.zeros_like(weights)
-    for start in range(0, theta.shape[1], _CHUNK):
-        columns = slice(start, start + _CHUNK)
-        models, moved = theta[:, columns].double(), displacement[:, columns].double()
-        inner += moved @ models.T - (moved * (weights @ models)).sum(dim=1, keepdim=True)
-    return weights * inner
-
-
-def logit_step(gradient: Tensor, shares: Tensor, lr: float, bound: float, *, per_row: bool = False) -> Tensor:
-    """The max-norm step ``lr p G / max|p G|`` to subtract from the logits, ``[S, d]``; zero under the guard.
-
-    This is the closed form of the authors' loop that repeats a fixed step until the logits have moved by ``lr``.
-
-    Args:
-        gradient: ``G`` ``[S, d]``.
-        shares: ``p`` ``[S]`` (ones to leave the example counts out).
-        lr: largest logit change.
-        bound: largest possible |inner product| in G, ``max_ij |Theta_j| |D_i|``; the guard is relative to it.
-        per_row: normalise every client's row by its own maximum.
-    """
-    weighted = shares.double()[:, None] * gradient
-    largest = weighted.abs().amax(dim=1, keepdim=True) if per_row else weighted.abs().max().expand(len(weighted), 1)
-    usable = torch.isfinite(largest) & (largest > GUARD * bound)
-    return torch.where(usable, lr * (weighted / torch.where(usable, largest, torch.ones_like(largest))), 0.0)
-
-
-def model_coefficients(logits: Tensor, shares: Tensor, *, norm: str = "column", min_mass: float = 1e-3) -> Tensor:
-    """``C_ij = p_i w_ij / m_j`` with column masses ``m_j = sum_i p_i w_ij``, ``[S, d]`` float64.
-
-    ``norm = "none"`` leaves the division out. A column whose mass is below ``min_mass`` is zero: a model that nobody
-    uses would otherwise follow noise at the full rate.
-    """
-    weighted = shares.double()[:, None] * torch.softmax(logits.double(), dim=1)
-    mass = weighted.sum(dim=0, keepdim=True)
-    scaled = weighted / mass.clamp_min(1e-12) if norm == "column" else weighted
-    return torch.where(mass < min_mass, torch.zeros_like(scaled), scaled)
-
-
-def mean_row(logits: Tensor) -> Tensor:
-    """Logits ``[d]`` of the mean weights of the rows of ``logits [K, d]``, centred: the row of a client that is new."""
-    row = torch.softmax(logits.double(), dim=1).mean(dim=0).clamp_min(1e-30).log()
-    return row - row.mean()
-
-
-def cluster(uploads: Tensor, models: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
-    """k-means of the uploads ``[K, P]``: centres ``[d, P]``, and logits ``[K, d]`` of minus the squared distances.
-
-    Rows of the logits are centred; distances are divided by their mean times ``temperature``. With fewer clients than
-    models, the remaining models start at the mean of all uploads.
-    """
-    from sklearn.cluster import KMeans  # only here: importing scikit-learn costs a second
-
-    count = min(models, len(uploads))
-    found = KMeans(count, n_init=10, random_state=seed % 2**32).fit(uploads.double().numpy())
-    centres = torch.from_numpy(found.cluster_centers_).to(uploads.dtype)
-    if count < models:
-        centres = torch.cat([centres, uploads.mean(dim=0, keepdim=True).expand(models - count, -1)])
-    distances = torch.cdist(uploads.double(), centres.double()).square()
-    logits = -distances / (temperature * distances.mean().clamp_min(1e-30))
-    return centres, logits - logits.mean(dim=1, keepdim=True)
-
-
 class FedMerge(AlloyStrategy[FedMergeOptions]):
     """d models, K clients, one softmax row per client."""
 
@@ -185,7 +116,8 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         self.part: Layout | None = None
         self.mask = torch.zeros(0, dtype=torch.bool)
         self.settled = 0
-        self.arrived: dict[str, tuple[Adapter, Adapter]] = {}
+        self.moved = Bank(self.storage)  # received - returned, of the merged part
+        self.returned = Bank(self.storage)  # whole uploads, where a step needs them
 
     def enrol(self, client: Client) -> None:
         """A new client's weights are the mean of the others'."""
@@ -210,30 +142,32 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
                 steps.train(self.training, mix, [SLOT], factors=factors, proximal=(SLOT, self.options.mu)),
                 steps.send(self.training, SLOT, factors=factors),
             ],
-            {SLOT: self._merged(client)},
+            self._merge(client),
         )
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep what the client started from and what it made of it."""
-        self.arrived[client.id] = (answer.received[SLOT], answer.adapters[SLOT])
+        """Keep the difference of what the client started from and what it made of it."""
+        returned = answer.adapters[SLOT]
+        started = answer.received[SLOT].part(self._part).vector
+        self.moved[client.id] = Adapter(self._part, started - returned.part(self._part).vector)
+        if self._clusters or self.options.variant == "trained-a":
+            self.returned[client.id] = returned
 
     def settle(self, round_: int) -> dict[str, Any]:
         """First the logits, then the models with the new logits (Gauss-Seidel, as the authors do)."""
-        names = sorted(self.arrived)
-        arrived, self.arrived = self.arrived, {}
+        moved, returned = self.moved.taken(), self.returned.taken()
+        names = list(moved)
         record: dict[str, Any] = {"merged": len(names)}
         if names:
             counts = torch.tensor([self.clients[name].examples for name in names], dtype=torch.float64)
             shares = counts / counts.sum()
             rows = torch.tensor([self.rows[name] for name in names])
             if self.options.variant == "trained-a":
-                self._average_a(arrived, names, shares)
-            started = torch.stack([arrived[name][0].part(self._part).vector for name in names])
-            returned = torch.stack([arrived[name][1].part(self._part).vector for name in names])
-            if self.settled == 0 and self.options.init == "cluster" and self.options.models > 1:
-                self._start_from_clusters(returned, rows)
+                self._average_a(returned, names, shares)
+            if self._clusters:
+                self._start_from_clusters(returned.parts(self._part).rows(names), rows)
             else:
-                record["logit_step"] = self._step(started - returned, rows, shares)
+                record["logit_step"] = self._step(moved.rows(names), rows, shares)
             self.settled += 1
         weights = torch.softmax(self.logits, dim=1)
         record["weights"] = {name: [round(w, 6) for w in weights[row].tolist()] for name, row in self.rows.items()}
@@ -243,7 +177,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         """The merged model itself is the personal model; no local fine-tuning."""
         mix = steps.mixture(SLOT)
         plan = [*self._common_start(), steps.save(mix), steps.evaluate(self.training, mix)]
-        return Brief(plan, {SLOT: self._merged(client)})
+        return Brief(plan, self._merge(client))
 
     def state(self) -> State:
         """Models, logits, and the numbers that are not merged."""
@@ -280,17 +214,29 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         self.moments = torch.cat([self.moments, torch.zeros(2, 1, self.options.models)], dim=1)
         self.updates = torch.cat([self.updates, torch.zeros(1, dtype=torch.int64)])
 
-    def _merged(self, client: Client) -> Adapter:
-        row = self.rows[client.id]
-        merged = Adapter(self._part, merge_models(self.theta, self.logits[row : row + 1])[0])
-        return merged if self.options.variant == "frozen-a" else self._base.with_part(merged)
+    @property
+    def _clusters(self) -> bool:
+        """Whether this round ends with the clusters of its uploads."""
+        return self.settled == 0 and self.options.init == "cluster" and self.options.models > 1
 
-    def _step(self, displacement: Tensor, rows: Tensor, shares: Tensor) -> float:
+    def _merge(self, client: Client) -> Made:
+        """The client's merge, made when it is sent: models, weights and A as they are now."""
+        row = self.rows[client.id]
+        theta, logits, part, base = self.theta, self.logits[row : row + 1].clone(), self._part, self._base
+
+        def made() -> Adapter:
+            merged = Adapter(part, merge_models(theta, logits)[0])
+            return merged if self.options.variant == "frozen-a" else base.with_part(merged)
+
+        return Made({SLOT: made})
+
+    def _step(self, displacement: Sequence[Row], rows: Tensor, shares: Tensor) -> float:
         """One W step and one Theta step; returns the largest logit change."""
-        seen, moved = self.theta[:, self.mask], displacement[:, self.mask]
+        columns_seen = _ranges(self.mask)
+        seen, moved = ([Part(row, columns_seen) for row in found] for found in (rows_of(self.theta), displacement))
         gradient = logit_gradient(seen, self.logits[rows], moved)
         pull = shares if self.options.w_client_weight else torch.ones_like(shares)
-        bound = float(seen.double().norm(dim=1).max() * moved.double().norm(dim=1).max())
+        bound = float(squared_norms(seen).max().sqrt() * squared_norms(moved).max().sqrt())
         if self.options.w_step == "adam":
             step = self._adam(pull[:, None] * gradient, rows, bound)
         else:
@@ -303,7 +249,8 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         # Equal columns are multiplied once: models that are equal must stay so to the bit, and a product of matrices
         # may round equal rows differently.
         columns, which = torch.unique(weights, dim=1, return_inverse=True)
-        self.theta = self.theta - (self.options.lr_theta * columns.T.to(self.theta.dtype) @ displacement)[which]
+        step_of_models = combine(displacement, self.options.lr_theta * columns.T.to(self.theta.dtype))
+        self.theta = self.theta - step_of_models[which]
         return float(step.abs().max())
 
     def _adam(self, gradient: Tensor, rows: Tensor, bound: float) -> Tensor:
@@ -317,15 +264,14 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         second = self.moments[1, rows] / (1 - 0.999**count)
         return self.options.lr_w * first / (second.sqrt() + 1e-30)
 
-    def _start_from_clusters(self, uploads: Tensor, rows: Tensor) -> None:
+    def _start_from_clusters(self, uploads: Sequence[Row], rows: Tensor) -> None:
         self.theta, logits = cluster(uploads, self.options.models, self.options.cluster_temperature, self.seed)
         self.logits[:] = mean_row(logits)  # clients that did not answer
         self.logits[rows] = logits
 
-    def _average_a(self, arrived: dict[str, tuple[Adapter, Adapter]], names: list[str], shares: Tensor) -> None:
+    def _average_a(self, returned: Bank, names: list[str], shares: Tensor) -> None:
         layout = self._base.layout.select([Factor.A])
-        uploads = torch.stack([arrived[name][1].part(layout).vector for name in names])
-        self.base = self._base.with_part(Adapter(layout, shares.to(uploads.dtype) @ uploads))
+        self.base = self._base.with_part(returned.parts(layout).combine(names, shares[None])[0])
 
     @property
     def _base(self) -> Adapter:
@@ -338,6 +284,15 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         if self.part is None:
             raise StrategyError("no client is enrolled yet")
         return self.part
+
+
+def _ranges(mask: Tensor) -> list[tuple[int, int]]:
+    """Where a mask ``[P]`` is true, as ranges ``(start, stop)``."""
+    padded = torch.zeros(len(mask) + 2, dtype=torch.int8)
+    padded[1:-1] = mask
+    edges = padded.diff()
+    starts, stops = ((edges == sign).nonzero().flatten().tolist() for sign in (1, -1))
+    return list(zip(starts, stops, strict=True))
 
 
 def _mask(part: Layout, patterns: str) -> Tensor:

@@ -47,11 +47,13 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import combine_factors
+from fedalloy_adapters.bank.store import Bank, Made
 from fedalloy_adapters.co_lora_names import shared_layout, to_shared, with_shared
 from fedalloy_adapters.codec import Encoding
 from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
-from strategies.algorithms.fedmosaic_relevance import entropy, relevance, similarity
+from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
 from strategies.framework import steps
 from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
 from strategies.framework.options import OptionError, require_choice, require_range
@@ -129,15 +131,14 @@ def mosaic(
         alike: weights of the peers of the client's own architecture, for all other tensors.
     """
     result = own
+    bank = Bank.of(peers)
     if alike:
-        weights = torch.tensor(list(alike.values()), dtype=torch.float64)
-        matrix = torch.stack([peers[name].vector for name in alike])
-        result = Adapter(own.layout, weights.to(matrix.dtype) @ matrix)
+        weights = torch.tensor([list(alike.values())], dtype=torch.float64)
+        (result,) = bank.combine(list(alike), weights)
     if shared and shared_layout(own.layout) is not None:
-        parts = [to_shared(peers[name]) for name in shared]
-        weights = torch.tensor(list(shared.values()), dtype=torch.float64)
-        matrix = torch.stack([part.vector for part in parts])
-        result = with_shared(result, Adapter(parts[0].layout, weights.to(matrix.dtype) @ matrix))
+        parts = [to_shared(bank[name]) for name in shared]
+        weights = torch.tensor([list(shared.values())], dtype=torch.float64)
+        result = with_shared(result, Adapter(parts[0].layout, combine_factors(parts, weights)[0]))
     return result
 
 
@@ -156,8 +157,8 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.uploads: dict[str, Adapter] = {}
-        self.sketches: dict[str, Adapter] = {}
+        self.uploads, self.sketches = Bank(self.storage), Bank(self.storage)
+        self._known: Bank | None = None  # uploads as they were when the round began
         self.arrived = 0
         self.shared: dict[str, dict[str, float]] = {}
         self.alike: dict[str, dict[str, float]] = {}
@@ -202,7 +203,8 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         shared, alike = self.shared.get(client.id, {}), self.alike.get(client.id, {})
         if not shared and not alike:
             return Brief(plan)
-        return Brief(plan, {GLOBAL: mosaic(self.uploads[client.id], self.uploads, shared, alike)})
+        known = self._known = self._known or self.uploads.snapshot()
+        return Brief(plan, Made({GLOBAL: lambda: mosaic(known[client.id], known, shared, alike)}))
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the local adapter and the sketch until the next ones come."""
@@ -212,8 +214,8 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
     def settle(self, round_: int) -> dict[str, Any]:
         """Relevance of all whose sketches are known; the matrix and its entropy go to the round's record."""
         record: dict[str, Any] = {"merged": self.arrived}
-        self.arrived = 0
-        names = sorted(self.sketches)
+        self.arrived, self._known = 0, None
+        names = list(self.sketches)
         if len(names) < 2:
             return record
         weights, alike = self._relevance(names)
@@ -245,9 +247,10 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
 
     def state(self) -> State:
         """Last known uploads and sketches."""
-        tensors = {f"upload/{name}": adapter.vector.clone() for name, adapter in self.uploads.items()}
-        tensors |= {f"sketch/{name}": adapter.vector.clone() for name, adapter in self.sketches.items()}
-        return State(tensors, {"clients": sorted(self.uploads)})
+        state = State({}, {"clients": list(self.uploads)})
+        state.keep("upload", self.uploads)
+        state.keep("sketch", self.sketches)
+        return state
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before, and what is known of others is dropped."""
@@ -255,17 +258,22 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             if name in self.clients:
                 client = self.clients[name]
                 upload = layout_of_part(client.layout, self._send().send.part)
-                self.uploads[name] = Adapter(upload, state.tensors[f"upload/{name}"].clone())
-                self.sketches[name] = Adapter(self._sketch_layout(client), state.tensors[f"sketch/{name}"].clone())
-        names = sorted(self.sketches)
+                self.uploads.put_row(name, upload, state.row(f"upload/{name}"))
+                self.sketches.put_row(name, self._sketch_layout(client), state.row(f"sketch/{name}"))
+        self._known = None
+        names = list(self.sketches)
         if len(names) > 1:
             self.shared, self.alike = (_by_name(names, weights) for weights in self._relevance(names))
 
     def _relevance(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """Weights over all peers, and over those of the same architecture."""
-        sketches = torch.stack([self.sketches[name].vector.view(self._shape) for name in names])
-        found = similarity(sketches, self.options.similarity)
-        layouts = [self.uploads[name].layout.digest for name in names]
+        if self.options.similarity == "cosine":
+            found = cosines(self.sketches.rows(names))
+        else:
+            shape = self.sketches.layout_of(names[0]).entries[0].shape
+            sketches = torch.stack([self.sketches[name].vector.view(shape) for name in names])
+            found = similarity(sketches, self.options.similarity)
+        layouts = [self.uploads.layout_of(name).digest for name in names]
         same = torch.tensor([[first == second for second in layouts] for first in layouts])
         everyone = torch.ones_like(same)
         temperature, include_self = self.options.temperature, self.options.include_self
@@ -297,10 +305,6 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         assert client.reference is not None
         rows = client.reference.entries[0].shape[0]
         return layout_of_sketch(client.reference, max(1, int(self.options.sketch_rows * rows)))
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return next(iter(self.sketches.values())).layout.entries[0].shape
 
 
 def _by_name(names: list[str], weights: Tensor) -> dict[str, dict[str, float]]:

@@ -7,9 +7,19 @@ FedMosaic (arXiv 2506.11024; ICLR 2026 as Co-LoRA): with :math:`S_{ij}` the simi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fedalloy_adapters.bank.blocks import Row, products
+
+
+def cosines(rows: Sequence[Row]) -> Tensor:
+    """:func:`similarity` of kind ``"cosine"`` of the rows of a bank, which are read once."""
+    inner = products(rows)
+    norms = inner.diagonal().sqrt().clamp_min(1e-12)
+    return inner / (norms[:, None] * norms)
 
 
 def similarity(sketches: Tensor, kind: str = "cosine") -> Tensor:

@@ -13,10 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fedalloy_adapters.adapter import Adapter
-from strategies.algorithms.fedmerge import cluster
+from fedalloy_adapters.bank.blocks import MemoryRow
+from strategies.algorithms.fedmerge_weights import cluster
 from strategies.families.fedavg import average
 from strategies.framework import steps
 from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
@@ -79,7 +78,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         arrived, self.arrived = self.arrived, {}
         chosen = {name: arrived[name][0] for name in names}
         if names and len(self.models) < self.options.clusters:
-            uploads = torch.stack([arrived[name][1].vector for name in names])
+            uploads = [MemoryRow(arrived[name][1].vector) for name in names]
             _, logits = cluster(uploads, self.options.clusters, 1.0, self.seed)
             chosen = dict(zip(names, logits.argmax(dim=1).tolist(), strict=True))
             self.models = self.models * self.options.clusters

@@ -71,19 +71,19 @@ class PFedGraph(Peers[PFedGraphOptions]):
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Install the average, evaluate, train, send."""
-        mix, model = steps.mixture(LOCAL), self.combined(client)
+        mix, model = steps.mixture(LOCAL), self.combined(LOCAL, client)
         plan = [
             *self.begin(),
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [LOCAL]),
             self.send(),
         ]
-        return Brief(plan, {} if model is None else {LOCAL: model})
+        return Brief(plan, model or {})
 
     def deliver(self, client: Client) -> Brief:
         """The average itself."""
-        model = self.combined(client)
-        return Brief(super().deliver(client).steps, {} if model is None else {LOCAL: model})
+        model = self.combined(LOCAL, client)
+        return Brief(super().deliver(client).steps, model or {})
 
     def _examples(self, name: str) -> int:
         """The client's example count; 1 for a client that has not rejoined after a resume."""

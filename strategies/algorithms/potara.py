@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import Coefficient, stack, truncate, weighted_sum
+from fedalloy_adapters.bank.store import Bank, Made
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms import potara_weights as weighting
@@ -130,11 +130,11 @@ class Potara(AlloyStrategy[PotaraOptions]):
             )
         self.steps = self.options.local_steps or self.training.local_steps
         require_range("potara.local-steps, in all rounds,", self.steps * max(self.rounds, 1), 1, 2**31 - 1)
-        self.federated = FedAvg(training=self.training, seed=self.seed)
+        self.federated = FedAvg(training=self.training, seed=self.seed, storage=self.storage)
         self.trained: set[str] = set()  # clients whose data are in the federated adapter
         self.local_rounds: dict[str, int] = {}  # in which the client has trained its own
         self.evidence: dict[str, Evidence] = {}  # what clients reported
-        self.local: dict[str, Tensor] = {}  # vectors of clients that uploaded theirs (merge-at = "server")
+        self.local = Bank(self.storage)  # of clients that uploaded theirs (merge-at = "server")
         self.weights: dict[str, dict[str, Weight]] = {}
 
     def compatible(self, first: Layout, second: Layout) -> bool:
@@ -202,7 +202,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         if self._is_last(round_):
             self.evidence[client.id] = self._evidence(client, answer)
             if LOCAL in answer.adapters:
-                self.local[client.id] = answer.adapters[LOCAL].vector
+                self.local[client.id] = answer.adapters[LOCAL]
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Average the federated branch, or weigh the two."""
@@ -224,10 +224,10 @@ class Potara(AlloyStrategy[PotaraOptions]):
             named = {"local": 0.0, "half": 0.5, "federated": 1.0, "searched": searched}
             for label, weight in named.items():
                 plan += self._evaluated(client, weight, label)
-        merged = self._merged(client) if self.options.merge_at == "server" else None
-        if merged is not None:
+        if self.options.merge_at == "server" and self._is_merge(client):
             mix = steps.mixture(MERGED)
-            return Brief([*plan, steps.save(mix), steps.evaluate(self.training, mix)], {MERGED: merged})
+            merged = Made({MERGED: partial(self._merged, client)})
+            return Brief([*plan, steps.save(mix), steps.evaluate(self.training, mix)], merged)
         if self.options.granularity == "parameter":
             plan.append(steps.merge(MERGED, steps.precision_mixture(_KEPT), space="factor"))
             mix = steps.mixture(MERGED)
@@ -238,11 +238,12 @@ class Potara(AlloyStrategy[PotaraOptions]):
 
     def state(self) -> State:
         """The federated adapter, what clients reported and uploaded; weights follow from them."""
-        tensors = {f"local/{name}": vector for name, vector in self.local.items()}
         evidence = {name: asdict(found) for name, found in self.evidence.items()}
         values = {"trained": sorted(self.trained), "local_rounds": self.local_rounds, "evidence": evidence}
         federated = self.federated.state()
-        return State(federated.tensors | tensors, federated.values | values)
+        state = State(federated.tensors, federated.values | values)
+        state.keep("local", self.local)
+        return state
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
@@ -250,7 +251,12 @@ class Potara(AlloyStrategy[PotaraOptions]):
         self.trained = set(state.values["trained"])
         self.evidence = {name: Evidence(**found) for name, found in state.values["evidence"].items()}
         self.local_rounds = dict(state.values["local_rounds"])
-        self.local = {n.removeprefix("local/"): t for n, t in state.tensors.items() if n.startswith("local/")}
+        self.local.clear()
+        for key in [key for key in [*state.tensors, *state.rows] if key.startswith("local/")]:
+            name, row = key.removeprefix("local/"), state.row(key)
+            like = self.clients.get(name) or next((c for c in self.clients.values() if c.layout.size == row.size), None)
+            if like is not None:  # of a client that is not back, and has a layout of its own, nothing is known
+                self.local.put_row(name, like.layout, row)
         self.weights = self._weigh()
 
     def _is_last(self, round_: int) -> bool:
@@ -327,15 +333,17 @@ class Potara(AlloyStrategy[PotaraOptions]):
             return value, 1.0 - value
         return values, {module: 1.0 - value for module, value in values.items()}
 
-    def _merged(self, client: Client) -> Adapter | None:
-        """The merge, on the server; None for an endpoint, which the client holds.
+    def _is_merge(self, client: Client) -> bool:
+        """Whether there is anything to merge; an endpoint the client holds."""
+        return client.id in self.local and self._coefficients(client) not in ((1.0, 0.0), (0.0, 1.0))
+
+    def _merged(self, client: Client) -> Adapter:
+        """The merge, on the server.
 
         With fp32 both ways the client would compute the same bits; a lossy encoding is in between otherwise.
         """
         coefficients = self._coefficients(client)
-        if client.id not in self.local or coefficients in ((1.0, 0.0), (0.0, 1.0)):
-            return None
-        federated, local = self.federated.part_of(client), Adapter(client.layout, self.local[client.id])
+        federated, local = self.federated.part_of(client), Adapter(client.layout, self.local[client.id].vector)
         if self.options.space == "factor":
             return weighted_sum([federated, local], coefficients)
         merged = stack([federated, local], coefficients)

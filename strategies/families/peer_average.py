@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalloy_adapters.adapter import Adapter, stack_vectors
-from fedalloy_adapters.algebra import combine_factors
+from fedalloy_adapters.bank.store import Bank, Made
 from strategies.framework import steps
 from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
 
@@ -24,9 +23,10 @@ class Peers(AlloyStrategy[OptionsT]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.uploads: dict[str, Adapter] = {}
+        self.uploads = Bank(self.storage)
         self.weights: dict[str, dict[str, float]] = {}
         self.arrived = 0
+        self._known: Bank | None = None
 
     @abstractmethod
     def weigh(self, names: list[str]) -> Tensor:
@@ -41,18 +41,26 @@ class Peers(AlloyStrategy[OptionsT]):
         """Weigh all whose adapters are known; the matrix goes to the round's record."""
         record: dict[str, Any] = {"merged": self.arrived}
         self.arrived = 0
+        self._known = None
         self._weigh()
         rows = {name: [round(w, 6) for w in row.values()] for name, row in self.weights.items()}
         return record | ({"relations": rows} if rows else {})
 
-    def combined(self, client: Client) -> Adapter | None:
-        """The client's combination; None for one that has no weights, or only zeros."""
+    def combined(self, slot: str, client: Client) -> Made | None:
+        """The client's combination, for this slot; None for one that has no weights, or only zeros."""
         row = {name: weight for name, weight in self.weights.get(client.id, {}).items() if weight}
         if not row:
             return None
-        found = [self.uploads[name] for name in row]
         weights = torch.tensor([list(row.values())], dtype=torch.float64)
-        return Adapter(found[0].layout, combine_factors(found, weights)[0])
+        known = self.known
+        return Made({slot: lambda: known.combine(list(row), weights)[0]})
+
+    @property
+    def known(self) -> Bank:
+        """Uploads as they were when the round began: what arrives meanwhile changes no client's combination."""
+        if self._known is None:
+            self._known = self.uploads.snapshot()
+        return self._known
 
     def begin(self) -> list[steps.Step]:
         """The client's own adapter, from the common start."""
@@ -69,22 +77,20 @@ class Peers(AlloyStrategy[OptionsT]):
 
     def state(self) -> State:
         """Last uploads; weights follow from them."""
-        tensors = {f"upload/{name}": adapter.vector for name, adapter in self.uploads.items()}
-        return State(tensors, {"clients": sorted(self.uploads)})
+        state = State({}, {"clients": list(self.uploads)})
+        state.keep("upload", self.uploads)
+        return state
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
         layout = next(iter(self.clients.values())).layout  # one for all, also of clients that are not back yet
-        self.uploads = {
-            name: Adapter(layout, state.tensors[f"upload/{name}"].clone()) for name in state.values["clients"]
-        }
+        self.uploads.clear()
+        for name in state.values["clients"]:
+            self.uploads.put_row(name, layout, state.row(f"upload/{name}"))
+        self._known = None
         self._weigh()
 
     def _weigh(self) -> None:
-        names = sorted(self.uploads)
+        names = list(self.uploads)
         rows = self.weigh(names).tolist() if names else []
         self.weights = {name: dict(zip(names, row, strict=True)) for name, row in zip(names, rows, strict=True)}
-
-    def _vectors(self, names: list[str]) -> Tensor:
-        """Uploads as a matrix ``[N, P]`` float64."""
-        return stack_vectors(self.uploads[name] for name in names).double()

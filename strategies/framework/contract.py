@@ -25,7 +25,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.bank.store import Storage
+from fedalloy_adapters.bank.blocks import MemoryRow, Row
+from fedalloy_adapters.bank.store import Bank, FileRow, Storage, tensor_of
 from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.parts import layout_of_sketch
@@ -96,7 +97,11 @@ class Client:
 
 @dataclass(frozen=True)
 class Brief:
-    """What one client gets in one round: steps to run, and adapters to install in slots before running them."""
+    """What one client gets in one round: steps to run, and adapters to install in slots before running them.
+
+    Adapters that are the client's own are recipes (:class:`fedalloy_adapters.bank.store.Made`): they are made when the
+    message is, and again when its answer needs them, so that no round holds one for every client.
+    """
 
     steps: Sequence[plan_pb2.Step]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
@@ -121,10 +126,26 @@ class Answer:
 
 @dataclass
 class State:
-    """A strategy's state between rounds: tensors by name, and values that JSON can hold exactly."""
+    """A strategy's state between rounds: tensors by name, and values that JSON can hold exactly.
+
+    ``rows`` are tensors that are in files: a checkpoint links them and does not copy them.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, FileRow] = field(default_factory=dict)
+
+    def keep(self, prefix: str, bank: Bank) -> None:
+        """All adapters of a bank, as ``<prefix>/<name>``; nobody writes to a row, so there is nothing to copy."""
+        for name, row in zip(bank, bank.rows(), strict=True):
+            if isinstance(row, FileRow):
+                self.rows[f"{prefix}/{name}"] = row
+            else:
+                self.tensors[f"{prefix}/{name}"] = tensor_of(row)
+
+    def row(self, name: str) -> Row:
+        """A tensor of either kind."""
+        return self.rows[name] if name in self.rows else MemoryRow(self.tensors[name])
 
 
 class StrategyError(ValueError):
@@ -161,14 +182,19 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
             cls.Options = next((kind for kind in get_args(base) if isinstance(kind, type)), cls.Options)
 
     def __init__(
-        self, options: OptionsT | None = None, training: Training | None = None, seed: int = 0, rounds: int = 0
+        self,
+        options: OptionsT | None = None,
+        training: Training | None = None,
+        seed: int = 0,
+        rounds: int = 0,
+        storage: Storage | None = None,
     ) -> None:
         self.options: OptionsT = self.Options() if options is None else options
         self.training = training or Training()
         self.seed = seed
         self.rounds = rounds  # of the whole run, 0 where that is not known
         self.limits = Limits()
-        self.storage = Storage()  # of what is kept of its clients
+        self.storage = storage or Storage()  # of what is kept of its clients
         self.clients: dict[str, Client] = {}
         self._pending: list[tuple[Message, Client, Dispatch]] = []
         self._flower_key = secrets.token_bytes(32)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from flwr.app import Message, RecordDict
 from google.protobuf.message import Message as ProtoMessage
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Made
 from fedalloy_adapters.codec import (
     MAX_BLOB_BYTES,
     CodecError,
@@ -72,7 +75,8 @@ class BadAnswerError(ValueError):
 class Dispatch:
     """One client's message of one round, and what its answer must look like; ``layout`` is the client's.
 
-    ``received`` holds the adapters as the client will decode them; ``expected`` the layout of every upload asked for;
+    ``received`` has the adapters as the client will decode them, made again when they are asked for; ``expected`` the
+    layout of every upload asked for;
     ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for;
     ``sketches`` names the uploads that are sketches.
     """
@@ -125,13 +129,14 @@ def plan_dispatch(
         steps=steps,
         run_key=run_key,
     )
-    blobs, received, tensor_bytes = {}, {}, {}
+    blobs: dict[str, bytes] = {}
+    received: dict[str, Callable[[], Adapter]] = {}
+    tensor_bytes: dict[str, int] = {}
     known = layouts_of_plan(layout, steps)
     for slot, adapter in adapters.items():
         encoded = _encode(adapter, Encoding(encoding), include_layout=adapter.layout.digest not in known)
         blobs[slot], tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
-        # Where nothing is lost one copy of the numbers serves all clients that are sent the same.
-        received[slot] = adapter if adapter.digest == encoded.decoded.digest else encoded.decoded
+        received[slot] = partial(_as_received, adapters, slot, Encoding(encoding))
     expected = {
         step.send.slot: layout_of_part(layout, step.send.part) for step in steps if step.WhichOneof("kind") == "send"
     }
@@ -153,7 +158,7 @@ def plan_dispatch(
         plan,
         layout,
         pack("plan", plan, blobs),
-        received,
+        Made(received),
         expected,
         tensor_bytes,
         upload_bytes,
@@ -169,6 +174,14 @@ def _encode(adapter: Adapter, encoding: Encoding, *, include_layout: bool) -> En
         if error.code is not CodecErrorCode.NOT_FINITE or not adapter.is_finite:
             raise
         return encode(adapter, Encoding.FP32, include_layout=include_layout)
+
+
+def _as_received(adapters: Mapping[str, Adapter], slot: str, encoding: Encoding) -> Adapter:
+    """What the client decodes; where nothing is lost, one copy of the numbers serves all that are sent the same."""
+    adapter = adapters[slot]
+    if not encoding.is_lossy and adapter.vector.dtype == torch.float32:
+        return adapter
+    return _encode(adapter, encoding, include_layout=False).decoded
 
 
 def register_message(node_id: int, ttl: float | None = None) -> Message:
@@ -270,7 +283,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
     for slot, blob in blobs.items():
         layout = dispatch.expected[slot]
         try:
-            references, limit = _references(dispatch, layout), _max_blob_bytes(layout)
+            references, limit = _References(dispatch, layout), _max_blob_bytes(layout)
             adapters[slot] = decode(blob, expected=layout, references=references, max_bytes=limit)
         except CodecError as error:
             raise BadAnswerError(f"{who} sent slot {slot!r}: {error}") from None
@@ -287,9 +300,25 @@ def _max_blob_bytes(layout: Layout) -> int:
     return 2 * payload_size(layout, Encoding.FP32) + 2**20
 
 
-def _references(dispatch: Dispatch, layout: Layout) -> dict[bytes, Adapter]:
-    parts = [adapter.part(layout) for adapter in dispatch.received.values() if adapter.layout.contains(layout)]
-    return {part.digest: part for part in parts}
+class _References(Mapping[bytes, Adapter]):
+    """What the client may have sent a difference from, by digest; made only for an upload that names one."""
+
+    def __init__(self, dispatch: Dispatch, layout: Layout) -> None:
+        self._dispatch, self._layout = dispatch, layout
+
+    def __getitem__(self, digest: bytes) -> Adapter:
+        for adapter in self._dispatch.received.values():
+            if adapter.layout.contains(self._layout):
+                part = adapter if adapter.layout.digest == self._layout.digest else adapter.part(self._layout)
+                if part.digest == digest:
+                    return part
+        raise KeyError(digest)
+
+    def __iter__(self) -> Iterator[bytes]:
+        raise NotImplementedError("references are looked up by digest")
+
+    def __len__(self) -> int:
+        return len(self._dispatch.received)
 
 
 def _require_content(reply: Message, who: str) -> None:

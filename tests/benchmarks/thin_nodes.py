@@ -3,8 +3,9 @@
     python -m tests.benchmarks.thin_nodes [--nodes 100 ...] [--bytes 65536 ...] [--strategy fedavg] [--json FILE]
 
 A ``flower-superlink`` with its database, and nodes that speak its Fleet API (:mod:`tests.benchmarks.thin.node`) but
-have no model: they answer at once. ``flwr run`` of this app, with two rounds; then ``grid.send_and_receive`` of messages of
-the same size, also two rounds, with the same nodes (``thin/stock_app``). The second round counts: in the first the bundle is built and the nodes register. Columns:
+have no model: they answer at once. ``flwr run`` of this app, with two rounds; then ``grid.send_and_receive`` of
+messages of the same size, also two rounds, with the same nodes (``thin/stock_app``). The second round counts: in the
+first the bundle is built and the nodes register. Columns:
 
     register, train, deliver   seconds of this app's phases; ``train`` is the second round
     per client                 milliseconds of ``train`` per node; ``stock`` the same of stock Flower

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.layout import Factor
-from strategies.algorithms.fedmerge import (
-    FedMerge,
-    FedMergeOptions,
-)
+from strategies.algorithms.fedmerge import FedMerge, FedMergeOptions
 from strategies.framework.steps import Training
 from tests.strategies.conftest import (
     client_of,

@@ -14,9 +14,8 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import Encoding, payload_size
 from fedalloy_adapters.layout import Factor
 from strategies.algorithms.fedavg import FedAvg
-from strategies.algorithms.fedmerge import (
-    FedMerge,
-    FedMergeOptions,
+from strategies.algorithms.fedmerge import FedMerge, FedMergeOptions
+from strategies.algorithms.fedmerge_weights import (
     logit_gradient,
     logit_step,
     mean_row,

@@ -14,12 +14,8 @@ from torch import Tensor
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor
 from proto.fedalloy.v1 import report_pb2
-from strategies.algorithms.fedmerge import (
-    FedMerge,
-    FedMergeOptions,
-    cluster,
-    logit_gradient,
-)
+from strategies.algorithms.fedmerge import FedMerge, FedMergeOptions
+from strategies.algorithms.fedmerge_weights import cluster, logit_gradient
 from strategies.framework.contract import AlloyStrategy, Answer, State, StrategyError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import (
@@ -372,11 +368,12 @@ def test_nothing_can_be_asked_before_a_client_is_enrolled() -> None:
         strategy.load_state(fedmerge().state())
 
 
-def test_columns_are_summed_in_chunks_of_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    theta, logits, moved = draw(3, 1000), draw(5, 3, seed=1), draw(5, 1000, seed=2)
-    whole = logit_gradient(theta, logits, moved)
-    monkeypatch.setattr("strategies.algorithms.fedmerge._CHUNK", 7)
-    torch.testing.assert_close(logit_gradient(theta, logits, moved), whole, rtol=0, atol=1e-12)
+def test_the_gradient_is_that_of_its_definition() -> None:
+    theta, logits, moved = draw(3, 5000), draw(5, 3, seed=1), draw(5, 5000, seed=2)
+    weights = torch.softmax(logits.double(), dim=1)
+    merged = weights @ theta.double()
+    expected = torch.stack([weights[i] * ((theta.double() - merged[i]) @ moved[i].double()) for i in range(5)])
+    torch.testing.assert_close(logit_gradient(theta, logits, moved), expected, rtol=0, atol=1e-10)
 
 
 def test_random_adapters_are_not_all_alike() -> None:

@@ -134,7 +134,7 @@ def test_an_endpoint_is_that_adapter_itself() -> None:
             server = potara(space=space, merge_at="server")
             weighed(server, "ada", value)
             federated, local = random_adapter(LAYOUT, 1), random_adapter(LAYOUT, 2)
-            server.federated.model, server.local["ada"] = federated, local.vector
+            server.federated.model, server.local["ada"] = federated, local
             assert server.deliver(server.clients["ada"]) == brief  # the client holds it: nothing is sent
 
 
@@ -159,7 +159,7 @@ def test_merged_at_the_server_it_is_what_the_spaces_say(space: str) -> None:
     strategy = potara(space=space, merge_at="server", granularity="module", weight="plugin")
     weighed(strategy, "ada", {"q_proj": 0.2, "v_proj": 0.9, "head": 0.5})
     federated, local = random_adapter(LAYOUT, 1), random_adapter(LAYOUT, 2)
-    strategy.federated.model, strategy.local["ada"] = federated, local.vector
+    strategy.federated.model, strategy.local["ada"] = federated, local
     merged = strategy.deliver(strategy.clients["ada"]).adapters[MERGED]
     fed, own = ({"q_proj": q, "v_proj": v, "head": 0.5} for q, v in ((0.2, 0.9), (0.8, 1.0 - 0.9)))
     exact = stack([federated, local], [fed, own])
@@ -199,7 +199,7 @@ def test_by_default_half_of_the_rounds_are_federated(rounds: int, federated: int
 def test_state_holds_uploaded_local_adapters() -> None:
     strategy = potara(merge_at="server", space="factor")
     play(strategy, NAMES, 1)
-    strategy.local["ada"] = random_adapter(LAYOUT, 3).vector
+    strategy.local["ada"] = random_adapter(LAYOUT, 3)
     strategy.evidence = {"ada": evidence()}
     strategy.settle(4)
     again = potara(merge_at="server", space="factor")
@@ -312,7 +312,7 @@ def test_resumed_without_a_client_and_with_one_that_comes_later() -> None:
     strategy = potara(merge_at="server", weight="half")
     play(strategy, NAMES, 1)
     for seed, name in enumerate(NAMES):
-        strategy.local[name] = random_adapter(LAYOUT, seed).vector
+        strategy.local[name] = random_adapter(LAYOUT, seed)
         strategy.evidence[name] = evidence()
     state = strategy.state()
     again = Potara(PotaraOptions(merge_at="server", weight="half"), seed=5, rounds=4)
