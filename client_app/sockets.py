@@ -328,15 +328,6 @@ def server_connections(table: SocketTable, port: int) -> list[Connection]:
     return table.connections(port)
 
 
-def read_server_wire(port: int | None = None) -> report_pb2.WireReading:
-    """Counters of all Fleet connections, read inside a ServerApp; never raises."""
-    try:
-        with SocketTable() as table:
-            return reading_of(server_connections(table, fleet_port() if port is None else port))
-    except Exception as error:
-        return _not_measured(error)
-
-
 def reading_of(connections: list[Connection]) -> report_pb2.WireReading:
     """A reading, taken now."""
     return report_pb2.WireReading(unix_time=time.time(), connections=[c.to_proto() for c in connections])

@@ -194,11 +194,6 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(_explain(self.path, error)) from error
 
-    def load_checkpoint(self) -> tuple[int, State] | None:
-        """Round and state of the newest checkpoint that is whole, or None."""
-        found = self.newest_checkpoint()
-        return (found.round, found.state) if found else None
-
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None; a torn one is passed over."""
         for folder in reversed(self._checkpoints()):

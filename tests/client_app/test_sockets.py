@@ -130,9 +130,9 @@ def test_server_reads_all_connections_of_its_port() -> None:
     with pair("127.0.0.1") as (client, server):
         send(client, server, 500)
         ends(client)
-        reading = sockets.read_server_wire(server.getsockname()[1])
-        assert reading.not_measured == ""
-        assert [(c.remote_port, c.bytes_received) for c in reading.connections] == [(client.getsockname()[1], 500)]
+        with sockets.SocketTable() as table:
+            found = sockets.server_connections(table, server.getsockname()[1])
+        assert [(c.remote_port, c.bytes_received) for c in found] == [(client.getsockname()[1], 500)]
 
 
 @linux
@@ -147,16 +147,22 @@ def test_a_port_without_listener_is_not_measured() -> None:
     with socket.socket() as held:  # bound and no listener, so that nobody else takes the port meanwhile
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
-        assert f"nobody listens on the Fleet port {port}" in sockets.read_server_wire(port).not_measured
+        with (
+            sockets.SocketTable() as table,
+            pytest.raises(sockets.WireError, match=f"nobody listens on the Fleet port {port}"),
+        ):
+            sockets.server_connections(table, port)
 
 
 def test_without_linux_or_pyroute2_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
-        assert "need Linux, this is darwin" in sockets.read_server_wire(9092).not_measured
+        with pytest.raises(sockets.WireError, match="need Linux, this is darwin"), sockets.SocketTable():
+            pass
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setitem(sys.modules, "pyroute2.netlink.diag", None)
-    assert "need pyroute2" in sockets.read_server_wire(9092).not_measured
+    with pytest.raises(sockets.WireError, match="need pyroute2"), sockets.SocketTable():
+        pass
 
 
 def test_a_kernel_without_the_counters_is_not_measured() -> None:
@@ -192,7 +198,8 @@ def test_fleet_port_without_superlink_is_flowers_default(monkeypatch: pytest.Mon
 
 def test_a_simulation_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "ancestors", lambda: iter([(7, ["python", "/bin/flower-superlink", "--simulation"])]))
-    assert sockets.read_server_wire().not_measured == "a simulation has no network"
+    with pytest.raises(sockets.WireError, match="a simulation has no network"):
+        sockets.fleet_port()
 
 
 def test_importing_it_is_cheap() -> None:

@@ -104,11 +104,11 @@ def test_each_clients_gates_and_sketch_stay_its_own_and_the_basis_stays_fixed(tw
 def test_a_run_repeats_bit_for_bit(run: Runner, two_rounds: RunDirectory) -> None:
     first, second = two_rounds, run(**QUICK, lora_blocks=1, run_name="test")
     assert personal_accuracy(first) == personal_accuracy(second)
-    states = [directory.load_checkpoint() for directory in (first, second)]
+    states = [directory.newest_checkpoint() for directory in (first, second)]
     assert states[0] is not None
     assert states[1] is not None
-    for name, tensor in states[0][1].tensors.items():
-        assert torch.equal(tensor, states[1][1].tensors[name])
+    for name, tensor in states[0].state.tensors.items():
+        assert torch.equal(tensor, states[1].state.tensors[name])
 
 
 def test_a_missing_alignment_is_a_refusal_that_names_it(run: Runner) -> None:

@@ -156,9 +156,9 @@ def test_below_min_clients_the_run_stops_with_everything_saved(run: Runner, runs
     directory = RunDirectory(runs_dir / "test")
     assert [record["phase"] for record in directory.rounds()] == ["register", "train", "stopped"]
     assert "settled" not in directory.rounds()[1]  # a round settles only with as many answers
-    loaded = directory.load_checkpoint()
+    loaded = directory.newest_checkpoint()
     assert loaded is not None
-    assert loaded[0] == 0
+    assert loaded.round == 0
 
 
 def test_too_few_nodes_is_a_clear_error_after_a_wait(run: Runner) -> None:
@@ -168,15 +168,15 @@ def test_too_few_nodes_is_a_clear_error_after_a_wait(run: Runner) -> None:
 
 def test_a_checkpoint_continues_to_the_same_state(run: Runner, runs_dir: Path) -> None:
     directory = run(strategy="fedmerge")
-    loaded = directory.load_checkpoint()
+    loaded = directory.newest_checkpoint()
     assert loaded is not None
-    round_, state = loaded
+    round_, state = loaded.round, loaded.state
     assert round_ == 2
     assert state.tensors["theta"].isfinite().all()
     (directory.path / "checkpoints" / "round-0002" / "state.safetensors").write_bytes(b"torn")
-    torn = directory.load_checkpoint()
+    torn = directory.newest_checkpoint()
     assert torn is not None
-    assert torn[0] == 1
+    assert torn.round == 1
 
 
 def test_uploads_decode_only_as_what_was_asked() -> None:

@@ -23,7 +23,7 @@ from strategies.framework.contract import State
 directory = RunDirectory(Path(sys.argv[1]))
 print("ready", flush=True)
 for round_ in range(1, 100000):
-    directory.append_round({"round": round_, "filler": "x" * 500})
+    directory.append_round({"phase": "train", "round": round_, "filler": "x" * 500})
     directory.save_checkpoint(round_, State({"t": torch.full((20000,), float(round_))}, {"round": round_}), 2)
 """
 
@@ -41,11 +41,11 @@ def test_killed_at_random_moments_records_and_checkpoints_are_whole(tmp_path: Pa
         process.wait()
         rounds = [record["round"] for record in directory.rounds()]
         assert rounds == list(range(1, len(rounds) + 1))
-        loaded = directory.load_checkpoint()
+        loaded = directory.newest_checkpoint()
         if loaded is None:
             assert len(rounds) <= 1
             continue
-        round_, state = loaded
+        round_, state = loaded.round, loaded.state
         assert round_ in (len(rounds), len(rounds) - 1)
         assert state.values == {"round": round_}
         assert torch.equal(state.tensors["t"], torch.full((20000,), float(round_)))
@@ -53,10 +53,10 @@ def test_killed_at_random_moments_records_and_checkpoints_are_whole(tmp_path: Pa
 
 def test_a_torn_last_line_is_left_out_and_a_later_record_starts_a_line_of_its_own(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path, "run", "")
-    directory.append_round({"round": 1})
+    directory.append_round({"phase": "train", "round": 1})
     with (directory.path / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 2, "cli')
-    directory.append_round({"round": 3})
+        file.write('{"phase": "train", "round": 2, "cli')
+    directory.append_round({"phase": "train", "round": 3})
     assert [record["round"] for record in directory.rounds()] == [1, 3]
 
 
@@ -89,15 +89,15 @@ def test_full_disk_and_read_only_disk_say_so_and_what_was_written_stays(
         pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
     try:
         directory = RunDirectory.create(folder, "run", "strategy = 'fedavg'\n")
-        directory.append_round({"round": 1})
+        directory.append_round({"phase": "train", "round": 1})
         directory.save_checkpoint(1, State({"t": torch.ones(100)}, {}), 2)
         if options == "ro":
             subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         with pytest.raises(RunDirectoryError, match=reason):
             directory.save_checkpoint(2, State({"t": torch.ones(100_000)}, {}), 2)
-        loaded = directory.load_checkpoint()
+        loaded = directory.newest_checkpoint()
         assert loaded is not None
-        assert loaded[0] == 1
+        assert loaded.round == 1
         assert [record["round"] for record in directory.rounds()] == [1]
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -47,9 +47,9 @@ def layouts(runs_dir: Path) -> list[Layout]:
 
 
 def model_of(directory: RunDirectory) -> torch.Tensor:
-    loaded = directory.load_checkpoint()
+    loaded = directory.newest_checkpoint()
     assert loaded is not None
-    return loaded[1].tensors["model"]
+    return loaded.state.tensors["model"]
 
 
 def rounds(directory: RunDirectory, phase: str) -> list[dict[str, Any]]:

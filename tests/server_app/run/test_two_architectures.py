@@ -54,9 +54,9 @@ def test_clients_of_two_architectures_share_p_and_q(run: Runner, runs_dir: Path,
     directory = run(clients=4, **MIXED, lora_alignment=path.stem, fedmosaic__share_conventional_lora=share)
     summary = json.loads((directory.path / "summary.json").read_text())
     assert len(summary["clients"]) == 4
-    loaded = directory.load_checkpoint()
+    loaded = directory.newest_checkpoint()
     assert loaded is not None
-    sizes = {name: tensor.numel() for name, tensor in loaded[1].tensors.items() if name.startswith("upload/")}
+    sizes = {name: tensor.numel() for name, tensor in loaded.state.tensors.items() if name.startswith("upload/")}
     if share:
         assert sizes["upload/client-0"] < sizes["upload/client-2"]
     else:
@@ -109,9 +109,9 @@ def test_a_llama_beside_a_bert_on_their_own_data(
     assert all(found["relevance"]["client-1"][0] > 0 for found in settled)
     assert "relevance for client-1" in caplog.text
     assert "relative entropy of the relevance" in caplog.text or "near uniform" in caplog.text
-    loaded = directory.load_checkpoint()
+    loaded = directory.newest_checkpoint()
     assert loaded is not None
-    sketches = [tensor for name, tensor in loaded[1].tensors.items() if name.startswith("sketch/")]
+    sketches = [tensor for name, tensor in loaded.state.tensors.items() if name.startswith("sketch/")]
     assert {tensor.numel() for tensor in sketches} == {3 * 16}  # 0.4 of 8 rows, 16 columns: of the small Llama
     assert len({tensor.sum().item() for tensor in sketches}) == 3
 
