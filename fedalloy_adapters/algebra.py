@@ -10,6 +10,18 @@ can be taken in two spaces:
 
 Weight and bias entries are differences from the base model and add linearly in both spaces.
 The scaling is folded in exactly one place, :func:`folded`.
+
+Two clients' updates ``2 x 3 = 6`` and ``4 x 1 = 4`` of one number: their mean is 5 in delta space, not in factor space.
+
+>>> entries = (Entry("q", Factor.A, (1, 1)), Entry("q", Factor.B, (1, 1)))
+>>> layout = Layout(entries, scalings={"q": 1.0}, base_fingerprint="00")
+>>> clients = [Adapter(layout, torch.tensor(vector)) for vector in ([3.0, 2.0], [1.0, 4.0])]
+>>> a, b = folded(stack(clients, [0.5, 0.5]), "q")
+>>> float(b @ a)
+5.0
+>>> a, b = folded(weighted_sum(clients, [0.5, 0.5]), "q")
+>>> float(b @ a)
+6.0
 """
 
 from __future__ import annotations

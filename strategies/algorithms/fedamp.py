@@ -51,6 +51,12 @@ def attention(vectors: Tensor | Sequence[Row], alpha: float, sigma: float) -> Te
 
     ``alpha e^{-x / (sigma m)}`` off the diagonal, x the squared distance and m the median of those that are not 0.
     Where a row's others sum to more than one, they are divided by that sum: the diagonal would be negative.
+
+    Two clients at one place, and one apart: what is alike attracts more.
+
+    >>> weights = attention(torch.tensor([[0.0], [0.0], [1.0]]), alpha=0.25, sigma=1.0)
+    >>> [round(weight, 3) for weight in weights[0].tolist()]
+    [0.658, 0.25, 0.092]
     """
     squared = squared_distances(rows_of(vectors))
     apart = squared[squared > 0]

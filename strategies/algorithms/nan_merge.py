@@ -17,7 +17,11 @@ from strategies.framework.contract import About
 
 
 def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
-    """Coefficients that sum to one; deltas of norm zero share all of it among themselves."""
+    """Coefficients that sum to one; deltas of norm zero share all of it among themselves.
+
+    >>> inverse_norm_coefficients([1.0, 3.0])
+    [0.75, 0.25]
+    """
     zeros = [found == 0 for found in norms]
     inverse = [float(zero) for zero in zeros] if any(zeros) else [1 / found for found in norms]
     return [found / sum(inverse) for found in inverse]

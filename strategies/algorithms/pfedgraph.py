@@ -37,7 +37,11 @@ class PFedGraphOptions:
 
 
 def to_simplex(rows: Tensor) -> Tensor:
-    """Euclidean projection of every row of ``[N, K]`` onto the probability simplex (Held, Wolfe, Crowder, 1974)."""
+    """Euclidean projection of every row of ``[N, K]`` onto the probability simplex (Held, Wolfe, Crowder, 1974).
+
+    >>> to_simplex(torch.tensor([[2.0, 0.0], [0.75, 0.75]])).tolist()
+    [[1.0, 0.0], [0.5, 0.5]]
+    """
     ordered = rows.sort(dim=1, descending=True).values
     count = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype)
     excess = (ordered.cumsum(dim=1) - 1) / count

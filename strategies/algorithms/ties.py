@@ -37,7 +37,11 @@ class TIESOptions(OneShotOptions):
 
 
 def trim(deltas: Tensor, density: float) -> Tensor:
-    """Each of ``deltas [N, ...]`` with all but its ``density`` largest magnitudes at zero; at least one stays."""
+    """Each of ``deltas [N, ...]`` with all but its ``density`` largest magnitudes at zero; at least one stays.
+
+    >>> trim(torch.tensor([[3.0, -1.0, 0.5, -4.0]]), 0.5).tolist()
+    [[3.0, 0.0, 0.0, -4.0]]
+    """
     flat = deltas.reshape(len(deltas), -1)
     count = max(1, round(density * flat.shape[1]))
     kept = flat.abs().topk(count, dim=1).indices
@@ -45,7 +49,11 @@ def trim(deltas: Tensor, density: float) -> Tensor:
 
 
 def elect_and_average(deltas: Tensor) -> Tensor:
-    """Mean over ``deltas [N, ...]`` of the numbers whose sign is that of their sum; zeros do not count."""
+    """Mean over ``deltas [N, ...]`` of the numbers whose sign is that of their sum; zeros do not count.
+
+    >>> elect_and_average(torch.tensor([[3.0, -1.0], [1.0, 0.0], [-2.0, -5.0]])).tolist()
+    [2.0, -3.0]
+    """
     sign = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
     agrees = deltas * sign > 0
     return (deltas * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)
