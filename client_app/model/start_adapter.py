@@ -83,6 +83,9 @@ def _as_adapter(
     found = {_entry_name(key): tensor.float() for key, tensor in state.items()}
     for name, tensor in found.items():
         if name not in layout.by_name:
+            own = base_heads.get(name)
+            if own is not None and own.shape == tensor.shape and torch.allclose(own.cpu().float(), tensor, atol=1e-6):
+                continue  # what the checkpoint lacks, brought along by the run that saved it
             raise StartAdapterError(
                 f"start-adapter: {folder} has {name!r}, which this client does not adapt (it adapts "
                 f"{', '.join(layout.modules[:3])}, ...); is it for another base model, or other target-modules?"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client_app.data.dataset import MASK, Dataset, LazyDataset
 from client_app.data.task_kinds import IGNORED, Kind
-from client_app.model.base_models import BaseModelError, FoundModel, load_config, longest_input
+from client_app.model.model_folders import BaseModelError, FoundModel, load_config, longest_input
 from client_app.own.chat import ChatTemplate, Span, common_start
 from client_app.own.examples import Example
 from client_app.own.images import ImageReader, read_image
@@ -74,12 +74,18 @@ class Encoder:
         )
 
     def _text(self, example: Example) -> dict[str, list[int]]:
-        encoded = self.tokenizer(example.text, example.pair)
+        # What a text says is text, also where it has the spelling of a special token: T5 and BART count end tokens.
+        options: dict[str, Any] = {"split_special_tokens": True}
+        told = f"{example.text} {example.pair or ''}"
+        if any(token in told for token in self.tokenizer.all_special_tokens):
+            self.findings["texts spell special tokens of the tokenizer, which are read as plain text"] += 1
+        encoded = self.tokenizer(example.text, example.pair, **options)
         length = len(encoded["input_ids"])
         if length > self.max_length:
             self.truncated += 1
-            encoded = self.tokenizer(example.text, example.pair, truncation=True, max_length=self.max_length)
-        return {name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded}
+            encoded = self.tokenizer(example.text, example.pair, truncation=True, max_length=self.max_length, **options)
+        found = {name: list(encoded[name]) for name in self.tokenizer.model_input_names if name in encoded}
+        return found | {MASK: [1] * len(found["input_ids"])}  # some tokenizers give none
 
     def _generative(self, example: Example) -> dict[str, list[int]]:
         turns = self._turns(example)
@@ -223,7 +229,7 @@ def load_encoder(
     encoder = Encoder(kind, max_length)
     if kind.has_text:
         encoder.tokenizer = _load(transformers.AutoTokenizer, found, "tokenizer", "tokenizer.json")
-        _require_padding(encoder.tokenizer, found)
+        _require_padding(encoder.tokenizer, load_config(found))
     if kind.has_image and kind.has_text:
         encoder.joint = _load(transformers.AutoProcessor, found, "processor", "processor_config.json")
         missing = [part for part in ("image_processor", "tokenizer") if not hasattr(encoder.joint, part)]
@@ -234,7 +240,7 @@ def load_encoder(
             )
         encoder.images = encoder.joint.image_processor
         encoder.tokenizer = encoder.joint.tokenizer
-        _require_padding(encoder.tokenizer, found)
+        _require_padding(encoder.tokenizer, load_config(found))
     elif kind.has_image:
         encoder.images = _load(transformers.AutoImageProcessor, found, "image processor", "preprocessor_config.json")
     if encoder.tokenizer is not None:
@@ -264,11 +270,14 @@ def _load(auto: Any, found: FoundModel, what: str, file: str) -> Any:
         ) from None
 
 
-def _require_padding(tokenizer: Any, found: FoundModel) -> None:
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise BaseModelError(f"base-model {found.name!r}: its tokenizer has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
+def _require_padding(tokenizer: Any, config: Any) -> None:
+    """Some padding token that the model has an embedding of; which one does not matter, because the mask hides it."""
+    rows = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
+        return
+    others = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id, 0)
+    chosen = next(token for token in others if token is not None and token < rows)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
 
 
 def _padded(items: Sequence[Mapping[str, list[int]]], padding: int | None) -> dict[str, Tensor]:

@@ -9,9 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.task_kinds import Kind, kind_of
-from client_app.model.base_models import BaseModelError, find_model, load_base
+from client_app.model.base_models import load_base
+from client_app.model.model_folders import BaseModelError, find_model
+from client_app.model.padding import ALONE, find_padding, inputs_taken
 from client_app.own.encoding import Encoder, load_encoder
 from client_app.own.examples import Example, columns_read, guess_kind, read_example
 from client_app.own.images import frames_in, read_image
@@ -20,6 +25,8 @@ from client_app.settings import DataSettings, Settings
 from fedalloy_adapters.atomic_files import write_durably
 
 MIN_EXAMPLES = 3
+_LEAST_TOKENS = 0.5
+"""A tokenizer with fewer tokens, as a share of the model's embeddings, is probably another model's."""
 
 
 @dataclass
@@ -50,9 +57,8 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     if found.kind.has_image:
         check_images(found, settings)
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
-    base = load_base(model, found.kind, settings.model, found.labels, encoder.padding_id)
-    _check_vocabulary(base, splits)
-    notes = notes_of(found, encoder)
+    base = _checked(load_base(model, found.kind, settings.model, found.labels, encoder.padding_id), splits)
+    notes = [*base.notes, *tokenizer_notes(encoder, base), *notes_of(found, encoder)]
     for_reference: dict[str, Dataset] = {}
     if settings.model.reference_model:
         reference, for_reference["train"] = _reference(found, settings, chat=chat)
@@ -111,14 +117,15 @@ def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, D
     plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
     base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
     examples = encoder.encode(found.splits["train"], found.labels)
-    _check_vocabulary(base, {"train": examples})
-    return base, examples
+    return _checked(base, {"train": examples}), examples
 
 
-def _check_vocabulary(base: Base, splits: Mapping[str, Dataset]) -> None:
-    """A tokenizer with more tokens than the model would be an index error, and on a GPU the end of the process."""
-    embeddings: Any = base.model.get_input_embeddings()  # type: ignore[operator]
-    rows = getattr(embeddings, "num_embeddings", None)
+def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
+    """The base model with the padding that its architecture wants for these texts.
+
+    A tokenizer with more tokens than the model would be an index error, and on a GPU the end of the process.
+    """
+    rows = _rows_of(base)
     for split in splits.values():
         ids = split.inputs.get("input_ids")
         if rows is not None and ids is not None and int(ids.max()) >= rows:
@@ -126,6 +133,43 @@ def _check_vocabulary(base: Base, splits: Mapping[str, Dataset]) -> None:
                 f"base-model {base.name!r}: its tokenizer gives token {int(ids.max())}, but it has embeddings of "
                 f"{rows} tokens only"
             )
+    train = splits["train"]
+    parameter = next(base.model.parameters())
+    if train.kind != "text-classification":
+        return base
+
+    def forward(inputs: Mapping[str, Tensor]) -> Tensor:
+        logits: Tensor = base.model(**inputs_taken(base.model, inputs)).logits
+        return logits.float()
+
+    inputs = {name: tensor.to(parameter.device) for name, tensor in train.inputs.items()}
+    found = find_padding(forward, inputs, 5e-2 if parameter.dtype is torch.bfloat16 else 1e-3)
+    note = "this architecture mixes the texts of a batch, or their padding: each text is computed alone"
+    return replace(base, padding=found, notes=(*base.notes, note) if found == ALONE else base.notes)
+
+
+def _rows_of(base: Base) -> int | None:
+    """How many tokens the model has embeddings of; None for models that do not say."""
+    try:
+        embeddings: Any = base.model.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return None
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def tokenizer_notes(encoder: Encoder, base: Base) -> list[str]:
+    """Signs that a tokenizer is not the model's."""
+    tokenizer, rows, notes = encoder.tokenizer, _rows_of(base), []
+    if tokenizer is None or rows is None:
+        return []
+    if len(tokenizer) > rows or len(tokenizer) < _LEAST_TOKENS * rows:
+        notes.append(f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {rows}: are they a pair?")
+    config = base.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for name in ("bos_token_id", "eos_token_id"):
+        own, known = getattr(tokenizer, name, None), getattr(config, name, None)
+        if own is not None and known is not None and own not in (known if isinstance(known, list) else [known]):
+            notes.append(f"{name} is {own} for the tokenizer, {known} in the model's configuration")
+    return notes
 
 
 def check_images(found: Found, settings: Settings) -> None:

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from client_app.data.dataset import Base, ClientData
-from client_app.model.base_models import find_model, load_flava, require_flava
+from client_app.model.base_models import load_flava
+from client_app.model.model_folders import find_model, require_flava
 from client_app.model.multi_task import TaskSpec, multi_task_base
 from client_app.own.encoding import load_encoder
 from client_app.own.files import check_images, notes_of, read_own

@@ -54,12 +54,19 @@ class SlotError(ValueError):
 
 
 class SlotStore:
-    """The slots of one client in one run; use inside :meth:`transaction`. ``keep`` earlier states stay on disk."""
+    """The slots of one client in one run; use inside :meth:`transaction`. ``keep`` earlier states stay on disk.
 
-    def __init__(self, directory: Path, base_model: str, base_heads: HeadReader, keep: int = 1) -> None:
+    ``base_heads`` and ``drawn`` give what PEFT directories have beside an adapter: the base model's own heads, which
+    differences are added to, and parameters that its checkpoint lacks.
+    """
+
+    def __init__(
+        self, directory: Path, base_model: str, base_heads: HeadReader, keep: int = 1, drawn: HeadReader = dict
+    ) -> None:
         self.directory = directory
         self.base_model = base_model
         self.base_heads = base_heads
+        self.drawn = drawn
         self.keep = keep
         self._slots: dict[str, Adapter] = {}
         self._residuals: dict[str, Adapter] = {}
@@ -184,7 +191,9 @@ class SlotStore:
         write_durably(staged / "slots" / "state.json", sealed(state))
         if self._personal is not None or self._parts is not None:
             if self._personal is not None:
-                write_peft_directory(staged / "adapter", self._personal, self.base_model, self.base_heads())
+                write_peft_directory(
+                    staged / "adapter", self._personal, self.base_model, self.base_heads(), self.drawn()
+                )
             elif self._parts is not None:
                 self._write_parts(staged / "adapter", *self._parts)
             if not self._rename("adapter", ".adapter-old"):  # an empty one says that there was none
@@ -209,15 +218,18 @@ class SlotStore:
 
     def _write(self, folder: Path, adapter: Adapter, residual: Adapter | None) -> None:
         if all(entry.factor.is_update for entry in adapter.layout.entries):  # PEFT has no gates and no sketches
-            write_peft_directory(folder, adapter, self.base_model, self.base_heads())
+            self._write_peft(folder, adapter)
         tensors = _to_tensors(adapter, "") | (_to_tensors(residual, "residual_") if residual is not None else {})
         write_durably(folder / "exact.safetensors", save(tensors))
+
+    def _write_peft(self, folder: Path, adapter: Adapter) -> None:
+        write_peft_directory(folder, adapter, self.base_model, self.base_heads(), self.drawn())
 
     def _write_parts(
         self, folder: Path, slots: Mapping[str, Adapter], gates: Mapping[str, Adapter], mixture: Message
     ) -> None:
         for slot, adapter in slots.items():
-            write_peft_directory(folder / slot, adapter, self.base_model, self.base_heads())
+            self._write_peft(folder / slot, adapter)
         tensors = {
             f"{slot}/{entry.module}": value.clone() for slot, found in gates.items() for entry, value in found.items()
         }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
 from client_app.data.task_kinds import example_losses, kind_of, mean_loss, targets_in
-from client_app.model.personal import PersonalModel
+from client_app.model.personal import PersonalModel, set_training
 from client_app.plan.mixtures import activate, own_heads
 from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
@@ -207,7 +207,7 @@ def train(
     torch.manual_seed(seed)
     optimiser = torch.optim.AdamW(_groups(step, parameters), lr=step.learning_rate, weight_decay=step.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
-    model.module.train()
+    set_training(model.module)
     losses: list[float] = []
     by_task = TaskLosses(step.batch_size)
     for indices in order or batches(len(data), step.batch_size, step.steps, seed):

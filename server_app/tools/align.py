@@ -52,7 +52,7 @@ def align_models(
     # Torch takes seconds to import, and every command looks at this file for its error.
     from client_app.data.task_kinds import TaskError
     from client_app.model.alignment import AlignmentError, AlignOptions, align
-    from client_app.model.base_models import BaseModelError
+    from client_app.model.model_folders import BaseModelError
     from client_app.model.personal import ModelError, PersonalModel
     from client_app.own.readers import DataError
     from client_app.scenarios import ScenarioError, bases_to_align

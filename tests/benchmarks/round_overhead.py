@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client_app.data.task_kinds import KINDS
-from client_app.model.base_models import find_model
+from client_app.model.model_folders import find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import read_own
 from client_app.settings import DataSettings, ModelSettings, Settings

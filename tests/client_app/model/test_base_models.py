@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from client_app.data.dataset import Base, Dataset
 from client_app.data.task_kinds import KINDS
-from client_app.model.base_models import BaseModelError, find_model, load_base
+from client_app.model.base_models import load_base
+from client_app.model.model_folders import BaseModelError, find_model
 from client_app.model.start_adapter import read_start_adapter
 from client_app.own.encoding import load_encoder
 from client_app.own.examples import Example

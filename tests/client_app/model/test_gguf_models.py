@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from client_app.model import gguf_models
-from client_app.model.base_models import BaseModelError, find_model
 from client_app.model.gguf_models import GGUFError, dequantised, model_in_package
+from client_app.model.model_folders import BaseModelError, find_model
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra gguf)")
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from client_app.data.task_kinds import KINDS
-from client_app.model.base_models import find_model, load_base
+from client_app.model.base_models import load_base
+from client_app.model.model_folders import find_model
 from client_app.model.personal import PersonalModel
 from client_app.model.start_adapter import StartAdapterError, read_start_adapter
 from client_app.settings import ModelSettings

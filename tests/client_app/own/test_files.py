@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from client_app.data.dataset import Base
 from client_app.data.task_kinds import IGNORED, KINDS, TaskError, example_losses, kind_of, mean_loss
-from client_app.model.base_models import BaseModelError, find_model, load_base
+from client_app.model.base_models import load_base
+from client_app.model.model_folders import BaseModelError, find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import load_own, read_own
 from client_app.own.readers import DataError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from client_app.data.dataset import ClientData
-from client_app.model.base_models import BaseModelError
+from client_app.model.model_folders import BaseModelError
 from client_app.model.personal import PersonalModel
 from client_app.own.readers import DataError
 from client_app.own.task_file import load_tasks

@@ -1,0 +1,74 @@
+"""An answer does not depend on its company: texts are padded so that each gets the answer that it gets alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+MASK = "attention_mask"
+RIGHT, LEFT, ALONE = "right", "left", "alone"
+_LONGEST_PROBE = 64
+"""Tokens of a text that is tried, if there are such short ones: a large model reads it on the CPU."""
+
+Inputs = Mapping[str, Tensor]
+
+
+def inputs_taken(module: nn.Module, inputs: Inputs) -> Inputs:
+    """Those inputs that a model's forward pass has arguments for; a tokenizer may give more (token types, a mask)."""
+    takes = inspect.signature(module.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return inputs
+    return {name: tensor for name, tensor in inputs.items() if name in takes}
+
+
+def find_padding(forward: Callable[[Inputs], Tensor], inputs: Inputs, tolerance: float) -> str:
+    """Where this architecture wants padding, by trying two texts of unequal length together and alone.
+
+    Most models ignore what is behind a text. Some read the last position (XLNet) and want padding before it; some mix
+    positions whatever the mask says (FNet, Nystromformer), and compute texts one by one.
+
+    Args:
+        forward: logits ``[b, C]`` of a batch, as the model computes them.
+        inputs: texts by input's name ``[n, L]``, padded on the right, with their mask.
+        tolerance: largest difference of logits that rounding explains, as a share of the largest logit.
+    """
+    lengths = inputs[MASK].sum(dim=1)
+    short = int(lengths.argmin())
+    longer = [int(i) for i in lengths.argsort() if lengths[i] > lengths[short]]
+    if not longer:
+        return RIGHT
+    within = [i for i in longer if lengths[i] <= _LONGEST_PROBE]
+    rows = torch.tensor([short, within[-1] if within else longer[0]])
+    pair = {name: tensor[rows, : int(lengths[rows].max())] for name, tensor in inputs.items()}
+    with torch.no_grad():
+        alone = one_by_one(forward, pair)
+        for padding in (RIGHT, LEFT):
+            together = forward(arranged(pair, padding))
+            if float((together - alone).abs().max()) <= tolerance * float(alone.abs().max().clamp_min(1.0)):
+                return padding
+    return ALONE
+
+
+def arranged(inputs: Inputs, padding: str) -> Inputs:
+    """Texts that are padded on the right, padded where the model wants it."""
+    if padding != LEFT or MASK not in inputs:
+        return inputs
+    width = inputs[MASK].shape[1]
+    ahead = width - inputs[MASK].sum(dim=1)
+    columns = (torch.arange(width, device=ahead.device) - ahead[:, None]) % width
+    return {
+        name: tensor.gather(1, columns) if tensor.shape[:2] == columns.shape and tensor.dim() == 2 else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def one_by_one(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    """Logits of each text without any padding."""
+    width, found = inputs[MASK].shape[1], []
+    for row, length in enumerate(inputs[MASK].sum(dim=1).tolist()):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        found.append(forward({n: t[:, : int(length)] if t.shape[1:2] == (width,) else t for n, t in one.items()}))
+    return torch.cat(found)
