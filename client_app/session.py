@@ -30,9 +30,9 @@ from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import reference_layout
 from client_app.plan.slots import SlotStore
 from client_app.plan.training import set_up_torch
-from client_app.scenarios import FROM_FILES, load_scenario
+from client_app.scenarios import FROM_FILES, NAMES, load_scenario
 from client_app.scenarios.files import load_files
-from client_app.settings import Settings
+from client_app.settings import NodeConfigError, Settings
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.atomic_files import private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -157,6 +157,11 @@ def _read(settings: Settings) -> tuple[Base, ClientData]:
         return load_tasks(settings)
     if settings.data.data_path:
         return load_own(settings)
+    if settings.model.base_model and settings.scenario in NAMES:
+        raise NodeConfigError(
+            f"base-model is set, and node-config has no data-path: data of this client are expected, and the scenario "
+            f"{settings.scenario!r} has a base model of its own"
+        )
     if settings.scenario in FROM_FILES:
         return load_files(settings.scenario, settings)
     return load_scenario(

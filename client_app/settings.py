@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import unicodedata
@@ -28,6 +29,12 @@ class SettingsError(ValueError):
         """The key, which is all that the server gets to know: a value of node-config is the owner's."""
         named = _KEY.match(str(self))
         return named.group(1) if named else ""
+
+
+class NodeConfigError(SettingsError):
+    """Node-config lacks a key, or has one that nobody reads. The words name keys and no values: all may be told."""
+
+    told = property(str)
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,21 @@ class DataSettings:
         return train, validation, test
 
 
+@dataclass(frozen=True)
+class TrainerSettings:
+    """A client's resident trainer.
+
+    Run-config has the defaults of a federation; a client's node-config wins, because machine and GPU are its owner's.
+    """
+
+    resident: bool = True
+    """``true``: one process for each client keeps base model and data in memory between messages. ``false``: everything
+    is done in the process that Flower starts for each message, for debuggers; in Flower's simulation engine that is
+    always so."""
+    idle_seconds: float = 300.0
+    """The trainer leaves after this many seconds without a message (and at once when its SuperNode ends)."""
+
+
 _OWNERS = ("-path", "-root", "-config", "-column", "-by")
 """How the keys end that name a file or a column."""
 
@@ -225,6 +247,34 @@ class Settings:
         return self.state_dir / run_name / "clients" / self.client_id
 
 
+NODE_ONLY = (
+    *("client-id", "state-dir", "partition-id", "num-partitions", "lora-r", "lora-alpha", "lora-dropout"),
+    *("start-adapter", "start-slot", "alignments", "client.accept-keys"),
+)
+"""Keys of node-config that are no field of a dataclass here."""
+
+
+def node_keys() -> list[str]:
+    """Every key that node-config may have."""
+    kinds = (("", ModelSettings), ("", DataSettings), ("client.", Policy), ("trainer.", TrainerSettings))
+    return sorted({*NODE_ONLY, *(prefix + _key(item.name) for prefix, kind in kinds for item in fields(kind))})
+
+
+def require_node_keys(node: Config, whose: str = "node-config") -> None:
+    """Refuse keys that nobody reads: a misspelt one would leave a client with other data than its owner meant.
+
+    Raises:
+        NodeConfigError: names all of them, each with the nearest known key.
+    """
+    known, wrong = node_keys(), []
+    for key in [key for key in node if key not in known]:
+        close = difflib.get_close_matches(key, known, n=1)
+        wrong.append(f"{key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    if wrong:
+        what = "an unknown key" if len(wrong) == 1 else "unknown keys"
+        raise NodeConfigError(f"{whose} has {what}: {', '.join(wrong)}; docs/options.md lists the known ones")
+
+
 def read_settings(context: Context) -> Settings:
     """Settings from Flower's context.
 
@@ -232,11 +282,12 @@ def read_settings(context: Context) -> Settings:
         SettingsError: a value is missing or not valid; names the key.
     """
     node, run = context.node_config, context.run_config
+    require_node_keys(node)
     _require_accepted(node, run)
     data = _read(DataSettings, node, run)
     has_partition = "partition-id" in node and "num-partitions" in node
     if not has_partition and not data.data_path:
-        raise SettingsError(
+        raise NodeConfigError(
             "node-config has neither a data-path, for data of its own, nor partition-id and num-partitions, which a "
             "built-in scenario needs"
         )

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from client_app.settings import SettingsError
+from client_app.settings import SettingsError, TrainerSettings
 from client_app.sockets import WireError, ancestors
 
 MAX_SOCKET_PATH = 107
@@ -39,21 +39,6 @@ CHUNK_BYTES = 2**21
 
 class TrainerError(RuntimeError):
     """The resident trainer cannot be reached or started, or it ended while it carried out a plan, twice."""
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """A client's resident trainer.
-
-    Run-config has the defaults of a federation; a client's node-config wins, because machine and GPU are its owner's.
-    """
-
-    resident: bool = True
-    """``true``: one process for each client keeps base model and data in memory between messages. ``false``: everything
-    is done in the process that Flower starts for each message, for debuggers; in Flower's simulation engine that is
-    always so."""
-    idle_seconds: float = 300.0
-    """The trainer leaves after this many seconds without a message (and at once when its SuperNode ends)."""
 
 
 def read_trainer_settings(context: Context) -> TrainerSettings:

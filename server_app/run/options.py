@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client_app.guard.policy import Policy
-from client_app.settings import AdapterSettings, DataSettings, ModelSettings
-from client_app.trainer.address import TrainerSettings
+from client_app.settings import AdapterSettings, DataSettings, ModelSettings, TrainerSettings
 from server_app.run.run_directory import toml_string
 from strategies import STRATEGIES
 from strategies.framework.limits import Limits

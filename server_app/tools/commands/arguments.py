@@ -13,28 +13,52 @@ RunsDir = Annotated[Path, typer.Option(help="Where runs are written.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A run directory.")]
 Connection = Annotated[str, typer.Argument(help="A flwr connection to the SuperLink.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder with the data of scenarios on real data.")]
+OWN_FILES = ("state-dir", "alignments", "start-adapter", "data-root")
+"""Keys of node-config that are paths of this machine."""
+PATH_KEYS = (*OWN_FILES, "data-path", "base-model", "reference-model")
+"""And those that may be names of the Hugging Face hub."""
 MoreRunConfig = Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")]
 
 
 def read_clients_file(path: Path) -> dict[str, dict[str, Any]]:
-    """Node-config by client id, from a TOML file with one table for each client.
+    """Node-config by client id, from a TOML file with one table for each client; its relative paths made absolute.
 
     Raises:
-        OptionError: the file cannot be read, or has something else in it.
+        OptionError: the file cannot be read, or has something else in it; names every key that nobody reads.
     """
+    from client_app.settings import SettingsError, require_node_keys
     from strategies.framework.options import OptionError
 
     try:
         found = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise OptionError(f"{path} cannot be read: {error}") from None
+    wrong = []
     for client, table in found.items():
         if not isinstance(table, dict):
             raise OptionError(f"{path}: {client!r} is not a table, expected [client-id] and its node-config keys below")
+        for prefix in [key for key, value in table.items() if isinstance(value, dict)]:  # client.allow-steps = "..."
+            table |= {f"{prefix}.{key}": value for key, value in table.pop(prefix).items()}
         for key, value in table.items():
             if not isinstance(value, bool | int | float | str):
                 raise OptionError(f"{path}: {client}.{key} = {value!r}, expected a number, true, false or text")
+        try:
+            require_node_keys(table, f"client {client!r}")
+        except SettingsError as error:
+            wrong.append(str(error))
+        found[client] = {key: _beside(path.parent, key, value) for key, value in table.items()}
+    if wrong:
+        raise OptionError(f"{path}: " + "; ".join(wrong))
     return found
+
+
+def _beside(folder: Path, key: str, value: Any) -> Any:
+    """A path in a clients file is relative to the file; what is not there may be a name of the Hugging Face hub."""
+    if key not in PATH_KEYS or not isinstance(value, str) or not value:
+        return value
+    path = folder / Path(value).expanduser()
+    own = key in OWN_FILES or (key == "data-path" and (Path(value).suffix or value.startswith(".")))
+    return str(path.resolve()) if own or path.exists() else value
 
 
 def parse_run_config(text: str) -> dict[str, Any]:

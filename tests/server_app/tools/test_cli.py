@@ -186,9 +186,32 @@ def test_values_reach_flower_as_they_are() -> None:
 
 def test_a_clients_file_has_a_table_for_each_client(tmp_path: Path) -> None:
     path = tmp_path / "clients.toml"
-    path.write_text("[berlin]\ndata-path = 'a.jsonl'\nlora-r = 4\n[paris]\n")
-    assert read_clients_file(path) == {"berlin": {"data-path": "a.jsonl", "lora-r": 4}, "paris": {}}
+    path.write_text("[berlin]\ndata-path = 'a.jsonl'\nlora-r = 4\ntrainer.resident = false\n[paris]\n")
+    berlin = {"data-path": str(tmp_path / "a.jsonl"), "lora-r": 4, "trainer.resident": False}
+    assert read_clients_file(path) == {"berlin": berlin, "paris": {}}
     for content, said in (("berlin = 1", "not a table"), ("[a]\nb = [1]", "a.b = "), ("[", "cannot be read")):
         path.write_text(content)
         with pytest.raises(OptionError, match=said):
             read_clients_file(path)
+
+
+def test_paths_of_a_clients_file_are_relative_to_it_and_names_of_the_hub_stay(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    path = tmp_path / "clients.toml"
+    path.write_text(
+        "[a]\ndata-path = 'owner/set'\nbase-model = 'base'\n[b]\nbase-model = 'org/base'\nstate-dir = 's'\n"
+    )
+    assert read_clients_file(path) == {
+        "a": {"data-path": "owner/set", "base-model": str(tmp_path / "base")},
+        "b": {"base-model": "org/base", "state-dir": str(tmp_path / "s")},
+    }
+
+
+def test_misspelt_keys_of_a_clients_file_are_named_with_their_client(tmp_path: Path) -> None:
+    path = tmp_path / "clients.toml"
+    path.write_text("[a]\ndata-pth = 'x'\n[b]\nsplit-colum = 'part'\n")
+    for command in (["cluster", "up"], ["compare"]):
+        result = runner.invoke(app, [*command, "--clients-file", str(path)], env={"COLUMNS": "200"})
+        assert result.exit_code == 1
+        assert "client 'a' has an unknown key: 'data-pth' (did you mean 'data-path'?)" in result.output
+        assert "client 'b' has an unknown key: 'split-colum' (did you mean 'split-column'?)" in result.output
