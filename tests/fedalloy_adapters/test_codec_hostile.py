@@ -147,6 +147,23 @@ def int8(scales: tuple[float, float, float], integers: tuple[int, ...] = (1,) * 
     return struct.pack("<2f6bf2b", *scales[:2], *integers[:6], scales[2], *integers[6:])
 
 
+def in_blocks(scales: tuple[float, float], codes: tuple[int, int], bits: int) -> bytes:
+    """INT4 or INT2 of layout SMALL: each entry is one block of equal codes; its scale is cut to 16 bits."""
+    payload = b""
+    for count, scale, code in zip((6, 2), scales, codes, strict=True):
+        packed = sum(code << (bits * position) for position in range(count))
+        payload += struct.pack("<f", scale)[2:] + packed.to_bytes(-(-count * bits // 8), "little")
+    return payload
+
+
+def int4(scales: tuple[float, float], codes: tuple[int, int] = (8, 8)) -> bytes:
+    return in_blocks(scales, codes, 4)
+
+
+def int2(scales: tuple[float, float], codes: tuple[int, int] = (2, 2)) -> bytes:
+    return in_blocks(scales, codes, 2)
+
+
 HONEST = Parts().blob
 HEAD_LENGTH = int.from_bytes(HONEST[8:12], "little")
 BIG = Adapter(SMALL, torch.full((SMALL.size,), 3e38))
@@ -244,6 +261,12 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "claims 2^64 + 1 numbers, which wrap around to 1": (claiming((65536,) * 4, (1,), payload=bytes(4)), T.BAD_LENGTH),
     "claims 2^62 numbers of 4 bytes, which wrap around": (claiming((32768, 32768, 65536, 65536)), T.BAD_LENGTH),
     "claims 2^31 rows of scales": (claiming((L, 1), encoding=Encoding.INT8), T.BAD_LENGTH),
+    "claims 10^12 numbers of four bits": (claiming((10**6, 10**6), encoding=Encoding.INT4), T.BAD_LENGTH),
+    "claims 10^12 numbers of two bits": (claiming((10**6, 10**6), encoding=Encoding.INT2), T.BAD_LENGTH),
+    "four bits, one scale too few": (handmade(int4((1.0, 1.0))[:-3], Encoding.INT4), T.BAD_LENGTH),
+    "four bits, one byte too many": (handmade(int4((1.0, 1.0)) + b"\0", Encoding.INT4), T.BAD_LENGTH),
+    "two bits that are four": (handmade(int4((1.0, 1.0)), Encoding.INT2), T.BAD_LENGTH),
+    "four bits that are two": (handmade(int2((1.0, 1.0)), Encoding.INT4), T.BAD_LENGTH),
     # references
     "unknown reference": (Parts(reference=REFERENCE).blob, T.UNKNOWN_REFERENCE),
     "reference that never was": (header(reference_digest=b"\1" * 32), T.UNKNOWN_REFERENCE),
@@ -262,7 +285,19 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "infinite scale": (handmade(int8((math.inf, 1.0, 1.0)), Encoding.INT8), T.NOT_FINITE),
     "infinite scale of a row of zeros": (handmade(int8((math.inf, 1.0, 1.0), (0,) * 8), Encoding.INT8), T.NOT_FINITE),
     "scale times integer overflows": (handmade(int8((3e38, 1.0, 1.0), (127,) * 8), Encoding.INT8), T.NOT_FINITE),
+    "four bits, NaN scale": (handmade(int4((1.0, math.nan)), Encoding.INT4), T.NOT_FINITE),
+    "four bits, NaN scale of a block of zeros": (handmade(int4((math.nan, 1.0), (7, 7)), Encoding.INT4), T.NOT_FINITE),
+    "four bits, infinite scale": (handmade(int4((math.inf, 1.0)), Encoding.INT4), T.NOT_FINITE),
+    "four bits, infinite scale of zeros": (handmade(int4((math.inf, 1.0), (7, 7)), Encoding.INT4), T.NOT_FINITE),
+    "four bits, scale times level overflows": (handmade(int4((3e38, 1.0), (14, 7)), Encoding.INT4), T.NOT_FINITE),
+    "two bits, NaN scale": (handmade(int2((math.nan, 1.0)), Encoding.INT2), T.NOT_FINITE),
+    "two bits, infinite scale": (handmade(int2((1.0, -math.inf)), Encoding.INT2), T.NOT_FINITE),
+    "two bits, scale times level overflows": (handmade(int2((3e38, 1.0), (3, 2)), Encoding.INT2), T.NOT_FINITE),
+    "two bits, sum with the reference": (handmade(int2((1e38, 1e38), (3, 3)), Encoding.INT2, BIG), T.NOT_FINITE),
     # the digest
+    "four bits, negative scale": (handmade(int4((-1.0, 1.0)), Encoding.INT4), T.BAD_DIGEST),
+    "four bits, the code that no sender writes": (handmade(int4((1.0, 1.0), (15, 8)), Encoding.INT4), T.BAD_DIGEST),
+    "four bits, scale 0 with codes": (handmade(int4((0.0, 0.0), (14, 14)), Encoding.INT4), T.BAD_DIGEST),
     "content digest of something else": (header(content_digest=bytes(32)), T.BAD_DIGEST),
     "content digest of another adapter": (header(content_digest=REFERENCE.digest), T.BAD_DIGEST),
     "one bit of the payload flipped": (HONEST[:-1] + bytes([HONEST[-1] ^ 1]), T.BAD_DIGEST),
