@@ -12,6 +12,8 @@ from typing import TypeVar
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from google.protobuf.message import DecodeError, Message
 
+from fedalloy_adapters.wire_counts import TooManyError, require_few
+
 PLAN_TYPE = "train.plan"
 REGISTER_TYPE = "query.register"
 COUNTERS_TYPE = "query.counters"
@@ -23,6 +25,9 @@ ARRAY_RECORD = "adapters"
 FORMAT_VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Of a plan, report or registration, which hold no adapters; what is parsed takes several times as much memory."""
+MAX_VALUES = {"plan": 1_000_000, "report": 50_000, "registration": 50_000, "counters": 5_000}
+"""Numbers, texts and what they are in, by kind of message; a client that is sent the weights of a thousand peers for
+each of two hundred modules gets the most."""
 
 M = TypeVar("M", bound=Message)
 
@@ -64,7 +69,10 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
         raise RecordError(f"{key!r} has {len(value)} bytes, expected at most {MAX_MESSAGE_BYTES}")
     message = kind()
     try:
+        require_few(value, kind.DESCRIPTOR, MAX_VALUES.get(key, 1000))
         message.ParseFromString(value)
+    except TooManyError as error:
+        raise RecordError(f"{key!r} {error}") from None
     except DecodeError as error:
         raise RecordError(f"{key!r} is not a {kind.__name__} ({error})") from None
     version = getattr(message, "version", FORMAT_VERSION)

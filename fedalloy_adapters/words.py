@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 MAX_WORDS = 200
-_TAG = re.compile(r"\[(?=[A-Za-z/#@])")
+_TAG = re.compile(r"\[(?=[a-z/#@])")
 
 
 def one_line(text: object, most: int = MAX_WORDS) -> str:

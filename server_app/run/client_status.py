@@ -7,11 +7,12 @@ from typing import Any
 
 from flwr.app import Message
 
+from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.federation import NODE_UNAVAILABLE
 from server_app.run.replies import REFUSED
 from strategies.framework.contract import Answer
-from strategies.framework.messages import one_line
+from strategies.framework.messages import MAX_REASON
 
 OK = "ok"
 """A usable answer came in time and counts."""
@@ -44,7 +45,10 @@ def of_silence(timeout: float) -> ClientRecord:
 def of_error(message: Message) -> ClientRecord:
     """The client's or Flower's error instead of an answer."""
     status = {NODE_UNAVAILABLE: LEFT, REFUSED: REJECTED}.get(message.error.code, FAILED)
-    return {"status": status, "reason": one_line(message.error.reason or f"Flower error {message.error.code}")}
+    return {
+        "status": status,
+        "reason": one_line(message.error.reason or f"Flower error {message.error.code}", MAX_REASON),
+    }
 
 
 def of_answer(answer: Answer) -> ClientRecord:
@@ -59,8 +63,18 @@ def of_answer(answer: Answer) -> ClientRecord:
         "metrics": {label: dict(values) for label, values in answer.metrics.items()},
     }
     if answer.clipped:
-        record["clipped"] = {slot: round(norm, 6) for slot, norm in answer.clipped.items()}
+        record["clipped"] = clipped(answer)
     return record
+
+
+def clipped(answer: Answer) -> dict[str, float]:
+    """The norms that were too long, by slot."""
+    return {slot: round(norm, 6) for slot, norm in answer.clipped.items()}
+
+
+def clipped_line(record: ClientRecord) -> str:
+    """They in words."""
+    return ", ".join(f"{slot} clipped from norm {norm:g}" for slot, norm in record["clipped"].items())
 
 
 def _trains(result: report_pb2.StepResult) -> bool:
@@ -73,7 +87,7 @@ def line(record: ClientRecord) -> str:
         return f"{record['status']} ({record.get('reason', '')})"
     parts = [f"{record['seconds']:.1f} s"]
     parts += ["diverged" if loss is None else f"loss {loss:.3f}" for loss in record["train_loss"]]
-    parts += [f"{slot} clipped from norm {norm:g}" for slot, norm in record.get("clipped", {}).items()]
+    parts += [clipped_line(record)] if "clipped" in record else []
     scored = [
         f"{label} {name} {metrics[name]:.3f}"
         for label, metrics in record["metrics"].items()

@@ -10,13 +10,14 @@ from flwr.app import Message
 from flwr.common.logger import log
 from flwr.proto.node_pb2 import NodeInfo
 
+from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.resume import SavedClient
 from server_app.run.run_directory import RunDirectory
 from strategies import AlloyStrategy
 from strategies.framework.contract import Client, StrategyError, client_from, outvoted
 from strategies.framework.limits import require_affordable, with_bounded_weight
-from strategies.framework.messages import BadAnswerError, one_line, read_registration
+from strategies.framework.messages import MAX_REASON, BadAnswerError, read_registration
 
 INFO, WARNING = 20, 30
 
@@ -118,5 +119,5 @@ class Enrolment:
         return self.clients[client.id]
 
     def _refuse(self, client_id: str, reason: str) -> None:
-        self.refused[client_id] = one_line(reason)
+        self.refused[client_id] = one_line(reason, MAX_REASON)
         log(WARNING, "refused: %s", self.refused[client_id])

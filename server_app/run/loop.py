@@ -14,6 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedalloy_adapters.words import one_line
 from server_app.ledger.recorder import Booking, WireLog, explained
 from server_app.run import client_status
 from server_app.run.client_status import OK, REJECTED, ClientRecord
@@ -25,11 +26,11 @@ from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryE
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from
+from strategies.framework.limits import unsound, within_round
 from strategies.framework.messages import (
     BadAnswerError,
     Dispatch,
     counters_message,
-    one_line,
     plan_dispatch,
     read_counters,
 )
@@ -155,10 +156,10 @@ class Run:
             return
         self.wire.registered(reply.client_id, client.id)
         self._registered[client.id] = {"status": OK, "examples": client.examples, "seconds": round(reply.seconds, 3)}
-        base = one_line(client.base_model[:200])
+        base = one_line(client.base_model)
         log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, base)
         for note in [note for task in client.registration.tasks for note in task.notes][: client_status.SHOWN]:
-            log(INFO, "%s's data: %.200r", client.id, note)  # a stranger's words: quoted, and cut
+            log(INFO, "%s's data: %s", client.id, one_line(note))
 
     def _gather(self, round_: int) -> list[Client]:
         """Clients that are online, newcomers among them; waits for ``min-clients``.
@@ -202,10 +203,21 @@ class Run:
                 f"see {self.directory.path / 'rounds.jsonl'}. The round does not count; to do it again, "
                 f"{self.directory.how_to_resume}"
             )
-        settled = self.strategy.settle(round_)
-        record = self._record_of("train", round_, records, started, settled=dict(settled))
+        settled = self._settle(round_)
+        record = self._record_of("train", round_, records, started, settled=settled)
         self._checkpoint(round_, record)
         self.directory.append_round(record)
+
+    def _settle(self, round_: int) -> dict[str, Any]:
+        """Merge; what the server would not take from a client it does not make itself: then the last state stays."""
+        settled = dict(self.strategy.settle(round_))
+        reason = unsound(self.strategy.state().tensors)
+        before = self.directory.newest_checkpoint() if reason is not None else None
+        if reason is None or before is None:
+            return settled
+        log(WARNING, "round %d is not merged: %s", round_, reason)
+        self.strategy.load_state(before.state)
+        return settled | {"unsound": reason}
 
     def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:
         about = {
@@ -282,24 +294,36 @@ class Run:
 
         asks: dict[str, Make] = {name: lambda name=name: make(name) for name in clients}  # type: ignore[misc]
         watch = Booking(self.wire, round_, phase, tensors)
+        answers: dict[str, Answer] = {}
         slowest = 0.0
         for reply in self.federation.exchange(asks, self.options.round_timeout, watch, enough):
             client = clients[reply.client_id]
-            records[client.id] = record = self._absorb(phase, round_, client, dispatches.pop(client.id), reply, absorb)
+            records[client.id] = record = self._read(phase, round_, client, dispatches.pop(client.id), reply, answers)
             slowest = max(slowest, min(float(record.get("train_seconds", 0.0)), reply.seconds))  # theirs is a claim
             level = INFO if record["status"] == OK else WARNING
             log(level, "[%s %d] %s: %s", phase, round_, client.id, client_status.line(record))
         self.training_seconds += slowest
+        # When all are here: how long an update may be is a matter of what the others sent.
+        for name, answer in within_round(self.strategy.limits, answers).items():
+            try:
+                absorb(round_, clients[name], answer)
+            except StrategyError as error:
+                records[name] |= {"status": REJECTED, "reason": str(error)}
+                log(WARNING, "[%s %d] %s: %s", phase, round_, name, client_status.line(records[name]))
+                continue
+            if answer.clipped:
+                records[name]["clipped"] = client_status.clipped(answer)
+                log(WARNING, "[%s %d] %s: %s", phase, round_, name, client_status.clipped_line(records[name]))
         return dict(sorted(records.items()))
 
-    def _absorb(
+    def _read(
         self,
         phase: str,
         round_: int,
         client: Client,
         dispatch: Dispatch,
         reply: Reply,
-        absorb: Callable[[int, Client, Answer], None],
+        answers: dict[str, Answer],
     ) -> ClientRecord:
         record: ClientRecord = {"seconds": round(reply.seconds, 3)}
         if reply.attempts > 1:
@@ -315,10 +339,7 @@ class Run:
             self.wire.arrived(round_, client.id, phase, reply.message, None, dispatch)
             return record | {"status": REJECTED, "reason": str(error)}
         self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
-        try:
-            absorb(round_, client, answer)
-        except StrategyError as error:
-            return record | {"status": REJECTED, "reason": str(error)}
+        answers[client.id] = answer
         return record | client_status.of_answer(answer)
 
     def _dispatch(self, round_: int, client: Client, brief: Brief) -> Dispatch:

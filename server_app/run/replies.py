@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from flwr.app import Array, Error, Message, Metadata, RecordDict
+from flwr.app import Array, ConfigRecord, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.recorddict_pb2 import ConfigRecord as ProtoConfigRecord
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
@@ -46,6 +47,7 @@ from google.protobuf.message import DecodeError
 from httpx import HTTPStatusError, Response
 
 from fedalloy_adapters.flower_records import MAX_MESSAGE_BYTES
+from fedalloy_adapters.wire_counts import TooManyError, require_few
 
 FAILED, MESSAGE_UNAVAILABLE = 2, 3
 """Flower's error codes for a client that could not, and for an answer that was lost between SuperLink and ServerApp."""
@@ -59,6 +61,8 @@ MAX_LISTING_BYTES = 2**20
 MAX_ANNOUNCEMENT_BYTES = 16 * 2**20
 """Bytes of a SuperLink response that is not an object: lists of nodes and messages, and a client's errors."""
 MAX_OBJECTS = 10_000
+MAX_ITEMS = 1000
+"""Values in one of Flower's records; ours has one."""
 OBJECTS_A_TURN = 100
 """Of one upload, before the others have theirs. Honest answers have fewer: a chunk has 5 MiB."""
 PAUSE_SECONDS = 1.0
@@ -97,6 +101,8 @@ class _Upload:
         self.size += len(content)
         self.listing += len(content) if is_listing else 0
         self.report += len(content) if kind == b"ConfigRecord" else 0
+        if kind == b"ConfigRecord":
+            require_few(get_object_body(content, ConfigRecord), ProtoConfigRecord.DESCRIPTOR, MAX_ITEMS)
         if self.size > max_bytes:
             raise TooLargeError(f"has more than {max_bytes} bytes, which is the most that was asked for")
         if self.listing > MAX_LISTING_BYTES:
@@ -222,7 +228,7 @@ class Intake:
         except ObjectPullError as error:  # the SuperLink has given the upload up
             reply_to = upload.metadata.reply_to_message_id or ""
             return error_reply(reply_to, MESSAGE_UNAVAILABLE, f"the upload was not finished ({error})")
-        except TooLargeError as error:
+        except (TooLargeError, TooManyError) as error:
             self._confirm(grid, upload)
             return make_message(upload.metadata, error=Error(REFUSED, f"the answer {error}"))
         except UNREADABLE as error:

@@ -35,6 +35,9 @@ def summary_of(
         "clients": clients,
         "mean_accuracy": sum(scores) / len(scores) if scores else None,
         "worst_accuracy": min(scores) if scores else None,
+        "without_accuracy": sorted(set(clients) - {name for name in clients if "accuracy" in clients[name]})
+        if scores
+        else [],
         "bytes": totals,
         "unexplained_wire_fraction": unexplained,
         "seconds": {
@@ -50,7 +53,9 @@ def summary_of(
 def headline(summary: Mapping[str, Any]) -> str:
     """One line: the clients' mean and worst accuracy; where they have none (texts), mean exact match and perplexity."""
     if summary["mean_accuracy"] is not None:
-        return f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"
+        missing = summary.get("without_accuracy") or []
+        words = f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"
+        return f"{words}; {', '.join(missing)} gave none" if missing else words
     found = []
     for name in ("exact_match", "perplexity"):
         values = [metrics[name] for metrics in summary["clients"].values() if name in metrics]

@@ -31,7 +31,7 @@ from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.parts import layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.framework.limits import Limits, bounded, require_affordable, with_bounded_weight
+from strategies.framework.limits import Limits, bounded, require_affordable, with_bounded_weight, within_round
 from strategies.framework.messages import (
     BadAnswerError,
     Dispatch,
@@ -395,22 +395,21 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
     def _absorb_all(self, round_: int, replies: Iterable[Message], *, absorb: bool) -> list[Answer]:
         # By the message that is answered (the grid numbers messages when it sends them): errors carry no sender.
         asked = {message.metadata.message_id: (client, dispatch) for message, client, dispatch in self._pending}
-        answers = []
+        answers: dict[str, Answer] = {}
         for reply in replies:
             if reply.metadata.reply_to_message_id not in asked:
                 continue
             client, dispatch = asked.pop(reply.metadata.reply_to_message_id)
             try:
-                answer = answer_from(dispatch, reply, self.limits)
+                answers[client.id] = answer_from(dispatch, reply, self.limits)
             except BadAnswerError as error:
                 log(_WARNING, "%s", error)
-                continue
-            if absorb:
-                self.absorb(round_, client, answer)
-            answers.append(answer)
+        answers = within_round(self.limits, answers)
+        for client_id, answer in answers.items() if absorb else ():
+            self.absorb(round_, self.clients[client_id], answer)
         for client, _ in asked.values():
             log(_WARNING, "client %r did not answer in time", client.id)
-        return answers
+        return list(answers.values())
 
 
 def outvoted(votes: Mapping[str, int], client_id: str) -> str:

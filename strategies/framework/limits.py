@@ -1,9 +1,10 @@
 """Bounds on what one client can do to everybody's model: how far an upload may move, how much a client may weigh.
 
-Both are off by default: they change what honest clients get, too. A bounded norm is the usual first defence against
-boosted updates (Sun et al., "Can You Really Backdoor Federated Learning?", 2019, section 4); the bound on counts keeps
-a client that lies about its data from outweighing everybody else. A third bound, on the size of an adapter, is always
-on: the server allocates the adapter at registration, trusting the client's claim.
+A bounded norm is the usual first defence against boosted updates (Sun et al., "Can You Really Backdoor Federated
+Learning?", 2019, section 4); the bound on counts keeps a client that lies about its data from outweighing everybody
+else. Both are relative to the round's or the federation's median by default, so wide that honest clients seldom meet
+them; an absolute bound on norms is off, because it depends on the model. The bound on an adapter's size is always on:
+the server allocates the adapter at registration, trusting the client's claim.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from fedalloy_adapters.adapter import Adapter
-from strategies.framework.messages import BadAnswerError, Dispatch
-from strategies.framework.options import require_choice, require_range
+from strategies.framework.messages import MAX_NUMBER, BadAnswerError, Dispatch
+from strategies.framework.options import OptionError, require_choice, require_range
 
 if TYPE_CHECKING:
-    from strategies.framework.contract import Client
+    from strategies.framework.contract import Answer, Client
+
+MIN_FOR_MEDIAN = 3
+"""Of fewer numbers the median is one that a liar has a say in."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,10 @@ class Limits:
     update_norm_action: str = "clip"
     """What happens to a longer update: ``clip`` scales the difference down to the bound, ``reject`` refuses the answer.
     """
-    max_examples_ratio: float = 0.0
+    max_update_ratio: float = 3.0
+    """An update is scaled down to at most this many times the median of the round's updates of its slot, compared by
+    root mean square, where at least three clients sent that slot; 0: no bound."""
+    max_examples_ratio: float = 10.0
     """A client counts for at most this many times the median number of training examples; 0: no bound."""
     max_adapter_mb: float = 1024.0
     """A client whose adapter, or the gradient of whose reference model, has more megabytes (10^6 bytes, float32) is
@@ -40,6 +49,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         require_range("max-update-norm", self.max_update_norm, 0)
+        require_range("max-update-ratio", self.max_update_ratio, 0)
+        if 0 < self.max_update_ratio < 1:
+            raise OptionError(f"max-update-ratio = {self.max_update_ratio}, expected 0 or at least 1")
         require_choice("update-norm-action", self.update_norm_action, ("clip", "reject"))
         require_range("max-examples-ratio", self.max_examples_ratio, 0)
         require_range("max-adapter-mb", self.max_adapter_mb, 0.001)
@@ -63,10 +75,7 @@ def bounded(limits: Limits, dispatch: Dispatch, adapters: Mapping[str, Adapter])
     for slot, adapter in adapters.items():
         if not limits.max_update_norm or slot in dispatch.sketches:
             continue
-        received = dispatch.received.get(slot)
-        update = adapter.vector.double()
-        if received is not None and received.layout.contains(adapter.layout):
-            update = update - received.part(adapter.layout).vector.double()
+        update = _update(adapter, dispatch.received.get(slot))
         norm = float(update.norm())
         if norm <= limits.max_update_norm:
             continue
@@ -75,10 +84,61 @@ def bounded(limits: Limits, dispatch: Dispatch, adapters: Mapping[str, Adapter])
                 f"client {dispatch.plan.client_id!r} sent slot {slot!r} with an update of norm {norm:.6g}, expected at "
                 f"most {limits.max_update_norm:g} (max-update-norm)"
             )
-        excess = update * (1 - limits.max_update_norm / norm)
-        kept[slot] = Adapter(adapter.layout, (adapter.vector.double() - excess).to(adapter.vector.dtype))
+        kept[slot] = _shortened(adapter, update, limits.max_update_norm / norm)
         clipped[slot] = norm
     return Bounded(kept, clipped)
+
+
+def within_round(limits: Limits, answers: Mapping[str, Answer]) -> dict[str, Answer]:
+    """Apply ``max-update-ratio`` to a round's answers, by client; sketches are directions and stay as they are.
+
+    A client that lies moves the median by one place at most. Updates are compared by root mean square, because
+    clients' ranks and groups may differ.
+    """
+    found = dict(answers)
+    if not limits.max_update_ratio:
+        return found
+    lengths: dict[str, dict[str, float]] = {}
+    for name, answer in answers.items():
+        sketches = {result.sketch.slot for result in answer.report.results if result.HasField("sketch")}
+        for slot, adapter in answer.adapters.items():
+            if slot not in sketches and adapter.layout.size:
+                length = float(_update(adapter, answer.received.get(slot)).norm()) / math.sqrt(adapter.layout.size)
+                lengths.setdefault(slot, {})[name] = length
+    for slot, by_client in lengths.items():
+        most = limits.max_update_ratio * median(sorted(by_client.values()))
+        if len(by_client) < MIN_FOR_MEDIAN or not most:
+            continue
+        for name, length in by_client.items():
+            if length > most:
+                answer = found[name]
+                adapter = answer.adapters[slot]
+                update = _update(adapter, answer.received.get(slot))
+                shorter = {**answer.adapters, slot: _shortened(adapter, update, most / length)}
+                clipped = {**answer.clipped, slot: float(update.norm())}
+                found[name] = replace(answer, adapters=shorter, clipped=clipped)
+    return found
+
+
+def _update(adapter: Adapter, received: Adapter | None) -> Tensor:
+    """How far an upload is from what the client was sent, or from zero."""
+    update = adapter.vector.double()
+    if received is not None and received.layout.contains(adapter.layout):
+        update = update - received.part(adapter.layout).vector.double()
+    return update
+
+
+def _shortened(adapter: Adapter, update: Tensor, share: float) -> Adapter:
+    """The upload with only a share of its update."""
+    return Adapter(adapter.layout, (adapter.vector.double() - update * (1 - share)).to(adapter.vector.dtype))
+
+
+def unsound(tensors: Mapping[str, Tensor]) -> str | None:
+    """What the server would refuse in an upload, it neither keeps nor sends: the first such tensor, in words."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not float(tensor.abs().max()) <= MAX_NUMBER:
+            return f"{name} has numbers up to {float(tensor.abs().max()):.3g}, expected at most {MAX_NUMBER:g}"
+    return None
 
 
 def require_affordable(limits: Limits, client: Client) -> None:

@@ -37,6 +37,7 @@ from fedalloy_adapters.flower_records import (
 )
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
+from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -46,19 +47,25 @@ MAX_NUMBER = 1e9
 MAX_SUM = 1e60
 """No sum of squares or of damped inverses comes near; sums, products and squares of larger numbers would overflow."""
 MAX_INTEGER = 2**63 - 1
-MAX_TASKS, MAX_METRICS, MAX_METRIC_NAME, MAX_CONNECTIONS = 1000, 10_000, 200, 256
+MAX_TASKS, MAX_METRICS, MAX_NOTES, MAX_CONNECTIONS = 1000, 1000, 1000, 256
 """What one client may register, and report of one evaluation: it is written to ``rounds.jsonl`` in every round."""
-_MAX_ERROR = 2000
+MAX_REASON = 400
+"""Characters of a reason of ours that may have a stranger's words in it."""
+METRIC_NAME = re.compile(r"(?:[\w][\w .&+-]{0,63}/)?[a-z][a-z0-9_]{0,39}")
+"""A metric, after the name of its task where there are several: it becomes a column's head and a word in a report."""
+_RANGES = {
+    "accuracy": (0.0, 1.0),
+    "f1": (0.0, 1.0),
+    "exact_match": (0.0, 1.0),
+    "rouge_l": (0.0, 1.0),
+    "chrf": (0.0, 100.0),
+    "loss": (0.0, 1e60),
+    "perplexity": (0.0, 1e308),
+}
 _PER_MODULE = {
     "fisher": [name for name, field in report_pb2.FisherResult.DESCRIPTOR.fields_by_name.items() if field.is_repeated],
     "distance": ["squared"],
 }
-
-
-def one_line(text: str) -> str:
-    """A stranger's words for a log: cut, and without what would end a line or move a terminal's cursor."""
-    cut = text if len(text) <= _MAX_ERROR else f"{text[:_MAX_ERROR]} ..."
-    return "".join(letter if letter.isprintable() else " " for letter in cut)
 
 
 class BadAnswerError(ValueError):
@@ -68,7 +75,7 @@ class BadAnswerError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(one_line(message, MAX_REASON))
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,9 @@ def read_registration(reply: Message, node_id: int | None = None) -> tuple[repor
             )
         if len(registration.tasks) > MAX_TASKS:
             raise RecordError(f"{len(registration.tasks)} tasks, expected at most {MAX_TASKS}")
+        notes = sum(len(task.notes) for task in registration.tasks)
+        if notes > MAX_NOTES:
+            raise RecordError(f"{notes} notes, expected at most {MAX_NOTES}")
         layout = Layout.from_proto(registration.layout)
         try:
             require_size(layout)
@@ -357,12 +367,7 @@ def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepRe
         if found != wanted:
             raise BadAnswerError(f"{where} (replace): reports tasks {str(found)[:200]}, expected {wanted}")
     if kind == "evaluate":
-        names = list(result.evaluate.metrics)
-        if len(names) > MAX_METRICS or any(len(name) > MAX_METRIC_NAME for name in names):
-            raise BadAnswerError(
-                f"{where} (evaluate): {len(names)} metrics with names of up to {max(map(len, names))} characters, "
-                f"expected at most {MAX_METRICS} and {MAX_METRIC_NAME}"
-            )
+        _require_metrics(f"{where} (evaluate)", result.evaluate.metrics)
     if kind == "evaluate" and "loss" not in result.evaluate.metrics:
         raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):
@@ -378,6 +383,18 @@ def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepRe
             raise BadAnswerError(
                 f"{where} ({kind}): {name} has {min(numbers):g} to {max(numbers):g}, expected 0 to {MAX_SUM:g}"
             )
+
+
+def _require_metrics(where: str, metrics: Mapping[str, float]) -> None:
+    """Names that can be shown anywhere, and what is known of a metric's range."""
+    if len(metrics) > MAX_METRICS:
+        raise BadAnswerError(f"{where}: {len(metrics)} metrics, expected at most {MAX_METRICS}")
+    for name in metrics:
+        if not METRIC_NAME.fullmatch(name):
+            raise BadAnswerError(f"{where}: a metric {name[:80]!r}, expected a name like 'accuracy' or 'task/accuracy'")
+        low, high = _RANGES.get(name.rpartition("/")[2], (-MAX_SUM, MAX_SUM))
+        if math.isfinite(metrics[name]) and not low <= metrics[name] <= high:
+            raise BadAnswerError(f"{where}: {name} = {metrics[name]:g}, expected {low:g} to {high:g}")
 
 
 def _require_sane(who: str, message: ProtoMessage) -> None:

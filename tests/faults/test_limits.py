@@ -70,8 +70,10 @@ def largest(state: dict[str, torch.Tensor]) -> float:
 
 
 def test_a_giant_update_is_clipped_to_the_bound_and_named(tmp_path: Path) -> None:
-    free = run_nodes(tmp_path, NodeGrid(nodes(), {3: giant}), run_name="free")
-    kept = run_nodes(tmp_path, NodeGrid(nodes(), {3: giant}), run_name="kept", max_update_norm=5.0)
+    free = run_nodes(tmp_path, NodeGrid(nodes(), {3: giant}), run_name="free", max_update_ratio=0.0)
+    kept = run_nodes(
+        tmp_path, NodeGrid(nodes(), {3: giant}), run_name="kept", max_update_norm=5.0, max_update_ratio=0.0
+    )
     assert largest(final_state(free)) > 1e3
     assert largest(final_state(kept)) < 1e2
     record = next(found for found in kept.rounds() if found["phase"] == "train")["clients"]
@@ -134,7 +136,7 @@ def test_the_largest_numbers_that_are_accepted_leave_every_state_finite(strategy
 def test_a_lying_example_count_weighs_no_more_than_the_bound(tmp_path: Path) -> None:
     honest = run_nodes(tmp_path, NodeGrid(nodes(40)), run_name="honest")  # twice the median of 10, 20 and 40
     lied = run_nodes(tmp_path, NodeGrid(nodes(10**9)), run_name="lied", max_examples_ratio=2.0)
-    free = run_nodes(tmp_path, NodeGrid(nodes(10**9)), run_name="free")
+    free = run_nodes(tmp_path, NodeGrid(nodes(10**9)), run_name="free", max_examples_ratio=0.0)
     assert torch.equal(final_state(honest)["model"], final_state(lied)["model"])
     assert not torch.equal(final_state(free)["model"], final_state(lied)["model"])
 
@@ -144,7 +146,8 @@ def test_the_bound_on_counts_is_a_multiple_of_the_median() -> None:
     liar = client_of("cyd", LAYOUT, 10**6)
     assert with_bounded_weight(Limits(max_examples_ratio=3.0), liar, counts).examples == 60
     assert with_bounded_weight(Limits(max_examples_ratio=0.01), liar, counts).examples == 1
-    assert with_bounded_weight(Limits(), liar, counts) is liar
+    assert with_bounded_weight(Limits(), liar, counts).examples == 200
+    assert with_bounded_weight(Limits(max_examples_ratio=0.0), liar, counts) is liar
     with pytest.raises(OptionError, match="max-update-norm = nan"):
         Limits(max_update_norm=float("nan"))
     with pytest.raises(OptionError, match="expected one of clip, reject"):
