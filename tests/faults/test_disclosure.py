@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message
 
 from client_app.guard.disclosure import told
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.names import PlanError
 from client_app.settings import SettingsError

@@ -15,7 +15,7 @@ from client_app.data.dataset import ClientData
 from client_app.data.task_kinds import IGNORED
 from client_app.model.personal import OWN_HEAD, PersonalModel
 from client_app.own.files import load_own, read_own
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 from client_app.plan import evaluation, training
 from client_app.settings import Settings
 from proto.fedalloy.v1 import plan_pb2
