@@ -11,8 +11,7 @@ from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.federation import NODE_UNAVAILABLE
 from server_app.run.replies import REFUSED
-from strategies.framework.contract import Answer
-from strategies.framework.messages import MAX_REASON
+from strategies.framework.exchange import MAX_REASON, Answer
 
 OK = "ok"
 """A usable answer came in time and counts."""

@@ -15,9 +15,8 @@ from proto.fedalloy.v1 import report_pb2
 from server_app.run.resume import SavedClient
 from server_app.run.run_directory import RunDirectory
 from strategies import AlloyStrategy
-from strategies.framework.contract import Client, StrategyError, client_from, outvoted
-from strategies.framework.limits import require_affordable, with_bounded_weight
-from strategies.framework.messages import MAX_REASON, BadAnswerError, read_registration
+from strategies.framework.answers import read_client
+from strategies.framework.exchange import MAX_REASON, BadAnswerError, Client
 
 INFO, WARNING = 20, 30
 
@@ -49,10 +48,7 @@ class Enrolment:
         try:
             if answer is None:
                 raise BadAnswerError(f"node {node.node_id} did not answer in time")
-            registration, layout = read_registration(answer, node.node_id)
-            client = client_from(registration, layout, node.node_id)
-            require_affordable(self.strategy.limits, client)
-            return self._admit(client, node, online)
+            return self._admit(read_client(answer, node.node_id, self.strategy.limits), node, online)
         except BadAnswerError as error:
             self.refused[who] = str(error) if answer is not None else "did not answer in time"
             log(INFO, "refused: %s", error)
@@ -72,25 +68,20 @@ class Enrolment:
 
     def enrol_newcomers(self) -> None:
         """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
-        newcomers = dict(self.newcomers)
+        newcomers = list(self.newcomers.values())
         self.newcomers.clear()
-        counts = {client.id: client.claimed for client in [*self.clients.values(), *newcomers.values()]}
-        votes = self.strategy.votes(newcomers.values())
-        for client in [newcomers[client_id] for client_id in votes]:
-            bounded = with_bounded_weight(self.strategy.limits, client, counts)
-            if bounded.examples < client.examples:
-                log(WARNING, "%s counts for %d examples, not %d", client.id, bounded.examples, client.examples)
-            try:
-                self.strategy.enrol(bounded)
-            except StrategyError as error:
-                self._refuse(client.id, f"{error}{outvoted(votes, client.id)}")
+        for client, refused in self.strategy.take_in(newcomers):
+            if client.examples < client.claimed:
+                log(WARNING, "%s counts for %d examples, not %d", client.id, client.examples, client.claimed)
+            if refused is not None:
+                self._refuse(client.id, refused)
                 self.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
                 continue
             said = report_pb2.Registration()
             said.CopyFrom(client.registration)
             said.ClearField("wire")
             self.directory.save_registration(client.id, said.SerializeToString(deterministic=True))
-            self.clients[client.id] = bounded
+            self.clients[client.id] = client
 
     def _admit(self, client: Client, node: NodeInfo, online: Collection[int]) -> Client:
         """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.

@@ -20,8 +20,8 @@ from flwr.serverapp import Grid
 
 from server_app.run.enrolment import Enrolment
 from server_app.run.replies import MESSAGE_UNAVAILABLE, Intake, error_reply
-from strategies.framework.contract import Client
-from strategies.framework.messages import register_message
+from strategies.framework.dispatch import register_message
+from strategies.framework.exchange import Client
 
 Say = Callable[[str], None]
 Make = Callable[[], Message]

@@ -25,15 +25,10 @@ from server_app.run.resume import clients_to_json, require_same_config, saved_cl
 from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
-from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from
+from strategies.framework.answers import answer_from, read_counters
+from strategies.framework.dispatch import Dispatch, counters_message
+from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
 from strategies.framework.limits import unsound, within_round
-from strategies.framework.messages import (
-    BadAnswerError,
-    Dispatch,
-    counters_message,
-    plan_dispatch,
-    read_counters,
-)
 
 INFO, WARNING = 20, 30
 
@@ -282,7 +277,8 @@ class Run:
         records: dict[str, ClientRecord] = {}
 
         def make(client_id: str) -> Message:
-            dispatch = self._dispatch(round_, clients[client_id], briefs[clients[client_id]])
+            client = clients[client_id]
+            dispatch = self.strategy.dispatch(round_, client, briefs[client], self.name, self.run_key)
             message = dispatch.message(self.enrolment.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
             self.federation.intake.expect(dispatch.max_answer_bytes)
             tensors[client_id] = dispatch.tensor_bytes
@@ -341,20 +337,6 @@ class Run:
         self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
         answers[client.id] = answer
         return record | client_status.of_answer(answer)
-
-    def _dispatch(self, round_: int, client: Client, brief: Brief) -> Dispatch:
-        return plan_dispatch(
-            brief.steps,
-            brief.adapters,
-            client_id=client.id,
-            layout=client.layout,
-            round_=round_,
-            seed=self.options.seed,
-            run_name=self.name,
-            run_key=self.run_key,
-            encoding=self.strategy.training.downlink_encoding,
-            reference=client.reference,
-        )
 
     def _clients(self) -> list[Client]:
         return [self.enrolment.clients[client_id] for client_id in sorted(self.enrolment.clients)]

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
 from strategies.framework.options import require_range
 
 LOCAL, GATES = "local", "gates"

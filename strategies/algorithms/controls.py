@@ -16,8 +16,7 @@ from typing import Any
 from proto.fedalloy.v1 import plan_pb2
 from strategies.algorithms.local import Local
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Answer, Brief, Client, State
+from strategies.framework import About, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
 TWINS = ("first", "second")

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from strategies.families.peer_average import LOCAL, Peers
-from strategies.framework import steps
-from strategies.framework.contract import About, Brief, Client
+from strategies.framework import About, Brief, Client, steps
 from strategies.framework.options import require_choice
 
 REST, GATES = "rest", "gates"

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strategies.families.fedavg import Averaging
-from strategies.framework.contract import About
+from strategies.framework import About
 from strategies.framework.options import require_choice
 
 

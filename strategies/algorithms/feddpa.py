@@ -19,8 +19,7 @@ from typing import Any
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Answer, Brief, Client, State
+from strategies.framework import About, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_choice, require_range
 
 LOCAL = "local"

@@ -22,7 +22,7 @@ from fedalloy_adapters.algebra import stack, truncate
 from fedalloy_adapters.layout import Factor
 from strategies.families.fedavg import average
 from strategies.families.merged_base import MergedBase
-from strategies.framework.contract import About
+from strategies.framework import About
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from fedalloy_adapters.bank.store import Made
 from strategies.families.peer_average import LOCAL, Peers
-from strategies.framework import steps
-from strategies.framework.contract import About, Answer, Brief, Client, State
+from strategies.framework import About, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
 

@@ -40,8 +40,7 @@ from strategies.algorithms.fedmerge_weights import (
     merge_models,
     model_coefficients,
 )
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, steps
 from strategies.framework.options import require_choice, require_range
 
 SLOT = "merged"

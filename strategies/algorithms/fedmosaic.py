@@ -43,7 +43,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flwr.common.logger import log
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
@@ -54,8 +53,7 @@ from fedalloy_adapters.codec import Encoding
 from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
 from strategies.framework.options import OptionError, require_choice, require_range
 
 LOCAL, GLOBAL, GATES, SKETCH = "local", "global", "gates", "sketch"

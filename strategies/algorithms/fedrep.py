@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from fedalloy_adapters.layout import Layout
 from strategies.families.fedavg import SLOT
 from strategies.families.part_average import Part, PartAverage
-from strategies.framework import steps
-from strategies.framework.contract import About, Client, StrategyError
+from strategies.framework import About, Client, StrategyError, steps
 from strategies.framework.options import require_range
 
 

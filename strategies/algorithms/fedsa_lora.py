@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fedalloy_adapters.layout import Factor
 from strategies.families.part_average import Part, PartAverage
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client
 from strategies.framework.options import NoOptions
 
 

@@ -17,8 +17,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Layout
 from strategies.families.fedavg import SLOT
 from strategies.families.merged_base import MergedBase, weighted
-from strategies.framework import steps
-from strategies.framework.contract import About, Brief, Client
+from strategies.framework import About, Brief, Client, steps
 from strategies.framework.options import NoOptions
 
 

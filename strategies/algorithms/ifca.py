@@ -17,8 +17,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.blocks import MemoryRow
 from strategies.algorithms.fedmerge_weights import cluster
 from strategies.families.fedavg import average
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
 MODEL = "model"

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedalloy_adapters.layout import Layout
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import NoOptions
 
 SLOT = "local"

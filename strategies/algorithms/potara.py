@@ -30,8 +30,7 @@ from strategies.algorithms import potara_weights as weighting
 from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.potara_weights import Evidence, Weight
 from strategies.families.fedavg import SLOT as FEDERATED
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import OptionError, require_choice, require_range
 
 LOCAL = "local"

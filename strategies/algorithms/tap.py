@@ -34,15 +34,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flwr.common.logger import log
-
 from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import report_pb2
 from strategies.families.fedavg import SLOT as GLOBAL
 from strategies.families.fedavg import Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
 from strategies.framework.options import NoOptions, OptionError, require_choice, require_range
 
 T = TypeVar("T")

@@ -18,8 +18,7 @@ from torch import Tensor
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import folded, stack, truncate
 from fedalloy_adapters.layout import Factor, Layout
-from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 from strategies.framework.options import require_range
 
 LOCAL, MERGED = "local", "merged"

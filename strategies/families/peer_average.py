@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.bank.store import Bank, Made
-from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 
 LOCAL = "local"
 

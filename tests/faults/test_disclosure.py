@@ -16,7 +16,7 @@ from client_app.settings import SettingsError
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import CodecError, CodecErrorCode
 from proto.fedalloy.v1 import plan_pb2
-from strategies.framework.messages import register_message
+from strategies.framework.dispatch import register_message
 from tests import toy_data
 from tests.fuzz.targets import EXAMPLES, Memory, NoModel
 from tests.in_process import FIRST_NODE, InProcessGrid, run_config_of

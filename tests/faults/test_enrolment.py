@@ -11,9 +11,8 @@ import torch
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from server_app.run.run_directory import RunDirectory
 from strategies import STRATEGIES, strategy_from_run_config
-from strategies.framework.contract import Client, StrategyError
+from strategies.framework.exchange import BadAnswerError, Client, StrategyError
 from strategies.framework.limits import Limits, require_affordable
-from strategies.framework.messages import BadAnswerError
 from tests.faults.nodes import NodeGrid, run_nodes, statuses
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode, client_of, layout_of

@@ -20,8 +20,9 @@ from fedalloy_adapters.codec import CodecError, Encoding, decode, encode
 from fedalloy_adapters.flower_records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
+from strategies.framework.answers import read_answer
+from strategies.framework.exchange import BadAnswerError
 from strategies.framework.limits import Limits, bounded
-from strategies.framework.messages import BadAnswerError, read_answer
 from strategies.framework.steps import Training
 from tests.strategies.hostile import LAYOUT, NAME, asked, dispatch_of, honest
 

@@ -26,8 +26,9 @@ from fedalloy_adapters.flower_records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client
-from strategies.framework.messages import Dispatch, plan_dispatch
+from strategies.framework.dispatch import Dispatch
+from strategies.framework.exchange import Answer, Brief, Client
+from strategies.framework.flower import AlloyStrategy
 
 Move = Callable[[str, int, Adapter], Adapter]
 """``(client id, round, received adapter) -> trained adapter`` in the same layout."""
@@ -125,18 +126,7 @@ def personal(strategy: AlloyStrategy, name: str) -> Adapter:
 
 def dispatch_of(strategy: AlloyStrategy, name: str, round_: int = 1) -> Dispatch:
     client = strategy.clients[name]
-    brief = strategy.brief(round_, client)
-    return plan_dispatch(
-        brief.steps,
-        brief.adapters,
-        client_id=name,
-        layout=client.layout,
-        round_=round_,
-        seed=strategy.seed,
-        run_name="run",
-        encoding=strategy.training.downlink_encoding,
-        reference=client.reference,
-    )
+    return strategy.dispatch(round_, client, strategy.brief(round_, client), "run", b"")
 
 
 @dataclass

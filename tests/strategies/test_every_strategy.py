@@ -73,7 +73,7 @@ def test_two_rounds_with_real_clients(
     name: str, model: PersonalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("strategies.framework.contract.log", lambda level, text, *args: warnings.append(text % args))
+    monkeypatch.setattr("strategies.framework.flower.log", lambda level, text, *args: warnings.append(text % args))
     model.unload_all()
     nodes = [RealNode(index, model, tmp_path) for index in range(3)]
     strategy = STRATEGIES[name](training=TRAINING, seed=3)

@@ -14,7 +14,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.potara import LOCAL, MERGED, Potara, PotaraOptions
 from strategies.algorithms.potara_weights import Evidence, Weight
-from strategies.framework.contract import Answer, Brief, Client
+from strategies.framework.exchange import Answer, Brief, Client
 from strategies.framework.options import OptionError
 from tests.strategies.conftest import client_of, layout_of, play, random_adapter
 

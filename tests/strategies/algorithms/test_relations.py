@@ -169,7 +169,7 @@ def test_ifca_averages_clusters_and_leaves_an_empty_one() -> None:
 )
 def test_a_choice_that_is_none_is_refused(spoil: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("strategies.framework.contract.log", lambda level, text, *args: lines.append(text % args))
+    monkeypatch.setattr("strategies.framework.flower.log", lambda level, text, *args: lines.append(text % args))
     fleet = Fleet("ifca")
     fleet.play()
     honest = fleet["ben"]._step

@@ -7,7 +7,7 @@ import torch
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies import STRATEGIES
-from strategies.framework.contract import StrategyError
+from strategies.framework.exchange import StrategyError
 from strategies.framework.options import OptionError
 from tests.strategies.conftest import client_of, layout_of
 from tests.strategies.families.test_averaging_variants import LAYOUT, NAMES, Fleet

@@ -14,7 +14,7 @@ from fedalloy_adapters.parts import layout_of_part
 from strategies import STRATEGIES, AlloyStrategy
 from strategies.algorithms.fedex_lora import residual
 from strategies.families.merged_base import weighted
-from strategies.framework.contract import Brief, StrategyError
+from strategies.framework.exchange import Brief, StrategyError
 from tests.strategies.conftest import FakeGrid, FakeNode, client_of, layout_of, random_adapter
 
 LAYOUT = layout_of()

@@ -24,8 +24,8 @@ from strategies import STRATEGIES, AlloyStrategy
 from strategies.algorithms.fedavg import FedAvgOptions
 from strategies.algorithms.fedmerge import FedMergeOptions
 from strategies.algorithms.potara import PotaraOptions
-from strategies.framework.contract import State, StrategyError
-from strategies.framework.messages import CLIENT_ID
+from strategies.framework.answers import CLIENT_ID
+from strategies.framework.exchange import State, StrategyError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import (
     FakeGrid,
@@ -98,7 +98,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Warnings of the strategies."""
     lines: list[str] = []
     keep: Callable[..., None] = lambda level, text, *args: lines.append(text % args) if level >= 30 else None  # noqa: E731
-    monkeypatch.setattr("strategies.framework.contract.log", keep)
+    monkeypatch.setattr("strategies.framework.flower.log", keep)
     return lines
 
 
@@ -289,7 +289,7 @@ def test_without_any_client_there_is_no_run(log: list[str]) -> None:
 
 def test_the_summary_shows_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("strategies.framework.contract.log", lambda level, text, *args: lines.append(text % args))
+    monkeypatch.setattr("strategies.framework.flower.log", lambda level, text, *args: lines.append(text % args))
     BUILDS["fedmerge-factors"]().summary()
     assert len(lines) == 1
     assert "'fedmerge'" in lines[0]
