@@ -247,6 +247,21 @@ class Layout:
         ]
         return Layout(tuple(entries), layout.scalings, layout.base_fingerprint)
 
+    def joined(self, other: Layout) -> Layout:
+        """The entries of both, this one's first.
+
+        Raises:
+            LayoutError: they overlap, or their bases differ.
+        """
+        if self.base_fingerprint != other.base_fingerprint:
+            raise LayoutError(f"adapters of two bases: {self.describe_difference(other)}")
+        return Layout(
+            (*self.entries, *other.entries),
+            {**self.scalings, **other.scalings},
+            self.base_fingerprint,
+            {**self.shared_names, **other.shared_names},
+        )
+
     def contains(self, part: Layout) -> bool:
         """Whether every entry of ``part`` is in this layout with the same shape, scaling and base model."""
         return (

@@ -151,7 +151,7 @@ class ReferenceModel:
         """Adapters off, evaluation mode, and afterwards everything as it was."""
         training = self.module.training
         if self.personal is not None:
-            self.personal.activate({}, own_head=False)
+            self.personal.activate({})
         self.module.eval()
         try:
             yield

@@ -120,7 +120,11 @@ class OneShot(AlloyStrategy[OptionsT]):
     def deliver(self, client: Client) -> Brief:
         """The merge; before there is one, the client's own adapter."""
         mix = steps.mixture(LOCAL if self.merged is None else MERGED)
-        plan = [steps.initialise(LOCAL, self.seed), steps.save(mix), steps.evaluate(self.training, mix)]
+        plan = [steps.initialise(LOCAL, self.seed)]
+        if self.merged is not None:
+            # For a head that only the client knows: what is received replaces the rest.
+            plan.append(steps.copy(MERGED, LOCAL))
+        plan += [steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {} if self.merged is None else {MERGED: self.merged})
 
     def state(self) -> State:

@@ -41,9 +41,18 @@ _RANGES = {
     "loss": (0.0, 1e60),
     "perplexity": (0.0, 1e308),
 }
+
+
+def _lists_of(message: type[ProtoMessage]) -> list[str]:
+    """Fields that are lists of numbers."""
+    fields = message.DESCRIPTOR.fields_by_name.items()
+    return [name for name, field in fields if field.is_repeated and field.message_type is None]
+
+
 _PER_MODULE = {
-    "fisher": [name for name, field in report_pb2.FisherResult.DESCRIPTOR.fields_by_name.items() if field.is_repeated],
-    "distance": ["squared"],
+    "fisher": _lists_of(report_pb2.FisherResult),
+    "distance": _lists_of(report_pb2.DistanceResult),
+    "fisher.more": _lists_of(report_pb2.DampedFisher),
 }
 
 
@@ -263,7 +272,16 @@ def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepRe
         raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):
         return
-    body = getattr(result, kind)
+    _require_lists(where, kind, getattr(result, kind), modules)
+    if kind == "fisher" and len(result.fisher.more) != len(step.fisher.more_dampings):
+        raise BadAnswerError(
+            f"{where} (fisher): {len(result.fisher.more)} more dampings, expected {len(step.fisher.more_dampings)}"
+        )
+    for more in result.fisher.more if kind == "fisher" else ():
+        _require_lists(where, "fisher.more", more, modules)
+
+
+def _require_lists(where: str, kind: str, body: ProtoMessage, modules: int) -> None:
     for name in _PER_MODULE[kind]:
         numbers = getattr(body, name)
         if len(numbers) != modules:

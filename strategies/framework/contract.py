@@ -114,6 +114,11 @@ class Contract(ABC, Generic[OptionsT]):
         """This strategy's own run-config keys with their defaults."""
         return keys_of(cls.Options, f"{cls.name}.")
 
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """The splits that decide a client's model: whoever is compared with it should have them, too."""
+        return ("train",)
+
     def enrol(self, client: Client) -> None:
         """Take a client in; it may come at any round.
 

@@ -255,6 +255,8 @@ class FakeNode:
                 else:
                     result.select.weights.extend(0.0 for _ in losses)
                 result.select.losses.extend(losses)
+            case "merge" if step.merge.own_heads_only:  # these clients have none
+                result.merge.max_rank = max(self.layout.ranks.values())
             case "merge":
                 terms = [self.slots[term.slot] for term in step.merge.mixture.terms]
                 if any(found.layout.digest != self.layout.digest for found in terms):
@@ -318,7 +320,8 @@ class FakeNode:
         """Numbers of the client's name; nothing is computed."""
         modules = len(self.layout.modules)
         drawn = torch.rand(7, modules, generator=torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
-        fields = [field.name for field in report_pb2.FisherResult.DESCRIPTOR.fields if field.is_repeated]
+        described = report_pb2.FisherResult.DESCRIPTOR.fields
+        fields = [field.name for field in described if field.is_repeated and field.message_type is None]
         lists = dict(zip(fields, drawn.tolist(), strict=True))
         return report_pb2.FisherResult(samples=3, damping=1.0, **lists)
 

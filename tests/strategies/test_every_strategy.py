@@ -51,7 +51,7 @@ class RealNode(FakeNode):
     def __init__(self, index: int, model: PersonalModel, folder: Path) -> None:
         super().__init__(NAMES[index], model.layout, len(data_of(index).splits["train"]))
         self.data, self.model = data_of(index), model
-        self.store = SlotStore(folder / self.name, "tiny", lambda: model.heads)
+        self.store = SlotStore(folder / self.name, "tiny", lambda: model.heads, own_layout=model.own_layout)
         self.folder = folder / self.name
         self.reports: list[report_pb2.Report] = []
 
@@ -64,6 +64,7 @@ class RealNode(FakeNode):
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
         with self.store.transaction(plan.round) as slots:
             report, uploads = Interpreter(self.name, self.model, self.data, slots).run(plan, blobs)
+        self.plans.append(plan)
         self.reports.append(report)
         return report, uploads
 

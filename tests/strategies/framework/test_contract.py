@@ -23,7 +23,7 @@ from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies import STRATEGIES, AlloyStrategy
 from strategies.algorithms.fedavg import FedAvgOptions
 from strategies.algorithms.fedmerge import FedMergeOptions
-from strategies.algorithms.potara import PotaraOptions
+from strategies.algorithms.potara_options import PotaraOptions
 from strategies.framework.answers import CLIENT_ID
 from strategies.framework.exchange import State, StrategyError
 from strategies.framework.steps import Training
@@ -72,7 +72,7 @@ RIVALS = sorted(set(STRATEGIES) - {"local", "fedavg", "fedmerge", "potara", "fed
 BUILDS |= {name: lambda name=name, **k: STRATEGIES[name](**k) for name in RIVALS}
 # Their factors may turn, and these clients measure factors.
 DELTAS = {"fedavg-delta", "flora", "flexlora", "fedex-lora", "nan", "task-arithmetic", "ties", "dare", "regmean"}
-ANY_RANK = {"local", "local-twice", "flora", "flexlora"}
+ANY_RANK = {"local", "local-all", "local-twice", "flora", "flexlora"}
 every_strategy = pytest.mark.parametrize("name", BUILDS)
 
 
@@ -187,7 +187,7 @@ def test_lossy_transport_both_ways(name: str, log: list[str]) -> None:
     lossy = accuracies(strategy, FakeGrid(nodes(), listen))[-1]["mean-accuracy"]
     if name not in DELTAS:
         assert lossy == pytest.approx(exact, rel=0.05)
-    assert sent == (set() if name in ("local", "local-twice") else {adapter_pb2.ENCODING_BF16})
+    assert sent == (set() if name in ("local", "local-all", "local-twice") else {adapter_pb2.ENCODING_BF16})
     assert log == []
 
 
@@ -448,7 +448,8 @@ def test_local_training_is_as_the_run_says(name: str) -> None:
         if step.HasField("train") or (step.HasField("distill") and name != "tap"):  # whose second stage has its own
             train = step.train if step.HasField("train") else step.distill.train
             done[train.slots[0]] = done.get(train.slots[0], 0) + train.steps
-            assert (train.batch_size, train.learning_rate, train.split) == (3, 0.25, "train")
+            split = "train+validation" if name == "local-all" else "train"
+            assert (train.batch_size, train.learning_rate, train.split) == (3, 0.25, split)
             assert (train.schedule, train.weight_decay, train.max_grad_norm) == (plan_pb2.SCHEDULE_COSINE, 0.5, 2.0)
         if step.HasField("evaluate"):
             assert step.evaluate.split == "validation"
