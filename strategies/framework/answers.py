@@ -72,6 +72,15 @@ def read_client(reply: Message, node_id: int, limits: Limits) -> Client:
     return client
 
 
+def claimed_id(reply: Message) -> str:
+    """The client id in a registration that may be wrong otherwise; empty where there is none."""
+    try:
+        said = unpack(reply.content, "registration", report_pb2.Registration)[0].client_id
+    except RecordError:
+        return ""
+    return said if CLIENT_ID.fullmatch(said) else ""
+
+
 def read_registration(reply: Message, node_id: int | None = None) -> tuple[report_pb2.Registration, Layout]:
     """The registration in a reply, with its validated layout.
 
