@@ -161,6 +161,11 @@ class Layout:
         return tuple(dict.fromkeys(entry.module for entry in self.entries if entry.factor.is_lora))
 
     @cached_property
+    def head_modules(self) -> tuple[str, ...]:
+        """The head: modules without LoRA factors, trained whole; in order of first appearance."""
+        return tuple(module for module in self.modules if module not in self.lora_modules)
+
+    @cached_property
     def ranks(self) -> dict[str, int]:
         """Rank of each LoRA module."""
         return {entry.module: entry.shape[entry.rank_axes[0]] for entry in self.entries if entry.factor.is_lora}

@@ -52,7 +52,7 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
         return Brief([fit, *brief.steps], brief.adapters)
 
     def _head(self, client: Client) -> list[str]:
-        return [module for module in client.layout.modules if module not in client.layout.lora_modules]
+        return list(client.layout.head_modules)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class FedRep(PartAverage[FedRepOptions]):
 
     def _own(self, layout: Layout) -> list[str]:
         if self.options.own == "head":
-            found = [module for module in layout.modules if module not in layout.lora_modules]
+            found = list(layout.head_modules)
         else:
             patterns = [pattern.strip() for pattern in self.options.own.split(",")]
             found = [m for m in layout.modules if any(fnmatch.fnmatchcase(m, pattern) for pattern in patterns)]

@@ -36,6 +36,7 @@ from tests.strategies.conftest import (
     layout_of,
     play,
 )
+from tests.strategies.fleet import play_round
 
 LAYOUT = layout_of()
 NAMES = ("ada", "ben", "cyd")
@@ -349,11 +350,7 @@ FLEETS: WeakKeyDictionary[AlloyStrategy, list[FakeNode]] = WeakKeyDictionary()
 
 def play_if_it_sends(strategy: AlloyStrategy, round_: int = 1) -> dict[str, Any]:
     if strategy.name in RIVALS:
-        grid = FakeGrid(FLEETS.setdefault(strategy, nodes()))
-        briefs = {client: strategy.brief(round_, client) for client in strategy.clients.values()}
-        replies = grid.send_and_receive(strategy._messages(briefs, round_))
-        strategy._absorb_all(round_, replies, absorb=True)
-        return strategy.settle(round_)
+        return play_round(strategy, FakeGrid(FLEETS.setdefault(strategy, nodes())), round_)
     trains_alone = strategy.name == "local" or (strategy.name == "potara" and round_ > 1)
     return strategy.settle(round_) if trains_alone else play(strategy, strategy.clients, round_)
 
