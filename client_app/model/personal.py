@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from client_app.data.dataset import Base
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
 from client_app.model.module_roles import RoleError, depth_of, shared_names
-from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one
+from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
 from client_app.model.target_logits import TargetLogits
 from fedalloy_adapters.adapter import Adapter, scalings_from
 from fedalloy_adapters.algebra import Coefficient, coefficient_of
@@ -368,17 +368,6 @@ class PersonalModel:
             parameter = self._differences[entry.name].by_slot[_inner(slot)]
         assert isinstance(parameter, nn.Parameter)
         return parameter
-
-
-def set_training(module: nn.Module, training: bool = True) -> None:
-    """Training mode for all but batch norms.
-
-    Their running statistics belong to the frozen base, and a batch's own would make an answer depend on its company.
-    """
-    module.train(training)
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._NormBase):
-            part.eval()
 
 
 def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> list[Entry]:

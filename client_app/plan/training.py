@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
 from client_app.data.task_kinds import example_losses, kind_of, mean_loss, targets_in
-from client_app.model.personal import PersonalModel, set_training
+from client_app.model.padding import set_training
+from client_app.model.personal import PersonalModel
 from client_app.plan.mixtures import activate
 from client_app.plan.names import PlanError
 from client_app.plan.optimizers import optimizer_of, restore, state_of
