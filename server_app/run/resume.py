@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from fedalloy_adapters.layout import Layout, LayoutError
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.options import known_keys
 from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
-from strategies.framework.answers import client_from
-from strategies.framework.exchange import BadAnswerError, Client
+from strategies.framework.contract import Client, client_from
+from strategies.framework.messages import BadAnswerError
 from strategies.framework.options import RunConfig
 
 FREE_KEYS = {
@@ -51,8 +54,23 @@ class SavedClient:
 
 
 def clients_to_json(clients: Mapping[str, Client], keys: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Enrolled clients, in order, for a checkpoint; their registrations are files of their own."""
-    return [{"id": c.id, "examples": c.examples, "key": keys.get(c.id, b"").hex()} for c in clients.values()]
+    """Enrolled clients, in order, for a checkpoint; their registrations are files of their own, with this SHA-256."""
+    return [
+        {"id": c.id, "examples": c.examples, "key": keys.get(c.id, b"").hex(), "sha256": _digest(c)}
+        for c in clients.values()
+    ]
+
+
+def registration_of(client: Client) -> bytes:
+    """What a run keeps of what a client said of itself: all but its counters."""
+    said = report_pb2.Registration()
+    said.CopyFrom(client.registration)
+    said.ClearField("wire")
+    return said.SerializeToString(deterministic=True)
+
+
+def _digest(client: Client) -> str:
+    return hashlib.sha256(registration_of(client)).hexdigest()
 
 
 def saved_clients(directory: RunDirectory, checkpoint: Checkpoint) -> list[SavedClient]:
@@ -64,9 +82,12 @@ def saved_clients(directory: RunDirectory, checkpoint: Checkpoint) -> list[Saved
     found = []
     for entry in checkpoint.run.get("clients", ()):
         try:
-            registration = report_pb2.Registration.FromString(directory.registration(entry["id"]))
+            said = directory.registration(entry["id"])
+            if entry.get("sha256") not in (None, hashlib.sha256(said).hexdigest()):
+                raise ValueError("it is not the one that the client was enrolled with")
+            registration = report_pb2.Registration.FromString(said)
             client = client_from(registration, Layout.from_proto(registration.layout), 0)
-        except (LayoutError, BadAnswerError, ValueError) as error:
+        except (LayoutError, BadAnswerError, DecodeError, ValueError) as error:
             raise RunDirectoryError(f"registration of client {entry['id']!r} in {directory.path}: {error}") from None
         found.append(SavedClient(replace(client, examples=entry["examples"]), bytes.fromhex(entry["key"])))
     return found

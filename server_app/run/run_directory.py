@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedalloy_adapters.atomic_files import locked, open_private, private_folder, sync, write_durably
-from strategies.framework.exchange import State
+from strategies.framework.contract import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")
 RESUMABLE_PHASES = ("train", "deliver", "counters")
@@ -162,9 +162,11 @@ class RunDirectory:
         for line in path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if not isinstance(record, dict) or "phase" not in record or "round" not in record:
+            if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
+                continue
+            if not isinstance(record.get("round"), int) or not isinstance(record.get("clients", {}), dict):
                 continue
             if record.get("phase") == "resumed":
                 given_up = record["round"]

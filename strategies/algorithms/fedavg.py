@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strategies.families.fedavg import Averaging
-from strategies.framework import About
-from strategies.framework.options import require_choice
+from strategies.families.robust import RULES
+from strategies.framework.contract import About
+from strategies.framework.options import OptionError, require_choice
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,14 @@ class FedAvgOptions:
     space: str = "factor"
     """``"factor"``: A and B apart (FedIT); ``"delta"``: their products, exactly, then truncated to the common rank."""
 
+    robust: str = "none"
+    """Instead of the weighted mean of A and of B: ``"median"``, ``"trimmed"`` mean or ``"krum"``, which one client of
+    at least three cannot take over; they do not look at example counts."""
+
     def __post_init__(self) -> None:
+        require_choice("fedavg.robust", self.robust, RULES)
+        if self.robust != "none" and self.space != "factor":
+            raise OptionError(f"fedavg.robust = {self.robust!r} with fedavg.space = {self.space!r}, expected 'factor'")
         require_choice("fedavg.space", self.space, ("factor", "delta"))
 
 
@@ -38,6 +46,11 @@ class FedAvg(Averaging[FedAvgOptions]):
     about = About(
         "one global adapter (FedIT; fedavg.space = delta averages deltas exactly and truncates)", group="reference"
     )
+
+    @property
+    def robust(self) -> str:
+        """As the option says."""
+        return self.options.robust
 
     @property
     def space(self) -> str:

@@ -40,7 +40,9 @@ def similarity(sketches: Tensor, kind: str = "cosine") -> Tensor:
     return (product + product.T) / 2
 
 
-def relevance(similarities: Tensor, temperature: float, peers: Tensor, *, include_self: bool = False) -> Tensor:
+def relevance(
+    similarities: Tensor, temperature: float, peers: Tensor, *, include_self: bool = False, most: float = 1.0
+) -> Tensor:
     """Weights ``[N, N]``: each row a softmax of ``similarities / temperature`` over that client's peers.
 
     Args:
@@ -48,6 +50,7 @@ def relevance(similarities: Tensor, temperature: float, peers: Tensor, *, includ
         temperature: towards zero the nearest peer takes all, towards infinity all peers are equal.
         peers: ``[N, N]`` bool, who may contribute to whom; the diagonal does not count.
         include_self: a client is one of its own peers, if it has any other.
+        most: a peer's largest weight, where there are enough peers to keep it; see :func:`capped`.
 
     Returns:
         Rows that sum to one, and a row of zeros where a client has no peer.
@@ -58,7 +61,27 @@ def relevance(similarities: Tensor, temperature: float, peers: Tensor, *, includ
     if include_self:
         allowed = allowed | (itself & has_peers)
     logits = (similarities.double() / temperature).masked_fill(~allowed, -math.inf)
-    return torch.where(has_peers, torch.softmax(logits, dim=1), 0.0)
+    return capped(torch.where(has_peers, torch.softmax(logits, dim=1), 0.0), most)
+
+
+def capped(weights: Tensor, most: float) -> Tensor:
+    """Rows of weights with none above ``most``; what is cut off goes to the others in proportion.
+
+    Where a row has too few peers for that (one, say), all that it has are equal. Rows keep their sums.
+    """
+    found = weights.clone()
+    for row in found:
+        peers = row > 0
+        bound = max(most, 1 / max(int(peers.sum()), 1))
+        for _ in range(int(peers.sum())):
+            over = row > bound
+            rest = peers & ~over & (row < bound)
+            if not bool(over.any()) or not bool(rest.any()):
+                break
+            excess = float((row[over] - bound).sum())
+            row[over] = bound
+            row[rest] *= 1 + excess / float(row[rest].sum())
+    return found
 
 
 def entropy(weights: Tensor) -> Tensor:

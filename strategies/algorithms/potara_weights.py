@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+OUTLYING = 10.0
+"""Times the median: no honest client among a few has a variance so far from the others'."""
 IDENTICAL = 1e-6
 """D below this share of a + b: the two adapters are one, and any weight gives the same model."""
 
@@ -81,6 +83,16 @@ def fisher_weight(variance_fed: float, variance_local: float, covariance: float 
     return closed_form(variance_fed, variance_local, min(covariance, 0.999 * min(variance_fed, variance_local)))
 
 
+def tempered(numbers: Tensor) -> Tensor:
+    """What clients report ``[K]``, each at most :data:`OUTLYING` times the median: in a sum, one liar would be all.
+
+    A client's own numbers decide about its own weight as they are. Of fewer than three there is no such median.
+    """
+    if len(numbers) < 3:
+        return numbers
+    return numbers.clamp(max=OUTLYING * float(numbers.quantile(0.5)))
+
+
 def shared_variance(variances: Tensor, shares: Tensor) -> list[Weight]:
     """Federated average of independent local estimates: ``a = sum p_j^2 b_j`` and ``c = p_k b_k``.
 
@@ -88,7 +100,7 @@ def shared_variance(variances: Tensor, shares: Tensor) -> list[Weight]:
         variances: b ``[K]``, the clients' own mean squared errors.
         shares: p ``[K]``, their weights in the average; 0 for a client that took no part.
     """
-    pooled = float((shares.square() * variances).sum())
+    pooled = float((shares.square() * tempered(variances)).sum())
     return [closed_form(pooled, b, p * b) for b, p in zip(variances.tolist(), shares.tolist(), strict=True)]
 
 
@@ -105,7 +117,7 @@ def heterogeneity(variances: Tensor, distances: Tensor, shares: Tensor) -> float
     spread = 1 - float(shares.square().sum())
     if spread <= 1e-12:
         return 0.0
-    excess = (shares * distances).sum() - (shares * (1 - shares) * variances).sum()
+    excess = (shares * tempered(distances)).sum() - (shares * (1 - shares) * tempered(variances)).sum()
     return max(0.0, float(excess) / spread)
 
 
@@ -116,7 +128,7 @@ def random_effects(variances: Tensor, distances: Tensor, shares: Tensor) -> list
     """
     t = heterogeneity(variances, distances, shares)
     squares = float(shares.square().sum())
-    pooled = float((shares.square() * variances).sum())
+    pooled = float((shares.square() * tempered(variances)).sum())
     return [
         closed_form(pooled + t * (1 - 2 * p + squares), b, p * b)
         for b, p in zip(variances.tolist(), shares.tolist(), strict=True)
@@ -128,12 +140,9 @@ def plug_in(variances: Tensor, distances: Tensor, shares: Tensor) -> list[Weight
 
     Positive-part James-Stein towards the federated adapter, with ``a_0 = sum p_j^2 b_j``.
     """
-    pooled = float((shares.square() * variances).sum())
+    pooled = float((shares.square() * tempered(variances)).sum())
     weights = []
     for b, q, p in zip(variances.tolist(), distances.tolist(), shares.tolist(), strict=True):
-        if p == 1:  # 0 / 0: the federated adapter is the client's own, trained for longer
-            weights.append(Weight(1.0, 1.0, b, b, b, q, "alone"))
-            continue
         denominator = max(q, pooled + b - 2 * p * b)
         weights.append(closed_form(denominator - b + 2 * p * b, b, p * b, denominator))
     return weights
@@ -176,8 +185,7 @@ class Evidence:
 
     ``b`` is the calibrated mean squared error of the local adapter and ``q`` the squared distance of the two adapters,
     in the metric of b; ``b`` is empty where the client has too few examples to tell. ``distance`` is the squared
-    distance of the deltas whatever the metric. Variances and covariance are empty where the rule does not use them;
-    ``more`` has these three lists for other dampings.
+    distance of the deltas whatever the metric.
     """
 
     examples: int
@@ -191,12 +199,6 @@ class Evidence:
     losses: Sequence[float] = ()
     samples: int = 0
     dropped: int = 0
-    more: Sequence[Sequence[Sequence[float]]] = ()
-
-    def at(self, index: int) -> Evidence:
-        """The same at another damping, by its place in ``more``."""
-        fed, local, covariance = self.more[index]
-        return replace(self, variance_fed=fed, variance_local=local, covariance=covariance)
 
 
 MODES = (
@@ -237,11 +239,6 @@ def weigh(
 
 
 def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scale: str, total: int) -> list[Weight]:
-    if mode == "half":
-        return [_without_moments(0.5) for _ in evidence]
-    if mode == "line-search":
-        undecided = _without_moments(0.5, "no-held-out")
-        return [best_of(client.losses) if client.losses else undecided for client in evidence]
 
     def numbers(rows: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([sum(row) if module is None else row[module] for row in rows], dtype=torch.float64)
@@ -250,6 +247,10 @@ def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scal
     counted = examples * torch.tensor([client.takes_part for client in evidence])
     everybody = max(total, float(counted.sum()))
     shares = counted / max(everybody, 1.0)
+    fed = numbers([client.variance_fed for client in evidence])
+    local = numbers([client.variance_local for client in evidence])
+    if mode == "server-scalar":
+        return shared_variance(local / examples, shares)
     if mode in ("random-effects", "plugin"):
         known = torch.tensor([len(client.b) > 0 for client in evidence])
         variances = numbers([client.b or [math.nan] * len(client.distance) for client in evidence])
@@ -257,18 +258,21 @@ def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scal
         variances = torch.where(known, variances, (variances * examples)[known].mean() / examples)
         rule = random_effects if mode == "random-effects" else plug_in
         return rule(variances, numbers([client.q for client in evidence]), shares)
-    local = numbers([client.variance_local for client in evidence])
-    if mode == "server-scalar":
-        return shared_variance(local / examples, shares)
-    fed = numbers([client.variance_fed for client in evidence])
     covariance = numbers([client.covariance for client in evidence])
     if fed_scale == "total" and everybody > 0:
         scale = examples / everybody
         fed, covariance = fed * scale, covariance * scale.sqrt()
     if mode != "client-fisher-clipped":
         covariance = torch.zeros_like(covariance)
-    return [fisher_weight(*row) for row in zip(fed.tolist(), local.tolist(), covariance.tolist(), strict=True)]
-
-
-def _without_moments(value: float, flag: str = "") -> Weight:
-    return Weight(value, value, math.nan, math.nan, math.nan, math.nan, flag)
+    rows = zip(fed.tolist(), local.tolist(), covariance.tolist(), strict=True)
+    weights = [fisher_weight(*row) for row in rows]
+    if mode == "half":
+        return [replace(weight, value=0.5, raw=0.5, flag="") for weight in weights]
+    if mode == "line-search":  # the moments stay, for the record
+        undecided = Weight(0.5, 0.5, 0.0, 0.0, 0.0, 0.0, "no-held-out")
+        best = [best_of(client.losses) if client.losses else undecided for client in evidence]
+        return [
+            replace(weight, value=found.value, raw=found.raw, flag=found.flag)
+            for weight, found in zip(weights, best, strict=True)
+        ]
+    return weights

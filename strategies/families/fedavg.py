@@ -15,7 +15,9 @@ from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.groups import average_groups, group_difference, union
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
-from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
+from strategies.families.robust import robust_average
+from strategies.framework import steps
+from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
 
 SLOT = "global"
 
@@ -87,12 +89,19 @@ class Averaging(AlloyStrategy[OptionsT]):
         """The next global adapter from the uploads, by client."""
 
         def over_owners(group: str, owners: Bank) -> Adapter:
+            if self.robust != "none":
+                return robust_average(list(owners.values()), self.robust)
             weights = {name: self.weight_of(group, name, examples[name]) for name in owners}
             if self.space == "factor":
                 return owners.mean(weights)
             return average(list(owners.values()), list(weights.values()), self.space)
 
         return average_groups(self.global_model, adapters, over_owners)
+
+    @property
+    def robust(self) -> str:
+        """What :meth:`average` is instead of the mean, one of :data:`strategies.families.robust.RULES`."""
+        return "none"
 
     @property
     def space(self) -> str:

@@ -14,11 +14,12 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import decode, encode
 from fedalloy_adapters.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from server_app.run.federation import NotEnoughClientsError
 from server_app.run.options import RunOptions
-from server_app.run.run_directory import RunDirectory
+from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from server_app.run.summary import headline, summary_of
-from strategies.framework.exchange import MAX_NUMBER
 from strategies.framework.limits import Limits, within_round
+from strategies.framework.messages import MAX_NUMBER
 from strategies.framework.options import OptionError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
@@ -82,7 +83,7 @@ def test_a_claim_of_examples_counts_for_ten_times_the_median_at_most(tmp_path: P
 
 
 def test_an_update_is_compared_with_the_median_and_cut_in_its_direction(tmp_path: Path) -> None:
-    from strategies.framework.exchange import Answer
+    from strategies.framework.contract import Answer
 
     def answer(length: float) -> Answer:
         vector = torch.ones(LAYOUT.size) * length
@@ -139,3 +140,14 @@ def test_a_metric_that_a_client_leaves_out_is_shown_as_missing() -> None:
     assert headline(summary) == "mean accuracy 0.500, worst 0.500; ben gave none"
     texts = summary_of(RunOptions(), {"ada": {"loss": 1.0}}, 1.0, 1.0, ({}, None))
     assert texts["without_accuracy"] == []
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda data: data[:9] + b"\xff" * 9 + data[18:]])
+def test_a_damaged_registration_is_named_when_a_run_resumes(spoil: Any, tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    with pytest.raises(NotEnoughClientsError):
+        run_nodes(tmp_path, NodeGrid(nodes(), {n: lambda *_: [] for n in (1, 2, 3)}))
+    path = tmp_path / "run" / "registrations" / "ada.pb"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(RunDirectoryError, match=r"registration of client 'ada' in .*not the one"):
+        run_nodes(tmp_path, grid, resume=str(tmp_path / "run"))

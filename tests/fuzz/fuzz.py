@@ -1,6 +1,7 @@
-"""Coverage-guided fuzzing with atheris: ``python -m tests.fuzz.fuzz {adapter,plan,report} [libFuzzer options]``.
+"""Coverage-guided fuzzing with atheris: ``python -m tests.fuzz.fuzz TARGET [libFuzzer options]``.
 
-Needs the extra "fuzz". The corpus starts from honest input; ``-max_total_time=600`` is what a release gets.
+TARGET is adapter, plan, report, registration, slots or rounds. Needs the extra "fuzz". The corpus starts from honest
+input; ``-max_total_time=600`` is what a release gets.
 """
 
 from __future__ import annotations

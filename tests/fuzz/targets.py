@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +16,18 @@ from client_app.data.dataset import ClientData, Dataset
 from client_app.guard.policy import PolicyError
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.names import PlanError
-from client_app.plan.slots import SlotError
+from client_app.plan.slots import SlotError, SlotStore
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import CodecError, Encoding, decode, encode
 from fedalloy_adapters.flower_records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
-from proto.fedalloy.v1 import plan_pb2
+from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.words import one_line
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from server_app.run.run_directory import RunDirectory
 from strategies.framework import steps
-from strategies.framework.answers import read_answer
-from strategies.framework.exchange import BadAnswerError
-from strategies.framework.limits import Limits, bounded
+from strategies.framework.contract import client_from
+from strategies.framework.limits import Limits, bounded, require_affordable
+from strategies.framework.messages import BadAnswerError, read_answer, read_registration
 from strategies.framework.steps import Training
 from tests.strategies.hostile import LAYOUT, NAME, asked, dispatch_of, honest
 
@@ -32,6 +37,23 @@ DISPATCH = dispatch_of()
 MAX_BYTES = 2**20
 SPLIT = Dataset({"pixel_values": torch.zeros(2, 3, 4, 4)}, torch.zeros(2, dtype=torch.int64))
 EXAMPLES = ClientData("toy", "image-classification", dict.fromkeys(("train", "validation", "test"), SPLIT))
+
+HEADS = {
+    f"{entry.module}.{entry.factor}": torch.zeros(entry.shape) for entry in LAYOUT.entries if not entry.factor.is_lora
+}
+REGISTRATION = report_pb2.Registration(
+    version=1,
+    client_id=NAME,
+    base_model="toy",
+    layout=LAYOUT.to_proto(),
+    reference=Layout((Entry("mlp", Factor.GRADIENT, (4, 6)),), {}, "toy").to_proto(),
+    tasks=[{"name": "toy", "kind": "causal-lm", "examples": {"train": 9, "test": 3}, "notes": ["1 blank line"]}],
+)
+ROUNDS = """{"phase": "register", "round": 0, "clients": {"ada": {"status": "ok"}}}
+{"phase": "train", "round": 1, "clients": {"ada": {"status": "ok", "metrics": {}}}, "settled": {"weights": {}}}
+{"phase": "resumed", "round": 0, "clients": {}}
+{"phase": "deliver", "round": 2, "clients": {}}
+"""
 
 
 class Memory(dict[str, Adapter]):
@@ -114,6 +136,55 @@ def report(data: bytes) -> None:
     assert set(kept.adapters) == {"global", "extra"}
 
 
+def registration(data: bytes) -> None:
+    """What a node says of itself."""
+    records = RecordDict({CONFIG_RECORD: ConfigRecord({"registration": data})})
+    try:
+        found, layout = read_registration(Message(records, reply_to=asked(DISPATCH)), 1)
+        client = client_from(found, layout, 1)
+        require_affordable(Limits(), client)
+    except BadAnswerError:
+        return
+    assert client.layout.size > 0 or not client.layout.entries
+    assert one_line(client.base_model).isprintable()
+
+
+def slots(data: bytes) -> None:
+    """A slot's file and the state beside it, after whatever happened to the disk; their lengths in two bytes."""
+    length = int.from_bytes(data[:2], "little")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "slots" / "local"
+        place.mkdir(parents=True)
+        (place.parent / "state.json").write_bytes(data[2 : 2 + length])
+        (place / "exact.safetensors").write_bytes(data[2 + length :])
+        store = SlotStore(Path(folder), "toy", dict)
+        try:
+            with store.transaction(2) as held:
+                assert bool(held["local"].vector.isfinite().all())
+                raise SlotError("looked at")
+        except SlotError:
+            return
+
+
+def rounds(data: bytes) -> None:
+    """The record of a run, after whatever happened to the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rounds.jsonl").write_bytes(data)
+        found = RunDirectory(Path(folder)).rounds()
+    assert all(isinstance(record["round"], int) for record in found)
+
+
+def slot_seed() -> bytes:
+    """A slot as it is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = SlotStore(Path(folder), "toy", lambda: HEADS)
+        with store.transaction(1) as held:
+            held["local"] = Adapter.zeros(LAYOUT)
+        state = (Path(folder) / "slots" / "state.json").read_bytes()
+        slot = (Path(folder) / "slots" / "local" / "exact.safetensors").read_bytes()
+    return len(state).to_bytes(2, "little") + state + slot
+
+
 def seeds() -> dict[str, list[bytes]]:
     """Honest input for each target: without it a fuzzer spends its life before the first field."""
     said, blobs, _ = honest(DISPATCH)
@@ -145,7 +216,17 @@ def seeds() -> dict[str, list[bytes]]:
             for found in plans
         ],
         "report": [joined + extra],
+        "registration": [REGISTRATION.SerializeToString()],
+        "slots": [slot_seed()],
+        "rounds": [ROUNDS.encode()],
     }
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"adapter": adapter, "plan": plan, "report": report}
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "adapter": adapter,
+    "plan": plan,
+    "report": report,
+    "registration": registration,
+    "slots": slots,
+    "rounds": rounds,
+}
