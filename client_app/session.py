@@ -74,7 +74,9 @@ class Executor:
     ) -> tuple[report_pb2.Report, dict[str, bytes]]:
         model, data = self._load(settings)
         directory, who, policy = settings.run_directory(plan.run_name), settings.client_id, settings.policy
-        store = SlotStore(directory, model.base.name, lambda: model.heads, settings.keep_rounds, lambda: model.drawn)
+        store = SlotStore(
+            directory, model.base.name, lambda: model.heads, settings.keep_rounds, lambda: model.drawn, model.own_layout
+        )
         try:
             require_same_run(directory, plan)
             with store.transaction(plan.round) as slots:
@@ -173,6 +175,5 @@ def _starts(settings: Settings, model: PersonalModel) -> dict[str, Adapter]:
     """What slots start from where the client was given an adapter."""
     if not settings.start_adapter:
         return {}
-    return {
-        settings.start_slot: read_start_adapter(settings.start_adapter, model.layout, {**model.heads, **model.drawn})
-    }
+    beside = {**model.heads, **model.drawn}
+    return {settings.start_slot: read_start_adapter(settings.start_adapter, model.whole_layout, beside)}

@@ -151,14 +151,7 @@ def joined(first: Adapter, second: Adapter) -> Adapter:
     Raises:
         LayoutError: they overlap, or their bases differ.
     """
-    if first.layout.base_fingerprint != second.layout.base_fingerprint:
-        raise LayoutError(f"adapters of two bases: {first.layout.describe_difference(second.layout)}")
-    layout = Layout(
-        (*first.layout.entries, *second.layout.entries),
-        {**first.layout.scalings, **second.layout.scalings},
-        first.layout.base_fingerprint,
-    )
-    return Adapter(layout, torch.cat([first.vector, second.vector]))
+    return Adapter(first.layout.joined(second.layout), torch.cat([first.vector, second.vector]))
 
 
 def require_same_layout(expected: Layout, found: Layout) -> None:

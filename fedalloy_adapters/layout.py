@@ -161,6 +161,11 @@ class Layout:
         return tuple(dict.fromkeys(entry.module for entry in self.entries if entry.factor.is_lora))
 
     @cached_property
+    def head_modules(self) -> tuple[str, ...]:
+        """The head: modules without LoRA factors, trained whole; in order of first appearance."""
+        return tuple(module for module in self.modules if module not in self.lora_modules)
+
+    @cached_property
     def ranks(self) -> dict[str, int]:
         """Rank of each LoRA module."""
         return {entry.module: entry.shape[entry.rank_axes[0]] for entry in self.entries if entry.factor.is_lora}
@@ -246,6 +251,21 @@ class Layout:
             for e in layout.entries
         ]
         return Layout(tuple(entries), layout.scalings, layout.base_fingerprint)
+
+    def joined(self, other: Layout) -> Layout:
+        """The entries of both, this one's first.
+
+        Raises:
+            LayoutError: they overlap, or their bases differ.
+        """
+        if self.base_fingerprint != other.base_fingerprint:
+            raise LayoutError(f"adapters of two bases: {self.describe_difference(other)}")
+        return Layout(
+            (*self.entries, *other.entries),
+            {**self.scalings, **other.scalings},
+            self.base_fingerprint,
+            {**self.shared_names, **other.shared_names},
+        )
 
     def contains(self, part: Layout) -> bool:
         """Whether every entry of ``part`` is in this layout with the same shape, scaling and base model."""

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, TypeGuard
 
 from strategies import algorithms
-from strategies.framework.contract import AlloyStrategy
+from strategies.framework import AlloyStrategy
 from strategies.framework.options import RunConfig, require_choice
 
 __all__ = ["CONTROLS", "MAIN", "STRATEGIES", "AlloyStrategy", "RunConfig", "strategy_from_run_config"]

@@ -72,3 +72,14 @@ def one_by_one(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         found.append(forward({n: t[:, : int(length)] if t.shape[1:2] == (width,) else t for n, t in one.items()}))
     return torch.cat(found)
+
+
+def set_training(module: nn.Module, training: bool = True) -> None:
+    """Training mode for all but batch norms.
+
+    Their running statistics belong to the frozen base, and a batch's own would make an answer depend on its company.
+    """
+    module.train(training)
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):
+            part.eval()

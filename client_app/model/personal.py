@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from client_app.data.dataset import Base
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
 from client_app.model.module_roles import RoleError, depth_of, shared_names
-from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one
+from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
 from client_app.model.target_logits import TargetLogits
 from fedalloy_adapters.adapter import Adapter, scalings_from
 from fedalloy_adapters.algebra import Coefficient, coefficient_of
@@ -26,8 +26,6 @@ from fedalloy_adapters.peft_format import module_pattern
 
 Mixture = Mapping[str, Coefficient | Gate]
 """Coefficient by slot; the model is the base plus their sum."""
-OWN_HEAD = "own-head"
-"""The slot of heads that never leave the client: in every mixture, trained in every train step, in no plan."""
 
 
 class ModelError(ValueError):
@@ -55,7 +53,10 @@ class PersonalModel:
     LoRA layers are PEFT's own, one PEFT adapter per slot; a mixture sets which are active and scales them, so several
     slots act at once and can be trained inside the mixture. A slot may have ranks and scalings of its own. A slot of
     gates holds a mixture's learned coefficients. ``micro_batch`` bounds how many examples are computed at once (0: no
-    bound); ``own_layout`` is that of the slot :data:`OWN_HEAD`, where the client's labels are its own.
+    bound).
+
+    Where the client's labels are its own, so are its heads: ``own_layout`` is theirs, ``layout`` what the federation
+    knows, and ``whole_layout`` both. Every slot has heads of its own, and a mixture's coefficients apply to them, too.
 
     Args:
         base: the frozen model and what of it adapters change.
@@ -84,6 +85,7 @@ class PersonalModel:
         self.layout = self._layout(modules)
         own = tuple(_head_entries(modules, base.own_heads))
         self.own_layout = Layout(own, {}, base.fingerprint) if own else None
+        self.whole_layout = self.layout.joined(self.own_layout) if self.own_layout else self.layout
         self._gates: dict[str, dict[str, nn.Parameter]] = {}
         self._context = GateContext()
         self._context.attach(self.module)
@@ -126,7 +128,7 @@ class PersonalModel:
     def gate_layout(self, *, looks_at_input: bool) -> Layout:
         """A slot of gates: one number for each module, or one for each input of a LoRA module (a head has one)."""
         widths = {e.module: e.shape[1] for e in self.layout.entries if e.factor is Factor.A and looks_at_input}
-        entries = tuple(Entry(name, Factor.GATE, (widths.get(name, 1),)) for name in self.layout.modules)
+        entries = tuple(Entry(name, Factor.GATE, (widths.get(name, 1),)) for name in self.whole_layout.modules)
         return Layout(entries, {}, self.base.fingerprint)
 
     def load(self, slot: str, adapter: Adapter) -> None:
@@ -137,8 +139,7 @@ class PersonalModel:
         Raises:
             ModelError: the adapter has another base, or a tensor that this base has no place for.
         """
-        place = self.own_layout if slot == OWN_HEAD and self.own_layout is not None else self._place_of(adapter.layout)
-        difference = place.difference(adapter.layout, part=True, any_rank=True)
+        difference = self._place_of(adapter.layout).difference(adapter.layout, part=True, any_rank=True)
         if difference:
             raise ModelError(f"an adapter for slot {slot!r} does not fit {self.base.name!r}: found {difference}")
         if slot in self._loaded and self._loaded[slot].digest != adapter.layout.digest:
@@ -156,8 +157,6 @@ class PersonalModel:
         self.activate({other: c for other, c in self._mixture.items() if slot not in (other, uses[other])})
         del self._loaded[slot]
         self._gates.pop(slot, None)
-        if slot == OWN_HEAD:
-            self.activate(self._mixture)
         for name, layer in self._lora_layers().items():
             if name in layout.scalings:
                 layer.delete_adapter(_inner(slot))
@@ -181,15 +180,13 @@ class PersonalModel:
                 tensor.copy_(self._parameter(slot, entry))
         return adapter
 
-    def activate(self, mixture: Mixture, *, own_head: bool = True) -> None:
-        """Make the model the base plus this mixture and, where it is loaded, the own head; nothing is trainable then.
+    def activate(self, mixture: Mixture) -> None:
+        """Make the model the base plus this mixture; nothing is trainable then.
 
         Raises:
             ModelError: a slot is not loaded.
             LayoutError: a coefficient is not finite, or missing for a module of its slot.
         """
-        if own_head and OWN_HEAD in self._loaded:
-            mixture = {**mixture, OWN_HEAD: 1.0}
         layouts = {slot: self._layout_of(slot) for slot in mixture}
         coefficients: dict[str, dict[str, float | ModuleGate]] = {}
         for slot, layout in layouts.items():
@@ -197,7 +194,8 @@ class PersonalModel:
             if isinstance(chosen, Gate):
                 coefficients[slot] = {module: self._module_gate(chosen, module) for module in layout.modules}
             else:
-                coefficients[slot] = {module: coefficient_of(chosen, module) for module in layout.modules}
+                known = self.for_own_heads(chosen)
+                coefficients[slot] = {module: coefficient_of(known, module) for module in layout.modules}
         for name, layer in self._lora_layers().items():
             active = [slot for slot in mixture if name in layouts[slot].scalings]
             layer.set_adapter([_inner(slot) for slot in active], inference_mode=True)
@@ -217,7 +215,14 @@ class PersonalModel:
         for gates in self._gates.values():
             for parameter in gates.values():
                 parameter.requires_grad_(False)
-        self._mixture = {slot: coefficient for slot, coefficient in mixture.items() if slot != OWN_HEAD}
+        self._mixture = mixture
+
+    def for_own_heads(self, coefficient: Coefficient) -> Coefficient:
+        """With coefficients for heads that only this client knows: the mean of those given for modules."""
+        if self.own_layout is None or not isinstance(coefficient, Mapping) or not coefficient:
+            return coefficient
+        mean = sum(coefficient.values()) / len(coefficient)
+        return dict.fromkeys(self.own_layout.modules, mean) | dict(coefficient)
 
     def trainable(self, slot: str, part: Layout) -> dict[str, nn.Parameter]:
         """Let the tensors of ``part`` in ``slot`` be trained; returns them by entry name."""
@@ -289,9 +294,9 @@ class PersonalModel:
             raise ModelError(f"{self.base.name!r} cannot have Co-LoRA adapters: {error}") from None
 
     def _place_of(self, found: Layout) -> Layout:
-        """The layout that an adapter has to fit into: the client's own, or that of its gates."""
+        """The layout that an adapter has to fit into: the client's own with its heads, or that of its gates."""
         gates = [entry for entry in found.entries if entry.factor is Factor.GATE]
-        return self.gate_layout(looks_at_input=any(e.shape != (1,) for e in gates)) if gates else self.layout
+        return self.gate_layout(looks_at_input=any(e.shape != (1,) for e in gates)) if gates else self.whole_layout
 
     def _module_gate(self, gate: Gate, module: str) -> ModuleGate:
         self._layout_of(gate.slot)
@@ -363,17 +368,6 @@ class PersonalModel:
             parameter = self._differences[entry.name].by_slot[_inner(slot)]
         assert isinstance(parameter, nn.Parameter)
         return parameter
-
-
-def set_training(module: nn.Module, training: bool = True) -> None:
-    """Training mode for all but batch norms.
-
-    Their running statistics belong to the frozen base, and a batch's own would make an answer depend on its company.
-    """
-    module.train(training)
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._NormBase):
-            part.eval()
 
 
 def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> list[Entry]:

@@ -17,7 +17,7 @@ from client_app.own.chat import ChatTemplate, Span, common_start
 from client_app.own.examples import Example
 from client_app.own.images import ImageReader, read_image
 from client_app.own.messages import Turn, images_in
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 
 
 @dataclass

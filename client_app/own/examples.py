@@ -26,7 +26,7 @@ from client_app.own.messages import (
     read_messages,
     read_prompt_and_completion,
 )
-from client_app.own.readers import DataError, Row
+from client_app.own.text_files import DataError, Row
 from client_app.own.values import missing_column, short, text_in, value_in
 from client_app.settings import DataSettings, canonical_label
 

@@ -20,7 +20,9 @@ from client_app.model.padding import ALONE, find_padding, inputs_taken
 from client_app.own.encoding import Encoder, load_encoder
 from client_app.own.examples import Example, columns_read, guess_kind, read_example
 from client_app.own.images import frames_in, read_image
-from client_app.own.readers import SPLIT_NAMES, SPLITS, DataError, Table, read_table, stamp
+from client_app.own.messages import OUTPUT
+from client_app.own.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
+from client_app.own.text_files import DataError
 from client_app.settings import DataSettings, Settings
 from fedalloy_adapters.atomic_files import write_durably
 
@@ -92,18 +94,24 @@ def read_own(settings: Settings) -> Found:
         from client_app.own.partitions import partition
 
         table = partition(table, data, settings.partition_id, settings.num_partitions)
-    kind = kind_of(settings.model.task or guess_kind(list(table.rows[0].values), data))
+    trained = [row for row, split in zip(table.rows, table.splits, strict=True) if split in (None, "train")]
+    if not trained:
+        raise DataError(f"{table.rows[0].place}: no row is in split 'train'")
+    kind = kind_of(settings.model.task or guess_kind(list(trained[0].values), data))
+    rows_read = len(table.rows)
+    table = _without_unlabelled(table, kind, data)
     examples = [read_example(row, kind, data) for row in table.rows]
     read = columns_read(kind, data, {name for row in table.rows for name in row.values})
     shared = settings.model.label_names
     labels = () if kind.generative else _labels(examples, shared)
     splits = _divide(examples, table.splits, data)
-    found = Found(kind, splits, labels, data.data_path)
+    found = Found(kind, splits, labels, data.data_path, list(table.findings))
+    kept = sum(len(split) for split in splits.values())
+    if kept != rows_read:
+        found.findings.append(f"{rows_read} rows were read, {kept} are examples")
     unread = sorted({name for row in table.rows for name in row.values} - read)
     if unread:
         found.findings.append(f"columns that are not read: {', '.join(map(repr, unread))}")
-    if table.blank_lines:
-        found.findings.append(f"{table.blank_lines} blank lines were skipped")
     return found
 
 
@@ -223,6 +231,26 @@ def notes_of(found: Found, encoder: Encoder) -> list[str]:
         if missing:
             notes.append(f"{missing} of {len(found.labels)} labels have no training example")
     return notes
+
+
+def _without_unlabelled(table: Table, kind: Kind, data: DataSettings) -> Table:
+    """Without test and validation splits of which no row has a label: those of benchmarks, and of competitions.
+
+    What takes their place comes from train, as where nothing is given.
+    """
+    columns = (data.completion_column, OUTPUT) if kind.generative else (data.label_column,)
+    train = [row for row, split in zip(table.rows, table.splits, strict=True) if split in (None, "train")]
+    column = next((name for name in columns if name in train[0].values), "")
+    values = {str(row.values.get(column)) for row in train}
+    missing = {"None", "", *({"-1"} - values)}
+    left_out, findings = set(), list(table.findings)
+    for name in ("validation", "test"):
+        rows = [row for row, split in zip(table.rows, table.splits, strict=True) if split == name]
+        if column and rows and all(str(row.values.get(column)).strip() in missing for row in rows):
+            left_out.add(name)
+            findings.append(f"{len(rows)} rows of {name} have no {column!r} and are left out")
+    kept = [number for number, split in enumerate(table.splits) if split not in left_out]
+    return Table([table.rows[n] for n in kept], [table.splits[n] for n in kept], findings)
 
 
 def _split_by_column(table: Table, column: str) -> Table:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_CACHE_BYTES = 2**28

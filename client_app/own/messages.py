@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from client_app.own.readers import DataError, Row
+from client_app.own.text_files import DataError, Row
 from client_app.own.values import checked_text, short, value_in
 
 Turn = Mapping[str, Any]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from client_app.own.readers import DataError, Table
+from client_app.own.readers import Table
+from client_app.own.text_files import DataError
 from client_app.settings import DataSettings
 
 SEED = 42

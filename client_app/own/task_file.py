@@ -32,7 +32,8 @@ from client_app.model.model_folders import find_model, require_flava
 from client_app.model.multi_task import TaskSpec, multi_task_base
 from client_app.own.encoding import load_encoder
 from client_app.own.files import check_images, notes_of, read_own
-from client_app.own.readers import DataError, stamp
+from client_app.own.readers import stamp
+from client_app.own.text_files import DataError
 from client_app.settings import DataSettings, ModelSettings, Settings
 
 _MODALITIES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from client_app.own.readers import DataError, Row
+from client_app.own.text_files import DataError, Row
 
 
 def value_in(row: Row, column: str) -> Any:

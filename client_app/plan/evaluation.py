@@ -38,7 +38,7 @@ def carry_out(bench: Workbench, step: plan_pb2.EvaluateStep) -> report_pb2.Evalu
         forward = forward_of(bench, step.mixture)
     else:
         activate(bench, step.mixture)
-    metrics = evaluate(bench.model, data, bench.data, forward)
+    metrics = evaluate(bench.model, data, bench.data, forward, loss_only=step.loss_only)
     if step.record:
         names = {task: f"{task}/loss" if bench.data.tasks else "loss" for task in bench.data.each_task}
         losses = {task: metrics[name] for task, name in names.items() if math.isfinite(metrics.get(name, math.inf))}
@@ -58,6 +58,8 @@ def evaluate(
     data: Dataset,
     client: ClientData | None = None,
     forward: Callable[[Dataset], Tensor] | None = None,
+    *,
+    loss_only: bool = False,
 ) -> dict[str, float]:
     """Metrics of a split.
 
@@ -66,7 +68,8 @@ def evaluate(
     the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l`` and ``chrf`` of at most
     ``generate_examples`` examples and ``max_new_tokens`` new tokens each.
 
-    ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts.
+    ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts, and neither does
+    an evaluation for the ``loss_only``.
 
     Raises:
         TrainingError: there is no example.
@@ -75,7 +78,12 @@ def evaluate(
         raise TrainingError("nothing to evaluate: the split has no example")
     if isinstance(data, MixedDataset):
         assert client is not None
-        return _over_tasks({n: evaluate(model, p, client.tasks[n]) for n, p in data.parts.items() if len(p)})
+        found = {
+            name: evaluate(model, part, client.tasks[name], loss_only=loss_only)
+            for name, part in data.parts.items()
+            if len(part)
+        }
+        return _over_tasks(found)
     model.module.eval()
     kind = kind_of(data.kind)
     size = min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
@@ -109,7 +117,8 @@ def evaluate(
     if client is not None and client.choices:
         metrics["accuracy"] = correct / len(data)
     metrics["perplexity"] = math.exp(min(metrics["loss"], _MAX_EXPONENT))
-    if client is not None and client.decode is not None and client.generate_examples and forward is None:
+    writes = client is not None and client.decode is not None and client.generate_examples and forward is None
+    if client is not None and writes and not loss_only:
         chosen = data.subset(torch.arange(min(client.generate_examples, len(data))))
         metrics |= text_metrics(write(model, chosen, client, size))
     return metrics

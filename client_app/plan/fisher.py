@@ -33,6 +33,7 @@ MAX_CHUNK = 32
 """Examples at once, whatever the bound on gradients allows: activations need memory, too."""
 _COPIES = 8
 """Of a chunk's gradients that are alive at the peak: both slots, as they come, flat, and their squares."""
+MAX_DAMPINGS = 64
 MAX_DROPPED = 0.1
 """Share of examples that may have a gradient that is not finite."""
 
@@ -59,16 +60,18 @@ def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherR
         FisherError: no example, or too many gradients are not finite.
         PlanError: samples or damping make no sense, or a slot has another layout than the client.
     """
-    if step.samples < 1 or not step.relative_damping >= 0:
+    dampings = [step.relative_damping, *step.more_dampings]
+    if step.samples < 1 or len(dampings) > MAX_DAMPINGS or not all(damping >= 0 for damping in dampings):
         raise PlanError(
-            f"{step.samples} samples and damping {step.relative_damping:g}, expected one sample and no less than 0"
+            f"{step.samples} samples and damping {', '.join(f'{damping:g}' for damping in dampings[:8])}; expected one "
+            f"sample, no damping below 0, and at most {MAX_DAMPINGS} of them"
         )
     layout = bench.model.layout
     pair = tuple(bench.slots[slot] for slot in (step.first, step.second))
     for slot, adapter in zip((step.first, step.second), pair, strict=True):
         if adapter.layout.digest != layout.digest:
             raise PlanError(f"slot {slot!r} has {layout.describe_difference(adapter.layout)}")
-        bench.model.load(slot, adapter)
+        bench.model.load(slot, bench.slots.whole(slot))
     found = moments(
         bench.model,
         (step.first, step.second),
@@ -83,7 +86,18 @@ def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherR
     for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
         if slot:
             bench.slots[slot] = Adapter(layout, information + damping + blind)
-    return result(pair, found, damping, in_delta_space=step.in_delta_space)
+    reported = result(pair, found, damping, in_delta_space=step.in_delta_space)
+    for relative in step.more_dampings:
+        other = damping_of(found, relative)
+        sums = result(pair, found, other, in_delta_space=step.in_delta_space)
+        reported.more.add(
+            relative_damping=relative,
+            damping=other,
+            variance_first=sums.variance_first,
+            variance_second=sums.variance_second,
+            covariance=sums.covariance,
+        )
+    return reported
 
 
 def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Dataset) -> Tensor:
@@ -225,12 +239,10 @@ def result(
         "information_distance": second * difference,
         "effective_dimension": torch.where(second + damping > 0, second / (second + damping), 0.0),
     }
-    return report_pb2.FisherResult(
-        samples=found.samples,
-        dropped=found.dropped,
-        damping=damping,
-        **{name: module_sums(layout, numbers) for name, numbers in sums.items()},
-    )
+    result = report_pb2.FisherResult(samples=found.samples, dropped=found.dropped, damping=damping)
+    for name, numbers in sums.items():
+        getattr(result, name).extend(module_sums(layout, numbers))
+    return result
 
 
 def module_sums(layout: Layout, numbers: Tensor) -> list[float]:

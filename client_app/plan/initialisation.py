@@ -15,8 +15,10 @@ def carry_out(bench: Workbench, step: plan_pb2.InitialiseStep) -> report_pb2.Ini
         PlanError: an unknown kind of gate.
     """
     created = not (step.keep_existing and step.slot in bench.slots)
+    if created and step.slot in bench.slots:
+        bench.slots.set_optimizer(step.slot, {})
     if created and step.copy_of:
-        bench.slots[step.slot] = bench.slots[step.copy_of].clone()
+        bench.slots.set_whole(step.slot, bench.slots.whole(step.copy_of).clone())
     elif created and step.gate:
         if step.gate not in plan_pb2.GateKind.values():
             raise PlanError(f"unknown kind of gate {step.gate}, expected one of {plan_pb2.GateKind.keys()}")
@@ -24,5 +26,6 @@ def carry_out(bench: Workbench, step: plan_pb2.InitialiseStep) -> report_pb2.Ini
         bench.slots[step.slot] = Adapter.zeros(bench.model.gate_layout(looks_at_input=looks))
     elif created:
         start = bench.starts.get(step.slot)
-        bench.slots[step.slot] = start.clone() if start else bench.model.initial(step.seed)
+        fresh = start.clone() if start else bench.model.initial(step.seed)
+        bench.slots.set_whole(step.slot, fresh, keep_own_heads=step.keep_own_heads)
     return report_pb2.InitialiseResult(created=created)

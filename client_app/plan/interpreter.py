@@ -34,7 +34,7 @@ from client_app.plan import (
 from client_app.plan.names import PlanError, require_slot_names
 from client_app.plan.progress import tick
 from client_app.plan.slots import SlotStore
-from client_app.plan.workbench import Workbench
+from client_app.plan.workbench import JOINED, Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import decode
 from fedalloy_adapters.layout import Layout
@@ -109,7 +109,7 @@ class Interpreter:
         self.policy.require_plan(plan, blobs)
         bench = Workbench(plan, self.model, self.data, self.slots, self.starts, self.secret)
         self.policy.require_examples(
-            plan, lambda split: len(bench.split(split)) if split in self.data.splits else 2**31
+            plan, lambda split: len(bench.split(split)) if self.data.splits.keys() >= {*split.split(JOINED)} else 2**31
         )
         self.slots.hidden = self.policy.require_private(plan, self.slots.hidden)
         report = report_pb2.Report(

@@ -8,11 +8,9 @@ from collections.abc import Iterable
 import torch
 
 from client_app.model.co_lora import Gate
-from client_app.model.personal import OWN_HEAD
 from client_app.plan.names import PlanError
 from client_app.plan.slots import SlotStore
 from client_app.plan.workbench import Workbench
-from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import Coefficient
 from proto.fedalloy.v1 import plan_pb2
 
@@ -56,7 +54,7 @@ def fixed_terms(bench: Workbench, mixture: plan_pb2.Mixture) -> tuple[list[str],
             logits = {e.module: float(t) for e, t in bench.slots[coefficient.slot].to(torch.float64).items()}
             sign = -1 if coefficient.complement else 1
             coefficient = {module: 1 / (1 + math.exp(-sign * logit)) for module, logit in logits.items()}
-        fixed.append(coefficient)
+        fixed.append(bench.model.for_own_heads(coefficient))
     return slots, fixed
 
 
@@ -67,7 +65,7 @@ def looks_at_input(slots: SlotStore, coefficients: Iterable[Coefficient | Gate])
 
 
 def activate(bench: Workbench, mixture: plan_pb2.Mixture) -> None:
-    """Load a mixture's slots and gates, and make the model this mixture.
+    """Load a mixture's slots with their own heads, and its gates, and make the model this mixture.
 
     Raises:
         PlanError: the mixture is an ensemble.
@@ -75,20 +73,11 @@ def activate(bench: Workbench, mixture: plan_pb2.Mixture) -> None:
     if mixture.shares:
         raise PlanError("an ensemble can be evaluated and saved, not trained, merged or measured")
     slots, coefficients = terms_of(mixture)
-    if bench.model.own_layout is not None:
-        if OWN_HEAD not in bench.slots:
-            bench.slots[OWN_HEAD] = Adapter.zeros(bench.model.own_layout)
-        bench.model.load(OWN_HEAD, bench.slots[OWN_HEAD])
     for slot in [*slots, *{gate.slot for gate in coefficients if isinstance(gate, Gate)}]:
-        bench.model.load(slot, bench.slots[slot])
+        bench.model.load(slot, bench.slots.whole(slot))
     bench.model.activate(dict(zip(slots, coefficients, strict=True)))
 
 
 def activate_slot(bench: Workbench, slot: str) -> None:
     """Make the model this slot alone."""
     activate(bench, plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, scalar=1.0)]))
-
-
-def own_heads(bench: Workbench) -> list[str]:
-    """The slot of the client's own heads, where it has any; it is in no mixture, and part of each."""
-    return [OWN_HEAD] if bench.model.own_layout is not None else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from client_app.model.personal import OWN_HEAD
 from proto.fedalloy.v1 import plan_pb2
 
 SLOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -30,7 +29,7 @@ def require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
     """Slot names become folder names and PEFT adapter names: nothing that leaves the folder, no dots.
 
     Raises:
-        PlanError: a name is not valid, or is that of the client's own heads.
+        PlanError: a name is not valid.
     """
     named = set(blobs)
     bodies = [getattr(step, step.WhichOneof("kind") or "initialise") for step in plan.steps]
@@ -50,5 +49,3 @@ def require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
     for name in sorted(named):
         if not SLOT_NAME.fullmatch(name):
             raise PlanError(f"slot name {name[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'")
-        if name == OWN_HEAD:
-            raise PlanError(f"slot {name!r} is the client's own: its heads are in no plan and never leave the client")

@@ -93,7 +93,9 @@ def carry_out(bench: Workbench, step: plan_pb2.ReplaceStep) -> report_pb2.Replac
     fired = fired_tasks(step.rules, source, target)
     groups = replaced_groups(tasks, fired, exclusive=step.exclusive)
     replaced, numbers = replace_groups(slots[step.target], slots[step.source], groups)
-    if groups:
+    if groups == set(groups_of(bench.model.layout)):  # all of it: own heads belong to what they were trained with
+        slots.set_whole(step.target, slots.whole(step.source).clone())
+    elif groups:
         slots[step.target] = replaced
     result = report_pb2.ReplaceResult(numbers=numbers)
     for rule in step.rules:

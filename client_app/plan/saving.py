@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from client_app.model.co_lora import Gate
-from client_app.model.personal import OWN_HEAD
-from client_app.plan.mixtures import fixed_terms, looks_at_input, own_heads, terms_of
+from client_app.plan.mixtures import fixed_terms, looks_at_input, terms_of
 from client_app.plan.workbench import Workbench
-from fedalloy_adapters.adapter import joined
 from fedalloy_adapters.algebra import stack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -17,11 +15,12 @@ def carry_out(bench: Workbench, step: plan_pb2.SaveStep) -> report_pb2.SaveResul
     if step.mixture.shares or looks_at_input(bench.slots, terms):
         beside = {term.slot for term in terms if isinstance(term, Gate)} | ({step.mixture.shares} - {""})
         gates = {slot: bench.slots[slot] for slot in sorted(beside)}
-        parts = {slot: bench.slots[slot] for slot in [*slots, *own_heads(bench)]}
+        parts = {slot: bench.slots.whole(slot) for slot in slots}
         digest = bench.slots.save_parts(parts, gates, step.mixture)
         return report_pb2.SaveResult(content_digest=digest, in_parts=True)
     slots, coefficients = fixed_terms(bench, step.mixture)
     alone = len(slots) == 1 and coefficients[0] == 1.0
-    adapter = bench.slots[slots[0]] if alone else stack([bench.slots[slot] for slot in slots], coefficients)
-    bench.slots.save_personal(joined(adapter, bench.slots[OWN_HEAD]) if bench.model.own_layout else adapter)
+    wholes = [bench.slots.whole(slot) for slot in slots]
+    adapter = wholes[0] if alone else stack(wholes, coefficients)
+    bench.slots.save_personal(adapter)
     return report_pb2.SaveResult(content_digest=adapter.digest)

@@ -28,20 +28,20 @@ def carry_out(bench: Workbench, step: plan_pb2.SelectStep) -> report_pb2.SelectR
 
     def loss(slot: str) -> float:
         activate_slot(bench, slot)
-        return evaluation.evaluate(bench.model, data)["loss"]
+        return evaluation.evaluate(bench.model, data, bench.data, loss_only=True)["loss"]
 
     result = report_pb2.SelectResult(losses=[loss(slot) for slot in step.slots])
     if step.rule == plan_pb2.SELECT_RULE_BEST:
         best = min(range(len(step.slots)), key=lambda index: result.losses[index])
         result.weights.extend(float(index == best) for index in range(len(step.slots)))
-        bench.slots[step.target] = bench.slots[step.slots[best]].clone()
+        bench.slots.set_whole(step.target, bench.slots.whole(step.slots[best]).clone())
         return result
-    own = bench.slots[step.target]
+    own = bench.slots.whole(step.target)
     result.target_loss = loss(step.target)
-    moves = stack_vectors([own, *(bench.slots[slot] for slot in step.slots)])[1:] - own.vector
+    moves = stack_vectors([own, *(bench.slots.whole(slot) for slot in step.slots)])[1:] - own.vector
     weights = improvement_weights(result.target_loss, torch.tensor(list(result.losses)).double(), moves)
     result.weights.extend(weights.tolist())
-    bench.slots[step.target] = Adapter(own.layout, own.vector + weights.to(moves.dtype) @ moves)
+    bench.slots.set_whole(step.target, Adapter(own.layout, own.vector + weights.to(moves.dtype) @ moves))
     return result
 
 

@@ -20,7 +20,8 @@ from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import mean_loss
 from client_app.guard.noise import Noise, gaussian, noise_key
 from client_app.model.module_roles import RoleError, last_down_projection, layer_of
-from client_app.model.personal import PersonalModel, set_training
+from client_app.model.padding import set_training
+from client_app.model.personal import PersonalModel
 from client_app.plan.seeds import batches, seed_of
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
@@ -151,7 +152,7 @@ class ReferenceModel:
         """Adapters off, evaluation mode, and afterwards everything as it was."""
         training = self.module.training
         if self.personal is not None:
-            self.personal.activate({}, own_head=False)
+            self.personal.activate({})
         self.module.eval()
         try:
             yield

@@ -3,7 +3,9 @@
 ``<state-dir>/<run-name>/clients/<client-id>/`` holds::
 
     slots/<slot>/adapter_config.json, adapter_model.safetensors    what PEFT loads
-    slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual
+    slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual,
+                                                                   and of the client's own heads
+    slots/<slot>/optimizer.safetensors                             what an optimiser that is kept goes on from
     slots/state.json                                               the last round whose plan was carried out, and losses
     history/<round>/                                               the same after earlier plans, the newest ones
     adapter/                                                       the personal model, a PEFT directory; or, where its
@@ -16,6 +18,8 @@ renames is put right when the next plan begins; until then ``adapter/`` may be a
 As many earlier states are kept as the server keeps checkpoints (``keep-checkpoints``): from whichever it resumes, the
 round after it starts from the slots that it started from the first time. One process at a time: Flower may start a
 second one for the same client, when a resumed run asks while the old one still trains; it waits.
+A client whose labels are its own has heads that no plan names and no upload contains. Each slot has heads of its own:
+``slots[name]`` is what the federation knows of a slot, :meth:`SlotStore.whole` has its heads, too.
 ``exact.safetensors`` exists because PEFT stores a head as base plus difference, from which the difference cannot be
 recovered to the last bit.
 """
@@ -37,7 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from client_app.plan.progress import tick
-from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.adapter import Adapter, joined
 from fedalloy_adapters.atomic_files import locked, private_folder, sync, write_durably
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.peft_format import write_peft_directory
@@ -45,7 +49,11 @@ from fedalloy_adapters.sealed_json import sealed, unsealed
 from proto.fedalloy.v1 import adapter_pb2
 
 MIXTURE_FILE = "mixture.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
 Parts = tuple[Mapping[str, Adapter], Mapping[str, Adapter], Message]
+_BESIDE = ("residual_", "head_")
+"""Prefixes of what a slot's file has beside its adapter."""
+_DIGEST = "digest"
 HeadReader = Callable[[], dict[str, torch.Tensor]]
 
 
@@ -57,19 +65,29 @@ class SlotStore:
     """The slots of one client in one run; use inside :meth:`transaction`. ``keep`` earlier states stay on disk.
 
     ``base_heads`` and ``drawn`` give what PEFT directories have beside an adapter: the base model's own heads, which
-    differences are added to, and parameters that its checkpoint lacks.
+    differences are added to, and parameters that its checkpoint lacks. ``own_layout`` is that of the heads that each
+    slot has beside its adapter; None where the client has no labels of its own.
     """
 
     def __init__(
-        self, directory: Path, base_model: str, base_heads: HeadReader, keep: int = 1, drawn: HeadReader = dict
+        self,
+        directory: Path,
+        base_model: str,
+        base_heads: HeadReader,
+        keep: int = 1,
+        drawn: HeadReader = dict,
+        own_layout: Layout | None = None,
     ) -> None:
         self.directory = directory
         self.base_model = base_model
         self.base_heads = base_heads
         self.drawn = drawn
         self.keep = keep
+        self.own_layout = own_layout
         self._slots: dict[str, Adapter] = {}
         self._residuals: dict[str, Adapter] = {}
+        self._heads: dict[str, Adapter] = {}
+        self._optimizers: dict[str, dict[str, torch.Tensor]] = {}
         self._opened: set[str] = set()
         self._dirty: set[str] = set()
         self._personal: Adapter | None = None
@@ -94,6 +112,7 @@ class SlotStore:
         with locked(self.directory / ".lock", waiting=lambda: tick("waiting for the slots")):
             self._recover()
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
+            self._heads, self._optimizers = {}, {}
             self._opened, self._dirty = set(), set()
             self._source = self._before(round_)
             self.losses, self.hidden = _losses_of(self._source), _hidden_in(self._source)
@@ -122,6 +141,43 @@ class SlotStore:
 
     def __setitem__(self, slot: str, adapter: Adapter) -> None:
         self._slots[slot] = adapter
+        self._dirty.add(slot)
+
+    def whole(self, slot: str) -> Adapter:
+        """The adapter in a slot with the client's own heads that belong to it; zero ones where it has never had any.
+
+        Raises:
+            SlotError: there is no such slot, or its file is damaged.
+        """
+        adapter = self[slot]
+        if self.own_layout is None or not _is_update(adapter):
+            return adapter
+        self._open(slot)
+        return joined(adapter, self._heads.get(slot) or Adapter.zeros(self.own_layout))
+
+    def set_whole(self, slot: str, adapter: Adapter, *, keep_own_heads: bool = False) -> None:
+        """Put an adapter with or without own heads into a slot.
+
+        Without, those of the slot become zero; with ``keep_own_heads`` they stay, whatever the adapter has.
+        """
+        if self.own_layout is not None and _is_update(adapter):
+            own = self.own_layout
+            has_heads = adapter.layout.contains(own)
+            if not keep_own_heads:
+                self._heads[slot] = adapter.part(own) if has_heads else Adapter.zeros(own)
+            if has_heads:
+                known = [module for module in adapter.layout.modules if module not in own.modules]
+                adapter = adapter.part(adapter.layout.select(modules=known))
+        self[slot] = adapter
+
+    def optimizer(self, slot: str) -> dict[str, torch.Tensor]:
+        """What the optimiser of this slot's last train step that kept it left, by ``<entry>/<what>``; may be empty."""
+        self._open(slot)
+        return self._optimizers.get(slot, {})
+
+    def set_optimizer(self, slot: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Keep what an optimiser goes on from the next time; nothing: it starts fresh."""
+        self._optimizers[slot] = dict(state)
         self._dirty.add(slot)
 
     def residual(self, slot: str) -> Adapter | None:
@@ -167,21 +223,27 @@ class SlotStore:
         try:
             tensors = load_file(path)
             stored = _from_tensors(tensors, "")
-            residual = _from_tensors(tensors, "residual_") if len(tensors) > 3 else None
+            residual, head = (_from_tensors(tensors, p) if f"{p}vector" in tensors else None for p in _BESIDE)
+            _require_no_more_than(tensors, 3 * (1 + (residual is not None) + (head is not None)))
+            path = folder / OPTIMIZER_FILE
+            optimizer = _checked(load_file(path)) if path.exists() else {}
         except (SafetensorError, DecodeError, OSError, KeyError, TypeError, ValueError) as error:
             raise SlotError(f"slot {slot!r} is damaged ({path}): {error}") from None
         self._opened.add(slot)
         self._slots.setdefault(slot, stored)
+        self._optimizers.setdefault(slot, optimizer)
         if residual is not None:
             self._residuals.setdefault(slot, residual)
+        if head is not None:
+            self._heads.setdefault(slot, head)
 
     def _commit(self, round_: int) -> None:
         staged = self.directory / f".staged-{os.getpid()}"
         private_folder(staged / "slots")
         for slot in self.names():
             if slot in self._dirty:
-                self._open(slot)  # a slot that was replaced unseen keeps its residual
-                self._write(staged / "slots" / slot, self[slot], self._residuals.get(slot))
+                self._open(slot)  # a slot that was replaced unseen keeps its residual, heads and optimiser
+                self._write(staged / "slots" / slot, slot)
             else:
                 shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
                 sync(staged / "slots" / slot)
@@ -216,11 +278,18 @@ class SlotStore:
         os.rename(self.directory / name, self.directory / new)
         return True
 
-    def _write(self, folder: Path, adapter: Adapter, residual: Adapter | None) -> None:
-        if all(entry.factor.is_update for entry in adapter.layout.entries):  # PEFT has no gates and no sketches
-            self._write_peft(folder, adapter)
-        tensors = _to_tensors(adapter, "") | (_to_tensors(residual, "residual_") if residual is not None else {})
+    def _write(self, folder: Path, slot: str) -> None:
+        adapter = self[slot]
+        if _is_update(adapter):  # PEFT has no gates and no sketches
+            self._write_peft(folder, self.whole(slot))
+        tensors = _to_tensors(adapter, "")
+        for prefix, beside in zip(_BESIDE, (self._residuals, self._heads), strict=True):
+            if slot in beside:
+                tensors |= _to_tensors(beside[slot], prefix)
         write_durably(folder / "exact.safetensors", save(tensors))
+        if self._optimizers.get(slot):
+            state = self._optimizers[slot]
+            write_durably(folder / OPTIMIZER_FILE, save({**state, _DIGEST: _digest_of(state)}))
 
     def _write_peft(self, folder: Path, adapter: Adapter) -> None:
         write_peft_directory(folder, adapter, self.base_model, self.base_heads(), self.drawn())
@@ -276,6 +345,10 @@ def _link(source: str, target: str) -> None:
         sync(Path(target))
 
 
+def _is_update(adapter: Adapter) -> bool:
+    return all(entry.factor.is_update for entry in adapter.layout.entries)
+
+
 def _to_tensors(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
     layout = adapter.layout.to_proto().SerializeToString()
     return {
@@ -283,6 +356,27 @@ def _to_tensors(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
         f"{prefix}layout": torch.tensor(list(layout), dtype=torch.uint8),
         f"{prefix}digest": torch.tensor(list(adapter.digest), dtype=torch.uint8),
     }
+
+
+def _digest_of(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _checked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an optimiser has left, without its digest."""
+    digest = tensors.pop(_DIGEST)
+    if not torch.equal(digest, _digest_of(tensors)):
+        raise ValueError("the numbers are not those that were written")
+    return tensors
+
+
+def _require_no_more_than(tensors: Mapping[str, torch.Tensor], count: int) -> None:
+    if len(tensors) != count:
+        raise ValueError(f"{len(tensors)} tensors, expected {count}: a name has changed")
 
 
 def _from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Adapter:

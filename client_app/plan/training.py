@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
 from client_app.data.task_kinds import example_losses, kind_of, mean_loss, targets_in
-from client_app.model.personal import PersonalModel, set_training
-from client_app.plan.mixtures import activate, own_heads
+from client_app.model.padding import set_training
+from client_app.model.personal import PersonalModel
+from client_app.plan.mixtures import activate
 from client_app.plan.names import PlanError
+from client_app.plan.optimizers import optimizer_of, restore, state_of
 from client_app.plan.progress import tick
 from client_app.plan.seeds import batches, seed_of_step
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.layout import Factor, factor_from_proto
+from fedalloy_adapters.layout import Factor
 from fedalloy_adapters.parts import layout_of_part
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
@@ -104,8 +106,12 @@ def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | Non
     parameters, anchor = _trained(bench, step)
     seed = seed_of_step(bench.plan, bench.index, step, replaced=bench.replaced)
     weights = _attributed(bench, step) if step.attributed_to else None
+    optimiser = optimizer_of(step, parameters)
+    if step.keep_optimizer:
+        restore(optimiser, parameters, _kept(bench, step.slots))
+    order = _order(bench, step, data)
     try:
-        result = train(bench.model, step, parameters, data, seed, anchor, teacher, weights, _order(bench, step, data))
+        result = train(bench.model, step, parameters, data, seed, anchor, teacher, weights, order, optimiser)
     except TrainingError:
         if not step.keep_on_divergence:
             raise
@@ -116,9 +122,18 @@ def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | Non
         share = step.record_batch_share
         found = {task: loss.batch_share if share else loss.mean for task, loss in result.task_losses.items()}
         bench.slots.losses[step.record] = bench.slots.losses.get(step.record, {}) | found
-    for slot in [*step.slots, *own_heads(bench)]:
-        bench.slots[slot] = bench.model.read(slot)
+    for slot in step.slots:
+        bench.slots.set_whole(slot, bench.model.read(slot))
+        if step.keep_optimizer:
+            left, prefix = state_of(optimiser, parameters), f"{slot}:"
+            mine = {name.removeprefix(prefix): t for name, t in left.items() if name.startswith(prefix)}
+            bench.slots.set_optimizer(slot, {**bench.slots.optimizer(slot), **mine})
     return result
+
+
+def _kept(bench: Workbench, slots: Iterable[str]) -> dict[str, Tensor]:
+    """What optimisers have left for these slots, by slot, entry name and what it is."""
+    return {f"{slot}:{name}": tensor for slot in slots for name, tensor in bench.slots.optimizer(slot).items()}
 
 
 def _trained(bench: Workbench, step: plan_pb2.TrainStep) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
@@ -129,8 +144,10 @@ def _trained(bench: Workbench, step: plan_pb2.TrainStep) -> tuple[dict[str, nn.P
         layout = bench.slots[slot].layout
         is_gates = any(entry.factor is Factor.GATE for entry in layout.entries)
         part = layout if is_gates else layout_of_part(layout, step.part)
-        for name, parameter in bench.model.trainable(slot, part).items():
-            parameters[f"{slot}:{name}"] = parameter
+        own = bench.model.own_layout if not is_gates else None
+        for trained in (part, own):
+            for name, parameter in bench.model.trainable(slot, trained).items() if trained is not None else ():
+                parameters[f"{slot}:{name}"] = parameter
         if step.HasField("proximal") and not is_gates:
             pulled = tensors_by_entry(bench.slots[step.proximal.slot].part(part), bench.model.device)
             anchor |= {f"{slot}:{name}": tensor for name, tensor in pulled.items()}
@@ -140,9 +157,6 @@ def _trained(bench: Workbench, step: plan_pb2.TrainStep) -> tuple[dict[str, nn.P
     missing = set(step.slots) - {term.slot for term in step.mixture.terms} - gates
     if missing:
         raise PlanError(f"slot {sorted(missing)[0]!r} is to be trained but is not in the mixture")
-    for slot in own_heads(bench):
-        for name, parameter in bench.model.trainable(slot, bench.slots[slot].layout).items():
-            parameters[f"{slot}:{name}"] = parameter
     return parameters, anchor or None
 
 
@@ -184,8 +198,9 @@ def train(
     teacher: Teacher | None = None,
     example_weights: Tensor | None = None,
     order: Iterable[Tensor] | None = None,
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> report_pb2.TrainResult:
-    """AdamW on ``parameters`` for ``step.steps`` batches; the optimiser starts fresh.
+    """Optimise ``parameters`` for ``step.steps`` batches.
 
     A batch with examples of several tasks has the loss ``sum over tasks of (n_task / n) x the task's mean loss``.
 
@@ -199,13 +214,14 @@ def train(
         teacher: whose outputs are a second target.
         example_weights: how much each example of ``data``, which has one task, counts, ``[n]``.
         order: the batches' indices; None: pass after pass over the data, shuffled.
+        optimiser: of the parameters; None: the step's, fresh.
 
     Raises:
         TrainingError: the loss, or in the end a number that was trained, became NaN or infinite.
     """
     started = time.monotonic()
     torch.manual_seed(seed)
-    optimiser = torch.optim.AdamW(_groups(step, parameters), lr=step.learning_rate, weight_decay=step.weight_decay)
+    optimiser = optimizer_of(step, parameters) if optimiser is None else optimiser
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
     set_training(model.module)
     losses: list[float] = []
@@ -305,15 +321,6 @@ def _shares(parts: list[Dataset]) -> list[tuple[float, float]]:
         targets[part.task] = targets.get(part.task, 0) + targets_in(part)
     total = sum(examples.values())
     return [(examples[p.task] / total, targets_in(p) / max(targets[p.task], 1)) for p in parts]
-
-
-def _groups(step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """AdamW's groups: parameters by the factor in their names, each with its scale of the learning rate."""
-    scales = {str(factor_from_proto(item.factor)): item.scale for item in step.rate_scales}
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault(scales.get(name.rsplit(".", 1)[-1], 1.0), []).append(parameter)
-    return [{"params": found, "lr": scale * step.learning_rate} for scale, found in groups.items()]
 
 
 def _schedule(step: plan_pb2.TrainStep) -> Callable[[int], float]:

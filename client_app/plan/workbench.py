@@ -10,6 +10,7 @@ from torch import Tensor
 
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
+from client_app.data.joined import join
 from client_app.model.personal import PersonalModel
 from client_app.plan.names import PlanError
 from client_app.plan.seeds import batches, seed_of
@@ -17,6 +18,9 @@ from client_app.plan.slots import SlotStore
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import encode, encoding_from_proto
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
+
+JOINED = "+"
+"""Between the names of splits that a step takes together."""
 
 
 @dataclass
@@ -54,11 +58,13 @@ class Workbench:
         return self.slots[slot]
 
     def split(self, name: str) -> Dataset:
-        """A split of the client's data, as much of it as has arrived by the plan's round.
+        """A split of the client's data, as much of it as has arrived by the plan's round; ``"a+b"`` is two of them.
 
         Raises:
             PlanError: the client has no such split.
         """
+        if JOINED in name:
+            return join([self.split(part) for part in name.split(JOINED)])
         if name not in self.data.splits:
             raise PlanError(f"no split {name!r}; this client has {', '.join(self.data.splits)}")
         data = self.data.splits[name]

@@ -17,7 +17,7 @@ from server_app.ledger.flower_costs import BundleCost, bundle_cost
 from server_app.ledger.reconciliation import SKETCH
 from server_app.ledger.sampler import FleetSampler
 from server_app.ledger.store import Ledger, LedgerError
-from strategies.framework.messages import Dispatch
+from strategies.framework.dispatch import Dispatch
 
 INFO = 20
 

@@ -10,9 +10,9 @@ from flwr.app import Message
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.federation import NODE_UNAVAILABLE
+from server_app.run.reasons import reason_of
 from server_app.run.replies import REFUSED
-from strategies.framework.contract import Answer
-from strategies.framework.messages import MAX_REASON
+from strategies.framework.exchange import Answer, Client
 
 OK = "ok"
 """A usable answer came in time and counts."""
@@ -37,6 +37,19 @@ def usable(records: Mapping[str, ClientRecord]) -> int:
     return len([record for record in records.values() if record["status"] == OK])
 
 
+def of_registration(client: Client, key: str, seconds: float) -> ClientRecord:
+    """Who is who: what a client said of itself, its node, and what its key is registered as."""
+    return {
+        "status": OK,
+        "examples": client.examples,
+        "seconds": round(seconds, 3),
+        "node": str(client.node_id),
+        "key": key,
+        "tasks": sorted({one_line(task.kind, 60) for task in client.registration.tasks}),
+        "base": one_line(client.base_model),
+    }
+
+
 def of_silence(timeout: float) -> ClientRecord:
     """No answer within ``round-timeout``."""
     return {"status": LATE, "reason": f"no answer within {timeout:.0f} s"}
@@ -45,10 +58,7 @@ def of_silence(timeout: float) -> ClientRecord:
 def of_error(message: Message) -> ClientRecord:
     """The client's or Flower's error instead of an answer."""
     status = {NODE_UNAVAILABLE: LEFT, REFUSED: REJECTED}.get(message.error.code, FAILED)
-    return {
-        "status": status,
-        "reason": one_line(message.error.reason or f"Flower error {message.error.code}", MAX_REASON),
-    }
+    return {"status": status, "reason": reason_of(message.error)}
 
 
 def of_answer(answer: Answer) -> ClientRecord:

@@ -11,14 +11,14 @@ from flwr.common.logger import log
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.words import one_line
+from server_app.run.reasons import reason_of
 from server_app.run.resume import SavedClient, registration_of
 from server_app.run.run_directory import RunDirectory
 from strategies import AlloyStrategy
-from strategies.framework.contract import Client, StrategyError, client_from, outvoted
-from strategies.framework.limits import require_affordable, with_bounded_weight
-from strategies.framework.messages import MAX_REASON, BadAnswerError, read_registration
+from strategies.framework.answers import claimed_id, read_client
+from strategies.framework.exchange import MAX_REASON, BadAnswerError, Client
 
-INFO, WARNING = 20, 30
+WARNING = 30
 
 
 class Enrolment:
@@ -32,7 +32,10 @@ class Enrolment:
         self.newcomers: dict[str, Client] = {}
         """Those that have registered since newcomers were enrolled last."""
         self.refused: dict[str, str] = {}
-        """Reasons by client id; by node where there is no id."""
+        """Reasons by client id; by the name of its key, or else by node, where it could not say."""
+        self.names: dict[str, str] = {}
+        """What the key of each client's node is registered as with the SuperLink; empty where it has no name."""
+        self._labels: dict[int, str] = {}
         self.keys: dict[str, bytes] = {}
         """The public key of each id's owner."""
 
@@ -45,17 +48,28 @@ class Enrolment:
             answer: None where none came in time.
             online: ids of the nodes that are online.
         """
+        claimed = ""
         try:
             if answer is None:
-                raise BadAnswerError(f"node {node.node_id} did not answer in time")
-            registration, layout = read_registration(answer, node.node_id)
-            client = client_from(registration, layout, node.node_id)
-            require_affordable(self.strategy.limits, client)
-            return self._admit(client, node, online)
+                raise BadAnswerError("did not answer in time")
+            if answer.has_error():
+                raise BadAnswerError(reason_of(answer.error))
+            claimed = claimed_id(answer)
+            admitted = self._admit(read_client(answer, node.node_id, self.strategy.limits), node, online)
         except BadAnswerError as error:
-            self.refused[who] = str(error) if answer is not None else "did not answer in time"
-            log(INFO, "refused: %s", error)
+            held = {*self.clients, *self.newcomers}
+            label = node.name or (claimed if claimed and claimed not in held else who)
+            self._labels[node.node_id] = label
+            self._refuse(label, str(error))
             return None
+        self.forgive(node.node_id)
+        self.refused.pop(admitted.id, None)
+        self.names[admitted.id] = node.name
+        return admitted
+
+    def forgive(self, node_id: int) -> None:
+        """The node has something else to say than what it was refused for."""
+        self.refused.pop(self._labels.pop(node_id, ""), None)
 
     def restore(self, saved: Iterable[SavedClient]) -> None:
         """Enrol a resumed run's clients, in the order in which they were enrolled first, back or not."""
@@ -71,22 +85,21 @@ class Enrolment:
 
     def enrol_newcomers(self) -> None:
         """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
-        newcomers = dict(self.newcomers)
+        newcomers = list(self.newcomers.values())
         self.newcomers.clear()
-        counts = {client.id: client.claimed for client in [*self.clients.values(), *newcomers.values()]}
-        votes = self.strategy.votes(newcomers.values())
-        for client in [newcomers[client_id] for client_id in votes]:
-            bounded = with_bounded_weight(self.strategy.limits, client, counts)
-            if bounded.examples < client.examples:
-                log(WARNING, "%s counts for %d examples, not %d", client.id, bounded.examples, client.examples)
-            try:
-                self.strategy.enrol(bounded)
-            except StrategyError as error:
-                self._refuse(client.id, f"{error}{outvoted(votes, client.id)}")
+        for client, refused in self.strategy.take_in(newcomers):
+            if client.examples < client.claimed:
+                log(WARNING, "%s counts for %d examples, not %d", client.id, client.examples, client.claimed)
+            if refused is not None:
+                self._refuse(client.id, refused)
                 self.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
                 continue
             self.directory.save_registration(client.id, registration_of(client))
-            self.clients[client.id] = bounded
+            self.clients[client.id] = client
+
+    def why_refused(self) -> str:
+        """Who was refused, and why, in one line."""
+        return "; ".join(f"{who}: {why}" for who, why in self.refused.items())
 
     def _admit(self, client: Client, node: NodeInfo, online: Collection[int]) -> Client:
         """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.
@@ -116,4 +129,4 @@ class Enrolment:
 
     def _refuse(self, client_id: str, reason: str) -> None:
         self.refused[client_id] = one_line(reason, MAX_REASON)
-        log(WARNING, "refused: %s", self.refused[client_id])
+        log(WARNING, "refused: %s: %s", client_id, self.refused[client_id])

@@ -9,7 +9,7 @@ round runs are asked who they are meanwhile, and a client whose process died is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,8 +20,8 @@ from flwr.serverapp import Grid
 
 from server_app.run.enrolment import Enrolment
 from server_app.run.replies import MESSAGE_UNAVAILABLE, Intake, error_reply
-from strategies.framework.contract import Client
-from strategies.framework.messages import register_message
+from strategies.framework.dispatch import register_message
+from strategies.framework.exchange import Client
 
 Say = Callable[[str], None]
 Make = Callable[[], Message]
@@ -119,7 +119,7 @@ class Federation:
             time.sleep(max(self.poll_interval, 0.2))
 
     def register(self, minimum: int, timeout: float, watch: Watch) -> None:
-        """Ask every online node who it is, and wait for the answers.
+        """Ask every online node who it is, and wait for the answers; at least ``minimum`` must register.
 
         Clients that may take part are newcomers of the enrolment afterwards; errors, bad registrations and ids that
         belong to somebody else are its refusals.
@@ -134,9 +134,10 @@ class Federation:
         for reply in self.exchange(makes, max(deadline - time.monotonic(), self.poll_interval), watch):
             self._welcome(self._node_of(reply.client_id), reply)
         if len(self.enrolment.newcomers) < minimum:
-            reasons = "; ".join(f"{who}: {why}" for who, why in self.enrolment.refused.items())
             count = len(self.enrolment.newcomers)
-            raise NotEnoughClientsError(f"{count} of at least {minimum} clients registered. {reasons}")
+            raise NotEnoughClientsError(
+                f"{count} of at least {minimum} clients registered. {self.enrolment.why_refused()}"
+            )
 
     def present(self, watch: Watch) -> list[Client]:
         """Enrolled clients whose nodes are online now, in order of id; unknown nodes are asked who they are."""
@@ -196,8 +197,8 @@ class Federation:
                 watch.lost(client_id, lost.pop(client_id))
                 self.say(f"{client_id} is back and is asked again")
                 push(client_id)
-            if lost and now >= next_word:
-                self.say(f"waiting for {', '.join(lost)} to come back, at most {timeout - (now - started):.0f} s more")
+            if lost and now >= next_word and (waiting or not enough()):
+                self.say(_waiting_for(lost, waiting, timeout - (now - started), enough()))
                 next_word = now + SAY_SECONDS
             if waiting or lost:
                 time.sleep(self.poll_interval)
@@ -225,7 +226,7 @@ class Federation:
                 overdue = self._overdue.pop(message_id, None)
                 if overdue is not None and overdue.startswith("node ") and not reply.has_error():
                     # Slow to say who it is, and welcome from the next round on.
-                    self.enrolment.refused.pop(overdue, None)
+                    self.enrolment.forgive(self._node_of(overdue))
                     self._welcome(self._node_of(overdue), Reply(overdue, reply, 0.0))
                 elif not (reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID):
                     name = overdue or waiting.get(message_id, "somebody")
@@ -261,6 +262,32 @@ class Federation:
     def _welcome(self, node_id: int, reply: Reply) -> None:
         node = self._nodes.get(node_id) or NodeInfo(node_id=node_id)
         self.arrived(reply, self.enrolment.welcome(reply.client_id, node, reply.message, self._nodes))
+
+
+def _waiting_for(lost: Iterable[str], waiting: Mapping[str, str], seconds: float, enough: bool) -> str:
+    """What is waited for while clients have gone, and for how long."""
+    gone, at_work = ", ".join(lost), len(waiting)
+    if not waiting:
+        return f"waiting for {gone} to come back, at most {seconds:.0f} s more: too few answered without"
+    if enough:
+        return f"{gone} went away; the run goes on without when the other {at_work} have answered"
+    return (
+        f"{gone} went away; waiting for the other {at_work}, at most {seconds:.0f} s more, and for {gone} where too "
+        "few answer"
+    )
+
+
+def require_all(enrolment: Enrolment, fitting: int) -> None:
+    """Nobody who is online may have been refused.
+
+    Raises:
+        NotEnoughClientsError: who was, why, and how to go on without.
+    """
+    if enrolment.refused:
+        raise NotEnoughClientsError(
+            f"{fitting} of {fitting + len(enrolment.refused)} sites that are online can take part; refused: "
+            f"{enrolment.why_refused()}. Put that right and start again, or go on without: min-clients={fitting}"
+        )
 
 
 def _registration(node_id: int, timeout: float) -> Make:

@@ -19,21 +19,16 @@ from server_app.ledger.recorder import Booking, WireLog, explained
 from server_app.run import client_status
 from server_app.run.client_status import OK, REJECTED, ClientRecord
 from server_app.run.enrolment import Enrolment
-from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply
+from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply, require_all
 from server_app.run.options import RunOptions, as_toml, read_run_options
 from server_app.run.resume import clients_to_json, require_same_config, saved_clients
 from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
-from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from
+from strategies.framework.answers import answer_from, read_counters
+from strategies.framework.dispatch import Dispatch, counters_message
+from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
 from strategies.framework.limits import unsound, within_round
-from strategies.framework.messages import (
-    BadAnswerError,
-    Dispatch,
-    counters_message,
-    plan_dispatch,
-    read_counters,
-)
 
 INFO, WARNING = 20, 30
 
@@ -132,7 +127,7 @@ class Run:
         saved = saved_clients(self.directory, checkpoint) if checkpoint is not None else []
         self.enrolment.keys.update({known.client.id: known.key for known in saved})
         watch = Booking(self.wire, 0, "query")
-        self.federation.register(self.options.min_clients, self.options.startup_timeout, watch)
+        self.federation.register(self.options.least, self.options.startup_timeout, watch)
         self.enrolment.restore(saved)
         if checkpoint is not None:
             self.strategy.load_state(checkpoint.state)
@@ -142,9 +137,11 @@ class Run:
         }
         record = self.record("register", self.completed, records, started)
         fitting = sum(client.node_id != 0 for client in self.enrolment.clients.values())
-        if fitting < self.options.min_clients:
-            reasons = "; ".join(self.enrolment.refused.values())
-            raise NotEnoughClientsError(f"{fitting} of at least {self.options.min_clients} clients fit. {reasons}")
+        if fitting < self.options.least:
+            reasons = self.enrolment.why_refused()
+            raise NotEnoughClientsError(f"{fitting} of at least {self.options.least} clients fit. {reasons}")
+        if not self.options.min_clients:
+            require_all(self.enrolment, fitting)
         if checkpoint is None:
             self._checkpoint(0, record)
 
@@ -155,9 +152,9 @@ class Run:
         if client is None:
             return
         self.wire.registered(reply.client_id, client.id)
-        self._registered[client.id] = {"status": OK, "examples": client.examples, "seconds": round(reply.seconds, 3)}
-        base = one_line(client.base_model)
-        log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, base)
+        key = self.enrolment.names.get(client.id, "")
+        self._registered[client.id] = record = client_status.of_registration(client, key, reply.seconds)
+        log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, record["base"])
         for note in [note for task in client.registration.tasks for note in task.notes][: client_status.SHOWN]:
             log(INFO, "%s's data: %s", client.id, one_line(note))
 
@@ -174,10 +171,10 @@ class Run:
             self.federation.present(watch)
             self.enrolment.enrol_newcomers()
             present = self.federation.present(watch)
-            if len(present) >= self.options.min_clients:
+            if len(present) >= self.options.least:
                 return present
             now, here = time.monotonic(), ", ".join(client.id for client in present) or "nobody"
-            count = f"round {round_}: {len(present)} of at least {self.options.min_clients} clients are here ({here})"
+            count = f"round {round_}: {len(present)} of at least {self.options.least} clients are here ({here})"
             if now - started > self.options.startup_timeout:
                 raise NotEnoughClientsError(
                     f"{count} after {self.options.startup_timeout:.0f} s (startup-timeout). Everything up to round "
@@ -192,14 +189,14 @@ class Run:
         started = time.monotonic()
         present = self._gather(round_)
         chosen = self._sample(round_, present)
-        needed = min(self.options.min_clients, len(chosen))
+        needed = min(self.options.least, len(chosen))
         briefs = {client: self.strategy.brief(round_, client) for client in chosen}
         records = self._ask("train", round_, briefs, self.strategy.absorb, needed) | self._absent(present)
         answered = client_status.usable(records)
         if answered < needed:
             self.record("train", round_, records, started)
             raise NotEnoughClientsError(
-                f"round {round_}: {answered} of at least {self.options.min_clients} clients gave a usable answer; "
+                f"round {round_}: {answered} of at least {self.options.least} clients gave a usable answer; "
                 f"see {self.directory.path / 'rounds.jsonl'}. The round does not count; to do it again, "
                 f"{self.directory.how_to_resume}"
             )
@@ -234,7 +231,7 @@ class Run:
         present = self._gather(round_)
         answers: dict[str, Answer] = {}
         briefs = {client: self.strategy.deliver(client) for client in present}
-        needed = min(self.options.min_clients, len(briefs))
+        needed = min(self.options.least, len(briefs))
         records = self._ask(
             "deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), needed
         )
@@ -282,7 +279,8 @@ class Run:
         records: dict[str, ClientRecord] = {}
 
         def make(client_id: str) -> Message:
-            dispatch = self._dispatch(round_, clients[client_id], briefs[clients[client_id]])
+            client = clients[client_id]
+            dispatch = self.strategy.dispatch(round_, client, briefs[client], self.name, self.run_key)
             message = dispatch.message(self.enrolment.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
             self.federation.intake.expect(dispatch.max_answer_bytes)
             tensors[client_id] = dispatch.tensor_bytes
@@ -342,20 +340,6 @@ class Run:
         answers[client.id] = answer
         return record | client_status.of_answer(answer)
 
-    def _dispatch(self, round_: int, client: Client, brief: Brief) -> Dispatch:
-        return plan_dispatch(
-            brief.steps,
-            brief.adapters,
-            client_id=client.id,
-            layout=client.layout,
-            round_=round_,
-            seed=self.options.seed,
-            run_name=self.name,
-            run_key=self.run_key,
-            encoding=self.strategy.training.downlink_encoding,
-            reference=client.reference,
-        )
-
     def _clients(self) -> list[Client]:
         return [self.enrolment.clients[client_id] for client_id in sorted(self.enrolment.clients)]
 
@@ -363,7 +347,7 @@ class Run:
         return {client.id: {"status": client_status.ABSENT} for client in self._clients() if client not in present}
 
     def _sample(self, round_: int, clients: list[Client]) -> list[Client]:
-        count = max(self.options.min_clients, round(self.options.fraction_clients * len(clients)))
+        count = max(self.options.least, round(self.options.fraction_clients * len(clients)))
         if count >= len(clients) or self.strategy.needs_everyone(round_):
             return clients
         chosen = random.Random(f"{self.options.seed}:{round_}").sample(clients, count)
@@ -401,8 +385,11 @@ class Run:
         summary = summary_of(
             self.options, clients, time.monotonic() - self.started, self.training_seconds, self.wire.totals()
         )
+        refused = dict(sorted(self.enrolment.refused.items()))
+        missing = sorted(set(self.enrolment.clients) - set(clients))
+        summary |= {"refused": refused, "not_delivered": missing}
         self.directory.write_summary(summary)
-        log(INFO, "finished: %s", headline(summary))
+        log(WARNING if refused or missing else INFO, "finished: %s", headline(summary))
 
 
 def _say(text: str) -> None:

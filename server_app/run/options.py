@@ -47,8 +47,9 @@ class RunOptions:
     (its classes in groups, one after another)."""
     seed: int = 0
     """Decides initial adapters, sampling and the order of the data. The same seed gives the same numbers on a CPU."""
-    min_clients: int = 2
-    """The run starts when this many clients have registered, and a round settles only with as many answers."""
+    min_clients: int = 0
+    """The run starts when this many clients have registered, and a round settles only with as many answers. 0: all
+    SuperNodes that are online as the run starts must be taken in, two at least; a round settles with two answers."""
     fraction_clients: float = 1.0
     """Share of the registered clients that is asked in each round."""
     round_timeout: float = 600.0
@@ -60,12 +61,17 @@ class RunOptions:
     keep_checkpoints: int = 2
     """Checkpoints kept on disk, the newest ones; clients keep as many earlier states of their slots."""
 
+    @property
+    def least(self) -> int:
+        """Clients without which nothing starts or settles."""
+        return self.min_clients or 2
+
     def __post_init__(self) -> None:
         require_choice("strategy", self.strategy, STRATEGIES)
         require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
         require_range("num-server-rounds", self.num_server_rounds, 1)
         require_range("seed", self.seed, 0, 2**62)
-        require_range("min-clients", self.min_clients, 1)
+        require_range("min-clients", self.min_clients, 0)
         require_range("fraction-clients", self.fraction_clients, 0, 1)
         require_range("round-timeout", self.round_timeout, 1)
         require_range("startup-timeout", self.startup_timeout, 1)

@@ -13,8 +13,8 @@ from fedalloy_adapters.layout import Layout, LayoutError
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.options import known_keys
 from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
-from strategies.framework.contract import Client, client_from
-from strategies.framework.messages import BadAnswerError
+from strategies.framework.answers import client_from
+from strategies.framework.exchange import BadAnswerError, Client
 from strategies.framework.options import RunConfig
 
 FREE_KEYS = {

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedalloy_adapters.atomic_files import locked, open_private, private_folder, sync, write_durably
-from strategies.framework.contract import State
+from strategies.framework.exchange import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")
 RESUMABLE_PHASES = ("train", "deliver", "counters")

@@ -51,7 +51,23 @@ def summary_of(
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """One line: the clients' mean and worst accuracy; where they have none (texts), mean exact match and perplexity."""
+    """One line: how many sites were delivered their models, which were not and why, and how good the models are."""
+    return f"{_sites(summary)}{_scores(summary)}"
+
+
+def _sites(summary: Mapping[str, Any]) -> str:
+    refused, missing = summary.get("refused", {}), summary.get("not_delivered", [])
+    if not refused and not missing:
+        return ""
+    done = len(summary["clients"])
+    words = f"{done} of {done + len(refused) + len(missing)} sites"
+    words += f"; refused: {'; '.join(f'{who}: {why}' for who, why in refused.items())}" if refused else ""
+    words += f"; without their models: {', '.join(missing)} (fedalloy deliver)" if missing else ""
+    return f"{words}; "
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    """Mean and worst accuracy; where clients have none (texts), mean exact match and perplexity."""
     if summary["mean_accuracy"] is not None:
         missing = summary.get("without_accuracy") or []
         words = f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"

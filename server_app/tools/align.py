@@ -54,7 +54,7 @@ def align_models(
     from client_app.model.alignment import AlignmentError, AlignOptions, align
     from client_app.model.model_folders import BaseModelError
     from client_app.model.personal import ModelError, PersonalModel
-    from client_app.own.readers import DataError
+    from client_app.own.text_files import DataError
     from client_app.scenarios import ScenarioError, bases_to_align
     from client_app.settings import SettingsError
 

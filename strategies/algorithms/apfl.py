@@ -6,7 +6,9 @@ frozen, :math:`\alpha` by the gradient of the same loss.
 
 Here the *deltas* are mixed, not the factors, whose product would have cross terms. ``adaptive = true``: one coefficient
 for each module, the sigmoid of a gate that is trained together with v (the paper: one in all, clipped to [0, 1]; it
-starts at one half, too). ``false``: ``alpha`` stays. Twice FedAvg's local work.
+starts at one half, too) at a learning rate of its own (:mod:`strategies.framework.gates`). ``false``: ``alpha`` stays.
+v is trained beside the w that was received, which stays still meanwhile; in the paper both move in every step. Twice
+FedAvg's local work.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
+from strategies.framework.gates import gate_scale, require_gate_rate
 from strategies.framework.options import require_range
 
 LOCAL, GATES = "local", "gates"
@@ -30,9 +32,12 @@ class APFLOptions:
     """Learn the share (one gate for each module); ``false``: it stays ``alpha``."""
     alpha: float = 0.5
     """The client's own share where it is not adaptive, from 0 (FedAvg's adapter) to 1 (its own)."""
+    gate_rate: float = 0.0
+    """Learning rate of the share where it is adaptive; 0: 0.1."""
 
     def __post_init__(self) -> None:
         require_range("alpha", self.alpha, 0, 1)
+        require_gate_rate(self.gate_rate)
 
 
 class APFL(Averaging[APFLOptions]):
@@ -49,7 +54,9 @@ class APFL(Averaging[APFLOptions]):
     def train(self, round_: int, client: Client) -> list[steps.Step]:
         """The client's own inside the mixture, beside the received global adapter; then the global one alone."""
         trained = [LOCAL, GATES] if self.options.adaptive else [LOCAL]
-        return [steps.train(self.training, self.personal(client), trained), *super().train(round_, client)]
+        rates = gate_scale(self.training, "scalar", self.options.gate_rate) if self.options.adaptive else None
+        own = steps.train(self.training, self.personal(client), trained, rate_scales=rates)
+        return [own, *super().train(round_, client)]
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
         """The mixture."""

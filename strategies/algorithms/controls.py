@@ -4,6 +4,9 @@
   model is nothing but its labels.
 * ``fedavg-tuned``: FedAvg in the first half of the rounds, then each client trains on from the global adapter, alone:
   as many local steps in all as FedAvg has.
+* ``local-all``: local training on training and validation examples together, with as many steps as ``local``. A
+  strategy may choose weights, models or gates on validation examples (``learns_from``); what that is
+  worth as training data is what it has to beat.
 * ``local-twice``: the exact average of two local runs of the same client, which differ in the order of batches only.
   What an average of adapters gains without anybody else's data; twice the local work.
 """
@@ -16,8 +19,7 @@ from typing import Any
 from proto.fedalloy.v1 import plan_pb2
 from strategies.algorithms.local import Local
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Answer, Brief, Client, State
+from strategies.framework import About, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
 TWINS = ("first", "second")
@@ -50,7 +52,7 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
         return Brief([fit, *brief.steps], brief.adapters)
 
     def _head(self, client: Client) -> list[str]:
-        return [module for module in client.layout.modules if module not in client.layout.lora_modules]
+        return list(client.layout.head_modules)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,24 @@ class FedAvgTuned(Averaging[FedAvgTunedOptions]):
 
     def _is_federated(self, round_: int) -> bool:
         return round_ <= (self.options.federated_rounds or max(1, self.rounds // 2))
+
+
+class LocalAll(Local):
+    """Local training on all that a client has but its test examples."""
+
+    name = "local-all"
+    about = About(
+        "its own adapter, trained on its validation examples, too; nothing shared", travels="0", group="control"
+    )
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """Both."""
+        return ("train", "validation")
+
+    def split(self, client: Client) -> str:
+        """Both, where there are both."""
+        return "train+validation" if client.held_out else "train"
 
 
 class LocalTwice(Local):

@@ -3,7 +3,10 @@ r"""Ditto: FedAvg, and beside it an adapter of the client's own that is pulled t
 Li, Hu, Beirami, Smith, "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021:
 :math:`v_k \leftarrow v_k - \eta(\nabla F_k(v_k) + \lambda(v_k - w^t))` with the received global w, in factor space. v
 never leaves the client. ``lambda = 0`` is local training; a large one gives the global adapter. Twice FedAvg's local
-work.
+work. A head that is the client's own is not pulled: it was never averaged.
+
+With AdamW the pull is a part of the gradient that is normalised, so ``pull`` is not the paper's :math:`\lambda`, but
+says how much the pull counts beside the loss. ``optimizer = "sgd"`` with ``max-grad-norm = 0`` is the rule above.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
 from strategies.framework.options import require_range
 
 LOCAL = "local"

@@ -6,8 +6,10 @@ at the client,
 :math:`y = W_0 x + \alpha(x) \Delta_L x + (1 - \alpha(x)) \Delta_R x`.
 
 ``mixer = "input"``: :math:`\alpha` is the sigmoid of a projection of the module's input (a softmax over two), averaged
-over an example's tokens (the paper: for each token); ``"scalar"``: a number for each module. Uploads of clients that
-did not answer are their last known ones.
+over an example's tokens (the paper: for each token); ``"scalar"``: a number for each module. The head, which the paper
+has not, is mixed as the rest, by a number of its own; of a client whose labels are its own, the rest of the world knows
+no head, and that side of the mixture is the base model's. Uploads of clients that did not answer are their last known
+ones.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import torch
 from torch import Tensor
 
 from strategies.families.peer_average import LOCAL, Peers
-from strategies.framework import steps
-from strategies.framework.contract import About, Brief, Client
+from strategies.framework import About, Brief, Client, steps
+from strategies.framework.gates import gate_scale, require_gate_rate
 from strategies.framework.options import require_choice
 
 REST, GATES = "rest", "gates"
@@ -30,9 +32,12 @@ class FedALTOptions:
     """How the two adapters are mixed."""
 
     mixer: str = "input"
-    """``"input"``: by what comes in, for each position; ``"scalar"``: one learned share for each module."""
+    """``"input"``: by what comes in, for each example; ``"scalar"``: one learned share for each module."""
+    gate_rate: float = 0.0
+    """Learning rate of the mixer; 0: 0.1 for ``"scalar"``, ``learning-rate`` for ``"input"``."""
 
     def __post_init__(self) -> None:
+        require_gate_rate(self.gate_rate)
         require_choice("mixer", self.mixer, ("input", "scalar"))
 
 
@@ -54,7 +59,12 @@ class FedALT(Peers[FedALTOptions]):
         plan = [
             *self._slots(),
             steps.evaluate(self.training, mix),
-            steps.train(self.training, mix, [LOCAL, GATES]),
+            steps.train(
+                self.training,
+                mix,
+                [LOCAL, GATES],
+                rate_scales=gate_scale(self.training, self.options.mixer, self.options.gate_rate),
+            ),
             self.send(),
         ]
         return Brief(plan, rest or {})

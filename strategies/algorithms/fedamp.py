@@ -22,8 +22,7 @@ from torch import Tensor
 
 from fedalloy_adapters.bank.blocks import Row, rows_of, squared_distances
 from strategies.families.peer_average import LOCAL, Peers
-from strategies.framework import steps
-from strategies.framework.contract import About, Brief, Client
+from strategies.framework import About, Brief, Client, steps
 from strategies.framework.options import require_range
 
 CLOUD = "cloud"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from strategies.families.fedavg import Averaging
 from strategies.families.robust import RULES
-from strategies.framework.contract import About
+from strategies.framework import About
 from strategies.framework.options import OptionError, require_choice
 
 

@@ -9,7 +9,8 @@ Yang, Long, Shen, Jiang, Blumenstein, "Dual-Personalizing Adapter for Federated 
 
 u is fixed (``local_share``), in training and at test. The paper's weight for each test example, from the similarity
 of its embedding to training examples, is left out: its released code multiplies the adapter that its text says it
-should not. A client that has not trained a local adapter yet has the global one.
+should not. The server's mean is weighted by example counts (the authors': every client counts the same). A client that
+has not trained a local adapter yet has the global one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from typing import Any
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Answer, Brief, Client, State
+from strategies.framework import About, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_choice, require_range
 
 LOCAL = "local"

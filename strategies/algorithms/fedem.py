@@ -20,8 +20,7 @@ from typing import Any
 from fedalloy_adapters.adapter import Adapter
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import average
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
 SHARES = "shares"

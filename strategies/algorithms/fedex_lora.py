@@ -19,10 +19,9 @@ import torch
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate
-from fedalloy_adapters.layout import Factor
 from strategies.families.fedavg import average
 from strategies.families.merged_base import MergedBase
-from strategies.framework.contract import About
+from strategies.framework import About
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def residual(adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
     parts = [Adapter(adapters[0].layout, vector - mean) for vector in vectors]
     total = stack(parts, list(shares))
     for entry, tensor in total.items():
-        if entry.factor in (Factor.WEIGHT, Factor.BIAS):
+        if entry.module in total.layout.head_modules:
             tensor.zero_()
     ranks = {module: max(rank * (len(adapters) - 1), 1) for module, rank in adapters[0].layout.ranks.items()}
     return truncate(total, total.layout.with_ranks(ranks)).to(torch.float32)

@@ -8,7 +8,7 @@ Zhang, Sapra, Fidler, Yeung, Alvarez, "Personalized Federated Learning with Firs
 at the client, then local training. Nothing that is better: no move. The server keeps affinities, sums of the w that a
 client has reported, and sends the ``candidates`` with the highest, each of them replaced by a random one with
 probability ``explore``. Down goes that many times what goes up. Clients without validation data use their training
-data.
+data. Others' adapters are tried with the client's own head where its labels are its own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from fedalloy_adapters.bank.store import Made
 from strategies.families.peer_average import LOCAL, Peers
-from strategies.framework import steps
-from strategies.framework.contract import About, Answer, Brief, Client, State
+from strategies.framework import About, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
 
@@ -53,6 +52,11 @@ class FedFomo(Peers[FedFomoOptions]):
         self.affinity: dict[str, dict[str, float]] = {}
         self.asked: dict[str, list[str]] = {}
 
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """Others' adapters are chosen on validation examples."""
+        return ("train", "validation")
+
     def weigh(self, names: list[str]) -> Tensor:
         """Affinities, for the record; a row without any is zero."""
         rows = [[self.affinity.get(name, {}).get(peer, 0.0) for peer in names] for name in names]
@@ -68,6 +72,7 @@ class FedFomo(Peers[FedFomoOptions]):
         mix = steps.mixture(LOCAL)
         plan = [
             *self.begin(),
+            *(steps.copy(slot, LOCAL) for slot in slots),
             *([steps.select(LOCAL, list(slots), "improvement", split=split)] if slots else []),
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [LOCAL]),

@@ -40,12 +40,11 @@ from strategies.algorithms.fedmerge_weights import (
     merge_models,
     model_coefficients,
 )
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.families.part_average import NOT_A
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, steps
 from strategies.framework.options import require_choice, require_range
 
 SLOT = "merged"
-_NOT_A = (Factor.B, Factor.WEIGHT, Factor.BIAS)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
     def enrol(self, client: Client) -> None:
         """A new client's weights are the mean of the others'."""
         if self.base is None:
-            part = client.layout.select(() if self.options.variant == "factors" else _NOT_A)
+            part = client.layout.select(() if self.options.variant == "factors" else NOT_A)
             mask = _mask(part, self.options.w_layers)
             super().enrol(client)  # here, so that a client that is refused leaves nothing behind
             self.base, self.part, self.mask = Adapter.initial(client.layout, self.seed), part, mask
@@ -134,7 +133,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
     def brief(self, round_: int, client: Client) -> Brief:
         """Send the client its merge; it evaluates, trains with the pull, returns it."""
         mix = steps.mixture(SLOT)
-        factors = _NOT_A if self.options.variant == "frozen-a" else ()
+        factors = NOT_A if self.options.variant == "frozen-a" else ()
         return Brief(
             [
                 *self._common_start(),

@@ -29,7 +29,8 @@ Where the paper and the authors' code differ, both are options; the first is the
 A and B of other layers are averaged apart, as in the paper: their product is not the average of the products. The
 gradient is taken on ``local-steps / sketch_every`` batches a round, not on single examples. The code's noise on gates
 is left out, because nothing trains its scale. An "input" gate sees a whole training text, as in the code, and only
-the prompt when it generates. Optimisers start fresh in every round, as they do for all strategies here.
+the prompt when it generates. Gates have a learning rate of their own (:mod:`strategies.framework.gates`): with the
+adapters' they would not leave one half. Optimisers start fresh in every round, unless ``optimizer-state = "keep"``.
 
 Under partial participation a client's last known upload and sketch stand for it. A client without known peers gets a
 copy of its own adapter as the global one.
@@ -43,7 +44,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flwr.common.logger import log
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
@@ -54,8 +54,8 @@ from fedalloy_adapters.codec import Encoding
 from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
+from strategies.framework.gates import gate_scale, require_gate_rate
 from strategies.framework.options import OptionError, require_choice, require_range
 
 LOCAL, GLOBAL, GATES, SKETCH = "local", "global", "gates", "sketch"
@@ -82,8 +82,8 @@ class FedMosaicOptions:
     """Whether a client's own adapter is part of its global one."""
     gate: str = "scalar"
     """How the two adapters are mixed: ``"scalar"``, one gate for each module; ``"input"``, by what comes in."""
-    gate_rate: float = 1.0
-    """Multiplies the learning rate of gates."""
+    gate_rate: float = 0.0
+    """Learning rate of gates; 0: 0.1 for ``"scalar"``, ``learning-rate`` for ``"input"``."""
     shared_rate: float = 2.5
     """Multiplies the learning rate of P and Q."""
     share_conventional_lora: bool = True
@@ -115,7 +115,7 @@ class FedMosaicOptions:
         require_range("temperature", self.temperature, 1e-3)
         if not 0 < self.max_relevance <= 1:
             raise OptionError(f"max-relevance = {self.max_relevance}, expected above 0 and at most 1")
-        require_range("gate-rate", self.gate_rate, 0)
+        require_gate_rate(self.gate_rate)
         require_range("shared-rate", self.shared_rate, 0)
         require_range("sketch-every", self.sketch_every, 1)
         require_range("sketch-noise", self.sketch_noise, 0)
@@ -196,7 +196,8 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
     def brief(self, round_: int, client: Client) -> Brief:
         """Install the global adapter, evaluate, train the local one and the gates, sketch, send the local one."""
         mix = steps.gated(GLOBAL, LOCAL, GATES)
-        rates = {Factor.GATE: self.options.gate_rate, **dict.fromkeys(_SHARED, self.options.shared_rate)}
+        rates = gate_scale(self.training, self.options.gate, self.options.gate_rate)
+        rates |= dict.fromkeys(_SHARED, self.options.shared_rate)
         plan = [
             *self._slots(),
             steps.copy(GLOBAL, LOCAL),  # what no peer contributes to

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
 from strategies.framework.options import require_range
 
 

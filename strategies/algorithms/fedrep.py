@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from fedalloy_adapters.layout import Layout
 from strategies.families.fedavg import SLOT
 from strategies.families.part_average import Part, PartAverage
-from strategies.framework import steps
-from strategies.framework.contract import About, Client, StrategyError
+from strategies.framework import About, Client, StrategyError, steps
 from strategies.framework.options import require_range
 
 
@@ -70,7 +69,7 @@ class FedRep(PartAverage[FedRepOptions]):
 
     def _own(self, layout: Layout) -> list[str]:
         if self.options.own == "head":
-            found = [module for module in layout.modules if module not in layout.lora_modules]
+            found = list(layout.head_modules)
         else:
             patterns = [pattern.strip() for pattern in self.options.own.split(",")]
             found = [m for m in layout.modules if any(fnmatch.fnmatchcase(m, pattern) for pattern in patterns)]

@@ -2,14 +2,15 @@ r"""FedSA-LoRA: both factors are trained, A is averaged, B and the head stay at 
 
 Guo, Zeng, Wang, Fan, Wang, Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025: A
 learns what is general, B what is the client's. The head stays local as in the authors' configuration for GLUE. A
-client that is not sampled keeps its B; a new one starts at B = 0.
+client that is not sampled keeps its B; a new one starts at B = 0. A is averaged by example counts. The last average
+of A is delivered beside the B that was trained with the A before it, as a client would use it in the next round.
 """
 
 from __future__ import annotations
 
 from fedalloy_adapters.layout import Factor
 from strategies.families.part_average import Part, PartAverage
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client
 from strategies.framework.options import NoOptions
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from strategies.families.fedavg import SLOT
 from strategies.families.part_average import NOT_A, Part, PartAverage
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
 from strategies.framework.options import NoOptions
 
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import precision_mean
 from strategies.families.one_shot import LOCAL, OneShot
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
 from strategies.framework.options import require_range
 
 INFORMATION = "information"

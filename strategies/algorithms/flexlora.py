@@ -17,7 +17,7 @@ from fedalloy_adapters.algebra import stack, truncate
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2
 from strategies.families.fedavg import Averaging
-from strategies.framework.contract import About, AlloyStrategy, Client, State
+from strategies.framework import About, AlloyStrategy, Client, State
 from strategies.framework.options import NoOptions
 
 

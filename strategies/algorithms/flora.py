@@ -17,8 +17,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Layout
 from strategies.families.fedavg import SLOT
 from strategies.families.merged_base import MergedBase, weighted
-from strategies.framework import steps
-from strategies.framework.contract import About, Brief, Client
+from strategies.framework import About, Brief, Client, steps
 from strategies.framework.options import NoOptions
 
 
@@ -50,7 +49,8 @@ class FLoRA(MergedBase[NoOptions]):
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """A new adapter, drawn from the seed and the round, on the changed base."""
-        return [steps.initialise(SLOT, self.seed + round_, keep_existing=False), *super().prepare(round_, client)]
+        fresh = steps.initialise(SLOT, self.seed + round_, keep_existing=False, keep_own_heads=True)
+        return [fresh, *super().prepare(round_, client)]
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """All of it goes into the base."""

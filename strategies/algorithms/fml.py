@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
 from strategies.framework.options import OptionError, require_range
 
 LOCAL = "local"

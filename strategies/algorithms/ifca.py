@@ -5,7 +5,10 @@ is sent all :math:`\theta_1 .. \theta_C`, takes :math:`\arg\min_j F_k(\theta_j)`
 averages per cluster by example counts. A cluster that nobody chose stays. Down goes C times what goes up.
 
 All start at the base model, where every model has the same loss. So the first round is FedAvg's, and its uploads are
-divided by k-means (factor space) into the first clusters.
+divided by k-means (factor space) into the first clusters (in the paper: C starts drawn at random). A client chooses by
+its training loss, as in the paper; a model that it has trained often has a low one whatever its cluster, so a choice
+hardly changes once adapters fit their clients' examples. Candidates are compared with the client's own head where its
+labels are its own.
 """
 
 from __future__ import annotations
@@ -17,8 +20,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.blocks import MemoryRow
 from strategies.algorithms.fedmerge_weights import cluster
 from strategies.families.fedavg import average
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
 MODEL = "model"
@@ -59,6 +61,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         """Choose, evaluate, train, send."""
         mix = steps.mixture(MODEL)
         plan = [
+            *self._candidate_heads(),
             self._choose(),
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [MODEL]),
@@ -91,7 +94,8 @@ class IFCA(AlloyStrategy[IFCAOptions]):
     def deliver(self, client: Client) -> Brief:
         """The model that fits best."""
         mix = steps.mixture(MODEL)
-        return Brief([self._choose(), steps.save(mix), steps.evaluate(self.training, mix)], self._candidates())
+        plan = [*self._candidate_heads(), self._choose(), steps.save(mix), steps.evaluate(self.training, mix)]
+        return Brief(plan, self._candidates())
 
     def state(self) -> State:
         """The models."""
@@ -107,6 +111,11 @@ class IFCA(AlloyStrategy[IFCAOptions]):
             return self.models[index]
         _, adapters, examples = zip(*members, strict=True)
         return average(adapters, examples)
+
+    def _candidate_heads(self) -> list[steps.Step]:
+        """A head that is the client's own is that of the model it trains, whichever candidate that becomes."""
+        copies = [steps.copy(slot, MODEL) for slot in self._candidates()]
+        return [steps.initialise(MODEL, self.seed), *copies]
 
     def _choose(self) -> steps.Step:
         return steps.select(MODEL, list(self._candidates()), "best", split="train", samples=self.options.samples)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedalloy_adapters.layout import Layout
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import NoOptions
 
 SLOT = "local"
@@ -26,6 +25,10 @@ class Local(AlloyStrategy[NoOptions]):
         """Always: nothing is merged."""
         return True
 
+    def split(self, client: Client) -> str:
+        """What the client trains on."""
+        return "train"
+
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate what there is, train on."""
         mix = steps.mixture(SLOT)
@@ -33,7 +36,7 @@ class Local(AlloyStrategy[NoOptions]):
             [
                 steps.initialise(SLOT, self.seed, keep_existing=round_ > 1),
                 steps.evaluate(self.training, mix),
-                steps.train(self.training, mix, [SLOT]),
+                steps.train(self.training, mix, [SLOT], split=self.split(client)),
             ]
         )
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import norm
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_linear
-from strategies.framework.contract import About
+from strategies.framework import About
 
 
 def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:

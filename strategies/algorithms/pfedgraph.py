@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fedalloy_adapters.algebra import gram
 from strategies.families.peer_average import LOCAL, Peers
-from strategies.framework import steps
-from strategies.framework.contract import About, Brief, Client
+from strategies.framework import About, Brief, Client
 from strategies.framework.options import require_range
 
 
@@ -68,27 +67,12 @@ class PFedGraph(Peers[PFedGraphOptions]):
 
     def weigh(self, names: list[str]) -> Tensor:
         """The graph's rows."""
-        counts = torch.tensor([self._examples(name) for name in names], dtype=torch.float64)
+        counts = self.examples(names)
         return collaboration(
             gram([self.uploads[name] for name in names]), counts / counts.sum(), self.options.smoothing
         )
-
-    def brief(self, round_: int, client: Client) -> Brief:
-        """Install the average, evaluate, train, send."""
-        mix, model = steps.mixture(LOCAL), self.combined(LOCAL, client)
-        plan = [
-            *self.begin(),
-            steps.evaluate(self.training, mix),
-            steps.train(self.training, mix, [LOCAL]),
-            self.send(),
-        ]
-        return Brief(plan, model or {})
 
     def deliver(self, client: Client) -> Brief:
         """The average itself."""
         model = self.combined(LOCAL, client)
         return Brief(super().deliver(client).steps, model or {})
-
-    def _examples(self, name: str) -> int:
-        """The client's example count; 1 for a client that has not rejoined after a resume."""
-        return self.clients[name].examples if name in self.clients else 1

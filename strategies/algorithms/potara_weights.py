@@ -143,6 +143,9 @@ def plug_in(variances: Tensor, distances: Tensor, shares: Tensor) -> list[Weight
     pooled = float((shares.square() * tempered(variances)).sum())
     weights = []
     for b, q, p in zip(variances.tolist(), distances.tolist(), shares.tolist(), strict=True):
+        if p == 1:  # 0 / 0: the federated adapter is the client's own, trained for longer
+            weights.append(Weight(1.0, 1.0, b, b, b, q, "alone"))
+            continue
         denominator = max(q, pooled + b - 2 * p * b)
         weights.append(closed_form(denominator - b + 2 * p * b, b, p * b, denominator))
     return weights
@@ -185,7 +188,8 @@ class Evidence:
 
     ``b`` is the calibrated mean squared error of the local adapter and ``q`` the squared distance of the two adapters,
     in the metric of b; ``b`` is empty where the client has too few examples to tell. ``distance`` is the squared
-    distance of the deltas whatever the metric.
+    distance of the deltas whatever the metric. Variances and covariance are empty where the rule does not use them;
+    ``more`` has these three lists for other dampings.
     """
 
     examples: int
@@ -199,6 +203,12 @@ class Evidence:
     losses: Sequence[float] = ()
     samples: int = 0
     dropped: int = 0
+    more: Sequence[Sequence[Sequence[float]]] = ()
+
+    def at(self, index: int) -> Evidence:
+        """The same at another damping, by its place in ``more``."""
+        fed, local, covariance = self.more[index]
+        return replace(self, variance_fed=fed, variance_local=local, covariance=covariance)
 
 
 MODES = (
@@ -239,6 +249,11 @@ def weigh(
 
 
 def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scale: str, total: int) -> list[Weight]:
+    if mode == "half":
+        return [_without_moments(0.5) for _ in evidence]
+    if mode == "line-search":
+        undecided = _without_moments(0.5, "no-held-out")
+        return [best_of(client.losses) if client.losses else undecided for client in evidence]
 
     def numbers(rows: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([sum(row) if module is None else row[module] for row in rows], dtype=torch.float64)
@@ -247,10 +262,6 @@ def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scal
     counted = examples * torch.tensor([client.takes_part for client in evidence])
     everybody = max(total, float(counted.sum()))
     shares = counted / max(everybody, 1.0)
-    fed = numbers([client.variance_fed for client in evidence])
-    local = numbers([client.variance_local for client in evidence])
-    if mode == "server-scalar":
-        return shared_variance(local / examples, shares)
     if mode in ("random-effects", "plugin"):
         known = torch.tensor([len(client.b) > 0 for client in evidence])
         variances = numbers([client.b or [math.nan] * len(client.distance) for client in evidence])
@@ -258,21 +269,18 @@ def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scal
         variances = torch.where(known, variances, (variances * examples)[known].mean() / examples)
         rule = random_effects if mode == "random-effects" else plug_in
         return rule(variances, numbers([client.q for client in evidence]), shares)
+    local = numbers([client.variance_local for client in evidence])
+    if mode == "server-scalar":
+        return shared_variance(local / examples, shares)
+    fed = numbers([client.variance_fed for client in evidence])
     covariance = numbers([client.covariance for client in evidence])
     if fed_scale == "total" and everybody > 0:
         scale = examples / everybody
         fed, covariance = fed * scale, covariance * scale.sqrt()
     if mode != "client-fisher-clipped":
         covariance = torch.zeros_like(covariance)
-    rows = zip(fed.tolist(), local.tolist(), covariance.tolist(), strict=True)
-    weights = [fisher_weight(*row) for row in rows]
-    if mode == "half":
-        return [replace(weight, value=0.5, raw=0.5, flag="") for weight in weights]
-    if mode == "line-search":  # the moments stay, for the record
-        undecided = Weight(0.5, 0.5, 0.0, 0.0, 0.0, 0.0, "no-held-out")
-        best = [best_of(client.losses) if client.losses else undecided for client in evidence]
-        return [
-            replace(weight, value=found.value, raw=found.raw, flag=found.flag)
-            for weight, found in zip(weights, best, strict=True)
-        ]
-    return weights
+    return [fisher_weight(*row) for row in zip(fed.tolist(), local.tolist(), covariance.tolist(), strict=True)]
+
+
+def _without_moments(value: float, flag: str = "") -> Weight:
+    return Weight(value, value, math.nan, math.nan, math.nan, math.nan, flag)

@@ -21,8 +21,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import fold, stack, truncate
 from fedalloy_adapters.layout import Factor
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, at_rank
-from strategies.framework import steps
-from strategies.framework.contract import About, Client
+from strategies.framework import About, Client, steps
 from strategies.framework.options import require_range
 
 GRAM = "gram"

@@ -13,8 +13,7 @@ from typing import Any
 
 from strategies.families.fedavg import SLOT
 from strategies.families.part_average import NOT_A, NOT_B, Part, PartAverage
-from strategies.framework import steps
-from strategies.framework.contract import About, Answer, Client, State, StrategyError
+from strategies.framework import About, Answer, Client, State, StrategyError, steps
 from strategies.framework.options import NoOptions
 
 

@@ -23,8 +23,8 @@ FedAvg and J steps of fine-tuning ``tap.deliver = "finetuned"`` (``tap.finetune-
 training an infinite margin with ``tap.deliver = "stage1"``; TAP without distillation ``tap.kd-weight = 0``; a margin of
 ``-inf`` always replaces. Every delivery evaluates all four models.
 
-Where a client's labels are its own, its head is, too: it never leaves the client, and W and X share it. Only then does
-the training of X reach W, through that head.
+Where a client's labels are its own, so are the heads of W and X, which never leave it; where all of W replaces X, so
+does its head.
 """
 
 from __future__ import annotations
@@ -34,15 +34,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flwr.common.logger import log
-
 from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import report_pb2
 from strategies.families.fedavg import SLOT as GLOBAL
 from strategies.families.fedavg import Averaging
-from strategies.framework import steps
-from strategies.framework.contract import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
 from strategies.framework.options import NoOptions, OptionError, require_choice, require_range
 
 T = TypeVar("T")
@@ -162,6 +159,11 @@ class Tap(AlloyStrategy[TapOptions]):
         self.federated.by_task = self.options.weight == "task"
         self.replacements: dict[str, dict[str, Any]] = {}
         self.totals: dict[str, int] = {}
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """Validation examples where replacements are decided by a probe."""
+        return ("train", "validation") if self.options.history == "probe" else ("train",)
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """As for FedAvg: groups that both have are equal."""

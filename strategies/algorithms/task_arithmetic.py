@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fedalloy_adapters.adapter import Adapter
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_linear
-from strategies.framework.contract import About
+from strategies.framework import About
 from strategies.framework.options import require_range
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_dense
-from strategies.framework.contract import About
+from strategies.framework import About
 from strategies.framework.options import OptionError, require_range
 
 

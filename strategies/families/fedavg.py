@@ -16,8 +16,7 @@ from fedalloy_adapters.groups import average_groups, group_difference, union
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
 from strategies.families.robust import robust_average
-from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 
 SLOT = "global"
 

@@ -18,8 +18,7 @@ from fedalloy_adapters.algebra import stack, truncate
 from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 
 MERGED = ("merged-odd", "merged-even")
 UPDATE = "update"

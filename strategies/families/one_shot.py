@@ -18,8 +18,7 @@ from torch import Tensor
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import folded, stack, truncate
 from fedalloy_adapters.layout import Factor, Layout
-from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 from strategies.framework.options import require_range
 
 LOCAL, MERGED = "local", "merged"
@@ -121,7 +120,11 @@ class OneShot(AlloyStrategy[OptionsT]):
     def deliver(self, client: Client) -> Brief:
         """The merge; before there is one, the client's own adapter."""
         mix = steps.mixture(LOCAL if self.merged is None else MERGED)
-        plan = [steps.initialise(LOCAL, self.seed), steps.save(mix), steps.evaluate(self.training, mix)]
+        plan = [steps.initialise(LOCAL, self.seed)]
+        if self.merged is not None:
+            # For a head that only the client knows: what is received replaces the rest.
+            plan.append(steps.copy(MERGED, LOCAL))
+        plan += [steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {} if self.merged is None else {MERGED: self.merged})
 
     def state(self) -> State:

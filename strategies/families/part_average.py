@@ -13,8 +13,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Factor, Layout
 from strategies.families.fedavg import SLOT, Averaging
-from strategies.framework import steps
-from strategies.framework.contract import Brief, Client, OptionsT
+from strategies.framework import Brief, Client, OptionsT, steps
 
 NOT_A = (Factor.B, Factor.WEIGHT, Factor.BIAS)
 NOT_B = (Factor.A, Factor.WEIGHT, Factor.BIAS)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.bank.store import Bank, Made
-from strategies.framework import steps
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client, OptionsT, State
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 
 LOCAL = "local"
 
@@ -31,6 +30,13 @@ class Peers(AlloyStrategy[OptionsT]):
     @abstractmethod
     def weigh(self, names: list[str]) -> Tensor:
         """Weights ``[N, N]``: how much the upload of the column's client counts for the row's."""
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Install the client's combination, evaluate and train it, send the result."""
+        mix = steps.mixture(LOCAL)
+        train = steps.train(self.training, mix, [LOCAL])
+        plan = [*self.begin(), steps.evaluate(self.training, mix), train, self.send()]
+        return Brief(plan, self.combined(LOCAL, client) or {})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the upload until the next one comes."""
@@ -54,6 +60,11 @@ class Peers(AlloyStrategy[OptionsT]):
         weights = torch.tensor([list(row.values())], dtype=torch.float64)
         known = self.known
         return Made({slot: lambda: known.combine(list(row), weights)[0]})
+
+    def examples(self, names: list[str]) -> Tensor:
+        """The clients' example counts ``[N]``; 1 for a client that has not rejoined after a resume."""
+        counts = [self.clients[name].examples if name in self.clients else 1 for name in names]
+        return torch.tensor(counts, dtype=torch.float64)
 
     @property
     def known(self) -> Bank:

@@ -1,4 +1,4 @@
-"""What every strategy shares: the contract, and the bridge to Flower's own ``Strategy``.
+"""The contract of a strategy: what it is asked, in which order, and what it may rely on.
 
 A strategy decides *which adapters* a client is sent, *which plan* it runs, and *how answers are merged*. It never sees
 the network, and a client never sees the algorithm. One round is::
@@ -8,46 +8,28 @@ the network, and a client never sees the algorithm. One round is::
     once:             settle(round)         -> record    merge; what it returns is written to rounds.jsonl
 
 and after the last round ``deliver(client)`` hands every client its personal model. State is plain tensors and JSON.
+
+Nothing here knows Flower: :mod:`strategies.framework.flower` makes a Flower ``Strategy`` of it.
 """
 
 from __future__ import annotations
 
-import secrets
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common.logger import log
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
-from torch import Tensor
-
-from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.bank.blocks import MemoryRow, Row
-from fedalloy_adapters.bank.store import Bank, FileRow, Storage, tensor_of
+from fedalloy_adapters.bank.store import Storage
 from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout, LayoutError
-from fedalloy_adapters.parts import layout_of_sketch
-from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.framework.limits import Limits, bounded, require_affordable, with_bounded_weight, within_round
-from strategies.framework.messages import (
-    BadAnswerError,
-    Dispatch,
-    plan_dispatch,
-    read_answer,
-    read_registration,
-    register_message,
-    require_size,
-)
+from strategies.framework.dispatch import Dispatch, plan_dispatch
+from strategies.framework.exchange import Answer, Brief, Client, State, StrategyError
+from strategies.framework.limits import Limits, with_bounded_weight
 from strategies.framework.options import NoOptions, RunConfig, keys_of, read_options, require_range
 from strategies.framework.steps import Training
 
 OptionsT = TypeVar("OptionsT")
 """A strategy's options: a frozen dataclass."""
-_INFO, _WARNING = 20, 30
-_REGISTRATION_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -70,89 +52,6 @@ class About:
 
 
 @dataclass(frozen=True)
-class Client:
-    """A registered client. ``examples`` counts its training examples; ``id`` is stable across runs and restarts.
-
-    ``reference`` is the gradient that its sketches are made of, None for a client that cannot make any.
-    """
-
-    id: str
-    node_id: int
-    layout: Layout
-    examples: int
-    base_model: str = ""
-    registration: report_pb2.Registration = field(default_factory=report_pb2.Registration, compare=False, repr=False)
-    reference: Layout | None = None
-
-    @property
-    def claimed(self) -> int:
-        """Training examples that the client registered with; ``examples`` is what it counts for."""
-        return sum(int(task.examples.get("train", 0)) for task in self.registration.tasks)
-
-    @property
-    def held_out(self) -> int:
-        """Validation examples that the client registered with."""
-        return sum(int(task.examples.get("validation", 0)) for task in self.registration.tasks)
-
-
-@dataclass(frozen=True)
-class Brief:
-    """What one client gets in one round: steps to run, and adapters to install in slots before running them.
-
-    Adapters that are the client's own are recipes (:class:`fedalloy_adapters.bank.store.Made`): they are made when the
-    message is, and again when its answer needs them, so that no round holds one for every client.
-    """
-
-    steps: Sequence[plan_pb2.Step]
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one client answered, checked.
-
-    ``adapters`` by slot, in the layout that was asked for; ``received`` is what the client started from, after decoding
-    (it differs from what was sent where the encoding is lossy); ``metrics`` by label of the evaluate step; ``clipped``
-    has the norms of updates that were longer than ``max-update-norm``, by slot.
-    """
-
-    adapters: Mapping[str, Adapter]
-    received: Mapping[str, Adapter]
-    metrics: Mapping[str, Mapping[str, float]]
-    examples: int
-    report: report_pb2.Report
-    clipped: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class State:
-    """A strategy's state between rounds: tensors by name, and values that JSON can hold exactly.
-
-    ``rows`` are tensors that are in files: a checkpoint links them and does not copy them.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, FileRow] = field(default_factory=dict)
-
-    def keep(self, prefix: str, bank: Bank) -> None:
-        """All adapters of a bank, as ``<prefix>/<name>``; nobody writes to a row, so there is nothing to copy."""
-        for name, row in zip(bank, bank.rows(), strict=True):
-            if isinstance(row, FileRow):
-                self.rows[f"{prefix}/{name}"] = row
-            else:
-                self.tensors[f"{prefix}/{name}"] = tensor_of(row)
-
-    def row(self, name: str) -> Row:
-        """A tensor of either kind."""
-        return self.rows[name] if name in self.rows else MemoryRow(self.tensors[name])
-
-
-class StrategyError(ValueError):
-    """A client does not fit this strategy, or a strategy was asked for something it cannot do."""
-
-
-@dataclass(frozen=True)
 class _Run:
     """What a strategy needs to know of the run; 0 rounds: not known."""
 
@@ -163,8 +62,8 @@ class _Run:
         require_range("seed", self.seed, 0, 2**62)
 
 
-class AlloyStrategy(Strategy, Generic[OptionsT]):
-    """Base of all strategies.
+class Contract(ABC, Generic[OptionsT]):
+    """What every strategy implements; its class is a subclass of ``AlloyStrategy``, which is this and Flower's own.
 
     Subclasses name the dataclass of their options, ``class FedProx(AlloyStrategy[FedProxOptions])``, whose field
     ``mu_0`` is the key ``<name>.mu-0`` (``NoOptions`` where there are none). They set ``name`` (the run-config value)
@@ -196,9 +95,6 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
         self.limits = Limits()
         self.storage = storage or Storage()  # of what is kept of its clients
         self.clients: dict[str, Client] = {}
-        self._pending: list[tuple[Message, Client, Dispatch]] = []
-        self._flower_key = secrets.token_bytes(32)
-        self._flower_run = f"flower-{secrets.token_hex(4)}"  # a folder at the clients that no earlier run has used
 
     @classmethod
     def from_run_config(cls, run_config: RunConfig) -> Self:
@@ -218,6 +114,11 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
         """This strategy's own run-config keys with their defaults."""
         return keys_of(cls.Options, f"{cls.name}.")
 
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """The splits that decide a client's model: whoever is compared with it should have them, too."""
+        return ("train",)
+
     def enrol(self, client: Client) -> None:
         """Take a client in; it may come at any round.
 
@@ -236,6 +137,24 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
             if conflict is not None:
                 raise StrategyError(f"client {client.id!r} has {conflict} (as client {other.id!r} has)")
         self.clients[client.id] = client
+
+    def take_in(self, newcomers: Iterable[Client]) -> Iterator[tuple[Client, str | None]]:
+        """Enrol newcomers, in order of :meth:`votes` and not of arrival.
+
+        Yields:
+            each one with as many examples as it counts for, and why it is refused (None: it is enrolled).
+        """
+        new = {client.id: client for client in newcomers}
+        counts = {client.id: client.claimed for client in [*self.clients.values(), *new.values()]}
+        votes = self.votes(new.values())
+        for client_id in votes:
+            client = with_bounded_weight(self.limits, new[client_id], counts)
+            try:
+                self.enrol(client)
+            except StrategyError as error:
+                yield client, f"{error}{_outvoted(votes, client_id)}"
+                continue
+            yield client, None
 
     def votes(self, clients: Iterable[Client]) -> dict[str, int]:
         """How many of these clients each one fits, itself among them, by id: most first, then in order of id.
@@ -277,6 +196,21 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
         """Whether all clients take part in this round, whatever fraction the run samples; by default never."""
         return False
 
+    def dispatch(self, round_: int, client: Client, brief: Brief, run_name: str, run_key: bytes) -> Dispatch:
+        """The client's brief, encoded as the run says; ``run_name`` is the folder of its slots at the client."""
+        return plan_dispatch(
+            brief.steps,
+            brief.adapters,
+            client_id=client.id,
+            layout=client.layout,
+            round_=round_,
+            seed=self.seed,
+            run_name=run_name,
+            run_key=run_key,
+            encoding=self.training.downlink_encoding,
+            reference=client.reference,
+        )
+
     @abstractmethod
     def brief(self, round_: int, client: Client) -> Brief:
         """What ``client`` is sent and asked in round ``round_`` (from 1)."""
@@ -301,152 +235,8 @@ class AlloyStrategy(Strategy, Generic[OptionsT]):
     def load_state(self, state: State) -> None:
         """Continue from :meth:`state`."""
 
-    # Flower's own Strategy: the same class runs by `strategy.start(grid, initial_arrays=ArrayRecord(), ...)`. There a
-    # round also delivers, and to a client a delivery is a round of its own: a plan of a round that it knows would start
-    # from the slots before that round, and throw its training away.
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Register clients on the first round, then one message per client with its own plan and adapters."""
-        if not self.clients:
-            self._enrol_all(grid)
-        briefs = {client: self.brief(server_round, client) for client in self.clients.values()}
-        return self._messages(briefs, 2 * server_round - 1)
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Absorb good answers, name bad ones in the log, settle."""
-        self._absorb_all(server_round, replies, absorb=True)
-        self.settle(server_round)
-        return None, None
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Deliver every client its personal model as it is after this round."""
-        return self._messages({client: self.deliver(client) for client in self.clients.values()}, 2 * server_round)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean and worst client accuracy of the personal models (accuracy where the task has one)."""
-        personal = [answer.metrics["personal"] for answer in self._absorb_all(server_round, replies, absorb=False)]
-        scores = [metrics["accuracy"] for metrics in personal if "accuracy" in metrics]
-        if not scores:
-            return None
-        return MetricRecord({"mean-accuracy": sum(scores) / len(scores), "worst-accuracy": min(scores)})
-
-    def summary(self) -> None:
-        """Log the options."""
-        log(_INFO, "\t├──> FedAlloy strategy %r: %s", self.name, self.options)
-
-    def _enrol_all(self, grid: Grid) -> None:
-        """Register every node; one that cannot take part is named in the log and left out."""
-        asked = {node: register_message(node, _REGISTRATION_SECONDS) for node in sorted(grid.get_node_ids())}
-        replies = {
-            reply.metadata.reply_to_message_id: reply
-            for reply in grid.send_and_receive(list(asked.values()), timeout=_REGISTRATION_SECONDS)
-        }
-        found: dict[str, Client] = {}
-        for node, message in asked.items():
-            try:
-                if message.metadata.message_id not in replies:
-                    raise BadAnswerError(f"node {node} did not answer in {_REGISTRATION_SECONDS:.0f} s")
-                registration, layout = read_registration(replies[message.metadata.message_id], node)
-                client = client_from(registration, layout, node)
-                require_affordable(self.limits, client)
-                holder = found.setdefault(client.id, client)
-                if holder.node_id != node:
-                    raise BadAnswerError(
-                        f"node {node} claims client-id {holder.id!r}, which node {holder.node_id} holds already"
-                    )
-            except BadAnswerError as error:
-                log(_WARNING, "refused: %s", error)
-        counts = {client.id: client.examples for client in found.values()}
-        votes = self.votes(found.values())
-        for client_id in votes:  # not in order of connection
-            try:
-                self.enrol(with_bounded_weight(self.limits, found[client_id], counts))
-            except StrategyError as error:
-                log(_WARNING, "refused: %s%s", error, outvoted(votes, client_id))
-        if not self.clients:
-            raise StrategyError(
-                f"no client registered; {len(asked)} nodes are online (the log says why they are refused)"
-            )
-
-    def _messages(self, briefs: Mapping[Client, Brief], round_: int) -> list[Message]:
-        self._pending = []
-        for client, brief in briefs.items():
-            dispatch = plan_dispatch(
-                brief.steps,
-                brief.adapters,
-                client_id=client.id,
-                layout=client.layout,
-                round_=round_,
-                seed=self.seed,
-                run_name=self._flower_run,
-                run_key=self._flower_key,
-                encoding=self.training.downlink_encoding,
-                reference=client.reference,
-            )
-            self._pending.append((dispatch.message(client.node_id), client, dispatch))
-        return [message for message, _, _ in self._pending]
-
-    def _absorb_all(self, round_: int, replies: Iterable[Message], *, absorb: bool) -> list[Answer]:
-        # By the message that is answered (the grid numbers messages when it sends them): errors carry no sender.
-        asked = {message.metadata.message_id: (client, dispatch) for message, client, dispatch in self._pending}
-        answers: dict[str, Answer] = {}
-        for reply in replies:
-            if reply.metadata.reply_to_message_id not in asked:
-                continue
-            client, dispatch = asked.pop(reply.metadata.reply_to_message_id)
-            try:
-                answers[client.id] = answer_from(dispatch, reply, self.limits)
-            except BadAnswerError as error:
-                log(_WARNING, "%s", error)
-        answers = within_round(self.limits, answers)
-        for client_id, answer in answers.items() if absorb else ():
-            self.absorb(round_, self.clients[client_id], answer)
-        for client, _ in asked.values():
-            log(_WARNING, "client %r did not answer in time", client.id)
-        return list(answers.values())
-
-
-def outvoted(votes: Mapping[str, int], client_id: str) -> str:
-    """What a refusal adds where others have more :meth:`AlloyStrategy.votes`."""
+def _outvoted(votes: Mapping[str, int], client_id: str) -> str:
+    """What a refusal adds where others have more :meth:`Contract.votes`."""
     fits, most = votes[client_id], max(votes.values())
     return f"; {fits} of {len(votes)} new clients fit its layout, {most} that of most" if fits < most else ""
-
-
-def client_from(registration: report_pb2.Registration, layout: Layout, node_id: int) -> Client:
-    """The client that a checked registration describes.
-
-    Raises:
-        BadAnswerError: its reference model's layout is not valid.
-    """
-    reference = None
-    if registration.HasField("reference"):
-        try:
-            reference = Layout.from_proto(registration.reference)
-            require_size(reference)
-            layout_of_sketch(reference, 1)
-        except LayoutError as error:
-            raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
-    client = Client(registration.client_id, node_id, layout, 0, registration.base_model, registration, reference)
-    return replace(client, examples=client.claimed)
-
-
-def answer_from(dispatch: Dispatch, reply: Message, limits: Limits | None = None) -> Answer:
-    """The checked answer in a client's reply, within the limits of the run.
-
-    Raises:
-        BadAnswerError: the reply is an error, not what the plan asked for, or beyond a limit; names client and reason.
-    """
-    report, adapters = read_answer(dispatch, reply)
-    kept = bounded(limits or Limits(), dispatch, adapters)
-    metrics = {
-        result.evaluate.label: dict(result.evaluate.metrics)
-        for result in report.results
-        if result.WhichOneof("kind") == "evaluate"
-    }
-    return Answer(kept.adapters, dispatch.received, metrics, int(report.examples), report, kept.clipped)

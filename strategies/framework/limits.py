@@ -13,16 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
-from strategies.framework.messages import MAX_NUMBER, BadAnswerError, Dispatch
+from strategies.framework.dispatch import Dispatch
+from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client
 from strategies.framework.options import OptionError, require_choice, require_range
-
-if TYPE_CHECKING:
-    from strategies.framework.contract import Answer, Client
 
 MIN_FOR_MEDIAN = 3
 """Of fewer numbers the median is one that a liar has a say in."""

@@ -14,6 +14,7 @@ from strategies.framework.options import OptionError, require_choice, require_ra
 Step = plan_pb2.Step
 Draw = plan_pb2.Draw
 
+_OPTIMIZERS = {"adamw": plan_pb2.OPTIMIZER_ADAMW, "sgd": plan_pb2.OPTIMIZER_SGD}
 _SCHEDULES = {
     "constant": plan_pb2.SCHEDULE_CONSTANT,
     "linear": plan_pb2.SCHEDULE_LINEAR,
@@ -30,13 +31,21 @@ class Training:
     batch_size: int = 16
     """Examples in each step."""
     learning_rate: float = 5e-3
-    """AdamW's learning rate at the start of each round."""
+    """The optimiser's learning rate at the start of each round."""
     schedule: str = "constant"
     """The learning rate over one round's steps: ``constant``, ``linear`` (to zero) or ``cosine`` (to zero)."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """Weight decay: decoupled for AdamW, a part of the gradient for SGD."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
+    optimizer: str = "adamw"
+    """``adamw``, or ``sgd``: with it and ``max-grad-norm = 0`` an adapter moves by the sum of its gradients times the
+    rate, and a pull acts as it is written, as FedMerge, Ditto and Reptile (which is FedAvg then) have them."""
+    momentum: float = 0.0
+    """Of SGD; 0: plain."""
+    optimizer_state: str = "fresh"
+    """``fresh`` in every round; ``keep``: a slot's next training goes on from its moments, which stay on the client's
+    disk. Fresh is the default: the moments were not taken on what a round's merge sends, and the papers restart."""
     evaluate_split: str = "test"
     """The split that is evaluated in every round: ``validation`` or ``test``."""
     uplink_encoding: str = "fp32"
@@ -52,6 +61,12 @@ class Training:
         if not 0 < self.learning_rate < float("inf"):
             raise OptionError(f"learning-rate = {self.learning_rate}, expected a positive number")
         require_choice("schedule", self.schedule, _SCHEDULES)
+        require_choice("optimizer", self.optimizer, _OPTIMIZERS)
+        require_choice("optimizer-state", self.optimizer_state, ("fresh", "keep"))
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"momentum = {self.momentum}, expected at least 0 and below 1")
+        if self.momentum and self.optimizer != "sgd":
+            raise OptionError(f"momentum = {self.momentum} with optimizer {self.optimizer!r}, expected 'sgd'")
         require_choice("evaluate-split", self.evaluate_split, ("validation", "test"))
         require_choice("uplink-encoding", self.uplink_encoding, list(Encoding))
         require_choice("downlink-encoding", self.downlink_encoding, list(Encoding))
@@ -97,9 +112,9 @@ def part(factors: Iterable[Factor] = (), modules: Iterable[str] = (), *, without
     return plan_pb2.Part(factors=numbers, modules=list(modules), without_basis=without_basis)
 
 
-def initialise(slot: str, seed: int, *, keep_existing: bool = True) -> Step:
-    """Create ``slot`` from a seed."""
-    step = plan_pb2.InitialiseStep(slot=slot, seed=seed, keep_existing=keep_existing)
+def initialise(slot: str, seed: int, *, keep_existing: bool = True, keep_own_heads: bool = False) -> Step:
+    """Create ``slot`` from a seed; ``keep_own_heads``: heads that only the client has stay those of the old one."""
+    step = plan_pb2.InitialiseStep(slot=slot, seed=seed, keep_existing=keep_existing, keep_own_heads=keep_own_heads)
     return Step(initialise=step)
 
 
@@ -112,6 +127,12 @@ def initialise_gates(slot: str, kind: str) -> Step:
 def copy(slot: str, source: str) -> Step:
     """``slot`` becomes a copy of ``source``; at the start of a plan this happens before received adapters go in."""
     return Step(initialise=plan_pb2.InitialiseStep(slot=slot, copy_of=source))
+
+
+def own_heads(target: str, mix: plan_pb2.Mixture) -> Step:
+    """Where the client's labels are its own: the heads of ``mix`` for ``target``, whose adapter stays as it is."""
+    step = plan_pb2.MergeStep(target=target, mixture=mix, space=plan_pb2.MERGE_SPACE_DELTA, own_heads_only=True)
+    return Step(merge=step)
 
 
 def train(
@@ -133,6 +154,7 @@ def train(
     record_batch_share: bool = False,
     keep_on_divergence: bool = False,
     attributed_to: str = "",
+    split: str = "train",
 ) -> Step:
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
@@ -151,7 +173,7 @@ def train(
         schedule=_SCHEDULES[training.schedule],
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        split="train",
+        split=split,
         rate_scales=[
             plan_pb2.RateScale(factor=factor_to_proto(factor), scale=scale)
             for factor, scale in (rate_scales or {}).items()
@@ -162,6 +184,9 @@ def train(
         record_batch_share=record_batch_share,
         keep_on_divergence=keep_on_divergence,
         attributed_to=attributed_to,
+        optimizer=_OPTIMIZERS[training.optimizer],
+        momentum=training.momentum,
+        keep_optimizer=training.optimizer_state == "keep",
     )
     if proximal is not None and proximal[1] > 0:
         step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
@@ -178,10 +203,21 @@ def merge(target: str, mix: plan_pb2.Mixture, *, space: str = "delta", truncate_
 
 
 def evaluate(
-    training: Training, mix: plan_pb2.Mixture, label: str = "personal", split: str | None = None, record: str = ""
+    training: Training,
+    mix: plan_pb2.Mixture,
+    label: str = "personal",
+    split: str | None = None,
+    record: str = "",
+    *,
+    loss_only: bool = False,
 ) -> Step:
-    """Metrics of ``mix`` on a split, reported under ``label``; losses of tasks are kept as ``record``."""
-    step = plan_pb2.EvaluateStep(label=label, mixture=mix, split=split or training.evaluate_split, record=record)
+    """Metrics of ``mix`` on a split, reported under ``label``; losses of tasks are kept as ``record``.
+
+    ``loss_only``: what decides by the loss alone spares itself the texts that a model would write.
+    """
+    step = plan_pb2.EvaluateStep(
+        label=label, mixture=mix, split=split or training.evaluate_split, record=record, loss_only=loss_only
+    )
     return Step(evaluate=step)
 
 
@@ -287,16 +323,21 @@ def fisher(
     split: str,
     samples: int,
     damping: float,
+    more_dampings: Sequence[float] = (),
     in_delta_space: bool = False,
     keep: tuple[str, str] = ("", ""),
 ) -> Step:
-    """Compare two slots by their diagonal Fisher information; ``keep`` names slots that hold it afterwards."""
+    """Compare two slots by their diagonal Fisher information; ``keep`` names slots that hold it afterwards.
+
+    Dampings are relative; what depends on them is reported for ``more_dampings``, too.
+    """
     step = plan_pb2.FisherStep(
         first=first,
         second=second,
         split=split,
         samples=samples,
         relative_damping=damping,
+        more_dampings=more_dampings,
         in_delta_space=in_delta_space,
         keep_first=keep[0],
         keep_second=keep[1],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from client_app.data.dataset import Base, ClientData
-from client_app.model.personal import OWN_HEAD, PersonalModel
+from client_app.model.personal import PersonalModel
 from client_app.own.files import load_own
 from client_app.settings import DataSettings, ModelSettings, Settings
 from fedalloy_adapters.adapter import Adapter
@@ -41,8 +41,6 @@ def loaded(settings: Settings) -> tuple[PersonalModel, ClientData]:
 def personal(base: Base, rank: int = 2, alpha: float = 4.0) -> PersonalModel:
     """A model over this base with the initial adapter active."""
     model = PersonalModel(base, rank, alpha)
-    model.load("local", Adapter.initial(model.layout, 0))
-    if model.own_layout is not None:
-        model.load(OWN_HEAD, Adapter.zeros(model.own_layout))
+    model.load("local", Adapter.initial(model.whole_layout, 0))
     model.activate({"local": 1.0})
     return model

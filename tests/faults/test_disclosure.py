@@ -9,14 +9,14 @@ import pytest
 from flwr.app import Message
 
 from client_app.guard.disclosure import told
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.names import PlanError
 from client_app.settings import SettingsError
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import CodecError, CodecErrorCode
 from proto.fedalloy.v1 import plan_pb2
-from strategies.framework.messages import register_message
+from strategies.framework.dispatch import register_message
 from tests import toy_data
 from tests.fuzz.targets import EXAMPLES, Memory, NoModel
 from tests.in_process import FIRST_NODE, InProcessGrid, run_config_of

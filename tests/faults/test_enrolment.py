@@ -11,9 +11,8 @@ import torch
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from server_app.run.run_directory import RunDirectory
 from strategies import STRATEGIES, strategy_from_run_config
-from strategies.framework.contract import Client, StrategyError
+from strategies.framework.exchange import BadAnswerError, Client, StrategyError
 from strategies.framework.limits import Limits, require_affordable
-from strategies.framework.messages import BadAnswerError
 from tests.faults.nodes import NodeGrid, run_nodes, statuses
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode, client_of, layout_of
@@ -101,7 +100,7 @@ def test_a_reference_model_is_voted_on_as_well() -> None:
 def test_an_adapter_is_not_allocated_on_somebodys_word(tmp_path: Path) -> None:
     grid = NodeGrid(nodes(ada=LAYOUT, ben=LAYOUT, huge=HUGE))
     directory = run_nodes(tmp_path, grid, strategy="local")  # which takes any layout
-    assert registered(directory)["node 3"]["reason"] == (
+    assert registered(directory)["huge"]["reason"] == (
         "client 'huge' registered an adapter of 1200 MB, expected at most 1024 (max-adapter-mb)"
     )
     assert statuses(directory) == [{"ada": "ok", "ben": "ok"}] * 2

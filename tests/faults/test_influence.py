@@ -18,8 +18,8 @@ from server_app.run.federation import NotEnoughClientsError
 from server_app.run.options import RunOptions
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from server_app.run.summary import headline, summary_of
+from strategies.framework.exchange import MAX_NUMBER
 from strategies.framework.limits import Limits, within_round
-from strategies.framework.messages import MAX_NUMBER
 from strategies.framework.options import OptionError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
@@ -83,7 +83,7 @@ def test_a_claim_of_examples_counts_for_ten_times_the_median_at_most(tmp_path: P
 
 
 def test_an_update_is_compared_with_the_median_and_cut_in_its_direction(tmp_path: Path) -> None:
-    from strategies.framework.contract import Answer
+    from strategies.framework.exchange import Answer
 
     def answer(length: float) -> Answer:
         vector = torch.ones(LAYOUT.size) * length

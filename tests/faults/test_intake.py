@@ -18,7 +18,7 @@ from fedalloy_adapters.flower_records import ARRAY_RECORD, ARRAY_STYPE, PLAN_TYP
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.replies import REFUSED, Intake
 from server_app.run.run_directory import RunDirectory
-from strategies.framework.messages import register_message
+from strategies.framework.dispatch import register_message
 from tests.faults.link import Forgetful, Link, Repeating, grid_over, over_http
 from tests.faults.nodes import Misbehave, NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import Answer

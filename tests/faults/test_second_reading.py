@@ -123,7 +123,7 @@ def test_an_error_is_one_line_of_the_log() -> None:
     assert record["reason"].startswith("no  [2JINFO fine")
     assert record["reason"].isprintable()
     assert len(record["reason"]) <= 400
-    assert client_status.of_error(Message(Error(2), reply_to=asked))["reason"] == "Flower error 2"
+    assert client_status.of_error(Message(Error(2), reply_to=asked))["reason"] == "it gave no reason (Flower's error 2)"
 
 
 def test_who_is_refused_does_not_keep_the_id_from_its_owner(tmp_path: Path) -> None:

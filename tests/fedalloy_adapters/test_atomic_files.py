@@ -14,7 +14,7 @@ import pytest
 from fedalloy_adapters.atomic_files import locked, private_folder, write_durably
 from server_app.ledger.store import Ledger
 from server_app.run.run_directory import RunDirectory
-from strategies.framework.contract import State
+from strategies.framework.exchange import State
 
 
 @pytest.fixture(autouse=True)

@@ -217,3 +217,12 @@ def test_parts_of_a_plan_are_known_by_digest() -> None:
     assert all(layout.digest == digest for digest, layout in known.items())
     with pytest.raises(LayoutError, match="unknown factor number 0"):
         layout_of_part(REFERENCE, plan_pb2.Part(factors=[adapter_pb2.FACTOR_UNSPECIFIED]))
+
+
+def test_the_head_is_what_has_no_factors() -> None:
+    entries = (Entry("score", Factor.WEIGHT, (2, 4)), Entry("q", Factor.A, (1, 4)), Entry("q", Factor.B, (4, 1)))
+    layout = Layout(
+        (*entries, Entry("score", Factor.BIAS, (2,)), Entry("norm", Factor.WEIGHT, (4, 4))), {"q": 1.0}, "b"
+    )
+    assert layout.head_modules == ("score", "norm")
+    assert layout.select([Factor.A, Factor.B]).head_modules == ()

@@ -25,9 +25,9 @@ from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.run_directory import RunDirectory
 from strategies.framework import steps
-from strategies.framework.contract import client_from
+from strategies.framework.answers import client_from, read_answer, read_registration
+from strategies.framework.exchange import BadAnswerError
 from strategies.framework.limits import Limits, bounded, require_affordable
-from strategies.framework.messages import BadAnswerError, read_answer, read_registration
 from strategies.framework.steps import Training
 from tests.strategies.hostile import LAYOUT, NAME, asked, dispatch_of, honest
 

@@ -26,8 +26,9 @@ from fedalloy_adapters.flower_records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.framework.contract import AlloyStrategy, Answer, Brief, Client
-from strategies.framework.messages import Dispatch, plan_dispatch
+from strategies.framework.dispatch import Dispatch
+from strategies.framework.exchange import Answer, Brief, Client
+from strategies.framework.flower import AlloyStrategy
 
 Move = Callable[[str, int, Adapter], Adapter]
 """``(client id, round, received adapter) -> trained adapter`` in the same layout."""
@@ -125,18 +126,7 @@ def personal(strategy: AlloyStrategy, name: str) -> Adapter:
 
 def dispatch_of(strategy: AlloyStrategy, name: str, round_: int = 1) -> Dispatch:
     client = strategy.clients[name]
-    brief = strategy.brief(round_, client)
-    return plan_dispatch(
-        brief.steps,
-        brief.adapters,
-        client_id=name,
-        layout=client.layout,
-        round_=round_,
-        seed=strategy.seed,
-        run_name="run",
-        encoding=strategy.training.downlink_encoding,
-        reference=client.reference,
-    )
+    return strategy.dispatch(round_, client, strategy.brief(round_, client), "run", b"")
 
 
 @dataclass
@@ -265,6 +255,8 @@ class FakeNode:
                 else:
                     result.select.weights.extend(0.0 for _ in losses)
                 result.select.losses.extend(losses)
+            case "merge" if step.merge.own_heads_only:  # these clients have none
+                result.merge.max_rank = max(self.layout.ranks.values())
             case "merge":
                 terms = [self.slots[term.slot] for term in step.merge.mixture.terms]
                 if any(found.layout.digest != self.layout.digest for found in terms):
@@ -328,7 +320,8 @@ class FakeNode:
         """Numbers of the client's name; nothing is computed."""
         modules = len(self.layout.modules)
         drawn = torch.rand(7, modules, generator=torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
-        fields = [field.name for field in report_pb2.FisherResult.DESCRIPTOR.fields if field.is_repeated]
+        described = report_pb2.FisherResult.DESCRIPTOR.fields
+        fields = [field.name for field in described if field.is_repeated and field.message_type is None]
         lists = dict(zip(fields, drawn.tolist(), strict=True))
         return report_pb2.FisherResult(samples=3, damping=1.0, **lists)
 

@@ -22,10 +22,7 @@ from fedalloy_adapters.flower_records import (
 from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies.framework import steps
-from strategies.framework.messages import (
-    Dispatch,
-    plan_dispatch,
-)
+from strategies.framework.dispatch import Dispatch, plan_dispatch
 from strategies.framework.steps import Training
 from tests.strategies.conftest import FakeNode, error_from_the_superlink, layout_of, random_adapter
 

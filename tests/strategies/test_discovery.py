@@ -84,5 +84,5 @@ def test_every_class_with_a_name_in_the_files_is_found() -> None:
 
 def test_groups_that_comparisons_and_fault_tests_use() -> None:
     assert set(MAIN) == {"fedmerge", "fedmosaic", "potara", "tap"}
-    assert set(CONTROLS) == {"fedavg-head", "fedavg-tuned", "local-twice"}
+    assert set(CONTROLS) == {"fedavg-head", "fedavg-tuned", "local-all", "local-twice"}
     assert list(STRATEGIES)[:2] == ["fedavg", "local"]

@@ -51,7 +51,7 @@ class RealNode(FakeNode):
     def __init__(self, index: int, model: PersonalModel, folder: Path) -> None:
         super().__init__(NAMES[index], model.layout, len(data_of(index).splits["train"]))
         self.data, self.model = data_of(index), model
-        self.store = SlotStore(folder / self.name, "tiny", lambda: model.heads)
+        self.store = SlotStore(folder / self.name, "tiny", lambda: model.heads, own_layout=model.own_layout)
         self.folder = folder / self.name
         self.reports: list[report_pb2.Report] = []
 
@@ -64,6 +64,7 @@ class RealNode(FakeNode):
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
         with self.store.transaction(plan.round) as slots:
             report, uploads = Interpreter(self.name, self.model, self.data, slots).run(plan, blobs)
+        self.plans.append(plan)
         self.reports.append(report)
         return report, uploads
 
@@ -73,7 +74,7 @@ def test_two_rounds_with_real_clients(
     name: str, model: PersonalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("strategies.framework.contract.log", lambda level, text, *args: warnings.append(text % args))
+    monkeypatch.setattr("strategies.framework.flower.log", lambda level, text, *args: warnings.append(text % args))
     model.unload_all()
     nodes = [RealNode(index, model, tmp_path) for index in range(3)]
     strategy = STRATEGIES[name](training=TRAINING, seed=3)

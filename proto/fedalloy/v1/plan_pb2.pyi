@@ -21,6 +21,12 @@ class Schedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCHEDULE_LINEAR: _ClassVar[Schedule]
     SCHEDULE_COSINE: _ClassVar[Schedule]
 
+class Optimizer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPTIMIZER_UNSPECIFIED: _ClassVar[Optimizer]
+    OPTIMIZER_ADAMW: _ClassVar[Optimizer]
+    OPTIMIZER_SGD: _ClassVar[Optimizer]
+
 class MergeSpace(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MERGE_SPACE_UNSPECIFIED: _ClassVar[MergeSpace]
@@ -63,6 +69,9 @@ SCHEDULE_UNSPECIFIED: Schedule
 SCHEDULE_CONSTANT: Schedule
 SCHEDULE_LINEAR: Schedule
 SCHEDULE_COSINE: Schedule
+OPTIMIZER_UNSPECIFIED: Optimizer
+OPTIMIZER_ADAMW: Optimizer
+OPTIMIZER_SGD: Optimizer
 MERGE_SPACE_UNSPECIFIED: MergeSpace
 MERGE_SPACE_DELTA: MergeSpace
 MERGE_SPACE_FACTOR: MergeSpace
@@ -136,18 +145,20 @@ class Part(_message.Message):
     def __init__(self, factors: _Optional[_Iterable[_Union[_adapter_pb2.Factor, str]]] = ..., modules: _Optional[_Iterable[str]] = ..., without_basis: _Optional[bool] = ...) -> None: ...
 
 class InitialiseStep(_message.Message):
-    __slots__ = ("slot", "seed", "keep_existing", "gate", "copy_of")
+    __slots__ = ("slot", "seed", "keep_existing", "gate", "copy_of", "keep_own_heads")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     KEEP_EXISTING_FIELD_NUMBER: _ClassVar[int]
     GATE_FIELD_NUMBER: _ClassVar[int]
     COPY_OF_FIELD_NUMBER: _ClassVar[int]
+    KEEP_OWN_HEADS_FIELD_NUMBER: _ClassVar[int]
     slot: str
     seed: int
     keep_existing: bool
     gate: GateKind
     copy_of: str
-    def __init__(self, slot: _Optional[str] = ..., seed: _Optional[int] = ..., keep_existing: _Optional[bool] = ..., gate: _Optional[_Union[GateKind, str]] = ..., copy_of: _Optional[str] = ...) -> None: ...
+    keep_own_heads: bool
+    def __init__(self, slot: _Optional[str] = ..., seed: _Optional[int] = ..., keep_existing: _Optional[bool] = ..., gate: _Optional[_Union[GateKind, str]] = ..., copy_of: _Optional[str] = ..., keep_own_heads: _Optional[bool] = ...) -> None: ...
 
 class RateScale(_message.Message):
     __slots__ = ("factor", "scale")
@@ -182,7 +193,7 @@ class Draw(_message.Message):
     def __init__(self, as_step: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to", "optimizer", "momentum", "keep_optimizer")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +213,9 @@ class TrainStep(_message.Message):
     RECORD_BATCH_SHARE_FIELD_NUMBER: _ClassVar[int]
     KEEP_ON_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTED_TO_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    KEEP_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
     part: Part
@@ -221,31 +235,38 @@ class TrainStep(_message.Message):
     record_batch_share: bool
     keep_on_divergence: bool
     attributed_to: str
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ...) -> None: ...
+    optimizer: Optimizer
+    momentum: float
+    keep_optimizer: bool
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, str]] = ..., momentum: _Optional[float] = ..., keep_optimizer: _Optional[bool] = ...) -> None: ...
 
 class MergeStep(_message.Message):
-    __slots__ = ("target", "mixture", "space", "truncate_rank")
+    __slots__ = ("target", "mixture", "space", "truncate_rank", "own_heads_only")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_RANK_FIELD_NUMBER: _ClassVar[int]
+    OWN_HEADS_ONLY_FIELD_NUMBER: _ClassVar[int]
     target: str
     mixture: Mixture
     space: MergeSpace
     truncate_rank: int
-    def __init__(self, target: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., space: _Optional[_Union[MergeSpace, str]] = ..., truncate_rank: _Optional[int] = ...) -> None: ...
+    own_heads_only: bool
+    def __init__(self, target: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., space: _Optional[_Union[MergeSpace, str]] = ..., truncate_rank: _Optional[int] = ..., own_heads_only: _Optional[bool] = ...) -> None: ...
 
 class EvaluateStep(_message.Message):
-    __slots__ = ("label", "mixture", "split", "record")
+    __slots__ = ("label", "mixture", "split", "record", "loss_only")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    LOSS_ONLY_FIELD_NUMBER: _ClassVar[int]
     label: str
     mixture: Mixture
     split: str
     record: str
-    def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., record: _Optional[str] = ...) -> None: ...
+    loss_only: bool
+    def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., record: _Optional[str] = ..., loss_only: _Optional[bool] = ...) -> None: ...
 
 class ReplaceRule(_message.Message):
     __slots__ = ("task", "margin", "relative")
@@ -342,7 +363,7 @@ class SendStep(_message.Message):
     def __init__(self, slot: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ..., relative_to_received: _Optional[bool] = ...) -> None: ...
 
 class FisherStep(_message.Message):
-    __slots__ = ("first", "second", "split", "samples", "relative_damping", "in_delta_space", "keep_first", "keep_second", "max_bytes")
+    __slots__ = ("first", "second", "split", "samples", "relative_damping", "in_delta_space", "keep_first", "keep_second", "max_bytes", "more_dampings")
     FIRST_FIELD_NUMBER: _ClassVar[int]
     SECOND_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +373,7 @@ class FisherStep(_message.Message):
     KEEP_FIRST_FIELD_NUMBER: _ClassVar[int]
     KEEP_SECOND_FIELD_NUMBER: _ClassVar[int]
     MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MORE_DAMPINGS_FIELD_NUMBER: _ClassVar[int]
     first: str
     second: str
     split: str
@@ -361,7 +383,8 @@ class FisherStep(_message.Message):
     keep_first: str
     keep_second: str
     max_bytes: int
-    def __init__(self, first: _Optional[str] = ..., second: _Optional[str] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ..., relative_damping: _Optional[float] = ..., in_delta_space: _Optional[bool] = ..., keep_first: _Optional[str] = ..., keep_second: _Optional[str] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+    more_dampings: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, first: _Optional[str] = ..., second: _Optional[str] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ..., relative_damping: _Optional[float] = ..., in_delta_space: _Optional[bool] = ..., keep_first: _Optional[str] = ..., keep_second: _Optional[str] = ..., max_bytes: _Optional[int] = ..., more_dampings: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class DistanceStep(_message.Message):
     __slots__ = ("first", "second")

@@ -209,8 +209,22 @@ class SendResult(_message.Message):
     content_digest: bytes
     def __init__(self, slot: _Optional[str] = ..., content_digest: _Optional[bytes] = ...) -> None: ...
 
+class DampedFisher(_message.Message):
+    __slots__ = ("relative_damping", "damping", "variance_first", "variance_second", "covariance")
+    RELATIVE_DAMPING_FIELD_NUMBER: _ClassVar[int]
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    VARIANCE_FIRST_FIELD_NUMBER: _ClassVar[int]
+    VARIANCE_SECOND_FIELD_NUMBER: _ClassVar[int]
+    COVARIANCE_FIELD_NUMBER: _ClassVar[int]
+    relative_damping: float
+    damping: float
+    variance_first: _containers.RepeatedScalarFieldContainer[float]
+    variance_second: _containers.RepeatedScalarFieldContainer[float]
+    covariance: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, relative_damping: _Optional[float] = ..., damping: _Optional[float] = ..., variance_first: _Optional[_Iterable[float]] = ..., variance_second: _Optional[_Iterable[float]] = ..., covariance: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class FisherResult(_message.Message):
-    __slots__ = ("samples", "dropped", "damping", "information_first", "information_second", "variance_first", "variance_second", "covariance", "information_distance", "effective_dimension")
+    __slots__ = ("samples", "dropped", "damping", "information_first", "information_second", "variance_first", "variance_second", "covariance", "information_distance", "effective_dimension", "more")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +235,7 @@ class FisherResult(_message.Message):
     COVARIANCE_FIELD_NUMBER: _ClassVar[int]
     INFORMATION_DISTANCE_FIELD_NUMBER: _ClassVar[int]
     EFFECTIVE_DIMENSION_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     samples: int
     dropped: int
     damping: float
@@ -231,7 +246,8 @@ class FisherResult(_message.Message):
     covariance: _containers.RepeatedScalarFieldContainer[float]
     information_distance: _containers.RepeatedScalarFieldContainer[float]
     effective_dimension: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, samples: _Optional[int] = ..., dropped: _Optional[int] = ..., damping: _Optional[float] = ..., information_first: _Optional[_Iterable[float]] = ..., information_second: _Optional[_Iterable[float]] = ..., variance_first: _Optional[_Iterable[float]] = ..., variance_second: _Optional[_Iterable[float]] = ..., covariance: _Optional[_Iterable[float]] = ..., information_distance: _Optional[_Iterable[float]] = ..., effective_dimension: _Optional[_Iterable[float]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[DampedFisher]
+    def __init__(self, samples: _Optional[int] = ..., dropped: _Optional[int] = ..., damping: _Optional[float] = ..., information_first: _Optional[_Iterable[float]] = ..., information_second: _Optional[_Iterable[float]] = ..., variance_first: _Optional[_Iterable[float]] = ..., variance_second: _Optional[_Iterable[float]] = ..., covariance: _Optional[_Iterable[float]] = ..., information_distance: _Optional[_Iterable[float]] = ..., effective_dimension: _Optional[_Iterable[float]] = ..., more: _Optional[_Iterable[_Union[DampedFisher, _Mapping]]] = ...) -> None: ...
 
 class DistanceResult(_message.Message):
     __slots__ = ("squared",)

@@ -145,7 +145,8 @@ def compare(
     rows = [row for run in finished for row in run.rows]
     there = dict.fromkeys(row.strategy for row in rows)
     names = [name for name in dict.fromkeys((*chosen, *there)) if name in there]
-    found = comparison_of(rows, names, REFERENCES, CONTROLS)
+    learns = {job.strategy: strategy_from_run_config(job.config).learns_from for job in jobs}
+    found = comparison_of(rows, names, REFERENCES, CONTROLS, learns)
     if not finished:
         return found, progress.failed
     what = "own data" if nodes or "data-path" in (options or {}) else scenario

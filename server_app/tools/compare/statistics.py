@@ -62,7 +62,8 @@ class Line:
     """One strategy: final scores, and what they cost (sums over clients; bytes: means over seeds, seconds: medians).
 
     ``role`` is ``reference``, ``control`` or empty. ``beyond`` are the differences to the control with the best mean;
-    None for references and controls. ``seeds`` is how many the comparison has.
+    None for references and controls. ``seeds`` is how many the comparison has, ``learns_from`` the splits of a client's
+    data that its model depends on, empty where that is not known.
     """
 
     strategy: str
@@ -75,6 +76,7 @@ class Line:
     role: str = ""
     beyond: Paired | None = None
     seeds: int = 0
+    learns_from: Sequence[str] = ()
 
     @property
     def unserved(self) -> int:
@@ -127,9 +129,13 @@ class Comparison:
 
 
 def comparison_of(
-    rows: Sequence[Row], strategies: Sequence[str], references: Sequence[str], controls: Sequence[str] = ()
+    rows: Sequence[Row],
+    strategies: Sequence[str],
+    references: Sequence[str],
+    controls: Sequence[str] = (),
+    learns_from: Mapping[str, Sequence[str]] | None = None,
 ) -> Comparison:
-    """Compare final models, in the order of ``strategies``.
+    """Compare final models, in the order of ``strategies``; ``learns_from`` has the splits that each depends on.
 
     Bytes are those of the lowest level that was measured in every run: the wire, else serialised messages.
     """
@@ -166,6 +172,7 @@ def comparison_of(
                 role=role,
                 beyond=paired(scores[name], scores[best], sign) if best and not role else None,
                 seeds=every_seed,
+                learns_from=(learns_from or {}).get(name, ()),
             )
         )
     return Comparison(metric, level, lines, best)
@@ -267,7 +274,7 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
     references = list(found.lines[0].against) if found.lines else []
     heads = ["strategy", f"mean {found.metric}", "worst decile", *(f"against {name}" for name in references)]
     heads += [f"against {found.best_control} (control)"] if found.best_control else []
-    heads += ["MB up", "MB down", "seconds"]
+    heads += ["MB up", "MB down", "seconds", "learns from"]
     body = []
     for line in found.ranked():
         cells = [line.label, _shown(line.mean), _shown(line.worst)]
@@ -275,6 +282,7 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
         if found.best_control:
             cells.append(difference(line.beyond) if line.beyond else "")
         cells += [_number(line.megabytes["up"], 2), _number(line.megabytes["down"], 2), _number(line.seconds, 1)]
+        cells.append(" + ".join(line.learns_from) or "-")
         body.append(cells)
     return heads, body
 
@@ -302,8 +310,11 @@ def explanation(found: Comparison, brief: bool = False) -> list[str]:
         "above 0 by chance.",
         "costs": f"* MB: {level}, everything from registration on, all clients, mean over seeds. Seconds: {waited}, "
         "summed over rounds, median over seeds.",
+        "learns": "* Learns from: the examples that decide a client's model, by training or by choosing weights or "
+        "models. What chooses on validation examples has seen more than `local`; `local-all` trains on them, too.",
         "controls": "* Controls say what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
-        "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-twice` (two local runs of one client, "
+        "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-all` (local training on training and "
+        "validation examples), `local-twice` (two local runs of one client, "
         "averaged). A gain by merging counts only beyond them.",
     }
     if brief:

@@ -20,7 +20,7 @@ from client_app.model.base_models import load_base
 from client_app.model.model_folders import BaseModelError, find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import load_own, read_own
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 from client_app.plan import evaluation, fisher, training
 from client_app.settings import ModelSettings, Settings, SettingsError, read_settings
 from proto.fedalloy.v1 import plan_pb2

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from client_app.own import images
 from client_app.own.files import load_own
 from client_app.own.images import ImageReader, read_image
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 from tests import tiny_models, toy_data
 from tests.client_app.own_clients import settings_of
 

@@ -13,9 +13,9 @@ import torch
 
 from client_app.data.dataset import ClientData
 from client_app.data.task_kinds import IGNORED
-from client_app.model.personal import OWN_HEAD, PersonalModel
+from client_app.model.personal import PersonalModel
 from client_app.own.files import load_own, read_own
-from client_app.own.readers import DataError
+from client_app.own.text_files import DataError
 from client_app.plan import evaluation, training
 from client_app.settings import Settings
 from proto.fedalloy.v1 import plan_pb2
@@ -27,10 +27,7 @@ def taught(settings: Settings, steps: int) -> tuple[PersonalModel, ClientData, l
     """A model after some steps, its data, and its loss on the training split before and after."""
     model, data = loaded(settings)
     losses = [evaluation.evaluate(model, data.splits["train"], data)["loss"]]
-    parameters = model.trainable("local", model.layout)
-    if model.own_layout is not None:
-        own = model.trainable(OWN_HEAD, model.own_layout)
-        parameters |= {f"own.{name}": parameter for name, parameter in own.items()}
+    parameters = model.trainable("local", model.whole_layout)
     step = plan_pb2.TrainStep(steps=steps, batch_size=8, learning_rate=1e-2, max_grad_norm=1.0)
     training.train(model, step, parameters, data.splits["train"], 0)
     losses.append(evaluation.evaluate(model, data.splits["train"], data)["loss"])

@@ -11,8 +11,8 @@ import pytest
 from client_app.data.dataset import ClientData
 from client_app.model.model_folders import BaseModelError
 from client_app.model.personal import PersonalModel
-from client_app.own.readers import DataError
 from client_app.own.task_file import load_tasks
+from client_app.own.text_files import DataError
 from client_app.session import Executor
 from client_app.settings import ModelSettings, Settings
 from fedalloy_adapters.groups import groups_of

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.guard.noise import gaussian
-from client_app.model.personal import OWN_HEAD, PersonalModel
+from client_app.model.personal import PersonalModel
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import ReferenceModel, SketchError, reference_layout, row_subset, take_sketch
@@ -105,13 +105,12 @@ def test_a_head_of_the_clients_own_takes_no_part_either() -> None:
     personal = PersonalModel(replace(base, own_heads=("classifier",)), 2, 4.0)
     reference = ReferenceModel(personal)
     before = reference.gradient(pictures())
-    assert personal.own_layout is not None
-    personal.load(OWN_HEAD, random_adapter(personal.own_layout, 3, scale=1.0))
-    personal.activate({})
-    assert torch.equal(reference.gradient(pictures()), before)
     without = logits_of(personal.module)
-    personal.activate({})
+    personal.load("local", random_adapter(personal.whole_layout, 3, scale=1.0))
+    personal.activate({"local": 1.0})
     assert not torch.equal(logits_of(personal.module), without)
+    assert torch.equal(reference.gradient(pictures()), before)
+    assert torch.equal(logits_of(personal.module), without)  # until the next step's mixture
 
 
 def test_the_diagonal_gradient_is_the_closed_formula_and_not_the_exact_one() -> None:

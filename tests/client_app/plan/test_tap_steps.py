@@ -26,7 +26,7 @@ from fedalloy_adapters.groups import group_of, groups_of
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.tap import Tap, TapOptions
 from strategies.framework import steps
-from strategies.framework.contract import Client
+from strategies.framework.exchange import Client
 from strategies.framework.steps import Draw, Training
 from tests.multi_task_toys import SPECS, TINY, ToyClient, base_of
 

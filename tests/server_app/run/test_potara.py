@@ -93,7 +93,9 @@ def test_every_mode_logs_what_its_weight_is_made_of(run: Runner, mode: str) -> N
     logged = last(directory, "train")["settled"]["weights"]
     for client in ("client-0", "client-1"):
         found = logged[client]
-        assert {"weight", "raw", "a", "b", "c", "D", "q", "samples", "searched", "search_losses"} <= set(found)
+        assert {"weight", "raw", "q", "searched", "search_losses"} <= set(found)
+        assert ({"a", "b", "c", "D"} <= set(found)) == (mode not in ("half", "line-search"))
+        assert ("samples" in found) == (mode in ("client-fisher", "client-fisher-clipped", "server-scalar"))
         assert 0 <= found["weight"] <= 1
         assert found["q"] > 0
         metrics = last(directory, "deliver")["clients"][client]["metrics"]

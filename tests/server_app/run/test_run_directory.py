@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
-from strategies.framework.contract import State
+from strategies.framework.exchange import State
 
 WRITER = """
 import sys, torch
 from pathlib import Path
 from server_app.run.run_directory import RunDirectory
-from strategies.framework.contract import State
+from strategies.framework.exchange import State
 directory = RunDirectory(Path(sys.argv[1]))
 print("ready", flush=True)
 for round_ in range(1, 100000):

@@ -16,7 +16,8 @@ from fedalloy_adapters.layout import Factor
 from proto.fedalloy.v1 import report_pb2
 from strategies.algorithms.fedmerge import FedMerge, FedMergeOptions
 from strategies.algorithms.fedmerge_weights import cluster, logit_gradient
-from strategies.framework.contract import AlloyStrategy, Answer, State, StrategyError
+from strategies.framework.exchange import Answer, State, StrategyError
+from strategies.framework.flower import AlloyStrategy
 from strategies.framework.steps import Training
 from tests.strategies.conftest import (
     FakeNode,

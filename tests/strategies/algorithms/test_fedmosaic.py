@@ -20,8 +20,8 @@ from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedmosaic import GATES, GLOBAL, LOCAL, SKETCH, FedMosaic, FedMosaicOptions, mosaic
-from strategies.framework.contract import Answer, Client, StrategyError, answer_from, client_from
-from strategies.framework.messages import BadAnswerError
+from strategies.framework.answers import answer_from, client_from
+from strategies.framework.exchange import Answer, BadAnswerError, Client, StrategyError
 from strategies.framework.options import OptionError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import REFERENCE, FakeNode, dispatch_of, layout_of, noise

@@ -12,10 +12,12 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate, weighted_sum
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedavg import FedAvg
-from strategies.algorithms.potara import LOCAL, MERGED, Potara, PotaraOptions
+from strategies.algorithms.potara import LOCAL, MERGED, Potara
+from strategies.algorithms.potara_options import PotaraOptions
 from strategies.algorithms.potara_weights import Evidence, Weight
-from strategies.framework.contract import Answer, Brief, Client
+from strategies.framework.exchange import Answer, Brief, Client
 from strategies.framework.options import OptionError
+from strategies.framework.steps import Training
 from tests.strategies.conftest import client_of, layout_of, play, random_adapter
 
 NAMES = ("ada", "ben", "cyd")
@@ -24,7 +26,7 @@ LAYOUT = layout_of()
 
 
 def potara(rounds: int = 4, **options: Any) -> Potara:
-    strategy = Potara(PotaraOptions(**options), seed=5, rounds=rounds)
+    strategy = Potara(PotaraOptions(**({"federated_rounds": rounds // 2} | options)), seed=5, rounds=rounds)
     for name, count in zip(NAMES, COUNTS, strict=True):
         strategy.enrol(client_of(name, LAYOUT, count))
     return strategy
@@ -191,9 +193,19 @@ def test_a_client_that_never_trained_the_federated_adapter_has_no_share_in_it() 
     assert strategy.trained == {"ada", "ben"}
 
 
-@pytest.mark.parametrize(("rounds", "federated"), [(5, 2), (4, 2), (3, 1), (2, 1), (0, 1)])
-def test_by_default_half_of_the_rounds_are_federated(rounds: int, federated: int) -> None:
-    assert Potara(rounds=rounds).federated_rounds == federated
+@pytest.mark.parametrize(
+    ("rounds", "local_steps", "federated", "own"),
+    [(600, 1, 400, 300), (10, 10, 7, 51), (6, 10, 4, 30), (3, 10, 2, 15), (2, 10, 1, 10)],
+)
+def test_by_default_the_branches_have_the_papers_budgets(
+    rounds: int, local_steps: int, federated: int, own: int
+) -> None:
+    """Of 600 steps 400 and 300, as nearly as whole rounds and steps allow."""
+    strategy = Potara(training=Training(local_steps=local_steps), rounds=rounds)
+    assert strategy.federated_rounds == federated
+    assert strategy.steps == -(-own // (rounds - federated))
+    endless = Potara(training=Training(local_steps=local_steps))  # Flower does not tell how many rounds there are
+    assert (endless.federated_rounds, endless.steps) == (1, local_steps)
 
 
 def test_state_holds_uploaded_local_adapters() -> None:
@@ -214,7 +226,10 @@ def test_state_holds_uploaded_local_adapters() -> None:
     [
         ({"weight": "fisher"}, r"potara.weight = 'fisher'.*expected one of client-fisher"),
         ({"weight": "plugin", "granularity": "parameter"}, "potara.granularity = 'parameter' with weight 'plugin'"),
-        ({"weight": "line-search", "search_points": 0}, "search-points = 0"),
+        ({"dampings": "0.1,x"}, "potara.dampings = '0.1,x', expected numbers with commas"),
+        ({"dampings": "0.1,-1"}, "potara.dampings = -1"),
+        ({"dampings": "1,1"}, "all different"),
+        ({"dampings": "0.1", "weight": "plugin"}, "potara.dampings = '0.1' with weight 'plugin'"),
         ({"weight": "line-search", "granularity": "module"}, "granularity 'module'"),
         ({"search_points": 2}, "potara.search-points = 2, expected a finite number of at least 3"),
         ({"fisher_samples": 0}, "potara.fisher-samples = 0"),
@@ -237,11 +252,58 @@ def test_a_run_that_would_end_before_the_merge_is_refused() -> None:
         Potara(PotaraOptions(local_steps=2**31 - 1), rounds=2)
 
 
-def test_the_search_looks_at_validation_only_and_options_reach_the_steps() -> None:
+def test_what_no_weight_is_made_of_is_not_computed() -> None:
+    for options, fisher, searched in (
+        ({}, 1, 0),
+        ({"weight": "client-fisher-clipped"}, 1, 0),
+        ({"weight": "server-scalar"}, 1, 0),
+        ({"weight": "plugin"}, 0, 0),
+        ({"weight": "random-effects", "variance": "curvature"}, 1, 0),
+        ({"weight": "half"}, 0, 0),
+        ({"weight": "line-search"}, 0, 21),
+        ({"search_points": 5}, 1, 5),
+    ):
+        strategy = potara(**options)
+        plan = strategy.brief(4, strategy.clients["ada"]).steps
+        assert sum(step.HasField("fisher") for step in plan) == fisher, options
+        searches = [step.evaluate for step in plan if step.evaluate.label.startswith("search-")]
+        assert len(searches) == searched
+        assert all(step.split == "validation" and step.loss_only for step in searches)
+
+
+def test_it_says_which_examples_it_learns_from() -> None:
+    assert potara().learns_from == ("train", "validation")
+    assert potara(calibration="train").learns_from == ("train",)
+    assert potara(calibration="train", search_points=5).learns_from == ("train",)  # for the record
+    assert potara(calibration="train", weight="line-search").learns_from == ("train", "validation")
+    assert potara(weight="half").learns_from == ("train",)
+
+
+def test_other_dampings_are_asked_for_at_once_and_their_weights_are_recorded() -> None:
+    strategy = potara(damping=1.0, dampings="0.1,0.001")
+    (asked,) = [s.fisher for s in strategy.brief(4, strategy.clients["ada"]).steps if s.HasField("fisher")]
+    assert list(asked.more_dampings) == [0.1, 0.001]
+    play(strategy, NAMES, 1)
+    reported = distinct()
+    for damping, (fed, local) in ((0.1, (1.0, 3.0)), (0.001, (1.0, 9.0))):
+        more = reported.more.add(relative_damping=damping)
+        more.variance_first.extend([fed] * 3)
+        more.variance_second.extend([local] * 3)
+        more.covariance.extend([0.0] * 3)
+    strategy.absorb(4, strategy.clients["ada"], answer(reported, [[1.0, 2.0, 3.0]]))
+    record = strategy.settle(4)
+    assert record["weights"]["ada"]["dampings"] == pytest.approx({"0.1": 0.75, "0.001": 0.9})
+    again = potara(damping=1.0, dampings="0.1,0.001")
+    again.load_state(strategy.state())
+    for found in (strategy, again):
+        labels = {s.evaluate.label: terms(s.evaluate.mixture) for s in found.deliver(found.clients["ada"]).steps}
+        assert labels["damping-0.1"] == pytest.approx({"global": 0.75, LOCAL: 0.25})
+        assert labels["damping-0.001"] == pytest.approx({"global": 0.9, LOCAL: 0.1})
+
+
+def test_options_reach_the_steps() -> None:
     strategy = potara(calibration="validation", trace_space="delta", damping=0.1, fisher_samples=7)
     plan = strategy.brief(4, strategy.clients["ada"]).steps
-    splits = [step.evaluate.split for step in plan if step.evaluate.label.startswith("search-")]
-    assert splits == ["validation"] * 21
     (found,) = [step.fisher for step in plan if step.HasField("fisher")]
     assert (found.first, found.second) == ("global", LOCAL)
     assert (found.split, found.in_delta_space, found.relative_damping, found.samples) == ("validation", True, 0.1, 7)
@@ -257,24 +319,27 @@ def test_the_search_looks_at_validation_only_and_options_reach_the_steps() -> No
 def distinct() -> report_pb2.FisherResult:
     """A different number in every place."""
     found = report_pb2.FisherResult(samples=6, dropped=1)
-    lists = [field.name for field in report_pb2.FisherResult.DESCRIPTOR.fields if field.is_repeated]
+    described = report_pb2.FisherResult.DESCRIPTOR.fields
+    lists = [field.name for field in described if field.is_repeated and field.message_type is None]
     for index, name in enumerate(lists):
         getattr(found, name).extend([10.0 * (index + 1) + module for module in range(3)])
     return found
 
 
 def test_evidence_is_what_the_client_reported() -> None:
-    strategy = potara(weight="plugin", search_points=3)
+    strategy = potara(weight="client-fisher", search_points=3)
     play(strategy, ["ada", "ben"], 1)
-    reported = answer(distinct(), [[4.0, 8.0, 12.0], [1.0, 2.0, 3.0]], [3.0, 1.0, 2.0])
     for name in NAMES:
-        strategy.absorb(4, strategy.clients[name], reported)
+        strategy.absorb(4, strategy.clients[name], answer(distinct(), [[1.0, 2.0, 3.0]], [3.0, 1.0, 2.0]))
     found = strategy.evidence["ada"]
     assert (found.examples, found.samples, found.dropped, found.losses) == (10, 6, 1, [3.0, 1.0, 2.0])
     assert (found.variance_fed, found.variance_local) == ([30.0, 31.0, 32.0], [40.0, 41.0, 42.0])
     assert found.covariance == [50.0, 51.0, 52.0]
     assert (found.distance, found.q) == ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
-    assert found.b == [1.0, 2.0, 3.0]  # of two halves: a quarter of their squared distance
+    halves = potara(weight="plugin")
+    halves.absorb(4, halves.clients["ada"], answer(None, [[4.0, 8.0, 12.0], [1.0, 2.0, 3.0]]))
+    assert halves.evidence["ada"].b == [1.0, 2.0, 3.0]  # of two halves: a quarter of their squared distance
+    assert halves.evidence["ada"].distance == [1.0, 2.0, 3.0]
     assert [strategy.evidence[name].takes_part for name in NAMES] == [True, True, False]
     curved = potara(weight="plugin", variance="curvature", search_points=0)
     curved.absorb(4, curved.clients["ada"], answer(distinct(), [[1.0, 2.0, 3.0]]))
@@ -294,8 +359,17 @@ def test_everyone_takes_part_in_the_local_branch_whatever_is_sampled() -> None:
     assert [strategy.needs_everyone(round_) for round_ in (1, 2, 3, 4)] == [False, False, True, True]
 
 
-def test_a_client_without_held_out_examples_gets_half_and_says_so() -> None:
+def test_a_client_without_held_out_examples_is_calibrated_on_those_it_trains_on() -> None:
     strategy = potara()
+    task = report_pb2.Task(name="toy", kind="toy", examples={"train": 10, "test": 5})
+    bare = Client("bare", 7, LAYOUT, 10, "base", report_pb2.Registration(tasks=[task]))
+    strategy.enrol(bare)
+    (fisher,) = [step.fisher for step in strategy.brief(4, bare).steps if step.HasField("fisher")]
+    assert fisher.split == "train"
+
+
+def test_a_client_without_held_out_examples_gets_half_and_says_so() -> None:
+    strategy = potara(weight="line-search")
     task = report_pb2.Task(name="toy", kind="toy", examples={"train": 10, "test": 5})
     bare = Client("bare", 7, LAYOUT, 10, "base", report_pb2.Registration(tasks=[task]))
     strategy.enrol(bare)
@@ -305,7 +379,7 @@ def test_a_client_without_held_out_examples_gets_half_and_says_so() -> None:
     record = strategy.settle(4)
     assert (record["weights"]["bare"]["weight"], record["weights"]["bare"]["flag"]) == (0.5, "no-held-out")
     labels = [step.evaluate.label for step in strategy.deliver(bare).steps if step.HasField("evaluate")]
-    assert labels == ["personal"]
+    assert labels == ["local", "half", "federated", "personal"]
 
 
 def test_resumed_without_a_client_and_with_one_that_comes_later() -> None:

@@ -17,8 +17,8 @@ from fedalloy_adapters.layout import Entry, Factor, Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.tap import Tap, TapOptions
-from strategies.framework.contract import Answer, Brief, Client, StrategyError, answer_from
-from strategies.framework.messages import BadAnswerError
+from strategies.framework.answers import answer_from
+from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
 from strategies.framework.options import OptionError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import FakeNode, client_of, dispatch_of, layout_of, play

@@ -7,10 +7,10 @@ import torch
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies import STRATEGIES
-from strategies.framework.contract import StrategyError
+from strategies.framework.exchange import StrategyError
 from strategies.framework.options import OptionError
 from tests.strategies.conftest import client_of, layout_of
-from tests.strategies.families.test_averaging_variants import LAYOUT, NAMES, Fleet
+from tests.strategies.fleet import LAYOUT, NAMES, Fleet
 
 
 def trains(fleet: Fleet, name: str = "ada") -> list[plan_pb2.TrainStep]:

@@ -2,85 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.layout import Factor, Layout
+from fedalloy_adapters.layout import Factor
 from fedalloy_adapters.parts import layout_of_part
-from strategies import STRATEGIES, AlloyStrategy
+from strategies import STRATEGIES
 from strategies.algorithms.fedex_lora import residual
 from strategies.families.merged_base import weighted
-from strategies.framework.contract import Brief, StrategyError
-from tests.strategies.conftest import FakeGrid, FakeNode, client_of, layout_of, random_adapter
-
-LAYOUT = layout_of()
-NAMES = ("ada", "ben", "cyd")
-COUNTS = (10, 30, 20)
-SHARES = [count / sum(COUNTS) for count in COUNTS]
-
-
-def dense(adapter: Adapter, module: str) -> Tensor:
-    scaling = adapter.layout.scalings[module]
-    return scaling * adapter[module, Factor.B].double() @ adapter[module, Factor.A].double()
-
-
-class Fleet:
-    """A strategy and nodes that carry out its plans; ``deaf`` loses the answers of one of them."""
-
-    def __init__(self, name: str, layouts: list[Layout] | None = None, **options: Any) -> None:
-        kind = STRATEGIES[name]
-        self.strategy: AlloyStrategy = kind(kind.Options(**options), seed=3)
-        self.nodes = [
-            FakeNode(who, layout, count)
-            for who, count, layout in zip(NAMES, COUNTS, layouts or [LAYOUT] * 3, strict=True)
-        ]
-        for index, node in enumerate(self.nodes):
-            self.strategy.enrol(client_of(node.name, node.layout, node.examples, node_id=index + 1))
-        self.grid = FakeGrid(self.nodes)
-        self.round_ = 0
-
-    def __getitem__(self, name: str) -> FakeNode:
-        return next(node for node in self.nodes if node.name == name)
-
-    def brief(self, name: str) -> Brief:
-        return self.strategy.brief(self.round_ + 1, self.strategy.clients[name])
-
-    def play(self, deaf: str = "", only: tuple[str, ...] = NAMES) -> dict[str, Any]:
-        self.round_ += 1
-        briefs = {
-            client: self.strategy.brief(self.round_, client)
-            for client in self.strategy.clients.values()
-            if client.id in only
-        }
-        replies = list(self.grid.send_and_receive(self.strategy._messages(briefs, self.round_)))
-        kept = [reply for reply, client in zip(replies, briefs, strict=True) if client.id != deaf]
-        self.strategy._absorb_all(self.round_, kept, absorb=True)
-        return self.strategy.settle(self.round_)
-
-    def deliver(self) -> dict[str, Adapter]:
-        self.round_ += 1
-        briefs = {client: self.strategy.deliver(client) for client in self.strategy.clients.values()}
-        list(self.grid.send_and_receive(self.strategy._messages(briefs, self.round_)))
-        return {node.name: node.saved for node in self.nodes if node.saved is not None}
-
-
-def sent(brief: Brief) -> dict[str, int]:
-    return {slot: adapter.layout.size for slot, adapter in brief.adapters.items()}
-
-
-def size(*factors: Factor) -> int:
-    return LAYOUT.select(factors).size
-
-
-def trained(fleet: Fleet, name: str) -> dict[str, Tensor]:
-    """The deltas of a client's model as its training left it, by module."""
-    node = fleet[name]
-    slots = {term.slot for step in node.plans[-1].steps if step.HasField("train") for term in step.train.mixture.terms}
-    return {m: sum((dense(node.slots[s], m) for s in slots), torch.zeros(5, 6)) for m in LAYOUT.lora_modules}
+from strategies.framework.exchange import StrategyError
+from tests.strategies.conftest import client_of, layout_of, random_adapter
+from tests.strategies.fleet import COUNTS, LAYOUT, NAMES, SHARES, Fleet, dense, sent, size, trained
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex-lora", "ffa-lora", "rolora"])

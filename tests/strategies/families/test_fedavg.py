@@ -14,7 +14,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, LayoutError
 from strategies.algorithms.fedavg import FedAvg, FedAvgOptions
 from strategies.families.fedavg import average
-from strategies.framework.contract import State
+from strategies.framework.exchange import State
 from strategies.framework.options import OptionError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import client_of, dispatch_of, drift, layout_of, personal, play, random_adapter

@@ -18,7 +18,7 @@ from strategies.algorithms.nan_merge import inverse_norm_coefficients
 from strategies.algorithms.regmean import regression_mean, symmetric
 from strategies.algorithms.ties import elect_and_average, trim
 from tests.strategies.conftest import random_adapter
-from tests.strategies.families.test_averaging_variants import NAMES, SHARES, Fleet, dense
+from tests.strategies.fleet import NAMES, SHARES, Fleet, dense
 
 WIDE = Layout(
     (

@@ -23,9 +23,9 @@ from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies import STRATEGIES, AlloyStrategy
 from strategies.algorithms.fedavg import FedAvgOptions
 from strategies.algorithms.fedmerge import FedMergeOptions
-from strategies.algorithms.potara import PotaraOptions
-from strategies.framework.contract import State, StrategyError
-from strategies.framework.messages import CLIENT_ID
+from strategies.algorithms.potara_options import PotaraOptions
+from strategies.framework.answers import CLIENT_ID
+from strategies.framework.exchange import State, StrategyError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import (
     FakeGrid,
@@ -36,6 +36,7 @@ from tests.strategies.conftest import (
     layout_of,
     play,
 )
+from tests.strategies.fleet import play_round
 
 LAYOUT = layout_of()
 NAMES = ("ada", "ben", "cyd")
@@ -72,7 +73,7 @@ RIVALS = sorted(set(STRATEGIES) - {"local", "fedavg", "fedmerge", "potara", "fed
 BUILDS |= {name: lambda name=name, **k: STRATEGIES[name](**k) for name in RIVALS}
 # Their factors may turn, and these clients measure factors.
 DELTAS = {"fedavg-delta", "flora", "flexlora", "fedex-lora", "nan", "task-arithmetic", "ties", "dare", "regmean"}
-ANY_RANK = {"local", "local-twice", "flora", "flexlora"}
+ANY_RANK = {"local", "local-all", "local-twice", "flora", "flexlora"}
 every_strategy = pytest.mark.parametrize("name", BUILDS)
 
 
@@ -98,7 +99,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Warnings of the strategies."""
     lines: list[str] = []
     keep: Callable[..., None] = lambda level, text, *args: lines.append(text % args) if level >= 30 else None  # noqa: E731
-    monkeypatch.setattr("strategies.framework.contract.log", keep)
+    monkeypatch.setattr("strategies.framework.flower.log", keep)
     return lines
 
 
@@ -187,7 +188,7 @@ def test_lossy_transport_both_ways(name: str, log: list[str]) -> None:
     lossy = accuracies(strategy, FakeGrid(nodes(), listen))[-1]["mean-accuracy"]
     if name not in DELTAS:
         assert lossy == pytest.approx(exact, rel=0.05)
-    assert sent == (set() if name in ("local", "local-twice") else {adapter_pb2.ENCODING_BF16})
+    assert sent == (set() if name in ("local", "local-all", "local-twice") else {adapter_pb2.ENCODING_BF16})
     assert log == []
 
 
@@ -289,7 +290,7 @@ def test_without_any_client_there_is_no_run(log: list[str]) -> None:
 
 def test_the_summary_shows_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("strategies.framework.contract.log", lambda level, text, *args: lines.append(text % args))
+    monkeypatch.setattr("strategies.framework.flower.log", lambda level, text, *args: lines.append(text % args))
     BUILDS["fedmerge-factors"]().summary()
     assert len(lines) == 1
     assert "'fedmerge'" in lines[0]
@@ -349,11 +350,7 @@ FLEETS: WeakKeyDictionary[AlloyStrategy, list[FakeNode]] = WeakKeyDictionary()
 
 def play_if_it_sends(strategy: AlloyStrategy, round_: int = 1) -> dict[str, Any]:
     if strategy.name in RIVALS:
-        grid = FakeGrid(FLEETS.setdefault(strategy, nodes()))
-        briefs = {client: strategy.brief(round_, client) for client in strategy.clients.values()}
-        replies = grid.send_and_receive(strategy._messages(briefs, round_))
-        strategy._absorb_all(round_, replies, absorb=True)
-        return strategy.settle(round_)
+        return play_round(strategy, FakeGrid(FLEETS.setdefault(strategy, nodes())), round_)
     trains_alone = strategy.name == "local" or (strategy.name == "potara" and round_ > 1)
     return strategy.settle(round_) if trains_alone else play(strategy, strategy.clients, round_)
 
@@ -448,7 +445,8 @@ def test_local_training_is_as_the_run_says(name: str) -> None:
         if step.HasField("train") or (step.HasField("distill") and name != "tap"):  # whose second stage has its own
             train = step.train if step.HasField("train") else step.distill.train
             done[train.slots[0]] = done.get(train.slots[0], 0) + train.steps
-            assert (train.batch_size, train.learning_rate, train.split) == (3, 0.25, "train")
+            split = "train+validation" if name == "local-all" else "train"
+            assert (train.batch_size, train.learning_rate, train.split) == (3, 0.25, split)
             assert (train.schedule, train.weight_decay, train.max_grad_norm) == (plan_pb2.SCHEDULE_COSINE, 0.5, 2.0)
         if step.HasField("evaluate"):
             assert step.evaluate.split == "validation"

@@ -286,6 +286,6 @@ def test_all_is_every_strategy(tmp_path: Path) -> None:
 def test_controls_are_always_there(tmp_path: Path) -> None:
     engine = Refusing()
     found, failed = compare("digits", ["ditto", "local"], [0], tmp_path, console(tmp_path / "said"), engine=engine)
-    assert engine.asked == ["local", "fedavg", "ditto", "fedavg-head", "fedavg-tuned", "local-twice"]
-    assert len(failed) == 6
+    assert engine.asked == ["local", "fedavg", "ditto", "fedavg-head", "fedavg-tuned", "local-all", "local-twice"]
+    assert len(failed) == 7
     assert not found.lines

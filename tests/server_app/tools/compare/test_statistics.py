@@ -21,6 +21,7 @@ from server_app.tools.compare.statistics import (
     Row,
     Scores,
     as_markdown,
+    comparison_of,
     interval,
     paired,
     terminal_table,
@@ -180,6 +181,11 @@ def test_the_table_has_every_strategy_and_says_what_its_numbers_are() -> None:
     assert cells[5].startswith("+0.027 [")  # the control
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert "beyond them" in text
+    learns = {"rival": ("train", "validation"), "local": ("train",)}
+    seen = comparison_of(rows_of(), list(SCORES), ("local", "fedavg"), (), learns)
+    said = {line.split(" | ")[0].strip("| "): line for line in as_markdown(seen, "digits").splitlines()}
+    assert said["rival"].endswith("| train + validation |")
+    assert said["local (reference)"].endswith("| train |")
     shown = io.StringIO()
     Console(file=shown, width=80).print(terminal_table(found))
     assert all(name in shown.getvalue() for name in SCORES)

@@ -25,17 +25,9 @@ from fedalloy_adapters.flower_records import (
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies.framework import steps
-from strategies.framework.contract import answer_from, client_from
-from strategies.framework.messages import (
-    BadAnswerError,
-    Dispatch,
-    counters_message,
-    plan_dispatch,
-    read_answer,
-    read_counters,
-    read_registration,
-    register_message,
-)
+from strategies.framework.answers import answer_from, client_from, read_answer, read_counters, read_registration
+from strategies.framework.dispatch import Dispatch, counters_message, plan_dispatch, register_message
+from strategies.framework.exchange import BadAnswerError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import FakeNode, error_from_the_superlink, layout_of, random_adapter
 from tests.strategies.hostile import (
@@ -73,7 +65,7 @@ def test_an_honest_answer_arrives_to_the_bit(uplink: Encoding, downlink: Encodin
         assert torch.equal(adapters["global"].vector, node.slots["global"].vector)
     else:
         difference = adapters["global"].vector - node.slots["global"].vector
-        assert 0 < float(difference.abs().max()) < 0.05
+        assert 0 < float(difference.abs().max()) < {Encoding.INT4: 0.5, Encoding.INT2: 2.0}.get(uplink, 0.05)
     answer = answer_from(dispatch, reply_with(dispatch, report, blobs))
     assert answer.examples == 10
     assert {s: a.digest for s, a in answer.received.items()} == {s: a.digest for s, a in dispatch.received.items()}

@@ -1,56 +1,35 @@
-"""Plans and reports as Flower messages, on the server's side: what was sent decides what is accepted back."""
+"""Replies of clients, read and checked: a registration, an answer to a plan, counters.
+
+What was sent decides what is accepted back.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from google.protobuf.message import Message as ProtoMessage
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.bank.store import Made
-from fedalloy_adapters.codec import (
-    MAX_BLOB_BYTES,
-    CodecError,
-    CodecErrorCode,
-    Encoded,
-    Encoding,
-    decode,
-    encode,
-    encoding_from_proto,
-    payload_size,
-)
-from fedalloy_adapters.flower_records import (
-    COUNTERS_TYPE,
-    FORMAT_VERSION,
-    MAX_MESSAGE_BYTES,
-    PLAN_TYPE,
-    REGISTER_TYPE,
-    RecordError,
-    pack,
-    unpack,
-)
+from fedalloy_adapters.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, payload_size
+from fedalloy_adapters.flower_records import RecordError, unpack
 from fedalloy_adapters.layout import Layout, LayoutError
-from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
-from fedalloy_adapters.words import one_line
+from fedalloy_adapters.parts import layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.framework.dispatch import Dispatch, max_blob_bytes
+from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client
+from strategies.framework.limits import Limits, bounded, require_affordable
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Client ids, run names and slot names become folder names."""
-MAX_NUMBER = 1e9
-"""No trained adapter comes near; products of larger numbers would overflow in a merge and take the server down."""
 MAX_SUM = 1e60
 """No sum of squares or of damped inverses comes near; sums, products and squares of larger numbers would overflow."""
 MAX_INTEGER = 2**63 - 1
 MAX_TASKS, MAX_METRICS, MAX_NOTES, MAX_CONNECTIONS = 1000, 1000, 1000, 256
 """What one client may register, and report of one evaluation: it is written to ``rounds.jsonl`` in every round."""
-MAX_REASON = 400
-"""Characters of a reason of ours that may have a stranger's words in it."""
 METRIC_NAME = re.compile(r"(?:[\w][\w .&+-]{0,63}/)?[a-z][a-z0-9_]{0,39}")
 """A metric, after the name of its task where there are several: it becomes a column's head and a word in a report."""
 _RANGES = {
@@ -62,143 +41,44 @@ _RANGES = {
     "loss": (0.0, 1e60),
     "perplexity": (0.0, 1e308),
 }
+
+
+def _lists_of(message: type[ProtoMessage]) -> list[str]:
+    """Fields that are lists of numbers."""
+    fields = message.DESCRIPTOR.fields_by_name.items()
+    return [name for name, field in fields if field.is_repeated and field.message_type is None]
+
+
 _PER_MODULE = {
-    "fisher": [name for name, field in report_pb2.FisherResult.DESCRIPTOR.fields_by_name.items() if field.is_repeated],
-    "distance": ["squared"],
+    "fisher": _lists_of(report_pb2.FisherResult),
+    "distance": _lists_of(report_pb2.DistanceResult),
+    "fisher.more": _lists_of(report_pb2.DampedFisher),
 }
 
 
-class BadAnswerError(ValueError):
-    """A client's reply is an error, or is not what the plan asked for.
+def read_client(reply: Message, node_id: int, limits: Limits) -> Client:
+    """The client that a reply registers, within the limits of the run.
 
-    The finding may be in a stranger's words and goes to logs: it is cut, and is one line of printable text.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message, MAX_REASON))
-
-
-@dataclass(frozen=True)
-class Dispatch:
-    """One client's message of one round, and what its answer must look like; ``layout`` is the client's.
-
-    ``received`` has the adapters as the client will decode them, made again when they are asked for; ``expected`` the
-    layout of every upload asked for;
-    ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for;
-    ``sketches`` names the uploads that are sketches.
-    """
-
-    plan: plan_pb2.Plan
-    layout: Layout
-    content: RecordDict
-    received: Mapping[str, Adapter]
-    expected: Mapping[str, Layout]
-    tensor_bytes: Mapping[str, int]
-    upload_bytes: Mapping[str, int]
-    sketches: frozenset[str] = frozenset()
-
-    @property
-    def max_answer_bytes(self) -> int:
-        """Most bytes that an answer to this may have."""
-        return MAX_MESSAGE_BYTES + sum(_max_blob_bytes(layout) for layout in self.expected.values())
-
-    def message(self, node_id: int, ttl: float | None = None) -> Message:
-        """The Flower message to one node; ``ttl`` in seconds."""
-        return Message(
-            self.content, dst_node_id=node_id, message_type=PLAN_TYPE, ttl=ttl, group_id=str(self.plan.round)
-        )
-
-
-def plan_dispatch(
-    steps: Sequence[plan_pb2.Step],
-    adapters: Mapping[str, Adapter],
-    *,
-    client_id: str,
-    layout: Layout,
-    round_: int,
-    seed: int,
-    run_name: str,
-    encoding: str = "fp32",
-    reference: Layout | None = None,
-    run_key: bytes = b"",
-) -> Dispatch:
-    """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
+    Args:
+        reply: what the node answered.
+        node_id: who was asked.
+        limits: the run's.
 
     Raises:
-        LayoutError: a sketch is asked of a client that registered no reference model, or of more rows than that has.
+        BadAnswerError: the node answered with an error, its registration is not valid, or its adapter is too large.
     """
-    plan = plan_pb2.Plan(
-        version=FORMAT_VERSION,
-        run_name=run_name,
-        client_id=client_id,
-        round=round_,
-        seed=seed,
-        steps=steps,
-        run_key=run_key,
-    )
-    blobs: dict[str, bytes] = {}
-    received: dict[str, Callable[[], Adapter]] = {}
-    tensor_bytes: dict[str, int] = {}
-    known = layouts_of_plan(layout, steps)
-    for slot, adapter in adapters.items():
-        encoded = _encode(adapter, Encoding(encoding), include_layout=adapter.layout.digest not in known)
-        blobs[slot], tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
-        received[slot] = partial(_as_received, adapters, slot, Encoding(encoding))
-    expected = {
-        step.send.slot: layout_of_part(layout, step.send.part) for step in steps if step.WhichOneof("kind") == "send"
-    }
-    upload_bytes = {
-        step.send.slot: payload_size(expected[step.send.slot], encoding_from_proto(step.send.encoding))
-        for step in steps
-        if step.WhichOneof("kind") == "send"
-    }
-    sketches = [step.sketch for step in steps if step.WhichOneof("kind") == "sketch"]
-    for sketch in sketches:
-        if reference is None:
-            raise LayoutError(f"client {client_id!r} has no reference model for a sketch")
-        expected[sketch.slot] = layout_of_sketch(reference, sketch.row_count)
-        upload_bytes[sketch.slot] = payload_size(expected[sketch.slot], encoding_from_proto(sketch.encoding))
-    for gram in [step.gram for step in steps if step.WhichOneof("kind") == "gram"]:
-        expected[gram.slot] = layout_of_gram(layout)
-        upload_bytes[gram.slot] = payload_size(expected[gram.slot], encoding_from_proto(gram.encoding))
-    return Dispatch(
-        plan,
-        layout,
-        pack("plan", plan, blobs),
-        Made(received),
-        expected,
-        tensor_bytes,
-        upload_bytes,
-        frozenset(sketch.slot for sketch in sketches),
-    )
+    client = client_from(*read_registration(reply, node_id), node_id)
+    require_affordable(limits, client)
+    return client
 
 
-def _encode(adapter: Adapter, encoding: Encoding, *, include_layout: bool) -> Encoded:
-    """Numbers that fp16 does not have (one client's upload is enough) travel as they are: the run must go on."""
+def claimed_id(reply: Message) -> str:
+    """The client id in a registration that may be wrong otherwise; empty where there is none."""
     try:
-        return encode(adapter, encoding, include_layout=include_layout)
-    except CodecError as error:
-        if error.code is not CodecErrorCode.NOT_FINITE or not adapter.is_finite:
-            raise
-        return encode(adapter, Encoding.FP32, include_layout=include_layout)
-
-
-def _as_received(adapters: Mapping[str, Adapter], slot: str, encoding: Encoding) -> Adapter:
-    """What the client decodes; where nothing is lost, one copy of the numbers serves all that are sent the same."""
-    adapter = adapters[slot]
-    if not encoding.is_lossy and adapter.vector.dtype == torch.float32:
-        return adapter
-    return _encode(adapter, encoding, include_layout=False).decoded
-
-
-def register_message(node_id: int, ttl: float | None = None) -> Message:
-    """Ask a node who it is."""
-    return Message(RecordDict(), dst_node_id=node_id, message_type=REGISTER_TYPE, ttl=ttl)
-
-
-def counters_message(node_id: int, ttl: float | None = None) -> Message:
-    """Ask a node for its counters only."""
-    return Message(RecordDict(), dst_node_id=node_id, message_type=COUNTERS_TYPE, ttl=ttl)
+        said = unpack(reply.content, "registration", report_pb2.Registration)[0].client_id
+    except RecordError:
+        return ""
+    return said if CLIENT_ID.fullmatch(said) else ""
 
 
 def read_registration(reply: Message, node_id: int | None = None) -> tuple[report_pb2.Registration, Layout]:
@@ -236,6 +116,24 @@ def read_registration(reply: Message, node_id: int | None = None) -> tuple[repor
     return registration, layout
 
 
+def client_from(registration: report_pb2.Registration, layout: Layout, node_id: int) -> Client:
+    """The client that a checked registration describes.
+
+    Raises:
+        BadAnswerError: its reference model's layout is not valid.
+    """
+    reference = None
+    if registration.HasField("reference"):
+        try:
+            reference = Layout.from_proto(registration.reference)
+            require_size(reference)
+            layout_of_sketch(reference, 1)
+        except LayoutError as error:
+            raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
+    client = Client(registration.client_id, node_id, layout, 0, registration.base_model, registration, reference)
+    return replace(client, examples=client.claimed)
+
+
 def require_size(layout: Layout) -> None:
     """A layout is a claim, and the server is about to allocate it.
 
@@ -260,6 +158,22 @@ def read_counters(reply: Message) -> report_pb2.Counters:
         raise BadAnswerError(f"{node}: {error}") from None
     _require_sane(node, counters)
     return counters
+
+
+def answer_from(dispatch: Dispatch, reply: Message, limits: Limits | None = None) -> Answer:
+    """The checked answer in a client's reply, within the limits of the run.
+
+    Raises:
+        BadAnswerError: the reply is an error, not what the plan asked for, or beyond a limit; names client and reason.
+    """
+    report, adapters = read_answer(dispatch, reply)
+    kept = bounded(limits or Limits(), dispatch, adapters)
+    metrics = {
+        result.evaluate.label: dict(result.evaluate.metrics)
+        for result in report.results
+        if result.WhichOneof("kind") == "evaluate"
+    }
+    return Answer(kept.adapters, dispatch.received, metrics, int(report.examples), report, kept.clipped)
 
 
 def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, dict[str, Adapter]]:
@@ -293,7 +207,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
     for slot, blob in blobs.items():
         layout = dispatch.expected[slot]
         try:
-            references, limit = _References(dispatch, layout), _max_blob_bytes(layout)
+            references, limit = _References(dispatch, layout), max_blob_bytes(layout)
             adapters[slot] = decode(blob, expected=layout, references=references, max_bytes=limit)
         except CodecError as error:
             raise BadAnswerError(f"{who} sent slot {slot!r}: {error}") from None
@@ -303,11 +217,6 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
                 f"{who} sent slot {slot!r} with numbers up to {largest:.3g}, expected at most {MAX_NUMBER:g}"
             )
     return report, adapters
-
-
-def _max_blob_bytes(layout: Layout) -> int:
-    """Twice the plain numbers bounds any encoding with its header; a longer blob is refused unread."""
-    return 2 * payload_size(layout, Encoding.FP32) + 2**20
 
 
 class _References(Mapping[bytes, Adapter]):
@@ -372,7 +281,16 @@ def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepRe
         raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):
         return
-    body = getattr(result, kind)
+    _require_lists(where, kind, getattr(result, kind), modules)
+    if kind == "fisher" and len(result.fisher.more) != len(step.fisher.more_dampings):
+        raise BadAnswerError(
+            f"{where} (fisher): {len(result.fisher.more)} more dampings, expected {len(step.fisher.more_dampings)}"
+        )
+    for more in result.fisher.more if kind == "fisher" else ():
+        _require_lists(where, "fisher.more", more, modules)
+
+
+def _require_lists(where: str, kind: str, body: ProtoMessage, modules: int) -> None:
     for name in _PER_MODULE[kind]:
         numbers = getattr(body, name)
         if len(numbers) != modules:

@@ -1,0 +1,34 @@
+"""Why a client could not, in words for people: Flower's classes and numbers are taken off, ours are said first."""
+
+from __future__ import annotations
+
+import re
+
+from flwr.app import Error
+
+from fedalloy_adapters.words import one_line
+from strategies.framework.exchange import MAX_REASON
+
+_RAISED = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>:<'(.*)'>", re.S)
+_CARRIERS = ("ClientError", "JobFailedError")
+"""Errors of ours whose words say which error there was; their own class means nothing to a user."""
+CODES = {
+    1: "its ClientApp cannot be loaded: is FedAlloy installed there, for the Python that its SuperNode runs?",
+    3: "its answer was lost on the way",
+    4: "its answer was lost on the way",
+    5: "its SuperNode is not online",
+    7: "it got another app than this one",
+    8: "its process ended: killed, or out of memory?",
+}
+"""Flower's error codes (1.39) in words."""
+
+
+def reason_of(error: Error) -> str:
+    """One line: what a client or the SuperLink says in an error reply."""
+    said = str(error.reason or "")
+    if raised := _RAISED.fullmatch(said.strip()):
+        name, words = raised.groups()
+        said = words if name in _CARRIERS else f"{name}: {words}" if words else name
+    elif words := CODES.get(error.code):
+        said = f"{words} ({said})" if said else words
+    return one_line(said or f"it gave no reason (Flower's error {error.code})", MAX_REASON)

@@ -1,0 +1,161 @@
+"""Briefs as Flower messages: one client's plan and adapters, encoded, and what its answer must look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from flwr.app import Message, RecordDict
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Made
+from fedalloy_adapters.codec import (
+    CodecError,
+    CodecErrorCode,
+    Encoded,
+    Encoding,
+    encode,
+    encoding_from_proto,
+    payload_size,
+)
+from fedalloy_adapters.flower_records import (
+    COUNTERS_TYPE,
+    FORMAT_VERSION,
+    MAX_MESSAGE_BYTES,
+    PLAN_TYPE,
+    REGISTER_TYPE,
+    pack,
+)
+from fedalloy_adapters.layout import Layout, LayoutError
+from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
+from proto.fedalloy.v1 import plan_pb2
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One client's message of one round, and what its answer must look like; ``layout`` is the client's.
+
+    ``received`` has the adapters as the client will decode them, made again when they are asked for; ``expected`` the
+    layout of every upload asked for;
+    ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for;
+    ``sketches`` names the uploads that are sketches.
+    """
+
+    plan: plan_pb2.Plan
+    layout: Layout
+    content: RecordDict
+    received: Mapping[str, Adapter]
+    expected: Mapping[str, Layout]
+    tensor_bytes: Mapping[str, int]
+    upload_bytes: Mapping[str, int]
+    sketches: frozenset[str] = frozenset()
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """Most bytes that an answer to this may have."""
+        return MAX_MESSAGE_BYTES + sum(max_blob_bytes(layout) for layout in self.expected.values())
+
+    def message(self, node_id: int, ttl: float | None = None) -> Message:
+        """The Flower message to one node; ``ttl`` in seconds."""
+        return Message(
+            self.content, dst_node_id=node_id, message_type=PLAN_TYPE, ttl=ttl, group_id=str(self.plan.round)
+        )
+
+
+def plan_dispatch(
+    steps: Sequence[plan_pb2.Step],
+    adapters: Mapping[str, Adapter],
+    *,
+    client_id: str,
+    layout: Layout,
+    round_: int,
+    seed: int,
+    run_name: str,
+    encoding: str = "fp32",
+    reference: Layout | None = None,
+    run_key: bytes = b"",
+) -> Dispatch:
+    """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
+
+    Raises:
+        LayoutError: a sketch is asked of a client that registered no reference model, or of more rows than that has.
+    """
+    plan = plan_pb2.Plan(
+        version=FORMAT_VERSION,
+        run_name=run_name,
+        client_id=client_id,
+        round=round_,
+        seed=seed,
+        steps=steps,
+        run_key=run_key,
+    )
+    blobs: dict[str, bytes] = {}
+    received: dict[str, Callable[[], Adapter]] = {}
+    tensor_bytes: dict[str, int] = {}
+    known = layouts_of_plan(layout, steps)
+    for slot, adapter in adapters.items():
+        encoded = _encode(adapter, Encoding(encoding), include_layout=adapter.layout.digest not in known)
+        blobs[slot], tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
+        received[slot] = partial(_as_received, adapters, slot, Encoding(encoding))
+    expected = {
+        step.send.slot: layout_of_part(layout, step.send.part) for step in steps if step.WhichOneof("kind") == "send"
+    }
+    upload_bytes = {
+        step.send.slot: payload_size(expected[step.send.slot], encoding_from_proto(step.send.encoding))
+        for step in steps
+        if step.WhichOneof("kind") == "send"
+    }
+    sketches = [step.sketch for step in steps if step.WhichOneof("kind") == "sketch"]
+    for sketch in sketches:
+        if reference is None:
+            raise LayoutError(f"client {client_id!r} has no reference model for a sketch")
+        expected[sketch.slot] = layout_of_sketch(reference, sketch.row_count)
+        upload_bytes[sketch.slot] = payload_size(expected[sketch.slot], encoding_from_proto(sketch.encoding))
+    for gram in [step.gram for step in steps if step.WhichOneof("kind") == "gram"]:
+        expected[gram.slot] = layout_of_gram(layout)
+        upload_bytes[gram.slot] = payload_size(expected[gram.slot], encoding_from_proto(gram.encoding))
+    return Dispatch(
+        plan,
+        layout,
+        pack("plan", plan, blobs),
+        Made(received),
+        expected,
+        tensor_bytes,
+        upload_bytes,
+        frozenset(sketch.slot for sketch in sketches),
+    )
+
+
+def _encode(adapter: Adapter, encoding: Encoding, *, include_layout: bool) -> Encoded:
+    """Numbers that fp16 does not have (one client's upload is enough) travel as they are: the run must go on."""
+    try:
+        return encode(adapter, encoding, include_layout=include_layout)
+    except CodecError as error:
+        if error.code is not CodecErrorCode.NOT_FINITE or not adapter.is_finite:
+            raise
+        return encode(adapter, Encoding.FP32, include_layout=include_layout)
+
+
+def _as_received(adapters: Mapping[str, Adapter], slot: str, encoding: Encoding) -> Adapter:
+    """What the client decodes; where nothing is lost, one copy of the numbers serves all that are sent the same."""
+    adapter = adapters[slot]
+    if not encoding.is_lossy and adapter.vector.dtype == torch.float32:
+        return adapter
+    return _encode(adapter, encoding, include_layout=False).decoded
+
+
+def register_message(node_id: int, ttl: float | None = None) -> Message:
+    """Ask a node who it is."""
+    return Message(RecordDict(), dst_node_id=node_id, message_type=REGISTER_TYPE, ttl=ttl)
+
+
+def counters_message(node_id: int, ttl: float | None = None) -> Message:
+    """Ask a node for its counters only."""
+    return Message(RecordDict(), dst_node_id=node_id, message_type=COUNTERS_TYPE, ttl=ttl)
+
+
+def max_blob_bytes(layout: Layout) -> int:
+    """Twice the plain numbers bounds any encoding with its header; a longer blob is refused unread."""
+    return 2 * payload_size(layout, Encoding.FP32) + 2**20
