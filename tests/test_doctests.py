@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 
-MODULES = (
-    "fedalloy_adapters.algebra",
-    "strategies.algorithms.fedamp",
-    "strategies.algorithms.nan_merge",
-    "strategies.algorithms.pfedgraph",
-    "strategies.algorithms.ties",
-)
+ROOT = Path(__file__).parents[1]
+FILES = [ROOT / "fedalloy_adapters" / "algebra.py", *sorted((ROOT / "strategies").rglob("*.py"))]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in FILES
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+def test_merge_rules_have_examples() -> None:
+    assert len(MODULES) >= 5
 
 
 @pytest.mark.parametrize("module", MODULES)
