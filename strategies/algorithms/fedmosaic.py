@@ -72,9 +72,9 @@ class FedMosaicOptions:
     temperature: float = 0.2
     """Temperature of the softmax over peers: 0.5 in the paper, which has more clients; 0.2 was better on validation
     data of ``digits`` with 4 and with 8."""
-    max_relevance: float = 0.75
+    max_relevance: float = 1.0
     """Largest weight of one peer in a client's global adapter, where it has enough of them: a sketch can be made to
-    look like anybody's. 1: no bound."""
+    look like anybody's. 1: no bound, as in the paper: two clients that are alike may be each other's only peers."""
     similarity: str = "cosine"
     """Similarity of two sketches: ``"cosine"`` of all their numbers, or ``"column-mean"``, the mean of the cosines of
     their columns."""

@@ -38,7 +38,7 @@ from tests.in_process import FIRST_NODE, run_in_process
 
 HOSTILE = 2
 KINDS = ("none", "noise", "flip", "claims", "spy")
-OFF = {"max_update_ratio": 0.0, "max_examples_ratio": 0.0, "fedmosaic__max_relevance": 1.0}
+OFF = {"max_update_ratio": 0.0, "max_examples_ratio": 0.0}
 
 
 class Liar:
