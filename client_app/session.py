@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from client_app.data.arrival import streamed
 from client_app.data.dataset import Base, ClientData
+from client_app.data.task_kinds import kind_of
 from client_app.guard.disclosure import told
 from client_app.guard.noise import secret_of
 from client_app.guard.policy import PolicyError
@@ -29,7 +31,7 @@ from client_app.plan.progress import Cancelled, tick, within
 from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import reference_layout
 from client_app.plan.slots import SlotStore
-from client_app.plan.training import set_up_torch
+from client_app.plan.training import autocast, set_up_torch
 from client_app.scenarios import FROM_FILES, NAMES, load_scenario
 from client_app.scenarios.files import load_files
 from client_app.settings import NodeConfigError, Settings
@@ -143,7 +145,20 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     if settings.alignment:
         model.align(load_alignment(settings.alignments, settings.alignment, model.layout))
     model.module.to(device)
-    return model, data
+    model.target_losses.chunk_bytes = settings.model.logits_chunk_mb * 10**6
+    return model, replace(data, notes=(*data.notes, *_notes_on_logits(model, data)))
+
+
+def _notes_on_logits(model: PersonalModel, data: ClientData) -> list[str]:
+    """What a batch of one shows: whether the model computes more logits than its losses need."""
+    train = data.splits["train"]
+    if data.tasks or not kind_of(data.kind).generative or not len(train):
+        return []
+    one = train.batch(torch.tensor([0]))
+    with torch.no_grad(), autocast(model.device):
+        model.at_targets(model.inputs(one.inputs), one.labels.to(model.device), one.task)
+    reason = model.target_losses.reason
+    return [f"losses need more memory than they should: {reason}"] if reason else []
 
 
 def base_and_data(settings: Settings) -> tuple[Base, ClientData]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,21 +13,27 @@ from typing import Any, TypeVar, get_type_hints
 from flwr.app import Context
 
 from client_app.guard.policy import Policy
+from client_app.model_settings import ModelSettings, SettingsError, canonical_label, key_of, require_choice
+
+__all__ = [
+    "NODE_ONLY",
+    "AdapterSettings",
+    "DataSettings",
+    "ModelSettings",
+    "NodeConfigError",
+    "Settings",
+    "SettingsError",
+    "TrainerSettings",
+    "canonical_label",
+    "default_state_dir",
+    "node_keys",
+    "read_settings",
+    "require_node_keys",
+]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_KEY = re.compile(r"(?:node-config |run-config )?([a-z][a-z0-9.-]{0,60})(?= = )")
 Config = Mapping[str, Any]
 C = TypeVar("C")
-
-
-class SettingsError(ValueError):
-    """A node-config or run-config value is missing or not valid."""
-
-    @property
-    def told(self) -> str:
-        """The key, which is all that the server gets to know: a value of node-config is the owner's."""
-        named = _KEY.match(str(self))
-        return named.group(1) if named else ""
 
 
 class NodeConfigError(SettingsError):
@@ -64,57 +69,6 @@ class AdapterSettings:
             raise SettingsError(
                 f"lora-alignment = {self.lora_alignment[:80]!r}, expected a SHA-256, 64 hexadecimal digits"
             )
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The base model and how it is held; the field ``base_model`` is the key ``base-model``.
-
-    Every key may be in run-config, for all clients, and in a client's node-config, which wins.
-    """
-
-    base_model: str = ""
-    """Hugging Face id (``org/name`` or ``org/name@revision``) or folder; for clients with a ``data-path``."""
-    reference_model: str = ""
-    """For ``fedmosaic`` where clients differ in their base model: a small one that all of them compare their data with
-    (hub id or folder). Empty: the base model itself."""
-    task: str = ""
-    """``text-classification``, ``causal-lm``, ``image-classification``, ``image-text-classification`` or
-    ``image-text-to-text``; empty: what the columns are for."""
-    labels: str = ""
-    """Comma-separated class names that all clients share: the head is then a part of the adapter. Empty: each client's
-    labels are its own, and so is its head, which never leaves it."""
-    target_modules: str = ""
-    """Comma-separated ends of module names that get LoRA factors, or ``all-linear``. Empty: PEFT's choice for the
-    architecture."""
-    model_dtype: str = "float32"
-    """Number type of the frozen base: ``float32`` or ``bfloat16``. Adapters are always float32."""
-    quantization: str = "none"
-    """``none`` or ``4bit`` (bitsandbytes NF4; CUDA only, extra ``quantization``)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    micro_batch_size: int = 0
-    """Examples at most at once; a batch is then accumulated from parts. 0: no bound."""
-    max_length: int = 512
-    """Tokens of one example; a longer prompt loses its beginning, a longer text its end."""
-    max_new_tokens: int = 64
-    """Tokens at most of each text that is written in an evaluation."""
-    generate_examples: int = 0
-    """Texts that are written in each evaluation, for exact match and ROUGE-L."""
-
-    def __post_init__(self) -> None:
-        _require_choice("model-dtype", self.model_dtype, ("float32", "bfloat16"))
-        _require_choice("quantization", self.quantization, ("none", "4bit"))
-        for key, least in (("micro_batch_size", 0), ("max_length", 2), ("max_new_tokens", 1), ("generate_examples", 0)):
-            if getattr(self, key) < least:
-                raise SettingsError(f"{_key(key)} = {getattr(self, key)}, expected at least {least}")
-        if self.labels and len(set(self.label_names)) < max(2, len(self.label_names)):
-            raise SettingsError(f"labels = {self.labels!r}, expected at least two names that differ, or none")
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """The labels that all clients share, in order; empty where each has its own."""
-        return tuple(name for name in map(canonical_label, self.labels.split(",")) if name)
 
 
 @dataclass(frozen=True)
@@ -160,7 +114,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _ = self.fractions
-        _require_choice("prompt-template", self.prompt_template, ("auto", "none"))
+        require_choice("prompt-template", self.prompt_template, ("auto", "none"))
 
     @property
     def fractions(self) -> tuple[float, float, float]:
@@ -235,7 +189,7 @@ class Settings:
     policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
-        _require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
+        require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
 
     def run_directory(self, run_name: str) -> Path:
         """This client's folder in a run.
@@ -257,7 +211,7 @@ NODE_ONLY = (
 def node_keys() -> list[str]:
     """Every key that node-config may have."""
     kinds = (("", ModelSettings), ("", DataSettings), ("client.", Policy), ("trainer.", TrainerSettings))
-    return sorted({*NODE_ONLY, *(prefix + _key(item.name) for prefix, kind in kinds for item in fields(kind))})
+    return sorted({*NODE_ONLY, *(prefix + key_of(item.name) for prefix, kind in kinds for item in fields(kind))})
 
 
 def require_node_keys(node: Config, whose: str = "node-config") -> None:
@@ -326,11 +280,6 @@ def read_settings(context: Context) -> Settings:
     )
 
 
-def canonical_label(name: str) -> str:
-    """A label as it is compared: NFC, because the same letters can be written in two ways, and no space around."""
-    return unicodedata.normalize("NFC", name).strip().strip("\ufeff")
-
-
 def _policy(node: Config, run: Config) -> Policy:
     """Node-config's policy; where it is silent, of the default and run-config's the stricter one."""
     try:
@@ -339,7 +288,7 @@ def _policy(node: Config, run: Config) -> Policy:
         raise
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    said = {item.name: getattr(own, item.name) for item in fields(Policy) if f"client.{_key(item.name)}" in node}
+    said = {item.name: getattr(own, item.name) for item in fields(Policy) if f"client.{key_of(item.name)}" in node}
     return replace(Policy().stricter(asked), **said)
 
 
@@ -350,7 +299,7 @@ def _require_accepted(node: Config, run: Config) -> None:
     """
     accepted = {name.strip() for name in str(node.get("client.accept-keys", "")).split(",")}
     for item in fields(DataSettings):
-        key = _key(item.name)
+        key = key_of(item.name)
         if not key.endswith(_OWNERS) or key in node or run.get(key, item.default) == item.default:
             continue
         if not accepted & {key, "all"}:
@@ -365,15 +314,11 @@ def default_state_dir() -> Path:
     return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedalloy"
 
 
-def _key(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _read(kind: type[C], node: Config, run: Config, prefix: str = "") -> C:
     """A settings dataclass: node-config's value, else run-config's, else the default."""
     hints, values = get_type_hints(kind), {}
     for item in fields(kind):  # type: ignore[arg-type]
-        key, hint = prefix + _key(item.name), hints[item.name]
+        key, hint = prefix + key_of(item.name), hints[item.name]
         for source, config in (("node-config", node), ("run-config", run)):
             if key in config:
                 value = config[key]
@@ -386,11 +331,6 @@ def _read(kind: type[C], node: Config, run: Config, prefix: str = "") -> C:
                 values[item.name] = value
                 break
     return kind(**values)
-
-
-def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SettingsError(f"{key} = {value!r}, expected one of {', '.join(choices)}")
 
 
 def _require_name(what: str, name: str) -> None:

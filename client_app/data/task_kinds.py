@@ -79,8 +79,7 @@ def mean_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
     """
     if not kind_of(kind).generative:
         return functional.cross_entropy(logits, labels)
-    total, count = _token_losses(logits, labels)
-    return total.sum() / count.sum().clamp_min(1)
+    return mean_of(_at_labels(logits, labels), labels)
 
 
 def example_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -93,8 +92,7 @@ def example_losses(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
     """
     if not kind_of(kind).generative:
         return functional.cross_entropy(logits, labels, reduction="none")
-    total, count = _token_losses(logits, labels)
-    return total / count.clamp_min(1)
+    return means_of(_at_labels(logits, labels), labels)
 
 
 def targets_in(batch: Dataset) -> int:
@@ -117,11 +115,37 @@ def at_targets(everywhere: Tensor, labels: Tensor) -> Tensor:
     return everywhere[:, -labels.shape[1] :][:, :-1][target_mask(labels)]
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of losses and number of targets for each example, ``[b]`` both."""
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropies ``[n]`` of logits ``[n, V]`` at the targets ``tokens [n]``, float32."""
+    return functional.cross_entropy(logits.float(), tokens, reduction="none")
+
+
+def by_example(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of target losses and number of targets for each example, ``[b]`` both.
+
+    Args:
+        losses: ``[n]``, row by row.
+        labels: ``[b, L]``, on the same device.
+    """
     mask = target_mask(labels)
-    if logits.dim() == 3:
-        logits = at_targets(logits, labels)
-    losses = functional.cross_entropy(logits.float(), labels[:, 1:][mask], reduction="none")
     rows = mask.nonzero()[:, 0]
     return losses.new_zeros(len(labels)).index_add(0, rows, losses), mask.sum(dim=1).to(losses.dtype)
+
+
+def mean_of(losses: Tensor, labels: Tensor) -> Tensor:
+    """What :func:`mean_loss` is, from the target losses ``[n]``."""
+    total, count = by_example(losses, labels)
+    return total.sum() / count.sum().clamp_min(1)
+
+
+def means_of(losses: Tensor, labels: Tensor) -> Tensor:
+    """What :func:`example_losses` is, from the target losses ``[n]``."""
+    total, count = by_example(losses, labels)
+    return total / count.clamp_min(1)
+
+
+def _at_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Target losses ``[n]`` from logits at targets, or everywhere."""
+    if logits.dim() == 3:
+        logits = at_targets(logits, labels)
+    return token_losses(logits, labels[:, 1:][target_mask(labels)])

@@ -65,7 +65,7 @@ def load_base(
     config = load_config(found)
     auto_model = getattr(transformers, kind.auto_model)
     rows: list[int | None] = []
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.model_dtype)}
+    options: dict[str, Any] = {"dtype": dtype_of(settings), **_attention(settings)}
     renamed = not kind.generative and labels_of(config) != list(labels)
     if renamed:
         rows = rows_by_name(labels_of(config), labels)
@@ -179,6 +179,25 @@ def _drawn(model: Any, missing: Sequence[str], heads: Sequence[str], found: Foun
     return tuple(names)
 
 
+def dtype_of(settings: ModelSettings) -> torch.dtype:
+    """The number type of the frozen base.
+
+    ``auto`` is bfloat16 on a GPU that has it: autocast computes in it there anyway, so that only memory changes. CPUs
+    stay at float32: whether bfloat16 is faster is a matter of their instructions, and a run gives the same numbers on
+    all of them.
+    """
+    if settings.model_dtype != "auto":
+        found: torch.dtype = getattr(torch, settings.model_dtype)
+        return found
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _attention(settings: ModelSettings) -> dict[str, str]:
+    if settings.attention == "auto":
+        return {}
+    return {"attn_implementation": {"flash": "flash_attention_2"}.get(settings.attention, settings.attention)}
+
+
 def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
     """A FLAVA's two towers and its multimodal encoder (``transformers.FlavaModel``), frozen, in evaluation mode."""
     import transformers
@@ -190,7 +209,8 @@ def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
             use_safetensors=True,
             output_loading_info=True,
             **HERE,
-            dtype=getattr(torch, settings.model_dtype),
+            dtype=dtype_of(settings),
+            **_attention(settings),
         )
     draw_missing(model, [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])])
     return model.requires_grad_(False).eval()

@@ -19,6 +19,7 @@ from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGa
 from client_app.model.module_roles import RoleError, depth_of, shared_names
 from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
 from client_app.model.target_logits import TargetLogits
+from client_app.model.target_losses import AtTargets, TargetLosses
 from fedalloy_adapters.adapter import Adapter, scalings_from
 from fedalloy_adapters.algebra import Coefficient, coefficient_of
 from fedalloy_adapters.layout import Entry, Factor, Layout
@@ -95,6 +96,7 @@ class PersonalModel:
             for kind, parameter in modules[name].named_parameters(recurse=False)
         }
         self._target_logits = TargetLogits(self.module)
+        self.target_losses = TargetLosses(self._target_logits)
         self.drawn = {name: self.module.get_parameter(name).detach().clone() for name in base.drawn}
         self._loaded: dict[str, Layout] = {}
         self._mixture: Mixture = {}
@@ -255,6 +257,10 @@ class PersonalModel:
     def target_logits(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> Tensor:
         """Logits ``[n, V]`` of the n targets in ``labels [b, L]``, row by row; no others are computed."""
         return self._target_logits(lambda: self.logits(inputs, task), labels)
+
+    def at_targets(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> AtTargets:
+        """Losses of the targets in ``labels [b, L]``, and logits where they are wanted, with few of them at a time."""
+        return self.target_losses(lambda: self.logits(inputs, task), labels)
 
     @contextmanager
     def switched(self, mixture: Mixture) -> Iterator[None]:

@@ -24,6 +24,7 @@ class TargetLogits:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         find: Callable[[], Any] = getattr(module, "get_output_embeddings", lambda: None)
         try:
             head = find()

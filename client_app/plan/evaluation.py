@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
-from client_app.data.task_kinds import IGNORED, example_losses, kind_of, target_mask
+from client_app.data.task_kinds import IGNORED, kind_of, target_mask
 from client_app.model.personal import PersonalModel
+from client_app.model.target_losses import AtTargets, AtTargetsWhole
 from client_app.plan.ensembles import forward_of
 from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick
@@ -94,15 +95,16 @@ def evaluate(
         tick("evaluate", int(indices[0]), len(data))
         batch = data.batch(indices)
         labels = batch.labels.to(model.device)
-        with autocast(model.device):
-            logits = (forward or partial(logits_of, model))(batch).float()
         if kind.generative:
-            targets = target_mask(labels).sum(dim=1)
-            loss += float((example_losses(data.kind, logits, labels).double() * targets).sum())
-            count += int(targets.sum())
-            if client is not None and client.choices:
-                correct += likeliest_of(logits, labels, client.choices)
+            with autocast(model.device):
+                said = _at_targets(model, batch, labels, forward)
+                loss += float(said.losses().double().sum())
+                count += len(said.tokens)
+                if client is not None and client.choices:
+                    correct += likeliest_of(said.logits(first_targets(labels)), labels, client.choices)
         else:
+            with autocast(model.device):
+                logits = (forward or partial(logits_of, model))(batch).float()
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(dim=-1) == labels).sum())
             count += len(batch)
@@ -133,20 +135,31 @@ def _over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return metrics
 
 
+def _at_targets(
+    model: PersonalModel, batch: Dataset, labels: Tensor, forward: Callable[[Dataset], Tensor] | None
+) -> AtTargets:
+    if forward is None:
+        return model.at_targets(model.inputs(batch.inputs), labels, batch.task)
+    return AtTargetsWhole(labels[:, 1:][target_mask(labels)], forward(batch))
+
+
+def first_targets(labels: Tensor) -> Tensor:
+    """Of the n targets of ``labels [b, L]``, row by row, the first of each row ``[b]``."""
+    counts = target_mask(labels).sum(dim=1)
+    return counts.cumsum(dim=0) - counts
+
+
 def likeliest_of(logits: Tensor, labels: Tensor, choices: Sequence[int]) -> int:
     """How many answers begin as they should, were the model to choose among the first tokens ``choices``.
 
     Args:
-        logits: ``[n, V]`` of all targets, row by row.
+        logits: ``[b, V]`` of each row's first target.
         labels: ``[b, L]``, each row with one answer.
         choices: tokens, each the beginning of one possible answer.
     """
-    mask = target_mask(labels)
-    counts = mask.sum(dim=1)
-    first = counts.cumsum(dim=0) - counts
     offered = torch.tensor(list(choices), device=labels.device)
-    scores = logits[first][:, offered]
-    return int((offered[scores.argmax(dim=1)] == labels[:, 1:][mask][first]).sum())
+    first = labels[:, 1:][target_mask(labels)][first_targets(labels)]
+    return int((offered[logits[:, offered].argmax(dim=1)] == first).sum())
 
 
 def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
-from client_app.data.task_kinds import example_losses, kind_of, mean_loss, targets_in
+from client_app.data.task_kinds import example_losses, kind_of, mean_loss, mean_of, means_of, targets_in
 from client_app.model.padding import set_training
 from client_app.model.personal import PersonalModel
 from client_app.plan.mixtures import activate
@@ -240,13 +240,9 @@ def train(
         for position, part in enumerate(parts):
             taught = teacher.outputs(part) if teacher is not None else None
             with autocast(model.device):
-                logits = logits_of(model, part, everywhere=teacher is not None and teacher.everywhere)
-                labels = part.labels.to(model.device)
-                if example_weights is None:
-                    objective = mean_loss(part.kind, logits, labels)
-                else:
-                    each = example_losses(part.kind, logits, labels)
-                    objective = (each * example_weights[chunks[position]].to(each)).mean()
+                counts = None if example_weights is None else example_weights[chunks[position]]
+                logits = None if teacher is None else logits_of(model, part, everywhere=teacher.everywhere)
+                objective = batch_loss(model, part, logits, counts)
             in_batch, in_task = shares[position]
             count, so_far = found.get(part.task, (0, 0.0))
             found[part.task] = count + len(part), so_far + in_task * float(objective.detach())
@@ -256,7 +252,7 @@ def train(
             if anchor is not None and position == 0:
                 pull = torch.stack([(parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
                 objective = objective + step.proximal.mu / 2 * pull
-            if teacher is not None and taught is not None:
+            if teacher is not None and logits is not None and taught is not None:
                 objective = objective + teacher.loss(part, logits, taught) * in_task
             objective.backward()  # type: ignore[no-untyped-call]
         by_task.add(found)
@@ -291,6 +287,31 @@ def train(
 def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor]:
     """An adapter's tensors by entry name, on a device."""
     return {entry.name: tensor.to(device) for entry, tensor in adapter.items()}
+
+
+def batch_loss(
+    model: PersonalModel, batch: Dataset, logits: Tensor | None = None, example_weights: Tensor | None = None
+) -> Tensor:
+    """What training minimises on a batch of one task.
+
+    Args:
+        model: with a mixture active.
+        batch: of one task.
+        logits: of the batch (:func:`logits_of`), where they are needed for something else, too.
+        example_weights: how much each example counts, ``[b]``; None: the mean of :func:`mean_loss`.
+    """
+    labels = batch.labels.to(model.device)
+    if logits is None and kind_of(batch.kind).generative:
+        losses = model.at_targets(model.inputs(batch.inputs), labels, batch.task).losses()
+        if example_weights is None:
+            return mean_of(losses, labels)
+        each = means_of(losses, labels)
+    else:
+        logits = logits_of(model, batch) if logits is None else logits
+        if example_weights is None:
+            return mean_loss(batch.kind, logits, labels)
+        each = example_losses(batch.kind, logits, labels)
+    return (each * example_weights.to(each)).mean()
 
 
 def logits_of(model: PersonalModel, batch: Dataset, *, everywhere: bool = False) -> Tensor:

@@ -1,0 +1,103 @@
+"""What a run asks of a client's base model: which one, how it is held, and how it computes."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+_KEY = re.compile(r"(?:node-config |run-config )?([a-z][a-z0-9.-]{0,60})(?= = )")
+
+
+class SettingsError(ValueError):
+    """A node-config or run-config value is missing or not valid."""
+
+    @property
+    def told(self) -> str:
+        """The key, which is all that the server gets to know: a value of node-config is the owner's."""
+        named = _KEY.match(str(self))
+        return named.group(1) if named else ""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model and how it is held; the field ``base_model`` is the key ``base-model``.
+
+    Every key may be in run-config, for all clients, and in a client's node-config, which wins.
+    """
+
+    base_model: str = ""
+    """Hugging Face id (``org/name`` or ``org/name@revision``) or folder; for clients with a ``data-path``."""
+    reference_model: str = ""
+    """For ``fedmosaic`` where clients differ in their base model: a small one that all of them compare their data with
+    (hub id or folder). Empty: the base model itself."""
+    task: str = ""
+    """``text-classification``, ``causal-lm``, ``image-classification``, ``image-text-classification`` or
+    ``image-text-to-text``; empty: what the columns are for."""
+    labels: str = ""
+    """Comma-separated class names that all clients share: the head is then a part of the adapter. Empty: each client's
+    labels are its own, and so is its head, which never leaves it."""
+    target_modules: str = ""
+    """Comma-separated ends of module names that get LoRA factors, or ``all-linear``. Empty: PEFT's choice for the
+    architecture."""
+    model_dtype: str = "auto"
+    """Number type of the frozen base: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on GPUs that have it, else
+    float32. Adapters are always float32."""
+    attention: str = "auto"
+    """How attention is computed: ``sdpa``, ``eager``, ``flash`` (FlashAttention 2, a package of its own, for GPUs) or
+    ``auto``, which is transformers' choice for the model."""
+    quantization: str = "none"
+    """``none`` or ``4bit`` (bitsandbytes NF4; CUDA only, extra ``quantization``)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    micro_batch_size: int = 0
+    """Examples at most at once; a batch is then accumulated from parts. 0: no bound."""
+    logits_chunk_mb: int = 128
+    """Logits at most at once in training and evaluation, in MB of float32, where the model's head allows it; 0: no
+    bound."""
+    group_by_length: bool = False
+    """Training batches have texts of similar lengths: of every eight batches, the same examples, sorted."""
+    max_length: int = 512
+    """Tokens of one example; a longer prompt loses its beginning, a longer text its end."""
+    max_new_tokens: int = 64
+    """Tokens at most of each text that is written in an evaluation."""
+    generate_examples: int = 0
+    """Texts that are written in each evaluation, for exact match and ROUGE-L."""
+
+    def __post_init__(self) -> None:
+        require_choice("model-dtype", self.model_dtype, ("auto", "float32", "bfloat16"))
+        require_choice("attention", self.attention, ("auto", "sdpa", "eager", "flash"))
+        require_choice("quantization", self.quantization, ("none", "4bit"))
+        leasts = {
+            "micro_batch_size": 0,
+            "logits_chunk_mb": 0,
+            "max_length": 2,
+            "max_new_tokens": 1,
+            "generate_examples": 0,
+        }
+        for key, least in leasts.items():
+            if getattr(self, key) < least:
+                raise SettingsError(f"{key_of(key)} = {getattr(self, key)}, expected at least {least}")
+        if self.labels and len(set(self.label_names)) < max(2, len(self.label_names)):
+            raise SettingsError(f"labels = {self.labels!r}, expected at least two names that differ, or none")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels that all clients share, in order; empty where each has its own."""
+        return tuple(name for name in map(canonical_label, self.labels.split(",")) if name)
+
+
+def canonical_label(name: str) -> str:
+    """A label as it is compared: NFC, because the same letters can be written in two ways, and no space around."""
+    return unicodedata.normalize("NFC", name).strip().strip("\ufeff")
+
+
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        raise SettingsError(f"{key} = {value!r}, expected one of {', '.join(choices)}")
+
+
+def key_of(name: str) -> str:
+    """The key of a field."""
+    return name.replace("_", "-")
