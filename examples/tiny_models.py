@@ -89,12 +89,12 @@ def save_model(folder: Path, build: Any, *others: Any, seed: int = 0) -> Path:
     return folder
 
 
-def save_llama(folder: Path, *, chat: bool = False) -> Path:
+def save_llama(folder: Path, *, chat: bool = False, width: int = 32, layers: int = 2) -> Path:
     """A Llama-style causal language model over characters, where ``chat`` with a template for messages."""
     tokenizer = character_tokenizer()
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
-    return save_model(folder, lambda: transformers.LlamaForCausalLM(llama_config(tokenizer)), tokenizer)
+    return save_model(folder, lambda: transformers.LlamaForCausalLM(llama_config(tokenizer, width, layers)), tokenizer)
 
 
 def save_vit(folder: Path, size: int = 16) -> Path:

@@ -75,6 +75,11 @@ class Encoding(enum.StrEnum):
         """Whether a binary32 number may change."""
         return self is not Encoding.FP32
 
+    @property
+    def whole(self) -> Encoding:
+        """The one for an adapter that is no difference: two bits have no zero, and drop too much for good."""
+        return Encoding.INT4 if self is Encoding.INT2 else self
+
 
 _TO_PROTO = {
     Encoding.FP32: adapter_pb2.ENCODING_FP32,

@@ -158,11 +158,14 @@ def _install(bench: Workbench, blobs: Mapping[str, bytes]) -> None:
     client, model = bench.plan.client_id, bench.model
     known = layouts_of_plan(model.layout, bench.plan.steps)
     for slot, blob in blobs.items():
-        adapter = decode(blob, layouts=known)
+        kept = bench.slots.received(slot)
+        adapter = decode(blob, layouts=known, references={} if kept is None else {kept.digest: kept})
         if adapter.layout.base_fingerprint != model.layout.base_fingerprint:
             difference = model.layout.describe_difference(adapter.layout)
             raise PlanError(f"client {client!r} received slot {slot!r} with {difference}")
         bench.received[slot] = adapter
+        if bench.plan.keep_received:
+            bench.slots.set_received(slot, adapter)
         if slot in bench.slots and adapter.layout.digest != bench.slots[slot].layout.digest:
             if bench.slots[slot].layout.contains(adapter.layout):
                 adapter = bench.slots[slot].with_part(adapter)

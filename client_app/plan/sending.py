@@ -27,7 +27,10 @@ def carry_out(bench: Workbench, step: plan_pb2.SendStep) -> report_pb2.SendResul
         if residual is not None and residual.layout.digest == part.digest:
             adapter = Adapter(part, adapter.vector + residual.vector)
     encoded = encode(adapter, encoding_from_proto(step.encoding), reference=reference, include_layout=False)
+    norm = 0.0
     if step.relative_to_received:
-        bench.slots.set_residual(step.slot, Adapter(part, adapter.vector - encoded.decoded.vector))
+        dropped = adapter.vector - encoded.decoded.vector
+        bench.slots.set_residual(step.slot, Adapter(part, dropped))
+        norm = float(dropped.double().norm())
     bench.uploads[step.slot] = encoded.blob
-    return report_pb2.SendResult(slot=step.slot, content_digest=encoded.decoded.digest)
+    return report_pb2.SendResult(slot=step.slot, content_digest=encoded.decoded.digest, residual_norm=norm)

@@ -4,7 +4,8 @@
 
     slots/<slot>/adapter_config.json, adapter_model.safetensors    what PEFT loads
     slots/<slot>/exact.safetensors                                 vector, layout, digest; the same of the residual,
-                                                                   and of the client's own heads
+                                                                   of the client's own heads, and of what was last
+                                                                   received, where the next may be a difference from it
     slots/<slot>/optimizer.safetensors                             what an optimiser that is kept goes on from
     slots/state.json                                               the last round whose plan was carried out, and losses
     history/<round>/                                               the same after earlier plans, the newest ones
@@ -51,7 +52,7 @@ from proto.fedalloy.v1 import adapter_pb2
 MIXTURE_FILE = "mixture.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 Parts = tuple[Mapping[str, Adapter], Mapping[str, Adapter], Message]
-_BESIDE = ("residual_", "head_")
+_BESIDE = ("residual_", "head_", "received_")
 """Prefixes of what a slot's file has beside its adapter."""
 _DIGEST = "digest"
 HeadReader = Callable[[], dict[str, torch.Tensor]]
@@ -87,6 +88,7 @@ class SlotStore:
         self._slots: dict[str, Adapter] = {}
         self._residuals: dict[str, Adapter] = {}
         self._heads: dict[str, Adapter] = {}
+        self._received: dict[str, Adapter] = {}
         self._optimizers: dict[str, dict[str, torch.Tensor]] = {}
         self._opened: set[str] = set()
         self._dirty: set[str] = set()
@@ -112,7 +114,7 @@ class SlotStore:
         with locked(self.directory / ".lock", waiting=lambda: tick("waiting for the slots")):
             self._recover()
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
-            self._heads, self._optimizers = {}, {}
+            self._heads, self._received, self._optimizers = {}, {}, {}
             self._opened, self._dirty = set(), set()
             self._source = self._before(round_)
             self.losses, self.hidden = _losses_of(self._source), _hidden_in(self._source)
@@ -190,6 +192,16 @@ class SlotStore:
         self._residuals[slot] = residual
         self._dirty.add(slot)
 
+    def received(self, slot: str) -> Adapter | None:
+        """What was last received for this slot with a plan that asked to keep it, or None."""
+        self._open(slot)
+        return self._received.get(slot)
+
+    def set_received(self, slot: str, adapter: Adapter) -> None:
+        """Keep what was received: the next may be a difference from it."""
+        self._received[slot] = adapter
+        self._dirty.add(slot)
+
     def save_personal(self, adapter: Adapter) -> None:
         """Write the personal model to ``adapter/`` when the plan has been carried out."""
         self._personal, self._parts = adapter, None
@@ -223,8 +235,8 @@ class SlotStore:
         try:
             tensors = load_file(path)
             stored = _from_tensors(tensors, "")
-            residual, head = (_from_tensors(tensors, p) if f"{p}vector" in tensors else None for p in _BESIDE)
-            _require_no_more_than(tensors, 3 * (1 + (residual is not None) + (head is not None)))
+            beside = {prefix: _from_tensors(tensors, prefix) for prefix in _BESIDE if f"{prefix}vector" in tensors}
+            _require_no_more_than(tensors, 3 * (1 + len(beside)))
             path = folder / OPTIMIZER_FILE
             optimizer = _checked(load_file(path)) if path.exists() else {}
         except (SafetensorError, DecodeError, OSError, KeyError, TypeError, ValueError) as error:
@@ -232,17 +244,19 @@ class SlotStore:
         self._opened.add(slot)
         self._slots.setdefault(slot, stored)
         self._optimizers.setdefault(slot, optimizer)
-        if residual is not None:
-            self._residuals.setdefault(slot, residual)
-        if head is not None:
-            self._heads.setdefault(slot, head)
+        for prefix, found in zip(_BESIDE, self._beside(), strict=True):
+            if prefix in beside:
+                found.setdefault(slot, beside[prefix])
+
+    def _beside(self) -> tuple[dict[str, Adapter], ...]:
+        return self._residuals, self._heads, self._received
 
     def _commit(self, round_: int) -> None:
         staged = self.directory / f".staged-{os.getpid()}"
         private_folder(staged / "slots")
         for slot in self.names():
             if slot in self._dirty:
-                self._open(slot)  # a slot that was replaced unseen keeps its residual, heads and optimiser
+                self._open(slot)  # a slot that was replaced unseen keeps what is beside it, and its optimiser
                 self._write(staged / "slots" / slot, slot)
             else:
                 shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
@@ -283,7 +297,7 @@ class SlotStore:
         if _is_update(adapter):  # PEFT has no gates and no sketches
             self._write_peft(folder, self.whole(slot))
         tensors = _to_tensors(adapter, "")
-        for prefix, beside in zip(_BESIDE, (self._residuals, self._heads), strict=True):
+        for prefix, beside in zip(_BESIDE, self._beside(), strict=True):
             if slot in beside:
                 tensors |= _to_tensors(beside[slot], prefix)
         write_durably(folder / "exact.safetensors", save(tensors))

@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import Message
 
+from fedalloy_adapters.codec import CodecErrorCode
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.federation import NODE_UNAVAILABLE
@@ -61,8 +62,13 @@ def of_error(message: Message) -> ClientRecord:
     return {"status": status, "reason": reason_of(message.error)}
 
 
-def of_answer(answer: Answer) -> ClientRecord:
-    """What a good answer says of itself."""
+def has_lost_reference(message: Message) -> bool:
+    """The client does not hold what it was sent a difference from; it keeps nothing of that plan."""
+    return message.has_error() and CodecErrorCode.UNKNOWN_REFERENCE in (message.error.reason or "")
+
+
+def of_answer(answer: Answer, residuals: Mapping[str, float] | None = None) -> ClientRecord:
+    """What a good answer says of itself; with the norms of what encodings have dropped so far, both ways."""
     results = answer.report.results
     trains = [r.distill.train if r.HasField("distill") else r.train for r in results if _trains(r)]
     record: ClientRecord = {
@@ -72,6 +78,11 @@ def of_answer(answer: Answer) -> ClientRecord:
         "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
         "metrics": {label: dict(values) for label, values in answer.metrics.items()},
     }
+    if residuals:
+        record["down_residual"] = {slot: float(f"{norm:.6g}") for slot, norm in residuals.items()}
+    kept = {r.send.slot: r.send.residual_norm for r in results if r.HasField("send") and r.send.residual_norm}
+    if kept:
+        record["up_residual"] = {slot: float(f"{norm:.6g}") for slot, norm in kept.items()}
     if answer.clipped:
         record["clipped"] = clipped(answer)
     return record

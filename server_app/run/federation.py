@@ -44,7 +44,7 @@ class Watch(Protocol):
         """It has been pushed."""
 
     def lost(self, client_id: str, message: Message) -> None:
-        """Flower says that the client is gone; it may be asked again."""
+        """A reply that is no answer: the client may be asked again."""
 
 
 class NotEnoughClientsError(RuntimeError):
@@ -153,11 +153,13 @@ class Federation:
         timeout: float,
         watch: Watch,
         enough: Callable[[], bool] = lambda: True,
+        again: Callable[[str, Message], bool] = lambda client_id, reply: False,
     ) -> Iterator[Reply]:
         """Push one message per client and yield replies as they arrive; None for those that do not in ``timeout`` s.
 
         A client whose process died is asked again. One whose node is gone is waited for only as long as there are not
-        ``enough`` usable answers without it; when it is back, it is asked again.
+        ``enough`` usable answers without it; when it is back, it is asked again. One whose reply makes ``again`` true
+        is asked again at once.
         """
         started = time.monotonic()
         waiting: dict[str, str] = {}
@@ -183,6 +185,10 @@ class Federation:
         while waiting or (lost and not enough()):
             for reply in self._pull(waiting):
                 client_id = waiting.pop(reply.metadata.reply_to_message_id)
+                if again(client_id, reply):
+                    watch.lost(client_id, reply)
+                    push(client_id)
+                    continue
                 if reply.has_error() and attempts[client_id] < ATTEMPTS.get(reply.error.code, 0):
                     lost[client_id] = reply
                     if reply.error.code == NODE_UNAVAILABLE:  # until the next look says that it is back

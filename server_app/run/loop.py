@@ -28,6 +28,7 @@ from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework.answers import answer_from, read_counters
 from strategies.framework.dispatch import Dispatch, counters_message
 from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
+from strategies.framework.holdings import Holdings
 from strategies.framework.limits import unsound, within_round
 
 INFO, WARNING = 20, 30
@@ -83,6 +84,7 @@ class Run:
         self.run_key = directory.run_key()
         self.enrolment = Enrolment(strategy, directory)
         self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
+        self.holdings = Holdings(strategy.storage)
         self.completed = 0
         self.training_seconds = 0.0
         self.started = time.monotonic()
@@ -130,6 +132,7 @@ class Run:
         self.federation.register(self.options.least, self.options.startup_timeout, watch)
         self.enrolment.restore(saved)
         if checkpoint is not None:
+            self.holdings.take_from(checkpoint.state)
             self.strategy.load_state(checkpoint.state)
         self.enrolment.enrol_newcomers()
         records = self._registered | {
@@ -213,6 +216,7 @@ class Run:
         if reason is None or before is None:
             return settled
         log(WARNING, "round %d is not merged: %s", round_, reason)
+        Holdings().take_from(before.state)  # clients hold what this round has sent them
         self.strategy.load_state(before.state)
         return settled | {"unsound": reason}
 
@@ -223,7 +227,9 @@ class Run:
             "seconds": time.monotonic() - self.started,
             "record": record,
         }
-        self.directory.save_checkpoint(round_, self.strategy.state(), self.options.keep_checkpoints, about)
+        state = self.strategy.state()
+        self.holdings.add_to(state)
+        self.directory.save_checkpoint(round_, state, self.options.keep_checkpoints, about)
         self.completed = round_
 
     def _deliver(self, round_: int) -> dict[str, Answer]:
@@ -277,15 +283,24 @@ class Run:
         dispatches: dict[str, Dispatch] = {}
         tensors: dict[str, Mapping[str, int]] = {}
         records: dict[str, ClientRecord] = {}
+        whole: set[str] = set()
 
         def make(client_id: str) -> Message:
             client = clients[client_id]
-            dispatch = self.strategy.dispatch(round_, client, briefs[client], self.name, self.run_key)
+            dispatch = self.strategy.dispatch(
+                round_, client, briefs[client], self.name, self.run_key, self.holdings.of(client_id)
+            )
             message = dispatch.message(self.enrolment.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
             self.federation.intake.expect(dispatch.max_answer_bytes)
             tensors[client_id] = dispatch.tensor_bytes
             dispatches[client_id] = replace(dispatch, content=RecordDict())  # once sent, the blobs are the SuperLink's
             return message
+
+        def again(client_id: str, reply: Message) -> bool:
+            """A client that has lost what it held (its disk, or a round whose answer did not arrive) gets all of it."""
+            lost = client_status.has_lost_reference(reply) and self.holdings.forget(client_id)
+            whole.update({client_id} if lost else ())
+            return lost
 
         def enough() -> bool:
             return client_status.usable(records) >= needed
@@ -294,12 +309,16 @@ class Run:
         watch = Booking(self.wire, round_, phase, tensors)
         answers: dict[str, Answer] = {}
         slowest = 0.0
-        for reply in self.federation.exchange(asks, self.options.round_timeout, watch, enough):
+        for reply in self.federation.exchange(asks, self.options.round_timeout, watch, enough, again):
             client = clients[reply.client_id]
             records[client.id] = record = self._read(phase, round_, client, dispatches.pop(client.id), reply, answers)
+            if client.id in whole:
+                record["sent_whole"] = True  # it did not hold what the server thought
+            (self.holdings.answered if record["status"] == OK else self.holdings.forget)(client.id)
             slowest = max(slowest, min(float(record.get("train_seconds", 0.0)), reply.seconds))  # theirs is a claim
             level = INFO if record["status"] == OK else WARNING
             log(level, "[%s %d] %s: %s", phase, round_, client.id, client_status.line(record))
+        self.holdings.tidy()
         self.training_seconds += slowest
         # When all are here: how long an update may be is a matter of what the others sent.
         for name, answer in within_round(self.strategy.limits, answers).items():
@@ -338,7 +357,7 @@ class Run:
             return record | {"status": REJECTED, "reason": str(error)}
         self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
         answers[client.id] = answer
-        return record | client_status.of_answer(answer)
+        return record | client_status.of_answer(answer, dispatch.residuals)
 
     def _clients(self) -> list[Client]:
         return [self.enrolment.clients[client_id] for client_id in sorted(self.enrolment.clients)]

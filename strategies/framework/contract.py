@@ -24,6 +24,7 @@ from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout, LayoutError
 from strategies.framework.dispatch import Dispatch, plan_dispatch
 from strategies.framework.exchange import Answer, Brief, Client, State, StrategyError
+from strategies.framework.holdings import Holding
 from strategies.framework.limits import Limits, with_bounded_weight
 from strategies.framework.options import NoOptions, RunConfig, keys_of, read_options, require_range
 from strategies.framework.steps import Training
@@ -196,7 +197,15 @@ class Contract(ABC, Generic[OptionsT]):
         """Whether all clients take part in this round, whatever fraction the run samples; by default never."""
         return False
 
-    def dispatch(self, round_: int, client: Client, brief: Brief, run_name: str, run_key: bytes) -> Dispatch:
+    def dispatch(
+        self,
+        round_: int,
+        client: Client,
+        brief: Brief,
+        run_name: str,
+        run_key: bytes,
+        holding: Holding | None = None,
+    ) -> Dispatch:
         """The client's brief, encoded as the run says; ``run_name`` is the folder of its slots at the client."""
         return plan_dispatch(
             brief.steps,
@@ -209,6 +218,7 @@ class Contract(ABC, Generic[OptionsT]):
             run_key=run_key,
             encoding=self.training.downlink_encoding,
             reference=client.reference,
+            holding=holding,
         )
 
     @abstractmethod

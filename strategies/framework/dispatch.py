@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from fedalloy_adapters.flower_records import (
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from proto.fedalloy.v1 import plan_pb2
+from strategies.framework.holdings import Holding
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Dispatch:
     ``received`` has the adapters as the client will decode them, made again when they are asked for; ``expected`` the
     layout of every upload asked for;
     ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for;
-    ``sketches`` names the uploads that are sketches.
+    ``sketches`` names the uploads that are sketches; ``residuals`` has the norm of what the encoding has dropped of
+    what was meant, by slot, where the client keeps what it receives.
     """
 
     plan: plan_pb2.Plan
@@ -51,6 +53,7 @@ class Dispatch:
     tensor_bytes: Mapping[str, int]
     upload_bytes: Mapping[str, int]
     sketches: frozenset[str] = frozenset()
+    residuals: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def max_answer_bytes(self) -> int:
@@ -76,8 +79,11 @@ def plan_dispatch(
     encoding: str = "fp32",
     reference: Layout | None = None,
     run_key: bytes = b"",
+    holding: Holding | None = None,
 ) -> Dispatch:
     """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
+
+    With a ``holding`` a lossy encoding stores the difference from what the client holds, where that is smaller.
 
     Raises:
         LayoutError: a sketch is asked of a client that registered no reference model, or of more rows than that has.
@@ -91,14 +97,22 @@ def plan_dispatch(
         steps=steps,
         run_key=run_key,
     )
+    sent = Encoding(encoding)
+    plan.keep_received = holding is not None and sent.is_lossy and len(adapters) > 0
     blobs: dict[str, bytes] = {}
     received: dict[str, Callable[[], Adapter]] = {}
     tensor_bytes: dict[str, int] = {}
     known = layouts_of_plan(layout, steps)
+    residuals: dict[str, float] = {}
     for slot, adapter in adapters.items():
-        encoded = _encode(adapter, Encoding(encoding), include_layout=adapter.layout.digest not in known)
+        held = holding.reference(slot, adapter) if holding is not None and plan.keep_received else None
+        encoded = _encode(adapter, sent, held, include_layout=adapter.layout.digest not in known)
         blobs[slot], tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
-        received[slot] = partial(_as_received, adapters, slot, Encoding(encoding))
+        if holding is not None and plan.keep_received:
+            received[slot] = holding.send(slot, encoded.decoded)
+            residuals[slot] = float((adapter.vector - encoded.decoded.vector).double().norm())
+        else:
+            received[slot] = partial(_as_received, adapters, slot, sent)
     expected = {
         step.send.slot: layout_of_part(layout, step.send.part) for step in steps if step.WhichOneof("kind") == "send"
     }
@@ -125,13 +139,16 @@ def plan_dispatch(
         tensor_bytes,
         upload_bytes,
         frozenset(sketch.slot for sketch in sketches),
+        residuals,
     )
 
 
-def _encode(adapter: Adapter, encoding: Encoding, *, include_layout: bool) -> Encoded:
+def _encode(adapter: Adapter, encoding: Encoding, reference: Adapter | None = None, *, include_layout: bool) -> Encoded:
     """Numbers that fp16 does not have (one client's upload is enough) travel as they are: the run must go on."""
+    if reference is None:
+        encoding = encoding.whole
     try:
-        return encode(adapter, encoding, include_layout=include_layout)
+        return encode(adapter, encoding, reference=reference, include_layout=include_layout)
     except CodecError as error:
         if error.code is not CodecErrorCode.NOT_FINITE or not adapter.is_finite:
             raise

@@ -49,9 +49,11 @@ class Training:
     evaluate_split: str = "test"
     """The split that is evaluated in every round: ``validation`` or ``test``."""
     uplink_encoding: str = "fp32"
-    """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``."""
+    """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
+    store the difference from what both ends hold, where there is something; ``int2`` is for differences only, else
+    ``int4`` takes its place."""
     downlink_encoding: str = "fp32"
-    """How adapters travel to clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``."""
+    """How adapters travel to clients, in the same way."""
 
     def __post_init__(self) -> None:
         require_range("local-steps", self.local_steps, 1, 2**31 - 1)  # uint32 on the wire
@@ -310,7 +312,7 @@ def send(
     step = plan_pb2.SendStep(
         slot=slot,
         part=part(factors, modules, without_basis=without_basis),
-        encoding=encoding_to_proto(encoding),
+        encoding=encoding_to_proto(encoding if relative_to_received else encoding.whole),
         relative_to_received=relative_to_received and encoding.is_lossy,
     )
     return Step(send=step)

@@ -17,8 +17,9 @@ overhead in all of them. The first round of each is left out (caches, bundle, an
 ``cpu`` is what all processes of SuperLink and SuperNodes used in the whole run, training included, per round; their
 polls are in it, so it grows with the clock. Run this on a machine that does nothing else: ways are measured one after
 the other, and a ratio means something only where all of them had the same cores.
-Base models are Llamas over characters with random weights: ``small`` has 60,000 parameters in float32, ``1b`` the shape
-of Llama 3.2 1B (without its vocabulary: 0.97 billion) in bfloat16, and is left out where memory does not allow it.
+Base models are Llamas over characters with random weights: ``small`` has 60,000 parameters in float32 (``wide``, of
+``wire_bytes.py``, 7 million), ``1b`` the shape of Llama 3.2 1B (without its vocabulary: 0.97 billion) in bfloat16, and
+is left out where memory does not allow it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ from server_app.tools.cluster import local
 from tests import tiny_models, toy_data
 
 STOCK_APP = Path(__file__).with_name("stock_app")
-RATE, RANK, ALPHA, TARGETS = 5e-3, 8, 16.0, ("q_proj", "v_proj")
+RATE, ALPHA = 5e-3, 16.0
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WAYS = ("stock", "empty", "process", "resident")
 PATIENCE = 1800
 """Seconds until a part gives up: nothing here may fail because the machine is busy."""
@@ -71,23 +73,33 @@ class Case:
     @property
     def dtype(self) -> str:
         """Of the frozen base, the same for all ways."""
-        return "float32" if self.base == "small" else "bfloat16"
+        return "bfloat16" if self.base == "1b" else "float32"
+
+    @property
+    def rank(self) -> int:
+        """Of LoRA."""
+        return 16 if self.base == "wide" else 8
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Layers with LoRA."""
+        return LINEAR if self.base == "wide" else ("q_proj", "v_proj")
 
     @property
     def training(self) -> dict[str, int]:
         """Steps and batch size; nothing of their time is counted."""
-        steps, batch = (30, 16) if self.base == "small" else (1, 1)
+        steps, batch = {"small": (30, 16), "wide": (8, 8), "1b": (1, 1)}[self.base]
         return {"steps": steps, "batch-size": batch}
 
     @property
     def rows(self) -> int:
         """Examples of a client, a tenth of them for testing."""
-        return 200 if self.base == "small" else 20
+        return 20 if self.base == "1b" else 200
 
     @property
     def bytes_needed(self) -> int:
         """Memory: the base once for each client, as much again for work, and the page cache's copy."""
-        return 0 if self.base == "small" else (2 * self.clients + 1) * 2 * 10**9
+        return (2 * self.clients + 1) * 2 * 10**9 if self.base == "1b" else 0
 
 
 @dataclass
@@ -113,8 +125,9 @@ class Times:
 
 def save_base(folder: Path, shape: str) -> None:
     """The base model with its tokenizer."""
-    if shape == "small":
-        tiny_models.save_llama(folder)
+    if shape != "1b":
+        width, layers = (384, 4) if shape == "wide" else (32, 2)
+        tiny_models.save_llama(folder, width=width, layers=layers)
         return
     tokenizer = tiny_models.character_tokenizer()
     config = transformers.LlamaConfig(
@@ -149,14 +162,14 @@ def prepare(folder: Path, case: Case) -> dict[str, dict[str, Any]]:
         path = toy_data.write_jsonl(folder / f"{number}.jsonl", rows)
         node_config[f"client-{number}"] = {"data-path": str(path)}
         model, data = ModelSettings(), DataSettings(data_path=str(path))
-        found = read_own(Settings("any", folder, "", 0, 1, 0, RANK, ALPHA, 0.0, model, data))
+        found = read_own(Settings("any", folder, "", 0, 1, 0, case.rank, ALPHA, 0.0, model, data))
         arrays = {}
         for split in ("train", "test"):
             encoded = encoder.encode(found.splits[split], ())
             arrays |= {f"{split}_{name}": tensor.numpy() for name, tensor in encoded.inputs.items()}
             arrays[f"{split}_labels"] = encoded.labels.numpy()
         np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]
-    facts = {"rank": RANK, "alpha": ALPHA, "targets": TARGETS, "dtype": case.dtype}
+    facts = {"rank": case.rank, "alpha": ALPHA, "targets": case.targets, "dtype": case.dtype}
     (folder / "facts.json").write_text(json.dumps(facts))
     return node_config
 
@@ -165,11 +178,11 @@ class FailedError(RuntimeError):
     """A run did not come to its end; the message has its log."""
 
 
-def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, empty: bool) -> Times:
+def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, empty: bool, seed: int = 0) -> Times:
     """Rounds of the stock app."""
     result = folder / f"times-{'empty' if empty else 'stock'}.json"
     config = {"folder": str(folder), "result": str(result), "rounds": rounds, "clients": case.clients, "empty": empty}
-    config |= case.training | {"learning-rate": RATE}
+    config |= case.training | {"learning-rate": RATE, "seed": seed}
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
     shown = cluster.flwr("run", str(STOCK_APP), local.CONNECTION, "--stream", "--run-config", text)
     if not result.exists():
@@ -178,14 +191,27 @@ def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, em
     return Times(found["seconds"], found["training"], found["loss"][-1] if found["loss"] else None)
 
 
+def training_of(case: Case, folder: Path) -> dict[str, Any]:
+    """Run-config of FedAlloy for what the stock app does, too."""
+    return {
+        "local-steps": case.training["steps"],
+        "batch-size": case.training["batch-size"],
+        "base-model": str(folder / "base"),
+        "model-dtype": case.dtype,
+        "target-modules": ",".join(case.targets),
+        "lora-r": case.rank,
+        "lora-alpha": ALPHA,
+        "round-timeout": PATIENCE,
+        "startup-timeout": PATIENCE,
+    }
+
+
 def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, resident: bool) -> Times:
     """Rounds of FedAlloy; also what of a round passed in the client's handler, and how long a bare question takes."""
     name = f"{'resident' if resident else 'process'}-{len(list(cluster.settings.runs_dir.glob('*')))}"
     config: dict[str, Any] = {"strategy": "fedavg", "run-name": name, "num-server-rounds": rounds}
     config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": RATE}
-    config |= {"local-steps": case.training["steps"], "batch-size": case.training["batch-size"]}
-    config |= {"base-model": str(folder / "base"), "model-dtype": case.dtype, "target-modules": ",".join(TARGETS)}
-    config |= {"lora-r": RANK, "lora-alpha": ALPHA, "round-timeout": PATIENCE, "startup-timeout": PATIENCE}
+    config |= training_of(case, folder)
     outcome = cluster.run(config | {"trainer.resident": resident})
     if not outcome.completed:
         raise FailedError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")

@@ -60,6 +60,7 @@ class Memory(dict[str, Adapter]):
     """Slots without a disk."""
 
     residual = dict.get
+    received = dict.get
 
     def __init__(self, slots: dict[str, Adapter]) -> None:
         super().__init__(slots)
@@ -78,7 +79,7 @@ class Memory(dict[str, Adapter]):
     def save_personal(self, adapter: Adapter) -> None:
         assert adapter.vector.numel() < MAX_BYTES
 
-    save_parts = set_residual
+    save_parts = set_received = set_residual
 
 
 class NoModel:

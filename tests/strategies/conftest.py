@@ -142,6 +142,8 @@ class FakeNode:
     move: Move = drift
     slots: dict[str, Adapter] = field(default_factory=dict)
     before: dict[str, Adapter] = field(default_factory=dict)
+    held: dict[str, Adapter] = field(default_factory=dict)
+    held_before: dict[str, Adapter] = field(default_factory=dict)
     last_round: int = 0
     runs: set[str] = field(default_factory=set)
     plans: list[plan_pb2.Plan] = field(default_factory=list)
@@ -163,8 +165,8 @@ class FakeNode:
         self.plans.append(plan)
         self.runs.add(plan.run_name)
         if plan.round <= self.last_round:
-            self.slots = dict(self.before)
-        self.before, self.last_round = dict(self.slots), plan.round
+            self.slots, self.held = dict(self.before), dict(self.held_before)
+        self.before, self.held_before, self.last_round = dict(self.slots), dict(self.held), plan.round
         report = report_pb2.Report(
             version=1,
             run_name=plan.run_name,
@@ -174,7 +176,10 @@ class FakeNode:
             seconds=0.5,
         )
         known = layouts_of_plan(self.layout, plan.steps)
-        received = {slot: decode(blob, layouts=known) for slot, blob in blobs.items()}
+        references = {adapter.digest: adapter for adapter in self.held.values()}
+        received = {slot: decode(blob, layouts=known, references=references) for slot, blob in blobs.items()}
+        if plan.keep_received:
+            self.held |= received
         uploads: dict[str, bytes] = {}
         installed = False
         for step in plan.steps:

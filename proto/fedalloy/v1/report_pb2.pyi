@@ -202,12 +202,14 @@ class SaveResult(_message.Message):
     def __init__(self, content_digest: _Optional[bytes] = ..., in_parts: _Optional[bool] = ...) -> None: ...
 
 class SendResult(_message.Message):
-    __slots__ = ("slot", "content_digest")
+    __slots__ = ("slot", "content_digest", "residual_norm")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_NORM_FIELD_NUMBER: _ClassVar[int]
     slot: str
     content_digest: bytes
-    def __init__(self, slot: _Optional[str] = ..., content_digest: _Optional[bytes] = ...) -> None: ...
+    residual_norm: float
+    def __init__(self, slot: _Optional[str] = ..., content_digest: _Optional[bytes] = ..., residual_norm: _Optional[float] = ...) -> None: ...
 
 class DampedFisher(_message.Message):
     __slots__ = ("relative_damping", "damping", "variance_first", "variance_second", "covariance")

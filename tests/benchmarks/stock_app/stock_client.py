@@ -51,6 +51,8 @@ def train(message: Message, context: Context) -> Message:
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     data = load_split(folder, int(context.node_config["partition-id"]), "train")
     count = len(data["labels"])
+    round_ = int(message.content["config"]["server-round"])
+    torch.manual_seed(10_000 * int(config["seed"]) + 100 * round_ + int(context.node_config["partition-id"]))
     started = time.monotonic()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=float(config["learning-rate"]), weight_decay=0.0)

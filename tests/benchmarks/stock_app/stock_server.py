@@ -52,9 +52,11 @@ def main(grid: Grid, context: Context) -> None:
     if config["empty"]:
         arrays = ArrayRecord([np.zeros(1, dtype=np.float32)])
     else:
+        import torch
         from peft import get_peft_model_state_dict
         from stock_client import load_model
 
+        torch.manual_seed(int(config["seed"]))
         arrays = ArrayRecord(get_peft_model_state_dict(load_model(Path(str(config["folder"])))))
     strategy = TimedFedAvg(
         fraction_evaluate=0.0 if config["empty"] else 1.0,

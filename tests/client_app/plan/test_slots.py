@@ -155,6 +155,34 @@ def test_residuals_are_kept(tmp_path: Path) -> None:
     assert start_of(tmp_path, 6) == expected
 
 
+def test_what_was_received_is_kept_with_the_slot_and_as_it_was_before_a_round(tmp_path: Path) -> None:
+    first, second, trained = numbers(LAYOUT, 0), numbers(LAYOUT, 1), numbers(LAYOUT, 2)
+
+    def held(round_: int) -> bytes | None:
+        found: list[Adapter | None] = []
+
+        def look(slots: SlotStore) -> None:
+            found.append(slots.received("a"))
+            raise Abort
+
+        with pytest.raises(Abort), store_in(tmp_path).transaction(round_) as slots:
+            look(slots)
+        return None if found[0] is None else found[0].digest
+
+    assert held(1) is None
+    for round_, received in ((1, first), (2, second)):
+        with store_in(tmp_path).transaction(round_) as slots:
+            slots.set_received("a", received)
+            slots["a"] = trained
+            slots.set_residual("a", numbers(PART, round_))
+    assert held(3) == second.digest
+    assert held(2) == first.digest
+    with store_in(tmp_path).transaction(3) as slots:
+        slots["a"] = trained  # unseen
+    assert held(4) == second.digest
+    assert start_of(tmp_path, 4) == {"a": (trained.digest, numbers(PART, 2).digest)}
+
+
 def test_a_failed_plan_changes_nothing(tmp_path: Path) -> None:
     for round_ in (1, 2):
         carry_out(store_in(tmp_path), round_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,65 @@ def test_lossy_transport_still_trains_and_sends_fewer_tensor_bytes(run: Runner) 
     assert lossy["bytes"]["down"]["tensor"] == 0.5 * exact["bytes"]["down"]["tensor"]
     for client, metrics in lossy["clients"].items():
         assert metrics["loss"] == pytest.approx(exact["clients"][client]["loss"], rel=0.05)
+
+
+FOUR_BITS = {"uplink_encoding": "int4", "downlink_encoding": "int4"}
+
+
+def test_four_bits_both_ways_are_an_eighth_of_the_bytes_and_train_as_well(run: Runner) -> None:
+    exact = summary(run(run_name="fp32", num_server_rounds=4))
+    directory = run(run_name="int4", num_server_rounds=4, **FOUR_BITS)
+    lossy = summary(directory)
+    for direction in ("up", "down"):
+        assert lossy["bytes"][direction]["tensor"] < 0.15 * exact["bytes"][direction]["tensor"]
+    for client, metrics in lossy["clients"].items():
+        assert metrics["loss"] == pytest.approx(exact["clients"][client]["loss"], rel=0.1)
+    trained = [record for record in directory.rounds() if record["phase"] == "train"]
+    for record in trained:
+        for client in record["clients"].values():
+            assert client["down_residual"]["global"] > 0
+            assert client["up_residual"]["global"] > 0
+            assert "sent_whole" not in client
+    first, last = (trained[index]["clients"]["client-0"]["down_residual"]["global"] for index in (0, -1))
+    assert last < 0.5 * first  # the first blob was whole, the later ones are differences
+
+
+def test_a_resumed_run_with_four_bits_gives_the_same_numbers(run: Runner, runs_dir: Path) -> None:
+    """All have carried out round 3 when the server gives up: they start it again from what they held before."""
+
+    def silent(node_id: int, message: Message, reply: Message | None) -> Message | None:
+        return None if message.metadata.group_id == "3" else reply
+
+    config: dict[str, Any] = {"num_server_rounds": 3, **FOUR_BITS}
+    with pytest.raises(NotEnoughClientsError, match="round 3"):
+        run(tamper=silent, round_timeout=1.0, **config)
+    resumed = run(resume=str(runs_dir / "test"), **config)
+    plain = run(run_name="plain", **config)
+    assert summary(resumed)["clients"] == summary(plain)["clients"]
+    kept = [directory.newest_checkpoint() for directory in (resumed, plain)]
+    states = [found.state for found in kept if found is not None]
+    assert states[0].values == states[1].values
+    assert set(states[0].tensors) == set(states[1].tensors) > {"model"}
+    assert all(torch.equal(tensor, states[1].tensors[name]) for name, tensor in states[0].tensors.items())
+    assert not any("sent_whole" in client for record in resumed.rounds() for client in record["clients"].values())
+
+
+def test_a_client_that_lost_its_disk_is_sent_everything_whole(run: Runner, runs_dir: Path) -> None:
+    def disk_fails(node_id: int, message: Message, reply: Message | None) -> Message | None:
+        if node_id == FIRST_NODE + 1 and message.metadata.group_id == "1":
+            for name in ("slots", "history"):
+                shutil.rmtree(runs_dir / "test" / "clients" / "client-1" / name)
+        return reply
+
+    directory = run(tamper=disk_fails, num_server_rounds=3, **FOUR_BITS)
+    seen = [record["clients"] for record in directory.rounds() if record["phase"] == "train"]
+    assert [{client["status"] for client in clients.values()} for clients in seen] == [{"ok"}] * 3
+    assert [[name for name, client in clients.items() if "sent_whole" in client] for clients in seen] == [
+        [],
+        ["client-1"],
+        [],
+    ]
+    assert seen[1]["client-1"]["attempts"] == 2
 
 
 def test_fedmerge_with_frozen_a_moves_fewer_bytes_than_fedavg_and_local_none(run: Runner) -> None:

@@ -81,7 +81,7 @@ def test_received_is_what_the_client_decodes_and_not_what_was_meant(downlink: En
         assert decoded.digest == dispatch.received[slot].digest
         same = torch.equal(decoded.vector, random_adapter(LAYOUT, seed).vector)
         assert same == (downlink is Encoding.FP32)
-        assert dispatch.tensor_bytes[slot] == payload_size(LAYOUT, downlink) < len(blobs[slot])
+        assert dispatch.tensor_bytes[slot] == payload_size(LAYOUT, downlink.whole) < len(blobs[slot])
 
 
 def test_a_plan_is_a_flower_message_of_its_own_kind() -> None:

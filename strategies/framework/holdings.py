@@ -1,0 +1,112 @@
+"""What clients hold of what they were sent: the next message is a difference from it (``proto/README.md`` section 8.2).
+
+The difference is taken from what the client has *decoded*, so what an encoding drops in one round is part of the next
+round's difference, and errors do not add up: error feedback, without a residual beside it. A client that may not hold
+what is written here gets everything whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank, Storage, tensor_of
+from fedalloy_adapters.layout import Layout
+from proto.fedalloy.v1 import adapter_pb2
+from strategies.framework.exchange import State
+
+_KEY = "held"
+
+
+class Holdings:
+    """By client and slot, what was sent and answered. Equal adapters of many clients are one row."""
+
+    def __init__(self, storage: Storage | None = None) -> None:
+        self._bank = Bank(storage)
+        self._held: dict[str, dict[str, str]] = {}
+        self._sent: dict[str, dict[str, str]] = {}
+
+    def of(self, client: str) -> Holding:
+        """One client's, for the message that is made for it."""
+        return Holding(self, client)
+
+    def held(self, client: str, slot: str) -> Adapter | None:
+        """What the client holds for a slot; None where that is not known."""
+        digest = self._held.get(client, {}).get(slot)
+        return None if digest is None else self._bank[digest]
+
+    def send(self, client: str, slot: str, decoded: Adapter) -> Callable[[], Adapter]:
+        """Note what a client is sent, as it will decode it; the recipe reads it back."""
+        digest = decoded.digest.hex()
+        if digest not in self._bank:
+            self._bank[digest] = decoded
+        self._sent.setdefault(client, {})[slot] = digest
+        layout, row = decoded.layout, self._bank.rows([digest])[0]
+        return lambda: Adapter(layout, tensor_of(row))
+
+    def answered(self, client: str) -> None:
+        """The client has carried out the plan: it holds what it was sent."""
+        if sent := self._sent.pop(client, None):
+            self._held[client] = self._held.get(client, {}) | sent
+
+    def forget(self, client: str) -> bool:
+        """Nobody knows whether the client holds what it was sent; returns whether it was believed to hold anything."""
+        self._sent.pop(client, None)
+        return bool(self._held.pop(client, None))
+
+    def tidy(self) -> None:
+        """Let go of what no client holds."""
+        needed = {digest for table in (self._held, self._sent) for slots in table.values() for digest in slots.values()}
+        for digest in [digest for digest in self._bank if digest not in needed]:
+            del self._bank[digest]
+
+    def add_to(self, state: State) -> None:
+        """Put everything into a strategy's state, between rounds; nothing where nothing is held."""
+        if not self._held:
+            return
+        layouts = {digest: self._bank.layout_of(digest) for digest in self._bank}
+        state.keep(_KEY, self._bank)
+        state.values[_KEY] = {
+            "clients": self._held,
+            "layout_of": {digest: layout.digest.hex() for digest, layout in layouts.items()},
+            "layouts": {
+                layout.digest.hex(): layout.to_proto().SerializeToString(deterministic=True).hex()
+                for layout in layouts.values()
+            },
+        }
+
+    def take_from(self, state: State) -> None:
+        """Continue from what :meth:`add_to` put there, and remove it."""
+        saved = state.values.pop(_KEY, {"clients": {}, "layout_of": {}, "layouts": {}})
+        layouts = {
+            digest: Layout.from_proto(adapter_pb2.Layout.FromString(bytes.fromhex(text)))
+            for digest, text in saved["layouts"].items()
+        }
+        self._bank.clear()
+        for digest, layout in saved["layout_of"].items():
+            name = f"{_KEY}/{digest}"
+            self._bank.put_row(digest, layouts[layout], state.row(name))
+            state.tensors.pop(name, None)
+            state.rows.pop(name, None)
+        self._held, self._sent = {client: dict(slots) for client, slots in saved["clients"].items()}, {}
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one client holds."""
+
+    _all: Holdings
+    _client: str
+
+    def reference(self, slot: str, adapter: Adapter) -> Adapter | None:
+        """What a difference of this adapter is taken from; None where there is nothing, or nothing near it."""
+        held = self._all.held(self._client, slot)
+        if held is None or held.layout.digest != adapter.layout.digest:
+            return None
+        meant = adapter.vector.detach().to("cpu", held.vector.dtype)
+        return held if float((meant - held.vector).norm()) < float(meant.norm()) else None
+
+    def send(self, slot: str, decoded: Adapter) -> Callable[[], Adapter]:
+        """See :meth:`Holdings.send`."""
+        return self._all.send(self._client, slot, decoded)

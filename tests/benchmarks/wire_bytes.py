@@ -1,0 +1,282 @@
+"""Bytes on the wire, and what they buy: FedAlloy's encodings beside a stock app shaped like Flower's LLM templates.
+
+    python -m tests.benchmarks.wire_bytes --quick --json out.json   # 1 seed, few runs; below ten minutes on idle cores
+    python -m tests.benchmarks.wire_bytes --json out.json           # all strategies at all encodings, 3 seeds
+
+All on one local cluster of stock SuperNodes (TLS, registered keys): the same base model (a Llama over characters with
+random weights), LoRA r=16 on all linear layers, data, rounds, steps, batch size and seeds. The stock app
+(``stock_app/``) sends a float32 state dict, and trains and evaluates by messages of their own, as FlowerTune's
+templates do.
+
+``total`` is what the kernel counted as TCP payload at the SuperLink's sockets to its SuperNodes, both directions, from
+before ``flwr run`` until it ended: TLS, gRPC, polls, heartbeats, registration, the app bundle, everything. ``bundle``
+is how much of it the app's own code is, which Flower sends to each client once per run, whatever the rounds are and
+however large the model is. ``tensors`` are the encoded numbers alone. ``loss`` is the clients' mean test loss of the
+last model, and its difference is to the same strategy at fp32, client by client, with a 95 % interval.
+
+The last table says what Llama 3.1 8B with r=16 on all linear layers would send: the numbers of its layers in each
+encoding, times the wire bytes per tensor byte that were measured here between fp32 and the smallest encoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from client_app.sockets import Connection, SocketTable, WireError, server_connections
+from fedalloy_adapters.codec import Encoding, payload_size
+from fedalloy_adapters.layout import Entry, Factor, Layout
+from server_app.ledger.flower_costs import bundle_size
+from server_app.tools.cluster import local
+from server_app.tools.compare.statistics import Scores, paired
+from tests.benchmarks.round_overhead import PATIENCE, RATE, Case, FailedError, machine, prepare, stock, training_of
+
+STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
+ENCODINGS = ("fp32", "int8", "int4", "int2")
+QUICK = (*(("fedavg", name) for name in ENCODINGS), ("potara", "int4"), ("fedmerge", "int4"), ("fedsa-lora", "int4"))
+STOCK = "flowertune"
+console = Console(width=140)
+
+
+@dataclass
+class Sent:
+    """One run: bytes at the sockets and of the bundle, all clients together; losses by client."""
+
+    way: str
+    seed: int
+    up: int
+    down: int
+    bundle: int
+    tensors: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Both directions, everything in."""
+        return self.up + self.down
+
+    @property
+    def without_bundle(self) -> int:
+        """What grows with rounds and adapters."""
+        return self.total - self.bundle
+
+
+class Meter(threading.Thread):
+    """Adds up the kernel's counters of the SuperLink's Fleet connections, of those that close meanwhile, too."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self._port = port
+        self._ended = threading.Event()
+        self._ready = threading.Event()
+        self._before: dict[tuple[str, int, int], Connection] = {}
+        self._last: dict[tuple[str, int, int], Connection] = {}
+
+    def run(self) -> None:
+        """Look five times a second: what a closing connection has sent since the last look is lost."""
+        with SocketTable() as table:
+            self._before = self._look(table)
+            self._ready.set()
+            while not self._ended.wait(0.2):
+                with suppress(WireError):
+                    self._last |= self._look(table)
+            self._last |= self._look(table)
+
+    def _look(self, table: SocketTable) -> dict[tuple[str, int, int], Connection]:
+        found = server_connections(table, self._port)
+        return {(one.remote_address, one.remote_port, one.cookie): one for one in found}
+
+    def begin(self) -> None:
+        """Start, and return when the counters have been read."""
+        self.start()
+        if not self._ready.wait(30):
+            raise WireError(f"the counters of port {self._port} cannot be read")
+
+    def end(self) -> tuple[int, int]:
+        """Bytes up and down since :meth:`begin`; what was sent again is counted again."""
+        self._ended.set()
+        self.join()
+        up = sum(one.bytes_received for one in self._last.values())
+        down = sum(one.bytes_sent for one in self._last.values())
+        old = [one for key, one in self._before.items() if key in self._last]
+        return up - sum(one.bytes_received for one in old), down - sum(one.bytes_sent for one in old)
+
+
+@contextmanager
+def cluster_of(root: Path, case: Case) -> Iterator[tuple[local.LocalCluster, Path]]:
+    """A cluster whose clients have data for both apps, and the folder of these."""
+    node_config = prepare(root / "given", case)
+    settings = local.Settings(tuple(node_config), root / "runs", startup_timeout=PATIENCE, node_config=node_config)
+    with local.LocalCluster(root / "cluster", settings) as cluster:
+        yield cluster, root / "given"
+
+
+def bundles(cluster: local.LocalCluster, name: str) -> int:
+    """Bytes of an app's bundles at all SuperNodes."""
+    return sum(bundle_size(folder) for folder in (cluster.directory / "homes").glob(f"supernode-*/apps/*.{name}.*"))
+
+
+def flowertune(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, seed: int) -> Sent:
+    """The stock app."""
+    meter = Meter(cluster.fleet_port)
+    meter.begin()
+    times = stock(cluster, folder, case, rounds, empty=False, seed=seed)
+    up, down = meter.end()
+    losses = {} if times.loss is None else {"mean": times.loss}
+    return Sent(STOCK, seed, up, down, bundles(cluster, "stock-lora"), 0, losses)
+
+
+def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, way: tuple[str, str], seed: int) -> Sent:
+    """FedAlloy with a strategy and an encoding, both ways."""
+    strategy, encoding = way
+    name = f"{strategy}-{encoding}-{seed}"
+    config: dict[str, Any] = {"strategy": strategy, "run-name": name, "num-server-rounds": rounds, "seed": seed}
+    config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": RATE}
+    config |= {"uplink-encoding": encoding, "downlink-encoding": encoding} | training_of(case, folder)
+    meter = Meter(cluster.fleet_port)
+    meter.begin()
+    outcome = cluster.run(config)
+    up, down = meter.end()
+    if not outcome.completed:
+        raise FailedError(f"{name} ended as {outcome.status}:\n{outcome.log.read_text()}")
+    summary = json.loads((cluster.settings.runs_dir / name / "summary.json").read_text())
+    tensors = sum(summary["bytes"][direction]["tensor"] for direction in ("up", "down"))
+    losses = {client: metrics["loss"] for client, metrics in summary["clients"].items()}
+    return Sent(f"{strategy} {encoding}", seed, up, down, bundles(cluster, "fedalloy"), tensors, losses)
+
+
+def measure(case: Case, ways: list[tuple[str, str]], rounds: int, seeds: int) -> list[Sent]:
+    """All runs, one after the other."""
+    found: list[Sent] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="fedalloy-bytes-") as text,
+        cluster_of(Path(text), case) as (cluster, folder),
+    ):
+        for seed in range(seeds):
+            found.append(flowertune(cluster, folder, case, rounds, seed))
+            told(found[-1])
+            for way in ways:
+                found.append(alloy(cluster, folder, case, rounds, way, seed))
+                told(found[-1])
+    return found
+
+
+def told(sent: Sent) -> None:
+    """One line while the others run."""
+    console.print(f"{sent.way}, seed {sent.seed}: {sent.total / 1e6:.2f} MB, loss {mean(sent.losses.values()):.3f}")
+
+
+def ratios(found: list[Sent], of: str = "total") -> dict[str, float]:
+    """Bytes of each way over the stock app's, mean over seeds."""
+    base = mean(getattr(sent, of) for sent in found if sent.way == STOCK)
+    ways = dict.fromkeys(sent.way for sent in found if sent.way != STOCK)
+    return {way: mean(getattr(sent, of) for sent in found if sent.way == way) / base for way in ways}
+
+
+def scores(found: list[Sent], way: str) -> Scores:
+    """Losses by seed and client."""
+    return {(s.seed, client): loss for s in found if s.way == way for client, loss in s.losses.items()}
+
+
+def loss_table(found: list[Sent]) -> dict[str, dict[str, float]]:
+    """Mean loss, and where the same strategy was run at fp32 the mean difference to it with its interval."""
+    table: dict[str, dict[str, float]] = {}
+    for way in dict.fromkeys(sent.way for sent in found):
+        mine = scores(found, way)
+        table[way] = {"loss": mean(mine.values())}
+        exact = scores(found, f"{way.split()[0]} fp32")
+        if exact and not way.endswith(" fp32"):
+            interval = paired(mine, exact).mean
+            table[way] |= {"worse": interval.value, "low": interval.low, "high": interval.high}
+    return table
+
+
+def llama_8b() -> Layout:
+    """LoRA r=16 on all linear layers of Llama 3.1 8B."""
+    shapes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}
+    shapes |= {"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}
+    entries, scalings = [], {}
+    for layer in range(32):
+        for name, (wide, out) in shapes.items():
+            module = f"model.layers.{layer}.{name}_proj"
+            entries += [Entry(module, Factor.A, (16, wide)), Entry(module, Factor.B, (out, 16))]
+            scalings[module] = 2.0
+    return Layout(tuple(entries), scalings, "llama-3.1-8b")
+
+
+def projected(found: list[Sent]) -> dict[str, float]:
+    """MB that a client and round of Llama 3.1 8B takes, by ``fedavg``'s encodings and in the stock app."""
+    layout = llama_8b()
+    plain = payload_size(layout, Encoding.FP32)
+    fedavg = sorted((s for s in found if s.way.startswith("fedavg ")), key=lambda sent: sent.tensors)
+    few, many = fedavg[0], fedavg[-1]
+    per_byte = (many.without_bundle - few.without_bundle) / (many.tensors - few.tensors)
+    rows = {f"fedavg {name}": 2 * payload_size(layout, Encoding(name)) * per_byte / 1e6 for name in ENCODINGS}
+    # Down to train, up, and down again to evaluate; what its many small arrays cost on top is left out.
+    return {STOCK: 3 * plain * per_byte / 1e6} | rows | {"wire bytes per tensor byte": per_byte}
+
+
+def shown(found: list[Sent]) -> Table:
+    """The main table."""
+    table = Table(title="Both directions, all clients", title_justify="left")
+    for column in ("way", "MB", "of flowertune", "bundle MB", "without it", "loss", "worse than fp32 (95 %)"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    whole, rest, losses = ratios(found), ratios(found, "without_bundle"), loss_table(found)
+    for way, said in losses.items():
+        runs = [sent for sent in found if sent.way == way]
+        worse = f"{said['worse']:+.4f} ({said['low']:+.4f} to {said['high']:+.4f})" if "worse" in said else ""
+        table.add_row(
+            way,
+            f"{mean(sent.total for sent in runs) / 1e6:.2f}",
+            f"{whole.get(way, 1):.4f}",
+            f"{mean(sent.bundle for sent in runs) / 1e6:.2f}",
+            f"{rest.get(way, 1):.4f}",
+            f"{said['loss']:.4f}",
+            worse,
+        )
+    return table
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="1 seed, 5 rounds, fedavg at all encodings, others at int4"
+    )
+    parser.add_argument("--seeds", type=int, help="instead of 3 (1 with --quick)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each run")
+    parser.add_argument("--clients", type=int, default=2, help="SuperNodes")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    given = parser.parse_args()
+    ways = list(QUICK) if given.quick else [(strategy, name) for strategy in STRATEGIES for name in ENCODINGS]
+    before = machine()
+    found = measure(Case("wide", given.clients), ways, given.rounds, given.seeds or (1 if given.quick else 3))
+    console.print(shown(found))
+    console.print("Llama 3.1 8B, r=16, MB a client and round:", projected(found), highlight=False)
+    console.print(f"machine: {before}", highlight=False)
+    if given.json:
+        report = {
+            "bytes_over_flowertune": ratios(found),
+            "bytes_over_flowertune_without_bundle": ratios(found, "without_bundle"),
+            "loss": loss_table(found),
+            "llama_3_1_8b_mb_per_client_and_round": projected(found),
+            "runs": [asdict(sent) for sent in found],
+            "rounds": given.rounds,
+            "machine": before,
+        }
+        given.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
