@@ -222,7 +222,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path, alone: None) 
     [
         ({"scenario": "text-8"}, "scenario 'text-8' reads its data from a folder: --data = None"),
         ({"scenario": "text-8", "options": {"data-root": "/nowhere"}}, "--data = /nowhere, expected that folder"),
-        ({"scenario": "text-8", "options": {"data-root": "."}, "clients": 9}, "--clients = 9: .* data for 8"),
+        ({"scenario": "text-8", "options": {"data-root": "."}, "clients": 9}, "--clients = 9: .* data for at most 8"),
         ({"options": {"data-root": "."}}, "--data = .: scenario 'digits' reads no folder"),
         ({"options": {"data-path": "a.jsonl"}}, "every client would have the same examples; expected a partitioner"),
         ({"options": {"seed": 3}}, "--set seed: a comparison sets it; expected --seeds and --first-seed"),
