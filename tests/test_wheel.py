@@ -13,7 +13,7 @@ from strategies import STRATEGIES
 ROOT = Path(__file__).parents[1]
 LOOK = """
 import sys
-sys.path.remove({root!r})  # an editable installation's
+sys.path[:] = [place for place in sys.path if place != {root!r}]  # an editable installation
 import proto.fedalloy.v1.plan_pb2 as plan, strategies
 assert plan.__file__.startswith({site!r}) and strategies.__file__.startswith({site!r}), (plan, strategies)
 print(*strategies.STRATEGIES)
