@@ -209,6 +209,24 @@ def test_the_search_for_skips_finds_them(source: str, lines: set[int], tmp_path:
     assert set(_skips_without_reason(path)) == lines
 
 
+def test_every_source_file_has_a_test_file_or_a_line_that_says_which_covers_it() -> None:
+    listed: dict[str, dict[str, str]] = tomllib.loads((ROOT / "tests" / "mirror.toml").read_text())
+    lines = listed["imported"] | listed["reached"]
+    without = set()
+    for path in _sources(*PACKAGES[1:]):
+        source = path.relative_to(ROOT)
+        own = ROOT / "tests" / source.parent / f"test_{source.name}"
+        if source.name != "__init__.py" and source.parent.name != "algorithms" and not own.exists():
+            without.add(str(source))
+    assert without - set(lines) == set(), "write a test file of the same name, or a line in tests/mirror.toml"
+    assert set(lines) - without == set(), "these have a test file of their own, or are gone: remove the line"
+    for source, test in lines.items():
+        assert (ROOT / "tests" / test).exists(), f"{source}: there is no tests/{test}"
+    for source, test in listed["imported"].items():
+        module = source.removesuffix(".py").replace("/", ".")
+        assert module in {name for _, name in _imports(ROOT / "tests" / test)}, f"tests/{test} imports no {module}"
+
+
 def test_ci_script_is_executable() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
 

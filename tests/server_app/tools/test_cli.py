@@ -85,6 +85,14 @@ def test_a_port_in_use_names_the_port_and_its_holder(tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "cluster.json").exists()
 
 
+def test_a_cluster_that_was_never_started_is_said_to_be_none(tmp_path: Path) -> None:
+    folder = ["--dir", str(tmp_path / "c")]
+    status = runner.invoke(app, ["cluster", "status", *folder], env={"COLUMNS": "200"})
+    assert (status.exit_code, "no cluster was started from" in status.output) == (1, True)
+    down = runner.invoke(app, ["cluster", "down", *folder])
+    assert (down.exit_code, down.output) == (0, "no cluster is running\n")
+
+
 def test_help_says_what_arguments_are() -> None:
     """Which depends on the versions of click and typer."""
     assert "A run directory." in runner.invoke(app, ["traffic", "--help"]).output
