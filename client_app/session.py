@@ -142,6 +142,7 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     base, data = base_and_data(settings)
     model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
     model.micro_batch = settings.model.micro_batch_size
+    model.group_by_length = settings.model.group_by_length
     if settings.alignment:
         model.align(load_alignment(settings.alignments, settings.alignment, model.layout))
     model.module.to(device)

@@ -36,6 +36,11 @@ class Dataset:
             {name: tensor[indices] for name, tensor in self.inputs.items()}, self.labels[indices], self.kind, self.task
         ).trimmed()
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each example ``[n]``; None where it has none, or more than one text."""
+        return self.inputs[MASK].sum(dim=1) if MASK in self.inputs else None
+
     def by_task(self, indices: Tensor) -> list[Dataset]:
         """The examples at ``indices`` in batches of one task each: here, one batch."""
         return [self.batch(indices)]

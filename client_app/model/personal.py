@@ -68,6 +68,7 @@ class PersonalModel:
     """
 
     micro_batch: int = 0
+    group_by_length: bool = False
 
     def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0, blocks: int = 0) -> None:
         self.base = base

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.data.task_kinds import Kind, kind_of
+from client_app.data.task_kinds import IGNORED, Kind, kind_of
 from client_app.model.base_models import load_base
 from client_app.model.model_folders import BaseModelError, find_model
 from client_app.model.padding import ALONE, find_padding, inputs_taken
@@ -60,6 +60,8 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         check_images(found, settings)
     splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
     base = _checked(load_base(model, found.kind, settings.model, found.labels, encoder.padding_id), splits)
+    if found.kind.generative:
+        _end_answers(base, encoder, splits["train"])
     notes = [*base.notes, *tokenizer_notes(encoder, base), *notes_of(found, encoder)]
     for_reference: dict[str, Dataset] = {}
     if settings.model.reference_model:
@@ -154,6 +156,18 @@ def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
     found = find_padding(forward, inputs, 5e-2 if parameter.dtype is torch.bfloat16 else 1e-3)
     note = "this architecture mixes the texts of a batch, or their padding: each text is computed alone"
     return replace(base, padding=found, notes=(*base.notes, note) if found == ALONE else base.notes)
+
+
+def _end_answers(base: Base, encoder: Encoder, train: Dataset) -> None:
+    """Let the model stop writing where the training texts end: at its own end token, and at the template's."""
+    config: Any = base.model.generation_config
+    known = config.eos_token_id
+    ends = set(known if isinstance(known, list) else [known]) | {encoder.tokenizer.eos_token_id}
+    last = {int(labels[labels != IGNORED][-1]) for labels in train.labels[:8]}
+    special = {*encoder.tokenizer.all_special_ids, *encoder.tokenizer.added_tokens_decoder}
+    if len(last) == 1 and last <= special:
+        ends |= last
+    config.eos_token_id = sorted(ends - {None}) or None
 
 
 def _rows_of(base: Base) -> int | None:

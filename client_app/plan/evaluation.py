@@ -34,7 +34,7 @@ def carry_out(bench: Workbench, step: plan_pb2.EvaluateStep) -> report_pb2.Evalu
         TrainingError: the split has no example.
     """
     started = time.monotonic()
-    data, forward = bench.split(step.split), None
+    data, forward = bench.shown(step.split, step.examples), None
     if step.mixture.shares:
         forward = forward_of(bench, step.mixture)
     else:
@@ -91,8 +91,9 @@ def evaluate(
     loss, correct, count = 0.0, 0, 0
     answers: list[Tensor] = []
     classes = 0
-    for indices in torch.split(torch.arange(len(data)), size):
-        tick("evaluate", int(indices[0]), len(data))
+    order = _by_length(data)
+    for done, indices in enumerate(torch.split(order, size)):
+        tick("evaluate", done * size, len(data))
         batch = data.batch(indices)
         labels = batch.labels.to(model.device)
         if kind.generative:
@@ -114,7 +115,7 @@ def evaluate(
     if not kind.generative:
         metrics["accuracy"] = correct / count
         if client is not None and "f1" in client.metrics:
-            metrics["f1"] = macro_f1(torch.cat(answers), data.labels, classes)
+            metrics["f1"] = macro_f1(torch.cat(answers), data.labels[order], classes)
         return metrics
     if client is not None and client.choices:
         metrics["accuracy"] = correct / len(data)
@@ -124,6 +125,13 @@ def evaluate(
         chosen = data.subset(torch.arange(min(client.generate_examples, len(data))))
         metrics |= text_metrics(write(model, chosen, client, size))
     return metrics
+
+
+def _by_length(data: Dataset) -> Tensor:
+    """The examples' order in which batches need the least padding, the longest first: what does not fit fails early."""
+    if data.lengths is None:
+        return torch.arange(len(data))
+    return torch.argsort(data.lengths, descending=True, stable=True)
 
 
 def _over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -174,8 +182,8 @@ def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: i
     """Let the model write each example's last answer, greedily, with at most ``client.max_new_tokens`` tokens."""
     assert client.decode is not None
     texts, references = [], []
-    for indices in torch.split(torch.arange(len(data)), batch_size):
-        tick("generate", int(indices[0]), len(data))
+    for done, indices in enumerate(torch.split(_by_length(data), batch_size)):
+        tick("generate", done * batch_size, len(data))
         batch = data.batch(indices)
         width, starts, ends = _last_answers(batch)
         prompts = torch.zeros(len(batch), width, dtype=torch.long)

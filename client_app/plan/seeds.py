@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,6 +31,28 @@ def seed_of_step(plan: plan_pb2.Plan, index: int, step: plan_pb2.TrainStep, *, r
         return draw.seed & (2**63 - 1)
     number = draw.as_step if draw.WhichOneof("kind") == "as_step" else index
     return seed_of(plan.seed, plan.client_id, plan.round, number)
+
+
+_WINDOW = 8
+"""Batches whose examples are sorted by length together."""
+
+
+def by_length(drawn: Iterable[Tensor], lengths: Tensor, seed: int) -> Iterator[Tensor]:
+    """Batches of similar lengths: of every eight batches the same examples, divided anew, in random order.
+
+    Args:
+        drawn: indices ``[b]`` of each batch.
+        lengths: of all examples, ``[n]``.
+        seed: decides the order of the eight.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    waiting = iter(drawn)
+    while window := list(islice(waiting, _WINDOW)):
+        examples = torch.cat(window)
+        examples = examples[torch.argsort(lengths[examples], stable=True)]
+        parts = torch.split(examples, [len(batch) for batch in window])
+        for place in torch.randperm(len(parts), generator=generator).tolist():
+            yield parts[place]
 
 
 def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from client_app.plan.mixtures import activate
 from client_app.plan.names import PlanError
 from client_app.plan.optimizers import optimizer_of, restore, state_of
 from client_app.plan.progress import tick
-from client_app.plan.seeds import batches, seed_of_step
+from client_app.plan.seeds import batches, by_length, seed_of_step
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor
@@ -226,7 +226,10 @@ def train(
     set_training(model.module)
     losses: list[float] = []
     by_task = TaskLosses(step.batch_size)
-    for indices in order or batches(len(data), step.batch_size, step.steps, seed):
+    drawn = order or batches(len(data), step.batch_size, step.steps, seed)
+    if model.group_by_length and data.lengths is not None:
+        drawn = by_length(drawn, data.lengths, seed)
+    for indices in drawn:
         tick("train", len(losses), step.steps)
         optimiser.zero_grad()
         loss = 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.arrival import StreamedDataset
-from client_app.data.dataset import ClientData, Dataset
+from client_app.data.dataset import ClientData, Dataset, MixedDataset
 from client_app.data.joined import join
 from client_app.model.personal import PersonalModel
 from client_app.plan.names import PlanError
@@ -76,6 +76,20 @@ class Workbench:
         if not samples or samples >= len(data):
             return data
         return data.subset(next(batches(len(data), samples, 1, self.seed)))
+
+    def shown(self, split: str, examples: int) -> Dataset:
+        """At most so many examples of each of a split's tasks (0: all), the same in every round."""
+        data = self.split(split)
+        seed = seed_of(self.plan.seed, self.plan.client_id, "evaluate", split)
+
+        def some(part: Dataset) -> Dataset:
+            if not examples or len(part) <= examples:
+                return part
+            return part.subset(next(batches(len(part), examples, 1, seed)).sort().values)
+
+        if isinstance(data, MixedDataset):
+            return MixedDataset.of({name: some(part) for name, part in data.parts.items()})
+        return some(data)
 
     def fold(self, data: Dataset, fold: plan_pb2.Fold, split: str) -> Dataset:
         """One of several parts of a split's data, each example in one of them; the same parts in every round.

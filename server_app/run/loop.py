@@ -19,6 +19,7 @@ from server_app.ledger.recorder import Booking, WireLog, explained
 from server_app.run import client_status
 from server_app.run.client_status import OK, REJECTED, ClientRecord
 from server_app.run.enrolment import Enrolment
+from server_app.run.evaluations import spared
 from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply, require_all
 from server_app.run.options import RunOptions, as_toml, read_run_options
 from server_app.run.resume import clients_to_json, require_same_config, saved_clients
@@ -193,7 +194,7 @@ class Run:
         present = self._gather(round_)
         chosen = self._sample(round_, present)
         needed = min(self.options.least, len(chosen))
-        briefs = {client: self.strategy.brief(round_, client) for client in chosen}
+        briefs = {c: spared(self.strategy.brief(round_, c), round_, self.options) for c in chosen}
         records = self._ask("train", round_, briefs, self.strategy.absorb, needed) | self._absent(present)
         answered = client_status.usable(records)
         if answered < needed:

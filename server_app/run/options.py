@@ -58,6 +58,11 @@ class RunOptions:
     """Seconds to wait for ``min-clients`` to register."""
     poll_interval: float = 0.1
     """Seconds between two looks for answers."""
+    evaluate_every: int = 1
+    """Clients evaluate their models in the first round and every so many; at the end always."""
+    evaluate_examples: int = 256
+    """Examples of each task at most in a round's evaluation, the same ones in every round; 0: all. The models that are
+    delivered at the end are evaluated on all."""
     keep_checkpoints: int = 2
     """Checkpoints kept on disk, the newest ones; clients keep as many earlier states of their slots."""
 
@@ -71,6 +76,8 @@ class RunOptions:
         require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
         require_range("num-server-rounds", self.num_server_rounds, 1)
         require_range("seed", self.seed, 0, 2**62)
+        require_range("evaluate-every", self.evaluate_every, 1)
+        require_range("evaluate-examples", self.evaluate_examples, 0)
         require_range("min-clients", self.min_clients, 0)
         require_range("fraction-clients", self.fraction_clients, 0, 1)
         require_range("round-timeout", self.round_timeout, 1)

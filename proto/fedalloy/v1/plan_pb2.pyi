@@ -255,18 +255,20 @@ class MergeStep(_message.Message):
     def __init__(self, target: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., space: _Optional[_Union[MergeSpace, str]] = ..., truncate_rank: _Optional[int] = ..., own_heads_only: _Optional[bool] = ...) -> None: ...
 
 class EvaluateStep(_message.Message):
-    __slots__ = ("label", "mixture", "split", "record", "loss_only")
+    __slots__ = ("label", "mixture", "split", "record", "loss_only", "examples")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     LOSS_ONLY_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     label: str
     mixture: Mixture
     split: str
     record: str
     loss_only: bool
-    def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., record: _Optional[str] = ..., loss_only: _Optional[bool] = ...) -> None: ...
+    examples: int
+    def __init__(self, label: _Optional[str] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., split: _Optional[str] = ..., record: _Optional[str] = ..., loss_only: _Optional[bool] = ..., examples: _Optional[int] = ...) -> None: ...
 
 class ReplaceRule(_message.Message):
     __slots__ = ("task", "margin", "relative")

@@ -1,0 +1,28 @@
+"""How often, and on how much, clients evaluate while a run goes on; what is delivered is evaluated on everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from proto.fedalloy.v1 import plan_pb2
+from server_app.run.options import RunOptions
+from strategies.framework.exchange import Brief
+
+
+def spared(brief: Brief, round_: int, options: RunOptions) -> Brief:
+    """A round's brief with the evaluations of personal models that the run wants, on as many examples.
+
+    Evaluations that a strategy learns from bear other labels, or are recorded at the client: they stay as they are.
+    """
+    steps = []
+    for step in brief.steps:
+        if step.WhichOneof("kind") == "evaluate" and step.evaluate.label == "personal" and not step.evaluate.record:
+            if (round_ - 1) % options.evaluate_every:
+                continue
+            bounded = plan_pb2.Step()
+            bounded.CopyFrom(step)
+            bounded.evaluate.examples = options.evaluate_examples
+            steps.append(bounded)
+        else:
+            steps.append(step)
+    return replace(brief, steps=steps)
