@@ -21,9 +21,10 @@ from server_app.run.client_status import OK, REJECTED, ClientRecord
 from server_app.run.enrolment import Enrolment
 from server_app.run.evaluations import spared
 from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply, require_all
+from server_app.run.late_delivery import deliver_late
 from server_app.run.options import RunOptions, as_toml, read_run_options
-from server_app.run.resume import clients_to_json, require_same_config, saved_clients
-from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
+from server_app.run.resume import checkpoint_of, clients_to_json, open_again, saved_clients
+from server_app.run.run_directory import Checkpoint, RunDirectory
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework.answers import answer_from, read_counters
@@ -46,8 +47,7 @@ def run(grid: Grid, context: Context) -> RunDirectory:
     options = read_run_options(context.run_config)
     strategy = strategy_from_run_config(context.run_config)
     if options.resume:
-        directory = RunDirectory.open(Path(options.resume).expanduser())
-        require_same_config(directory, context.run_config)
+        directory = open_again(Path(options.resume).expanduser(), context.run_config, options)
     else:
         name = options.run_name or f"{options.strategy}-{options.scenario}-{context.run_id}"
         directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
@@ -94,23 +94,17 @@ class Run:
 
     def run(self) -> None:
         """From the first message, or the last complete round, to the summary."""
-        checkpoint = self.directory.newest_checkpoint() if self.options.resume else None
-        if (
-            self.options.resume
-            and checkpoint is None
-            and any(record["phase"] == "train" for record in self.directory.rounds())
-        ):
-            raise RunDirectoryError(
-                f"resume: no checkpoint in {self.directory.path / 'checkpoints'} is whole, and clients are rounds "
-                "ahead of a start; put a copy of one back, or start a run with another run-name"
-            )
+        checkpoint = checkpoint_of(self.directory) if self.options.resume else None
         if checkpoint is not None:
             self._continue_from(checkpoint)
         self._register(checkpoint)
+        if self.options.deliver:
+            deliver_late(self)
+            return
         for round_ in range(self.completed + 1, self.options.num_server_rounds + 1):
             self._round(round_)
         final = self._deliver(self.options.num_server_rounds + 1)
-        self._last_counters(self.options.num_server_rounds + 2)
+        self.last_counters(self.options.num_server_rounds + 2)
         self._summarise(final)
 
     # --------------------------------------------------------------------------------------------- clients and rounds
@@ -120,6 +114,8 @@ class Run:
         self.training_seconds = checkpoint.run["training_seconds"]
         self.started -= checkpoint.run["seconds"]
         record = checkpoint.run["record"]
+        if self.options.deliver:  # what the run has done stays done
+            return
         if record not in self.directory.rounds():  # a kill between checkpoint and record
             self.directory.append_round(record)
         self.record("resumed", checkpoint.round, {}, time.monotonic())
@@ -144,7 +140,7 @@ class Run:
         if fitting < self.options.least:
             reasons = self.enrolment.why_refused()
             raise NotEnoughClientsError(f"{fitting} of at least {self.options.least} clients fit. {reasons}")
-        if not self.options.min_clients:
+        if not self.options.min_clients and not self.options.deliver:
             require_all(self.enrolment, fitting)
         if checkpoint is None:
             self._checkpoint(0, record)
@@ -162,7 +158,7 @@ class Run:
         for note in [note for task in client.registration.tasks for note in task.notes][: client_status.SHOWN]:
             log(INFO, "%s's data: %s", client.id, one_line(note))
 
-    def _gather(self, round_: int) -> list[Client]:
+    def gather(self, round_: int) -> list[Client]:
         """Clients that are online, newcomers among them; waits for ``min-clients``.
 
         Raises:
@@ -191,11 +187,11 @@ class Run:
 
     def _round(self, round_: int) -> None:
         started = time.monotonic()
-        present = self._gather(round_)
+        present = self.gather(round_)
         chosen = self._sample(round_, present)
         needed = min(self.options.least, len(chosen))
         briefs = {c: spared(self.strategy.brief(round_, c), round_, self.options) for c in chosen}
-        records = self._ask("train", round_, briefs, self.strategy.absorb, needed) | self._absent(present)
+        records = self.ask("train", round_, briefs, self.strategy.absorb, needed) | self._absent(present)
         answered = client_status.usable(records)
         if answered < needed:
             self.record("train", round_, records, started)
@@ -235,17 +231,17 @@ class Run:
 
     def _deliver(self, round_: int) -> dict[str, Answer]:
         started = time.monotonic()
-        present = self._gather(round_)
+        present = self.gather(round_)
         answers: dict[str, Answer] = {}
         briefs = {client: self.strategy.deliver(client) for client in present}
         needed = min(self.options.least, len(briefs))
-        records = self._ask(
+        records = self.ask(
             "deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), needed
         )
         self.record("deliver", round_, records | self._absent(present), started)
         return answers
 
-    def _last_counters(self, round_: int) -> None:
+    def last_counters(self, round_: int) -> None:
         """The counters in a reply were read before it was sent, so the last reply needs one more question."""
         started = time.monotonic()
         if not self.wire.is_measuring:
@@ -270,7 +266,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------- messages
 
-    def _ask(
+    def ask(
         self,
         phase: str,
         round_: int,

@@ -34,8 +34,11 @@ class RunOptions:
     run_name: str = ""
     """Folder below ``runs-dir``. Empty: strategy, scenario and Flower's run id."""
     resume: str = ""
-    """Folder of an unfinished run (``runs/<name>``): it goes on after its last complete round. Everything that decides
-    numbers must be as it was; ``--run-config runs/<name>/resume.toml`` has it all."""
+    """Folder of a run (``runs/<name>``): it goes on after its last complete round; a finished one with more
+    ``num-server-rounds``. All else that decides numbers must be as it was; ``runs/<name>/resume.toml`` has it all."""
+    deliver: str = ""
+    """With ``resume``, of a finished run: nothing is trained; ``missing`` (clients that were absent), ``all`` or named
+    clients, comma-separated, get their models. ``fedalloy deliver`` sets it."""
     runs_dir: str = "runs"
     """Where the server keeps runs, one folder each."""
     scenario: str = "digits"
@@ -69,7 +72,7 @@ class RunOptions:
     @property
     def least(self) -> int:
         """Clients without which nothing starts or settles."""
-        return self.min_clients or 2
+        return 1 if self.deliver else self.min_clients or 2
 
     def __post_init__(self) -> None:
         require_choice("strategy", self.strategy, STRATEGIES)
@@ -84,6 +87,8 @@ class RunOptions:
         require_range("startup-timeout", self.startup_timeout, 1)
         require_range("poll-interval", self.poll_interval, 0.01, 60)
         require_range("keep-checkpoints", self.keep_checkpoints, 1)
+        if self.deliver and not self.resume:
+            raise OptionError(f"deliver = {self.deliver!r} without resume, expected the folder of a finished run there")
         if self.fraction_clients == 0:
             raise OptionError("fraction-clients = 0, expected more than 0 and at most 1")
         if self.run_name and not RUN_NAME.fullmatch(self.run_name):

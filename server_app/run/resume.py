@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from fedalloy_adapters.layout import Layout, LayoutError
 from proto.fedalloy.v1 import report_pb2
-from server_app.run.options import known_keys
+from server_app.run.options import RunOptions, known_keys
 from server_app.run.run_directory import Checkpoint, RunDirectory, RunDirectoryError
 from strategies.framework.answers import client_from
 from strategies.framework.exchange import BadAnswerError, Client
 from strategies.framework.options import RunConfig
 
 FREE_KEYS = {
-    "resume", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout", "poll-interval",
+    "resume", "deliver", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout", "poll-interval",
     "keep-checkpoints",
 }  # fmt: skip
 """Keys that a resumed run may have other values for. Only ``min-clients`` can change what is computed, where
@@ -26,7 +27,47 @@ FREE_KEYS = {
 _FREE_PREFIXES = ("trainer.", "client.")
 
 
-def require_same_config(directory: RunDirectory, run_config: RunConfig) -> None:
+def open_again(path: Path, run_config: RunConfig, options: RunOptions) -> RunDirectory:
+    """The folder of a run that goes on: after its last complete round, with more rounds, or to deliver models.
+
+    Raises:
+        RunDirectoryError: there is no run, it is finished and nothing more is asked for, or it began otherwise.
+    """
+    directory = RunDirectory.open(path)
+    before = int(directory.config().get("num-server-rounds", RunOptions.num_server_rounds))
+    more = options.num_server_rounds if options.num_server_rounds > before and not options.deliver else 0
+    if directory.finished and not more and not options.deliver:
+        raise RunDirectoryError(
+            f"resume: the run in {path} is finished after {before} rounds; to train on, set num-server-rounds to "
+            f"more than that; to deliver models to clients that were absent: fedalloy deliver {path}"
+        )
+    if more and options.task_arrival != "all":
+        raise RunDirectoryError(
+            f"resume: num-server-rounds = {more}, it was {before}, and task-arrival = {options.task_arrival!r} divides "
+            "the data among as many rounds as the run began with"
+        )
+    require_same_config(directory, run_config, {"num-server-rounds"} if more else set())
+    if more:
+        directory.extend(more)
+    return directory
+
+
+def checkpoint_of(directory: RunDirectory) -> Checkpoint | None:
+    """The state to go on from; None where the run has not begun.
+
+    Raises:
+        RunDirectoryError: none is whole, and clients are ahead of a start.
+    """
+    found = directory.newest_checkpoint()
+    if found is None and any(record["phase"] == "train" for record in directory.rounds()):
+        raise RunDirectoryError(
+            f"resume: no checkpoint in {directory.path / 'checkpoints'} is whole, and clients are rounds "
+            "ahead of a start; put a copy of one back, or start a run with another run-name"
+        )
+    return found
+
+
+def require_same_config(directory: RunDirectory, run_config: RunConfig, free: Collection[str] = ()) -> None:
     """The run goes on as it began.
 
     Raises:
@@ -34,7 +75,7 @@ def require_same_config(directory: RunDirectory, run_config: RunConfig) -> None:
     """
     before, defaults = directory.config(), known_keys()
     different = []
-    for key in sorted({*before, *run_config} - FREE_KEYS):
+    for key in sorted({*before, *run_config} - FREE_KEYS - set(free)):
         old, new = before.get(key, defaults.get(key)), run_config.get(key, defaults.get(key))
         if old != new and not key.startswith(_FREE_PREFIXES):
             different.append(f"{key} = {new!r}, it was {old!r}")

@@ -81,18 +81,33 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """The folder of a run that was not finished.
+        """The folder of a run.
 
         Raises:
-            RunDirectoryError: there is no run, or it is finished.
+            RunDirectoryError: there is no run.
         """
         if not (path / "config.toml").exists():
             raise RunDirectoryError(
                 f"resume: {path} holds no run (no config.toml); name the folder of an unfinished one"
             )
-        if (path / "summary.json").exists():
-            raise RunDirectoryError(f"resume: the run in {path} is finished; there is nothing to continue")
         return cls(path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its summary, which is written last."""
+        return (self.path / "summary.json").exists()
+
+    def extend(self, rounds: int) -> None:
+        """The run shall have so many rounds: its configuration says so, and it is not finished any more."""
+        try:
+            for name in ("resume.toml", "config.toml"):
+                lines = (self.path / name).read_text("utf-8").splitlines()
+                kept = [line for line in lines if not line.startswith("num-server-rounds =")]
+                text = "".join(f"{line}\n" for line in [*kept, f"num-server-rounds = {rounds}"])
+                write_durably(self.path / name, text.encode())
+            (self.path / "summary.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(_explain(self.path, error)) from error
 
     @property
     def how_to_resume(self) -> str:

@@ -25,29 +25,37 @@ def summary_of(
         training: seconds of them that the slowest clients trained.
         wire: bytes by direction and level, and the unexplained fraction.
     """
-    scores = [metrics["accuracy"] for metrics in clients.values() if "accuracy" in metrics]
     totals, unexplained = wire
-    return {
-        "strategy": options.strategy,
-        "rounds": options.num_server_rounds,
-        "seed": options.seed,
-        "scenario": options.scenario,
-        "clients": clients,
-        "mean_accuracy": sum(scores) / len(scores) if scores else None,
-        "worst_accuracy": min(scores) if scores else None,
-        "without_accuracy": sorted(set(clients) - {name for name in clients if "accuracy" in clients[name]})
-        if scores
-        else [],
-        "bytes": totals,
-        "unexplained_wire_fraction": unexplained,
-        "seconds": {
-            "total": round(total, 3),
-            "training": round(training, 3),
-            "overhead": round(total - training, 3),
-        },
-        "flwr": flwr.__version__,
-        "git": git_commit(),
-    }
+    return with_scores(
+        {
+            "strategy": options.strategy,
+            "rounds": options.num_server_rounds,
+            "seed": options.seed,
+            "scenario": options.scenario,
+            "clients": clients,
+            "mean_accuracy": None,
+            "worst_accuracy": None,
+            "without_accuracy": [],
+            "bytes": totals,
+            "unexplained_wire_fraction": unexplained,
+            "seconds": {
+                "total": round(total, 3),
+                "training": round(training, 3),
+                "overhead": round(total - training, 3),
+            },
+            "flwr": flwr.__version__,
+            "git": git_commit(),
+        }
+    )
+
+
+def with_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary with the clients' mean and worst accuracy, where they have one."""
+    clients = summary["clients"]
+    scores = [metrics["accuracy"] for metrics in clients.values() if "accuracy" in metrics]
+    mean, worst = (sum(scores) / len(scores), min(scores)) if scores else (None, None)
+    without = sorted(name for name in clients if "accuracy" not in clients[name]) if scores else []
+    return {**summary, "mean_accuracy": mean, "worst_accuracy": worst, "without_accuracy": without}
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     runs.traffic,
     runs.report,
     runs.export,
+    runs.deliver,
     alignment.align,
     runs.collect,
     federation.certificates,

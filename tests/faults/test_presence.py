@@ -237,7 +237,7 @@ def test_what_resume_refuses(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="holds no run"):
         run_nodes(tmp_path, NodeGrid(nodes()), resume=str(tmp_path / "nothing"))
     run_nodes(tmp_path, NodeGrid(nodes()))
-    with pytest.raises(RunDirectoryError, match="is finished; there is nothing to continue"):
+    with pytest.raises(RunDirectoryError, match="is finished after 2 rounds; to train on, set num-server-rounds"):
         run_nodes(tmp_path, NodeGrid(nodes()), resume=str(tmp_path / "run"))
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(RunDirectoryError, match=r"another run-config: seed = 8, it was 7.*resume.toml"):

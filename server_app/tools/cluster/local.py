@@ -25,6 +25,7 @@ from fedalloy_adapters.atomic_files import write_durably
 from server_app.tools.cluster.certificates import ServerFiles, make_client_key, make_server_files, private_folder
 from server_app.tools.cluster.link_check import advice
 from server_app.tools.cluster.superlink import ClusterError, SuperLink, app_directory, last_words, literal
+from server_app.tools.cluster.supernode_keys import node_id_of
 
 CONNECTION = "fedalloy"
 Say = Callable[[str], None]
@@ -87,6 +88,8 @@ class LocalCluster(SuperLink):
         self.settings = settings
         self.say = say
         self.processes: list[Process] = []
+        self.nodes: dict[str, str] = {}
+        """Node ids by client id."""
         self.fleet_port = settings.fleet_port
         self.http_port = settings.http_port
 
@@ -104,7 +107,10 @@ class LocalCluster(SuperLink):
             ClusterError: a port is taken, a cluster runs here already, or something did not start.
         """
         if running(self.directory):
-            raise ClusterError(f"a cluster is running from {self.directory}; stop it with: fedalloy cluster down")
+            raise ClusterError(
+                f"a cluster is running from {self.directory}; fedalloy cluster up restarts what of it has ended, "
+                "fedalloy cluster down stops it"
+            )
         private_folder(self.directory)
         self.settings.runs_dir.mkdir(parents=True, exist_ok=True)
         host = self.settings.host
@@ -120,12 +126,14 @@ class LocalCluster(SuperLink):
         files = make_server_files(self.directory / "certificates", [host])
         self._write_connection(files)
         self.start_superlink(files)
-        self.say(f"SuperLink is up ({host}:{self.fleet_port}, TLS)")
+        count = len(self.settings.client_ids)
+        self.say(f"SuperLink is up ({host}:{self.fleet_port}, TLS); starting {count} SuperNodes, 10 to 20 seconds")
         for index, client_id in enumerate(self.settings.client_ids):
             private, public = make_client_key(self.directory / "keys", client_id)
-            self.flwr("supernode", "register", str(public), CONNECTION, "--name", client_id)
+            said = self.flwr("supernode", "register", str(public), CONNECTION, "--name", client_id, "--format", "json")
+            self.nodes[client_id] = node_id_of(said)
             self.start_supernode(index, private, files)
-        self._wait_for_nodes()
+        self.wait_for_nodes()
         self.say(f"{len(self.settings.client_ids)} SuperNodes are online, each with a key of its own")
 
     def start_superlink(self, files: ServerFiles) -> Process:
@@ -196,10 +204,14 @@ class LocalCluster(SuperLink):
     def stop_hint(self) -> str:
         """The commands that a user can type next."""
         app, home = app_directory(), self.directory / "flwr-home"
+        tables = [self.settings.node_config.get(name, {}) for name in self.settings.client_ids]
+        lacking = any("data-path" in table and "base-model" not in table for table in tables)
+        note = "# instead of BASE-MODEL: a Hugging Face id, or the folder of a model\n" if lacking else ""
+        more = " base-model='BASE-MODEL'" if lacking else ""
         return (
-            f"export FLWR_HOME={home}\n"
+            f"export FLWR_HOME={home}\n{note}"
             f"flwr run {app} {CONNECTION} --stream \\\n"
-            "    --run-config \"strategy='fedmerge' num-server-rounds=5\"\n"
+            f"    --run-config \"strategy='fedmerge' num-server-rounds=5{more}\"\n"
             f"fedalloy cluster down --dir {self.directory}"
         )
 
@@ -223,6 +235,9 @@ class LocalCluster(SuperLink):
             "http_port": self.http_port,
             "host": self.settings.host,
             "runs_dir": str(self.settings.runs_dir.resolve()),
+            "client_ids": list(self.settings.client_ids),
+            "node_config": {name: dict(table) for name, table in self.settings.node_config.items()},
+            "nodes": self.nodes,
             "processes": [asdict(other) for other in self.processes],
         }
         write_durably(self.directory / "cluster.json", json.dumps(state, indent=2).encode())
@@ -251,7 +266,12 @@ class LocalCluster(SuperLink):
             time.sleep(0.1)
         raise ClusterError(f"nothing listens on {host}:{port} after {self.settings.startup_timeout:.0f} s")
 
-    def _wait_for_nodes(self) -> None:
+    def wait_for_nodes(self) -> None:
+        """Wait until every SuperNode is online.
+
+        Raises:
+            ClusterError: one ended, or they are not within ``startup_timeout``.
+        """
         deadline = time.monotonic() + self.settings.startup_timeout
         wanted, online = len(self.settings.client_ids), 0
         while time.monotonic() < deadline:

@@ -36,7 +36,7 @@ def register_clients(superlink: SuperLink, folder: Path, remembered: Path) -> It
         said = superlink.flwr(
             "supernode", "register", public, superlink.connection, "--name", client_id, "--format", "json"
         )
-        known[client_id] = {"key": key, "node": str(_node_id(said))}
+        known[client_id] = {"key": key, "node": str(node_id_of(said))}
         _remember(remembered, known)
         yield f"{client_id}: registered as node {known[client_id]['node']}"
 
@@ -45,7 +45,12 @@ def _remember(path: Path, known: dict[str, dict[str, str]]) -> None:
     write_durably(path, json.dumps(known, indent=2, sort_keys=True).encode())
 
 
-def _node_id(said: str) -> str:
+def node_id_of(said: str) -> str:
+    """The node id in what ``flwr supernode register --format json`` printed.
+
+    Raises:
+        ClusterError: there is none.
+    """
     try:
         return str(json.loads(said[said.index("{") :])["node-id"])
     except (ValueError, KeyError):

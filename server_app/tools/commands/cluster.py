@@ -12,6 +12,7 @@ from server_app.tools.commands.arguments import RunsDir, listed, read_clients_fi
 from server_app.tools.commands.terminal import clear_errors, console
 
 DIRECTORY = Path(".fedalloy/cluster")
+SHOWN = ("examples", "tasks", "base", "run")
 Directory = Annotated[Path, typer.Option("--dir", help="The cluster's own folder.")]
 
 
@@ -26,12 +27,17 @@ def up(
     http_port: Annotated[int, typer.Option(help="Port for flwr run; 0 chooses one.")] = 0,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Start a SuperLink and SuperNodes with TLS and keys, and leave them running."""
-    from server_app.tools.cluster.local import LocalCluster, Settings
+    """Start a SuperLink and SuperNodes with TLS and keys, and leave them running; or start again what has ended."""
+    from server_app.tools.cluster.local import LocalCluster, Settings, running
+    from server_app.tools.cluster.restart import restart_ended
 
     names = listed(client_ids)
     with clear_errors():
         node_config = read_clients_file(clients_file) if clients_file else {}
+        if running(directory):
+            for name in restart_ended(directory, lambda text: console.print(text, highlight=False), node_config):
+                console.print(f"{name} is running again", highlight=False)
+            return
         names = names or list(node_config) or [f"client-{index}" for index in range(clients)]
         settings = Settings(tuple(names), runs_dir, fleet_port=fleet_port, http_port=http_port, node_config=node_config)
         cluster = LocalCluster(directory, settings, lambda text: console.print(text, highlight=False))
@@ -52,21 +58,31 @@ def down(directory: Directory = DIRECTORY) -> None:
 def status(directory: Directory = DIRECTORY) -> None:
     """Show what is running."""
     from server_app.tools.cluster.local import Process, read_state
+    from server_app.tools.who import last_registrations
 
     state = read_state(directory)
     if state is None:
         console.print(f"no cluster was started from {directory}", highlight=False)
         raise typer.Exit(1)
+    registered = last_registrations(Path(state["runs_dir"]))
+    clients = {f"supernode-{name}": name for name in state.get("client_ids", [])}
     table = Table()
-    for column in ("process", "pid", "state"):
-        table.add_column(column)
+    for column in ("process", "pid", "state", "client", "node", "examples", "task", "base model", "last run"):
+        table.add_column(column, overflow="fold")
     alive = True
     for item in state["processes"]:
         found = Process(**item).find()
         alive = alive and found is not None
-        table.add_row(item["name"], str(item["pid"]), "running" if found else "ended")
+        client = clients.get(item["name"], "")
+        said = registered.get(client, {})
+        row = [client, str(state.get("nodes", {}).get(client, "")), *(str(said.get(key, "")) for key in SHOWN)]
+        table.add_row(item["name"], str(item["pid"]), "running" if found else "ended", *row)
     console.print(table)
+    for client, said in registered.items():
+        if "reason" in said:
+            console.print(f"{client} was refused by run {said['run']}: {said['reason']}", highlight=False)
     console.print(f"SuperNodes connect to {state['host']}:{state['fleet_port']}", highlight=False)
     console.print(f"flwr connects to 127.0.0.1:{state['http_port']}", highlight=False)
     if not alive:
+        console.print("fedalloy cluster up starts again what has ended", highlight=False)
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from server_app.tools.commands.arguments import RunDirectory
+from server_app.tools.commands.cluster import DIRECTORY
 from server_app.tools.commands.terminal import clear_errors, console
 
 
@@ -45,6 +46,23 @@ def export(
             highlight=False,
             soft_wrap=True,
         )
+
+
+def deliver(
+    run: RunDirectory,
+    client: Annotated[str, typer.Argument(help="Client ids, comma-separated, or all; default: those without.")] = "",
+    connection: Annotated[str, typer.Option(help="A flwr connection; default: the cluster of fedalloy cluster.")] = "",
+    directory: Annotated[Path, typer.Option("--dir", help="That cluster's folder.")] = DIRECTORY,
+) -> None:
+    """Give clients that were absent at the end of a run their models."""
+    from server_app.tools.cluster.local import LocalCluster, Settings
+    from server_app.tools.cluster.superlink import SuperLink
+    from server_app.tools.deliver import deliver as deliver_models
+
+    here = SuperLink(connection, run / "logs") if connection else LocalCluster(directory, Settings((), run.parent))
+    with clear_errors():
+        done = deliver_models(run, client, here)
+    console.print(f"delivered: {', '.join(done)}" if done else "every client has its model already", highlight=False)
 
 
 def collect(

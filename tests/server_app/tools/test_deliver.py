@@ -1,0 +1,41 @@
+"""``fedalloy deliver`` over nodes without a model, and who is who in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server_app.tools.cluster.superlink import ClusterError, RunOutcome
+from server_app.tools.deliver import deliver
+from server_app.tools.who import last_registrations, registrations
+from tests.faults.nodes import NodeGrid, run_nodes
+from tests.server_app.run.test_late_delivery import absent_at_the_end
+
+
+class InProcess:
+    """Stands for a SuperLink: the run that it is asked for happens here."""
+
+    def __init__(self, grid: NodeGrid) -> None:
+        self.grid = grid
+
+    def run(self, config: dict[str, Any]) -> RunOutcome:
+        try:
+            run_nodes(Path(config["runs-dir"]), self.grid, **{key.replace("-", "_"): v for key, v in config.items()})
+        except Exception:
+            return RunOutcome("1", "finished:failed", Path("log"))
+        return RunOutcome("1", "finished:completed", Path("log"))
+
+
+def test_deliver_says_who_has_its_model_and_why_not(tmp_path: Path) -> None:
+    grid, run = absent_at_the_end(tmp_path)
+    superlink: Any = InProcess(grid)
+    with pytest.raises(ClusterError, match="cyd did not come within 1 s"):
+        deliver(run.path, "", superlink)
+    grid.online.add(3)
+    assert deliver(run.path, "", superlink) == ["cyd"]
+    assert deliver(run.path, "", superlink) == []
+    assert deliver(run.path, "ada,cyd", superlink) == ["ada", "cyd"]
+    assert registrations(run)["cyd"]["node"] == "3"
+    assert set(last_registrations(tmp_path)) == {"ada", "ben", "cyd"}
