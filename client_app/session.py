@@ -24,6 +24,7 @@ from client_app.guard.run_binding import bind_run, require_same_run
 from client_app.model.alignment import load_alignment
 from client_app.model.personal import PersonalModel
 from client_app.model.start_adapter import read_start_adapter
+from client_app.own.about import write_about
 from client_app.own.files import load_own
 from client_app.own.task_file import is_task_file, load_tasks, stamp_of
 from client_app.plan.interpreter import Interpreter
@@ -86,6 +87,7 @@ class Executor:
                 starts, secret = _starts(settings, model), secret_of(settings.state_dir, who)
                 answer = Interpreter(who, model, data, slots, starts, policy, secret).run(plan, blobs)
                 bind_run(directory, plan)
+            write_about(directory, settings, model, data, answer[0])
             model.unload_all()
         except (Cancelled, PolicyError):  # between two batches or steps, where the model is sound
             model.unload_all()

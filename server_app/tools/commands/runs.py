@@ -32,20 +32,17 @@ def export(
     run: RunDirectory,
     client: Annotated[str, typer.Argument(help="A client id.")],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge it into its base model, in float32.")] = False,
 ) -> None:
-    """Copy a client's personal model to a PEFT directory of its own."""
-    from server_app.tools.export import export_adapter, is_in_parts
+    """Write a client's personal model to a folder of its own: a PEFT directory, or a whole model."""
+    from server_app.tools.export import export_adapter
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
 
     with clear_errors():
-        export_adapter(run, client, destination)
+        export_adapter(run, client, destination, "merged" if merge else "peft", say)
     console.print(f"exported to {destination}", highlight=False, soft_wrap=True)
-    if is_in_parts(destination):
-        console.print(
-            "Its coefficients depend on the input, so it cannot be one PEFT adapter: each slot is a PEFT directory of "
-            "its own, gates.safetensors holds the gates, and mixture.json says how they add up.",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 def deliver(
