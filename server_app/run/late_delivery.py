@@ -11,6 +11,7 @@ from flwr.common.logger import log
 
 from server_app.run.client_status import OK, ClientRecord
 from server_app.run.federation import SAY_SECONDS, NotEnoughClientsError
+from server_app.run.last_counters import last_counters
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from server_app.run.summary import headline, with_scores
 from strategies.framework.exchange import Answer, Client
@@ -65,7 +66,7 @@ def deliver_late(run: Run) -> None:
     briefs = {client: run.strategy.deliver(client) for client in here}
     records = run.ask("deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), 1)
     run.record("deliver", round_, {**last_delivery(run.directory), **records}, started)
-    run.last_counters(round_ + 1)
+    last_counters(run, round_ + 1)
     summary: dict[str, Any] = json.loads((run.directory.path / "summary.json").read_text())
     for client in here:
         if client.id in answers:

@@ -21,14 +21,15 @@ from server_app.run.client_status import OK, REJECTED, ClientRecord
 from server_app.run.enrolment import Enrolment
 from server_app.run.evaluations import spared
 from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply, require_all
+from server_app.run.last_counters import last_counters
 from server_app.run.late_delivery import deliver_late
 from server_app.run.options import RunOptions, as_toml, read_run_options
 from server_app.run.resume import checkpoint_of, clients_to_json, open_again, saved_clients
 from server_app.run.run_directory import Checkpoint, RunDirectory
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
-from strategies.framework.answers import answer_from, read_counters
-from strategies.framework.dispatch import Dispatch, counters_message
+from strategies.framework.answers import answer_from
+from strategies.framework.dispatch import Dispatch
 from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
 from strategies.framework.holdings import Holdings
 from strategies.framework.limits import unsound, within_round
@@ -104,7 +105,7 @@ class Run:
         for round_ in range(self.completed + 1, self.options.num_server_rounds + 1):
             self._round(round_)
         final = self._deliver(self.options.num_server_rounds + 1)
-        self.last_counters(self.options.num_server_rounds + 2)
+        last_counters(self, self.options.num_server_rounds + 2)
         self._summarise(final)
 
     # --------------------------------------------------------------------------------------------- clients and rounds
@@ -240,29 +241,6 @@ class Run:
         )
         self.record("deliver", round_, records | self._absent(present), started)
         return answers
-
-    def last_counters(self, round_: int) -> None:
-        """The counters in a reply were read before it was sent, so the last reply needs one more question."""
-        started = time.monotonic()
-        if not self.wire.is_measuring:
-            return
-        records: dict[str, ClientRecord] = {}
-        timeout = min(self.options.round_timeout, 60.0)
-        watch = Booking(self.wire, round_, "query")
-        asks: dict[str, Make] = {
-            client.id: lambda client=client: counters_message(client.node_id, timeout)  # type: ignore[misc]
-            for client in self.federation.present(watch)
-        }
-        for reply in self.federation.exchange(asks, timeout, watch):
-            record: ClientRecord = {"status": OK, "seconds": round(reply.seconds, 3)}
-            reading = None
-            try:
-                reading = read_counters(_require(reply)).wire
-            except BadAnswerError as error:
-                record |= {"status": client_status.FAILED, "reason": str(error)}
-            self.wire.arrived(round_, reply.client_id, "query", reply.message, reading)
-            records[reply.client_id] = record
-        self.record("counters", round_, records, started)
 
     # ------------------------------------------------------------------------------------------------------- messages
 
@@ -410,9 +388,3 @@ class Run:
 
 def _say(text: str) -> None:
     log(INFO, "%s", text)
-
-
-def _require(reply: Reply) -> Message:
-    if reply.message is None:
-        raise BadAnswerError(f"client {reply.client_id!r} did not answer in time")
-    return reply.message

@@ -25,7 +25,8 @@ def run(tmp_path: Path) -> Path:
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "adapter")
     path = folder / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base), "task_type": None}))
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base), "task_type": None}
+    path.write_text(json.dumps(config))
     about = {"client": "ada", "run": "r", "rank": 2, "tasks": {"t": "causal-lm"}, "metrics": {"test": {"loss": 1.5}}}
     (folder / "about.json").write_text(json.dumps(about))
     return tmp_path / "runs" / "r"
