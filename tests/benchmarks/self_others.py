@@ -31,6 +31,8 @@ from rich.table import Table
 from torch import Tensor
 
 from client_app.data.dataset import ClientData, Dataset
+from client_app.model.target_logits import TargetLogits
+from client_app.model.target_losses import AtTargets, TargetLosses
 from client_app.plan.evaluation import evaluate
 from client_app.plan.training import set_up_torch
 from client_app.session import base_and_data
@@ -64,6 +66,10 @@ class SavedModel:
         """The model's logits."""
         logits: Tensor = self.module(**inputs, **({"task": task} if task else {})).logits
         return logits
+
+    def at_targets(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> AtTargets:
+        """Losses of the targets in ``labels``."""
+        return TargetLosses(TargetLogits(self.module))(lambda: self.logits(inputs, task), labels)
 
 
 class PartsError(Exception):
