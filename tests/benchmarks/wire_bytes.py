@@ -24,7 +24,7 @@ import argparse
 import json
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,11 +153,15 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, wa
     summary = json.loads((cluster.settings.runs_dir / name / "summary.json").read_text())
     tensors = sum(summary["bytes"][direction]["tensor"] for direction in ("up", "down"))
     losses = {client: metrics["loss"] for client, metrics in summary["clients"].items()}
+    if len(losses) < case.clients:
+        raise FailedError(f"{name}: {len(losses)} of {case.clients} clients were delivered their model")
     return Sent(f"{strategy} {encoding}", seed, up, down, bundles(cluster, "fedalloy"), tensors, losses)
 
 
-def measure(case: Case, ways: list[tuple[str, str]], rounds: int, seeds: int) -> list[Sent]:
-    """All runs, one after the other."""
+def measure(
+    case: Case, ways: list[tuple[str, str]], rounds: int, seeds: int, kept: Callable[[list[Sent]], None]
+) -> list[Sent]:
+    """All runs, one after the other; ``kept`` gets what there is after each."""
     found: list[Sent] = []
     with (
         tempfile.TemporaryDirectory(prefix="fedalloy-bytes-") as text,
@@ -169,6 +173,7 @@ def measure(case: Case, ways: list[tuple[str, str]], rounds: int, seeds: int) ->
             for way in ways:
                 found.append(alloy(cluster, folder, case, rounds, way, seed))
                 told(found[-1])
+                kept(found)
     return found
 
 
@@ -216,10 +221,15 @@ def llama_8b() -> Layout:
 
 
 def projected(found: list[Sent]) -> dict[str, float]:
-    """MB that a client and round of Llama 3.1 8B takes, by ``fedavg``'s encodings and in the stock app."""
+    """MB that a client and round of Llama 3.1 8B takes, by ``fedavg``'s encodings and in the stock app.
+
+    Nothing where ``fedavg`` was not measured at two encodings.
+    """
     layout = llama_8b()
     plain = payload_size(layout, Encoding.FP32)
     fedavg = sorted((s for s in found if s.way.startswith("fedavg ")), key=lambda sent: sent.tensors)
+    if len({sent.tensors for sent in fedavg}) < 2:
+        return {}
     few, many = fedavg[0], fedavg[-1]
     per_byte = (many.without_bundle - few.without_bundle) / (many.tensors - few.tensors)
     rows = {f"fedavg {name}": 2 * payload_size(layout, Encoding(name)) * per_byte / 1e6 for name in ENCODINGS}
@@ -248,34 +258,43 @@ def shown(found: list[Sent]) -> Table:
     return table
 
 
+def report_of(found: list[Sent]) -> dict[str, Any]:
+    """What ``--json`` writes of runs."""
+    return {
+        "bytes_over_flowertune": ratios(found),
+        "bytes_over_flowertune_without_bundle": ratios(found, "without_bundle"),
+        "loss": loss_table(found),
+        "llama_3_1_8b_mb_per_client_and_round": projected(found),
+        "runs": [asdict(sent) for sent in found],
+    }
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="1 seed, 5 rounds, fedavg at all encodings, others at int4"
     )
+    parser.add_argument("--ways", nargs="+", help="only these, for example 'fedavg int4'")
     parser.add_argument("--seeds", type=int, help="instead of 3 (1 with --quick)")
     parser.add_argument("--rounds", type=int, default=5, help="of each run")
     parser.add_argument("--clients", type=int, default=2, help="SuperNodes")
     parser.add_argument("--json", type=Path, help="write everything here")
     given = parser.parse_args()
     ways = list(QUICK) if given.quick else [(strategy, name) for strategy in STRATEGIES for name in ENCODINGS]
+    if given.ways:
+        ways = [way for way in ways if " ".join(way) in given.ways]
     before = machine()
-    found = measure(Case("wide", given.clients), ways, given.rounds, given.seeds or (1 if given.quick else 3))
+
+    def keep(found: list[Sent]) -> None:
+        if given.json:
+            given.json.write_text(json.dumps(report_of(found) | {"rounds": given.rounds, "machine": before}, indent=2))
+
+    case = Case("wide", given.clients)
+    found = measure(case, ways, given.rounds, given.seeds or (1 if given.quick else 3), keep)
     console.print(shown(found))
     console.print("Llama 3.1 8B, r=16, MB a client and round:", projected(found), highlight=False)
     console.print(f"machine: {before}", highlight=False)
-    if given.json:
-        report = {
-            "bytes_over_flowertune": ratios(found),
-            "bytes_over_flowertune_without_bundle": ratios(found, "without_bundle"),
-            "loss": loss_table(found),
-            "llama_3_1_8b_mb_per_client_and_round": projected(found),
-            "runs": [asdict(sent) for sent in found],
-            "rounds": given.rounds,
-            "machine": before,
-        }
-        given.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
