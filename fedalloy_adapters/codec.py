@@ -117,6 +117,7 @@ class Encoded:
     blob: bytes
     decoded: Adapter
     payload_bytes: int
+    encoding: Encoding
 
 
 def payload_size(layout: Layout, encoding: Encoding) -> int:
@@ -174,7 +175,7 @@ def encode(
         header.reference_digest = reference.digest
     head = header.SerializeToString()
     blob = b"".join((MAGIC, len(head).to_bytes(4, "little"), head, payload))
-    return Encoded(blob, decoded, len(payload))
+    return Encoded(blob, decoded, len(payload), encoding)
 
 
 def decode(

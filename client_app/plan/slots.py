@@ -199,7 +199,7 @@ class SlotStore:
 
     def set_received(self, slot: str, adapter: Adapter) -> None:
         """Keep what was received: the next may be a difference from it."""
-        self._received[slot] = adapter
+        self._received[slot] = adapter.clone()  # the slot may be it, too, and a file has no two names for one memory
         self._dirty.add(slot)
 
     def save_personal(self, adapter: Adapter) -> None:

@@ -53,8 +53,9 @@ class WireLog:
         self.sampler.push(round_, client, kind)
 
     def pushed(self, round_: int, client: str, kind: str, message: Message, tensors: Mapping[str, int]) -> None:
-        """Call when it has been pushed; ``tensors`` are the encoded numbers in it, by slot."""
+        """Call when it has been pushed; ``tensors`` are the encoded numbers in it, by encoding."""
         self.ledger.flower_message(round_, client, "down", kind, message, sum(tensors.values()))
+        self.ledger.encoded(round_, client, "down", tensors)
 
     def arrived(
         self,
@@ -71,6 +72,8 @@ class WireLog:
             sketches = asked.sketches if asked is not None else frozenset()
             adapters = sum(size for slot, size in sizes.items() if slot not in sketches)
             booked = self.ledger.flower_message(round_, client, "up", kind, message, adapters)
+            if booked is not None and asked is not None:
+                self.ledger.encoded(round_, client, "up", asked.up_by_encoding())
             for slot in sketches if booked is not None else ():
                 self.ledger.tensor(round_, client, "up", SKETCH, sizes[slot])
         self.sampler.reply(round_, client, kind, reading)

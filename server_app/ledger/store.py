@@ -8,6 +8,7 @@ Tables (times are seconds since the epoch, bytes are bytes):
 * ``meta(key, value)``: ``format`` (1), ``run_name``, ``tls`` (1 or 0, when known).
 * ``tensor(round, client, direction, kind, bytes)``: one row per payload; direction is ``up`` or ``down``; kind is the
   message's, or ``sketch``.
+* ``encoded(round, client, direction, encoding, bytes)``: the same bytes by how numbers are stored, sketches in it.
 * ``message(round, client, direction, kind, bytes, objects, calls, control_bytes, tls_records)``: one row per Flower
   message; it took ``calls`` gRPC calls, whose small halves add ``control_bytes`` in the *other* direction, and
   ``tls_records`` TLS records beyond each call's first.
@@ -33,7 +34,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -72,6 +73,9 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS tensor (
     round INTEGER NOT NULL, client TEXT NOT NULL, direction TEXT NOT NULL, kind TEXT NOT NULL, bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS encoded (
+    round INTEGER NOT NULL, client TEXT NOT NULL, direction TEXT NOT NULL, encoding TEXT NOT NULL,
+    bytes INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS message (
     round INTEGER NOT NULL, client TEXT NOT NULL, direction TEXT NOT NULL, kind TEXT NOT NULL, bytes INTEGER NOT NULL,
     objects INTEGER NOT NULL, calls INTEGER NOT NULL, control_bytes INTEGER NOT NULL, tls_records INTEGER NOT NULL);
@@ -154,6 +158,12 @@ class Ledger:
     def tensor(self, round_: int, client: str, direction: str, kind: str, nbytes: int) -> None:
         """The algorithm meant to send ``nbytes`` of tensors."""
         self._write("INSERT INTO tensor VALUES (?, ?, ?, ?, ?)", (round_, client, _direction(direction), kind, nbytes))
+
+    def encoded(self, round_: int, client: str, direction: str, sizes: Mapping[str, int]) -> None:
+        """Bytes of a message's tensors by their encoding; sketches and moments are in it."""
+        for encoding, nbytes in sizes.items():
+            row = (round_, client, _direction(direction), encoding, nbytes)
+            self._write("INSERT INTO encoded VALUES (?, ?, ?, ?, ?)", row)
 
     def message(
         self,
@@ -247,7 +257,7 @@ class Ledger:
     def rename(self, old: str, new: str) -> None:
         """A client has told its name: what was booked on ``old`` (its node, say) is booked on ``new``."""
         with self._lock, _Transaction(self._db):
-            for table in ("tensor", "message", "reading"):
+            for table in ("tensor", "encoded", "message", "reading"):
                 self._db.execute(f"UPDATE {table} SET client = ? WHERE client = ?", (new, old))
             self._db.execute("UPDATE OR REPLACE bundle SET client = ? WHERE client = ?", (new, old))
 
@@ -279,6 +289,17 @@ class Ledger:
     def totals(self) -> dict[str, dict[str, int | None]]:
         """``{"up" | "down": {"tensor": bytes, "message": bytes, "wire": bytes or None}}``."""
         return self.accounts().totals()
+
+    def by_encoding(self) -> dict[str, dict[str, int]]:
+        """``{"up" | "down": {encoding: bytes}}`` of all tensors; empty in ledgers from before 0.2."""
+        found: dict[str, dict[str, int]] = {}
+        with self._lock:
+            if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'encoded'").fetchone():
+                for direction, encoding, nbytes in self._db.execute(
+                    "SELECT direction, encoding, SUM(bytes) FROM encoded GROUP BY direction, encoding ORDER BY 1, 2"
+                ):
+                    found.setdefault(direction, {})[encoding] = nbytes
+        return found
 
     def reconciliation(self) -> dict[str, dict[str, int]]:
         """Where every wire byte went, per direction; the values add up to the direction's wire bytes."""

@@ -267,7 +267,7 @@ class Run:
             )
             message = dispatch.message(self.enrolment.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
             self.federation.intake.expect(dispatch.max_answer_bytes)
-            tensors[client_id] = dispatch.tensor_bytes
+            tensors[client_id] = dispatch.down_by_encoding()
             dispatches[client_id] = replace(dispatch, content=RecordDict())  # once sent, the blobs are the SuperLink's
             return message
 

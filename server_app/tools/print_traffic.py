@@ -20,7 +20,7 @@ def print_traffic(run_dir: Path, console: Console) -> None:
         LedgerError: the folder has no readable ledger; names it.
     """
     with Ledger(run_dir / "ledger.sqlite", read_only=True) as ledger:
-        accounts, name = ledger.accounts(), ledger.run_name
+        accounts, name, encodings = ledger.accounts(), ledger.run_name, ledger.by_encoding()
     rows = accounts.rows()
     console.print(f"[bold]Traffic of run {name}[/bold] (bytes)", highlight=False)
     if not rows:
@@ -28,6 +28,9 @@ def print_traffic(run_dir: Path, console: Console) -> None:
         return
     console.print(_per_round(rows))
     console.print(_totals(rows, accounts))
+    for direction, sizes in encodings.items():
+        told = ", ".join(f"{encoding} {_bytes(nbytes)}" for encoding, nbytes in sizes.items())
+        console.print(f"tensors {direction} by encoding: {told}", highlight=False)
     _print_where(accounts, console)
     _print_notes(accounts, console)
 

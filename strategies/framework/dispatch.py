@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +43,7 @@ class Dispatch:
     layout of every upload asked for;
     ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for;
     ``sketches`` names the uploads that are sketches; ``residuals`` has the norm of what the encoding has dropped of
-    what was meant, by slot, where the client keeps what it receives.
+    what was meant, by slot, where the client keeps what it receives; ``sent_as`` the encoding of each slot.
     """
 
     plan: plan_pb2.Plan
@@ -54,6 +55,23 @@ class Dispatch:
     upload_bytes: Mapping[str, int]
     sketches: frozenset[str] = frozenset()
     residuals: Mapping[str, float] = field(default_factory=dict)
+    sent_as: Mapping[str, Encoding] = field(default_factory=dict)
+
+    def down_by_encoding(self) -> dict[str, int]:
+        """Bytes of the encoded numbers that are sent, by encoding."""
+        found = Counter[str]()
+        for slot, size in self.tensor_bytes.items():
+            found[self.sent_as[slot]] += size
+        return dict(found)
+
+    def up_by_encoding(self) -> dict[str, int]:
+        """Bytes of the encoded numbers that are asked for, by encoding."""
+        found = Counter[str]()
+        for step in self.plan.steps:
+            body = getattr(step, step.WhichOneof("kind") or "send")
+            if hasattr(body, "encoding"):
+                found[encoding_from_proto(body.encoding)] += self.upload_bytes[body.slot]
+        return dict(found)
 
     @property
     def max_answer_bytes(self) -> int:
@@ -104,10 +122,11 @@ def plan_dispatch(
     tensor_bytes: dict[str, int] = {}
     known = layouts_of_plan(layout, steps)
     residuals: dict[str, float] = {}
+    sent_as: dict[str, Encoding] = {}
     for slot, adapter in adapters.items():
         held = holding.reference(slot, adapter) if holding is not None and plan.keep_received else None
         encoded = _encode(adapter, sent, held, include_layout=adapter.layout.digest not in known)
-        blobs[slot], tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
+        blobs[slot], tensor_bytes[slot], sent_as[slot] = encoded.blob, encoded.payload_bytes, encoded.encoding
         if holding is not None and plan.keep_received:
             received[slot] = holding.send(slot, encoded.decoded)
             residuals[slot] = float((adapter.vector - encoded.decoded.vector).double().norm())
@@ -140,6 +159,7 @@ def plan_dispatch(
         upload_bytes,
         frozenset(sketch.slot for sketch in sketches),
         residuals,
+        sent_as,
     )
 
 

@@ -172,6 +172,8 @@ def test_what_was_received_is_kept_with_the_slot_and_as_it_was_before_a_round(tm
     assert held(1) is None
     for round_, received in ((1, first), (2, second)):
         with store_in(tmp_path).transaction(round_) as slots:
+            slots["b"] = received  # installed, and not trained
+            slots.set_received("b", received)
             slots.set_received("a", received)
             slots["a"] = trained
             slots.set_residual("a", numbers(PART, round_))
@@ -180,7 +182,8 @@ def test_what_was_received_is_kept_with_the_slot_and_as_it_was_before_a_round(tm
     with store_in(tmp_path).transaction(3) as slots:
         slots["a"] = trained  # unseen
     assert held(4) == second.digest
-    assert start_of(tmp_path, 4) == {"a": (trained.digest, numbers(PART, 2).digest)}
+    expected = {"a": (trained.digest, numbers(PART, 2).digest), "b": (second.digest, None)}
+    assert start_of(tmp_path, 4) == expected
 
 
 def test_a_failed_plan_changes_nothing(tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_a_finished_ledger_can_be_read_where_nothing_can_be_written(tmp_path: Pa
     assert path.read_bytes() == before
 
 
+def test_tensor_bytes_are_added_up_by_encoding(ledger: Ledger) -> None:
+    assert ledger.by_encoding() == {}
+    ledger.encoded(1, "berlin", "down", {"int4": 100})
+    ledger.encoded(1, "berlin", "up", {"int8": 30, "bf16": 7})
+    ledger.encoded(2, "paris", "down", {"int4": 1, "fp32": 8})
+    assert ledger.by_encoding() == {"down": {"fp32": 8, "int4": 101}, "up": {"bf16": 7, "int8": 30}}
+
+
 def test_renaming_moves_what_was_booked(ledger: Ledger) -> None:
     ledger.tensor(0, "node 7", "up", "train", 3)
     ledger.message(0, "node 7", "up", "train", 4, 1)

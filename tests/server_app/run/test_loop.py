@@ -15,6 +15,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.codec import MAGIC, CodecError, decode, encode
 from fedalloy_adapters.flower_records import pack, unpack
 from proto.fedalloy.v1 import report_pb2
+from server_app.ledger.store import Ledger
 from server_app.run.federation import NotEnoughClientsError
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from strategies.framework.options import OptionError
@@ -65,6 +66,7 @@ def test_lossy_transport_still_trains_and_sends_fewer_tensor_bytes(run: Runner) 
     lossy = summary(run(run_name="int8", uplink_encoding="int8", downlink_encoding="bf16"))
     assert lossy["bytes"]["up"]["tensor"] < 0.35 * exact["bytes"]["up"]["tensor"]  # int8 and a scale per row
     assert lossy["bytes"]["down"]["tensor"] == 0.5 * exact["bytes"]["down"]["tensor"]
+    assert len(lossy["clients"]) == 3
     for client, metrics in lossy["clients"].items():
         assert metrics["loss"] == pytest.approx(exact["clients"][client]["loss"], rel=0.05)
 
@@ -78,6 +80,7 @@ def test_four_bits_both_ways_are_an_eighth_of_the_bytes_and_train_as_well(run: R
     lossy = summary(directory)
     for direction in ("up", "down"):
         assert lossy["bytes"][direction]["tensor"] < 0.15 * exact["bytes"][direction]["tensor"]
+    assert set(lossy["clients"]) == set(exact["clients"]) == {"client-0", "client-1", "client-2"}
     for client, metrics in lossy["clients"].items():
         assert metrics["loss"] == pytest.approx(exact["clients"][client]["loss"], rel=0.1)
     trained = [record for record in directory.rounds() if record["phase"] == "train"]
@@ -86,6 +89,9 @@ def test_four_bits_both_ways_are_an_eighth_of_the_bytes_and_train_as_well(run: R
             assert client["down_residual"]["global"] > 0
             assert client["up_residual"]["global"] > 0
             assert "sent_whole" not in client
+    with Ledger(directory.path / "ledger.sqlite", read_only=True) as ledger:
+        found = ledger.by_encoding()
+    assert found == {way: {"int4": lossy["bytes"][way]["tensor"]} for way in ("down", "up")}
     first, last = (trained[index]["clients"]["client-0"]["down_residual"]["global"] for index in (0, -1))
     assert last < 0.5 * first  # the first blob was whole, the later ones are differences
 
@@ -101,6 +107,7 @@ def test_a_resumed_run_with_four_bits_gives_the_same_numbers(run: Runner, runs_d
         run(tamper=silent, round_timeout=1.0, **config)
     resumed = run(resume=str(runs_dir / "test"), **config)
     plain = run(run_name="plain", **config)
+    assert len(summary(resumed)["clients"]) == 3
     assert summary(resumed)["clients"] == summary(plain)["clients"]
     kept = [directory.newest_checkpoint() for directory in (resumed, plain)]
     states = [found.state for found in kept if found is not None]
