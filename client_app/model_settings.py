@@ -38,8 +38,8 @@ class ModelSettings:
     """Comma-separated class names that all clients share: the head is then a part of the adapter. Empty: each client's
     labels are its own, and so is its head, which never leaves it."""
     target_modules: str = ""
-    """Comma-separated ends of module names that get LoRA factors, or ``all-linear``. Empty: PEFT's choice for the
-    architecture."""
+    """Comma-separated ends of module names that get LoRA factors, ``all-linear``, or ``language-model``: all that is in
+    no vision or audio tower and no projector. Empty: PEFT's choice for the architecture."""
     model_dtype: str = "auto"
     """Number type of the frozen base: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on GPUs that have it, else
     float32. Adapters are always float32."""

@@ -52,14 +52,14 @@ def save_bert(folder: Path, words: Sequence[str]) -> Path:
     return save_model(folder, lambda: transformers.BertModel(config), tokenizer)
 
 
-def save_llava(folder: Path, size: int = 16) -> Path:
-    """A LLaVA: CLIP's vision tower before a Llama, with its processor."""
+def save_llava(folder: Path, size: int = 16, vision_layers: int = 2) -> Path:
+    """A LLaVA: CLIP's vision tower before a Llama of two layers, with its processor."""
     tokenizer = character_tokenizer()
     vision = transformers.CLIPVisionConfig(
         image_size=size,
         patch_size=8,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=vision_layers,
         num_attention_heads=2,
         intermediate_size=64,
         projection_dim=32,

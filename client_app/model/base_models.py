@@ -25,6 +25,7 @@ from client_app.model.heads import (
     rows_by_name,
 )
 from client_app.model.model_folders import HERE, BaseModelError, FoundModel, first_line, load_config
+from client_app.model.module_roles import outside_towers
 from client_app.model.personal import features_of
 from client_app.settings import ModelSettings
 
@@ -243,6 +244,8 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
         raise BaseModelError(f"{name!r} ({model.config.model_type}) has no linear module that LoRA could adapt")
     if wanted.strip() == "all-linear":
         return tuple(linear)
+    if wanted.strip() == "language-model":
+        return tuple(name for name in outside_towers(key for key, _ in model.named_modules()) if name in linear)
 
     def ending(suffixes: Iterable[str]) -> tuple[str, ...]:
         return tuple(key for key in linear if any(key == s or key.endswith(f".{s}") for s in suffixes))

@@ -1,7 +1,9 @@
 """Which module plays which part in a transformer, by name; for Co-LoRA's correspondences and the sketch's gradient.
 
 Families name the same linear layer differently: ``self_attn.q_proj``, ``attention.self.query``, ``attention.q_proj``
-are all a query projection. Layers are numbered by the first number in a module's path.
+are all a query projection. Layers are numbered by the first number in a module's path. In a model that looks (LLaVA,
+Qwen-VL) or listens, they are the language model's: towers and projectors before it have layers of their own, which no
+other client need have, and FedMosaic's authors leave them out, too.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ _ROLES = (
     ("down", r"(down_proj|fc2|lin2|w2|output\.dense|mlp\.c_proj|dense_4h_to_h|mlp\.Wo)"),
 )
 _PATTERNS = tuple((role, re.compile(rf"(.*\.)?{pattern}")) for role, pattern in _ROLES)
+_TOWER = re.compile(
+    r"(?:.*\.)?(vision_tower|vision_model|vision_encoder|visual|image_tower|image_encoder|audio_tower|audio_encoder"
+    r"|multi_modal_projector|mm_projector|embed_vision|embed_audio|connector|aligner)(?:\..*)?"
+)
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -49,6 +55,13 @@ def layer_of(module: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def outside_towers(modules: Iterable[str]) -> list[str]:
+    """Those of a model's modules that are in no vision or audio tower and no projector; all of a model that is one."""
+    names = list(modules)
+    outside = [name for name in names if not _TOWER.fullmatch(name)]
+    return outside if any(layer_of(name) is not None for name in outside) else names
+
+
 def depth_of(modules: Iterable[str]) -> int:
     """How many layers a model has, from the names of its modules."""
     return 1 + max((layer for layer in map(layer_of, modules) if layer is not None), default=-1)
@@ -66,17 +79,23 @@ def block_ends(depth: int, blocks: int) -> tuple[int, ...]:
     return (*(index * step - 1 for index in range(1, blocks)), depth - 1)
 
 
-def shared_names(modules: Iterable[str], depth: int, blocks: int) -> dict[str, str]:
-    """Names like ``blocks.0.q`` for those of ``modules`` that lie at block ends.
+def shared_names(targets: Iterable[str], modules: Iterable[str], blocks: int) -> dict[str, str]:
+    """Names like ``blocks.0.q`` for those of ``targets`` that lie at block ends.
+
+    Args:
+        targets: modules that have adapters.
+        modules: all of the model's.
+        blocks: how many blocks its layers make, outside towers.
 
     Raises:
         RoleError: fewer layers than blocks, a module without a role, or two with the same.
     """
-    ends = {layer: block for block, layer in enumerate(block_ends(depth, blocks))}
+    stack = set(outside_towers(modules))
+    ends = {layer: block for block, layer in enumerate(block_ends(depth_of(stack), blocks))}
     found: dict[str, str] = {}
-    for module in modules:
+    for module in targets:
         layer = layer_of(module)
-        if layer in ends:
+        if module in stack and layer in ends:
             name = f"blocks.{ends[layer]}.{role_of(module)}"
             if name in found.values():
                 raise RoleError(f"module {module!r} is a second {name!r} in its layer")
@@ -91,7 +110,9 @@ def last_down_projection(model: nn.Module) -> str:
         RoleError: there is none by a known name.
     """
     downs: list[str] = []
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name in outside_towers(modules):
+        module = modules[name]
         base: str = name.removesuffix(".base_layer")  # PEFT wraps a module that has adapters
         if isinstance(module, nn.Linear) and layer_of(base) is not None and ".lora_" not in base:
             try:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from client_app.data.dataset import Base
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
-from client_app.model.module_roles import RoleError, depth_of, shared_names
+from client_app.model.module_roles import RoleError, shared_names
 from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
 from client_app.model.target_logits import TargetLogits
 from client_app.model.target_losses import AtTargets, TargetLosses
@@ -296,7 +296,7 @@ class PersonalModel:
         if not self.blocks:
             return {}
         try:
-            return shared_names(self.base.targets, depth_of(modules), self.blocks)
+            return shared_names(self.base.targets, modules, self.blocks)
         except RoleError as error:
             raise ModelError(f"{self.base.name!r} cannot have Co-LoRA adapters: {error}") from None
 

@@ -1,8 +1,8 @@
 """Sketches: a few rows of the gradient of a small frozen reference model on a client's data, with noise.
 
 RELA of FedMosaic (arXiv 2506.11024) compares clients by the gradient of one weight of a model that all of them hold:
-the MLP down-projection of the last layer. The reference is the scenario's own, or else the client's base model;
-adapters take no part in it. No clipping, so the noise sanitises, and is not differential privacy.
+the MLP down-projection of the last layer, in no vision tower. The reference is the scenario's own, or else the
+client's base model; adapters take no part in it. No clipping, so the noise sanitises, and is not differential privacy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import mean_loss
 from client_app.guard.noise import Noise, gaussian, noise_key
-from client_app.model.module_roles import RoleError, last_down_projection, layer_of
+from client_app.model.module_roles import RoleError, last_down_projection, layer_of, outside_towers
 from client_app.model.padding import set_training
 from client_app.model.personal import PersonalModel
 from client_app.plan.seeds import batches, seed_of
@@ -120,8 +120,9 @@ class ReferenceModel:
 
     def _diagonal(self, batch: Dataset) -> Tensor:
         """With the diagonal of the last RMS norm's Jacobian: the authors' closed form, without autograd below it."""
-        norms = [(name, m) for name, m in self.module.named_modules() if "RMSNorm" in type(m).__name__]
-        last = [module for name, module in norms if layer_of(name) is None]
+        modules = dict(self.module.named_modules())
+        outside = [name for name in outside_towers(modules) if layer_of(name) is None]
+        last = [modules[name] for name in outside if "RMSNorm" in type(modules[name]).__name__]
         if len(last) != 1:
             raise SketchError(f"the diagonal gradient needs one RMS norm after the layers, found {len(last)}")
         norm: Any = last[0]

@@ -115,17 +115,15 @@ def load_text_task(settings: Settings, root: Path) -> tuple[Base, ClientData]:
 
 
 def load_prompts(settings: Settings, root: Path) -> tuple[Base, ClientData]:
-    """One task of the set a client, the shortest first: prompts with completions."""
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(root / "gen" / "t0_short600.jsonl.gz"):
-        by_task.setdefault(row["task"], []).append(row)
-    enough = {name: rows for name, rows in by_task.items() if len(rows) >= PROMPT_TRAIN + PROMPT_TEST}
-
-    def size(name: str) -> tuple[float, str]:
-        return float(np.median([len(row["prompt"]) + len(row["completion"]) for row in enough[name]])), name
-
-    task = sorted(enough, key=size)[settings.partition_id]
-    rows = enough[task]
+    """One family of tasks a client, those with the shortest texts first: prompts with completions."""
+    families = prompt_families(read_jsonl(root / "gen" / "t0_short600.jsonl.gz"))
+    if len(families) <= settings.partition_id:
+        raise ScenarioError(
+            f"{root / 'gen' / 't0_short600.jsonl.gz'} has {len(families)} families with {PROMPT_TRAIN + PROMPT_TEST} "
+            f"examples of one template, expected more than {settings.partition_id}"
+        )
+    task = list(families)[settings.partition_id]
+    rows = families[task]
     tested = drawn(rows, PROMPT_TEST, np.random.default_rng(settings.partition_id))
     rest = [row for row in rows if row not in tested]
     train = drawn(rest, PROMPT_TRAIN, np.random.default_rng((settings.seed, settings.partition_id)))
@@ -147,6 +145,50 @@ def load_prompts(settings: Settings, root: Path) -> tuple[Base, ClientData]:
         generate_examples=settings.model.generate_examples,
         max_new_tokens=settings.model.max_new_tokens,
     )
+
+
+def prompt_families(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Examples by family that clients may have, the shortest families first.
+
+    A family's templates say the same examples in other words. So a family is one client's, who has its shortest
+    template that has enough examples. Left out are examples without an answer, a prompt's second example, templates
+    with one answer only, and examples whose prompt or answer of more than three words a shorter family has, too: what
+    one client trains on, no other is tested on.
+
+    Args:
+        rows: with ``family``, ``task`` (the template), ``prompt`` and ``completion``.
+
+    Raises:
+        ScenarioError: a row has no family.
+    """
+    templates: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if not row.get("family"):
+            raise ScenarioError(f"an example of task {row.get('task')!r} has no 'family', expected it in every row")
+        if row["completion"].strip():
+            templates.setdefault((row["family"], row["task"]), {}).setdefault(_plain(row["prompt"]), row)
+
+    def size(found: tuple[str, str]) -> tuple[float, tuple[str, str]]:
+        return float(np.median([len(r["prompt"]) + len(r["completion"]) for r in templates[found].values()])), found
+
+    families: dict[str, list[dict[str, Any]]] = {}
+    known: set[str] = set()
+    for family, template in sorted(templates, key=size):
+        left = [row for row in templates[family, template].values() if known.isdisjoint(_long_texts(row))]
+        several = len({_plain(row["completion"]) for row in left}) > 1
+        if family not in families and several and len(left) >= PROMPT_TRAIN + PROMPT_TEST:
+            families[family] = left
+            known |= {text for row in left for text in _long_texts(row)}
+    return families
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _long_texts(row: Mapping[str, Any]) -> set[str]:
+    """What would give an example away; a label or a name of three words does not."""
+    return {text for text in map(_plain, (row["prompt"], row["completion"])) if len(text.split()) > 3}
 
 
 def drawn(rows: Sequence[dict[str, Any]], count: int, chance: np.random.Generator) -> list[dict[str, Any]]:

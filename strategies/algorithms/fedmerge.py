@@ -12,9 +12,24 @@ The server keeps models :math:`\Theta_1 .. \Theta_d` and logits :math:`W [K, d]`
     W \leftarrow W - \eta_W \, p G / \max|p G|, \qquad
     \Theta_j \leftarrow \Theta_j - \eta_\Theta \sum_i C_{ij} D_i, \quad C_{ij} = p_i w_{ij} / \sum_l p_l w_{lj}
 
-(w in C from the new W). With one frozen LoRA A for all (``fedmerge.variant = "frozen-a"``, the default), merging the
-B's is merging the deltas: exact, rank r, and half the traffic. ``"trained-a"`` also trains A and averages it as FedAvg
-does; ``"factors"`` merges A and B separately, whose product has cross terms.
+(w in C from the new W). Of the paper, as its summaries and the authors' code show it: the merge, both steps, their
+order, the max-norm step (the code repeats a fixed step until the logits have moved by ``lr-w``; ours is its closed
+form), the column norm, the pull, no fine-tuning at the end.
+
+Ours:
+
+* The models are LoRA adapters and heads; the public code merges whole networks. With one frozen LoRA A for all
+  (``variant = "frozen-a"``, the default), merging the B's is merging the deltas: exact, rank r, and half the traffic.
+  ``"trained-a"`` also trains A and averages it as FedAvg does; ``"factors"`` merges A and B separately, as the code
+  would any two parameters, and their product has cross terms.
+* ``init = "cluster"``. The code draws d random networks; ``"jitter"`` is the nearest that leaves a pre-trained base.
+* ``w-layers = "*.B"``. The code lets W see the last layer alone: ``"head"``, where clients share one.
+* ``w-step = "maxnorm-per-row"`` and ``"adam"``, ``theta-norm = "none"``, ``min-mass``, the guard against steps that are
+  rounding, absent and late clients. (The code takes all clients in every round, and divides by zero with one model.)
+* AdamW in the clients, unless ``optimizer = "sgd"``: then D is a sum of normalised steps, and the max-norm across
+  clients compares those. The code has SGD.
+
+All of the authors' settings together are a block of run-config in docs/paper-settings.md.
 """
 
 from __future__ import annotations
@@ -45,11 +60,16 @@ from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, St
 from strategies.framework.options import require_choice, require_range
 
 SLOT = "merged"
+HEAD = "head"
+"""In ``w-layers``: all tensors of shared heads."""
 
 
 @dataclass(frozen=True)
 class FedMergeOptions:
-    """Defaults are for a handful of rounds (chosen on validation data of ``digits``); the rest is as in the paper."""
+    """Defaults are ours, for a handful of rounds (chosen on validation data of ``digits``).
+
+    The authors' are in docs/paper-settings.md.
+    """
 
     models: int = 3
     """d, the number of global models: fewer than clients, else every client gets one of its own."""
@@ -63,7 +83,8 @@ class FedMergeOptions:
     mu: float = 0.02
     """Strength of the clients' pull to the model that they received."""
     w_layers: str = "*.B"
-    """Comma-separated patterns of the tensor names that W learns from."""
+    """What W learns from: comma-separated patterns of tensor names, or ``head`` for the head that clients share,
+    whatever its name is (the authors' choice)."""
     w_step: str = "maxnorm"
     """``"maxnorm"``: the largest logit change of the round is ``lr-w``; ``"maxnorm-per-row"``: that of every client;
     ``"adam"``."""
@@ -297,8 +318,14 @@ def _ranges(mask: Tensor) -> list[tuple[int, int]]:
 def _mask(part: Layout, patterns: str) -> Tensor:
     """Which numbers of the merged part W learns from, ``[P]`` bool."""
     mask = torch.zeros(part.size, dtype=torch.bool)
+    heads = [entry.name for entry in part.entries if entry.factor in (Factor.WEIGHT, Factor.BIAS)]
     for pattern in (item.strip() for item in patterns.split(",")):
-        names = [name for name in part.by_name if fnmatch.fnmatchcase(name, pattern)]
+        names = heads if pattern == HEAD else [name for name in part.by_name if fnmatch.fnmatchcase(name, pattern)]
+        if not names and pattern == HEAD:
+            raise StrategyError(
+                "fedmerge.w-layers: 'head' is the head that clients share, but they share none; a classifier is shared "
+                "where run-config's 'labels' names all labels"
+            )
         if not names:
             raise StrategyError(
                 f"fedmerge.w-layers: {pattern!r} matches none of the tensors {', '.join(sorted(part.by_name))}"

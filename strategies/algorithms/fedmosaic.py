@@ -27,10 +27,15 @@ Where the paper and the authors' code differ, both are options; the first is the
 ==========================  =======================================================================================
 
 A and B of other layers are averaged apart, as in the paper: their product is not the average of the products. The
-gradient is taken on ``local-steps / sketch_every`` batches a round, not on single examples. The code's noise on gates
-is left out, because nothing trains its scale. An "input" gate sees a whole training text, as in the code, and only
-the prompt when it generates. Gates have a learning rate of their own (:mod:`strategies.framework.gates`): with the
-adapters' they would not leave one half. Optimisers start fresh in every round, unless ``optimizer-state = "keep"``.
+sketch is the mean gradient of ``sketch-batches`` batches at the end of a round; the code takes as many single examples,
+spread over it. The reference model is frozen, so only which examples are seen differs. In models that look, vision
+towers and projectors have no part in blocks and sketches (``target-modules = "language-model"`` keeps adapters out of
+them, as in the code).
+
+The code's noise on gates is left out, because nothing trains its scale. An "input" gate sees a whole training text, as
+in the code, and only the prompt when it generates. Gates have a learning rate of their own
+(:mod:`strategies.framework.gates`): with the adapters' they would not leave one half. Optimisers start fresh in every
+round, unless ``optimizer-state = "keep"``.
 
 Under partial participation a client's last known upload and sketch stand for it. A client without known peers gets a
 copy of its own adapter as the global one.
@@ -69,9 +74,9 @@ _SHARED = (Factor.P, Factor.Q)
 class FedMosaicOptions:
     """See the module's docstring for what the choices mean."""
 
-    temperature: float = 0.2
-    """Temperature of the softmax over peers: 0.5 in the paper, which has more clients; 0.2 was better on validation
-    data of ``digits`` with 4 and with 8."""
+    temperature: float = 0.5
+    """Temperature of the softmax over peers, as the authors have it. Version 0.1.0 had 0.2, which was better on
+    validation data of ``digits`` with 4 and with 8 clients; with few clients, try that."""
     max_relevance: float = 1.0
     """Largest weight of one peer in a client's global adapter, where it has enough of them: a sketch can be made to
     look like anybody's. 1: no bound, as in the paper: two clients that are alike may be each other's only peers."""
@@ -88,8 +93,10 @@ class FedMosaicOptions:
     """Multiplies the learning rate of P and Q."""
     share_conventional_lora: bool = True
     """Whether clients of one architecture also share A and B; ``false``: P and Q only."""
-    sketch_every: int = 10
-    """One gradient in this many local steps."""
+    sketch_batches: int = 10
+    """Gradients that a round's sketch is the mean of, each of one batch. The authors take 10 to 20, each of one
+    example. A batch costs one forward pass of the reference model and a backward pass through what lies after its
+    last layer: 10 are about a tenth of a round of 30 steps, and two fifths of one of 8."""
     sketch_rows: float = 0.4
     """Share of the gradient's rows that is sent."""
     sketch_row_choice: str = "random"
@@ -117,7 +124,7 @@ class FedMosaicOptions:
             raise OptionError(f"max-relevance = {self.max_relevance}, expected above 0 and at most 1")
         require_gate_rate(self.gate_rate)
         require_range("shared-rate", self.shared_rate, 0)
-        require_range("sketch-every", self.sketch_every, 1)
+        require_range("sketch-batches", self.sketch_batches, 1, 2**31 - 1)
         require_range("sketch-noise", self.sketch_noise, 0)
         for name in ("sketch_rows", "sketch_new_weight"):
             if not 0 < getattr(self, name) <= 1:
@@ -298,7 +305,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         return steps.sketch(
             self.training,
             SKETCH,
-            batches=max(1, self.training.local_steps // self.options.sketch_every),
+            batches=self.options.sketch_batches,
             rows=self._sketch_layout(client).entries[0].shape[0],
             row_choice=self.options.sketch_row_choice,
             gradient=self.options.sketch_gradient,

@@ -16,7 +16,13 @@ Defaults are those of our reading of the paper; the authors' code differs, and t
 "reference"``, ``tap.kd-reduction = "first-dim"`` with ``tap.kd-weights = "text-classification=1,
 image-classification=0.002,causal-lm=0.002,image-text-to-text=0.002"``, ``tap.warm-up-rounds = 20``, and, for
 optimisation itself, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. Here a pass goes over all examples in turn;
-in the authors' code K of them are drawn for each call.
+in the authors' code K of them are drawn for each call. J counts optimiser steps; the authors' 50 are micro-batches, of
+which four are accumulated: ``tap.distill-steps = 13``. All of it is a block of run-config in docs/paper-settings.md.
+
+The rule compares training losses. In the paper few of many clients take part in a round and their data are alike, so X
+is old when it is compared. Where everyone takes part in every round and has few examples, X knows them by heart,
+and its training loss is always the lower one: there ``history = "probe"`` compares both on examples that neither has
+seen. The authors' tasks of image generation are out of reach: no kind of task here makes images.
 
 Baselines are settings of the same code: FedAvg is ``tap.margin = inf, tap.margins = "", tap.deliver = "global"``;
 FedAvg and J steps of fine-tuning ``tap.deliver = "finetuned"`` (``tap.finetune-steps = 100``: twice as many); local
@@ -63,8 +69,8 @@ class TapOptions:
     margin_mode: str = "abs"
     """``"abs"``, or ``"rel"``: ``h_W (1 + m) < h_X``."""
     history: str = "train-mean"
-    """h is the ``"train-mean"`` of the last training of each adapter, or a ``"probe"``: the loss of both on the
-    validation split at the same moment."""
+    """h is the ``"train-mean"`` of the last training of each adapter (the paper), or a ``"probe"``: the loss of both on
+    the validation split at the same moment. For few examples and full participation: see docs/paper-settings.md."""
     history_norm: str = "per-sample"
     """Mean loss ``"per-sample"`` of the task, or ``"batch-share"``."""
     replace_source: str = "trained"
@@ -79,7 +85,7 @@ class TapOptions:
     """A client's weight in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
     (``"task"``)."""
     distill_steps: int = 50
-    """J."""
+    """J, in optimiser steps; the authors' J of 50 micro-batches, four accumulated, is 13."""
     distill_rate: float = 0.333
     """Times ``learning-rate``, in stage 2."""
     finetune_steps: int = 0

@@ -17,7 +17,14 @@ from client_app.model.personal import PersonalModel
 from client_app.plan.training import logits_of
 from client_app.scenarios import FROM_FILES, ScenarioError, bases_to_align, cifar, multi_modal
 from client_app.scenarios.files import SCENARIOS, load_files
-from client_app.scenarios.texts import TEXT_TASKS
+from client_app.scenarios.texts import (
+    PROMPT_TASKS,
+    PROMPT_TEST,
+    PROMPT_TRAIN,
+    TEXT_TASKS,
+    prompt_families,
+    read_jsonl,
+)
 from client_app.settings import DataSettings, ModelSettings, Settings
 from tests import tiny_models, toy_data
 
@@ -165,6 +172,50 @@ def test_prompt_tasks_differ_and_depend_on_the_seed_alone(root: Path, tmp_path: 
     assert examples(first, "train") != examples(reseeded, "train")
     assert not examples(first, "train") & examples(first, "validation")
     assert torch.equal(first.splits["test"].labels, reseeded.splits["test"].labels)
+
+
+def prompt_rows(family: str, template: str, count: int, **given: str) -> list[dict[str, Any]]:
+    named = {"family": family, "task": f"{family}_{template}"}
+    texts = [{"prompt": f"{template}: what is {family} {n}?", "completion": f"{n}"} for n in range(count)]
+    return [named | text | given for text in texts]
+
+
+def test_a_family_of_prompt_tasks_is_one_clients() -> None:
+    enough = PROMPT_TRAIN + PROMPT_TEST
+    twice = prompt_rows("bb", "x", enough)
+    rows = [
+        *prompt_rows("a", "short", enough + 5),
+        *prompt_rows("a", "in many more words", enough + 5),
+        *twice,
+        *prompt_rows("c", "some", enough - 1),
+        *prompt_rows("empty", "", enough, completion=" "),
+        *prompt_rows("same", "", enough, completion="yes"),
+        *[row | {"family": "copies-prompts", "task": "y"} for row in twice],
+        *[
+            row | {"prompt": f"say {row['prompt']}", "completion": row["prompt"]} | {"family": "reverse"}
+            for row in twice
+        ],
+        *[row | {"family": "repeats", "task": "z", "prompt": "what was it again?"} for row in twice],
+    ]
+    found = prompt_families(rows)
+    assert {family: {row["task"] for row in kept} for family, kept in found.items()} == {
+        "a": {"a_short"},
+        "bb": {"bb_x"},
+    }
+    assert found["bb"] == twice
+    with pytest.raises(ScenarioError, match="an example of task 'a_short' has no 'family'"):
+        prompt_families([{key: value for key, value in rows[0].items() if key != "family"}])
+
+
+def test_no_client_of_prompt_tasks_is_tested_on_what_another_trains_on(root: Path) -> None:
+    families = list(prompt_families(read_jsonl(root / "gen" / "t0_short600.jsonl.gz")).values())
+    assert len(families) >= PROMPT_TASKS
+    prompts = [{row["prompt"] for row in family} for family in families[:PROMPT_TASKS]]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)) == sum(map(len, families[:PROMPT_TASKS]))
+    sentences = [
+        {r["completion"] for r in rows if len(r["completion"].split()) > 3} for rows in families[:PROMPT_TASKS]
+    ]
+    assert sum(map(len, sentences)) == len(set().union(*sentences))
 
 
 def test_names_agree_and_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_the_plan_trains_the_local_adapter_and_the_gates_beside_the_frozen_globa
     ]
     assert brief.steps[1].initialise.gate == plan_pb2.GATE_KIND_INPUT
     (sketch,) = [step.sketch for step in brief.steps if step.HasField("sketch")]
-    assert (sketch.batches, sketch.row_count) == (3, 4)
+    assert (sketch.batches, sketch.row_count) == (10, 4)
     assert kinds(strategy.deliver(strategy.clients["ada"]).steps) == ["initialise"] * 3 + ["save", "evaluate"]
 
 
@@ -373,7 +373,7 @@ def test_clients_that_do_not_fit_are_refused_by_name() -> None:
         {"sketch_rows": 0.0},
         {"sketch_new_weight": 1.5},
         {"sketch_noise": -1.0},
-        {"sketch_every": 0},
+        {"sketch_batches": 0},
     ],
 )
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
