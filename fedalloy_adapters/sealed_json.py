@@ -15,7 +15,8 @@ SEAL = "values-sha256"
 
 def sealed(values: Mapping[str, Any]) -> bytes:
     """The values and their digest."""
-    return json.dumps({**values, SEAL: _digest(values)}, allow_nan=False).encode()
+    values = json.loads(json.dumps(values, allow_nan=False))  # keys are texts, as they will be
+    return json.dumps({**values, SEAL: _digest(values)}).encode()
 
 
 def unsealed(data: str | bytes) -> dict[str, Any]:

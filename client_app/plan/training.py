@@ -278,7 +278,7 @@ def train(
     model.module.eval()
     return report_pb2.TrainResult(
         steps=len(losses),
-        examples=min(step.steps * step.batch_size, len(data) * math.ceil(step.steps * step.batch_size / len(data))),
+        examples=sum(by_task.examples.values()),
         first_loss=losses[0],
         mean_loss=sum(losses) / len(losses),
         last_loss=losses[-1],

@@ -37,6 +37,10 @@ NO_LIMIT = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_len
 CHUNK_BYTES = 2**21
 
 
+MAX_IDLE = 1e6
+"""Seconds; a thread cannot wait for much longer than a century, and for infinity not at all."""
+
+
 class TrainerError(RuntimeError):
     """The resident trainer cannot be reached or started, or it ended while it carried out a plan, twice."""
 
@@ -52,8 +56,8 @@ def read_trainer_settings(context: Context) -> TrainerSettings:
     if not isinstance(resident, bool):
         raise SettingsError(f"trainer.resident = {resident!r}, expected true or false")
     idle = config.get("trainer.idle-seconds", 300.0)
-    if isinstance(idle, bool) or not isinstance(idle, int | float) or not idle > 0:
-        raise SettingsError(f"trainer.idle-seconds = {idle!r}, expected a positive number")
+    if isinstance(idle, bool) or not isinstance(idle, int | float) or not 0 < idle <= MAX_IDLE:
+        raise SettingsError(f"trainer.idle-seconds = {idle!r}, expected a positive number, at most {MAX_IDLE:g}")
     return TrainerSettings(resident, float(idle))
 
 
@@ -165,10 +169,19 @@ def code_digest() -> bytes:
             digest.update(f"{name} {version(name)}\n".encode())
         except PackageNotFoundError:
             digest.update(f"{name} is missing\n".encode())
-    for package in PACKAGES:
+    digest.update(bytes.fromhex(source_digest()))
+    return digest.digest()
+
+
+@cache
+def source_digest(packages: tuple[str, ...] = PACKAGES) -> str:
+    """SHA-256 of the app's source files, wherever they lie."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for package in packages:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def inode_of(path: Path) -> int:

@@ -2,7 +2,8 @@
 
 One connection has two ends. The client's readings (taken when a message has arrived) and the server's are joined by
 address and port; behind address translation they cannot be, and then the client's end counts alone, from its first
-reading on. Each direction is counted at its sender; the receiver's end is shown beside it.
+reading on. Each direction is counted at its sender; the receiver's end is shown beside it. A connection has
+one claimant, and who says that it sent more than the server has received is not believed: the server's end counts.
 
 * up: from one arrival at the client to the next belongs to the message that arrived (its answer travels in between);
   before the first, to the first; after the last, what the server received from there on belongs to the last.
@@ -16,12 +17,19 @@ the client's part of it (8), and the 12 bytes or more of a selective acknowledge
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from server_app.ledger.rows import ConnectionRow, Key, ReadingRow, Sample
 
 OTHER = "(other)"  # connections of SuperNodes that this run's clients cannot be matched with
+Claim = tuple[str, Key]
+"""A client, and the address, port and cookie of the connection that it says it has."""
+MAX_HEADER = 134
+"""Bytes: Ethernet 14, IP and TCP 60 each at most."""
+LOST_SEGMENTS = 100
+"""So many more than every second segment may be lost before a client's count of segments is not believed."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +202,19 @@ def join(readings: list[ReadingRow], connections: list[ConnectionRow]) -> list[L
             at_server[connection.remote_address, connection.remote_port, connection.cookie].append(sample)
     for rows in at_server.values():  # the moment of a client's reading is found afterwards
         rows.sort(key=lambda row: (row.time, row.seq))
-    links = []
-    for (client, key), rows in at_client.items():
-        link = Link(client, at_client=rows)
-        for candidate, seen in at_server.items():
-            if candidate[:2] == key[:2] and _same(rows[-1], seen[-1]):
-                link.at_server = at_server.pop(candidate)
-                link.born = link.at_server[0].seq != first_server
-                break
+    owners = _owners(at_client, at_server)
+    links, claimed = [], {key: claim[0] for claim, key in owners.items()}
+    for claim, rows in at_client.items():
+        link = Link(claim[0], at_client=rows)
+        if claim in owners:
+            link.at_server = at_server[owners[claim]]
+            link.born = link.at_server[0].seq != first_server
+            if not _counted(link):
+                link.at_client = []
+        elif any(claimed.get(key, claim[0]) != claim[0] for key in at_server if key[:2] == claim[1][:2]):
+            continue  # it is another client's
         links.append(link)
-    for rows in at_server.values():
+    for rows in [rows for key, rows in at_server.items() if key not in claimed]:
         links.append(Link(OTHER, at_server=rows, born=rows[0].seq != first_server))
     return links
 
@@ -212,4 +223,46 @@ def _same(at_client: Sample, at_server: Sample) -> bool:
     """Whether two ends with the same address and port can be one connection: both got at least what the other had."""
     return bool(
         at_client.bytes_acked - 1 <= at_server.bytes_received and at_client.bytes_received <= at_server.bytes_sent
+    )
+
+
+def _owners(at_client: Mapping[Claim, list[Sample]], at_server: Mapping[Key, list[Sample]]) -> dict[Claim, Key]:
+    """Which claim the server's end of a connection belongs to, one at most.
+
+    Any client can name another's address and port, but it cannot know the counters: the claim whose readings the server
+    has seen exactly wins, then that which is nearest in the end.
+    """
+    fits: list[tuple[int, int, Claim, Key]] = []
+    for claim, rows in at_client.items():
+        for key, seen in at_server.items():
+            if key[:2] == claim[1][:2] and _same(rows[-1], seen[-1]):
+                known = {(row.bytes_received, row.bytes_sent - row.bytes_retransmitted) for row in seen} - {(0, 0)}
+                exact = {(row.bytes_sent - row.bytes_retransmitted, row.bytes_received) for row in rows} & known
+                apart = seen[-1].bytes_received - rows[-1].bytes_acked + seen[-1].bytes_sent - rows[-1].bytes_received
+                fits.append((-len(exact), apart, claim, key))
+    found: dict[Claim, Key] = {}
+    for _, _, claim, key in sorted(fits, key=lambda fit: fit[:2]):
+        if claim not in found and key not in found.values():
+            found[claim] = key
+    return found
+
+
+def _counted(link: Link) -> bool:
+    """Whether the server has counted what the client says it sent; where it has not, its own counters are the link's.
+
+    Acknowledgements may get lost, and a connection may break before all has arrived: then nothing is lost by it.
+    """
+    last, seen = link.at_client[-1], link.at_server[-1]
+    grows = all(
+        getattr(earlier, name) <= getattr(later, name)
+        for earlier, later in pairwise(link.at_client)
+        for name in ("bytes_sent", "bytes_retransmitted", "bytes_received", "segments_out", "segments_in")
+    )
+    return (
+        grows
+        and 0 <= last.bytes_retransmitted <= last.bytes_sent
+        and last.bytes_sent - last.bytes_retransmitted <= seen.bytes_received
+        and last.bytes_retransmitted <= seen.bytes_received
+        and last.segments_out <= 2 * seen.segments_in + LOST_SEGMENTS
+        and all(row.header_bytes <= MAX_HEADER for row in link.at_client)
     )

@@ -161,8 +161,12 @@ class FleetSampler:
                 del self._under_way[client]
             arrivals = []
             for end in reading.connections if reading is not None else ():
-                arrivals.append(self._arrival(end))
-                self._client_of[end.local_address, end.local_port] = client
+                arrival, exact = self._arrival(end)
+                arrivals.append(arrival)
+                if exact:  # anybody can name an address and port, and nobody knows another's counters
+                    self._client_of[end.local_address, end.local_port] = client
+                else:
+                    self._client_of.setdefault((end.local_address, end.local_port), client)
             for connection in self._of(client, moment):
                 self._watched[_key(connection)].busy = False
         for arrival in arrivals:
@@ -301,10 +305,10 @@ class FleetSampler:
         known = set(self._client_of.values())
         return any(name == client or name not in known for name in self._under_way)
 
-    def _arrival(self, end: report_pb2.ConnectionReading) -> _Moment | None:
+    def _arrival(self, end: report_pb2.ConnectionReading) -> tuple[_Moment | None, bool]:
         """The sample in which this end had received and sent exactly what the client had sent and received.
 
-        If none fell into that moment: the first in which everything from the client was there.
+        If none fell into that moment (False): the first in which everything from the client was there.
         """
         arrived = end.bytes_sent - end.bytes_retransmitted
         for key, watched in self._watched.items():
@@ -317,8 +321,8 @@ class FleetSampler:
                     if (seen.bytes_received, seen.bytes_sent - seen.bytes_retransmitted) == same
                 ]
                 for when, seen in exact or near:
-                    return _Moment(when, [seen])
-        return None
+                    return _Moment(when, [seen]), bool(exact) and arrived > 0
+        return None, False
 
     def _write_activity(self) -> None:
         with self._lock:

@@ -24,7 +24,14 @@ from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughCl
 from server_app.run.last_counters import last_counters
 from server_app.run.late_delivery import deliver_late
 from server_app.run.options import RunOptions, as_toml, read_run_options
-from server_app.run.resume import checkpoint_of, clients_to_json, open_again, saved_clients
+from server_app.run.resume import (
+    changed_code,
+    checkpoint_of,
+    clients_to_json,
+    code_versions,
+    open_again,
+    saved_clients,
+)
 from server_app.run.run_directory import Checkpoint, RunDirectory
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
@@ -119,7 +126,11 @@ class Run:
             return
         if record not in self.directory.rounds():  # a kill between checkpoint and record
             self.directory.append_round(record)
-        self.record("resumed", checkpoint.round, {}, time.monotonic())
+        changed = changed_code(checkpoint.run.get("code"))
+        if changed:
+            log(WARNING, "resumed with other code: numbers may differ from those of a run that was not interrupted; %s",
+                "; ".join(f"{name} {words}" for name, words in changed.items()))  # fmt: skip
+        self.record("resumed", checkpoint.round, {}, time.monotonic(), **({"code": changed} if changed else {}))
         log(INFO, "resumed after round %d of %d", checkpoint.round, self.options.num_server_rounds)
 
     def _register(self, checkpoint: Checkpoint | None) -> None:
@@ -221,6 +232,7 @@ class Run:
     def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:
         about = {
             "clients": clients_to_json(self.enrolment.clients, self.enrolment.keys),
+            "code": code_versions(),
             "training_seconds": self.training_seconds,
             "seconds": time.monotonic() - self.started,
             "record": record,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from client_app.trainer.address import LIBRARIES, PACKAGES, source_digest
 from fedalloy_adapters.layout import Layout, LayoutError
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.options import RunOptions, known_keys
@@ -84,6 +88,27 @@ def require_same_config(directory: RunDirectory, run_config: RunConfig, free: Co
             f"resume: the run in {directory.path} was started with another run-config: {'; '.join(different[:5])}. "
             f"With the one it had, {directory.how_to_resume}"
         )
+
+
+def code_versions() -> dict[str, str]:
+    """What decides numbers beside the run-config: the app's source, Python, and the libraries that compute."""
+    found = {"fedalloy": source_digest((*PACKAGES, "server_app", "strategies")), "python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def changed_code(before: Mapping[str, str] | None) -> dict[str, str]:
+    """What a run goes on with that is not what it had, in words, by name; nothing where it is not known."""
+    if before is None:
+        return {}
+    now = code_versions()
+    return {
+        name: f"{now.get(name, 'none')[:16]}, it was {before.get(name, 'none')[:16]}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    }
 
 
 @dataclass(frozen=True)

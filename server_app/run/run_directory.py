@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedalloy_adapters.atomic_files import locked, open_private, private_folder, sync, write_durably
+from fedalloy_adapters.sealed_json import sealed, unsealed
 from strategies.framework.exchange import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")
@@ -202,7 +203,7 @@ class RunDirectory:
             digest = hashlib.sha256(tensors).hexdigest()
             written = {"round": round_, "values": state.values, "run": dict(run or {}), "sha256": digest}
             write_durably(staged / "state.safetensors", tensors)
-            write_durably(staged / "state.json", json.dumps(written, allow_nan=False).encode())
+            write_durably(staged / "state.json", sealed(written))
             shutil.rmtree(final, ignore_errors=True)
             os.rename(staged, final)
             sync(folder)
@@ -215,7 +216,7 @@ class RunDirectory:
         """The newest checkpoint that is whole, or None; a torn one is passed over."""
         for folder in reversed(self._checkpoints()):
             try:
-                saved = json.loads((folder / "state.json").read_text())
+                saved = unsealed((folder / "state.json").read_text())
                 data = (folder / "state.safetensors").read_bytes()
                 if hashlib.sha256(data).hexdigest() != saved["sha256"]:
                     continue

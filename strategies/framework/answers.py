@@ -28,6 +28,8 @@ CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_SUM = 1e60
 """No sum of squares or of damped inverses comes near; sums, products and squares of larger numbers would overflow."""
 MAX_INTEGER = 2**63 - 1
+MAX_COUNTER = 2**50
+"""Bytes or segments of one connection: a petabyte, of which many can be added up."""
 MAX_TASKS, MAX_METRICS, MAX_NOTES, MAX_CONNECTIONS = 1000, 1000, 1000, 256
 """What one client may register, and report of one evaluation: it is written to ``rounds.jsonl`` in every round."""
 METRIC_NAME = re.compile(r"(?:[\w][\w .&+-]{0,63}/)?[a-z][a-z0-9_]{0,39}")
@@ -328,8 +330,9 @@ def _require_sane(who: str, message: ProtoMessage) -> None:
             raise BadAnswerError(f"{who} reports {name} = {number}, expected a finite number")
         if isinstance(number, float) and abs(number) > MAX_SUM:
             raise BadAnswerError(f"{who} reports {name} = {number:g}, expected at most {MAX_SUM:g}")
-        if number > MAX_INTEGER and isinstance(number, int) and not name.endswith(".cookie"):
-            raise BadAnswerError(f"{who} reports {name} = {number}, expected at most {MAX_INTEGER}")
+        most = MAX_COUNTER if ".connections[" in name else MAX_INTEGER
+        if number > most and isinstance(number, int) and not name.endswith(".cookie"):
+            raise BadAnswerError(f"{who} reports {name} = {number}, expected at most {most}")
 
 
 def _numbers(message: ProtoMessage, path: str = "") -> Iterator[tuple[str, float]]:

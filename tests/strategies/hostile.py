@@ -257,7 +257,7 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "inf-clock": (spoil(lambda h: setattr(h.report.wire, "unix_time", float("inf"))), r"reports wire\.unix_time = inf"),
     "a-counter-that-no-database-holds": (
         spoil(lambda h: h.report.wire.connections.add(bytes_sent=2**63)),
-        r"reports wire\.connections\[0\]\.bytes_sent = 9223372036854775808, expected at most 9223372036854775807",
+        r"reports wire\.connections\[0\]\.bytes_sent = 9223372036854775808, expected at most 1125899906842624",
     ),
     "more-examples-than-there-are": (
         put("examples", 2**64 - 1),

@@ -241,6 +241,13 @@ def test_losses_are_recorded_by_task(tmp_path: Path) -> None:  # T16
     assert all(shared[True][task] < shared[False][task] for task in shared[True])
 
 
+def test_the_report_counts_the_examples_that_were_in_batches(tmp_path: Path) -> None:
+    client = ToyClient(tmp_path / "a", tasks=("digit",), counts=(5,))
+    size = len(client.data.splits["train"])
+    client.run(1, [train(W, Training(local_steps=3, batch_size=size - 1, learning_rate=0.05))], start(client))
+    assert client.report.results[0].train.examples == (size - 1) + 1 + (size - 1)  # a pass ends with a small batch
+
+
 def test_an_absent_task_keeps_its_record(tmp_path: Path) -> None:  # T16
     client = ToyClient(tmp_path / "a", counts=(9, 7))
     client.run(1, [train(W)], start(client))

@@ -228,6 +228,8 @@ def test_node_config_has_the_last_word_on_residence() -> None:
     assert settings({"trainer.idle-seconds": 5}, {"trainer.idle-seconds": 9.0}).idle_seconds == 5
     with pytest.raises(SettingsError, match="idle-seconds = 0, expected a positive number"):
         settings({}, {"trainer.idle-seconds": 0})
+    with pytest.raises(SettingsError, match="idle-seconds = inf, expected a positive number, at most 1e"):
+        settings({"trainer.idle-seconds": float("inf")}, {})
     with pytest.raises(SettingsError, match="resident = 'no', expected true or false"):
         settings({"trainer.resident": "no"}, {})
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from client_app.sockets import Connection
 from server_app.ledger.connections import OTHER
 from server_app.ledger.store import Ledger
 from tests.server_app.ledger.samples import (
@@ -126,3 +129,39 @@ def test_not_measured_is_none_and_never_zero(ledger: Ledger) -> None:
     }
     assert ledger.unexplained_fraction() is None
     assert ledger.reconciliation() == {"up": {}, "down": {}}
+
+
+@pytest.mark.parametrize("counters", [(0, 0), (900, 400), (8000, 5100), (7900, 5000)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_connection_has_one_claimant_and_a_thief_gets_nothing(
+    ledger: Ledger, counters: tuple[int, int], first: bool
+) -> None:
+    def steal() -> None:
+        ledger.client_reading(0, "thief", reading(replace(at_client(*counters), cookie=1)))
+
+    if first:
+        steal()
+    two_rounds(ledger)
+    if not first:
+        steal()
+    assert {(row[1], row[3]) for row in wire_rows(ledger, "up")} == {("berlin", "client")}
+    assert ledger.totals()["up"]["wire"] == 7000 + HEADER * 50
+    assert ledger.totals()["down"]["wire"] == 4600 + HEADER * 40
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        at_client(2**49, 5000, out=25, lost=2**49 - 3000),  # sent again and again, it says
+        replace(at_client(3000, 5000, out=25, into=40), bytes_sent=2**49),
+        at_client(3000, 5000, out=2**40, into=40),
+        replace(at_client(3000, 5000, out=25, into=40), header_bytes=2**31),
+    ],
+)
+def test_a_client_sent_no_more_than_the_server_has_counted(ledger: Ledger, claim: Connection) -> None:
+    ledger.server_reading(0, "", "start", [at_server(0, 0)], unix_time=1)
+    ledger.server_reading(1, "berlin", "push", [at_server(100, 100, into=1, out=1)], unix_time=2)
+    ledger.client_reading(1, "berlin", reading(claim))
+    ledger.server_reading(1, "", "final", [at_server(8000, 5100, into=60, out=45)], unix_time=3)
+    assert ledger.totals()["up"]["wire"] == 8000 + HEADER * 60
+    assert {row[3] for row in wire_rows(ledger, "up")} == {"server"}

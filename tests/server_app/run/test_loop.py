@@ -246,6 +246,21 @@ def test_a_checkpoint_continues_to_the_same_state(run: Runner, runs_dir: Path) -
     assert torn.round == 1
 
 
+def test_a_run_that_goes_on_with_other_code_says_so(
+    run: Runner, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(node_id: int, message: Message, reply: Message | None) -> Message | None:
+        return None if message.metadata.group_id == "2" else reply
+
+    with pytest.raises(NotEnoughClientsError, match="round 2"):
+        run(tamper=silent, round_timeout=1.0, strategy="local")
+    monkeypatch.setattr("server_app.run.resume.source_digest", lambda _: "another")
+    directory = run(resume=str(runs_dir / "test"), strategy="local")
+    (resumed,) = [record for record in directory.rounds() if record["phase"] == "resumed"]
+    assert set(resumed["code"]) == {"fedalloy"}
+    assert resumed["code"]["fedalloy"].startswith("another, it was ")
+
+
 def test_uploads_decode_only_as_what_was_asked() -> None:
     """The tampering above is what it says: these helpers do change what a receiver sees."""
     from fedalloy_adapters.layout import Entry, Factor, Layout

@@ -101,3 +101,14 @@ def test_full_disk_and_read_only_disk_say_so_and_what_was_written_stays(
         assert [record["round"] for record in directory.rounds()] == [1]
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_checkpoint_whose_values_are_damaged_is_passed_over(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "run", "")
+    for round_ in (1, 2):
+        directory.save_checkpoint(round_, State({}, {}), 2, {"clients": [{"id": "berlin", "examples": 30}]})
+    path = directory.path / "checkpoints" / "round-0002" / "state.json"
+    path.write_text(path.read_text().replace("30", "39"))
+    found = directory.newest_checkpoint()
+    assert found is not None
+    assert found.round == 1
