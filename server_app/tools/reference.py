@@ -186,9 +186,16 @@ def strategies_page() -> str:
             if about.group == group:
                 options = f"[{len(fields(kind.Options))}](options.md#{name})" if fields(kind.Options) else ""
                 path = Path(inspect.getfile(kind)).relative_to(ROOT).as_posix()
-                cells = [f"[`{name}`](../{path})", about.gives, about.trains, about.travels, options]
+                cells = [f"[`{name}`](../{path}){paper_of(kind)}", about.gives, about.trains, about.travels, options]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", STRATEGIES_END, ""])
+
+
+def paper_of(kind: type[object]) -> str:
+    """A link to the paper that the file's docstring names first, with a space before; empty where it names none."""
+    module = inspect.getmodule(kind)
+    found = re.search(r"arXiv[ :]+(\d{4}\.\d{4,5})", (module.__doc__ or "") if module else "")
+    return f" ([paper](https://arxiv.org/abs/{found[1]}))" if found else ""
 
 
 def _default(value: bool | float | int | str) -> str:

@@ -113,6 +113,12 @@ def test_pages_have_a_row_for_every_key_and_every_strategy() -> None:
         assert (f"\n## {name}\n" in options) == bool(dataclasses.fields(kind.Options))
 
 
+def test_a_strategys_row_links_to_the_paper_that_its_docstring_names() -> None:
+    assert reference.paper_of(STRATEGIES["potara"]) == " ([paper](https://arxiv.org/abs/2602.18658))"
+    assert reference.paper_of(STRATEGIES["local"]) == ""
+    assert f"{reference.paper_of(STRATEGIES['tap'])} |" in reference.strategies_page()
+
+
 def test_check_names_what_differs_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
