@@ -15,9 +15,9 @@ from strategies.framework.options import (
     OptionError,
     RunConfig,
     keys_of,
+    problems_of,
     read_options,
     require_choice,
-    require_known,
     require_range,
 )
 from strategies.framework.steps import Training
@@ -123,10 +123,18 @@ def read_run_options(run_config: RunConfig) -> RunOptions:
     Raises:
         OptionError: an unknown key (names the nearest known one), a wrong type, or a value out of range.
     """
-    require_known(run_config, known_keys())
-    read_options(Training, run_config)
-    read_options(Limits, run_config)
+    if found := problems(run_config):
+        raise OptionError("; ".join(found))
     return read_options(RunOptions, run_config)
+
+
+def problems(run_config: RunConfig) -> list[str]:
+    """Everything that is wrong with run-config, one line each; of strategies only the chosen one's values count."""
+    chosen = f"{run_config.get('strategy', RunOptions.strategy)}."
+    others = {f"{name}." for name in STRATEGIES} - {chosen}
+    known = known_keys()
+    unread = {key for key in run_config if key in known and key.startswith(tuple(others))}
+    return problems_of(OPTIONS, {key: value for key, value in run_config.items() if key not in unread})
 
 
 def as_toml(run_config: RunConfig) -> str:

@@ -25,6 +25,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     federation.register,
     federation.check,
     options.options,
+    options.validate,
 )
 CLUSTER_COMMANDS: tuple[Callable[..., None], ...] = (cluster.up, cluster.down, cluster.status)
 

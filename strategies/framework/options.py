@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 RunConfig = Mapping[str, bool | float | int | str]
@@ -55,6 +55,34 @@ def read_options(kind: type[C], run_config: RunConfig, prefix: str = "") -> C:
         raise
     except ValueError as error:
         raise OptionError(f"{prefix or 'run-config: '}{error}") from None
+
+
+def problems_of(kinds: Iterable[tuple[str, type[Any]]], run_config: RunConfig) -> list[str]:
+    """Everything that is wrong with run-config, one line each: unknown keys, types, and what each dataclass refuses."""
+    kinds = list(kinds)
+    known = {key for prefix, kind in kinds for key in keys_of(kind, prefix)}
+    found: list[str] = []
+    for key in [key for key in run_config if key not in known]:
+        found += _problem(lambda key=key: require_known({key: 0}, known))  # type: ignore[misc]
+    for prefix, kind in kinds:
+        hints, sound = typing.get_type_hints(kind), {}
+        for field in dataclasses.fields(kind):
+            key = key_of(field.name, prefix)
+            if key in run_config:
+                wrong = _problem(lambda key=key, hint=hints[field.name]: _convert(key, run_config[key], hint))  # type: ignore[misc]
+                found += wrong
+                sound.update({} if wrong else {key: run_config[key]})
+        if sound:
+            found += _problem(lambda kind=kind, sound=sound, prefix=prefix: read_options(kind, sound, prefix))  # type: ignore[misc]
+    return found
+
+
+def _problem(attempt: Callable[[], object]) -> list[str]:
+    try:
+        attempt()
+    except OptionError as error:
+        return [str(error)]
+    return []
 
 
 def require_known(run_config: Mapping[str, Any], known: Iterable[str]) -> None:

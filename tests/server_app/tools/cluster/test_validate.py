@@ -1,0 +1,57 @@
+"""``fedalloy options`` and ``fedalloy validate``: all errors at once, one line each, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from examples import three_clients
+from server_app.tools.cli import app
+from server_app.tools.cluster.validate import check_clients, check_run_config
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"lora-r": 0}, "lora-r = 0, expected at least 1"),
+        ({"lora-r": "8"}, "lora-r = '8' is str, expected int"),
+        ({"model-dtype": "bf16"}, "model-dtype = 'bf16', expected one of"),
+        ({"split-fractions": "1,1,1"}, "split-fractions = '1,1,1', expected shares"),
+    ],
+)
+def test_the_clients_part_of_run_config_is_checked_too(config: dict[str, object], said: str) -> None:
+    (line,) = check_run_config(config)
+    assert said in line
+
+
+def test_all_errors_are_said_at_once() -> None:
+    text = "lora-r=0 model-dtype='bf16' local-steps='x' strateg='fedavg' fedmerge.models=0 strategy='fedmerge'"
+    result = runner.invoke(app, ["options", text], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 5
+    for part in ("lora-r = 0", "model-dtype", "local-steps = 'x'", "did you mean 'strategy'", "fedmerge.models"):
+        assert sum(part in line for line in lines) == 1, part
+
+
+def test_each_clients_files_model_and_batch_are_tried(tmp_path: Path) -> None:
+    three_clients.write(tmp_path / "own")
+    clients = {name: {"data-path": str(tmp_path / "own" / f"{name}.jsonl")} for name in three_clients.GREETINGS}
+    first, *others = clients
+    (tmp_path / "own" / f"{first}.jsonl").write_text("[]\n")
+    config = {"base-model": str(tmp_path / "own" / "base"), "target-modules": "all-linear"}
+    found = {client: (line, sound) for client, line, sound in check_clients(clients, config)}
+    assert not found[first][1]
+    assert "line 1" in found[first][0]
+    assert all(sound and line.startswith("causal-lm; train ") for line, sound in (found[name] for name in others))
+    nowhere = [line for _, line, _ in check_clients({first: clients[others[0]]}, config | {"base-model": "/nope"})]
+    assert "/nope" in nowhere[0]
+    path = tmp_path / "own" / "clients.toml"
+    result = runner.invoke(app, ["validate", str(path), f"base-model='{tmp_path}/own/base' lora-r=0"])
+    assert result.exit_code == 1
+    assert "lora-r = 0" in result.output
+    assert f"client '{first}'" in result.output
