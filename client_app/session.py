@@ -27,6 +27,7 @@ from client_app.model.start_adapter import read_start_adapter
 from client_app.own.about import write_about
 from client_app.own.files import load_own
 from client_app.own.task_file import is_task_file, load_tasks, stamp_of
+from client_app.own.text_files import DataError
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.progress import Cancelled, tick, within
 from client_app.plan.seeds import seed_of
@@ -173,10 +174,15 @@ def base_and_data(settings: Settings) -> tuple[Base, ClientData]:
 
 
 def _read(settings: Settings) -> tuple[Base, ClientData]:
-    if is_task_file(settings.data.data_path):
-        return load_tasks(settings)
     if settings.data.data_path:
-        return load_own(settings)
+        base, data = load_tasks(settings) if is_task_file(settings.data.data_path) else load_own(settings)
+        for name, task in data.each_task.items():
+            if "test" not in task.splits:
+                raise DataError(
+                    f"{settings.data.data_path}, task {name!r}: no example is in split 'test', on which every model is "
+                    "evaluated; expected a share for it in split-fractions, or a test split"
+                )
+        return base, data
     if settings.model.base_model and settings.scenario in NAMES:
         raise NodeConfigError(
             f"base-model is set, and node-config has no data-path: data of this client are expected, and the scenario "

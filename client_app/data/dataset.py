@@ -20,21 +20,27 @@ class Dataset:
     Labels are integers ``[n]``, or ``[n, L]`` where every token has one (-100: not a target). ``kind`` decides the loss
     and the metrics; see ``client_app.data.task_kinds``. Texts are padded on the right to the longest of the split;
     inputs that are as long as ``attention_mask`` belong to tokens. ``task`` names one of several tasks of a client.
+    ``rows [n]`` says how many rows of an input each example has, where that is not one: patches of images in one long
+    list (Qwen-VL), several images.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     kind: str = "image-classification"
     task: str = ""
+    rows: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: Tensor) -> Dataset:
         """The examples at ``indices`` ``[b]``, in that order; texts are padded to the longest of the batch only."""
-        return Dataset(
-            {name: tensor[indices] for name, tensor in self.inputs.items()}, self.labels[indices], self.kind, self.task
-        ).trimmed()
+        inputs = {
+            name: _rows_at(tensor, self.rows[name], indices) if name in self.rows else tensor[indices]
+            for name, tensor in self.inputs.items()
+        }
+        rows = {name: counts[indices] for name, counts in self.rows.items()}
+        return Dataset(inputs, self.labels[indices], self.kind, self.task, rows=rows).trimmed()
 
     @property
     def lengths(self) -> Tensor | None:
@@ -61,9 +67,23 @@ class Dataset:
         def cut(tensor: Tensor) -> Tensor:
             return tensor[:, :used] if tensor.dim() == 2 and tensor.shape[1] == width else tensor
 
-        return Dataset(
-            {name: cut(tensor) for name, tensor in self.inputs.items()}, cut(self.labels), self.kind, self.task
-        )
+        inputs = {name: tensor if name in self.rows else cut(tensor) for name, tensor in self.inputs.items()}
+        return Dataset(inputs, cut(self.labels), self.kind, self.task, rows=self.rows)
+
+
+def _rows_at(tensor: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
+    """The rows of the examples at ``indices``, where example i has ``counts[i]`` of them, one example after another."""
+    ends = counts.cumsum(dim=0)
+    spans = [torch.arange(int(ends[i] - counts[i]), int(ends[i])) for i in indices.tolist()]
+    return tensor[torch.cat(spans)] if spans else tensor[:0]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Inputs that were read for some examples, and the ``rows`` of :class:`Dataset` that go with them."""
+
+    inputs: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,12 +93,13 @@ class LazyDataset(Dataset):
     ``read`` gives those inputs for a list of positions; ``inputs`` holds the small ones.
     """
 
-    read: Callable[[Sequence[int]], Mapping[str, Tensor]] = lambda positions: {}
+    read: Callable[[Sequence[int]], Read] = lambda positions: Read({})
 
     def batch(self, indices: Tensor) -> Dataset:
         """See :meth:`Dataset.batch`."""
         small = Dataset.batch(self, indices)
-        return Dataset({**self.read(indices.tolist()), **small.inputs}, small.labels, self.kind, self.task)
+        large = self.read(indices.tolist())
+        return replace(small, inputs={**large.inputs, **small.inputs}, rows=large.rows)
 
     def subset(self, indices: Tensor) -> Dataset:
         """See :meth:`Dataset.subset`; nothing is read yet."""

@@ -35,8 +35,13 @@ class JoinedDataset(Dataset):
             start += len(part)
         order = torch.argsort(torch.cat(places))
         names = found[0].inputs
-        inputs = {name: _stacked([batch.inputs[name] for batch in found], 0, MASK in names)[order] for name in names}
-        return Dataset(inputs, _stacked([batch.labels for batch in found], IGNORED)[order], self.kind, self.task)
+        inputs = {name: _stacked([batch.inputs[name] for batch in found], 0, MASK in names) for name in names}
+        rows = {
+            name: torch.cat([batch.rows.get(name, torch.ones(len(batch), dtype=torch.long)) for batch in found])
+            for name in dict.fromkeys(name for batch in found for name in batch.rows)
+        }
+        labels = _stacked([batch.labels for batch in found], IGNORED)
+        return Dataset(inputs, labels, self.kind, self.task, rows=rows).batch(order)
 
     def subset(self, indices: Tensor) -> JoinedDataset:
         """See :meth:`Dataset.subset`; nothing is read yet."""

@@ -16,7 +16,7 @@ from client_app.model.model_folders import BaseModelError, FoundModel, load_conf
 from client_app.own.chat import ChatTemplate, Span, common_start
 from client_app.own.examples import Example
 from client_app.own.images import ImageReader, read_image
-from client_app.own.messages import Turn, images_in
+from client_app.own.messages import Turn, image_parts
 from client_app.own.text_files import DataError
 
 
@@ -70,7 +70,10 @@ class Encoder:
         if not self.kind.has_image:
             return Dataset(inputs, targets, self.kind.name)
         return LazyDataset(
-            inputs, targets, self.kind.name, read=ImageReader(self.images, lambda at: _opened(examples[at]))
+            inputs,
+            targets,
+            self.kind.name,
+            read=ImageReader(self.images, lambda at: _opened(examples[at]), nested=self.kind.generative),
         )
 
     def _text(self, example: Example) -> dict[str, list[int]]:
@@ -93,25 +96,31 @@ class Encoder:
             assert self.chat is not None
             text, spans = self.chat.render(turns, example.context, example.first, example.place)
         else:
-            asked = f"{self._image_token}{example.prompt or ''}{self.between if example.prompt else ''}"
+            asked = f"{self._image_tokens(example)}{example.prompt or ''}{self.between if example.prompt else ''}"
             text = f"{asked}{example.completion}"
             spans = [(len(asked), len(text))]
-        ids, learnt = self._tokens(example, text, spans, templated=bool(turns))
+        ids, learnt, beside = self._tokens(example, text, spans, templated=bool(turns))
         labels = [token if wanted else IGNORED for token, wanted in zip(ids, learnt, strict=True)]
         if not turns and self.tokenizer.eos_token_id is not None and ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
             labels.append(self.tokenizer.eos_token_id)
+            beside = {name: [*values, 0] for name, values in beside.items()}
         if all(label == IGNORED for label in labels[1:]):
             raise DataError(f"{example.place}: nothing in this conversation is to be learnt")
         if len(ids) > self.max_length:
             ids, labels = self._cut(example, ids, labels)
         if all(label == IGNORED for label in labels[1:]):
             raise DataError(f"{example.place}: nothing is left to learn within {self.max_length} tokens (max-length)")
-        return {"input_ids": ids, MASK: [1] * len(ids), "labels": labels}
+        return {"input_ids": ids, MASK: [1] * len(ids), **beside, "labels": labels}
 
-    @property
-    def _image_token(self) -> str:
-        return (getattr(self.joint, "image_token", None) or "") if self.kind.has_image else ""
+    def _image_tokens(self, example: Example) -> str:
+        """What stands for an example's images before its prompt; a prompt that has places for them keeps its own."""
+        token = str(getattr(self.joint, "image_token", None) or "")
+        there = (example.prompt or "").count(token) if token else 0
+        if there not in (0, len(example.images)):
+            raise DataError(f"{example.place}: {there} times {token} in the prompt, and {len(example.images)} images")
+        # A line each: Qwen-VL takes neighbours without anything between them for one image.
+        return "" if there or not token else "\n".join([token] * len(example.images))
 
     def _turns(self, example: Example) -> Sequence[Turn]:
         """The conversation that an example is for this model; empty where its texts are read as they are."""
@@ -122,12 +131,15 @@ class Encoder:
             turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
         if example.prompt is not None:
             self.findings["prompts are read through the model's chat template (prompt-template = 'auto')"] += 1
-        return _with_parts(turns) if self.kind.has_image else turns
+        return _with_parts(turns, len(example.images)) if self.kind.has_image else turns
 
     def _tokens(
         self, example: Example, text: str, spans: Sequence[Span], *, templated: bool
-    ) -> tuple[list[int], list[bool]]:
-        """A text's tokens, tokenised as a whole, and whether each is learnt: whether it has a character of a span."""
+    ) -> tuple[list[int], list[bool], dict[str, list[int]]]:
+        """A text's tokens, tokenised as a whole, and whether each is learnt: whether it has a character of a span.
+
+        With images there may be more that the processor says about each token: which are an image's.
+        """
         special = not templated
         if self.kind.has_image:
             special = self.tokenizer.bos_token is None or not text.startswith(self.tokenizer.bos_token)
@@ -151,8 +163,10 @@ class Encoder:
         if len(ids) > 1 and special and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids, learnt = ids[1:], learnt[1:]  # the text has its own
         if self.kind.has_image:
-            return _expanded(ids, learnt, self._with_image(example, text, special=special), example)
-        return ids, learnt
+            told = self._with_images(example, text, special=special)
+            found, wanted = _expanded(ids, learnt, told.pop("input_ids"), example)
+            return found, wanted, {name: values for name, values in told.items() if len(values) == len(found)}
+        return ids, learnt, {}
 
     def _cut(self, example: Example, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """The prompt loses its beginning (but for the first token), then the completion its end."""
@@ -166,25 +180,28 @@ class Encoder:
         ids, labels = ids[:1] + ids[1 + surplus :], labels[:1] + labels[1 + surplus :]
         return ids[: self.max_length], labels[: self.max_length]
 
-    def _with_image(self, example: Example, text: str, *, special: bool) -> list[int]:
+    def _with_images(self, example: Example, text: str, *, special: bool) -> dict[str, list[int]]:
+        """The processor's tokens, and the other fields that have a number for each of them."""
         try:
-            encoded = self.joint(images=[_opened(example)], text=[text], add_special_tokens=special)
+            encoded = self.joint(images=_opened(example), text=[text], add_special_tokens=special)
         except DataError:
             raise
         except Exception as error:  # processors raise what they like
             raise DataError(f"{example.place}: the model's processor refuses this image and text: {error}") from None
-        return [int(token) for token in encoded["input_ids"][0]]
+        fields = ["input_ids", *(name for name in encoded if name.endswith("token_type_ids"))]
+        return {name: [int(number) for number in encoded[name][0]] for name in fields}
 
 
-def _with_parts(turns: Sequence[Turn]) -> list[Turn]:
-    """Messages as templates of processors want them: lists of parts, the image first where no message has it."""
+def _with_parts(turns: Sequence[Turn], images: int) -> list[Turn]:
+    """Messages as templates of processors want them: lists of parts, the images first where no message has them."""
     found = [dict(turn) for turn in turns]
     for turn in found:
         if isinstance(turn.get("content"), str):
             turn["content"] = [{"type": "text", "text": turn["content"]}]
-    if not images_in(found):
+        turn["content"] = [{"type": "image"} if p["type"] == "image" else p for p in turn.get("content") or []]
+    if not image_parts(found):
         user = next(turn for turn in found if turn["role"] == "user")
-        user["content"] = [{"type": "image"}, *user["content"]]
+        user["content"] = [*({"type": "image"} for _ in range(images)), *user["content"]]
     return list(found)
 
 
@@ -295,6 +312,5 @@ def _padded(items: Sequence[Mapping[str, list[int]]], padding: int | None) -> di
     return result
 
 
-def _opened(example: Example) -> Any:
-    assert example.image is not None
-    return read_image(example.image, example.place)
+def _opened(example: Example) -> list[Any]:
+    return [read_image(image, example.place) for image in example.images]

@@ -20,7 +20,7 @@ from client_app.own.messages import (
     OUTPUT,
     TOOLS,
     Turn,
-    images_in,
+    image_parts,
     read_alpaca,
     read_context,
     read_messages,
@@ -41,7 +41,7 @@ class Example:
 
     ``text`` and ``pair`` for classification; ``prompt`` (None: the text has none) and ``completion``, or ``messages``,
     for generation, or both, where the prompt is for models without a chat template. ``context`` is what a chat template
-    gets beside the messages (tools), ``first`` the first message that may be learnt. ``image`` is a path or an encoded
+    gets beside the messages (tools), ``first`` the first message that may be learnt. An image is a path or an encoded
     file.
     """
 
@@ -54,12 +54,14 @@ class Example:
     messages: tuple[Turn, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0
-    image: Path | bytes | None = None
+    images: tuple[Path | bytes, ...] = ()
 
     @property
     def content(self) -> str:
         """What two copies of one example have in common."""
-        told = [self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image_digest(self.image)]
+        seen = [image_digest(image) for image in self.images]
+        image = seen if len(seen) > 1 else seen[0] if seen else None
+        told = [self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image]
         return json.dumps([*told, self.context, self.first] if self.context or self.first else told, default=str)
 
 
@@ -97,9 +99,11 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
         DataError: a column is missing, or its value is not usable.
     """
     found: dict[str, Any] = {"place": row.place}
-    if kind.has_image:
-        found["image"] = _image(row, settings.image_column)
     if not kind.generative:
+        if kind.has_image:
+            found["images"] = _images(row, settings.image_column)
+            if len(found["images"]) != 1:
+                raise DataError(f"{row.place}: {len(found['images'])} images, expected one")
         found["label"] = _label(row, settings.label_column)
         if kind.has_text:
             names = [name.strip() for name in settings.text_column.split(",")]
@@ -108,7 +112,16 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
             found["text"] = text_in(row, names[0])
             found["pair"] = text_in(row, names[1]) if len(names) == 2 else None
         return Example(**found)
-    return Example(**found, **_to_write(row, settings, has_image=kind.has_image))
+    found |= _to_write(row, settings)
+    parts = image_parts(found.get("messages", ()))
+    if kind.has_image:
+        found["images"] = _images_to_write(row, settings.image_column, parts)
+    elif parts:
+        raise DataError(
+            f"{row.place}: {len(parts)} images in the messages, expected none, because the task has no images "
+            "(task = 'image-text-to-text' has)"
+        )
+    return Example(**found)
 
 
 def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> set[str]:
@@ -127,19 +140,16 @@ def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> 
     return (found | set(form) | ({TOOLS, KWARGS} if form != forms[-1] else set())) & set(columns)
 
 
-def _to_write(row: Row, settings: DataSettings, *, has_image: bool) -> dict[str, Any]:
+def _to_write(row: Row, settings: DataSettings) -> dict[str, Any]:
     """What a model is to write for a row, and after what: the first of the known forms that it has."""
     context, columns = read_context(row), row.values
     for column in (settings.messages_column, CONVERSATIONS):
         if column in columns:
-            turns = read_messages(row, column)
-            _require_one_image(turns, f"{row.place}, column {column!r}", has_image=has_image)
-            return {"messages": turns, "context": context}
+            return {"messages": read_messages(row, column), "context": context}
     prompt, completion = settings.prompt_column, settings.completion_column
     if prompt in columns or completion in columns:
         if isinstance(columns.get(prompt), list) and isinstance(columns.get(completion), list):
             turns, first = read_prompt_and_completion(row, prompt, completion)
-            _require_one_image(turns, row.place, has_image=has_image)
             return {"messages": turns, "first": first, "context": context}
         return {"prompt": text_in(row, prompt), "completion": text_in(row, completion), "context": context}
     if INSTRUCTION in columns and OUTPUT in columns:
@@ -150,11 +160,15 @@ def _to_write(row: Row, settings: DataSettings, *, has_image: bool) -> dict[str,
     raise missing_column(row, prompt, f"or {settings.messages_column!r} or {settings.text_column!r}")
 
 
-def _require_one_image(turns: Sequence[Turn], where: str, *, has_image: bool) -> None:
-    count = images_in(turns)
-    if count > (1 if has_image else 0):
-        expected = "at most one" if has_image else "none, because the task has no images"
-        raise DataError(f"{where}: {count} images in the messages, expected {expected}")
+def _images_to_write(row: Row, column: str, parts: Sequence[Mapping[str, Any]]) -> tuple[Path | bytes, ...]:
+    """The images of a conversation or prompt: those of the column, or else those that the messages name themselves."""
+    named = [part for part in parts if "image" in part]
+    if column not in row.values and IMAGES not in row.values and parts and len(named) == len(parts):
+        return tuple(_image(row, part["image"], f"{row.place}, an image of the messages") for part in parts)
+    found = _images(row, column)
+    if parts and len(parts) != len(found):
+        raise DataError(f"{row.place}: {len(parts)} places for images in the messages, and {len(found)} images")
+    return found
 
 
 def _label(row: Row, column: str) -> str:
@@ -192,14 +206,17 @@ def image_digest(image: Path | bytes | None) -> str | None:
     return None if image is None else hashlib.sha256(image).hexdigest()
 
 
-def _image(row: Row, column: str) -> Path | bytes:
+def _images(row: Row, column: str) -> tuple[Path | bytes, ...]:
     if column not in row.values and IMAGES in row.values:
         column = IMAGES
     value, where = value_in(row, column), f"{row.place}, column {column!r}"
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise DataError(f"{where}: {len(value)} images, expected one")
-        value = value[0]
+    several = value if isinstance(value, list) else [value]
+    if not several:
+        raise DataError(f"{where}: no image, expected at least one")
+    return tuple(_image(row, item, where) for item in several)
+
+
+def _image(row: Row, value: Any, where: str) -> Path | bytes:
     if isinstance(value, Mapping):  # an image column of datasets
         if value.get("bytes"):
             return bytes(value["bytes"])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from client_app.data.dataset import Read
 from client_app.own.text_files import DataError
 
 MAX_IMAGE_PIXELS = 100_000_000
@@ -144,21 +145,37 @@ class ImageReader:
 
     Args:
         processor: the base model's own.
-        open_at: decodes the image at a position.
+        open_at: decodes the images of the example at a position.
+        nested: whether an example may have several, so that the processor gets a list for each.
     """
 
-    def __init__(self, processor: Any, open_at: Callable[[int], Any]) -> None:
+    def __init__(self, processor: Any, open_at: Callable[[int], Sequence[Any]], *, nested: bool = False) -> None:
         self.processor = processor
         self.open_at = open_at
+        self.nested = nested
         self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, positions: Sequence[int]) -> Mapping[str, Tensor]:
-        """The processor's tensors ``[b, ...]`` for the images at ``positions``."""
+    def __call__(self, positions: Sequence[int]) -> Read:
+        """The processor's tensors for the examples at ``positions``; where one has several rows, they follow it."""
         found = [self._one(position) for position in positions]
-        if all({n: t.shape for n, t in one.items()} == {n: t.shape for n, t in found[0].items()} for one in found):
-            return {name: torch.cat([one[name] for one in found]) for name in found[0]}
-        return self._processed([self.open_at(position) for position in positions])  # padded to the largest
+        if not all(_shapes(one) == _shapes(found[0]) for one in found):
+            return self._padded([self.open_at(position) for position in positions])
+        inputs = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        counts = {name: torch.tensor([len(one[name]) for one in found]) for name in inputs}
+        return Read(inputs, {name: rows for name, rows in counts.items() if bool((rows != 1).any())})
+
+    def _padded(self, images: Sequence[Sequence[Any]]) -> Read:
+        """All at once, so that the processor pads them to the largest."""
+        inputs, counts = self._processed(images), torch.tensor([len(own) for own in images])
+        for name, tensor in inputs.items():
+            if len(tensor) not in (len(images), int(counts.sum())):
+                raise DataError(
+                    f"the base model's image processor gives {len(tensor)} rows of {name!r} for {int(counts.sum())} "
+                    f"images of {len(images)} examples, expected one for each"
+                )
+        several = [name for name, tensor in inputs.items() if len(tensor) != len(images)]
+        return Read(inputs, dict.fromkeys(several, counts))
 
     def _one(self, position: int) -> dict[str, Tensor]:
         if position in self._kept:
@@ -171,9 +188,14 @@ class ImageReader:
             self._bytes -= _bytes_of(self._kept.popitem(last=False)[1])
         return found
 
-    def _processed(self, images: Sequence[Any]) -> dict[str, Tensor]:
-        found = self.processor(images=list(images), return_tensors="pt")
+    def _processed(self, images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        given = [list(own) for own in images] if self.nested else [image for own in images for image in own]
+        found = self.processor(images=given, return_tensors="pt")
         return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape[1:] for name, tensor in tensors.items()}
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> int:

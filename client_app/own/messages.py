@@ -94,10 +94,10 @@ def text_of(turn: Turn) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def images_in(turns: Sequence[Turn]) -> int:
-    """How many images the messages have a place for."""
+def image_parts(turns: Sequence[Turn]) -> list[Mapping[str, Any]]:
+    """The messages' places for images, in order; ``image`` is the image where the message itself names it."""
     lists = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
-    return sum(part.get("type") == "image" for content in lists for part in content)
+    return [part for content in lists for part in content if part.get("type") == "image"]
 
 
 def _parsed(row: Row, column: str) -> Any:
@@ -155,7 +155,9 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": checked_text(part["text"], where)}
     if kind in ("image", "image_url"):
-        return {"type": "image"} | ({"image": part[kind]} if part.get(kind) else {})
+        given = part.get(kind) or part.get("path")
+        given = given.get("url") if kind == "image_url" and isinstance(given, Mapping) else given
+        return {"type": "image"} | ({"image": given} if given else {})
     raise DataError(f"{where}: {short(part)}, expected a part with type 'text' or 'image'")
 
 

@@ -185,19 +185,24 @@ def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: i
     for done, indices in enumerate(torch.split(_by_length(data), batch_size)):
         tick("generate", done * batch_size, len(data))
         batch = data.batch(indices)
-        width, starts, ends = _last_answers(batch)
+        width, starts, stops = _last_answers(batch)
         prompts = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros_like(prompts)
         for row, start in enumerate(starts):  # to the left, where generation begins at the right end
             prompts[row, width - start :] = batch.inputs["input_ids"][row, :start]
             mask[row, width - start :] = 1
-            references.append(client.decode(batch.labels[row, start : ends[row]]))
-        rest: dict[str, Any] = dict(
-            model.inputs({k: v for k, v in batch.inputs.items() if k not in ("input_ids", MASK)})
-        )
+            references.append(client.decode(batch.labels[row, start : stops[row]]))
+        others = {k: v for k, v in batch.inputs.items() if k not in ("input_ids", MASK)}
+        for name in [n for n, v in others.items() if n not in batch.rows and v.shape == batch.inputs[MASK].shape]:
+            told = torch.zeros_like(prompts)
+            for row, start in enumerate(starts):
+                told[row, width - start :] = others[name][row, :start]
+            others[name] = told
+        rest: dict[str, Any] = dict(model.inputs(others))
+        module: Any = model.module
+        ends = _ends_of(module)
         if batch.task:
             rest["task"] = batch.task
-        module: Any = model.module
         with autocast(model.device):
             found = module.generate(
                 input_ids=prompts.to(model.device),
@@ -207,8 +212,21 @@ def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: i
                 use_cache=True,
                 **rest,
             )
-        texts += [client.decode(row[width:]) for row in found.cpu()]
+        texts += [client.decode(_cut(row[width:], ends)) for row in found.cpu()]
     return Written(texts, references)
+
+
+def _ends_of(module: Any) -> frozenset[int]:
+    """Tokens that end a text: those of the model's own settings, or of a model for several tasks."""
+    known = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    found = getattr(module, "ends", ())[:1] if known is None else known if isinstance(known, list) else [known]
+    return frozenset(found)
+
+
+def _cut(row: Tensor, ends: frozenset[int]) -> Tensor:
+    """A text up to its own end token: what fills it up to the longest of the batch may be any token."""
+    first = next((place for place, token in enumerate(row.tolist()) if token in ends), len(row))
+    return row[: first + 1]
 
 
 def _last_answers(batch: Dataset) -> tuple[int, list[int], list[int]]:

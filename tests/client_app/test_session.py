@@ -11,12 +11,15 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
+from client_app.own.text_files import DataError
 from client_app.plan.interpreter import PlanError
 from client_app.plan.progress import Cancelled, listening
-from client_app.session import Executor
+from client_app.session import Executor, base_and_data
 from client_app.settings import Settings, read_settings
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework.steps import Training, evaluate, initialise, mixture, send, train
+from tests import tiny_models, toy_data
+from tests.client_app.own_clients import settings_of
 
 MESSAGES = 100
 
@@ -113,3 +116,15 @@ def test_an_error_evicts_the_model_and_a_cancelled_plan_does_not(folder: Path) -
 def _model(executor: Executor) -> weakref.ref[torch.nn.Module]:
     assert executor._held is not None
     return weakref.ref(executor._held[0].module)
+
+
+def test_data_without_a_test_split_are_refused_before_the_first_round(tmp_path: Path) -> None:
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", toy_data.opinions(10, 0))
+    base = tiny_models.save_bert(tmp_path / "bert", toy_data.VOCABULARY)
+    for fractions, fits in (("1,0,0", False), ("0.8,0.2,0", False), ("0.8,0,0.2", True)):
+        asked = settings_of(path, tmp_path / "state", base, {"split_fractions": fractions})
+        if fits:
+            base_and_data(asked)
+            continue
+        with pytest.raises(DataError, match=r"x\.jsonl, task 'text-classification': no example is in split 'test'"):
+            base_and_data(asked)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from client_app.data.dataset import Base, Dataset, LazyDataset
+from client_app.data.dataset import Base, Dataset, LazyDataset, Read
 from client_app.model import alignment
 from client_app.model.alignment import (
     AlignmentError,
@@ -245,6 +245,8 @@ def test_what_was_kept_of_other_images_is_not_gone_on_from(tmp_path: Path) -> No
     labels = torch.zeros(3, dtype=torch.long)
     names = set()
     for value in (0.0, 1.0):
-        images = LazyDataset({}, labels, read=lambda at, value=value: {"pixel_values": torch.full((len(at), 2), value)})
+        images = LazyDataset(
+            {}, labels, read=lambda at, value=value: Read({"pixel_values": torch.full((len(at), 2), value)})
+        )
         names.add(alignment._partial(tmp_path, pivot, target, QUICK, [images] * 2))
     assert len(names) == 2

@@ -212,10 +212,9 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row(kind: str, tmp_pa
     path = tmp_path / "data.jsonl"
     path.write_bytes(lines(good=rows))
     found = read_own(settings_for(path, Case(b"", "", "", task="image-classification")))
-    bad = next(e for split in found.splits.values() for e in split if str(e.image).endswith("bad.png"))
-    assert bad.image is not None
+    bad = next(e for split in found.splits.values() for e in split if str(e.images[0]).endswith("bad.png"))
     with pytest.raises(DataError, match=r"data\.jsonl, line \d: .*bad\.png is not an image") as caught:
-        read_image(bad.image, bad.place)
+        read_image(bad.images[0], bad.place)
     assert "line 2" in str(caught.value) or "line 4" in str(caught.value)
 
 

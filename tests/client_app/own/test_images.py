@@ -129,17 +129,17 @@ def test_only_small_images_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_CACHE_BYTES", 30)
     opened: list[int] = []
 
-    def open_at(position: int) -> int:
+    def open_at(position: int) -> list[int]:
         opened.append(position)
-        return position
+        return [position]
 
     def processor(images: list[int], return_tensors: str) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.tensor([[float(image)] * 3 for image in images])}
 
     reader = ImageReader(processor, open_at)
-    assert reader([0, 1])["pixel_values"].tolist() == [[0.0] * 3, [1.0] * 3]
-    assert reader([1, 0, 2])["pixel_values"][:, 0].tolist() == [1.0, 0.0, 2.0]
-    assert reader([0, 1])["pixel_values"][:, 0].tolist() == [0.0, 1.0]
+    assert reader([0, 1]).inputs["pixel_values"].tolist() == [[0.0] * 3, [1.0] * 3]
+    assert reader([1, 0, 2]).inputs["pixel_values"][:, 0].tolist() == [1.0, 0.0, 2.0]
+    assert reader([0, 1]).inputs["pixel_values"][:, 0].tolist() == [0.0, 1.0]
     assert opened == [0, 1, 2, 1]
 
 

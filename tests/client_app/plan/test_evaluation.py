@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
+from client_app.data.task_kinds import IGNORED
+from client_app.model.personal import PersonalModel
 from client_app.own.files import load_own
-from client_app.plan.evaluation import evaluate
+from client_app.plan.evaluation import evaluate, write
 from client_app.plan.workbench import Workbench
 from proto.fedalloy.v1 import plan_pb2
-from tests.client_app.own_clients import loaded
+from tests.client_app.own_clients import loaded, settings_of
 from tests.client_app.test_model_settings import writer
 from tests.tiny_models import save_llama
+from tests.toy_data import write_jsonl
 
 
 def texts(count: int = 90) -> Dataset:
@@ -114,3 +118,40 @@ def test_a_model_stops_writing_where_its_texts_end(tmp_path: Path) -> None:
     evaluate(model, data.splits["test"], data)
     handle.remove()
     assert steps - before <= 4
+
+
+PROMPTS = ("a>", "bcd>", "efghij>")
+LENGTH = 6
+
+
+def written(model: PersonalModel, data: Dataset, client: ClientData, size: int) -> set[tuple[int, ...]]:
+    """Token ids of each text that the model writes, in batches of ``size``."""
+    found: set[tuple[int, ...]] = set()
+    targets = {tuple(labels[labels != IGNORED].tolist()) for labels in data.labels}
+
+    def decode(ids: torch.Tensor) -> str:
+        found.add(tuple(ids.tolist()))
+        return ""
+
+    write(model, data, replace(client, decode=decode, max_new_tokens=LENGTH), size)
+    return found - targets
+
+
+@pytest.mark.parametrize("padding", [0, 2, 40])
+def test_a_text_is_cut_at_its_own_end_whatever_fills_it_up(padding: int, tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "completion": "x", "set": "train"} for prompt in PROMPTS]
+    rows += [{"prompt": f"{n}>", "completion": "y", "set": split} for n, split in enumerate(("validation", "test"))]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    settings = settings_of(path, tmp_path, save_llama(tmp_path / "base"), {"split_column": "set"})
+    model, client = loaded(settings)
+    data, module = client.splits["train"], cast(Any, model.module)
+    module.generation_config.eos_token_id = None
+    free = sorted(written(model, data, client, 1))
+    assert [len(ids) for ids in free] == [LENGTH] * len(PROMPTS)
+    end = next(token for ids in free for token in ids[:2] if not all(token in other for other in free))
+    wanted = {ids[: ids.index(end) + 1] if end in ids else ids for ids in free}
+    assert len({len(ids) for ids in wanted}) > 1
+    module.generation_config.eos_token_id = [end]
+    module.generation_config.pad_token_id = padding
+    for size in (1, 2, 3):
+        assert written(model, data, client, size) == wanted

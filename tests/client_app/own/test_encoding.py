@@ -1,0 +1,144 @@
+"""Images beside texts: what the processor says about each token is kept, and every example keeps its own images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.joined import join
+from client_app.data.task_kinds import IGNORED, kind_of
+from client_app.own.encoding import Encoder
+from client_app.own.examples import read_example
+from client_app.own.text_files import DataError, Row
+from client_app.plan import evaluation, fisher, training
+from client_app.settings import DataSettings
+from tests import tiny_models, toy_data
+from tests.client_app.own_clients import loaded, personal, settings_of
+
+KIND = kind_of("image-text-to-text")
+SIZES = ((40, 40), (64, 32), (32, 32))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A red, a green and a blue picture of different sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, (colour, size) in enumerate(zip(toy_data.COLOURS, SIZES, strict=True)):
+        toy_data.picture(colour, 64, number).resize(size).save(folder / f"{number}.png")
+    return folder
+
+
+def read(folder: Path, **values: Any) -> Any:
+    return read_example(Row(values, "x.jsonl, line 1", folder), KIND, DataSettings())
+
+
+def rows_of(folder: Path) -> list[Any]:
+    """Prompts of several lengths with one picture, two, and one."""
+    return [
+        read(folder, image="0.png", prompt="what?", completion="red"),
+        read(folder, images=["1.png", "2.png"], prompt="and which are these?", completion="green, blue"),
+        read(folder, image="2.png", prompt="?", completion="blue"),
+    ]
+
+
+def qwen(folder: Path) -> tuple[Any, Dataset]:
+    processor = tiny_models.QwenProcessor()
+    encoder = Encoder(KIND, 512, processor.tokenizer, processor.image_processor, processor)
+    module = tiny_models.qwen_vl(processor)
+    base = Base("qwen", module, "0" * 64, ("model.language_model.layers.0.self_attn.q_proj",), ())
+    return personal(base), encoder.encode(rows_of(folder), ())
+
+
+def test_gemma_is_told_which_tokens_are_an_images(tmp_path: Path) -> None:
+    path = toy_data.write_captions(tmp_path / "data", 4, 0)
+    base = tiny_models.save_gemma3(tmp_path / "gemma")
+    model, data = loaded(settings_of(path, tmp_path, base, target_modules="q_proj"))
+    batch = data.splits["train"].batch(torch.arange(3))
+    image = model.module.get_submodule("model").config.image_token_id  # type: ignore[union-attr]
+    assert torch.equal(batch.inputs["token_type_ids"], (batch.inputs["input_ids"] == image).long())
+    assert int(batch.inputs["token_type_ids"].sum()) == 3 * 4
+    with torch.no_grad():
+        given = model.logits(model.inputs(batch.inputs))
+        one_way = model.logits({k: v for k, v in model.inputs(batch.inputs).items() if k != "token_type_ids"})
+    assert float((given - one_way).abs().max()) > 1e-3  # so that the test could fail
+    model.module.train()
+    assert training.logits_of(model, batch).isfinite().all()
+
+
+def test_an_example_with_flat_patches_gets_the_answer_that_it_gets_alone(pictures: Path) -> None:
+    model, data = qwen(pictures)
+    batch = data.batch(torch.arange(3))
+    assert batch.inputs["image_grid_thw"].shape == (4, 3)
+    assert batch.rows["image_grid_thw"].tolist() == [1, 2, 1]
+    assert int(batch.rows["pixel_values"].sum()) == len(batch.inputs["pixel_values"])
+    assert batch.inputs["mm_token_type_ids"].sum(dim=1).tolist() == [4, 12, 4]
+    with torch.no_grad():
+        together = training.logits_of(model, batch)
+        alone = [training.logits_of(model, data.batch(torch.tensor([i]))) for i in range(3)]
+        taken = [training.logits_of(model, batch.batch(torch.tensor([i]))) for i in range(3)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+    assert torch.allclose(together, torch.cat(taken), atol=1e-4)
+    processor, inputs = tiny_models.QwenProcessor(), batch.batch(torch.tensor([1])).inputs
+    direct = processor(
+        images=[toy_data.PIL.Image.open(pictures / f"{n}.png") for n in (1, 2)],
+        text=["<|image_pad|>\n<|image_pad|>and which are these?green, blue"],
+        return_tensors="pt",
+    )
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(inputs[name], direct[name])
+    assert torch.equal(inputs["input_ids"][:, :-1], direct["input_ids"])  # and an end token
+
+
+def test_flat_patches_are_joined_and_measured_example_by_example(pictures: Path) -> None:
+    model, data = qwen(pictures)
+    both = join([data.subset(torch.tensor([1, 0])), data.subset(torch.tensor([2]))]).batch(torch.tensor([2, 0, 1]))
+    plain = data.batch(torch.tensor([2, 1, 0]))
+    for name in plain.inputs:
+        assert torch.equal(both.inputs[name], plain.inputs[name]), name
+    layout = model.layout
+    each = fisher.example_gradients(model, "local", layout, data.batch(torch.arange(3)))
+    last = fisher.example_gradients(model, "local", layout, data.batch(torch.tensor([2])))
+    assert torch.allclose(each[2:], last, atol=1e-5)
+    assert not torch.allclose(each[1], each[2])
+
+
+def test_what_is_written_about_images_does_not_depend_on_company(pictures: Path) -> None:
+    model, data = qwen(pictures)
+    client = ClientData(
+        "x", KIND.name, {}, decode=lambda ids: " ".join(map(str, ids.tolist())), generate_examples=3, max_new_tokens=4
+    )
+    together = evaluation.write(model, data, client, 3)
+    alone = evaluation.write(model, data, client, 1)
+    assert together == alone
+    assert len(set(together.texts)) > 1
+
+
+def test_images_that_messages_name_and_prompts_with_places(pictures: Path) -> None:
+    user = [{"type": "image", "path": "0.png"}, {"type": "text", "text": "?"}, {"type": "image", "image": "1.png"}]
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": "both"}]
+    found = read(pictures, messages=turns)
+    assert [Path(image).name for image in found.images] == ["0.png", "1.png"]
+    with pytest.raises(DataError, match="2 places for images in the messages, and 1 images"):
+        read(pictures, messages=turns, image="0.png")
+    with pytest.raises(DataError, match="an image of the messages: there is no file"):
+        read(pictures, messages=[{"role": "user", "content": [{"type": "image", "path": "9.png"}]}, turns[1]])
+    processor = tiny_models.QwenProcessor()
+    encoder = Encoder(KIND, 512, processor.tokenizer, processor.image_processor, processor)
+    asked = ("a<|image_pad|>b", "ab")
+    for prompt, before in zip(asked, (2, 1), strict=True):
+        ids = encoder.encode([read(pictures, image="0.png", prompt=prompt, completion="c")], ()).inputs["input_ids"][0]
+        assert (ids == processor.image_token_id).nonzero()[0].item() == before
+        assert int((ids == processor.image_token_id).sum()) == 4
+    with pytest.raises(DataError, match=r"1 times <\|image_pad\|> in the prompt, and 2 images"):
+        encoder.encode([read(pictures, images=["0.png", "1.png"], prompt=asked[0], completion="c")], ())
+
+
+def test_targets_beside_images_are_the_completion_and_its_end(pictures: Path) -> None:
+    _, data = qwen(pictures)
+    tokenizer = tiny_models.QwenProcessor().tokenizer
+    found = [tokenizer.decode(labels[labels != IGNORED]) for labels in data.labels]
+    assert found == ["red</s>", "green, blue</s>", "blue</s>"]
