@@ -27,7 +27,9 @@ LEFT = "left"
 """The client's node went away during the phase and did not come back in time."""
 ABSENT = "absent"
 """The client's node was not online when the phase began; it was not asked."""
-OUTCOMES = (OK, REJECTED, FAILED, LATE, LEFT, ABSENT)
+RESTED = "rested"
+"""The client was online and not asked, because it had been silent or refused several times in a row (``strikes``)."""
+OUTCOMES = (OK, REJECTED, FAILED, LATE, LEFT, ABSENT, RESTED)
 
 SHOWN = 5
 ClientRecord = dict[str, Any]

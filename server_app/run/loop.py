@@ -33,6 +33,7 @@ from server_app.run.resume import (
     saved_clients,
 )
 from server_app.run.run_directory import Checkpoint, RunDirectory
+from server_app.run.strikes import Strikes
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework.answers import answer_from
@@ -94,6 +95,7 @@ class Run:
         self.enrolment = Enrolment(strategy, directory)
         self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
         self.holdings = Holdings(strategy.storage)
+        self.strikes = Strikes(options.strikes)
         self.completed = 0
         self.training_seconds = 0.0
         self.started = time.monotonic()
@@ -121,6 +123,7 @@ class Run:
         self.completed = checkpoint.round
         self.training_seconds = checkpoint.run["training_seconds"]
         self.started -= checkpoint.run["seconds"]
+        self.strikes = Strikes(self.options.strikes, checkpoint.run.get("strikes"))
         record = checkpoint.run["record"]
         if self.options.deliver:  # what the run has done stays done
             return
@@ -200,10 +203,14 @@ class Run:
     def _round(self, round_: int) -> None:
         started = time.monotonic()
         present = self.gather(round_)
-        chosen = self._sample(round_, present)
+        everyone = self.strategy.needs_everyone(round_)
+        due = present if everyone else self.strikes.due(round_, present, self.options.least)
+        chosen = self._sample(round_, due)
         needed = min(self.options.least, len(chosen))
         briefs = {c: spared(self.strategy.brief(round_, c), round_, self.options) for c in chosen}
-        records = self.ask("train", round_, briefs, self.strategy.absorb, needed) | self._absent(present)
+        records = self.ask("train", round_, briefs, self.strategy.absorb, needed)
+        self.strikes.book(round_, records)
+        records |= self._absent(present) | self.strikes.resting(present, due)
         answered = client_status.usable(records)
         if answered < needed:
             self.record("train", round_, records, started)
@@ -233,6 +240,7 @@ class Run:
         about = {
             "clients": clients_to_json(self.enrolment.clients, self.enrolment.keys),
             "code": code_versions(),
+            "strikes": self.strikes.saved(),
             "training_seconds": self.training_seconds,
             "seconds": time.monotonic() - self.started,
             "record": record,

@@ -57,6 +57,9 @@ class RunOptions:
     """Share of the registered clients that is asked in each round."""
     round_timeout: float = 600.0
     """Seconds after which a round goes on without the clients that have not answered."""
+    strikes: int = 3
+    """A client that was late or rejected so often in a row is not asked in the next round, and if it fails again not in
+    the next two, four, ... (16 at most); one usable answer clears that. 0: everybody is asked always."""
     startup_timeout: float = 300.0
     """Seconds to wait for ``min-clients`` to register."""
     poll_interval: float = 0.1
@@ -84,6 +87,7 @@ class RunOptions:
         require_range("min-clients", self.min_clients, 0)
         require_range("fraction-clients", self.fraction_clients, 0, 1)
         require_range("round-timeout", self.round_timeout, 1)
+        require_range("strikes", self.strikes, 0)
         require_range("startup-timeout", self.startup_timeout, 1)
         require_range("poll-interval", self.poll_interval, 0.01, 60)
         require_range("keep-checkpoints", self.keep_checkpoints, 1)

@@ -72,7 +72,7 @@ def test_no_lie_counts_and_nobody_else_notices(strategy: str, tmp_path: Path) ->
     """The run ends as one in which the liars said that they could not, to the bit."""
     kinds = lies_for(strategy)
     rounds = len(kinds[3])
-    config: dict[str, Any] = {"strategy": strategy, "num_server_rounds": rounds}
+    config: dict[str, Any] = {"strategy": strategy, "num_server_rounds": rounds, "strikes": 0}
     honest, lied = nodes(*HONEST, *LIARS), nodes(*HONEST, *LIARS)
     tracemalloc.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
