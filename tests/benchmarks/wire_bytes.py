@@ -273,11 +273,11 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="1 seed, 5 rounds, fedavg at all encodings, others at int4"
+        "--quick", action="store_true", help="1 seed, fedavg at all encodings, others at int4"
     )
     parser.add_argument("--ways", nargs="+", help="only these, for example 'fedavg int4'")
     parser.add_argument("--seeds", type=int, help="instead of 3 (1 with --quick)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each run")
+    parser.add_argument("--rounds", type=int, default=8, help="of each run")
     parser.add_argument("--clients", type=int, default=2, help="SuperNodes")
     parser.add_argument("--json", type=Path, help="write everything here")
     given = parser.parse_args()

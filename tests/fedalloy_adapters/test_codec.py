@@ -294,3 +294,19 @@ def test_encodings_have_wire_numbers_and_others_are_refused() -> None:
         with pytest.raises(CodecError) as caught:
             encoding_from_proto(number)
         assert caught.value.code is CodecErrorCode.BAD_ENCODING
+
+
+@pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.INT4, Encoding.INT2])
+@pytest.mark.parametrize("power", [-7, 5])
+def test_balancing_the_factors_changes_nothing(encoding: Encoding, power: int) -> None:
+    """A / c and c B with c a power of two decode to the same product, to the bit: scales are of rows or blocks."""
+    adapter = random_adapter(layout_of(), 3)
+    balanced = adapter.clone()
+    for entry in adapter.layout.entries:
+        sign = {Factor.A: -1, Factor.B: 1}.get(entry.factor, 0)
+        balanced.vector[adapter.layout.slice_of(entry.name)] *= 2.0 ** (sign * power)
+    plain, other = encode(adapter, encoding).decoded, encode(balanced, encoding).decoded
+    for entry in adapter.layout.entries:
+        sign = {Factor.A: -1, Factor.B: 1}.get(entry.factor, 0)
+        place = adapter.layout.slice_of(entry.name)
+        assert bits(other.vector[place] * 2.0 ** (-sign * power)) == bits(plain.vector[place])
