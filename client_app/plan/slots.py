@@ -42,19 +42,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from client_app.plan.progress import tick
+from client_app.plan.slot_tensors import from_tensors, require_no_more_than, to_tensors, with_digest, without_digest
 from fedalloy_adapters.adapter import Adapter, joined
 from fedalloy_adapters.atomic_files import locked, private_folder, sync, write_durably
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.peft_format import write_peft_directory
 from fedalloy_adapters.sealed_json import sealed, unsealed
-from proto.fedalloy.v1 import adapter_pb2
 
 MIXTURE_FILE = "mixture.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 Parts = tuple[Mapping[str, Adapter], Mapping[str, Adapter], Message]
 _BESIDE = ("residual_", "head_", "received_")
 """Prefixes of what a slot's file has beside its adapter."""
-_DIGEST = "digest"
 HeadReader = Callable[[], dict[str, torch.Tensor]]
 
 
@@ -234,11 +233,11 @@ class SlotStore:
         path = folder / "exact.safetensors"
         try:
             tensors = load_file(path)
-            stored = _from_tensors(tensors, "")
-            beside = {prefix: _from_tensors(tensors, prefix) for prefix in _BESIDE if f"{prefix}vector" in tensors}
-            _require_no_more_than(tensors, 3 * (1 + len(beside)))
+            stored = from_tensors(tensors, "")
+            beside = {prefix: from_tensors(tensors, prefix) for prefix in _BESIDE if f"{prefix}vector" in tensors}
+            require_no_more_than(tensors, 3 * (1 + len(beside)))
             path = folder / OPTIMIZER_FILE
-            optimizer = _checked(load_file(path)) if path.exists() else {}
+            optimizer = without_digest(load_file(path)) if path.exists() else {}
         except (SafetensorError, DecodeError, OSError, KeyError, TypeError, ValueError) as error:
             raise SlotError(f"slot {slot!r} is damaged ({path}): {error}") from None
         self._opened.add(slot)
@@ -296,14 +295,14 @@ class SlotStore:
         adapter = self[slot]
         if _is_update(adapter):  # PEFT has no gates and no sketches
             self._write_peft(folder, self.whole(slot))
-        tensors = _to_tensors(adapter, "")
+        tensors = to_tensors(adapter, "")
         for prefix, beside in zip(_BESIDE, self._beside(), strict=True):
             if slot in beside:
-                tensors |= _to_tensors(beside[slot], prefix)
+                tensors |= to_tensors(beside[slot], prefix)
         write_durably(folder / "exact.safetensors", save(tensors))
         if self._optimizers.get(slot):
             state = self._optimizers[slot]
-            write_durably(folder / OPTIMIZER_FILE, save({**state, _DIGEST: _digest_of(state)}))
+            write_durably(folder / OPTIMIZER_FILE, save(with_digest(state)))
 
     def _write_peft(self, folder: Path, adapter: Adapter) -> None:
         write_peft_directory(folder, adapter, self.base_model, self.base_heads(), self.drawn())
@@ -361,44 +360,6 @@ def _link(source: str, target: str) -> None:
 
 def _is_update(adapter: Adapter) -> bool:
     return all(entry.factor.is_update for entry in adapter.layout.entries)
-
-
-def _to_tensors(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
-    layout = adapter.layout.to_proto().SerializeToString()
-    return {
-        f"{prefix}vector": adapter.vector.contiguous(),
-        f"{prefix}layout": torch.tensor(list(layout), dtype=torch.uint8),
-        f"{prefix}digest": torch.tensor(list(adapter.digest), dtype=torch.uint8),
-    }
-
-
-def _digest_of(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
-
-
-def _checked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an optimiser has left, without its digest."""
-    digest = tensors.pop(_DIGEST)
-    if not torch.equal(digest, _digest_of(tensors)):
-        raise ValueError("the numbers are not those that were written")
-    return tensors
-
-
-def _require_no_more_than(tensors: Mapping[str, torch.Tensor], count: int) -> None:
-    if len(tensors) != count:
-        raise ValueError(f"{len(tensors)} tensors, expected {count}: a name has changed")
-
-
-def _from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Adapter:
-    layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes(tensors[f"{prefix}layout"].tolist())))
-    adapter = Adapter(layout, tensors[f"{prefix}vector"])
-    if adapter.digest != bytes(tensors[f"{prefix}digest"].tolist()):
-        raise ValueError("the numbers are not those that were written")
-    return adapter
 
 
 def _losses_of(folder: Path) -> dict[str, dict[str, float]]:

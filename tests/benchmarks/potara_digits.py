@@ -1,12 +1,15 @@
 """Potara on ``digits``: the merge beside both endpoints, half and the line search, for every way to find the weight.
 
-    python -m tests.benchmarks.potara_digits                        # seeds 0 1 2, test split: the README's table
+Weights made of Fisher information also at dampings from 1 to 1e-6, all from one Fisher step and the same two adapters.
+
+    python -m tests.benchmarks.potara_digits                        # seeds 0 1 2, test split
     python -m tests.benchmarks.potara_digits --seeds 100 101 102 --split validation      # for choosing settings
 
 (Not for choosing among weight modes: the line search is fitted to the validation split.)
 
-The same training for all (half of the rounds federated, the rest local; FedAvg has as many steps, all federated),
-through the real round loop and client code in one process. Bytes are the encoded tensors, per client and direction.
+Rounds are divided between the branches as by default (two thirds federated); FedAvg has as many, all federated. All of
+it goes through the real round loop and client code in one process. Bytes are the encoded tensors, per client and
+direction.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ from rich.table import Table
 from client_app.plan.training import set_up_torch
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.demo import SCENARIO_CONFIG
+from strategies.algorithms.potara_options import SEARCH_POINTS
 from strategies.algorithms.potara_weights import MODES
 from tests.in_process import run_in_process
 
 ENDPOINTS = ("local", "federated", "half", "searched")
+DAMPINGS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""The first is the merged model's."""
+SWEPT = ("client-fisher", "client-fisher-clipped", "server-scalar")
 
 
 def delivered(directory: RunDirectory) -> dict[str, float]:
@@ -53,17 +60,21 @@ def measure(seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, flo
         directory, moved = run("fedavg", strategy="fedavg")
         found["fedavg, equal training"] = {"accuracy": delivered(directory)["personal"], **moved}
         for mode in arguments.modes:
-            directory, moved = run(mode, strategy="potara", potara__weight=mode)
+            more = [f"{damping:g}" for damping in DAMPINGS[1:]] if mode in SWEPT else []
+            swept = {"potara__damping": DAMPINGS[0], "potara__dampings": ",".join(more)}
+            searched = {"potara__search_points": SEARCH_POINTS}
+            directory, moved = run(mode, strategy="potara", potara__weight=mode, **swept, **searched)
             scores = delivered(directory)
             for label in ENDPOINTS:
                 found.setdefault(label, {"accuracy": scores[label]})
             trained = [record for record in directory.rounds() if record["phase"] == "train"][-1]
-            weights = [client["weight"] for client in trained["settled"]["weights"].values()]
-            found[f"potara, {mode}"] = {
-                "accuracy": scores["personal"],
-                "weight": sum(weights) / len(weights),
-                **moved,
-            }
+            clients = list(trained["settled"]["weights"].values())
+            weight = sum(client["weight"] for client in clients) / len(clients)
+            found[f"potara, {mode}"] = {"accuracy": scores["personal"], "weight": weight, **moved}
+            for damping in more:
+                weight = sum(client["dampings"][damping] for client in clients) / len(clients)
+                row = {"accuracy": scores[f"damping-{damping}"], "weight": weight}
+                found[f"potara, {mode}, damping {damping}"] = row
     return found
 
 
