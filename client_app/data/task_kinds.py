@@ -16,6 +16,9 @@ from client_app.data.dataset import Dataset
 IGNORED = -100
 """The label of a token that is not a target: prompt and padding. PyTorch's default ``ignore_index``."""
 
+SCORES = ("f1", "auroc", "ece")
+"""What classifications are scored by beside their loss and accuracy (:mod:`client_app.plan.class_metrics`)."""
+
 
 class TaskError(ValueError):
     """There is no such kind of task, or data and model are of different kinds."""

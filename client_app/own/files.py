@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.data.task_kinds import IGNORED, Kind, kind_of
+from client_app.data.task_kinds import IGNORED, SCORES, Kind, kind_of
 from client_app.model.base_models import load_base
 from client_app.model.model_folders import BaseModelError, find_model
 from client_app.model.padding import ALONE, find_padding, inputs_taken
@@ -73,7 +73,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         task=found.kind.name,
         kind=found.kind.name,
         splits=splits,
-        metrics=() if generates else ("f1",),
+        metrics=() if generates else SCORES,
         decode=encoder.decode if generates else None,
         generate_examples=settings.model.generate_examples,
         max_new_tokens=settings.model.max_new_tokens,

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from client_app.data.dataset import Base, ClientData
+from client_app.data.task_kinds import SCORES
 from client_app.model.base_models import load_flava
 from client_app.model.model_folders import find_model, require_flava
 from client_app.model.multi_task import TaskSpec, multi_task_base
@@ -96,7 +97,7 @@ def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
                 task=name,
                 kind=read.kind.name,
                 splits=splits,
-                metrics=() if writes else ("f1",),
+                metrics=() if writes else SCORES,
                 decode=encoder.decode if writes else None,
                 generate_examples=own.model.generate_examples,
                 max_new_tokens=own.model.max_new_tokens,

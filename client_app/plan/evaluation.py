@@ -16,6 +16,7 @@ from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
 from client_app.data.task_kinds import IGNORED, kind_of, target_mask
 from client_app.model.personal import PersonalModel
 from client_app.model.target_losses import AtTargets, AtTargetsWhole
+from client_app.plan.class_metrics import class_metrics
 from client_app.plan.ensembles import forward_of
 from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick
@@ -64,10 +65,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a split.
 
-    Classification: mean cross-entropy ``loss`` and ``accuracy``, and ``f1`` (mean over classes) where the client asks
-    for it. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its exponential; ``accuracy`` where
-    the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l`` and ``chrf`` of at most
-    ``generate_examples`` examples and ``max_new_tokens`` new tokens each.
+    Classification: mean cross-entropy ``loss`` and ``accuracy``, and what the client asks for of
+    :mod:`client_app.plan.class_metrics`. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its
+    exponential; ``accuracy`` where the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l``
+    and ``chrf`` of at most ``generate_examples`` examples and ``max_new_tokens`` new tokens each.
 
     ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts, and neither does
     an evaluation for the ``loss_only``.
@@ -79,18 +80,17 @@ def evaluate(
         raise TrainingError("nothing to evaluate: the split has no example")
     if isinstance(data, MixedDataset):
         assert client is not None
-        found = {
+        of_tasks = {
             name: evaluate(model, part, client.tasks[name], loss_only=loss_only)
             for name, part in data.parts.items()
             if len(part)
         }
-        return _over_tasks(found)
+        return _over_tasks(of_tasks)
     model.module.eval()
     kind = kind_of(data.kind)
     size = min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
     loss, correct, count = 0.0, 0, 0
     answers: list[Tensor] = []
-    classes = 0
     order = _by_length(data)
     for done, indices in enumerate(torch.split(order, size)):
         tick("evaluate", done * size, len(data))
@@ -109,13 +109,13 @@ def evaluate(
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(dim=-1) == labels).sum())
             count += len(batch)
-            answers.append(logits.argmax(dim=-1).cpu())
-            classes = logits.shape[-1]
+            answers.append(logits.cpu())
     metrics = {"loss": loss / max(count, 1)}
     if not kind.generative:
         metrics["accuracy"] = correct / count
-        if client is not None and "f1" in client.metrics:
-            metrics["f1"] = macro_f1(torch.cat(answers), data.labels[order], classes)
+        if client is not None and client.metrics and not loss_only:
+            found = class_metrics(torch.cat(answers), data.labels[order])
+            metrics |= {name: found[name] for name in client.metrics if name in found}
         return metrics
     if client is not None and client.choices:
         metrics["accuracy"] = correct / len(data)
@@ -168,13 +168,6 @@ def likeliest_of(logits: Tensor, labels: Tensor, choices: Sequence[int]) -> int:
     offered = torch.tensor(list(choices), device=labels.device)
     first = labels[:, 1:][target_mask(labels)][first_targets(labels)]
     return int((offered[logits[:, offered].argmax(dim=1)] == first).sum())
-
-
-def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:
-    """Mean over classes of F1, ``answers`` and ``labels`` ``[n]``; classes that occur in neither do not count."""
-    from torchmetrics.functional.classification import multiclass_f1_score
-
-    return float(multiclass_f1_score(answers, labels, num_classes=max(classes, 2), average="macro"))
 
 
 @torch.no_grad()

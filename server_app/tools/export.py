@@ -21,6 +21,8 @@ MIXTURE_FILE = "mixture.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "text-classification": "SEQ_CLS"}
 """What PEFT's AutoPeftModel classes look at; other tasks have no such class."""
+_PEFT_HEADS = ("classifier", "score")
+"""Modules that PEFT saves whole for SEQ_CLS; it misses a saved module inside one (RoBERTa's ``classifier.dense``)."""
 
 
 class ExportError(ToolError):
@@ -136,7 +138,8 @@ def _peft(personal: Personal, folder: Path, say: Say) -> None:
     for name in FILES:
         shutil.copyfile(personal.folder / name, folder / name)
     config = _config(personal)
-    config["task_type"] = PEFT_TASKS.get(personal.task)
+    inner = [part for name in config.get("modules_to_save") or () for part in name.split(".")[:-1]]
+    config["task_type"] = None if set(inner) & set(_PEFT_HEADS) else PEFT_TASKS.get(personal.task)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     _tokenizer(personal, folder, say)
     _card(personal, folder, "adapter")

@@ -22,6 +22,7 @@ from client_app.own.encoding import load_encoder
 from client_app.own.files import load_own, read_own
 from client_app.own.text_files import DataError
 from client_app.plan import evaluation, fisher, training
+from client_app.plan.class_metrics import macro_f1
 from client_app.settings import ModelSettings, Settings, SettingsError, read_settings
 from proto.fedalloy.v1 import plan_pb2
 from tests import tiny_models, toy_data
@@ -242,7 +243,7 @@ def test_metrics_are_those_of_torchmetrics_and_scikit_learn(tmp_path: Path, bert
 
 def test_macro_f1_counts_every_class_that_occurs() -> None:
     answers, labels = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
-    assert evaluation.macro_f1(answers, labels, 5) == pytest.approx((2 / 3 + 0.8) / 2)
+    assert macro_f1(answers, labels, 5) == pytest.approx((2 / 3 + 0.8) / 2)
 
 
 def test_heads_of_own_labels_are_outside_the_layout(tmp_path: Path, bert: Path) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from examples import tiny_models
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.peft_format import write_peft_directory
 from server_app.tools.export import ExportError, export_adapter
+from tests.client_app.model.test_base_models import base_of, saved, some_data
+from tests.client_app.own_clients import personal
 
 
 @pytest.fixture
@@ -56,3 +60,23 @@ def test_what_cannot_be_merged_says_so_and_leaves_nothing(run: Path, tmp_path: P
         export_adapter(run, "ada", tmp_path / "out", "merged")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "distilbert"])
+def test_an_exported_classifier_is_the_clients(architecture: str, tmp_path: Path) -> None:
+    """RoBERTa's head has modules inside ``classifier``: with a task type, PEFT looks for the whole of it."""
+    base = saved(tmp_path / "base", architecture, "text-classification")
+    model = personal(base_of(base, "text-classification"))
+    layout = model.whole_layout
+    adapter = Adapter(layout, torch.randn(layout.size, generator=torch.Generator().manual_seed(0)) * 0.1)
+    model.load("local", adapter)
+    folder = tmp_path / "runs" / "r" / "clients" / "ada"
+    write_peft_directory(folder / "adapter", adapter, str(base), model.heads, model.drawn)
+    about = {"client": "ada", "run": "r", "rank": 2, "tasks": {"t": "text-classification"}, "metrics": {}}
+    (folder / "about.json").write_text(json.dumps(about))
+    out = export_adapter(tmp_path / "runs" / "r", "ada", tmp_path / "out")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, ignore_mismatched_sizes=True)
+    inputs = dict(some_data("text-classification").inputs)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(plain, str(out)).eval()(**inputs).logits
+        assert torch.allclose(found, model.logits(inputs), atol=1e-5)

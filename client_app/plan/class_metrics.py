@@ -1,0 +1,56 @@
+"""Scores of classifications beyond accuracy: F1, the area under the ROC curve, and how far to trust probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ECE_BINS = 15
+
+
+def class_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Scores of ``logits [n, C]`` against ``labels [n]``, on the CPU; what cannot be computed is left out.
+
+    ``f1`` see :func:`macro_f1`. ``auroc``: see :func:`macro_auroc`; only where a class tells some examples from others.
+    ``ece``: expected calibration error, the mean distance of the probability of the answer from its accuracy, over 15
+    equal bins (Guo et al. 2017, equation 3). It needs probabilities that are finite.
+    """
+    found = {"f1": macro_f1(logits.argmax(dim=-1), labels, logits.shape[-1])}
+    probabilities = logits.double().softmax(dim=-1)
+    if not bool(probabilities.isfinite().all()):
+        return found
+    area = macro_auroc(probabilities, labels)
+    return found | ({} if area is None else {"auroc": area}) | {"ece": calibration_error(probabilities, labels)}
+
+
+def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:
+    """Mean over classes of F1, ``answers`` and ``labels`` ``[n]``; classes that occur in neither do not count."""
+    from torchmetrics.functional.classification import multiclass_f1_score
+
+    return float(multiclass_f1_score(answers, labels, num_classes=max(classes, 2), average="macro"))
+
+
+def macro_auroc(probabilities: Tensor, labels: Tensor) -> float | None:
+    """Mean over classes of the area under the ROC curve, each class against the rest; None where there is none.
+
+    Classes without an example, or with all of them, have no curve and do not count (torchmetrics' own mean over classes
+    counts them as 0). Two classes have one and the same area.
+
+    Args:
+        probabilities: ``[n, C]``.
+        labels: ``[n]``.
+    """
+    from torchmetrics.functional.classification import binary_auroc
+
+    counts = torch.bincount(labels, minlength=probabilities.shape[1])
+    told = ((counts > 0) & (counts < len(labels))).nonzero().flatten().tolist()
+    areas = [float(binary_auroc(probabilities[:, c], (labels == c).long())) for c in told]
+    return sum(areas) / len(areas) if areas else None
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Expected calibration error of ``probabilities [n, C]`` for ``labels [n]``."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    classes = max(probabilities.shape[1], 2)
+    return float(multiclass_calibration_error(probabilities, labels, num_classes=classes, n_bins=ECE_BINS))
