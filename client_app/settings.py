@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import os
 import re
 from collections.abc import Mapping
@@ -203,7 +204,7 @@ class Settings:
 
 NODE_ONLY = (
     *("client-id", "state-dir", "partition-id", "num-partitions", "lora-r", "lora-alpha", "lora-dropout"),
-    *("start-adapter", "start-slot", "alignments", "client.accept-keys"),
+    *("start-adapter", "start-slot", "alignments", "client.accept-keys", "client.base-models"),
 )
 """Keys of node-config that are no field of a dataclass here."""
 
@@ -238,6 +239,7 @@ def read_settings(context: Context) -> Settings:
     node, run = context.node_config, context.run_config
     require_node_keys(node)
     _require_accepted(node, run)
+    _require_base(node, run)
     data = _read(DataSettings, node, run)
     has_partition = "partition-id" in node and "num-partitions" in node
     if not has_partition and not data.data_path:
@@ -307,6 +309,21 @@ def _require_accepted(node: Config, run: Config) -> None:
                 f"{key} = {run[key]!r} is run-config's, and this client takes it from its own node-config alone; to "
                 f"accept a run's, set client.accept-keys='{key}' there"
             )
+
+
+def _require_base(node: Config, run: Config) -> None:
+    """Which model a run may name is anybody's by default: weights are read from safetensors, and bring no code.
+
+    ``client.base-models`` in node-config, and only there, bounds it: names, or patterns like ``Qwen/*``, with commas.
+    """
+    patterns = [name.strip() for name in str(node.get("client.base-models", "")).split(",") if name.strip()]
+    asked = str(run.get("base-model", ""))
+    if not patterns or not asked or "base-model" in node:
+        return
+    if not any(fnmatch.fnmatchcase(asked, pattern) for pattern in patterns):
+        raise SettingsError(
+            f"base-model = {asked!r} is run-config's, and this client's client.base-models is {', '.join(patterns)}"
+        )
 
 
 def default_state_dir() -> Path:

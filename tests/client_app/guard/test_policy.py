@@ -44,6 +44,17 @@ def test_run_config_makes_a_bound_stricter_and_never_looser() -> None:
         policy_of({"client.max-steps": -1}, {})
 
 
+def test_the_owner_bounds_which_base_model_a_run_names() -> None:
+    asked = {"base-model": "org/other"}
+    policy_of({}, asked)  # any, by default
+    policy_of({"client.base-models": "Qwen/*, org/*"}, asked)
+    policy_of({"client.base-models": "Qwen/*", "base-model": "org/mine"}, asked)  # its own, whatever a run says
+    policy_of({"client.base-models": "Qwen/*"}, {})
+    for said in (asked, asked | {"client.base-models": "*"}):
+        with pytest.raises(SettingsError, match=r"'org/other' is run-config's, .* client\.base-models is Qwen/\*$"):
+            policy_of({"client.base-models": "Qwen/*"}, said)
+
+
 BOUNDS: dict[str, tuple[Policy, plan_pb2.Plan, dict[str, bytes], str]] = {
     "steps": (Policy(max_steps=9), plan_of(steps.train(TRAINING, MIX, ["local"])), {}, "max-steps is 9, .* has 10"),
     "steps of a distillation": (

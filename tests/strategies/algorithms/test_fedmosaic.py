@@ -21,7 +21,8 @@ from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedmosaic import GATES, GLOBAL, LOCAL, SKETCH, FedMosaic, FedMosaicOptions, mosaic
 from strategies.framework.answers import answer_from, client_from
-from strategies.framework.exchange import Answer, BadAnswerError, Client, StrategyError
+from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client, StrategyError
+from strategies.framework.limits import unsound
 from strategies.framework.options import OptionError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import REFERENCE, FakeNode, dispatch_of, layout_of, noise
@@ -379,3 +380,15 @@ def test_clients_that_do_not_fit_are_refused_by_name() -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong)).replace("_", "-")):
         FedMosaicOptions(**wrong)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_merged_for_a_brief_is_within_what_an_upload_may_have(seed: int) -> None:
+    """Weights are shares, so that a merge which is made as it is sent needs no check of its own."""
+    names = ["ada", "ben", "cyd", "dan", "eve"]
+    layout = layout_of()
+    uploads = {name: Adapter(layout, torch.full((layout.size,), MAX_NUMBER)) for name in names}
+    shares = torch.softmax(10 * torch.randn(5, generator=torch.Generator().manual_seed(seed)).double(), 0).tolist()
+    for weights in (shares, [0.1, 0.0, 0.3, 0.2, 0.4]):
+        merged = mosaic(uploads["ada"], uploads, {}, dict(zip(names, weights, strict=True)))
+        assert unsound({"merged": merged.vector}) is None
