@@ -105,10 +105,15 @@ def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], ren
         renew: make these anew: ids of clients, or ``server`` (every client then needs the new ``ca.crt``).
 
     Raises:
-        CertificateError: the server's certificate does not name a host; an unknown name to renew.
+        CertificateError: the server's certificate does not name a host; an unknown name to renew; a client id that is
+            no file name.
     """
     public, server = folder / "public", folder / "server"
     clients, renew, hosts = list(clients), set(renew), set(hosts)
+    from strategies.framework.answers import CLIENT_ID  # with it comes Flower
+
+    if bad := [name for name in clients if not CLIENT_ID.fullmatch(name)]:
+        raise CertificateError(f"client id {bad[0]!r}, expected letters, digits and ._- only, 64 at most")
     known = dict.fromkeys([*clients, *sorted(path.stem for path in public.glob("*.pub"))])
     if unknown := renew - {*known, "server"}:
         raise CertificateError(f"cannot renew {', '.join(sorted(unknown))}: expected server, {', '.join(known)}")

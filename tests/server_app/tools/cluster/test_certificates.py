@@ -135,3 +135,10 @@ def test_a_certificate_that_lacks_a_host_is_no_success(tmp_path: Path) -> None:
     make_missing(tmp_path, ["superlink", "127.0.0.1"], [])
     with pytest.raises(CertificateError, match=r"does not name other.example.org; renew 'server'"):
         make_missing(tmp_path, ["superlink", "other.example.org"], [])
+
+
+def test_a_client_id_that_is_no_file_name_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    for name in ("b/c", "../b", ""):
+        with pytest.raises(CertificateError, match=r"client id .*, expected letters"):
+            make_missing(tmp_path / "certs", ["localhost"], ["a", name])
+    assert not (tmp_path / "certs").exists()
