@@ -18,6 +18,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -57,6 +58,11 @@ class FileRow:
         if size < 0 or size % 4:
             raise BankError(f"{path} is torn: {size} bytes of float32 numbers")
         self.size = size // 4
+
+    @cached_property
+    def sha256(self) -> str:
+        """:func:`digest_of` the row, which never changes: taken once."""
+        return digest_of(self)
 
     def read(self, start: int, out: Numbers) -> None:
         """Straight into ``out``; the file is opened each time, since a process may have fewer open files than rows."""

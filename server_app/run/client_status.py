@@ -10,7 +10,7 @@ from flwr.app import Message
 from fedalloy_adapters.codec import CodecErrorCode
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
-from server_app.run.federation import NODE_UNAVAILABLE
+from server_app.run.exchange import NODE_UNAVAILABLE
 from server_app.run.reasons import reason_of
 from server_app.run.replies import REFUSED
 from strategies.framework.exchange import Answer, Client

@@ -19,17 +19,14 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server_app.run.enrolment import Enrolment
-from server_app.run.replies import MESSAGE_UNAVAILABLE, Intake, error_reply
+from server_app.run.exchange import Exchange
+from server_app.run.replies import MESSAGE_UNAVAILABLE, Intake
 from strategies.framework.dispatch import register_message
 from strategies.framework.exchange import Client
 
 Say = Callable[[str], None]
 Make = Callable[[], Message]
 """Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
-NODE_UNAVAILABLE, APP_STOPPED = 5, 8
-"""Flower's error codes for a client that is gone, and for one whose process ended (facts of 1.39)."""
-ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
-"""How often a client is asked at most, by error."""
 LOOK_SECONDS = 1.0
 SAY_SECONDS = 10.0
 
@@ -142,7 +139,8 @@ class Federation:
     def present(self, watch: Watch) -> list[Client]:
         """Enrolled clients whose nodes are online now, in order of id; unknown nodes are asked who they are."""
         self._look_around(watch, now=True)
-        self._pull({})
+        for _ in self._pull({}):
+            pass
         return [client for _, client in sorted(self.enrolment.clients.items()) if client.node_id in self._nodes]
 
     # ----------------------------------------------------------------------------------------------------- messages
@@ -154,70 +152,44 @@ class Federation:
         watch: Watch,
         enough: Callable[[], bool] = lambda: True,
         again: Callable[[str, Message], bool] = lambda client_id, reply: False,
+        quorate: Callable[[], bool] = lambda: False,
+        grace: float = 0.0,
     ) -> Iterator[Reply]:
         """Push one message per client and yield replies as they arrive; None for those that do not in ``timeout`` s.
 
         A client whose process died is asked again. One whose node is gone is waited for only as long as there are not
         ``enough`` usable answers without it; when it is back, it is asked again. One whose reply makes ``again`` true
-        is asked again at once.
+        is asked again at once. From the moment on when the answers are ``quorate``, the others have ``grace`` seconds.
         """
+        exchange = Exchange(self, makes, watch)
         started = time.monotonic()
-        waiting: dict[str, str] = {}
-        lost: dict[str, Message] = {}
-        attempts = dict.fromkeys(makes, 0)
-
-        def push(client_id: str) -> None:
-            attempts[client_id] += 1
-            message = makes[client_id]()
-            watch.pushing(client_id)
-            taken = [message_id for message_id in self.grid.push_messages([message]) if message_id]
-            waiting.update(dict.fromkeys(taken, client_id))
-            watch.pushed(client_id, message)
-            if not taken:  # the node went away in between
-                lost[client_id] = error_reply(
-                    "", NODE_UNAVAILABLE, "the SuperLink did not take the message for this node"
-                )
-                self._nodes.pop(self._node_of(client_id), None)
-
-        for client_id in makes:
-            push(client_id)
-        next_word = started
-        while waiting or (lost and not enough()):
-            for reply in self._pull(waiting):
-                client_id = waiting.pop(reply.metadata.reply_to_message_id)
-                if again(client_id, reply):
-                    watch.lost(client_id, reply)
-                    push(client_id)
-                    continue
-                if reply.has_error() and attempts[client_id] < ATTEMPTS.get(reply.error.code, 0):
-                    lost[client_id] = reply
-                    if reply.error.code == NODE_UNAVAILABLE:  # until the next look says that it is back
-                        self._nodes.pop(self._node_of(client_id), None)
-                    continue
-                yield Reply(client_id, reply, time.monotonic() - started, attempts[client_id])
+        next_word, next_pull, ends = started, started, started + timeout
+        while exchange.is_open or (exchange.lost and not enough()):
+            exchange.push()
+            if time.monotonic() >= next_pull:  # not after each push: a look costs the SuperLink more
+                for reply in self._pull(exchange.waiting):
+                    found = exchange.taken(reply, again)
+                    if found is not None:
+                        yield found
+                next_pull = time.monotonic() + self.poll_interval
             now = time.monotonic()
-            if now - started > timeout:
+            if quorate():
+                ends = min(ends, now + grace)
+            if now > ends:
                 break
             self._look_around(watch)
-            for client_id in [name for name in lost if self._is_online(name)]:
-                watch.lost(client_id, lost.pop(client_id))
+            for client_id in [name for name in exchange.lost if self.is_online(name)]:
                 self.say(f"{client_id} is back and is asked again")
-                push(client_id)
-            if lost and now >= next_word and (waiting or not enough()):
-                self.say(_waiting_for(lost, waiting, timeout - (now - started), enough()))
+                exchange.again(client_id)
+            if exchange.lost and now >= next_word and (exchange.waiting or not enough()):
+                self.say(_waiting_for(exchange.lost, exchange.waiting, ends - now, enough()))
                 next_word = now + SAY_SECONDS
-            if waiting or lost:
-                time.sleep(self.poll_interval)
-        for client_id, message in lost.items():
-            yield Reply(client_id, message, time.monotonic() - started, attempts[client_id])
-        for message_id, client_id in waiting.items():
-            self._overdue[message_id] = client_id
-            yield Reply(client_id, None, time.monotonic() - started, attempts[client_id])
+            exchange.wait(self.poll_interval)
+        yield from exchange.left()
 
-    def _pull(self, waiting: Mapping[str, str]) -> list[Message]:
+    def _pull(self, waiting: Mapping[str, str]) -> Iterator[Message]:
         """Replies to these messages (to clients by id); others are dealt with here, each message is answered once."""
-        ids = dict.fromkeys([*waiting, *self._asking, *self._overdue])
-        found: dict[str, Message] = {}
+        ids, names = dict.fromkeys([*waiting, *self._asking, *self._overdue]), dict(waiting)
         for reply in self.intake.pull(list(ids)):
             message_id = reply.metadata.reply_to_message_id
             if message_id in self._asking:
@@ -226,8 +198,8 @@ class Federation:
                     self._asked.discard(node_id)  # its answer was lost: asked again at the next look
                 else:
                     self._welcome(node_id, Reply(f"node {node_id}", reply, time.monotonic() - asked))
-            elif message_id in waiting and message_id not in found:
-                found[message_id] = reply
+            elif message_id in waiting:
+                yield reply
             else:  # too late, or once more: taken off the SuperLink, and told
                 overdue = self._overdue.pop(message_id, None)
                 if overdue is not None and overdue.startswith("node ") and not reply.has_error():
@@ -235,11 +207,23 @@ class Federation:
                     self.enrolment.forgive(self._node_of(overdue))
                     self._welcome(self._node_of(overdue), Reply(overdue, reply, 0.0))
                 elif not (reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID):
-                    name = overdue or waiting.get(message_id, "somebody")
+                    name = overdue or names.get(message_id, "somebody")
                     self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
-        return list(found.values())
 
-    def _is_online(self, client_id: str) -> bool:
+    def push(self, message: Message) -> str | None:
+        """The message's id; None where the SuperLink did not take it: the node went away in between."""
+        return next((message_id for message_id in self.grid.push_messages([message]) if message_id), None)
+
+    def overdue(self, message_id: str, client_id: str) -> None:
+        """Nobody waits for the answer to this any more; it is taken off the SuperLink when it comes."""
+        self._overdue[message_id] = client_id
+
+    def gone(self, client_id: str) -> None:
+        """The client is not there until the next look says that it is back."""
+        self._nodes.pop(self._node_of(client_id), None)
+
+    def is_online(self, client_id: str) -> bool:
+        """Whether the client's node was there at the last look."""
         return self._node_of(client_id) in self._nodes
 
     def _node_of(self, client_id: str) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.common.logger import log
 
+from server_app.run.asking import Asking
 from server_app.run.client_status import OK, ClientRecord
 from server_app.run.federation import SAY_SECONDS, NotEnoughClientsError
 from server_app.run.last_counters import last_counters
@@ -64,7 +65,8 @@ def deliver_late(run: Run) -> None:
     here = _wait_for(run, wanted, round_)
     answers: dict[str, Answer] = {}
     briefs = {client: run.strategy.deliver(client) for client in here}
-    records = run.ask("deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), 1)
+    asking = Asking(run, "deliver", round_, briefs, 1)
+    records = asking.carry_out(lambda _, client, answer: answers.update({client.id: answer}))
     run.record("deliver", round_, {**last_delivery(run.directory), **records}, started)
     last_counters(run, round_ + 1)
     summary: dict[str, Any] = json.loads((run.directory.path / "summary.json").read_text())

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedalloy_adapters.words import one_line
 from server_app.ledger.recorder import Booking, WireLog, explained
 from server_app.run import client_status
-from server_app.run.client_status import OK, REJECTED, ClientRecord
+from server_app.run.asking import Asking
+from server_app.run.client_status import REJECTED, ClientRecord
 from server_app.run.enrolment import Enrolment
 from server_app.run.evaluations import spared
-from server_app.run.federation import SAY_SECONDS, Federation, Make, NotEnoughClientsError, Reply, require_all
+from server_app.run.federation import SAY_SECONDS, Federation, NotEnoughClientsError, Reply, require_all
 from server_app.run.last_counters import last_counters
 from server_app.run.late_delivery import deliver_late
 from server_app.run.options import RunOptions, as_toml, read_run_options
+from server_app.run.participants import choose, named
 from server_app.run.resume import (
     changed_code,
     checkpoint_of,
@@ -36,11 +36,9 @@ from server_app.run.run_directory import Checkpoint, RunDirectory
 from server_app.run.strikes import Strikes
 from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
-from strategies.framework.answers import answer_from
-from strategies.framework.dispatch import Dispatch
-from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
+from strategies.framework.exchange import Answer, Client
 from strategies.framework.holdings import Holdings
-from strategies.framework.limits import unsound, within_round
+from strategies.framework.limits import unsound
 
 INFO, WARNING = 20, 30
 
@@ -93,13 +91,15 @@ class Run:
         self.name = name
         self.run_key = directory.run_key()
         self.enrolment = Enrolment(strategy, directory)
+        strategy.storage.spill_to(directory.path / "bank", int(options.bank_memory_mb * 10**6))
         self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
         self.holdings = Holdings(strategy.storage)
         self.strikes = Strikes(options.strikes)
         self.completed = 0
         self.training_seconds = 0.0
         self.started = time.monotonic()
-        self._round_now = 0
+        self.round_now = 0
+        self.answer_seconds: dict[str, float] = {}  # of each client's last answer
         self._registered: dict[str, ClientRecord] = {}
 
     def run(self) -> None:
@@ -122,6 +122,7 @@ class Run:
     def _continue_from(self, checkpoint: Checkpoint) -> None:
         self.completed = checkpoint.round
         self.training_seconds = checkpoint.run["training_seconds"]
+        self.answer_seconds = dict(checkpoint.run.get("answer_seconds", {}))
         self.started -= checkpoint.run["seconds"]
         self.strikes = Strikes(self.options.strikes, checkpoint.run.get("strikes"))
         record = checkpoint.run["record"]
@@ -163,7 +164,7 @@ class Run:
     def _arrived(self, reply: Reply, client: Client | None) -> None:
         """A node has said who it is, at the start or while a round runs."""
         reading = client.registration.wire if client is not None else None
-        self.wire.arrived(self._round_now, reply.client_id, "query", reply.message, reading)
+        self.wire.arrived(self.round_now, reply.client_id, "query", reply.message, reading)
         if client is None:
             return
         self.wire.registered(reply.client_id, client.id)
@@ -179,7 +180,7 @@ class Run:
         Raises:
             NotEnoughClientsError: they did not come within ``startup-timeout``.
         """
-        self._round_now = round_
+        self.round_now = round_
         started, next_word = time.monotonic(), 0.0
         while True:
             watch = Booking(self.wire, round_, "query")
@@ -203,14 +204,18 @@ class Run:
     def _round(self, round_: int) -> None:
         started = time.monotonic()
         present = self.gather(round_)
+        wanted = named(present, self.options.clients)
+        if not wanted:
+            here = ", ".join(client.id for client in present)
+            raise NotEnoughClientsError(f"clients = {self.options.clients!r} names none of those that are here: {here}")
         everyone = self.strategy.needs_everyone(round_)
-        due = present if everyone else self.strikes.due(round_, present, self.options.least)
+        due = wanted if everyone else self.strikes.due(round_, wanted, self.options.least)
         chosen = self._sample(round_, due)
         needed = min(self.options.least, len(chosen))
         briefs = {c: spared(self.strategy.brief(round_, c), round_, self.options) for c in chosen}
-        records = self.ask("train", round_, briefs, self.strategy.absorb, needed)
+        records = Asking(self, "train", round_, briefs, needed).carry_out(self.strategy.absorb)
         self.strikes.book(round_, records)
-        records |= self._absent(present) | self.strikes.resting(present, due)
+        records |= self._absent(present) | self.strikes.resting(wanted, due)
         answered = client_status.usable(records)
         if answered < needed:
             self.record("train", round_, records, started)
@@ -227,12 +232,12 @@ class Run:
     def _settle(self, round_: int) -> dict[str, Any]:
         """Merge; what the server would not take from a client it does not make itself: then the last state stays."""
         settled = dict(self.strategy.settle(round_))
-        reason = unsound(self.strategy.state().tensors)
+        reason = unsound(self.strategy.state())
         before = self.directory.newest_checkpoint() if reason is not None else None
         if reason is None or before is None:
             return settled
         log(WARNING, "round %d is not merged: %s", round_, reason)
-        Holdings().take_from(before.state)  # clients hold what this round has sent them
+        Holdings(self.strategy.storage).take_from(before.state)  # clients hold what this round has sent them
         self.strategy.load_state(before.state)
         return settled | {"unsound": reason}
 
@@ -242,6 +247,7 @@ class Run:
             "code": code_versions(),
             "strikes": self.strikes.saved(),
             "training_seconds": self.training_seconds,
+            "answer_seconds": self.answer_seconds,
             "seconds": time.monotonic() - self.started,
             "record": record,
         }
@@ -256,116 +262,24 @@ class Run:
         answers: dict[str, Answer] = {}
         briefs = {client: self.strategy.deliver(client) for client in present}
         needed = min(self.options.least, len(briefs))
-        records = self.ask(
-            "deliver", round_, briefs, lambda _, client, answer: answers.update({client.id: answer}), needed
-        )
+        asking = Asking(self, "deliver", round_, briefs, needed)
+        records = asking.carry_out(lambda _, client, answer: answers.update({client.id: answer}))
         self.record("deliver", round_, records | self._absent(present), started)
         return answers
 
-    # ------------------------------------------------------------------------------------------------------- messages
-
-    def ask(
-        self,
-        phase: str,
-        round_: int,
-        briefs: Mapping[Client, Brief],
-        absorb: Callable[[int, Client, Answer], None],
-        needed: int,
-    ) -> dict[str, ClientRecord]:
-        """Send every client its brief; absorb good answers as they arrive; a record for every client asked."""
-        self._round_now = round_
-        clients = {client.id: client for client in briefs}
-        dispatches: dict[str, Dispatch] = {}
-        tensors: dict[str, Mapping[str, int]] = {}
-        records: dict[str, ClientRecord] = {}
-        whole: set[str] = set()
-
-        def make(client_id: str) -> Message:
-            client = clients[client_id]
-            dispatch = self.strategy.dispatch(
-                round_, client, briefs[client], self.name, self.run_key, self.holdings.of(client_id)
-            )
-            message = dispatch.message(self.enrolment.clients[client_id].node_id, ttl=self.options.round_timeout + 60)
-            self.federation.intake.expect(dispatch.max_answer_bytes)
-            tensors[client_id] = dispatch.down_by_encoding()
-            dispatches[client_id] = replace(dispatch, content=RecordDict())  # once sent, the blobs are the SuperLink's
-            return message
-
-        def again(client_id: str, reply: Message) -> bool:
-            """A client that has lost what it held (its disk, or a round whose answer did not arrive) gets all of it."""
-            lost = client_status.has_lost_reference(reply) and self.holdings.forget(client_id)
-            whole.update({client_id} if lost else ())
-            return lost
-
-        def enough() -> bool:
-            return client_status.usable(records) >= needed
-
-        asks: dict[str, Make] = {name: lambda name=name: make(name) for name in clients}  # type: ignore[misc]
-        watch = Booking(self.wire, round_, phase, tensors)
-        answers: dict[str, Answer] = {}
-        slowest = 0.0
-        for reply in self.federation.exchange(asks, self.options.round_timeout, watch, enough, again):
-            client = clients[reply.client_id]
-            records[client.id] = record = self._read(phase, round_, client, dispatches.pop(client.id), reply, answers)
-            if client.id in whole:
-                record["sent_whole"] = True  # it did not hold what the server thought
-            (self.holdings.answered if record["status"] == OK else self.holdings.forget)(client.id)
-            slowest = max(slowest, min(float(record.get("train_seconds", 0.0)), reply.seconds))  # theirs is a claim
-            level = INFO if record["status"] == OK else WARNING
-            log(level, "[%s %d] %s: %s", phase, round_, client.id, client_status.line(record))
-        self.holdings.tidy()
-        self.training_seconds += slowest
-        # When all are here: how long an update may be is a matter of what the others sent.
-        for name, answer in within_round(self.strategy.limits, answers).items():
-            try:
-                absorb(round_, clients[name], answer)
-            except StrategyError as error:
-                records[name] |= {"status": REJECTED, "reason": str(error)}
-                log(WARNING, "[%s %d] %s: %s", phase, round_, name, client_status.line(records[name]))
-                continue
-            if answer.clipped:
-                records[name]["clipped"] = client_status.clipped(answer)
-                log(WARNING, "[%s %d] %s: %s", phase, round_, name, client_status.clipped_line(records[name]))
-        return dict(sorted(records.items()))
-
-    def _read(
-        self,
-        phase: str,
-        round_: int,
-        client: Client,
-        dispatch: Dispatch,
-        reply: Reply,
-        answers: dict[str, Answer],
-    ) -> ClientRecord:
-        record: ClientRecord = {"seconds": round(reply.seconds, 3)}
-        if reply.attempts > 1:
-            record["attempts"] = reply.attempts
-        if reply.message is None or reply.message.has_error():
-            self.wire.arrived(round_, client.id, phase, reply.message)
-            if reply.message is None:
-                return record | client_status.of_silence(self.options.round_timeout)
-            return record | client_status.of_error(reply.message)
-        try:
-            answer = answer_from(dispatch, reply.message, self.strategy.limits)
-        except BadAnswerError as error:
-            self.wire.arrived(round_, client.id, phase, reply.message, None, dispatch)
-            return record | {"status": REJECTED, "reason": str(error)}
-        self.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
-        answers[client.id] = answer
-        return record | client_status.of_answer(answer, dispatch.residuals)
-
-    def _clients(self) -> list[Client]:
-        return [self.enrolment.clients[client_id] for client_id in sorted(self.enrolment.clients)]
-
     def _absent(self, present: list[Client]) -> dict[str, ClientRecord]:
-        return {client.id: {"status": client_status.ABSENT} for client in self._clients() if client not in present}
+        return {
+            client.id: {"status": client_status.ABSENT}
+            for _, client in sorted(self.enrolment.clients.items())
+            if client not in present
+        }
 
     def _sample(self, round_: int, clients: list[Client]) -> list[Client]:
-        count = max(self.options.least, round(self.options.fraction_clients * len(clients)))
-        if count >= len(clients) or self.strategy.needs_everyone(round_):
+        if self.strategy.needs_everyone(round_):
             return clients
-        chosen = random.Random(f"{self.options.seed}:{round_}").sample(clients, count)
-        return sorted(chosen, key=lambda client: client.id)
+        count = max(self.options.least, round(self.options.fraction_clients * len(clients)))
+        kind = self.strategy.participants or self.options.participants
+        return choose(kind, clients, count, round_=round_, seed=self.options.seed, seconds=self.answer_seconds)
 
     def record(
         self, phase: str, round_: int, clients: Mapping[str, ClientRecord], started: float, **more: Any
@@ -393,7 +307,7 @@ class Run:
     def _summarise(self, final: Mapping[str, Answer]) -> None:
         clients = {
             client.id: {**final[client.id].metrics["personal"], "examples": client.examples}
-            for client in self._clients()
+            for _, client in sorted(self.enrolment.clients.items())
             if client.id in final
         }
         summary = summary_of(

@@ -55,6 +55,16 @@ class RunOptions:
     SuperNodes that are online as the run starts must be taken in, two at least; a round settles with two answers."""
     fraction_clients: float = 1.0
     """Share of the registered clients that is asked in each round."""
+    participants: str = "random"
+    """Who is asked where ``fraction-clients`` is below 1: ``random``, ``round-robin``, or ``fastest``: those that
+    answered soonest so far, twice as many in each round until all are in."""
+    clients: str = ""
+    """Names of clients that get a plan, or patterns like ``site-*``, with commas between. Empty: all."""
+    quorum: int = 0
+    """The round ends when so many clients have answered and ``grace`` seconds have passed since; answers that come
+    later count for nothing. 0: it waits for all, at most ``round-timeout`` seconds."""
+    grace: float = 10.0
+    """Seconds for the others once there is a ``quorum``."""
     round_timeout: float = 600.0
     """Seconds after which a round goes on without the clients that have not answered."""
     strikes: int = 3
@@ -69,6 +79,8 @@ class RunOptions:
     evaluate_examples: int = 256
     """Examples of each task at most in a round's evaluation, the same ones in every round; 0: all. The models that are
     delivered at the end are evaluated on all."""
+    bank_memory_mb: float = 1024.0
+    """Megabytes of clients' adapters that the server keeps in memory; what is beyond is in files of the run folder."""
     keep_checkpoints: int = 2
     """Checkpoints kept on disk, the newest ones; clients keep as many earlier states of their slots."""
 
@@ -90,6 +102,10 @@ class RunOptions:
         require_range("strikes", self.strikes, 0)
         require_range("startup-timeout", self.startup_timeout, 1)
         require_range("poll-interval", self.poll_interval, 0.01, 60)
+        require_range("quorum", self.quorum, 0)
+        require_range("grace", self.grace, 0)
+        require_range("bank-memory-mb", self.bank_memory_mb, 0)
+        require_choice("participants", self.participants, ("random", "round-robin", "fastest"))
         require_range("keep-checkpoints", self.keep_checkpoints, 1)
         if self.deliver and not self.resume:
             raise OptionError(f"deliver = {self.deliver!r} without resume, expected the folder of a finished run there")

@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -65,6 +66,12 @@ MAX_ITEMS = 1000
 """Values in one of Flower's records; ours has one."""
 OBJECTS_A_TURN = 100
 """Of one upload, before the others have theirs. Honest answers have fewer: a chunk has 5 MiB."""
+WINDOW = 64
+"""Messages that one look asks for."""
+AT_ONCE = 4
+"""Replies whose objects are fetched side by side."""
+BATCH = 8
+"""Messages that a grid without objects is asked for at once: it hands over whole replies."""
 PAUSE_SECONDS = 1.0
 """Longest pause between two looks for the next object of an upload that has not ended."""
 
@@ -127,34 +134,58 @@ class Intake:
         self.max_bytes = MAX_MESSAGE_BYTES + MAX_LISTING_BYTES
         self._uploads: dict[str, _Upload] = {}
         self._one_by_one = False
+        self._asked: dict[str, int] = {}  # when each message was asked for last
+        self._turn = 0
+        self._pool = ThreadPoolExecutor(AT_ONCE)
 
     def expect(self, max_bytes: int) -> None:
         """Allow answers of up to ``max_bytes`` from now on, and what Flower writes around them."""
         self.max_bytes = max(self.max_bytes, max_bytes + MAX_LISTING_BYTES)
 
-    def pull(self, ids: list[str]) -> list[Message]:
-        """Replies to these messages that are complete, or (:data:`REFUSED`, :data:`FAILED`) cannot be accepted.
+    def pull(self, ids: list[str]) -> Iterator[Message]:
+        """Yield replies to these messages that are complete, or (:data:`REFUSED`, :data:`FAILED`) cannot be accepted.
 
-        Each is returned once. One whose objects are not all here stays: it comes with a later call, or not at all. Of
-        each node only one stays, that whose message comes first in ``ids``.
+        A look asks for at most :data:`WINDOW` messages, those first that were asked for longest ago: its cost does not
+        grow with those who are silent. Objects of a few replies are fetched side by side, and no more of them before
+        the first is taken. Each is yielded once. One whose objects are not all here stays: it comes with a later call,
+        or not at all. Of each node only one stays, that whose message comes first in ``ids``.
         """
         if not isinstance(self.grid, HttpGrid):
-            return self._each(ids, self.grid.pull_messages)
+            for start in range(0, len(ids), BATCH):
+                yield from self._each(ids[start : start + BATCH], self.grid.pull_messages)
+            return
         grid = self.grid
         self._bound(grid)
-        found = self._each([name for name in ids if name not in self._uploads], lambda new: self._announced(grid, new))
+        yield from self._each(self._window(ids), lambda new: self._announced(grid, new))
         staying: dict[int, str] = {}
         for name in [name for name in ids if name in self._uploads]:
             staying.setdefault(self._uploads[name].metadata.src_node_id, name)
-        for name, upload in list(self._uploads.items()):
-            reply = self._look(grid, upload)
+        for name, upload, reply in self._looks(grid):
             if reply is None and staying.get(upload.metadata.src_node_id) != name:
                 self._confirm(grid, upload)
                 reply = make_message(upload.metadata, error=Error(REFUSED, "its node has begun another upload"))
             if reply is not None:
                 del self._uploads[name]
-                found.append(reply)
-        return found
+                yield reply
+
+    def _window(self, ids: list[str]) -> list[str]:
+        """Which messages to ask for now."""
+        asked = {name: self._asked.get(name, 0) for name in ids if name not in self._uploads}
+        chosen = sorted(asked, key=lambda name: asked[name])[:WINDOW]
+        self._turn += 1
+        self._asked = asked | dict.fromkeys(chosen, self._turn)
+        return chosen
+
+    def _looks(self, grid: HttpGrid) -> Iterator[tuple[str, _Upload, Message | None]]:
+        """:meth:`_look` at every upload, a few side by side."""
+        waiting: deque[tuple[str, _Upload, Future[Message | None]]] = deque()
+        for name, upload in list(self._uploads.items()):
+            waiting.append((name, upload, self._pool.submit(self._look, grid, upload)))
+            if len(waiting) == AT_ONCE:
+                name, upload, found = waiting.popleft()
+                yield name, upload, found.result()
+        for name, upload, found in waiting:
+            yield name, upload, found.result()
 
     def _each(self, ids: list[str], take: Callable[[list[str]], Iterable[Message]]) -> list[Message]:
         """All at once; after one that cannot be read, each alone.

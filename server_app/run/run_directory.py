@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedalloy_adapters.atomic_files import locked, open_private, private_folder, sync, write_durably
+from fedalloy_adapters.bank.store import BankError, FileRow, link
 from fedalloy_adapters.sealed_json import sealed, unsealed
 from strategies.framework.exchange import State
 
@@ -199,9 +200,11 @@ class RunDirectory:
             for unfinished in folder.glob(".round-*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             private_folder(staged)
+            rows = _link_rows(state.rows, staged / "rows")
             tensors = save({name: tensor.contiguous() for name, tensor in state.tensors.items()})
             digest = hashlib.sha256(tensors).hexdigest()
             written = {"round": round_, "values": state.values, "run": dict(run or {}), "sha256": digest}
+            written |= {"rows": rows}
             write_durably(staged / "state.safetensors", tensors)
             write_durably(staged / "state.json", sealed(written))
             shutil.rmtree(final, ignore_errors=True)
@@ -211,6 +214,8 @@ class RunDirectory:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise RunDirectoryError(_explain(self.path, error)) from error
+        except BankError as error:
+            raise RunDirectoryError(f"cannot write the run directory {self.path}: {error}") from error
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None; a torn one is passed over."""
@@ -220,8 +225,9 @@ class RunDirectory:
                 data = (folder / "state.safetensors").read_bytes()
                 if hashlib.sha256(data).hexdigest() != saved["sha256"]:
                     continue
-                return Checkpoint(int(saved["round"]), State(load(data), saved["values"]), saved["run"])
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                rows = _linked_rows(folder / "rows", saved.get("rows", {}))
+                return Checkpoint(int(saved["round"]), State(load(data), saved["values"], rows), saved["run"])
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError, BankError):
                 continue
         return None
 
@@ -274,6 +280,39 @@ def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def toml_string(text: str) -> str:
     """A TOML basic string on one line; what would end it, or is not printable, is escaped (TOML 1.0, "String")."""
     return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text) + '"'
+
+
+def _link_rows(rows: Mapping[str, FileRow], folder: Path) -> dict[str, dict[str, str]]:
+    """Other names for the rows' files, flushed to the disk; file and digest of the numbers by name.
+
+    Raises:
+        BankError: a row cannot be read or linked.
+        OSError: the folder cannot be written.
+    """
+    found: dict[str, dict[str, str]] = {}
+    if rows:
+        private_folder(folder)
+    for index, (name, row) in enumerate(rows.items()):
+        file = folder / f"{index:06d}.safetensors"
+        link(row, file)
+        sync(file)
+        found[name] = {"file": file.name, "sha256": row.sha256}
+    if rows:
+        sync(folder)
+    return found
+
+
+def _linked_rows(folder: Path, saved: Mapping[str, Mapping[str, str]]) -> dict[str, FileRow]:
+    """What :func:`_link_rows` has written.
+
+    Raises:
+        BankError: a file is not there, or is torn.
+    """
+    rows = {name: FileRow(folder / entry["file"]) for name, entry in saved.items()}
+    for name, row in rows.items():
+        if row.sha256 != saved[name]["sha256"]:
+            raise BankError(f"{row.path} is not what the checkpoint has written")
+    return rows
 
 
 def _explain(path: Path, error: OSError) -> str:

@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from statistics import median
 
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Made, tensor_of
 from strategies.framework.dispatch import Dispatch
-from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client
+from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client, State
 from strategies.framework.options import OptionError, require_choice, require_range
 
 MIN_FOR_MEDIAN = 3
@@ -109,12 +112,20 @@ def within_round(limits: Limits, answers: Mapping[str, Answer]) -> dict[str, Ans
         for name, length in by_client.items():
             if length > most:
                 answer = found[name]
-                adapter = answer.adapters[slot]
-                update = _update(adapter, answer.received.get(slot))
-                shorter = {**answer.adapters, slot: _shortened(adapter, update, most / length)}
-                clipped = {**answer.clipped, slot: float(update.norm())}
-                found[name] = replace(answer, adapters=shorter, clipped=clipped)
+                norm = float(_update(answer.adapters[slot], answer.received.get(slot)).norm())
+                shorter = _with_shorter(answer, slot, most / length)
+                found[name] = replace(answer, adapters=shorter, clipped={**answer.clipped, slot: norm})
     return found
+
+
+def _with_shorter(answer: Answer, slot: str, share: float) -> Mapping[str, Adapter]:
+    """The answer's uploads, one of them with only a share of its update; made when they are looked at."""
+
+    def shorter() -> Adapter:
+        adapter = answer.adapters[slot]
+        return _shortened(adapter, _update(adapter, answer.received.get(slot)), share)
+
+    return Made({name: partial(answer.adapters.__getitem__, name) for name in answer.adapters} | {slot: shorter})
 
 
 def _update(adapter: Adapter, received: Adapter | None) -> Tensor:
@@ -130,9 +141,10 @@ def _shortened(adapter: Adapter, update: Tensor, share: float) -> Adapter:
     return Adapter(adapter.layout, (adapter.vector.double() - update * (1 - share)).to(adapter.vector.dtype))
 
 
-def unsound(tensors: Mapping[str, Tensor]) -> str | None:
+def unsound(state: State) -> str | None:
     """What the server would refuse in an upload, it neither keeps nor sends: the first such tensor, in words."""
-    for name, tensor in tensors.items():
+    rows = ((name, tensor_of(row)) for name, row in state.rows.items())  # one at a time
+    for name, tensor in chain(state.tensors.items(), rows):
         if tensor.is_floating_point() and tensor.numel() and not float(tensor.abs().max()) <= MAX_NUMBER:
             return f"{name} has numbers up to {float(tensor.abs().max()):.3g}, expected at most {MAX_NUMBER:g}"
     return None

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Message
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank, Storage
 from fedalloy_adapters.codec import decode, encode
 from fedalloy_adapters.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -18,8 +19,8 @@ from server_app.run.federation import NotEnoughClientsError
 from server_app.run.options import RunOptions
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from server_app.run.summary import headline, summary_of
-from strategies.framework.exchange import MAX_NUMBER
-from strategies.framework.limits import Limits, within_round
+from strategies.framework.exchange import MAX_NUMBER, State
+from strategies.framework.limits import Limits, unsound, within_round
 from strategies.framework.options import OptionError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
@@ -74,6 +75,20 @@ def test_what_the_server_would_refuse_it_does_not_keep_either(tmp_path: Path) ->
     assert "unsound" not in settled[1]
     assert [set(found.values()) for found in statuses(directory)] == [{"ok"}] * 2
     assert max(float(tensor.abs().max()) for tensor in state_of(directory).values()) < MAX_NUMBER
+
+
+def test_numbers_in_the_files_of_the_bank_are_looked_at_too(tmp_path: Path) -> None:
+    storage = Storage()
+    storage.spill_to(tmp_path / "bank", 0)
+    bank = Bank(storage)
+    bank["ada"] = Adapter(LAYOUT, torch.ones(LAYOUT.size))
+    state = State()
+    state.keep("merge", bank)
+    assert list(state.rows) == ["merge/ada"], "not in memory"
+    assert unsound(state) is None
+    bank["ben"] = Adapter(LAYOUT, torch.full((LAYOUT.size,), 2e9))
+    state.keep("merge", bank)
+    assert unsound(state) == "merge/ben has numbers up to 2e+09, expected at most 1e+09"
 
 
 def test_a_claim_of_examples_counts_for_ten_times_the_median_at_most(tmp_path: Path) -> None:

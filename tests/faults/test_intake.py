@@ -255,9 +255,9 @@ def test_of_each_node_one_upload_may_be_unfinished() -> None:
         return list(grid.push_messages([register_message(node, 60.0)]))
 
     old, other = ask(3), ask(2)
-    assert intake.pull(old + other) == []
+    assert list(intake.pull(old + other)) == []
     new = ask(3)
-    given_up = intake.pull(new + old + other)
+    given_up = list(intake.pull(new + old + other))
     assert [reply.metadata.reply_to_message_id for reply in given_up] == old
     assert given_up[0].error.code == REFUSED
     assert link.confirmed == [given_up[0].metadata.message_id]

@@ -242,3 +242,24 @@ def test_what_resume_refuses(tmp_path: Path) -> None:
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(RunDirectoryError, match=r"another run-config: seed = 8, it was 7.*resume.toml"):
         run_nodes(tmp_path, NodeGrid(nodes()), resume=str(tmp_path / "run"), seed=8)
+
+
+def test_a_quorum_does_not_wait_for_the_last(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes(), misbehave={3: lambda plan, message, honest: []})
+    directory = run_nodes(tmp_path, grid, num_server_rounds=1, quorum=2, grace=0.0, round_timeout=3600.0)
+    (found,) = statuses(directory)
+    assert found == {"ada": "ok", "ben": "ok", "cyd": "late"}  # or the test would not end
+
+
+def test_only_named_clients_get_a_plan(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    directory = run_nodes(tmp_path, grid, num_server_rounds=1, clients="ada, c*")
+    (found,) = statuses(directory)
+    assert {name for name, status in found.items() if status == "ok"} == {"ada", "cyd"}
+
+
+def test_names_that_nobody_has_stop_the_run_and_say_who_is_here(tmp_path: Path) -> None:
+    with pytest.raises(
+        NotEnoughClientsError, match=r"clients = 'zoe' names none of those that are here: ada, ben, cyd"
+    ):
+        run_nodes(tmp_path, NodeGrid(nodes()), num_server_rounds=1, clients="zoe")

@@ -1,0 +1,142 @@
+"""One phase of a round: every client is sent its brief, answers are read as they arrive and absorbed when all are here.
+
+Nothing that grows with the clients stays in memory meanwhile: of a message that has been sent only what its answer must
+look like, and answers lie in the run's bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from flwr.app import Message, RecordDict
+from flwr.common.logger import log
+
+from fedalloy_adapters.bank.store import Bank
+from server_app.ledger.recorder import Booking
+from server_app.run import client_status
+from server_app.run.client_status import OK, REJECTED, ClientRecord
+from server_app.run.federation import Make, Reply
+from strategies.framework.answers import answer_from
+from strategies.framework.dispatch import Dispatch
+from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
+from strategies.framework.limits import within_round
+
+if TYPE_CHECKING:
+    from server_app.run.loop import Run
+
+INFO, WARNING = 20, 30
+
+
+class Asking:
+    """Who was asked what in one phase, and what came of it.
+
+    Args:
+        run: whose clients are asked.
+        phase: ``"train"`` or ``"deliver"``.
+        round_: its number.
+        briefs: what each client is sent and asked.
+        needed: usable answers without which clients that went away are waited for.
+    """
+
+    def __init__(self, run: Run, phase: str, round_: int, briefs: Mapping[Client, Brief], needed: int) -> None:
+        self.run = run
+        self.phase = phase
+        self.round = round_
+        self.needed = needed
+        self.records: dict[str, ClientRecord] = {}
+        self._briefs = briefs
+        self._clients = {client.id: client for client in briefs}
+        self._dispatches: dict[str, Dispatch] = {}
+        self._tensors: dict[str, Mapping[str, int]] = {}
+        self._whole: set[str] = set()
+        self._answers: dict[str, Answer] = {}
+
+    def carry_out(self, absorb: Callable[[int, Client, Answer], None]) -> dict[str, ClientRecord]:
+        """Ask everybody and absorb good answers; a record for every client asked."""
+        run, options = self.run, self.run.options
+        run.round_now = self.round
+        makes: dict[str, Make] = {name: lambda name=name: self._make(name) for name in self._clients}  # type: ignore[misc]
+        watch = Booking(run.wire, self.round, self.phase, self._tensors)
+        slowest = 0.0
+        for reply in run.federation.exchange(
+            makes, options.round_timeout, watch, self._enough, self._again, self._quorate, options.grace
+        ):
+            record = self._take(reply)
+            slowest = max(slowest, min(float(record.get("train_seconds", 0.0)), reply.seconds))  # theirs is a claim
+            self._log(reply.client_id, client_status.line(record), good=record["status"] == OK)
+        run.holdings.tidy()
+        run.training_seconds += slowest
+        # When all are here: how long an update may be is a matter of what the others sent.
+        for name, answer in within_round(run.strategy.limits, self._answers).items():
+            record = self.records[name]
+            try:
+                absorb(self.round, self._clients[name], answer)
+            except StrategyError as error:
+                record |= {"status": REJECTED, "reason": str(error)}
+                self._log(name, client_status.line(record))
+                continue
+            if answer.clipped:
+                record["clipped"] = client_status.clipped(answer)
+                self._log(name, client_status.clipped_line(record))
+        return dict(sorted(self.records.items()))
+
+    def _make(self, client_id: str) -> Message:
+        run, client = self.run, self._clients[client_id]
+        holding = run.holdings.of(client_id)
+        dispatch = run.strategy.dispatch(self.round, client, self._briefs[client], run.name, run.run_key, holding)
+        node_id = run.enrolment.clients[client_id].node_id
+        message = dispatch.message(node_id, ttl=run.options.round_timeout + 60)
+        run.federation.intake.expect(dispatch.max_answer_bytes)
+        self._tensors[client_id] = dispatch.down_by_encoding()
+        self._dispatches[client_id] = replace(dispatch, content=RecordDict())  # sent, the blobs are the SuperLink's
+        return message
+
+    def _again(self, client_id: str, reply: Message) -> bool:
+        """A client that has lost what it held (its disk, or a round whose answer did not arrive) gets all of it."""
+        lost = client_status.has_lost_reference(reply) and self.run.holdings.forget(client_id)
+        self._whole.update({client_id} if lost else ())
+        return lost
+
+    def _enough(self) -> bool:
+        return client_status.usable(self.records) >= self.needed
+
+    def _quorate(self) -> bool:
+        quorum = self.run.options.quorum
+        return bool(quorum) and client_status.usable(self.records) >= max(quorum, self.needed)
+
+    def _take(self, reply: Reply) -> ClientRecord:
+        client = self._clients[reply.client_id]
+        self.records[client.id] = record = self._read(client, self._dispatches.pop(client.id, None), reply)
+        if client.id in self._whole:
+            record["sent_whole"] = True  # it did not hold what the server thought
+        is_good = record["status"] == OK
+        (self.run.holdings.answered if is_good else self.run.holdings.forget)(client.id)
+        if is_good and self.phase == "train":
+            self.run.answer_seconds[client.id] = reply.seconds
+        return record
+
+    def _read(self, client: Client, dispatch: Dispatch | None, reply: Reply) -> ClientRecord:
+        run, phase, round_ = self.run, self.phase, self.round
+        record: ClientRecord = {"seconds": round(reply.seconds, 3)}
+        if reply.attempts > 1:
+            record["attempts"] = reply.attempts
+        if reply.message is None or reply.message.has_error() or dispatch is None:
+            run.wire.arrived(round_, client.id, phase, reply.message)
+            if reply.message is None:
+                return record | client_status.of_silence(min(run.options.round_timeout, reply.seconds))
+            return record | client_status.of_error(reply.message)
+        try:
+            answer = answer_from(dispatch, reply.message, run.strategy.limits)
+        except BadAnswerError as error:
+            run.wire.arrived(round_, client.id, phase, reply.message, None, dispatch)
+            return record | {"status": REJECTED, "reason": str(error)}
+        run.wire.arrived(round_, client.id, phase, reply.message, answer.report.wire, dispatch)
+        held = Bank(run.strategy.storage)
+        held.update(answer.adapters)
+        self._answers[client.id] = replace(answer, adapters=held)
+        return record | client_status.of_answer(answer, dispatch.residuals)
+
+    def _log(self, client_id: str, text: str, *, good: bool = False) -> None:
+        log(INFO if good else WARNING, "[%s %d] %s: %s", self.phase, self.round, client_id, text)
