@@ -60,6 +60,7 @@ from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
 from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
+from strategies.framework.exchange import MAX_NUMBER
 from strategies.framework.gates import gate_scale, require_gate_rate
 from strategies.framework.options import OptionError, require_choice, require_range
 
@@ -151,7 +152,8 @@ def mosaic(
         parts = [to_shared(bank[name]) for name in shared]
         weights = torch.tensor([list(shared.values())], dtype=torch.float64)
         result = with_shared(result, Adapter(parts[0].layout, combine_factors(parts, weights)[0]))
-    return result
+    # Weights are shares: only rounding can lead beyond what the server would take from a client.
+    return Adapter(result.layout, result.vector.clamp(-MAX_NUMBER, MAX_NUMBER))
 
 
 class FedMosaic(AlloyStrategy[FedMosaicOptions]):

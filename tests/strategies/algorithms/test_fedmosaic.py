@@ -384,7 +384,7 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_merged_for_a_brief_is_within_what_an_upload_may_have(seed: int) -> None:
-    """Weights are shares, so that a merge which is made as it is sent needs no check of its own."""
+    """Merges are made as they are sent, after the round's state was checked; rounding is all that could exceed it."""
     names = ["ada", "ben", "cyd", "dan", "eve"]
     layout = layout_of()
     uploads = {name: Adapter(layout, torch.full((layout.size,), MAX_NUMBER)) for name in names}
