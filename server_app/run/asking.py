@@ -125,7 +125,7 @@ class Asking:
         if reply.message is None or reply.message.has_error() or dispatch is None:
             run.wire.arrived(round_, client.id, phase, reply.message)
             if reply.message is None:
-                return record | client_status.of_silence(min(run.options.round_timeout, reply.seconds))
+                return record | client_status.of_silence(reply.seconds, run.options.round_timeout)
             return record | client_status.of_error(reply.message)
         try:
             answer = answer_from(dispatch, reply.message, run.strategy.limits)

@@ -53,9 +53,12 @@ def of_registration(client: Client, key: str, seconds: float) -> ClientRecord:
     }
 
 
-def of_silence(timeout: float) -> ClientRecord:
-    """No answer within ``round-timeout``."""
-    return {"status": LATE, "reason": f"no answer within {timeout:.0f} s"}
+def of_silence(waited: float, timeout: float) -> ClientRecord:
+    """No answer within ``round-timeout``, or, where a quorum ended the round before, within less (``cut_off``)."""
+    record: ClientRecord = {"status": LATE, "reason": f"no answer within {min(waited, timeout):.0f} s"}
+    if waited < timeout:
+        record |= {"reason": f"{record['reason']}, when the quorum's grace had passed", "cut_off": True}
+    return record
 
 
 def of_error(message: Message) -> ClientRecord:

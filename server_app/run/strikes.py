@@ -15,7 +15,8 @@ class Strikes:
     """How often each client has failed in a row, and in which round it is asked again.
 
     The first rest is one round, each further one twice as long, at most :data:`LONGEST_REST`. An answer that counts
-    clears all. A client that says that it failed, or whose node is gone, costs no wait and gets no strike.
+    clears all. A client that says that it failed, or whose node is gone, costs no wait and gets no strike; nor does one
+    that a quorum did not wait for: it may only be slow.
 
     Args:
         allowed: rounds in a row without a usable answer before a client rests; 0: none ever rests.
@@ -51,7 +52,7 @@ class Strikes:
         for name, record in records.items():
             if record["status"] == OK:
                 self._in_a_row.pop(name, None)
-            elif record["status"] in (LATE, REJECTED) and self.allowed:
+            elif record["status"] in (LATE, REJECTED) and self.allowed and not record.get("cut_off"):
                 count = self._in_a_row.get(name, (0, 0))[0] + 1
                 beyond = count - self.allowed
                 rest = min(2 ** min(beyond, 16), LONGEST_REST) if beyond >= 0 else 0

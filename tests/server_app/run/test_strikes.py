@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Message
 
 from proto.fedalloy.v1 import plan_pb2
-from server_app.run.client_status import FAILED, LATE, LEFT, OK, REJECTED, RESTED
+from server_app.run.client_status import FAILED, LATE, LEFT, OK, REJECTED, RESTED, of_silence
 from server_app.run.strikes import LONGEST_REST, Strikes
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.strategies.conftest import client_of, layout_of
@@ -39,6 +39,15 @@ def test_rests_become_longer(status: str) -> None:
 @pytest.mark.parametrize("status", [OK, FAILED, LEFT])
 def test_who_costs_no_wait_is_always_asked(status: str) -> None:
     assert asked(Strikes(3), 8, status) == list(range(1, 9))
+
+
+def test_who_is_slower_than_a_quorum_gets_no_strike() -> None:
+    strikes = Strikes(1)
+    for round_ in range(1, 6):
+        strikes.book(round_, {"a": of_silence(20.0, 60.0), "b": of_silence(60.5, 60.0)})
+    assert set(strikes.saved()) == {"b"}
+    assert of_silence(20.0, 60.0)["reason"] == "no answer within 20 s, when the quorum's grace had passed"
+    assert of_silence(60.5, 60.0) == {"status": LATE, "reason": "no answer within 60 s"}
 
 
 def test_zero_is_no_strikes_and_where_it_is_needed_it_is_asked() -> None:
