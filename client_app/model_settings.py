@@ -47,7 +47,7 @@ class ModelSettings:
     """How attention is computed: ``sdpa``, ``eager``, ``flash`` (FlashAttention 2, a package of its own, for GPUs) or
     ``auto``, which is transformers' choice for the model."""
     quantization: str = "none"
-    """``none`` or ``4bit`` (bitsandbytes NF4; CUDA only, extra ``quantization``)."""
+    """``none`` or ``4bit`` (bitsandbytes NF4, on GPUs and CPUs; extra ``quantization``)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     micro_batch_size: int = 0

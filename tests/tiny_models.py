@@ -22,6 +22,7 @@ from examples.tiny_models import (
 __all__ = [
     "QwenProcessor",
     "character_tokenizer",
+    "llama_config",
     "qwen_vl",
     "save_bert",
     "save_flava",
@@ -29,6 +30,7 @@ __all__ = [
     "save_llama",
     "save_llama_reader",
     "save_llava",
+    "save_model",
     "save_vilt",
     "save_vit",
     "word_tokenizer",

