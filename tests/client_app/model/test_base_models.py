@@ -101,12 +101,12 @@ def test_targets_and_heads_of_an_architecture(
     assert {name.rsplit(".", 1)[-1] for name in base.targets} == ends
     assert base.own_heads == heads
     model = personal(base)
-    before = model.read("local").vector
+    before = model.read("local").part(model.layout).vector
     parameters = model.trainable("local", model.layout)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     step = plan_pb2.TrainStep(steps=2, batch_size=3, learning_rate=1e-2)
     training.train(model, step, parameters, some_data(kind), 0)
-    after = Adapter(model.layout, (model.read("local").vector - before).abs())
+    after = Adapter(model.layout, (model.read("local").part(model.layout).vector - before).abs())
     assert all(float(tensor.max()) > 0 for _, tensor in after.items())
 
 

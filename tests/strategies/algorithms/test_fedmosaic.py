@@ -22,7 +22,6 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedmosaic import GATES, GLOBAL, LOCAL, SKETCH, FedMosaic, FedMosaicOptions, mosaic
 from strategies.framework.answers import answer_from, client_from
 from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client, StrategyError
-from strategies.framework.limits import unsound
 from strategies.framework.options import OptionError
 from strategies.framework.steps import Training
 from tests.strategies.conftest import REFERENCE, FakeNode, dispatch_of, layout_of, noise
@@ -391,4 +390,4 @@ def test_what_is_merged_for_a_brief_is_within_what_an_upload_may_have(seed: int)
     shares = torch.softmax(10 * torch.randn(5, generator=torch.Generator().manual_seed(seed)).double(), 0).tolist()
     for weights in (shares, [0.1, 0.0, 0.3, 0.2, 0.4]):
         merged = mosaic(uploads["ada"], uploads, {}, dict(zip(names, weights, strict=True)))
-        assert unsound({"merged": merged.vector}) is None
+        assert float(merged.vector.abs().max()) <= MAX_NUMBER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -29,14 +30,17 @@ OPTIONS: list[tuple[type[Any], str]] = [
 
 OTHER: dict[str, Any] = {
     "schedule": "cosine", "evaluate-split": "validation", "uplink-encoding": "int8", "downlink-encoding": "bf16",
-    "fedavg.space": "delta", "fedmerge.variant": "factors", "fedmerge.w-step": "adam", "fedmerge.theta-norm": "none",
+    "optimizer": "sgd", "optimizer-state": "keep", "fedavg.space": "delta", "fedavg.robust": "median",
+    "fedmerge.variant": "factors", "fedmerge.w-step": "adam", "fedmerge.theta-norm": "none",
     "fedmerge.init": "jitter", "fedmerge.w-layers": "head.*,*.B",
     "potara.weight": "plugin", "potara.granularity": "module", "potara.space": "factor", "potara.merge-at": "server",
-    "potara.calibration": "validation", "potara.trace-space": "delta", "potara.fed-scale": "total",
+    "potara.calibration": "train", "potara.dampings": "0.1,0.01",
+    "potara.trace-space": "delta", "potara.fed-scale": "total",
     "potara.variance": "curvature",
     "fedmosaic.similarity": "column-mean", "fedmosaic.gate": "input", "fedmosaic.sketch-row-choice": "first",
     "fedmosaic.sketch-noise-at": "gradients", "fedmosaic.sketch-gradient": "diagonal",
     "fedmosaic.sketch-encoding": "int8", "fedmosaic.sketch-rows": 0.75, "fedmosaic.sketch-new-weight": 0.25,
+    "fedmosaic.max-relevance": 0.5,
     "apfl.alpha": 0.25, "dare.drop": 0.25, "fedalt.mixer": "scalar", "feddpa.variant": "f", "feddpa.local-share": 0.25,
     "fedfomo.explore": 0.25, "fedrep.own": "*.v_proj", "fedrep.own-steps": 0.25, "fml.alpha": 0.25, "fml.beta": 0.25,
     "regmean.shrink": 0.25, "ties.density": 0.5,
@@ -47,8 +51,13 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 """A valid value that is not the default, for every key of text and for shares."""
 
-ALONG: dict[str, dict[str, Any]] = {"potara.granularity": {"potara.weight": "plugin"}}
+ALONG: dict[str, dict[str, Any]] = {
+    "potara.granularity": {"potara.weight": "plugin"},
+    "momentum": {"optimizer": "sgd"},
+}
 """What else must change for a key's other value to be valid."""
+ALONE = ("fedavg.robust", "potara.dampings")
+"""Keys whose other value is not valid beside another value of all the rest."""
 
 
 def another(key: str, default: Any) -> Any:
@@ -61,6 +70,11 @@ def another(key: str, default: Any) -> Any:
         return default + 3
     assert isinstance(default, float), f"{key} needs another value in OTHER"
     return default * 2 + 0.5
+
+
+def all_others(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key with a value that is not the default, where it can have one beside the rest."""
+    return {key: default if key in ALONE else another(key, default) for key, default in defaults.items()}
 
 
 @pytest.mark.parametrize(("kind", "prefix"), OPTIONS, ids=lambda value: value if isinstance(value, str) else "")
@@ -78,7 +92,7 @@ def test_every_key_is_kebab_case_and_arrives_in_its_field(kind: type[Any], prefi
             if getattr(options, field.name) != field.default
         }
         assert changed == given
-    together = {key: another(key, default) for key, default in defaults.items()}
+    together = all_others(defaults)
     options = read_options(kind, together, prefix)
     assert {key_of(field.name, prefix): getattr(options, field.name) for field in dataclasses.fields(kind)} == together
 
@@ -87,11 +101,7 @@ def test_every_key_is_kebab_case_and_arrives_in_its_field(kind: type[Any], prefi
 def test_a_strategy_is_built_from_run_config(name: str) -> None:
     keys = STRATEGIES[name].option_keys()
     assert all(key.startswith(f"{name}.") for key in keys)
-    config = {key: another(key, default) for key, default in keys.items()} | {
-        "strategy": name,
-        "seed": 9,
-        "local-steps": 7,
-    }
+    config = all_others(keys) | {"strategy": name, "seed": 9, "local-steps": 7}
     strategy = strategy_from_run_config(config)
     assert type(strategy) is STRATEGIES[name]
     assert (strategy.seed, strategy.training.local_steps) == (9, 7)
