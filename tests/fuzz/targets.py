@@ -79,7 +79,16 @@ class Memory(dict[str, Adapter]):
     def save_personal(self, adapter: Adapter) -> None:
         assert adapter.vector.numel() < MAX_BYTES
 
-    save_parts = set_received = set_residual
+    def whole(self, slot: str) -> Adapter:
+        return self[slot]
+
+    def set_whole(self, slot: str, adapter: Adapter, *, keep_own_heads: bool = False) -> None:
+        self[slot] = adapter
+
+    def optimizer(self, slot: str) -> dict[str, torch.Tensor]:
+        return {}
+
+    save_parts = set_received = set_optimizer = set_residual
 
 
 class NoModel:

@@ -426,7 +426,7 @@ def test_a_plan_that_nobody_waits_for_is_given_up_and_changes_nothing(home: Path
         if progress.activity == "train":
             raise KeyboardInterrupt
 
-    endless = plan("late", 2, steps=10**6)
+    endless = plan("late", 2, steps=10**5)
     with pytest.raises(KeyboardInterrupt):
         TrainerClient(shared, PATIENCE, leave).carry_out(where, 60.0, endless, {})
     with pytest.raises(TrainerError, match=r"the plan of client 'berlin' for round 2 of run 'late' took longer"):
@@ -456,7 +456,7 @@ def test_killed_while_it_trains_it_is_replaced_and_the_plan_done_again(
     before = {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()}
     assert before
     with pytest.raises(TrainerError, match=r"ended while it carried out the plan .* and so did the one before it"):
-        TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", 2, steps=10**6), {})
+        TrainerClient(owner, PATIENCE, kill).carry_out(where, 60.0, plan("killed", 2, steps=10**5), {})
     assert len(set(killed)) == 3
     assert {path: path.read_bytes() for path in sorted(slots.rglob("*")) if path.is_file()} == before
 
