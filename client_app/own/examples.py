@@ -60,7 +60,8 @@ class Example:
     def content(self) -> str:
         """What two copies of one example have in common."""
         seen = [image_digest(image) for image in self.images]
-        image = seen if len(seen) > 1 else seen[0] if seen else None
+        # "None" is how texts were divided from the first version on: another word would be another division.
+        image = seen if len(seen) > 1 else seen[0] if seen else "None"
         told = [self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image]
         return json.dumps([*told, self.context, self.first] if self.context or self.first else told, default=str)
 
