@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from client_app.plan.mixtures import activate
 from client_app.plan.names import PlanError
 from client_app.plan.optimizers import optimizer_of, restore, state_of
 from client_app.plan.progress import tick
+from client_app.plan.schedules import rate_of
 from client_app.plan.seeds import batches, by_length, seed_of_step
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
@@ -222,7 +223,7 @@ def train(
     started = time.monotonic()
     torch.manual_seed(seed)
     optimiser = optimizer_of(step, parameters) if optimiser is None else optimiser
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(step))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate_of(step))
     set_training(model.module)
     losses: list[float] = []
     by_task = TaskLosses(step.batch_size)
@@ -345,12 +346,3 @@ def _shares(parts: list[Dataset]) -> list[tuple[float, float]]:
         targets[part.task] = targets.get(part.task, 0) + targets_in(part)
     total = sum(examples.values())
     return [(examples[p.task] / total, targets_in(p) / max(targets[p.task], 1)) for p in parts]
-
-
-def _schedule(step: plan_pb2.TrainStep) -> Callable[[int], float]:
-    total = step.steps
-    if step.schedule == plan_pb2.SCHEDULE_LINEAR:
-        return lambda done: max(0.0, 1 - done / total)
-    if step.schedule == plan_pb2.SCHEDULE_COSINE:
-        return lambda done: 0.5 * (1 + math.cos(math.pi * min(done / total, 1.0)))
-    return lambda done: 1.0

@@ -47,7 +47,7 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
         brief = super().deliver(client)
         if not self._head(client):
             return brief
-        count = self.options.steps or self.training.local_steps
+        count = self.options.steps or self.local_steps(client)
         fit = steps.train(self.training, self.personal(client), [SLOT], modules=self._head(client), steps=count)
         return Brief([fit, *brief.steps], brief.adapters)
 

@@ -9,15 +9,25 @@ With participants S and p_k = n_k / sum of n over S:
   from it by sum p_k (B_k - B)(A_k - A).
 * ``fedavg.space = "delta"``: the deltas are averaged exactly as a stack of ranks and truncated to the common rank
   (best approximation in Frobenius norm).
+* ``fedavg.normalise``: FedNova (Wang, Liu, Liang, Joshi, Poor, "Tackling the Objective Inconsistency Problem in
+  Heterogeneous Federated Optimization", NeurIPS 2020, with plain local optimisers). Where clients make different
+  numbers of steps tau_k (``local-epochs``), FedAvg counts a client for p_k tau_k. Here each update is divided by its
+  steps: theta + tau sum p_k (theta_k - theta) / tau_k with tau = sum p_k tau_k. With equal steps it is FedAvg.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import weighted_sum
+from fedalloy_adapters.bank.store import Bank
+from fedalloy_adapters.groups import average_groups
 from strategies.families.fedavg import Averaging
 from strategies.families.robust import RULES
-from strategies.framework import About
+from strategies.framework import About, Answer, Client
 from strategies.framework.options import OptionError, require_choice
 
 
@@ -32,7 +42,13 @@ class FedAvgOptions:
     """Instead of the weighted mean of A and of B: ``"median"``, ``"trimmed"`` mean or ``"krum"``, which one client of
     at least three cannot take over; they do not look at example counts."""
 
+    normalise: bool = False
+    """Divide each client's update by its optimiser steps before averaging (FedNova): with ``local-epochs`` a client
+    with much data then pulls by its share of the examples, not by that times its steps. In factor space, not robust."""
+
     def __post_init__(self) -> None:
+        if self.normalise and (self.space != "factor" or self.robust != "none"):
+            raise OptionError("fedavg.normalise = true, expected fedavg.space = 'factor' and fedavg.robust = 'none'")
         require_choice("fedavg.robust", self.robust, RULES)
         if self.robust != "none" and self.space != "factor":
             raise OptionError(f"fedavg.robust = {self.robust!r} with fedavg.space = {self.space!r}, expected 'factor'")
@@ -47,6 +63,28 @@ class FedAvg(Averaging[FedAvgOptions]):
         "one global adapter (FedIT; fedavg.space = delta averages deltas exactly and truncates)", group="reference"
     )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps: dict[str, int] = {}  # of each client in its last round
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Remember, too, how many steps the client was asked for."""
+        super().absorb(round_, client, answer)
+        self.steps[client.id] = self.local_steps(client)
+
+    def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
+        """As the options say."""
+        if not self.options.normalise:
+            return super().average(adapters, examples)
+
+        def over_owners(group: str, owners: Bank) -> Adapter:
+            found = list(owners.values())
+            shares = normalised([examples[name] for name in owners], [self.steps[name] for name in owners])
+            before = self.global_model.part(found[0].layout)
+            return weighted_sum([before, *found], [1 - sum(shares), *shares])
+
+        return average_groups(self.global_model, adapters, over_owners)
+
     @property
     def robust(self) -> str:
         """As the option says."""
@@ -56,3 +94,18 @@ class FedAvg(Averaging[FedAvgOptions]):
     def space(self) -> str:
         """As the option says."""
         return self.options.space
+
+
+def normalised(examples: list[int], steps: list[int]) -> list[float]:
+    """What FedNova multiplies each client's update with: ``p_k tau / tau_k``.
+
+    >>> normalised([1, 1], [10, 10]), normalised([1, 3], [10, 30])
+    ([0.5, 0.5], [0.625, 0.625])
+
+    Args:
+        examples: of each client.
+        steps: that it made.
+    """
+    shares = [count / sum(examples) for count in examples]
+    effective = sum(share * count for share, count in zip(shares, steps, strict=True))
+    return [share * effective / count for share, count in zip(shares, steps, strict=True)]

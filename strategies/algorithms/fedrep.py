@@ -58,7 +58,7 @@ class FedRep(PartAverage[FedRepOptions]):
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
         """Own part, then shared part; or both."""
-        mix, total = steps.mixture(SLOT), self.training.local_steps
+        mix, total = steps.mixture(SLOT), self.local_steps(client)
         if self.options.joint:
             return [steps.train(self.training, mix, [SLOT])]
         first = round(self.options.own_steps * total)

@@ -57,10 +57,11 @@ class FML(Averaging[FMLOptions]):
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
         """In turns: the private adapter from the shared one, the shared one from the private one."""
-        turns = min(self.options.turns, self.training.local_steps)
+        total = self.local_steps(client)
+        turns = min(self.options.turns, total)
         plan = []
         for turn in range(turns):
-            count = self.training.local_steps * (turn + 1) // turns - self.training.local_steps * turn // turns
+            count = total * (turn + 1) // turns - total * turn // turns
             for slot, teacher, weight in ((LOCAL, SLOT, self.options.alpha), (SLOT, LOCAL, self.options.beta)):
                 step = steps.train(self.training, steps.mixture(slot), [slot], steps=count)
                 if weight < 1:

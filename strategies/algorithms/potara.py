@@ -69,7 +69,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
                 f"num-server-rounds = {self.rounds} with potara.federated-rounds = {self.options.federated_rounds}, "
                 f"expected at least {self.federated_rounds + 1} rounds: one more for the local branch and the weights"
             )
-        self.steps = self.options.local_steps or self._half_of_all()
+        self.steps = self.options.local_steps or self._half_of_all(self.training.local_steps)
         require_range("potara.local-steps, in all rounds,", self.steps * max(self.rounds, 1), 1, 2**31 - 1)
         self.federated = FedAvg(training=self.training, seed=self.seed, storage=self.storage)
         self.trained: set[str] = set()  # clients whose data are in the federated adapter
@@ -97,6 +97,14 @@ class Potara(AlloyStrategy[PotaraOptions]):
         super().enrol(client)
         self.federated.enrol(client)
 
+    def place(self, round_: int) -> tuple[int, int]:
+        """Each branch trains an adapter of its own, from its first round on."""
+        if not self.rounds or round_ > self.rounds:
+            return super().place(round_)
+        if round_ <= self.federated_rounds:
+            return round_, self.federated_rounds
+        return round_ - self.federated_rounds, self.rounds - self.federated_rounds
+
     def needs_everyone(self, round_: int) -> bool:
         """The local branch costs no bytes, and every client is to have a weight."""
         return round_ > self.federated_rounds
@@ -106,15 +114,16 @@ class Potara(AlloyStrategy[PotaraOptions]):
         if round_ <= self.federated_rounds:
             return self.federated.brief(round_, client)
         mix = steps.mixture(LOCAL)
+        count = self.options.local_steps or self._half_of_all(self.local_steps(client))
         plan = [
             steps.initialise(LOCAL, self.seed, keep_existing=client.id in self.local_rounds),
             steps.evaluate(self.training, mix),
-            steps.train(self.training, mix, [LOCAL], steps=self.steps),
+            steps.train(self.training, mix, [LOCAL], steps=count),
         ]
         if not self._is_last(round_):
             return Brief(plan)
         if self._splits(client):  # with as many steps as the local adapter has had by now
-            own = self.steps * (self.local_rounds.get(client.id, 0) + 1)
+            own = count * (self.local_rounds.get(client.id, 0) + 1)
             for index, half in enumerate(_HALVES):
                 mix = steps.mixture(half)
                 plan.append(steps.initialise(half, self.seed, keep_existing=False))
@@ -211,11 +220,11 @@ class Potara(AlloyStrategy[PotaraOptions]):
         """Weights of the line search, none for a client without held-out examples."""
         return weighting.grid(self.options.points) if self.options.points and client.held_out else []
 
-    def _half_of_all(self) -> int:
+    def _half_of_all(self, in_round: int) -> int:
         """Steps in each round of the local branch, so that together they are half of the run's; at least one."""
         if not self.rounds:
-            return self.training.local_steps
-        return -(-self.rounds * self.training.local_steps // (2 * (self.rounds - self.federated_rounds)))
+            return in_round
+        return -(-self.rounds * in_round // (2 * (self.rounds - self.federated_rounds)))
 
     def _fisher(self, client: Client) -> steps.Step:
         return steps.fisher(

@@ -27,7 +27,7 @@ from strategies.framework.exchange import Answer, Brief, Client, State, Strategy
 from strategies.framework.holdings import Holding
 from strategies.framework.limits import Limits, with_bounded_weight
 from strategies.framework.options import NoOptions, RunConfig, keys_of, read_options, require_range
-from strategies.framework.steps import Training
+from strategies.framework.training import Training, counted, local_steps
 
 OptionsT = TypeVar("OptionsT")
 """A strategy's options: a frozen dataclass."""
@@ -194,6 +194,14 @@ class Contract(ABC, Generic[OptionsT]):
         """Why they cannot, in one line."""
         return first.describe_difference(second)
 
+    def place(self, round_: int) -> tuple[int, int]:
+        """Where a round stands in the learning rate's schedule over the run, and how many rounds that has."""
+        return round_, self.rounds
+
+    def local_steps(self, client: Client) -> int:
+        """Optimiser steps that the client makes in a round, for a plan that divides them."""
+        return local_steps(self.training, client.claimed or client.examples)
+
     def needs_everyone(self, round_: int) -> bool:
         """Whether all clients take part in this round, whatever fraction the run samples; by default never."""
         return False
@@ -206,10 +214,16 @@ class Contract(ABC, Generic[OptionsT]):
         run_name: str,
         run_key: bytes,
         holding: Holding | None = None,
+        train_round: int | None = None,
     ) -> Dispatch:
-        """The client's brief, encoded as the run says; ``run_name`` is the folder of its slots at the client."""
+        """The client's brief, encoded as the run says; ``run_name`` is the folder of its slots at the client.
+
+        ``train_round`` is where the learning rate's schedule stands, where that is not ``round_``.
+        """
+        place = self.place(train_round or round_)
+        steps = counted(brief.steps, self.training, (client.claimed or client.examples, client.held_out), *place)
         return plan_dispatch(
-            brief.steps,
+            steps,
             brief.adapters,
             client_id=client.id,
             layout=client.layout,

@@ -22,7 +22,7 @@ from strategies.framework.contract import Contract, OptionsT
 from strategies.framework.dispatch import Dispatch, register_message
 from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
 from strategies.framework.limits import within_round
-from strategies.framework.steps import Training
+from strategies.framework.training import Training
 
 _INFO, _WARNING = 20, 30
 _REGISTRATION_SECONDS = 300.0
@@ -51,7 +51,7 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
         if not self.clients:
             self._enrol_all(grid)
         briefs = {client: self.brief(server_round, client) for client in self.clients.values()}
-        return self._messages(briefs, 2 * server_round - 1)
+        return self._messages(briefs, 2 * server_round - 1, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -65,7 +65,8 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Deliver every client its personal model as it is after this round."""
-        return self._messages({client: self.deliver(client) for client in self.clients.values()}, 2 * server_round)
+        briefs = {client: self.deliver(client) for client in self.clients.values()}
+        return self._messages(briefs, 2 * server_round, self.rounds + 1)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean and worst client accuracy of the personal models (accuracy where the task has one)."""
@@ -107,10 +108,10 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
                 f"no client registered; {len(asked)} nodes are online (the log says why they are refused)"
             )
 
-    def _messages(self, briefs: Mapping[Client, Brief], round_: int) -> list[Message]:
+    def _messages(self, briefs: Mapping[Client, Brief], round_: int, train_round: int) -> list[Message]:
         self._pending = []
         for client, brief in briefs.items():
-            dispatch = self.dispatch(round_, client, brief, self._flower_run, self._flower_key)
+            dispatch = self.dispatch(round_, client, brief, self._flower_run, self._flower_key, train_round=train_round)
             self._pending.append((dispatch.message(client.node_id), client, dispatch))
         return [message for message, _, _ in self._pending]
 

@@ -3,75 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from fedalloy_adapters.algebra import Coefficient
 from fedalloy_adapters.codec import Encoding, encoding_to_proto
 from fedalloy_adapters.layout import Factor, factor_to_proto
 from proto.fedalloy.v1 import plan_pb2
-from strategies.framework.options import OptionError, require_choice, require_range
+from strategies.framework.training import OPTIMIZERS, SCHEDULES
+from strategies.framework.training import Training as Training
 
 Step = plan_pb2.Step
 Draw = plan_pb2.Draw
-
-_OPTIMIZERS = {"adamw": plan_pb2.OPTIMIZER_ADAMW, "sgd": plan_pb2.OPTIMIZER_SGD}
-_SCHEDULES = {
-    "constant": plan_pb2.SCHEDULE_CONSTANT,
-    "linear": plan_pb2.SCHEDULE_LINEAR,
-    "cosine": plan_pb2.SCHEDULE_COSINE,
-}
-
-
-@dataclass(frozen=True)
-class Training:
-    """The same for every strategy: how clients train in a round, and how adapters travel."""
-
-    local_steps: int = 30
-    """Optimiser steps in each round."""
-    batch_size: int = 16
-    """Examples in each step."""
-    learning_rate: float = 5e-3
-    """The optimiser's learning rate at the start of each round."""
-    schedule: str = "constant"
-    """The learning rate over one round's steps: ``constant``, ``linear`` (to zero) or ``cosine`` (to zero)."""
-    weight_decay: float = 0.0
-    """Weight decay: decoupled for AdamW, a part of the gradient for SGD."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 does not clip."""
-    optimizer: str = "adamw"
-    """``adamw``, or ``sgd``: with it and ``max-grad-norm = 0`` an adapter moves by the sum of its gradients times the
-    rate, and a pull acts as it is written, as FedMerge, Ditto and Reptile (which is FedAvg then) have them."""
-    momentum: float = 0.0
-    """Of SGD; 0: plain."""
-    optimizer_state: str = "fresh"
-    """``fresh`` in every round; ``keep``: a slot's next training goes on from its moments, which stay on the client's
-    disk. Fresh is the default: the moments were not taken on what a round's merge sends, and the papers restart."""
-    evaluate_split: str = "test"
-    """The split that is evaluated in every round: ``validation`` or ``test``."""
-    uplink_encoding: str = "fp32"
-    """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
-    store the difference from what both ends hold, where there is something; ``int2`` is for differences only, else
-    ``int4`` takes its place."""
-    downlink_encoding: str = "fp32"
-    """How adapters travel to clients, in the same way."""
-
-    def __post_init__(self) -> None:
-        require_range("local-steps", self.local_steps, 1, 2**31 - 1)  # uint32 on the wire
-        require_range("batch-size", self.batch_size, 1, 2**31 - 1)
-        require_range("weight-decay", self.weight_decay, 0)
-        require_range("max-grad-norm", self.max_grad_norm, 0)
-        if not 0 < self.learning_rate < float("inf"):
-            raise OptionError(f"learning-rate = {self.learning_rate}, expected a positive number")
-        require_choice("schedule", self.schedule, _SCHEDULES)
-        require_choice("optimizer", self.optimizer, _OPTIMIZERS)
-        require_choice("optimizer-state", self.optimizer_state, ("fresh", "keep"))
-        if not 0 <= self.momentum < 1:
-            raise OptionError(f"momentum = {self.momentum}, expected at least 0 and below 1")
-        if self.momentum and self.optimizer != "sgd":
-            raise OptionError(f"momentum = {self.momentum} with optimizer {self.optimizer!r}, expected 'sgd'")
-        require_choice("evaluate-split", self.evaluate_split, ("validation", "test"))
-        require_choice("uplink-encoding", self.uplink_encoding, list(Encoding))
-        require_choice("downlink-encoding", self.downlink_encoding, list(Encoding))
 
 
 def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> plan_pb2.Mixture:
@@ -163,16 +104,18 @@ def train(
     ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
     learning rate of tensors with a factor. ``draw`` decides batches and dropout, ``draw_after_replace`` instead where a
     replace step has copied something; the losses of tasks are kept as ``record``, for such steps. ``attributed_to``
-    weighs examples by how much of them :func:`attribute` gave to that slot.
+    weighs examples by how much of them :func:`attribute` gave to that slot. Without ``steps`` there are as many as the
+    run says: under ``local-epochs`` they are counted when the client's message is made
+    (:func:`strategies.framework.training.counted`).
     """
     step = plan_pb2.TrainStep(
         mixture=mix,
         slots=list(slots),
         part=part(factors, modules, without_basis=without_basis),
-        steps=training.local_steps if steps is None else steps,
+        steps=steps if steps is not None else 0 if training.local_epochs else training.local_steps,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate if learning_rate is None else learning_rate,
-        schedule=_SCHEDULES[training.schedule],
+        schedule=SCHEDULES[training.schedule],
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         split=split,
@@ -186,7 +129,7 @@ def train(
         record_batch_share=record_batch_share,
         keep_on_divergence=keep_on_divergence,
         attributed_to=attributed_to,
-        optimizer=_OPTIMIZERS[training.optimizer],
+        optimizer=OPTIMIZERS[training.optimizer],
         momentum=training.momentum,
         keep_optimizer=training.optimizer_state == "keep",
     )

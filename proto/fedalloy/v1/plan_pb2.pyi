@@ -20,6 +20,9 @@ class Schedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCHEDULE_CONSTANT: _ClassVar[Schedule]
     SCHEDULE_LINEAR: _ClassVar[Schedule]
     SCHEDULE_COSINE: _ClassVar[Schedule]
+    SCHEDULE_POLYNOMIAL: _ClassVar[Schedule]
+    SCHEDULE_INVERSE_SQRT: _ClassVar[Schedule]
+    SCHEDULE_COSINE_WITH_RESTARTS: _ClassVar[Schedule]
 
 class Optimizer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -69,6 +72,9 @@ SCHEDULE_UNSPECIFIED: Schedule
 SCHEDULE_CONSTANT: Schedule
 SCHEDULE_LINEAR: Schedule
 SCHEDULE_COSINE: Schedule
+SCHEDULE_POLYNOMIAL: Schedule
+SCHEDULE_INVERSE_SQRT: Schedule
+SCHEDULE_COSINE_WITH_RESTARTS: Schedule
 OPTIMIZER_UNSPECIFIED: Optimizer
 OPTIMIZER_ADAMW: Optimizer
 OPTIMIZER_SGD: Optimizer
@@ -193,7 +199,7 @@ class Draw(_message.Message):
     def __init__(self, as_step: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to", "optimizer", "momentum", "keep_optimizer")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to", "optimizer", "momentum", "keep_optimizer", "warmup_steps", "schedule_done", "schedule_total")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +222,9 @@ class TrainStep(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
     KEEP_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_DONE_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_TOTAL_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
     part: Part
@@ -238,7 +247,10 @@ class TrainStep(_message.Message):
     optimizer: Optimizer
     momentum: float
     keep_optimizer: bool
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, str]] = ..., momentum: _Optional[float] = ..., keep_optimizer: _Optional[bool] = ...) -> None: ...
+    warmup_steps: int
+    schedule_done: int
+    schedule_total: int
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, str]] = ..., momentum: _Optional[float] = ..., keep_optimizer: _Optional[bool] = ..., warmup_steps: _Optional[int] = ..., schedule_done: _Optional[int] = ..., schedule_total: _Optional[int] = ...) -> None: ...
 
 class MergeStep(_message.Message):
     __slots__ = ("target", "mixture", "space", "truncate_rank", "own_heads_only")

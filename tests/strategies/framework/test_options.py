@@ -30,7 +30,8 @@ OPTIONS: list[tuple[type[Any], str]] = [
 
 OTHER: dict[str, Any] = {
     "schedule": "cosine", "evaluate-split": "validation", "uplink-encoding": "int8", "downlink-encoding": "bf16",
-    "optimizer": "sgd", "optimizer-state": "keep", "fedavg.space": "delta", "fedavg.robust": "median",
+    "optimizer": "sgd", "optimizer-state": "keep", "schedule-over": "run", "warmup-ratio": 0.25,
+    "fedavg.space": "delta", "fedavg.robust": "median",
     "fedmerge.variant": "factors", "fedmerge.w-step": "adam", "fedmerge.theta-norm": "none",
     "fedmerge.init": "jitter", "fedmerge.w-layers": "head.*,*.B",
     "potara.weight": "plugin", "potara.granularity": "module", "potara.space": "factor", "potara.merge-at": "server",
@@ -56,7 +57,7 @@ ALONG: dict[str, dict[str, Any]] = {
     "momentum": {"optimizer": "sgd"},
 }
 """What else must change for a key's other value to be valid."""
-ALONE = ("fedavg.robust", "potara.dampings")
+ALONE = ("fedavg.normalise", "fedavg.robust", "potara.dampings", "warmup-ratio")
 """Keys whose other value is not valid beside another value of all the rest."""
 
 

@@ -1,0 +1,144 @@
+"""How clients train: the run's options, and what becomes of them when one client's message is made.
+
+A strategy's plan does not say how long a client trains under ``local-epochs``, nor where in the run's schedule a round
+stands: neither is the method's matter. Both are filled in here, for every strategy alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedalloy_adapters.codec import Encoding
+from proto.fedalloy.v1 import plan_pb2
+from strategies.framework.options import OptionError, require_choice, require_range
+
+OPTIMIZERS = {"adamw": plan_pb2.OPTIMIZER_ADAMW, "sgd": plan_pb2.OPTIMIZER_SGD}
+SCHEDULES = {
+    "constant": plan_pb2.SCHEDULE_CONSTANT,
+    "linear": plan_pb2.SCHEDULE_LINEAR,
+    "cosine": plan_pb2.SCHEDULE_COSINE,
+    "polynomial": plan_pb2.SCHEDULE_POLYNOMIAL,
+    "inverse_sqrt": plan_pb2.SCHEDULE_INVERSE_SQRT,
+    "cosine_with_restarts": plan_pb2.SCHEDULE_COSINE_WITH_RESTARTS,
+}
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """The same for every strategy: how clients train in a round, and how adapters travel."""
+
+    local_steps: int = 30
+    """Optimiser steps in each round."""
+    local_epochs: float = 0.0
+    """Passes over its training examples that a client makes in each round, instead of ``local-steps``: who has more
+    data does more work. Half a pass is 0.5; one step at least. 0: ``local-steps``."""
+    batch_size: int = 16
+    """Examples in each step."""
+    learning_rate: float = 5e-3
+    """The optimiser's learning rate: where its schedule begins, after the warm-up."""
+    schedule: str = "constant"
+    """How the learning rate moves, as in ``transformers.get_scheduler``: ``constant``, ``linear``, ``cosine`` or
+    ``polynomial`` (power 2) to zero, ``inverse_sqrt``, or ``cosine_with_restarts`` (three times to zero)."""
+    schedule_over: str = "round"
+    """``round``: the schedule begins anew in every round; ``run``: it goes over all rounds of the run, and a client
+    that was not asked finds it where the others are. Training at the delivery has a schedule of its own."""
+    warmup_steps: int = 0
+    """Steps at the beginning of the schedule in which the learning rate rises from zero."""
+    warmup_ratio: float = 0.0
+    """Instead of ``warmup-steps``: their share of all steps of the schedule."""
+    weight_decay: float = 0.0
+    """Weight decay: decoupled for AdamW, a part of the gradient for SGD."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
+    optimizer: str = "adamw"
+    """``adamw``, or ``sgd``: with it and ``max-grad-norm = 0`` an adapter moves by the sum of its gradients times the
+    rate, and a pull acts as it is written, as FedMerge, Ditto and Reptile (which is FedAvg then) have them."""
+    momentum: float = 0.0
+    """Of SGD; 0: plain."""
+    optimizer_state: str = "fresh"
+    """``fresh`` in every round; ``keep``: a slot's next training goes on from its moments, which stay on the client's
+    disk. Fresh is the default: the moments were not taken on what a round's merge sends, and the papers restart."""
+    evaluate_split: str = "test"
+    """The split that is evaluated in every round: ``validation`` or ``test``."""
+    uplink_encoding: str = "fp32"
+    """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
+    store the difference from what both ends hold, where there is something; ``int2`` is for differences only, else
+    ``int4`` takes its place."""
+    downlink_encoding: str = "fp32"
+    """How adapters travel to clients, in the same way."""
+
+    def __post_init__(self) -> None:
+        require_range("local-steps", self.local_steps, 1, 2**31 - 1)  # uint32 on the wire
+        require_range("batch-size", self.batch_size, 1, 2**31 - 1)
+        require_range("weight-decay", self.weight_decay, 0)
+        require_range("max-grad-norm", self.max_grad_norm, 0)
+        if not 0 < self.learning_rate < float("inf"):
+            raise OptionError(f"learning-rate = {self.learning_rate}, expected a positive number")
+        require_range("local-epochs", self.local_epochs, 0, 1e6)
+        require_choice("schedule", self.schedule, SCHEDULES)
+        require_choice("schedule-over", self.schedule_over, ("round", "run"))
+        require_range("warmup-steps", self.warmup_steps, 0, 2**31 - 1)
+        require_range("warmup-ratio", self.warmup_ratio, 0, 1)
+        if self.warmup_steps and self.warmup_ratio:
+            raise OptionError(
+                f"warmup-steps = {self.warmup_steps} and warmup-ratio = {self.warmup_ratio}, expected one of them"
+            )
+        require_choice("optimizer", self.optimizer, OPTIMIZERS)
+        require_choice("optimizer-state", self.optimizer_state, ("fresh", "keep"))
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"momentum = {self.momentum}, expected at least 0 and below 1")
+        if self.momentum and self.optimizer != "sgd":
+            raise OptionError(f"momentum = {self.momentum} with optimizer {self.optimizer!r}, expected 'sgd'")
+        require_choice("evaluate-split", self.evaluate_split, ("validation", "test"))
+        require_choice("uplink-encoding", self.uplink_encoding, list(Encoding))
+        require_choice("downlink-encoding", self.downlink_encoding, list(Encoding))
+
+
+def local_steps(training: Training, examples: int) -> int:
+    """Optimiser steps of a client with so many training examples in one round.
+
+    >>> local_steps(Training(local_epochs=1.5, batch_size=16), 100)
+    11
+    """
+    if not training.local_epochs:
+        return training.local_steps
+    batches = math.ceil(examples / training.batch_size)  # of one pass; the last one may be smaller
+    return max(1, min(_MOST, math.ceil(training.local_epochs * batches)))
+
+
+def counted(
+    steps: Iterable[plan_pb2.Step], training: Training, examples: tuple[int, int], round_: int, rounds: int
+) -> list[plan_pb2.Step]:
+    """The steps with how long the client trains, and where its learning rate stands in the schedule.
+
+    Args:
+        steps: of a brief; they are not changed.
+        training: the run's options.
+        examples: that the client trains on and validates with: they make its epochs.
+        round_: from 1; one after the last for the delivery, which has a schedule of its own.
+        rounds: of the whole run; 0: not known, and the schedule is the round's.
+    """
+    over_run = training.schedule_over == "run" and 0 < round_ <= rounds
+    found = []
+    for step in steps:
+        kind = step.WhichOneof("kind")
+        if kind in ("train", "distill"):
+            copied = plan_pb2.Step()
+            copied.CopyFrom(step)
+            step, body = copied, copied.train if kind == "train" else copied.distill.train
+            body.steps = body.steps or local_steps(training, _examples(body, *examples))
+            total = body.steps * (rounds if over_run else 1)
+            if over_run:
+                body.schedule_done, body.schedule_total = (round_ - 1) * body.steps, total
+            warmup = training.warmup_steps or math.ceil(training.warmup_ratio * total)
+            body.warmup_steps = min(warmup, total)
+        found.append(step)
+    return found
+
+
+def _examples(body: plan_pb2.TrainStep, train: int, validation: int) -> int:
+    """How many examples of the client a train step is about."""
+    return (train + validation * ("validation" in body.split)) // max(1, body.fold.count)
