@@ -18,7 +18,7 @@ from client_app.guard.disclosure import private_errors
 from client_app.settings import read_settings
 from client_app.sockets import read_fleet_wire
 from client_app.trainer.address import find_owner, read_trainer_settings
-from fedalloy_adapters.flower_records import pack, unpack
+from fedalloy_adapters.wire.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 if TYPE_CHECKING:

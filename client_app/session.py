@@ -26,8 +26,8 @@ from client_app.model.personal import PersonalModel
 from client_app.model.start_adapter import read_start_adapter
 from client_app.own.about import write_about
 from client_app.own.files import load_own
+from client_app.own.reading.text_files import DataError
 from client_app.own.task_file import is_task_file, load_tasks, stamp_of
-from client_app.own.text_files import DataError
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.progress import Cancelled, tick, within
 from client_app.plan.seeds import seed_of
@@ -38,7 +38,7 @@ from client_app.scenarios import FROM_FILES, NAMES, load_scenario
 from client_app.scenarios.files import load_files
 from client_app.settings import NodeConfigError, Settings
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.atomic_files import private_folder
+from fedalloy_adapters.files.atomic_files import private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 

@@ -13,8 +13,8 @@ import torch
 from google.protobuf.descriptor import Descriptor
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import CodecErrorCode, Encoding, decode, encode
 from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.wire.codec import CodecErrorCode, Encoding, decode, encode
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2, trainer_pb2
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
@@ -61,6 +62,31 @@ def test_no_underscore_module_of_another_package_is_imported() -> None:
             if package in PACKAGES and package != own and any(part.startswith("_") for part in rest):
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: {name}")
     assert not wrong
+
+
+def test_every_import_of_this_repository_finds_its_module() -> None:
+    # Tests are not type-checked, and many import inside a function: a moved module is missed here and not weeks later.
+    roots = (*PACKAGES, "tests", "examples")
+    wrong = []
+    for path in _sources(*roots):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                init = ROOT / node.module.replace(".", "/") / "__init__.py"
+                empty = init.exists() and not init.read_text()  # then what is taken from it are modules
+                names = [f"{node.module}.{alias.name}" if empty else node.module for alias in node.names]
+            for name in names:
+                at = ROOT / name.replace(".", "/")
+                if name.split(".")[0] in roots and not (at.is_dir() or at.with_suffix(".py").exists()):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not wrong
+
+
+def test_no_folder_holds_more_than_a_dozen_modules() -> None:
+    # Where modules are alike and found by name, the folder is a list and may be long.
+    lists = {"strategies/algorithms", "tests/strategies/algorithms", "client_app/plan", "tests/client_app/plan"}
+    sizes = Counter(path.parent.relative_to(ROOT).as_posix() for path in _sources(*PACKAGES, "tests", "examples"))
+    assert not {folder: count for folder, count in sizes.items() if count > 12 and folder not in lists}
 
 
 def test_the_name_proto_is_used_only_below_fedalloy() -> None:

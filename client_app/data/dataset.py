@@ -216,9 +216,9 @@ class Base:
     trained in full, as differences. ``own_heads`` are trained in full, too, but never leave the client: heads for
     labels that only this client has. ``fingerprint`` is 64 hex digits that all clients of a federation must share,
     except with a strategy that crosses architectures. ``drawn`` are parameters that the checkpoint lacks and nothing
-    trains: a personal model brings them along. ``padding`` is where texts are padded (:mod:`client_app.model.padding`),
-    ``notes`` what was found. ``reference`` is the small model that sketches are gradients of,
-    the same for all clients; None: this base model itself.
+    trains: a personal model brings them along. ``padding`` is where texts are padded
+    (:mod:`client_app.model.forward.padding`), ``notes`` what was found. ``reference`` is the small model that sketches
+    are gradients of, the same for all clients; None: this base model itself.
     """
 
     name: str

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedalloy_adapters.atomic_files import locked, private_folder, write_durably
+from fedalloy_adapters.files.atomic_files import locked, private_folder, write_durably
 from proto.fedalloy.v1 import plan_pb2
 
 SECRET_BYTES = 32

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedalloy_adapters.atomic_files import locked, open_private, private_folder
+from fedalloy_adapters.files.atomic_files import locked, open_private, private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 _TAIL = 2**20

@@ -7,7 +7,7 @@ import hmac
 from pathlib import Path
 
 from client_app.guard.policy import PolicyError
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.files.atomic_files import write_durably
 from proto.fedalloy.v1 import plan_pb2
 
 _FILE = "run-key.sha256"

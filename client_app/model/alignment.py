@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from client_app.data.dataset import MASK, Dataset
 from client_app.model.personal import PersonalModel
 from fedalloy_adapters.adapter import Adapter, polar
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.files.atomic_files import write_durably
 from fedalloy_adapters.layout import Factor, Layout
 
 FORMAT = "fedalloy.alignment.v1"

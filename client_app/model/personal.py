@@ -16,14 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from client_app.data.dataset import Base
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
+from client_app.model.forward.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
+from client_app.model.forward.target_logits import TargetLogits
+from client_app.model.forward.target_losses import AtTargets, TargetLosses
 from client_app.model.module_roles import RoleError, shared_names
-from client_app.model.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
-from client_app.model.target_logits import TargetLogits
-from client_app.model.target_losses import AtTargets, TargetLosses
 from fedalloy_adapters.adapter import Adapter, scalings_from
 from fedalloy_adapters.algebra import Coefficient, coefficient_of
+from fedalloy_adapters.files.peft_format import module_pattern
 from fedalloy_adapters.layout import Entry, Factor, Layout
-from fedalloy_adapters.peft_format import module_pattern
 
 Mixture = Mapping[str, Coefficient | Gate]
 """Coefficient by slot; the model is the base plus their sum."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate
+from fedalloy_adapters.files.peft_format import PREFIX, module_pattern
 from fedalloy_adapters.layout import Entry, Factor, Layout
-from fedalloy_adapters.peft_format import PREFIX, module_pattern
 
 _UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora")
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -10,7 +10,7 @@ from typing import Any
 from client_app.data.dataset import ClientData
 from client_app.model.personal import PersonalModel
 from client_app.settings import Settings
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.files.atomic_files import write_durably
 from proto.fedalloy.v1 import report_pb2
 
 ABOUT = "about.json"

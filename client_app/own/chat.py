@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from client_app.own.messages import Turn, text_of
-from client_app.own.text_files import DataError
+from client_app.own.reading.text_files import DataError
 
 Span = tuple[int, int]
 """Where characters that are learnt begin and end."""

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from client_app.data.dataset import MASK, Dataset, LazyDataset
 from client_app.data.task_kinds import IGNORED, Kind
-from client_app.model.model_folders import BaseModelError, FoundModel, load_config, longest_input
+from client_app.model.bases.model_folders import BaseModelError, FoundModel, load_config, longest_input
 from client_app.own.chat import ChatTemplate, Span, common_start
 from client_app.own.examples import Example
-from client_app.own.images import ImageReader, read_image
 from client_app.own.messages import Turn, image_parts
-from client_app.own.text_files import DataError
+from client_app.own.reading.images import ImageReader, read_image
+from client_app.own.reading.text_files import DataError
 
 
 @dataclass

@@ -26,8 +26,8 @@ from client_app.own.messages import (
     read_messages,
     read_prompt_and_completion,
 )
-from client_app.own.text_files import DataError, Row
-from client_app.own.values import missing_column, short, text_in, value_in
+from client_app.own.reading.text_files import DataError, Row
+from client_app.own.reading.values import missing_column, short, text_in, value_in
 from client_app.settings import DataSettings, canonical_label
 
 IMAGES = "images"

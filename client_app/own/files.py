@@ -14,17 +14,17 @@ from torch import Tensor
 
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.task_kinds import IGNORED, SCORES, Kind, kind_of
-from client_app.model.base_models import load_base
-from client_app.model.model_folders import BaseModelError, find_model
-from client_app.model.padding import ALONE, find_padding, inputs_taken
+from client_app.model.bases.base_models import load_base
+from client_app.model.bases.model_folders import BaseModelError, find_model
+from client_app.model.forward.padding import ALONE, find_padding, inputs_taken
 from client_app.own.encoding import Encoder, load_encoder
 from client_app.own.examples import Example, columns_read, guess_kind, read_example
-from client_app.own.images import frames_in, read_image
 from client_app.own.messages import OUTPUT
-from client_app.own.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
-from client_app.own.text_files import DataError
+from client_app.own.reading.images import frames_in, read_image
+from client_app.own.reading.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
+from client_app.own.reading.text_files import DataError
 from client_app.settings import DataSettings, Settings
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.files.atomic_files import write_durably
 
 MIN_EXAMPLES = 3
 _LEAST_TOKENS = 0.5
@@ -93,7 +93,7 @@ def read_own(settings: Settings) -> Found:
     if data.split_column:
         table = _split_by_column(table, data.split_column)
     if data.partitioner:
-        from client_app.own.partitions import partition
+        from client_app.own.reading.partitions import partition
 
         table = partition(table, data, settings.partition_id, settings.num_partitions)
     trained = [row for row, split in zip(table.rows, table.splits, strict=True) if split in (None, "train")]

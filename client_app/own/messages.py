@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from client_app.own.text_files import DataError, Row
-from client_app.own.values import checked_text, short, value_in
+from client_app.own.reading.text_files import DataError, Row
+from client_app.own.reading.values import checked_text, short, value_in
 
 Turn = Mapping[str, Any]
 """One message: role, content (a text, or a list of parts), and whatever else the chat template may use."""

@@ -28,13 +28,13 @@ from typing import Any
 
 from client_app.data.dataset import Base, ClientData
 from client_app.data.task_kinds import SCORES
-from client_app.model.base_models import load_flava
-from client_app.model.model_folders import find_model, require_flava
-from client_app.model.multi_task import TaskSpec, multi_task_base
+from client_app.model.bases.base_models import load_flava
+from client_app.model.bases.model_folders import find_model, require_flava
+from client_app.model.bases.multi_task import TaskSpec, multi_task_base
 from client_app.own.encoding import load_encoder
 from client_app.own.files import check_images, notes_of, read_own
-from client_app.own.readers import stamp
-from client_app.own.text_files import DataError
+from client_app.own.reading.readers import stamp
+from client_app.own.reading.text_files import DataError
 from client_app.settings import DataSettings, ModelSettings, Settings
 
 _MODALITIES = {

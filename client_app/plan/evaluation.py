@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
 from client_app.data.task_kinds import IGNORED, kind_of, target_mask
+from client_app.model.forward.target_losses import AtTargets, AtTargetsWhole
 from client_app.model.personal import PersonalModel
-from client_app.model.target_losses import AtTargets, AtTargetsWhole
 from client_app.plan.class_metrics import class_metrics
 from client_app.plan.ensembles import forward_of
 from client_app.plan.mixtures import activate

@@ -36,9 +36,9 @@ from client_app.plan.progress import tick
 from client_app.plan.slots import SlotStore
 from client_app.plan.workbench import JOINED, Workbench
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import decode
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.parts import layouts_of_plan
+from fedalloy_adapters.wire.codec import decode
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 STEPS: dict[str, Callable[[Workbench, Any], Message]] = {

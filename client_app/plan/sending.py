@@ -5,8 +5,8 @@ from __future__ import annotations
 from client_app.plan.names import PlanError
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import encode, encoding_from_proto
 from fedalloy_adapters.parts import layout_of_part
+from fedalloy_adapters.wire.codec import encode, encoding_from_proto
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 

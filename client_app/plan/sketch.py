@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from client_app.data.dataset import Dataset
 from client_app.data.task_kinds import mean_loss
 from client_app.guard.noise import Noise, gaussian, noise_key
+from client_app.model.forward.padding import set_training
 from client_app.model.module_roles import RoleError, last_down_projection, layer_of, outside_towers
-from client_app.model.padding import set_training
 from client_app.model.personal import PersonalModel
 from client_app.plan.seeds import batches, seed_of
 from client_app.plan.workbench import Workbench

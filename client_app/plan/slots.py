@@ -44,10 +44,10 @@ from safetensors.torch import load_file, save
 from client_app.plan.progress import tick
 from client_app.plan.slot_tensors import from_tensors, require_no_more_than, to_tensors, with_digest, without_digest
 from fedalloy_adapters.adapter import Adapter, joined
-from fedalloy_adapters.atomic_files import locked, private_folder, sync, write_durably
+from fedalloy_adapters.files.atomic_files import locked, private_folder, sync, write_durably
+from fedalloy_adapters.files.peft_format import write_peft_directory
+from fedalloy_adapters.files.sealed_json import sealed, unsealed
 from fedalloy_adapters.layout import Layout
-from fedalloy_adapters.peft_format import write_peft_directory
-from fedalloy_adapters.sealed_json import sealed, unsealed
 
 MIXTURE_FILE = "mixture.json"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
 from client_app.data.task_kinds import example_losses, kind_of, mean_loss, mean_of, means_of, targets_in
-from client_app.model.padding import set_training
+from client_app.model.forward.padding import set_training
 from client_app.model.personal import PersonalModel
 from client_app.plan.mixtures import activate
 from client_app.plan.names import PlanError

@@ -16,7 +16,7 @@ from client_app.plan.names import PlanError
 from client_app.plan.seeds import batches, seed_of
 from client_app.plan.slots import SlotStore
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import encode, encoding_from_proto
+from fedalloy_adapters.wire.codec import encode, encoding_from_proto
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
 
 JOINED = "+"

@@ -29,8 +29,8 @@ from torch.nn import functional
 
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.task_kinds import KINDS
-from client_app.model.base_models import load_base
-from client_app.model.model_folders import FoundModel, find_model
+from client_app.model.bases.base_models import load_base
+from client_app.model.bases.model_folders import FoundModel, find_model
 from client_app.scenarios import ScenarioError
 from client_app.scenarios.vit import ALL_MODULES, build_vit, fingerprint_of, load_or_make, one_thread, vit_base
 from client_app.settings import Settings

@@ -35,8 +35,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.model.model_folders import find_model
-from client_app.model.multi_task import TaskSpec, multi_task_base
+from client_app.model.bases.model_folders import find_model
+from client_app.model.bases.multi_task import TaskSpec, multi_task_base
 from client_app.scenarios import cifar
 from client_app.scenarios.digits_multimodal import Vocabulary, pretrain_together, texts_as_tensors, words_until_end
 from client_app.scenarios.texts import read_jsonl

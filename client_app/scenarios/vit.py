@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.dataset import Base
-from fedalloy_adapters.atomic_files import locked, private_folder, sync
+from fedalloy_adapters.files.atomic_files import locked, private_folder, sync
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj")
 ALL_MODULES = (*TARGET_MODULES, "o_proj", "fc1", "fc2")

@@ -27,7 +27,7 @@ from flwr.common.logger import log
 
 from client_app.settings import default_state_dir
 from client_app.trainer.address import CHUNK_BYTES, NO_LIMIT, Owner, Residence, TrainerError, code_digest, inode_of
-from fedalloy_adapters.atomic_files import open_private, private_folder
+from fedalloy_adapters.files.atomic_files import open_private, private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
 

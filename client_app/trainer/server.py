@@ -34,7 +34,7 @@ from client_app.plan.progress import Cancelled, listening, tick
 from client_app.settings import read_settings
 from client_app.trainer.address import NO_LIMIT, Owner, Residence, code_digest, inode_of
 from client_app.trainer.client import context_of, in_pieces
-from fedalloy_adapters.atomic_files import private_mask
+from fedalloy_adapters.files.atomic_files import private_mask
 from proto.fedalloy.v1 import trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 

@@ -43,7 +43,7 @@ from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from client_app.sockets import Connection
-from fedalloy_adapters.atomic_files import open_private
+from fedalloy_adapters.files.atomic_files import open_private
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.ledger.flower_costs import BundleCost, MessageCost, message_cost

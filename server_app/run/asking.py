@@ -15,8 +15,8 @@ from flwr.common.logger import log
 
 from fedalloy_adapters.bank.store import Bank
 from server_app.ledger.recorder import Booking
-from server_app.run import client_status
-from server_app.run.client_status import OK, REJECTED, ClientRecord
+from server_app.run.clients import client_status
+from server_app.run.clients.client_status import OK, REJECTED, ClientRecord
 from server_app.run.federation import Make, Reply
 from strategies.framework.answers import answer_from
 from strategies.framework.dispatch import Dispatch

@@ -18,9 +18,9 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from server_app.run.enrolment import Enrolment
-from server_app.run.exchange import Exchange
-from server_app.run.replies import MESSAGE_UNAVAILABLE, Intake
+from server_app.run.clients.enrolment import Enrolment
+from server_app.run.messages.exchange import Exchange
+from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, Intake
 from strategies.framework.dispatch import register_message
 from strategies.framework.exchange import Client
 

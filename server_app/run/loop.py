@@ -14,16 +14,18 @@ from flwr.serverapp import Grid
 
 from fedalloy_adapters.words import one_line
 from server_app.ledger.recorder import Booking, WireLog, explained
-from server_app.run import client_status
 from server_app.run.asking import Asking
-from server_app.run.client_status import REJECTED, ClientRecord
-from server_app.run.enrolment import Enrolment
+from server_app.run.clients import client_status
+from server_app.run.clients.client_status import REJECTED, ClientRecord
+from server_app.run.clients.enrolment import Enrolment
+from server_app.run.clients.participants import choose, named
+from server_app.run.clients.strikes import Strikes
+from server_app.run.ending.last_counters import last_counters
+from server_app.run.ending.late_delivery import deliver_late
+from server_app.run.ending.summary import headline, summary_of
 from server_app.run.evaluations import spared
 from server_app.run.federation import SAY_SECONDS, Federation, NotEnoughClientsError, Reply, require_all
-from server_app.run.last_counters import last_counters
-from server_app.run.late_delivery import deliver_late
 from server_app.run.options import RunOptions, as_toml, read_run_options
-from server_app.run.participants import choose, named
 from server_app.run.resume import (
     changed_code,
     checkpoint_of,
@@ -33,8 +35,6 @@ from server_app.run.resume import (
     saved_clients,
 )
 from server_app.run.run_directory import Checkpoint, RunDirectory
-from server_app.run.strikes import Strikes
-from server_app.run.summary import headline, summary_of
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework.exchange import Answer, Client
 from strategies.framework.holdings import Holdings

@@ -25,9 +25,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedalloy_adapters.atomic_files import locked, open_private, private_folder, sync, write_durably
 from fedalloy_adapters.bank.store import BankError, FileRow, link
-from fedalloy_adapters.sealed_json import sealed, unsealed
+from fedalloy_adapters.files.atomic_files import locked, open_private, private_folder, sync, write_durably
+from fedalloy_adapters.files.sealed_json import sealed, unsealed
 from strategies.framework.exchange import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")

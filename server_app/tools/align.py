@@ -52,9 +52,9 @@ def align_models(
     # Torch takes seconds to import, and every command looks at this file for its error.
     from client_app.data.task_kinds import TaskError
     from client_app.model.alignment import AlignmentError, AlignOptions, align
-    from client_app.model.model_folders import BaseModelError
+    from client_app.model.bases.model_folders import BaseModelError
     from client_app.model.personal import ModelError, PersonalModel
-    from client_app.own.text_files import DataError
+    from client_app.own.reading.text_files import DataError
     from client_app.scenarios import ScenarioError, bases_to_align
     from client_app.settings import SettingsError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server_app.run.late_delivery import MISSING, last_delivery, wanted_clients
+from server_app.run.ending.late_delivery import MISSING, last_delivery, wanted_clients
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
 

@@ -25,7 +25,7 @@ ROUNDS = 4
 """Every message costs each client a fresh process and Flower's pauses: four rounds of three strategies stay well below
 five minutes on two cores."""
 SCENARIO_CONFIG: Mapping[str, Any] = {"scenario": "digits"}
-"""Run-config of the demo beyond the defaults; how it was chosen: tests/benchmarks/digits_headroom.py."""
+"""Run-config of the demo beyond the defaults; how it was chosen: tests/benchmarks/accuracy/digits_headroom.py."""
 
 
 @dataclass(frozen=True)

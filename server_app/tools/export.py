@@ -49,7 +49,7 @@ class Personal:
         Raises:
             ExportError: it is not here.
         """
-        from client_app.model.model_folders import find_model
+        from client_app.model.bases.model_folders import find_model
 
         name = json.loads((self.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         try:

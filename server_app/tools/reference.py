@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.files.atomic_files import write_durably
 from server_app.run.options import OPTIONS, as_toml
 from strategies import STRATEGIES
 from strategies.framework.options import key_of

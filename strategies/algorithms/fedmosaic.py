@@ -55,9 +55,9 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import combine_factors
 from fedalloy_adapters.bank.store import Bank, Made
 from fedalloy_adapters.co_lora_names import shared_layout, to_shared, with_shared
-from fedalloy_adapters.codec import Encoding
 from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
+from fedalloy_adapters.wire.codec import Encoding
 from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
 from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
 from strategies.framework.exchange import MAX_NUMBER

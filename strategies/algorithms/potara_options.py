@@ -42,7 +42,7 @@ class PotaraOptions:
     """How many examples at most; 30 in the paper."""
     damping: float = 1.0
     """Times the mean information of both adapters together; added to all information. Not known of the paper
-    (tests/benchmarks/potara_digits.py sweeps it)."""
+    (tests/benchmarks/accuracy/potara_digits.py sweeps it)."""
     dampings: str = ""
     """Others, comma-separated, whose weights and models are measured for the record."""
     trace_space: str = "factor"

@@ -14,10 +14,10 @@ from flwr.app import Message
 from google.protobuf.message import Message as ProtoMessage
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, payload_size
-from fedalloy_adapters.flower_records import RecordError, unpack
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.parts import layout_of_sketch
+from fedalloy_adapters.wire.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, payload_size
+from fedalloy_adapters.wire.flower_records import RecordError, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.framework.dispatch import Dispatch, max_blob_bytes
 from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client

@@ -12,7 +12,9 @@ from flwr.app import Message, RecordDict
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Made
-from fedalloy_adapters.codec import (
+from fedalloy_adapters.layout import Layout, LayoutError
+from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
+from fedalloy_adapters.wire.codec import (
     CodecError,
     CodecErrorCode,
     Encoded,
@@ -21,7 +23,7 @@ from fedalloy_adapters.codec import (
     encoding_from_proto,
     payload_size,
 )
-from fedalloy_adapters.flower_records import (
+from fedalloy_adapters.wire.flower_records import (
     COUNTERS_TYPE,
     FORMAT_VERSION,
     MAX_MESSAGE_BYTES,
@@ -29,8 +31,6 @@ from fedalloy_adapters.flower_records import (
     REGISTER_TYPE,
     pack,
 )
-from fedalloy_adapters.layout import Layout, LayoutError
-from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework.holdings import Holding
 

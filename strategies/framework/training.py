@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedalloy_adapters.codec import Encoding
+from fedalloy_adapters.wire.codec import Encoding
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework.options import OptionError, require_choice, require_range
 

@@ -33,8 +33,8 @@ import torch
 
 from client_app.data.dataset import MASK, ClientData, Dataset
 from client_app.data.task_kinds import IGNORED, KINDS
-from client_app.model.base_models import load_base
-from client_app.model.model_folders import find_model
+from client_app.model.bases.base_models import load_base
+from client_app.model.bases.model_folders import find_model
 from client_app.model.personal import PersonalModel
 from client_app.model_settings import ModelSettings
 from client_app.plan.evaluation import evaluate

@@ -32,10 +32,10 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedalloy_adapters import block_quantisation
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import Encoding, encode
 from fedalloy_adapters.layout import Layout
+from fedalloy_adapters.wire import block_quantisation
+from fedalloy_adapters.wire.codec import Encoding, encode
 from proto.fedalloy.v1 import adapter_pb2
 from tests.in_process import run_in_process
 

@@ -46,13 +46,13 @@ from rich.console import Console
 from rich.table import Table
 
 from client_app.data.task_kinds import KINDS
-from client_app.model.model_folders import find_model
+from client_app.model.bases.model_folders import find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import read_own
 from client_app.settings import DataSettings, ModelSettings, Settings
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster import local
-from tests import tiny_models, toy_data
+from tests.toys import tiny_models, toy_data
 
 STOCK_APP = Path(__file__).with_name("stock_app")
 RATE, ALPHA = 5e-3, 16.0

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from flwr.app import Message
 
-from fedalloy_adapters.flower_records import PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from fedalloy_adapters.wire.flower_records import PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2
 from tests.benchmarks.thin.answers import ThinClient, layout_of_bytes, reference_of_bytes
 from tests.faults.nodes import NodeGrid, run_nodes, statuses

@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from client_app.sockets import Connection, SocketTable, WireError, server_connections
-from fedalloy_adapters.codec import Encoding, payload_size
 from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.wire.codec import Encoding, payload_size
 from server_app.ledger.flower_costs import bundle_size
 from server_app.tools.cluster import local
 from server_app.tools.compare.statistics import Scores, paired

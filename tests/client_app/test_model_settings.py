@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from client_app import session
-from client_app.model import target_losses
+from client_app.model.forward import target_losses
 from client_app.model_settings import ModelSettings, SettingsError
 from client_app.own.files import load_own
 from client_app.settings import Settings
 from tests.client_app.own_clients import settings_of
-from tests.tiny_models import save_llama
+from tests.toys.tiny_models import save_llama
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from client_app.own.text_files import DataError
+from client_app.own.reading.text_files import DataError
 from client_app.plan.interpreter import PlanError
 from client_app.plan.progress import Cancelled, listening
 from client_app.session import Executor, base_and_data
 from client_app.settings import Settings, read_settings
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework.steps import Training, evaluate, initialise, mixture, send, train
-from tests import tiny_models, toy_data
 from tests.client_app.own_clients import settings_of
+from tests.toys import tiny_models, toy_data
 
 MESSAGES = 100
 

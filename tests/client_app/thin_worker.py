@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import client_app.app
 from client_app.trainer.address import Owner
-from fedalloy_adapters.flower_records import PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from fedalloy_adapters.wire.flower_records import PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 HEAVY = {"torch", "transformers", "peft", "sklearn", "safetensors"}

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from examples import tiny_models
-from tests import toy_data
+from tests.toys import toy_data
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedalloy_adapters.flower_records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from fedalloy_adapters.wire.flower_records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.loop import run
 from server_app.run.run_directory import RunDirectory

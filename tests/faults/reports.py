@@ -11,9 +11,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import MAGIC, encode
-from fedalloy_adapters.flower_records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD, pack, unpack
 from fedalloy_adapters.layout import Layout
+from fedalloy_adapters.wire.codec import MAGIC, encode
+from fedalloy_adapters.wire.flower_records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD, pack, unpack
 from proto.fedalloy.v1 import adapter_pb2, report_pb2
 from tests.strategies.conftest import FakeNode, layout_of
 from tests.strategies.hostile import claims

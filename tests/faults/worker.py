@@ -26,7 +26,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client_app.session import Executor
 from client_app.settings import read_settings
-from fedalloy_adapters.flower_records import PLAN_TYPE, pack, unpack
+from fedalloy_adapters.wire.flower_records import PLAN_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from tests.in_process import InProcessGrid
 

@@ -18,9 +18,9 @@ from client_app.plan.interpreter import Interpreter
 from client_app.plan.names import PlanError
 from client_app.plan.slots import SlotError, SlotStore
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import CodecError, Encoding, decode, encode
-from fedalloy_adapters.flower_records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
 from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.wire.codec import CodecError, Encoding, decode, encode
+from fedalloy_adapters.wire.flower_records import ARRAY_DTYPE, ARRAY_RECORD, ARRAY_STYPE, CONFIG_RECORD
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.run_directory import RunDirectory

@@ -21,10 +21,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import Coefficient, precision_mean, squared_distances, stack, truncate, weighted_sum
-from fedalloy_adapters.codec import decode, encode, encoding_from_proto
-from fedalloy_adapters.flower_records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
+from fedalloy_adapters.wire.codec import decode, encode, encoding_from_proto
+from fedalloy_adapters.wire.flower_records import COUNTERS_TYPE, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.framework.dispatch import Dispatch
 from strategies.framework.exchange import Answer, Brief, Client

@@ -10,8 +10,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import MAGIC, Encoding, encode, payload_size
-from fedalloy_adapters.flower_records import (
+from fedalloy_adapters.layout import Factor, Layout
+from fedalloy_adapters.wire.codec import MAGIC, Encoding, encode, payload_size
+from fedalloy_adapters.wire.flower_records import (
     ARRAY_DTYPE,
     ARRAY_RECORD,
     ARRAY_STYPE,
@@ -19,7 +20,6 @@ from fedalloy_adapters.flower_records import (
     pack,
     unpack,
 )
-from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies.framework import steps
 from strategies.framework.dispatch import Dispatch, plan_dispatch

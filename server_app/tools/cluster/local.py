@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.files.atomic_files import write_durably
 from server_app.tools.cluster.certificates import ServerFiles, make_client_key, make_server_files, private_folder
 from server_app.tools.cluster.link_check import advice
 from server_app.tools.cluster.superlink import ClusterError, SuperLink, app_directory, last_words, literal

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedalloy_adapters.atomic_files import write_durably
+from fedalloy_adapters.files.atomic_files import write_durably
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
 
 

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from client_app.scenarios import FROM_FILES, NAMES
 from client_app.scenarios.files import SCENARIOS
-from fedalloy_adapters.atomic_files import locked, write_durably
+from fedalloy_adapters.files.atomic_files import locked, write_durably
 from server_app.run.options import read_run_options
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings

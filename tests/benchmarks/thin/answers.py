@@ -6,10 +6,10 @@ import torch
 from flwr.app import Message, RecordDict
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import encode
-from fedalloy_adapters.flower_records import COUNTERS_TYPE, REGISTER_TYPE, pack, unpack
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
+from fedalloy_adapters.wire.codec import encode
+from fedalloy_adapters.wire.flower_records import COUNTERS_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from tests.strategies.conftest import REFERENCE, layout_of
 

@@ -18,7 +18,7 @@ from client_app.settings import read_settings
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
-from tests import tiny_models, toy_data
+from tests.toys import tiny_models, toy_data
 
 TRAINING = Training(local_steps=2, batch_size=4)
 

@@ -31,8 +31,8 @@ from client_app.plan.slots import SlotStore
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import distance, fold, stack, truncate
 from fedalloy_adapters.co_lora_names import shared_layout
+from fedalloy_adapters.files.peft_format import write_peft_directory
 from fedalloy_adapters.layout import Factor, Layout
-from fedalloy_adapters.peft_format import write_peft_directory
 from proto.fedalloy.v1 import plan_pb2
 from server_app.tools.export import is_in_parts
 from strategies.framework import steps

@@ -16,8 +16,8 @@ from client_app.model.module_roles import depth_of, last_down_projection, outsid
 from client_app.model.personal import PersonalModel
 from client_app.plan.sketch import ReferenceModel
 from proto.fedalloy.v1 import plan_pb2
-from tests import tiny_models, toy_data
 from tests.in_process import run_in_process
+from tests.toys import tiny_models, toy_data
 
 TEXT = {
     "vocab_size": 40,

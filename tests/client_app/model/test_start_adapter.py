@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from client_app.data.task_kinds import KINDS
-from client_app.model.base_models import load_base
-from client_app.model.model_folders import find_model
+from client_app.model.bases.base_models import load_base
+from client_app.model.bases.model_folders import find_model
 from client_app.model.personal import PersonalModel
 from client_app.model.start_adapter import StartAdapterError, read_start_adapter
 from client_app.settings import ModelSettings
 from server_app.run.loop import run
 from server_app.run.run_directory import RunDirectory
-from tests import tiny_models, toy_data
 from tests.in_process import InProcessGrid
+from tests.toys import tiny_models, toy_data
 
 LABELS = ("neg", "pos")
 

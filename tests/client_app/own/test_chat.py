@@ -12,9 +12,9 @@ from client_app.data.task_kinds import IGNORED, kind_of
 from client_app.own.chat import ChatTemplate
 from client_app.own.encoding import Encoder
 from client_app.own.examples import read_example
-from client_app.own.text_files import DataError, Row
+from client_app.own.reading.text_files import DataError, Row
 from client_app.settings import DataSettings
-from tests import chat_templates
+from tests.toys import chat_templates
 
 ASK = {"role": "user", "content": "What is two plus two?"}
 TURNS = [

@@ -13,11 +13,11 @@ from client_app.data.joined import join
 from client_app.data.task_kinds import IGNORED, kind_of
 from client_app.own.encoding import Encoder
 from client_app.own.examples import read_example
-from client_app.own.text_files import DataError, Row
+from client_app.own.reading.text_files import DataError, Row
 from client_app.plan import evaluation, fisher, training
 from client_app.settings import DataSettings
-from tests import tiny_models, toy_data
 from tests.client_app.own_clients import loaded, personal, settings_of
+from tests.toys import tiny_models, toy_data
 
 KIND = kind_of("image-text-to-text")
 SIZES = ((40, 40), (64, 32), (32, 32))

@@ -16,17 +16,17 @@ from torch.nn import functional
 
 from client_app.data.dataset import Base
 from client_app.data.task_kinds import IGNORED, KINDS, TaskError, example_losses, kind_of, mean_loss
-from client_app.model.base_models import load_base
-from client_app.model.model_folders import BaseModelError, find_model
+from client_app.model.bases.base_models import load_base
+from client_app.model.bases.model_folders import BaseModelError, find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import load_own, read_own
-from client_app.own.text_files import DataError
+from client_app.own.reading.text_files import DataError
 from client_app.plan import evaluation, fisher, training
 from client_app.plan.class_metrics import macro_f1
 from client_app.settings import ModelSettings, Settings, SettingsError, read_settings
 from proto.fedalloy.v1 import plan_pb2
-from tests import tiny_models, toy_data
 from tests.client_app.own_clients import loaded, settings_of
+from tests.toys import tiny_models, toy_data
 
 
 @pytest.fixture(scope="module")

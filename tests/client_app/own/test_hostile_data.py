@@ -14,8 +14,8 @@ import PIL.Image
 import pytest
 
 from client_app.own.files import read_own
-from client_app.own.images import read_image
-from client_app.own.text_files import DataError
+from client_app.own.reading.images import read_image
+from client_app.own.reading.text_files import DataError
 from client_app.settings import DataSettings, ModelSettings, Settings
 
 GOOD = [json.dumps({"text": f"a text {n}", "label": "pos" if n % 2 else "neg"}) for n in range(8)]

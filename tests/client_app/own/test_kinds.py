@@ -16,12 +16,12 @@ from client_app.data.dataset import ClientData
 from client_app.data.task_kinds import IGNORED
 from client_app.model.personal import PersonalModel
 from client_app.own.files import load_own, read_own
-from client_app.own.text_files import DataError
+from client_app.own.reading.text_files import DataError
 from client_app.plan import evaluation, training
 from client_app.settings import Settings
 from proto.fedalloy.v1 import plan_pb2
-from tests import tiny_models, toy_data
 from tests.client_app.own_clients import loaded, settings_of
+from tests.toys import tiny_models, toy_data
 
 
 def taught(settings: Settings, steps: int) -> tuple[PersonalModel, ClientData, list[float]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from client_app.data.dataset import ClientData
-from client_app.model.model_folders import BaseModelError
+from client_app.model.bases.model_folders import BaseModelError
 from client_app.model.personal import PersonalModel
+from client_app.own.reading.text_files import DataError
 from client_app.own.task_file import load_tasks
-from client_app.own.text_files import DataError
 from client_app.session import Executor
 from client_app.settings import ModelSettings, Settings
 from fedalloy_adapters.groups import groups_of
@@ -20,8 +20,8 @@ from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
 from tests.client_app import own_clients
-from tests.tiny_models import save_bert, save_flava
-from tests.toy_data import opinions, write_captions, write_jsonl
+from tests.toys.tiny_models import save_bert, save_flava
+from tests.toys.toy_data import opinions, write_captions, write_jsonl
 
 TASKS = """
 [mood]

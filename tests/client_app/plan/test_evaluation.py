@@ -20,8 +20,8 @@ from client_app.plan.workbench import Workbench
 from proto.fedalloy.v1 import plan_pb2
 from tests.client_app.own_clients import loaded, settings_of
 from tests.client_app.test_model_settings import writer
-from tests.tiny_models import save_llama
-from tests.toy_data import write_jsonl
+from tests.toys.tiny_models import save_llama
+from tests.toys.toy_data import write_jsonl
 
 
 def texts(count: int = 90) -> Dataset:

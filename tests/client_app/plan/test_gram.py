@@ -17,9 +17,9 @@ from client_app.plan.interpreter import Interpreter, PlanError
 from client_app.plan.selection import improvement_weights
 from client_app.plan.slots import SlotStore
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import decode
 from fedalloy_adapters.layout import Factor
 from fedalloy_adapters.parts import layout_of_gram
+from fedalloy_adapters.wire.codec import decode
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training

@@ -18,8 +18,8 @@ from client_app.plan.interpreter import Interpreter
 from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import ReferenceModel, SketchError, reference_layout, row_subset, take_sketch
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import Encoding, decode, encoding_to_proto
 from fedalloy_adapters.parts import layout_of_sketch
+from fedalloy_adapters.wire.codec import Encoding, decode, encoding_to_proto
 from proto.fedalloy.v1 import plan_pb2
 from tests.fedalloy_adapters.samples import random_adapter
 from tests.fedalloy_adapters.tiny_vit import CLASSES, base_of, images, logits_of

@@ -20,9 +20,9 @@ from peft import PeftModel
 from client_app.model.personal import PersonalModel
 from client_app.plan.slots import SlotError, SlotStore
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.files.peft_format import read_peft_directory
+from fedalloy_adapters.files.sealed_json import unsealed
 from fedalloy_adapters.layout import Factor
-from fedalloy_adapters.peft_format import read_peft_directory
-from fedalloy_adapters.sealed_json import unsealed
 from tests.client_app.slot_worker import (
     HEADS,
     LAYOUT,

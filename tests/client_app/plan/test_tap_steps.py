@@ -28,7 +28,7 @@ from strategies.algorithms.tap import Tap, TapOptions
 from strategies.framework import steps
 from strategies.framework.exchange import Client
 from strategies.framework.steps import Draw, Training
-from tests.multi_task_toys import SPECS, TINY, ToyClient, base_of
+from tests.toys.multi_task_toys import SPECS, TINY, ToyClient, base_of
 
 W, X = "global", "personal"
 LOCAL = Training(local_steps=3, batch_size=4, learning_rate=0.05)

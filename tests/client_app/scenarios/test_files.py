@@ -26,7 +26,7 @@ from client_app.scenarios.texts import (
     read_jsonl,
 )
 from client_app.settings import DataSettings, ModelSettings, Settings
-from tests import tiny_models, toy_data
+from tests.toys import tiny_models, toy_data
 
 ROOT = Path(os.environ.get("FEDALLOY_BENCHMARK_DATA", "/nowhere"))
 

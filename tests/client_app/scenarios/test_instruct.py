@@ -16,7 +16,7 @@ from client_app.plan.evaluation import evaluate, first_targets, likeliest_of
 from client_app.scenarios import FROM_FILES, ScenarioError, instruct
 from client_app.scenarios.files import SCENARIOS, load_files
 from client_app.settings import DataSettings, ModelSettings, Settings
-from tests import tiny_models
+from tests.toys import tiny_models
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from client_app.scenarios import digits_mixed, digits_multimodal
 from client_app.settings import SettingsError
 from server_app.tools.cli import app
 from strategies.framework.options import OptionError
-from tests.benchmarks.self_others import load_clients, scores_of
-from tests.multi_task_toys import TINY
+from tests.benchmarks.accuracy.self_others import load_clients, scores_of
 from tests.server_app.conftest import Runner
+from tests.toys.multi_task_toys import TINY
 
 Batches = list[tuple[int, list[int]]]
 

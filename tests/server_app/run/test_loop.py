@@ -12,8 +12,8 @@ import torch
 from flwr.app import Error, Message
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import MAGIC, CodecError, decode, encode
-from fedalloy_adapters.flower_records import pack, unpack
+from fedalloy_adapters.wire.codec import MAGIC, CodecError, decode, encode
+from fedalloy_adapters.wire.flower_records import pack, unpack
 from proto.fedalloy.v1 import report_pb2
 from server_app.ledger.store import Ledger
 from server_app.run.federation import NotEnoughClientsError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Message
 
-from fedalloy_adapters.flower_records import unpack
+from fedalloy_adapters.wire.flower_records import unpack
 from proto.fedalloy.v1 import plan_pb2
 from server_app.run.run_directory import RunDirectory
 from strategies.algorithms.potara_weights import MODES

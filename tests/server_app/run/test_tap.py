@@ -14,15 +14,15 @@ from client_app.model.personal import PersonalModel
 from client_app.scenarios import ScenarioError, load_scenario
 from client_app.scenarios import digits_multimodal as scenario
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import decode
-from fedalloy_adapters.flower_records import PLAN_TYPE, unpack
 from fedalloy_adapters.groups import union
 from fedalloy_adapters.layout import Layout
+from fedalloy_adapters.wire.codec import decode
+from fedalloy_adapters.wire.flower_records import PLAN_TYPE, unpack
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.run_directory import RunDirectory
 from tests.in_process import FIRST_NODE
-from tests.multi_task_toys import TINY
 from tests.server_app.conftest import Runner
+from tests.toys.multi_task_toys import TINY
 
 TASKS = ((("digit",), 0), (("digit", "number"), 1), (("caption",), 0))
 CLIENTS = len(TASKS)

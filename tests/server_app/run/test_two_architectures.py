@@ -17,9 +17,9 @@ from server_app.run.federation import NotEnoughClientsError
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.align import AlignCommandError, Aligned, align_models
 from server_app.tools.cli import app
-from tests import tiny_models, toy_data
 from tests.in_process import run_in_process
 from tests.server_app.conftest import Runner
+from tests.toys import tiny_models, toy_data
 
 MIXED: dict[str, Any] = {
     "strategy": "fedmosaic", "scenario": "digits-mixed", "local_steps": 3, "lora_r": 2, "lora_blocks": 1,

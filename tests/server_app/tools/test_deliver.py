@@ -11,7 +11,7 @@ from server_app.tools.cluster.superlink import ClusterError, RunOutcome
 from server_app.tools.deliver import deliver
 from server_app.tools.who import last_registrations, registrations
 from tests.faults.nodes import NodeGrid, run_nodes
-from tests.server_app.run.test_late_delivery import absent_at_the_end
+from tests.server_app.run.ending.test_late_delivery import absent_at_the_end
 
 
 class InProcess:

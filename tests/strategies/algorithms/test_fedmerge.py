@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import Encoding, payload_size
 from fedalloy_adapters.layout import Factor
+from fedalloy_adapters.wire.codec import Encoding, payload_size
 from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.fedmerge import FedMerge, FedMergeOptions
 from strategies.algorithms.fedmerge_weights import (

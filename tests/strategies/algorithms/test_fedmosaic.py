@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.co_lora_names import SHARED, shared_layout, to_shared, with_shared
-from fedalloy_adapters.codec import Encoding, encode
-from fedalloy_adapters.flower_records import pack
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
+from fedalloy_adapters.wire.codec import Encoding, encode
+from fedalloy_adapters.wire.flower_records import pack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedmosaic import GATES, GLOBAL, LOCAL, SKETCH, FedMosaic, FedMosaicOptions, mosaic
 from strategies.framework.answers import answer_from, client_from

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.flower_records import ARRAY_RECORD
+from fedalloy_adapters.wire.flower_records import ARRAY_RECORD
 from strategies.algorithms.local import Local
 from strategies.framework.steps import Training
 from tests.strategies.conftest import FakeNode, client_of, dispatch_of, drift, layout_of

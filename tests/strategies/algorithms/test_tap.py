@@ -10,10 +10,10 @@ import torch
 from flwr.app import Message
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import encode
-from fedalloy_adapters.flower_records import pack
 from fedalloy_adapters.groups import groups_of, layout_of_groups
 from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.wire.codec import encode
+from fedalloy_adapters.wire.flower_records import pack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.tap import Tap, TapOptions

@@ -12,8 +12,9 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.codec import MAX_BLOB_BYTES, Encoding, decode, payload_size
-from fedalloy_adapters.flower_records import (
+from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.wire.codec import MAX_BLOB_BYTES, Encoding, decode, payload_size
+from fedalloy_adapters.wire.flower_records import (
     ARRAY_RECORD,
     CONFIG_RECORD,
     COUNTERS_TYPE,
@@ -22,7 +23,6 @@ from fedalloy_adapters.flower_records import (
     pack,
     unpack,
 )
-from fedalloy_adapters.layout import Entry, Factor, Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies.framework import steps
 from strategies.framework.answers import answer_from, client_from, read_answer, read_counters, read_registration

@@ -18,7 +18,7 @@ from google.protobuf.message import Message as ProtoMessage
 from safetensors.torch import load, save
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.flower_records import ARRAY_RECORD, PLAN_TYPE, REGISTER_TYPE, pack, unpack
+from fedalloy_adapters.wire.flower_records import ARRAY_RECORD, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies import STRATEGIES, AlloyStrategy
 from strategies.algorithms.fedavg import FedAvgOptions

@@ -9,8 +9,8 @@ import torch
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Storage
-from fedalloy_adapters.codec import CodecError, Encoding, decode, encode
-from fedalloy_adapters.flower_records import unpack
+from fedalloy_adapters.wire.codec import CodecError, Encoding, decode, encode
+from fedalloy_adapters.wire.flower_records import unpack
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
 from strategies.framework.dispatch import Dispatch, plan_dispatch

@@ -28,7 +28,7 @@ from server_app.tools.compare.statistics import (
     with_score,
     worst_decile,
 )
-from tests.benchmarks.interval_coverage import coverage
+from tests.benchmarks.accuracy.interval_coverage import coverage
 from tests.server_app.tools.compare.samples import SCORES, compared, rows_of, runs_of
 
 

@@ -1,0 +1,79 @@
+"""One data set divided among simulated clients, by the partitioners of flwr-datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from client_app.own.reading.readers import Table
+from client_app.own.reading.text_files import DataError
+from client_app.settings import DataSettings
+
+SEED = 42
+"""Partitions do not depend on the run's seed: what one run tests on must not be trained on in another."""
+
+
+def partition(table: Table, settings: DataSettings, partition_id: int, num_partitions: int) -> Table:
+    """The rows of one client; splits that the data have stay as they are.
+
+    ``iid``; ``dirichlet``: shares of each value of a column follow a Dirichlet distribution; ``pathological``: a client
+    has a few values only; ``natural``: one client for each value (a writer, a site), in order of first appearance.
+
+    Args:
+        table: all rows; every client reads the same.
+        settings: the partitioner with its column (the label's by default), alpha, and number of classes.
+        partition_id: this client, from 0.
+        num_partitions: how many clients there are.
+
+    Raises:
+        DataError: no such partitioner or column, or this client would get nothing.
+    """
+    import datasets
+
+    try:
+        from flwr_datasets import partitioner as partitioners
+    except ImportError:
+        raise DataError("a partitioner needs flwr-datasets: pip install 'fedalloy[simulation]'") from None
+
+    column = settings.partition_by or settings.label_column
+    makers: dict[str, Callable[[], Any]] = {
+        "iid": lambda: partitioners.IidPartitioner(num_partitions=num_partitions),
+        "dirichlet": lambda: partitioners.DirichletPartitioner(
+            num_partitions=num_partitions,
+            partition_by="value",
+            alpha=settings.partition_alpha,
+            min_partition_size=1,
+            seed=SEED,
+        ),
+        "pathological": lambda: partitioners.PathologicalPartitioner(
+            num_partitions=num_partitions,
+            partition_by="value",
+            num_classes_per_partition=settings.partition_classes,
+            class_assignment_mode="deterministic",
+            seed=SEED,
+        ),
+        "natural": lambda: partitioners.NaturalIdPartitioner(partition_by="value"),
+    }
+    if settings.partitioner not in makers:
+        raise DataError(f"partitioner = {settings.partitioner!r}, expected one of {', '.join(makers)}")
+    values = ["" for _ in table.rows]
+    if settings.partitioner != "iid":
+        for number, row in enumerate(table.rows):
+            if row.values.get(column) is None:
+                raise DataError(f"{row.place}: no value in column {column!r}, by which the data are divided")
+            values[number] = str(row.values[column])
+    indices = list(range(len(table.rows)))
+    made = makers[settings.partitioner]()
+    try:
+        everything = datasets.Dataset.from_dict({"index": indices, "value": values})
+        made.dataset = everything.shuffle(seed=SEED) if settings.partitioner == "iid" else everything
+        chosen = sorted(made.load_partition(partition_id)["index"])
+    except (ValueError, KeyError, IndexError) as error:
+        raise DataError(
+            f"{settings.partitioner} partition {partition_id} of {num_partitions} by {column!r} of "
+            f"{len(table.rows)} rows cannot be made: {error}"
+        ) from None
+    if not chosen:
+        raise DataError(f"{settings.partitioner} partition {partition_id} of {num_partitions} by {column!r} is empty")
+    return replace(table, rows=[table.rows[i] for i in chosen], splits=[table.splits[i] for i in chosen])

@@ -1,0 +1,91 @@
+"""FedAlloy's messages inside Flower's records: one ``bytes`` value, and one packed array per adapter.
+
+The shape is specified in ``proto/README.md``. One Flower ``Array`` per adapter, because Flower makes two calls per
+array, not per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from google.protobuf.message import DecodeError, Message
+
+from fedalloy_adapters.wire.wire_counts import TooManyError, require_few
+
+PLAN_TYPE = "train.plan"
+REGISTER_TYPE = "query.register"
+COUNTERS_TYPE = "query.counters"
+
+ARRAY_DTYPE = "uint8"
+ARRAY_STYPE = "fedalloy.adapter.v1"
+CONFIG_RECORD = "fedalloy"
+ARRAY_RECORD = "adapters"
+FORMAT_VERSION = 1
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Of a plan, report or registration, which hold no adapters; what is parsed takes several times as much memory."""
+MAX_VALUES = {"plan": 1_000_000, "report": 50_000, "registration": 50_000, "counters": 5_000}
+"""Numbers, texts and what they are in, by kind of message; a client that is sent the weights of a thousand peers for
+each of two hundred modules gets the most."""
+
+M = TypeVar("M", bound=Message)
+
+
+class RecordError(ValueError):
+    """A Flower message does not contain what ``proto/README.md`` says."""
+
+    @property
+    def told(self) -> str:
+        """Who sent the message may know."""
+        return str(self)
+
+
+def pack(key: str, message: Message, blobs: Mapping[str, bytes] | None = None) -> RecordDict:
+    """Records with ``message`` under ``key``, and one array per blob."""
+    records = RecordDict({CONFIG_RECORD: ConfigRecord({key: message.SerializeToString()})})
+    if blobs:
+        arrays = {
+            slot: Array(dtype=ARRAY_DTYPE, shape=(len(blob),), stype=ARRAY_STYPE, data=blob)
+            for slot, blob in blobs.items()
+        }
+        records[ARRAY_RECORD] = ArrayRecord(arrays)
+    return records
+
+
+def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, bytes]]:
+    """The message under ``key`` and the blobs by slot name.
+
+    Raises:
+        RecordError: a record is missing or not of the specified form; the error names what was found.
+    """
+    config = records.config_records.get(CONFIG_RECORD)
+    value = config.get(key) if config is not None else None
+    if not isinstance(value, bytes):
+        raise RecordError(
+            f"expected bytes {key!r} in the config record {CONFIG_RECORD!r}, found {type(value).__name__}"
+        )
+    if len(value) > MAX_MESSAGE_BYTES:
+        raise RecordError(f"{key!r} has {len(value)} bytes, expected at most {MAX_MESSAGE_BYTES}")
+    message = kind()
+    try:
+        require_few(value, kind.DESCRIPTOR, MAX_VALUES.get(key, 1000))
+        message.ParseFromString(value)
+    except TooManyError as error:
+        raise RecordError(f"{key!r} {error}") from None
+    except DecodeError as error:
+        raise RecordError(f"{key!r} is not a {kind.__name__} ({error})") from None
+    version = getattr(message, "version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise RecordError(f"{kind.__name__} has version {version}, expected {FORMAT_VERSION}")
+    blobs: dict[str, bytes] = {}
+    for slot, array in records.array_records.get(ARRAY_RECORD, ArrayRecord()).items():
+        if array.stype != ARRAY_STYPE:
+            raise RecordError(f"array {slot!r} has stype {array.stype!r}, expected {ARRAY_STYPE!r}")
+        if array.dtype != ARRAY_DTYPE or tuple(array.shape) != (len(array.data),):
+            raise RecordError(
+                f"array {slot!r} is {array.dtype} of shape {tuple(array.shape)}, expected {ARRAY_DTYPE} of shape "
+                f"({len(array.data)},)"
+            )
+        blobs[slot] = array.data
+    return message, blobs

@@ -1,0 +1,125 @@
+"""What becomes of a client in a phase, by name: the ``status`` in ``rounds.jsonl``, and its line in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Message
+
+from fedalloy_adapters.wire.codec import CodecErrorCode
+from fedalloy_adapters.words import one_line
+from proto.fedalloy.v1 import report_pb2
+from server_app.run.messages.exchange import NODE_UNAVAILABLE
+from server_app.run.messages.reasons import reason_of
+from server_app.run.messages.replies import REFUSED
+from strategies.framework.exchange import Answer, Client
+
+OK = "ok"
+"""A usable answer came in time and counts."""
+REJECTED = "rejected"
+"""An answer came and was refused: not what was asked for, for another round, not finite, too far, twice, ..."""
+FAILED = "failed"
+"""The client said that it could not, or its process ended more than once."""
+LATE = "late"
+"""No answer came in time; one that comes later is counted in ``late_answers`` of a later record, and not used."""
+LEFT = "left"
+"""The client's node went away during the phase and did not come back in time."""
+ABSENT = "absent"
+"""The client's node was not online when the phase began; it was not asked."""
+RESTED = "rested"
+"""The client was online and not asked, because it had been silent or refused several times in a row (``strikes``)."""
+OUTCOMES = (OK, REJECTED, FAILED, LATE, LEFT, ABSENT, RESTED)
+
+SHOWN = 5
+ClientRecord = dict[str, Any]
+
+
+def usable(records: Mapping[str, ClientRecord]) -> int:
+    """How many clients gave an answer that counts."""
+    return len([record for record in records.values() if record["status"] == OK])
+
+
+def of_registration(client: Client, key: str, seconds: float) -> ClientRecord:
+    """Who is who: what a client said of itself, its node, and what its key is registered as."""
+    return {
+        "status": OK,
+        "examples": client.examples,
+        "seconds": round(seconds, 3),
+        "node": str(client.node_id),
+        "key": key,
+        "tasks": sorted({one_line(task.kind, 60) for task in client.registration.tasks}),
+        "base": one_line(client.base_model),
+    }
+
+
+def of_silence(waited: float, timeout: float) -> ClientRecord:
+    """No answer within ``round-timeout``, or, where a quorum ended the round before, within less (``cut_off``)."""
+    record: ClientRecord = {"status": LATE, "reason": f"no answer within {min(waited, timeout):.0f} s"}
+    if waited < timeout:
+        record |= {"reason": f"{record['reason']}, when the quorum's grace had passed", "cut_off": True}
+    return record
+
+
+def of_error(message: Message) -> ClientRecord:
+    """The client's or Flower's error instead of an answer."""
+    status = {NODE_UNAVAILABLE: LEFT, REFUSED: REJECTED}.get(message.error.code, FAILED)
+    return {"status": status, "reason": reason_of(message.error)}
+
+
+def has_lost_reference(message: Message) -> bool:
+    """The client does not hold what it was sent a difference from; it keeps nothing of that plan."""
+    return message.has_error() and CodecErrorCode.UNKNOWN_REFERENCE in (message.error.reason or "")
+
+
+def of_answer(answer: Answer, residuals: Mapping[str, float] | None = None) -> ClientRecord:
+    """What a good answer says of itself; with the norms of what encodings have dropped so far, both ways."""
+    results = answer.report.results
+    trains = [r.distill.train if r.HasField("distill") else r.train for r in results if _trains(r)]
+    record: ClientRecord = {
+        "status": OK,
+        "client_seconds": round(answer.report.seconds, 3),
+        "train_seconds": round(sum(train.seconds for train in trains), 3),
+        "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
+        "metrics": {label: dict(values) for label, values in answer.metrics.items()},
+    }
+    if residuals:
+        record["down_residual"] = {slot: float(f"{norm:.6g}") for slot, norm in residuals.items()}
+    kept = {r.send.slot: r.send.residual_norm for r in results if r.HasField("send") and r.send.residual_norm}
+    if kept:
+        record["up_residual"] = {slot: float(f"{norm:.6g}") for slot, norm in kept.items()}
+    if answer.clipped:
+        record["clipped"] = clipped(answer)
+    return record
+
+
+def clipped(answer: Answer) -> dict[str, float]:
+    """The norms that were too long, by slot."""
+    return {slot: round(norm, 6) for slot, norm in answer.clipped.items()}
+
+
+def clipped_line(record: ClientRecord) -> str:
+    """They in words."""
+    return ", ".join(f"{slot} clipped from norm {norm:g}" for slot, norm in record["clipped"].items())
+
+
+def _trains(result: report_pb2.StepResult) -> bool:
+    return result.WhichOneof("kind") in ("train", "distill")
+
+
+def line(record: ClientRecord) -> str:
+    """One client's record as a line of the log."""
+    if record["status"] != OK:
+        return f"{record['status']} ({record.get('reason', '')})"
+    parts = [f"{record['seconds']:.1f} s"]
+    parts += ["diverged" if loss is None else f"loss {loss:.3f}" for loss in record["train_loss"]]
+    parts += [clipped_line(record)] if "clipped" in record else []
+    scored = [
+        f"{label} {name} {metrics[name]:.3f}"
+        for label, metrics in record["metrics"].items()
+        for name in (("accuracy",) if "accuracy" in metrics else ("exact_match", "perplexity"))
+        if name in metrics
+    ]
+    scored.sort(key=lambda text: not text.startswith("personal "))  # a line search has dozens
+    parts += scored[:SHOWN] + [f"... ({len(scored) - SHOWN} more in rounds.jsonl)"] * (len(scored) > SHOWN)
+    return ", ".join(parts)

@@ -1,0 +1,132 @@
+"""Who takes part in a run: registrations are read, ids are kept for their owners, newcomers are enrolled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import Message
+from flwr.common.logger import log
+from flwr.proto.node_pb2 import NodeInfo
+
+from fedalloy_adapters.words import one_line
+from server_app.run.messages.reasons import reason_of
+from server_app.run.resume import SavedClient, registration_of
+from server_app.run.run_directory import RunDirectory
+from strategies import AlloyStrategy
+from strategies.framework.answers import claimed_id, read_client
+from strategies.framework.exchange import MAX_REASON, BadAnswerError, Client
+
+WARNING = 30
+
+
+class Enrolment:
+    """The clients of one run, by id, and those that may not take part."""
+
+    def __init__(self, strategy: AlloyStrategy[Any], directory: RunDirectory) -> None:
+        self.strategy = strategy
+        self.directory = directory
+        self.clients: dict[str, Client] = {}
+        """Those that the strategy has taken in."""
+        self.newcomers: dict[str, Client] = {}
+        """Those that have registered since newcomers were enrolled last."""
+        self.refused: dict[str, str] = {}
+        """Reasons by client id; by the name of its key, or else by node, where it could not say."""
+        self.names: dict[str, str] = {}
+        """What the key of each client's node is registered as with the SuperLink; empty where it has no name."""
+        self._labels: dict[int, str] = {}
+        self.keys: dict[str, bytes] = {}
+        """The public key of each id's owner."""
+
+    def welcome(self, who: str, node: NodeInfo, answer: Message | None, online: Collection[int]) -> Client | None:
+        """Read a registration: a newcomer, a client that is back at another node, or (None) a refusal.
+
+        Args:
+            who: the node's name in refusals.
+            node: which was asked.
+            answer: None where none came in time.
+            online: ids of the nodes that are online.
+        """
+        claimed = ""
+        try:
+            if answer is None:
+                raise BadAnswerError("did not answer in time")
+            if answer.has_error():
+                raise BadAnswerError(reason_of(answer.error))
+            claimed = claimed_id(answer)
+            admitted = self._admit(read_client(answer, node.node_id, self.strategy.limits), node, online)
+        except BadAnswerError as error:
+            held = {*self.clients, *self.newcomers}
+            label = node.name or (claimed if claimed and claimed not in held else who)
+            self._labels[node.node_id] = label
+            self._refuse(label, str(error))
+            return None
+        self.forgive(node.node_id)
+        self.refused.pop(admitted.id, None)
+        self.names[admitted.id] = node.name
+        return admitted
+
+    def forgive(self, node_id: int) -> None:
+        """The node has something else to say than what it was refused for."""
+        self.refused.pop(self._labels.pop(node_id, ""), None)
+
+    def restore(self, saved: Iterable[SavedClient]) -> None:
+        """Enrol a resumed run's clients, in the order in which they were enrolled first, back or not."""
+        for known in saved:
+            came = self.newcomers.pop(known.client.id, None)
+            if came is not None and came.layout.digest != known.client.layout.digest:
+                difference = known.client.layout.describe_difference(came.layout)
+                self._refuse(came.id, f"client {came.id!r} came back with {difference}")
+                came = None
+            client = replace(known.client, node_id=came.node_id if came is not None else 0)
+            self.strategy.enrol(client)
+            self.clients[client.id] = client
+
+    def enrol_newcomers(self) -> None:
+        """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
+        newcomers = list(self.newcomers.values())
+        self.newcomers.clear()
+        for client, refused in self.strategy.take_in(newcomers):
+            if client.examples < client.claimed:
+                log(WARNING, "%s counts for %d examples, not %d", client.id, client.examples, client.claimed)
+            if refused is not None:
+                self._refuse(client.id, refused)
+                self.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
+                continue
+            self.directory.save_registration(client.id, registration_of(client))
+            self.clients[client.id] = client
+
+    def why_refused(self) -> str:
+        """Who was refused, and why, in one line."""
+        return "; ".join(f"{who}: {why}" for who, why in self.refused.items())
+
+    def _admit(self, client: Client, node: NodeInfo, online: Collection[int]) -> Client:
+        """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.
+
+        Where nodes have no keys, a restarted one is a new one: it gets its id back when the old one is gone.
+        """
+        if node.name and node.name != client.id:
+            raise BadAnswerError(
+                f"node {node.node_id} claims client-id {client.id!r}, but its key is registered as {node.name!r}"
+            )
+        holder = self.clients.get(client.id) or self.newcomers.get(client.id)
+        key = self.keys.get(client.id) or node.public_key
+        moved = holder is not None and holder.node_id != client.node_id
+        if key != node.public_key or (holder is not None and moved and holder.node_id in online):
+            held = f"node {holder.node_id}" if holder is not None else "a node with another key"
+            raise BadAnswerError(f"node {client.node_id} claims client-id {client.id!r}, which {held} holds already")
+        self.keys[client.id] = node.public_key
+        if client.id not in self.clients:
+            self.newcomers[client.id] = client
+            return client
+        known = self.clients[client.id]
+        if known.layout.digest != client.layout.digest:
+            difference = known.layout.describe_difference(client.layout)
+            raise BadAnswerError(f"client {client.id!r} came back with {difference}")
+        self.clients[client.id] = replace(known, node_id=client.node_id)
+        return self.clients[client.id]
+
+    def _refuse(self, client_id: str, reason: str) -> None:
+        self.refused[client_id] = one_line(reason, MAX_REASON)
+        log(WARNING, "refused: %s: %s", client_id, self.refused[client_id])

@@ -1,0 +1,101 @@
+"""Models for clients that were absent when a run delivered: nothing is trained, the last state is handed out again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flwr.common.logger import log
+
+from server_app.run.asking import Asking
+from server_app.run.clients.client_status import OK, ClientRecord
+from server_app.run.ending.last_counters import last_counters
+from server_app.run.ending.summary import headline, with_scores
+from server_app.run.federation import SAY_SECONDS, NotEnoughClientsError
+from server_app.run.run_directory import RunDirectory, RunDirectoryError
+from strategies.framework.exchange import Answer, Client
+
+if TYPE_CHECKING:
+    from server_app.run.loop import Run
+
+INFO = 20
+ALL, MISSING = "all", "missing"
+
+
+def wanted_clients(deliver: str, directory: RunDirectory) -> list[str]:
+    """Ids of the clients that are to get their models: named ones, ``all``, or (``missing``) those without.
+
+    Raises:
+        RunDirectoryError: the run is not finished, or has no such client; names those that it has.
+    """
+    if not (directory.path / "summary.json").exists():
+        raise RunDirectoryError(f"the run in {directory.path} is not finished; {directory.how_to_resume}")
+    known = sorted(path.stem for path in (directory.path / "registrations").glob("*.pb"))
+    if deliver == ALL:
+        return known
+    if deliver == MISSING:
+        return [name for name in known if last_delivery(directory).get(name, {}).get("status") != OK]
+    names = [name.strip() for name in deliver.split(",") if name.strip()]
+    if unknown := sorted(set(names) - set(known)):
+        raise RunDirectoryError(
+            f"the run in {directory.path} has no client {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+        )
+    return names
+
+
+def last_delivery(directory: RunDirectory) -> Mapping[str, ClientRecord]:
+    """What became of each client when models were delivered."""
+    found = [record["clients"] for record in directory.rounds() if record["phase"] == "deliver"]
+    return found[-1] if found else {}
+
+
+def deliver_late(run: Run) -> None:
+    """Hand out models; the record and the summary then have old and new deliveries together.
+
+    Raises:
+        NotEnoughClientsError: nobody who was asked for came within ``startup-timeout``, or answered.
+    """
+    started, round_ = time.monotonic(), run.completed + 1
+    wanted = wanted_clients(run.options.deliver, run.directory)
+    if not wanted:
+        log(INFO, "finished: every client has its model already")
+        return
+    here = _wait_for(run, wanted, round_)
+    answers: dict[str, Answer] = {}
+    briefs = {client: run.strategy.deliver(client) for client in here}
+    asking = Asking(run, "deliver", round_, briefs, 1)
+    records = asking.carry_out(lambda _, client, answer: answers.update({client.id: answer}))
+    run.record("deliver", round_, {**last_delivery(run.directory), **records}, started)
+    last_counters(run, round_ + 1)
+    summary: dict[str, Any] = json.loads((run.directory.path / "summary.json").read_text())
+    for client in here:
+        if client.id in answers:
+            found = {**answers[client.id].metrics["personal"], "examples": client.examples}
+            summary["clients"] = dict(sorted({**summary["clients"], client.id: found}.items()))
+    missing = [name for name in summary.get("not_delivered", []) if name not in summary["clients"]]
+    summary = with_scores(summary | {"not_delivered": missing})
+    run.directory.write_summary(summary)
+    if not answers:
+        raise NotEnoughClientsError(f"no model was delivered; see {run.directory.path / 'rounds.jsonl'}")
+    log(INFO, "finished: %s delivered; %s", ", ".join(sorted(answers)), headline(summary))
+
+
+def _wait_for(run: Run, wanted: list[str], round_: int) -> list[Client]:
+    """Those of the wanted clients that come within ``startup-timeout``; does not wait longer than for the last one."""
+    started, next_word = time.monotonic(), 0.0
+    while True:
+        here = [client for client in run.gather(round_) if client.id in wanted]
+        away, now = sorted(set(wanted) - {client.id for client in here}), time.monotonic()
+        if not away or (now - started > run.options.startup_timeout and here):
+            return here
+        if now - started > run.options.startup_timeout:
+            raise NotEnoughClientsError(
+                f"{', '.join(away)} did not come within {run.options.startup_timeout:.0f} s (startup-timeout); start "
+                "the SuperNode, and ask again"
+            )
+        if now >= next_word:
+            log(INFO, "waiting for %s to come online", ", ".join(away))
+            next_word = now + SAY_SECONDS
+        time.sleep(max(run.options.poll_interval, 0.2))

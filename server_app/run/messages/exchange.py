@@ -1,0 +1,120 @@
+"""One exchange of messages: a few are on their way to the SuperLink at any time, the others are not made yet."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+from flwr.app import Message
+from flwr.superlink.grid import HttpGrid
+
+from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, error_reply
+
+if TYPE_CHECKING:
+    from server_app.run.federation import Federation, Make, Reply, Watch
+
+NODE_UNAVAILABLE, APP_STOPPED = 5, 8
+"""Flower's error codes for a client that is gone, and for one whose process ended (facts of 1.39)."""
+ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
+"""How often a client is asked at most, by error."""
+AT_ONCE = 4
+"""Messages that are pushed side by side; each is held in memory until the SuperLink has all of it."""
+
+
+class Exchange:
+    """Who is asked, who is waited for, and who is lost, by client.
+
+    Messages are made in the order of ``makes``, one when there is room for it. They are pushed by threads where the
+    grid is Flower's ``HttpGrid``; any other hands them over in this process, and does so before replies are looked for.
+    """
+
+    def __init__(self, federation: Federation, makes: Mapping[str, Make], watch: Watch) -> None:
+        self.federation = federation
+        self.makes = makes
+        self.watch = watch
+        self.waiting: dict[str, str] = {}  # clients by the message that they are to answer
+        self.lost: dict[str, Message] = {}
+        self.started = time.monotonic()
+        self._attempts = dict.fromkeys(makes, 0)
+        self._queue = deque(makes)
+        self._pushes: dict[Future[str | None], tuple[str, Message]] = {}
+        self._pool = ThreadPoolExecutor(AT_ONCE) if isinstance(federation.grid, HttpGrid) else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a client is still to be asked, or to answer."""
+        return bool(self._queue or self._pushes or self.waiting)
+
+    def push(self) -> None:
+        """Make and push what there is room for; book what has been pushed."""
+        self._book([push for push in self._pushes if push.done()])
+        while self._queue and len(self._pushes) < AT_ONCE:
+            client_id = self._queue.popleft()
+            self._attempts[client_id] += 1
+            message = self.makes[client_id]()
+            self.watch.pushing(client_id)
+            if self._pool is not None:
+                self._pushes[self._pool.submit(self.federation.push, message)] = (client_id, message)
+            else:
+                self._pushed(client_id, message, self.federation.push(message))
+
+    def taken(self, reply: Message, again: Callable[[str, Message], bool]) -> Reply | None:
+        """A reply to one of :attr:`waiting`; None where its client is to be asked again, at once if ``again`` is so."""
+        client_id = self.waiting.pop(reply.metadata.reply_to_message_id)
+        if again(client_id, reply):
+            self.watch.lost(client_id, reply)
+            self._queue.append(client_id)
+            return None
+        if reply.has_error() and self._attempts[client_id] < ATTEMPTS.get(reply.error.code, 0):
+            self.lost[client_id] = reply
+            if reply.error.code == NODE_UNAVAILABLE:
+                self.federation.gone(client_id)
+            return None
+        return self._reply(client_id, reply)
+
+    def again(self, client_id: str) -> None:
+        """Ask one of :attr:`lost` once more."""
+        self.watch.lost(client_id, self.lost.pop(client_id))
+        self._queue.append(client_id)
+
+    def wait(self, seconds: float) -> None:
+        """Until there is something to do: a push has ended, or so much time is over."""
+        if self._pushes:
+            wait(self._pushes, timeout=seconds, return_when=FIRST_COMPLETED)
+        elif not self._queue and (self.waiting or self.lost):
+            time.sleep(seconds)
+
+    def left(self) -> Iterator[Reply]:
+        """The end: clients that are lost, that were never asked, and that have not answered."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._book(list(self._pushes))
+        for client_id, message in self.lost.items():
+            yield self._reply(client_id, message)
+        for client_id in self._queue:
+            yield self._reply(client_id, None)
+        for message_id, client_id in self.waiting.items():
+            self.federation.overdue(message_id, client_id)
+            yield self._reply(client_id, None)
+
+    def _book(self, ended: list[Future[str | None]]) -> None:
+        for push in ended:
+            client_id, message = self._pushes.pop(push)
+            self._pushed(client_id, message, push.result())
+
+    def _pushed(self, client_id: str, message: Message, message_id: str | None) -> None:
+        self.watch.pushed(client_id, message)
+        if message_id is not None:
+            self.waiting[message_id] = client_id
+            return
+        reason = "the SuperLink did not take the message for this node"
+        self.lost[client_id] = error_reply("", NODE_UNAVAILABLE, reason)
+        self.federation.gone(client_id)
+
+    def _reply(self, client_id: str, message: Message | None) -> Reply:
+        from server_app.run.federation import Reply
+
+        return Reply(client_id, message, time.monotonic() - self.started, self._attempts[client_id])

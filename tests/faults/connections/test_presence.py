@@ -1,0 +1,265 @@
+"""Clients come late, leave, return, never answer, answer twice or for another round: each outcome has a name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Error, Message
+
+from fedalloy_adapters.wire.flower_records import pack, unpack
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from server_app.run.clients import client_status
+from server_app.run.federation import NotEnoughClientsError
+from server_app.run.run_directory import RunDirectory, RunDirectoryError
+from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
+from tests.faults.reports import LAYOUT
+from tests.strategies.conftest import FakeNode, error_from_the_superlink, layout_of
+
+
+def back_as_another(grid: NodeGrid) -> None:
+    """Instead of node 3, node 9 is here."""
+    grid.online = {1, 2, 9}
+
+
+def stopped(message: Message) -> list[Message]:
+    return [Message(Error(8, "ClientApp stopped responding."), reply_to=message)]
+
+
+def model_of(directory: RunDirectory) -> torch.Tensor:
+    found = directory.newest_checkpoint()
+    assert found is not None
+    return found.state.tensors["model"]
+
+
+class Gone:
+    """The node dies with the plan of one round, and is back after some looks (0: never)."""
+
+    def __init__(self, grid: NodeGrid, node_id: int, round_: int, back_after: int) -> None:
+        self.grid, self.node_id, self.round, self.back_after = grid, node_id, round_, back_after
+        self.died = False
+
+    def __call__(self, plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        if plan.round != self.round or self.died:
+            return [honest]
+        self.died = True
+        self.grid.online.discard(self.node_id)
+        if self.back_after:
+            self.grid.at[self.grid.looks + self.back_after] = lambda grid: grid.online.add(self.node_id)
+        return [error_from_the_superlink(message)]
+
+
+def test_a_client_that_comes_late_takes_part_from_then_on(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    grid.online = {1, 2}
+    grid.at[4] = lambda grid: grid.online.add(3)  # before the second round
+    directory = run_nodes(tmp_path, grid, num_server_rounds=4)
+    found = statuses(directory)
+    assert set(found[0]) == {"ada", "ben"}
+    assert set(found[-1]) == {"ada", "ben", "cyd"}
+    assert all(status == client_status.OK for round_ in found for status in round_.values())
+    assert statuses(directory, "deliver")[0]["cyd"] == "ok"
+
+
+def test_a_client_that_leaves_is_absent_and_takes_part_again_when_it_is_back(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    grid.misbehave[3] = Gone(grid, 3, round_=2, back_after=4)
+    directory = run_nodes(tmp_path, grid, num_server_rounds=6)
+    cyd = [round_["cyd"] for round_ in statuses(directory)]
+    assert cyd[:3] == ["ok", "left", "absent"]
+    assert cyd[-1] == "ok"
+    reasons = [r["clients"]["cyd"].get("reason", "") for r in directory.rounds() if r["phase"] == "train"]
+    assert "Node Unavailable" in reasons[1]
+
+
+@pytest.mark.parametrize("code", [5, 8])
+def test_where_its_answer_is_needed_a_client_that_died_is_asked_again_and_nothing_is_different(
+    code: int, tmp_path: Path
+) -> None:
+    grid = NodeGrid(nodes())
+    if code == 5:
+        grid.misbehave[3] = Gone(grid, 3, round_=2, back_after=1)
+    else:
+        died: list[bool] = []
+
+        def stop_once(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+            if plan.round != 2 or died:
+                return [honest]
+            died.append(True)
+            return stopped(message)
+
+        grid.misbehave[3] = stop_once
+    directory = run_nodes(tmp_path, grid, min_clients=3, round_timeout=60.0, run_name="died")
+    plain = run_nodes(tmp_path, NodeGrid(nodes()), min_clients=3, run_name="plain")
+    second = [record for record in directory.rounds() if record["phase"] == "train"][1]["clients"]["cyd"]
+    assert (second["status"], second["attempts"]) == ("ok", 2)
+    assert torch.equal(model_of(directory), model_of(plain))
+
+
+def test_a_client_that_keeps_dying_has_failed(tmp_path: Path) -> None:
+    def stop(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        return stopped(message)
+
+    directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: stop}), num_server_rounds=1, min_clients=2)
+    assert statuses(directory) == [{"ada": "ok", "ben": "ok", "cyd": "failed"}]
+
+
+def test_silence_is_late_and_the_answer_that_comes_later_is_counted_and_not_used(tmp_path: Path) -> None:
+    kept: list[tuple[str, Message]] = []
+    grid = NodeGrid(nodes())
+
+    def delay(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        if kept:  # what is asked in the next round finds the old answer as well
+            name, late = kept[0]
+            grid.waiting.setdefault(name, []).append(late)
+            return [honest]
+        kept.append((message.metadata.message_id, honest))
+        return []
+
+    grid.misbehave[3] = delay
+    directory = run_nodes(tmp_path, grid)
+    assert [round_["cyd"] for round_ in statuses(directory)] == ["late", "ok"]
+    second = [record for record in directory.rounds() if record["phase"] == "train"][1]
+    assert second["late_answers"] == {"cyd": 1}
+    assert second["settled"]["merged"] == 3
+
+
+def test_who_answers_twice_counts_once(tmp_path: Path) -> None:
+    def twice(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        return [honest, honest]
+
+    directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: twice}), run_name="twice")
+    plain = run_nodes(tmp_path, NodeGrid(nodes()), run_name="plain")
+    assert torch.equal(model_of(directory), model_of(plain))
+    assert [round_["cyd"] for round_ in statuses(directory)] == ["ok", "ok"]
+    assert all(record["late_answers"] == {"cyd": 1} for record in directory.rounds() if record["phase"] == "train")
+
+
+def test_an_answer_for_another_round_is_refused_and_the_round_goes_on(tmp_path: Path) -> None:
+    def another(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        report, blobs = unpack(honest.content, "report", report_pb2.Report)
+        report.round = plan.round + 1
+        return [Message(pack("report", report, blobs), reply_to=message)]
+
+    directory = run_nodes(tmp_path, NodeGrid(nodes(), {3: another}), num_server_rounds=1)
+    record = next(found for found in directory.rounds() if found["phase"] == "train")["clients"]["cyd"]
+    assert record["status"] == "rejected"
+    assert "answered for round 2, expected 1" in record["reason"]
+
+
+def test_below_min_clients_the_run_waits_says_so_stops_cleanly_and_goes_on_when_they_are_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flwr = logging.getLogger("flwr")
+    flwr.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger="flwr")
+    grid = NodeGrid(nodes())
+    config = {"min_clients": 3, "num_server_rounds": 4, "round_timeout": 5.0}
+    grid.misbehave[3] = Gone(grid, 3, round_=2, back_after=0)
+    try:
+        with pytest.raises(NotEnoughClientsError, match="round 2: 2 of at least 3 clients gave a usable answer"):
+            run_nodes(tmp_path, grid, **config)
+        directory = RunDirectory(tmp_path / "run")
+        assert directory.rounds()[-1]["phase"] == "stopped"
+        assert "resume.toml" in directory.rounds()[-1]["reason"]
+        with pytest.raises(NotEnoughClientsError, match="2 of at least 3 SuperNodes are online"):
+            run_nodes(tmp_path, grid, resume=str(tmp_path / "run"), **config)
+    finally:
+        flwr.removeHandler(caplog.handler)
+    assert "waiting for cyd to come back" in caplog.text or "waiting for clients" in caplog.text
+    grid.online.add(3)
+    resumed = run_nodes(tmp_path, grid, resume=str(tmp_path / "run"), **config)
+    assert [round_["cyd"] for round_ in statuses(resumed)] == ["ok"] * 4
+    assert [r["round"] for r in resumed.rounds() if r["phase"] == "train"] == [1, 2, 3, 4]
+    plain = run_nodes(tmp_path, NodeGrid(nodes()), run_name="plain", **config)
+    assert torch.equal(model_of(resumed), model_of(plain))
+
+
+def test_before_a_round_too_few_are_waited_for_and_named(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    grid.at[3] = lambda grid: grid.online.discard(3)
+    with pytest.raises(
+        NotEnoughClientsError, match=r"round 1: 2 of at least 3 clients are here \(ada, ben\) after 1 s"
+    ):
+        run_nodes(tmp_path, grid, min_clients=3)
+    assert grid.looks > 4
+
+
+def test_without_keys_a_restarted_client_gets_its_id_back_only_when_the_old_node_is_gone(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes() | {9: FakeNode("cyd", LAYOUT, examples=30)})
+    grid.online = {1, 2, 3, 9}  # two nodes say that they are cyd
+    directory = run_nodes(tmp_path, grid, run_name="both")
+    refused = directory.rounds()[0]["clients"]
+    assert "node 9 claims client-id 'cyd', which node 3 holds already" in refused["node 9"]["reason"]
+    grid = NodeGrid(nodes() | {9: FakeNode("cyd", LAYOUT, examples=30)})
+    grid.online = {1, 2, 3}
+    grid.at[4] = back_as_another
+    directory = run_nodes(tmp_path, grid, run_name="restarted", num_server_rounds=4)
+    assert statuses(directory)[-1]["cyd"] == "ok"
+    assert grid.nodes[9].plans
+
+
+def test_with_keys_nobody_takes_an_id_even_of_a_client_that_is_gone(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes() | {9: FakeNode("cyd", LAYOUT)})
+    grid.online, grid.keys = {1, 2, 3}, {3: b"cyd's", 9: b"another"}
+    grid.at[4] = back_as_another
+    directory = run_nodes(tmp_path, grid, num_server_rounds=4)
+    assert statuses(directory)[-1]["cyd"] == "absent"
+    assert not grid.nodes[9].plans
+
+
+def test_a_client_that_comes_back_as_another_is_refused(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes() | {9: FakeNode("cyd", layout_of(rank=2))})
+    grid.online = {1, 2, 3}
+    grid.at[4] = back_as_another
+    directory = run_nodes(tmp_path, grid, num_server_rounds=4)
+    assert statuses(directory)[-1]["cyd"] == "absent"
+    assert not grid.nodes[9].plans
+
+
+def test_a_run_that_somebody_still_carries_out_is_not_carried_out_twice(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    tried: list[str] = []
+
+    def second(grid: NodeGrid) -> None:
+        with pytest.raises(RunDirectoryError, match="another process is carrying out the run") as caught:
+            run_nodes(tmp_path, NodeGrid(nodes()), resume=str(tmp_path / "run"))
+        tried.append(str(caught.value))
+
+    grid.at[3] = second
+    run_nodes(tmp_path, grid)
+    assert len(tried) == 1
+
+
+def test_what_resume_refuses(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        run_nodes(tmp_path, NodeGrid(nodes()), resume=str(tmp_path / "nothing"))
+    run_nodes(tmp_path, NodeGrid(nodes()))
+    with pytest.raises(RunDirectoryError, match="is finished after 2 rounds; to train on, set num-server-rounds"):
+        run_nodes(tmp_path, NodeGrid(nodes()), resume=str(tmp_path / "run"))
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"another run-config: seed = 8, it was 7.*resume.toml"):
+        run_nodes(tmp_path, NodeGrid(nodes()), resume=str(tmp_path / "run"), seed=8)
+
+
+def test_a_quorum_does_not_wait_for_the_last(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes(), misbehave={3: lambda plan, message, honest: []})
+    directory = run_nodes(tmp_path, grid, num_server_rounds=1, quorum=2, grace=0.0, round_timeout=3600.0)
+    (found,) = statuses(directory)
+    assert found == {"ada": "ok", "ben": "ok", "cyd": "late"}  # or the test would not end
+
+
+def test_only_named_clients_get_a_plan(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    directory = run_nodes(tmp_path, grid, num_server_rounds=1, clients="ada, c*")
+    (found,) = statuses(directory)
+    assert {name for name, status in found.items() if status == "ok"} == {"ada", "cyd"}
+
+
+def test_names_that_nobody_has_stop_the_run_and_say_who_is_here(tmp_path: Path) -> None:
+    with pytest.raises(
+        NotEnoughClientsError, match=r"clients = 'zoe' names none of those that are here: ada, ben, cyd"
+    ):
+        run_nodes(tmp_path, NodeGrid(nodes()), num_server_rounds=1, clients="zoe")

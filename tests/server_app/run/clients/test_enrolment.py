@@ -1,0 +1,73 @@
+"""Refusals: by the client's id or its key's name, one line, in the log as warnings, in the records, and at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message
+from flwr.proto.node_pb2 import NodeInfo
+
+from fedalloy_adapters.wire.flower_records import REGISTER_TYPE
+from server_app.run.federation import NotEnoughClientsError
+from tests.faults.nodes import NodeGrid, nodes, run_nodes
+from tests.faults.reports import LAYOUT
+from tests.strategies.conftest import FakeNode
+
+RAISED = "<class 'client_app.guard.disclosure.ClientError'>:<'DataError: line 17, column 'label''>"
+
+
+class Refusing(NodeGrid):
+    """Node 3 cannot register; its key is registered as ``shop``, the others' as their client ids."""
+
+    def get_nodes(self) -> Any:
+        names = {1: "ada", 2: "ben", 3: "shop"}
+        return [NodeInfo(node_id=n.node_id, name=names[n.node_id]) for n in super().get_nodes()]
+
+    def replies(self, message: Message) -> list[Message]:
+        if message.metadata.dst_node_id == 3 and message.metadata.message_type == REGISTER_TYPE:
+            return [Message(Error(2, RAISED), reply_to=message)]
+        return super().replies(message)
+
+
+def grid() -> Refusing:
+    return Refusing(nodes("ada", "ben", "cyd"))
+
+
+def test_by_default_all_that_are_online_must_be_taken_in(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughClientsError) as raised:
+        run_nodes(tmp_path, grid(), min_clients=0)
+    assert str(raised.value) == (
+        "2 of 3 sites that are online can take part; refused: shop: DataError: line 17, column 'label'. Put that "
+        "right and start again, or go on without: min-clients=2"
+    )
+    assert run_nodes(tmp_path, NodeGrid(nodes()), min_clients=0, run_name="all").rounds()[-1]["phase"] != "stopped"
+
+
+def test_a_refusal_is_a_warning_with_a_name_and_stands_in_the_records_and_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flwr = logging.getLogger("flwr")
+    flwr.addHandler(caplog.handler)
+    try:
+        directory = run_nodes(tmp_path, grid(), min_clients=2)
+    finally:
+        flwr.removeHandler(caplog.handler)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "refused: shop: DataError: line 17, column 'label'" in warnings
+    last = caplog.records[-1].getMessage()
+    assert last.startswith("finished: 2 of 3 sites; refused: shop: DataError: line 17, column 'label'; ")
+    clients = directory.rounds()[0]["clients"]
+    assert clients["shop"] == {"status": "rejected", "reason": "DataError: line 17, column 'label'"}
+    assert (clients["ada"]["node"], clients["ada"]["key"], clients["ada"]["base"]) == ("1", "ada", "toy")
+    summary = json.loads((directory.path / "summary.json").read_text())
+    assert summary["refused"] == {"shop": "DataError: line 17, column 'label'"}
+
+
+def test_who_claims_anothers_id_is_called_by_its_node(tmp_path: Path) -> None:
+    found = NodeGrid(nodes() | {9: FakeNode("cyd", LAYOUT)})
+    directory = run_nodes(tmp_path, found)
+    assert "node 9" in directory.rounds()[0]["clients"]

@@ -1,0 +1,24 @@
+"""What users read where a client could not: no class of ours, no number of Flower's."""
+
+from __future__ import annotations
+
+import pytest
+from flwr.app import Error
+
+from server_app.run.messages.reasons import reason_of
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "said"),
+    [
+        (2, "<class 'client_app.guard.disclosure.ClientError'>:<'DataError: line 3'>", "DataError: line 3"),
+        (2, "<class 'builtins.KeyError'>:<'x'>", "KeyError: x"),
+        (2, "<class 'KeyError'>:<''>", "KeyError"),
+        (5, "Node Unavailable", "its SuperNode is not online (Node Unavailable)"),
+        (8, "", "its process ended: killed, or out of memory?"),
+        (2, "", "it gave no reason (Flower's error 2)"),
+        (2, "two\nlines", "two lines"),
+    ],
+)
+def test_a_reason_is_one_line_in_words(code: int, reason: str, said: str) -> None:
+    assert reason_of(Error(code, reason)) == said
