@@ -140,7 +140,14 @@ def bundle_cost(run: Run, app_directory: Path) -> BundleCost:
 
 
 def bundle_size(app_directory: Path) -> int:
-    """Bytes of the app bundle that was unpacked to ``app_directory``: a ZIP of stored members and their list."""
+    """Bytes of the app bundle that was unpacked to ``app_directory``.
+
+    A packed one (``server_app.tools.bundle``) says it itself, beside the folder of its sources. Flower's own is a ZIP
+    of stored members and their list.
+    """
+    for folder in (app_directory, app_directory.parent):
+        if (said := folder / "fedalloy_bundle" / "size").is_file():
+            return int(said.read_text())
     total, listing = 22, 0
     for path in sorted(app_directory.rglob("*")):
         if not path.is_file() or "__pycache__" in path.parts:

@@ -14,6 +14,7 @@ from server_app.tools.commands import alignment, cluster, experiments, federatio
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     experiments.demo,
+    experiments.run,
     experiments.compare,
     runs.traffic,
     runs.report,
@@ -37,8 +38,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 cluster_app = typer.Typer(help="A local SuperLink and SuperNodes that stay up.", no_args_is_help=True)
+FLOWERS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+"""Everything after the command's name is for Flower's own."""
 for command in COMMANDS:
-    app.command()(command)
+    app.command(context_settings=FLOWERS if command is experiments.run else None)(command)
 app.add_typer(cluster_app, name="cluster")
 for command in CLUSTER_COMMANDS:
     cluster_app.command()(command)

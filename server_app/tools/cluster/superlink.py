@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 from server_app.tools.errors import ToolError
 
+PACKED = "server_app.tools.bundle.start"
+"""The module that is ``fedalloy run``."""
 TRIES = 60
 """Looks at a run's status, a second apart, while the SuperLink does not answer."""
 
@@ -55,9 +58,9 @@ class SuperLink:
     def run(
         self, run_config: Mapping[str, Any], watch: Callable[[], None] = lambda: None, app: Path | None = None
     ) -> RunOutcome:
-        """``flwr run`` with these run-config keys; ``watch`` is called a few times a second while it runs.
+        """``fedalloy run`` with these run-config keys; ``watch`` is called a few times a second while it runs.
 
-        ``app`` is the folder of another Flower app than this one.
+        ``app`` is the folder of another Flower app than this one, which ``flwr run`` starts.
 
         Flower's exit code says nothing about the run, and its stream of messages breaks when the SuperLink restarts,
         which a run may survive; so the status decides. When this is interrupted, the run is stopped.
@@ -68,7 +71,8 @@ class SuperLink:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"run-{int(time.time() * 1000)}.log"
         config = " ".join(f"{key}={literal(value)}" for key, value in run_config.items())
-        command = ["flwr", "run", str(app or app_directory()), self.connection, "--stream", "--run-config", config]
+        start = ["flwr", "run", str(app)] if app else [sys.executable, "-P", "-m", PACKED, str(app_directory())]
+        command = [*start, self.connection, "--stream", "--run-config", config]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment(),
