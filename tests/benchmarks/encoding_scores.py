@@ -1,0 +1,180 @@
+"""What encodings cost in score: the same runs at each encoding, and paired differences to ``fp32``.
+
+    python -m tests.benchmarks.encoding_scores                                          # digits, seeds 0 1 2, test
+    python -m tests.benchmarks.encoding_scores --seeds 100 101 102 --split validation   # for choosing the default
+    python -m tests.benchmarks.encoding_scores --scenario text-8 --data DATA --strategies fedavg potara
+    python -m tests.benchmarks.encoding_scores --scenario cifar100-20 --data DATA
+    python -m tests.benchmarks.encoding_scores --scenario instruct-6 --data DATA        # SmolLM2-135M; hours
+    ... --table                                                       # only what is there; nothing is run
+
+Runs go through the real round loop, codec and client code in one process, the encoding both ways, with error feedback
+as always. Each finished run is a small JSON file in ``--found``, so that the command goes on where it stopped, and the
+table is made of what is there. Clients and seeds are paired: the same data, initial adapters and batches.
+
+An encoding's loss is *seen* where the 95 % interval of the difference to ``fp32`` is below zero. The smallest encoding
+whose loss is not seen for any strategy on any scenario, and whose interval ends above half a point's loss in the mean
+over all, is what new users get (``uplink-encoding``, ``downlink-encoding``); seeds from 100 on decide, seeds 0 to 2 are
+reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from client_app.plan.training import set_up_torch
+from fedalloy_adapters.files.atomic_files import write_durably
+from fedalloy_adapters.wire.codec import Encoding
+from server_app.tools.compare.statistics import Paired, Scores, paired
+from tests.in_process import run_in_process
+
+FOUND = Path(__file__).parent / "encoding_scores"
+STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
+ENCODINGS = ("fp32", "fp16", "int8", "int4", "int2")
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "digits": {"num_server_rounds": 4},
+    "text-8": {"num_server_rounds": 4, "local_steps": 6, "batch_size": 8, "learning_rate": 3e-3},
+    "cifar100-20": {"num_server_rounds": 6, "local_steps": 8, "learning_rate": 5e-3},
+    "instruct-6": {"num_server_rounds": 4, "local_steps": 8, "batch_size": 8, "learning_rate": 1e-3},
+}
+"""Of each scenario, as its page in docs/results has them; chosen on seeds from 100 on."""
+CLIENTS = {"text-8": 8, "cifar100-20": 8, "instruct-6": 6}
+METRICS = ("accuracy", "exact_match")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: scores by client, and encoded bytes of all clients in both directions."""
+
+    scenario: str
+    strategy: str
+    encoding: str
+    seed: int
+    split: str
+    scores: dict[str, float]
+    losses: dict[str, float]
+    tensor_bytes: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.strategy}-{self.encoding}-seed{self.seed}-{self.split}.json"
+
+
+def measure(scenario: str, strategy: str, encoding: str, seed: int, split: str, data: str, cache: Path) -> Run:
+    """One run in this process."""
+    config: dict[str, Any] = {"scenario": scenario, "strategy": strategy, "seed": seed, "evaluate_split": split}
+    config |= {"uplink_encoding": encoding, "downlink_encoding": encoding, "run_name": "run"}
+    config |= SETTINGS[scenario] | ({"data_root": data} if data else {})
+    config["evaluate_every"] = config["num_server_rounds"]  # the delivered model is what is compared
+    before = time.perf_counter()
+    with tempfile.TemporaryDirectory() as text:
+        (Path(text) / ".cache").symlink_to(cache)
+        run_in_process(Path(text), CLIENTS.get(scenario, 4), **config)
+        summary = json.loads((Path(text) / "run" / "summary.json").read_text())
+    clients: Mapping[str, Mapping[str, float]] = summary["clients"]
+    metric = next(name for name in METRICS if all(name in metrics for metrics in clients.values()))
+    return Run(
+        scenario,
+        strategy,
+        encoding,
+        seed,
+        split,
+        {client: metrics[metric] for client, metrics in clients.items()},
+        {client: metrics["loss"] for client, metrics in clients.items()},
+        sum(summary["bytes"][way]["tensor"] for way in ("up", "down")),
+        round(time.perf_counter() - before, 1),
+    )
+
+
+def read(folder: Path, split: str) -> list[Run]:
+    """Finished runs on a split."""
+    runs = [Run(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return [run for run in runs if run.split == split]
+
+
+def by_client(runs: Sequence[Run], of: str = "scores") -> Scores:
+    """Scores, or losses, by seed and client; a client is another one with another strategy."""
+    return {(run.seed, f"{run.strategy}/{c}"): value for run in runs for c, value in getattr(run, of).items()}
+
+
+def against_fp32(runs: Sequence[Run], encoding: str, of: str = "scores") -> Paired | None:
+    """Differences of an encoding to ``fp32``, over the strategies and seeds that have both; None without any."""
+    mine = by_client([run for run in runs if run.encoding == encoding], of)
+    exact = by_client([run for run in runs if run.encoding == "fp32"], of)
+    both = mine.keys() & exact.keys()
+    return paired({key: mine[key] for key in both}, {key: exact[key] for key in both}) if both else None
+
+
+def table(runs: Sequence[Run], title: str) -> Table:
+    """One row for each strategy and encoding, and for each encoding over all strategies."""
+    shown = Table(title=title, title_justify="left")
+    for column in ("strategy", "encoding"):
+        shown.add_column(column)
+    for column in ("seeds", "score", "against fp32 [95 %]", "better/worse", "loss against fp32", "bytes of fp32"):
+        shown.add_column(column, justify="right")
+    strategies = list(dict.fromkeys(run.strategy for run in sorted(runs, key=lambda run: run.strategy)))
+    for strategy in [*strategies, *(["all"] if len(strategies) > 1 else [])]:
+        some = [run for run in runs if strategy in (run.strategy, "all")]
+        exact = {(run.strategy, run.seed): run.tensor_bytes for run in some if run.encoding == "fp32"}
+        for encoding in ENCODINGS:
+            here = [run for run in some if run.encoding == encoding and (run.strategy, run.seed) in exact]
+            if not here:
+                continue
+            row = [strategy, encoding, str(len({run.seed for run in here}))]
+            row.append(f"{mean(value for run in here for value in run.scores.values()):.4f}")
+            score, loss = against_fp32(some, encoding), against_fp32(some, encoding, "losses")
+            if encoding == "fp32" or score is None or loss is None:
+                row += ["", "", "", "1"]
+            else:
+                row += [f"{score.mean.value:+.4f} [{score.mean.low:+.4f}, {score.mean.high:+.4f}]"]
+                row += [f"{score.better}/{score.worse}"]
+                row += [f"{loss.mean.value:+.4f} [{loss.mean.low:+.4f}, {loss.mean.high:+.4f}]"]
+                total = sum(exact[run.strategy, run.seed] for run in here)
+                row += [f"{sum(run.tensor_bytes for run in here) / total:.3f}"]
+            shown.add_row(*row)
+    return shown
+
+
+def main() -> None:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", default="digits", choices=list(SETTINGS))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
+    parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), choices=[str(one) for one in Encoding])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--split", default="test", choices=["validation", "test"])
+    parser.add_argument("--data", default="", help="Folder of the scenarios on real data.")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
+    parser.add_argument("--found", type=Path, default=FOUND, help="Folder of the finished runs.")
+    parser.add_argument("--table", action="store_true", help="Run nothing.")
+    given = parser.parse_args()
+    folder: Path = given.found / given.scenario
+    folder.mkdir(parents=True, exist_ok=True)
+    given.cache.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    set_up_torch()
+    asked = [(seed, way, name) for seed in given.seeds for way in given.strategies for name in given.encodings]
+    for seed, strategy, encoding in [] if given.table else asked:
+        if (folder / f"{strategy}-{encoding}-seed{seed}-{given.split}.json").exists():
+            continue
+        run = measure(given.scenario, strategy, encoding, seed, given.split, given.data, given.cache)
+        write_durably(folder / run.name, (json.dumps(asdict(run), indent=1) + "\n").encode())
+    runs = [run for run in read(folder, given.split) if run.seed in given.seeds and run.strategy in given.strategies]
+    Console(width=140).print(table(runs, f"{given.scenario}, {given.split} split, seeds {given.seeds}"))
+
+
+if __name__ == "__main__":
+    main()
