@@ -83,7 +83,8 @@ class Executor:
         )
         try:
             require_same_run(directory, plan)
-            with store.transaction(plan.round) as slots:
+            pinned = plan.pinned_round if plan.HasField("pinned_round") else None
+            with store.transaction(plan.round, pinned) as slots:
                 require_same_run(directory, plan)  # what another process has bound while this one waited
                 starts, secret = _starts(settings, model), secret_of(settings.state_dir, who)
                 answer = Interpreter(who, model, data, slots, starts, policy, secret).run(plan, blobs)
@@ -119,6 +120,8 @@ class Executor:
 
 def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
     reference = reference_layout(model)
+    # What its owner lets no plan look at, the server shall not plan with.
+    unused = {"validation"} if len(data.splits.get("validation", ())) < settings.policy.min_examples else set()
     return report_pb2.Registration(
         version=1,
         client_id=settings.client_id,
@@ -128,7 +131,7 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
             report_pb2.Task(
                 name=name,
                 kind=task.kind,
-                examples={split: len(found) for split, found in task.splits.items()},
+                examples={split: len(found) for split, found in task.splits.items() if split not in unused},
                 notes=task.notes,
                 groups=task.groups,
                 modalities=task.modalities,

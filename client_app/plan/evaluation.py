@@ -68,7 +68,8 @@ def evaluate(
     Classification: mean cross-entropy ``loss`` and ``accuracy``, and what the client asks for of
     :mod:`client_app.plan.class_metrics`. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its
     exponential; ``accuracy`` where the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l``
-    and ``chrf`` of at most ``generate_examples`` examples and ``max_new_tokens`` new tokens each.
+    and ``chrf`` of at most ``generate_examples`` examples (``answers`` says of how many) and ``max_new_tokens`` new
+    tokens each.
 
     ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts, and neither does
     an evaluation for the ``loss_only``.
@@ -123,7 +124,7 @@ def evaluate(
     writes = client is not None and client.decode is not None and client.generate_examples and forward is None
     if client is not None and writes and not loss_only:
         chosen = data.subset(torch.arange(min(client.generate_examples, len(data))))
-        metrics |= text_metrics(write(model, chosen, client, size))
+        metrics |= text_metrics(write(model, chosen, client, size)) | {"answers": float(len(chosen))}
     return metrics
 
 

@@ -142,6 +142,7 @@ def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:
             "(is the client older than the server?)"
         )
     tick(kind)
+    started = time.monotonic()
     try:
         result = STEPS[kind](bench, getattr(step, kind))
     except ValueError as error:
@@ -150,6 +151,7 @@ def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:
         raise PlanError(f"{where}: {error}", told=f"{where}: {known}") from error
     outcome = report_pb2.StepResult()
     getattr(outcome, kind).CopyFrom(result)
+    outcome.seconds = time.monotonic() - started
     return outcome
 
 

@@ -16,9 +16,9 @@
 A plan's changes are staged in a folder of their own and become visible by renames, so that a process killed at any
 moment leaves either the old slots or the new ones, and the earlier ones with them. (What a kill leaves between two
 renames is put right when the next plan begins; until then ``adapter/`` may be a plan ahead of ``slots/``, or missing.)
-As many earlier states are kept as the server keeps checkpoints (``keep-checkpoints``): from whichever it resumes, the
-round after it starts from the slots that it started from the first time. One process at a time: Flower may start a
-second one for the same client, when a resumed run asks while the old one still trains; it waits.
+As many earlier states are kept as the server keeps checkpoints (``keep-checkpoints``), and the one that a plan pins:
+from whichever it resumes, the round after it starts from the slots that it started from the first time. One process at
+a time: Flower may start a second one for the same client, when a resumed run asks while the old one trains; it waits.
 A client whose labels are its own has heads that no plan names and no upload contains. Each slot has heads of its own:
 ``slots[name]`` is what the federation knows of a slot, :meth:`SlotStore.whole` has its heads, too.
 ``exact.safetensors`` exists because PEFT stores a head as base plus difference, from which the difference cannot be
@@ -98,10 +98,13 @@ class SlotStore:
         self.hidden: frozenset[str] = frozenset()
         """Slots that hold something that may not leave; see :meth:`client_app.guard.policy.Policy.require_private`."""
         self._source = directory / "slots"
+        self._pinned: int | None = None
 
     @contextmanager
-    def transaction(self, round_: int) -> Iterator[SlotStore]:
+    def transaction(self, round_: int, pinned: int | None = None) -> Iterator[SlotStore]:
         """Carry out the plan of ``round_``: changes are written when the block ends without an error.
+
+        The slots as they were after the round ``pinned`` stay on disk, however many newer states there are.
 
         A round that was carried out before (its answer was lost) starts again from the slots before it. The final
         delivery is a round of its own, after the last.
@@ -111,6 +114,7 @@ class SlotStore:
         """
         private_folder(self.directory)
         with locked(self.directory / ".lock", waiting=lambda: tick("waiting for the slots")):
+            self._pinned = pinned
             self._recover()
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
             self._heads, self._received, self._optimizers = {}, {}, {}
@@ -341,8 +345,12 @@ class SlotStore:
         """Remove what is no state any more: unfinished folders, slots of a future that was given up, the oldest."""
         with contextlib.suppress(SlotError):  # a damaged number is for who wants to read it
             now = _round_of(self.directory / "slots")
-            kept = [number for number in self._history() if number < now][-self.keep :]
-            for number in set(self._history()) - set(kept):  # half removed, it must not be taken for a state
+            earlier = [number for number in self._history() if number < now]
+            pinned = [] if self._pinned is None else [number for number in earlier if number <= self._pinned][-1:]
+            for number in set(self._history()) - {
+                *earlier[-self.keep :],
+                *pinned,
+            }:  # half removed, it must not be taken for a state
                 self._rename(f"history/{number}", f".stale-{number}")
         for path in self.directory.glob(".*"):
             if path.is_dir():

@@ -32,6 +32,11 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 class TrainingError(ValueError):
     """Training produced a loss that is not a number, or there is nothing to evaluate."""
 
+    @property
+    def told(self) -> str:
+        """The server may know all of it: it is about the plan's own numbers."""
+        return str(self)
+
 
 def set_up_torch() -> torch.device:
     """CUDA where there is one; else the CPU with one thread (clients share cores). Deterministic on the CPU."""

@@ -51,6 +51,7 @@ class Asking:
         self._dispatches: dict[str, Dispatch] = {}
         self._tensors: dict[str, Mapping[str, int]] = {}
         self._whole: set[str] = set()
+        self._pinned = run.held_out.best_state
         self._answers: dict[str, Answer] = {}
 
     def carry_out(self, absorb: Callable[[int, Client, Answer], None]) -> dict[str, ClientRecord]:
@@ -59,15 +60,17 @@ class Asking:
         run.round_now = self.round
         makes: dict[str, Make] = {name: lambda name=name: self._make(name) for name in self._clients}  # type: ignore[misc]
         watch = Booking(run.wire, self.round, self.phase, self._tensors)
-        slowest = 0.0
+        slowest: dict[str, float] = {}
         for reply in run.federation.exchange(
             makes, options.round_timeout, watch, self._enough, self._again, self._quorate, options.grace
         ):
             record = self._take(reply)
-            slowest = max(slowest, min(float(record.get("train_seconds", 0.0)), reply.seconds))  # theirs is a claim
+            spent = client_status.times_of(record)
+            slowest = max(slowest, spent, key=lambda times: sum(times.values()))
             self._log(reply.client_id, client_status.line(record), good=record["status"] == OK)
         run.holdings.tidy()
-        run.training_seconds += slowest
+        for what, seconds in slowest.items():
+            run.spent[what] += seconds
         # When all are here: how long an update may be is a matter of what the others sent.
         for name, answer in within_round(run.strategy.limits, self._answers).items():
             record = self.records[name]
@@ -85,7 +88,9 @@ class Asking:
     def _make(self, client_id: str) -> Message:
         run, client = self.run, self._clients[client_id]
         holding = run.holdings.of(client_id)
-        dispatch = run.strategy.dispatch(self.round, client, self._briefs[client], run.name, run.run_key, holding)
+        dispatch = run.strategy.dispatch(
+            self.round, client, self._briefs[client], run.name, run.run_key, holding, pinned=self._pinned
+        )
         node_id = run.enrolment.clients[client_id].node_id
         message = dispatch.message(node_id, ttl=run.options.round_timeout + 60)
         run.federation.intake.expect(dispatch.max_answer_bytes)

@@ -1,15 +1,19 @@
-"""How often, and on how much, clients evaluate while a run goes on; what is delivered is evaluated on everything."""
+"""How often, and on what, clients evaluate while a run goes on: on validation examples, where they have some.
+
+The test split is for what is delivered: whoever looks at it in every round chooses by it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from proto.fedalloy.v1 import plan_pb2
+from server_app.run.clients.held_out import SPLIT
 from server_app.run.options import RunOptions
-from strategies.framework.exchange import Brief
+from strategies.framework.exchange import Brief, Client
 
 
-def spared(brief: Brief, round_: int, options: RunOptions) -> Brief:
+def spared(brief: Brief, client: Client, round_: int, options: RunOptions) -> Brief:
     """A round's brief with the evaluations of personal models that the run wants, on as many examples.
 
     Evaluations that a strategy learns from bear other labels, or are recorded at the client: they stay as they are.
@@ -22,6 +26,8 @@ def spared(brief: Brief, round_: int, options: RunOptions) -> Brief:
             bounded = plan_pb2.Step()
             bounded.CopyFrom(step)
             bounded.evaluate.examples = options.evaluate_examples
+            if client.held_out:
+                bounded.evaluate.split = SPLIT
             steps.append(bounded)
         else:
             steps.append(step)

@@ -85,6 +85,7 @@ class Federation:
         self.enrolment = enrolment
         self.overdue_answers: dict[str, int] = {}
         self._nodes: dict[int, NodeInfo] = {}
+        self._seen: dict[int, NodeInfo] = {}  # those that have gone, too: a refusal names them
         self._asked: set[int] = set()
         self._asking: dict[str, tuple[int, float]] = {}
         self._overdue: dict[str, str] = {}
@@ -126,14 +127,17 @@ class Federation:
         """
         deadline = time.monotonic() + timeout
         self._nodes = {node.node_id: node for node in self.wait_for_nodes(minimum, timeout)}
+        self._seen |= self._nodes
         self._asked |= set(self._nodes)
+        count = len(self._nodes)
+        self.say(f"asking {count} SuperNodes who they are; each loads its base model and data, which may take a minute")
         makes = {f"node {node_id}": _registration(node_id, timeout) for node_id in self._nodes}
         for reply in self.exchange(makes, max(deadline - time.monotonic(), self.poll_interval), watch):
             self._welcome(self._node_of(reply.client_id), reply)
         if len(self.enrolment.newcomers) < minimum:
             count = len(self.enrolment.newcomers)
             raise NotEnoughClientsError(
-                f"{count} of at least {minimum} clients registered. {self.enrolment.why_refused()}"
+                f"{count} of at least {minimum} clients registered. {self.enrolment.why_missing()}"
             )
 
     def present(self, watch: Watch) -> list[Client]:
@@ -236,6 +240,7 @@ class Federation:
             return
         self._looked = time.monotonic()
         self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
+        self._seen |= self._nodes
         held = {client.node_id for client in [*self.enrolment.clients.values(), *self.enrolment.newcomers.values()]}
         self._asked &= set(self._nodes) | held  # one that left without being taken in is asked when it is back
         for node_id in sorted(set(self._nodes) - self._asked - held):
@@ -250,7 +255,7 @@ class Federation:
             watch.pushed(f"node {node_id}", message)
 
     def _welcome(self, node_id: int, reply: Reply) -> None:
-        node = self._nodes.get(node_id) or NodeInfo(node_id=node_id)
+        node = self._seen.get(node_id) or NodeInfo(node_id=node_id)
         self.arrived(reply, self.enrolment.welcome(reply.client_id, node, reply.message, self._nodes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,16 +17,18 @@ from fedalloy_adapters.words import one_line
 from server_app.ledger.recorder import Booking, WireLog, explained
 from server_app.run.asking import Asking
 from server_app.run.clients import client_status
-from server_app.run.clients.client_status import REJECTED, ClientRecord
+from server_app.run.clients.client_status import LEFT, REJECTED, ClientRecord
 from server_app.run.clients.enrolment import Enrolment
+from server_app.run.clients.held_out import HeldOut
 from server_app.run.clients.participants import choose, named
 from server_app.run.clients.strikes import Strikes
+from server_app.run.ending.delivery import Delivery, hand_out
 from server_app.run.ending.last_counters import last_counters
 from server_app.run.ending.late_delivery import deliver_late
 from server_app.run.ending.summary import headline, summary_of
 from server_app.run.evaluations import spared
 from server_app.run.federation import SAY_SECONDS, Federation, NotEnoughClientsError, Reply, require_all
-from server_app.run.options import RunOptions, as_toml, read_run_options
+from server_app.run.options import RunOptions, as_toml, default_run_name, read_run_options, run_on
 from server_app.run.resume import (
     changed_code,
     checkpoint_of,
@@ -36,7 +39,7 @@ from server_app.run.resume import (
 )
 from server_app.run.run_directory import Checkpoint, RunDirectory
 from strategies import AlloyStrategy, strategy_from_run_config
-from strategies.framework.exchange import Answer, Client
+from strategies.framework.exchange import Client
 from strategies.framework.holdings import Holdings
 from strategies.framework.limits import unsound
 
@@ -56,7 +59,7 @@ def run(grid: Grid, context: Context) -> RunDirectory:
     if options.resume:
         directory = open_again(Path(options.resume).expanduser(), context.run_config, options)
     else:
-        name = options.run_name or f"{options.strategy}-{options.scenario}-{context.run_id}"
+        name = options.run_name or default_run_name(context.run_config, context.run_id)
         directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
     name = directory.path.resolve().name
     log(INFO, "FedAlloy run %s in %s", name, directory.path.resolve())
@@ -95,8 +98,9 @@ class Run:
         self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
         self.holdings = Holdings(strategy.storage)
         self.strikes = Strikes(options.strikes)
+        self.held_out = HeldOut()
         self.completed = 0
-        self.training_seconds = 0.0
+        self.spent: dict[str, float] = defaultdict(float)  # seconds of each phase's slowest client, by what it did
         self.started = time.monotonic()
         self.round_now = 0
         self.answer_seconds: dict[str, float] = {}  # of each client's last answer
@@ -121,15 +125,17 @@ class Run:
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
         self.completed = checkpoint.round
-        self.training_seconds = checkpoint.run["training_seconds"]
+        self.spent = defaultdict(float, checkpoint.run.get("spent", {}))
         self.answer_seconds = dict(checkpoint.run.get("answer_seconds", {}))
         self.started -= checkpoint.run["seconds"]
         self.strikes = Strikes(self.options.strikes, checkpoint.run.get("strikes"))
         record = checkpoint.run["record"]
+        self.held_out = HeldOut(self.directory.rounds())
         if self.options.deliver:  # what the run has done stays done
             return
         if record not in self.directory.rounds():  # a kill between checkpoint and record
             self.directory.append_round(record)
+        self.held_out = HeldOut(self.directory.rounds())
         changed = changed_code(checkpoint.run.get("code"))
         if changed:
             log(WARNING, "resumed with other code: numbers may differ from those of a run that was not interrupted; %s",
@@ -149,12 +155,14 @@ class Run:
             self.strategy.load_state(checkpoint.state)
         self.enrolment.enrol_newcomers()
         records = self._registered | {
-            who: {"status": REJECTED, "reason": why} for who, why in self.enrolment.refused.items()
+            who: {"status": status, "reason": why}
+            for status, found in ((LEFT, self.enrolment.away), (REJECTED, self.enrolment.refused))
+            for who, why in found.items()
         }
         record = self.record("register", self.completed, records, started)
         fitting = sum(client.node_id != 0 for client in self.enrolment.clients.values())
         if fitting < self.options.least:
-            reasons = self.enrolment.why_refused()
+            reasons = self.enrolment.why_missing()
             raise NotEnoughClientsError(f"{fitting} of at least {self.options.least} clients fit. {reasons}")
         if not self.options.min_clients and not self.options.deliver:
             require_all(self.enrolment, fitting)
@@ -212,7 +220,7 @@ class Run:
         due = wanted if everyone else self.strikes.due(round_, wanted, self.options.least)
         chosen = self._sample(round_, due)
         needed = min(self.options.least, len(chosen))
-        briefs = {c: spared(self.strategy.brief(round_, c), round_, self.options) for c in chosen}
+        briefs = {c: spared(self.strategy.brief(round_, c), c, round_, self.options) for c in chosen}
         records = Asking(self, "train", round_, briefs, needed).carry_out(self.strategy.absorb)
         self.strikes.book(round_, records)
         records |= self._absent(present) | self.strikes.resting(wanted, due)
@@ -224,6 +232,9 @@ class Run:
                 f"see {self.directory.path / 'rounds.jsonl'}. The round does not count; to do it again, "
                 f"{self.directory.how_to_resume}"
             )
+        self.held_out.take(round_, records)
+        for name, fall in self.held_out.fallen_in(round_ - 1).items() if round_ > 1 else ():
+            log(WARNING, "[train %d] %s began this round with a worse model: %s", round_, name, fall.words(round_ - 1))
         settled = self._settle(round_)
         record = self._record_of("train", round_, records, started, settled=settled)
         self._checkpoint(round_, record)
@@ -246,26 +257,23 @@ class Run:
             "clients": clients_to_json(self.enrolment.clients, self.enrolment.keys),
             "code": code_versions(),
             "strikes": self.strikes.saved(),
-            "training_seconds": self.training_seconds,
+            "spent": dict(self.spent),
             "answer_seconds": self.answer_seconds,
             "seconds": time.monotonic() - self.started,
             "record": record,
         }
         state = self.strategy.state()
         self.holdings.add_to(state)
-        self.directory.save_checkpoint(round_, state, self.options.keep_checkpoints, about)
+        pinned = self.held_out.best_state
+        self.directory.save_checkpoint(round_, state, self.options.keep_checkpoints, about, pinned)
         self.completed = round_
 
-    def _deliver(self, round_: int) -> dict[str, Answer]:
+    def _deliver(self, round_: int) -> Delivery:
         started = time.monotonic()
         present = self.gather(round_)
-        answers: dict[str, Answer] = {}
-        briefs = {client: self.strategy.deliver(client) for client in present}
-        needed = min(self.options.least, len(briefs))
-        asking = Asking(self, "deliver", round_, briefs, needed)
-        records = asking.carry_out(lambda _, client, answer: answers.update({client.id: answer}))
-        self.record("deliver", round_, records | self._absent(present), started)
-        return answers
+        found = hand_out(self, round_, present, min(self.options.least, len(present)))
+        self.record("deliver", round_, found.records | self._absent(present), started)
+        return found
 
     def _absent(self, present: list[Client]) -> dict[str, ClientRecord]:
         return {
@@ -304,20 +312,26 @@ class Run:
             self.federation.overdue_answers.clear()
         return record | more
 
-    def _summarise(self, final: Mapping[str, Answer]) -> None:
+    def _summarise(self, final: Delivery) -> None:
         clients = {
-            client.id: {**final[client.id].metrics["personal"], "examples": client.examples}
+            client.id: {**final.answers[client.id].metrics["personal"], "examples": client.examples}
             for _, client in sorted(self.enrolment.clients.items())
-            if client.id in final
+            if client.id in final.answers
         }
         summary = summary_of(
-            self.options, clients, time.monotonic() - self.started, self.training_seconds, self.wire.totals()
+            self.options,
+            clients,
+            time.monotonic() - self.started,
+            self.spent,
+            self.wire.totals(),
+            dict([run_on(self.directory.config())]),
         )
         refused = dict(sorted(self.enrolment.refused.items()))
         missing = sorted(set(self.enrolment.clients) - set(clients))
-        summary |= {"refused": refused, "not_delivered": missing}
+        away = sorted(set(self.enrolment.away) - set(self.enrolment.clients))
+        summary |= {"refused": refused, "absent": away, "not_delivered": missing, "diverged": final.diverged}
         self.directory.write_summary(summary)
-        log(WARNING if refused or missing else INFO, "finished: %s", headline(summary))
+        log(WARNING if refused or away or missing or final.fallen else INFO, "finished: %s", headline(summary))
 
 
 def _say(text: str) -> None:

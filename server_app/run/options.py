@@ -79,6 +79,9 @@ class RunOptions:
     evaluate_examples: int = 256
     """Examples of each task at most in a round's evaluation, the same ones in every round; 0: all. The models that are
     delivered at the end are evaluated on all."""
+    on_divergence: str = "best"
+    """What is delivered to a client whose model is worse on its validation examples than before training, or has lost
+    more than half of what it had gained: ``best``, its model of the round that was best for all, or ``last``."""
     bank_memory_mb: float = 1024.0
     """Megabytes of clients' adapters that the server keeps in memory; what is beyond is in files of the run folder."""
     keep_checkpoints: int = 2
@@ -105,6 +108,7 @@ class RunOptions:
         require_range("quorum", self.quorum, 0)
         require_range("grace", self.grace, 0)
         require_range("bank-memory-mb", self.bank_memory_mb, 0)
+        require_choice("on-divergence", self.on_divergence, ("best", "last"))
         require_choice("participants", self.participants, ("random", "round-robin", "fastest"))
         require_range("keep-checkpoints", self.keep_checkpoints, 1)
         if self.deliver and not self.resume:
@@ -155,6 +159,19 @@ def problems(run_config: RunConfig) -> list[str]:
     known = known_keys()
     unread = {key for key in run_config if key in known and key.startswith(tuple(others))}
     return problems_of(OPTIONS, {key: value for key, value in run_config.items() if key not in unread})
+
+
+def run_on(run_config: RunConfig) -> tuple[str, str]:
+    """What a run is on: ``("scenario", its name)``, or ``("base_model", its name)`` with clients' own data."""
+    base = str(run_config.get("base-model", ""))
+    return ("base_model", base) if base else ("scenario", str(run_config.get("scenario", RunOptions.scenario)))
+
+
+def default_run_name(run_config: RunConfig, run_id: int) -> str:
+    """The folder of a run that nobody has named."""
+    last = run_on(run_config)[1].rstrip("/").rpartition("/")[2]
+    about = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:24].strip("-.")
+    return f"{run_config.get('strategy', RunOptions.strategy)}-{about or 'base'}-{run_id}"
 
 
 def as_toml(run_config: RunConfig) -> str:

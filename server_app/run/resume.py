@@ -24,7 +24,7 @@ from strategies.framework.options import RunConfig
 
 FREE_KEYS = {
     "resume", "deliver", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout", "poll-interval",
-    "keep-checkpoints",
+    "keep-checkpoints", "on-divergence",
 }  # fmt: skip
 """Keys that a resumed run may have other values for. Only ``min-clients`` can change what is computed, where
 ``fraction-clients`` is below 1: no round has fewer."""

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,8 +191,13 @@ class RunDirectory:
             records.append(record)
         return records
 
-    def save_checkpoint(self, round_: int, state: State, keep: int, run: Mapping[str, Any] | None = None) -> None:
-        """The strategy's state after a round, as ``checkpoints/round-0005/``; all but the last ``keep`` are removed."""
+    def save_checkpoint(
+        self, round_: int, state: State, keep: int, run: Mapping[str, Any] | None = None, pinned: int | None = None
+    ) -> None:
+        """The strategy's state after a round, as ``checkpoints/round-0005/``.
+
+        All but the last ``keep`` and that of the round ``pinned`` are removed.
+        """
         folder = self.path / "checkpoints"
         final = folder / f"round-{round_:04d}"
         staged = folder / f".round-{round_:04d}-{os.getpid()}"
@@ -211,7 +216,8 @@ class RunDirectory:
             os.rename(staged, final)
             sync(folder)
             for old in self._checkpoints()[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                if pinned is None or old.name != f"round-{pinned:04d}":
+                    shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise RunDirectoryError(_explain(self.path, error)) from error
         except BankError as error:
@@ -219,7 +225,14 @@ class RunDirectory:
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None; a torn one is passed over."""
-        for folder in reversed(self._checkpoints()):
+        return self._first_whole(reversed(self._checkpoints()))
+
+    def checkpoint(self, round_: int) -> Checkpoint | None:
+        """That of after a round, or None where it is not here or torn."""
+        return self._first_whole([self.path / "checkpoints" / f"round-{round_:04d}"])
+
+    def _first_whole(self, folders: Iterable[Path]) -> Checkpoint | None:
+        for folder in folders:
             try:
                 saved = unsealed((folder / "state.json").read_text())
                 data = (folder / "state.safetensors").read_bytes()

@@ -196,8 +196,8 @@ def table(results: Sequence[DemoResult]) -> Table:
         counted = result.summary["bytes"]
         found.add_row(
             result.strategy,
-            _number(result.summary["mean_accuracy"], 3),
-            _number(result.summary["worst_accuracy"], 3),
+            _number(result.summary.get("mean_accuracy"), 3),
+            _number(result.summary.get("worst_accuracy"), 3),
             *(_megabytes(counted[direction].get("wire")) for direction in ("up", "down")),
             _number(result.summary["seconds"]["total"], 0),
         )

@@ -1,21 +1,30 @@
-"""Who is who in a federation: client, node, key, task, base model, as clients said when they registered last."""
+"""Who is who in a federation: client, node, key, task, base model, and when each was last seen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from server_app.run.run_directory import RunDirectory
 
 
 def registrations(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """What each client of a run said of itself, or why it was refused, by its name; ``run`` is the run's."""
+    """What each client of a run said of itself, or why it was refused, by its name.
+
+    ``run`` is the run's; ``seen`` the time (ISO 8601, UTC) of its last answer that counted, where there is one.
+    """
     found: dict[str, dict[str, Any]] = {}
     for record in run.rounds():
-        if record["phase"] == "register":
-            for client, said in record["clients"].items():
-                found[client] = {**said, "tasks": ", ".join(said.get("tasks", [])), "run": run.path.name}
+        for client, said in record["clients"].items():
+            if record["phase"] == "register":
+                seen = found.get(client, {}).get("seen", "")
+                found[client] = {**said, "tasks": ", ".join(said.get("tasks", [])), "run": run.path.name, "seen": seen}
+            if said.get("status") == "ok" and client in found:
+                found[client]["seen"] = record.get("time", "")
     return found
 
 
@@ -26,3 +35,29 @@ def last_registrations(runs_dir: Path) -> Mapping[str, Mapping[str, Any]]:
     for path in sorted(runs, key=lambda run: (run / "rounds.jsonl").stat().st_mtime):
         found |= registrations(RunDirectory(path))
     return found
+
+
+def who_table(clients: Mapping[str, Mapping[str, Any]], now: datetime | None = None) -> Table:
+    """One line for each client; a key is named where its name is not the client's."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title="Who is who", title_justify="left")
+    for column in ("client", "node", "key", "examples", "task", "base model", "seen"):
+        table.add_column(column, overflow="fold", justify="right" if column == "examples" else "left")
+    for name, said in clients.items():
+        key = str(said.get("key", ""))
+        status = {"rejected": "refused", "left": "absent"}.get(str(said.get("status", "")), "")
+        seen = status or ago(str(said.get("seen", "")), now)
+        shown = [str(said.get(column, "")) for column in ("node", "examples", "tasks", "base")]
+        table.add_row(name, shown[0], "same" if key == name else key or "none", *shown[1:], seen)
+    return table
+
+
+def ago(time: str, now: datetime | None = None) -> str:
+    """How long ago something was, in one unit."""
+    try:
+        seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(time)).total_seconds()
+    except (ValueError, TypeError):
+        return ""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"

@@ -215,10 +215,12 @@ class Contract(ABC, Generic[OptionsT]):
         run_key: bytes,
         holding: Holding | None = None,
         train_round: int | None = None,
+        pinned: int | None = None,
     ) -> Dispatch:
         """The client's brief, encoded as the run says; ``run_name`` is the folder of its slots at the client.
 
-        ``train_round`` is where the learning rate's schedule stands, where that is not ``round_``.
+        ``train_round`` is where the learning rate's schedule stands, where that is not ``round_``. The client keeps its
+        slots as they were after the round ``pinned``, whatever else it removes.
         """
         place = self.place(train_round or round_)
         steps = counted(brief.steps, self.training, (client.claimed or client.examples, client.held_out), *place)
@@ -234,6 +236,7 @@ class Contract(ABC, Generic[OptionsT]):
             encoding=self.training.downlink_encoding,
             reference=client.reference,
             holding=holding,
+            pinned=pinned,
         )
 
     @abstractmethod

@@ -98,8 +98,11 @@ def plan_dispatch(
     reference: Layout | None = None,
     run_key: bytes = b"",
     holding: Holding | None = None,
+    pinned: int | None = None,
 ) -> Dispatch:
     """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
+
+    The client is to keep its slots as they were after the round ``pinned``: the run may return there.
 
     With a ``holding`` a lossy encoding stores the difference from what the client holds, where that is smaller.
 
@@ -114,6 +117,7 @@ def plan_dispatch(
         seed=seed,
         steps=steps,
         run_key=run_key,
+        pinned_round=pinned,
     )
     sent = Encoding(encoding)
     plan.keep_received = holding is not None and sent.is_lossy and len(adapters) > 0

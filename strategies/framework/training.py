@@ -62,7 +62,8 @@ class Training:
     """``fresh`` in every round; ``keep``: a slot's next training goes on from its moments, which stay on the client's
     disk. Fresh is the default: the moments were not taken on what a round's merge sends, and the papers restart."""
     evaluate_split: str = "test"
-    """The split that is evaluated in every round: ``validation`` or ``test``."""
+    """On what delivered models are evaluated, once: ``validation`` or ``test``. Rounds look at validation examples, and
+    only at a client without any at these."""
     uplink_encoding: str = "fp32"
     """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
     store the difference from what both ends hold, where there is something; ``int2`` is for differences only, else

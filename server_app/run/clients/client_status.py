@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from flwr.app import Message
@@ -32,6 +32,13 @@ RESTED = "rested"
 OUTCOMES = (OK, REJECTED, FAILED, LATE, LEFT, ABSENT, RESTED)
 
 SHOWN = 5
+SPENT = {
+    "evaluation": ("evaluate", "select"),
+    "statistics": ("fisher", "sketch", "gram", "distance", "attribute"),
+}
+"""Kinds of steps by what their time is booked as, beside training."""
+EVALUATED = ("personal", "held-out")
+"""Evaluations whose record says on which split, and on how many examples."""
 ClientRecord = dict[str, Any]
 
 
@@ -80,9 +87,13 @@ def of_answer(answer: Answer, residuals: Mapping[str, float] | None = None) -> C
         "status": OK,
         "client_seconds": round(answer.report.seconds, 3),
         "train_seconds": round(sum(train.seconds for train in trains), 3),
+        **{f"{what}_seconds": round(_seconds(answer, kinds), 3) for what, kinds in SPENT.items()},
         "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
         "metrics": {label: dict(values) for label, values in answer.metrics.items()},
     }
+    looked = [r.evaluate for r in results if r.HasField("evaluate") and r.evaluate.label in EVALUATED]
+    if looked:
+        record["evaluated"] = {e.label: {"split": e.split, "examples": e.examples} for e in looked}
     if residuals:
         record["down_residual"] = {slot: float(f"{norm:.6g}") for slot, norm in residuals.items()}
     kept = {r.send.slot: r.send.residual_norm for r in results if r.HasField("send") and r.send.residual_norm}
@@ -91,6 +102,19 @@ def of_answer(answer: Answer, residuals: Mapping[str, float] | None = None) -> C
     if answer.clipped:
         record["clipped"] = clipped(answer)
     return record
+
+
+def _seconds(answer: Answer, kinds: Collection[str]) -> float:
+    return sum(result.seconds for result in answer.report.results if result.WhichOneof("kind") in kinds)
+
+
+def times_of(record: ClientRecord) -> dict[str, float]:
+    """Seconds of training, evaluation and statistics; a client's word, so together at most what its answer took."""
+    left, found = float(record.get("seconds", 0.0)), {}
+    for what in ("train", *SPENT):
+        found[what] = min(float(record.get(f"{what}_seconds", 0.0)), left)
+        left -= found[what]
+    return found
 
 
 def clipped(answer: Answer) -> dict[str, float]:
@@ -111,15 +135,23 @@ def line(record: ClientRecord) -> str:
     """One client's record as a line of the log."""
     if record["status"] != OK:
         return f"{record['status']} ({record.get('reason', '')})"
-    parts = [f"{record['seconds']:.1f} s"]
-    parts += ["diverged" if loss is None else f"loss {loss:.3f}" for loss in record["train_loss"]]
+    times = {what: seconds for what, seconds in times_of(record).items() if seconds >= 0.05}
+    told = ", ".join(f"{'training' if what == 'train' else what} {seconds:.1f}" for what, seconds in times.items())
+    parts = [f"{record['seconds']:.1f} s ({told})" if told else f"{record['seconds']:.1f} s"]
+    parts += ["diverged" if loss is None else f"loss {loss:.3f} in training" for loss in record["train_loss"]]
     parts += [clipped_line(record)] if "clipped" in record else []
     scored = [
-        f"{label} {name} {metrics[name]:.3f}"
+        f"{label} {name} {metrics[name]:.3f}{_of_answers(name, metrics)}"
         for label, metrics in record["metrics"].items()
         for name in (("accuracy",) if "accuracy" in metrics else ("exact_match", "perplexity"))
         if name in metrics
     ]
     scored.sort(key=lambda text: not text.startswith("personal "))  # a line search has dozens
+    if record["train_loss"] and scored and scored[0].startswith("personal "):  # every plan evaluates first
+        scored[0] = f"before it: {scored[0]}"
     parts += scored[:SHOWN] + [f"... ({len(scored) - SHOWN} more in rounds.jsonl)"] * (len(scored) > SHOWN)
     return ", ".join(parts)
+
+
+def _of_answers(name: str, metrics: Mapping[str, float]) -> str:
+    return f" of {metrics['answers']:.0f} answers" if name == "exact_match" and "answers" in metrics else ""

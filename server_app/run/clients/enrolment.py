@@ -11,6 +11,7 @@ from flwr.common.logger import log
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.words import one_line
+from server_app.run.messages.exchange import NODE_UNAVAILABLE
 from server_app.run.messages.reasons import reason_of
 from server_app.run.resume import SavedClient, registration_of
 from server_app.run.run_directory import RunDirectory
@@ -33,6 +34,8 @@ class Enrolment:
         """Those that have registered since newcomers were enrolled last."""
         self.refused: dict[str, str] = {}
         """Reasons by client id; by the name of its key, or else by node, where it could not say."""
+        self.away: dict[str, str] = {}
+        """Nodes that went away as they were asked who they are, and how that was seen: they are absent, not refused."""
         self.names: dict[str, str] = {}
         """What the key of each client's node is registered as with the SuperLink; empty where it has no name."""
         self._labels: dict[int, str] = {}
@@ -40,7 +43,7 @@ class Enrolment:
         """The public key of each id's owner."""
 
     def welcome(self, who: str, node: NodeInfo, answer: Message | None, online: Collection[int]) -> Client | None:
-        """Read a registration: a newcomer, a client that is back at another node, or (None) a refusal.
+        """Read a registration: a newcomer, a client that is back at another node, or (None) nobody, or a refusal.
 
         Args:
             who: the node's name in refusals.
@@ -49,6 +52,10 @@ class Enrolment:
             online: ids of the nodes that are online.
         """
         claimed = ""
+        if answer is not None and answer.has_error() and answer.error.code == NODE_UNAVAILABLE:
+            self.away[node.name or who] = reason_of(answer.error)
+            log(WARNING, "absent: %s: %s", node.name or who, self.away[node.name or who])
+            return None
         try:
             if answer is None:
                 raise BadAnswerError("did not answer in time")
@@ -64,6 +71,8 @@ class Enrolment:
             return None
         self.forgive(node.node_id)
         self.refused.pop(admitted.id, None)
+        for name in (admitted.id, node.name, who):
+            self.away.pop(name, None)
         self.names[admitted.id] = node.name
         return admitted
 
@@ -100,6 +109,10 @@ class Enrolment:
     def why_refused(self) -> str:
         """Who was refused, and why, in one line."""
         return "; ".join(f"{who}: {why}" for who, why in self.refused.items())
+
+    def why_missing(self) -> str:
+        """Who was refused or went away, and why, in one line."""
+        return "; ".join(f"{who}: {why}" for who, why in {**self.away, **self.refused}.items())
 
     def _admit(self, client: Client, node: NodeInfo, online: Collection[int]) -> Client:
         """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.common.logger import log
 
-from server_app.run.asking import Asking
 from server_app.run.clients.client_status import OK, ClientRecord
+from server_app.run.ending.delivery import hand_out
 from server_app.run.ending.last_counters import last_counters
 from server_app.run.ending.summary import headline, with_scores
 from server_app.run.federation import SAY_SECONDS, NotEnoughClientsError
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
-from strategies.framework.exchange import Answer, Client
+from strategies.framework.exchange import Client
 
 if TYPE_CHECKING:
     from server_app.run.loop import Run
@@ -63,19 +63,19 @@ def deliver_late(run: Run) -> None:
         log(INFO, "finished: every client has its model already")
         return
     here = _wait_for(run, wanted, round_)
-    answers: dict[str, Answer] = {}
-    briefs = {client: run.strategy.deliver(client) for client in here}
-    asking = Asking(run, "deliver", round_, briefs, 1)
-    records = asking.carry_out(lambda _, client, answer: answers.update({client.id: answer}))
-    run.record("deliver", round_, {**last_delivery(run.directory), **records}, started)
+    found = hand_out(run, round_, here, 1)
+    answers = found.answers
+    run.record("deliver", round_, {**last_delivery(run.directory), **found.records}, started)
     last_counters(run, round_ + 1)
     summary: dict[str, Any] = json.loads((run.directory.path / "summary.json").read_text())
     for client in here:
         if client.id in answers:
-            found = {**answers[client.id].metrics["personal"], "examples": client.examples}
-            summary["clients"] = dict(sorted({**summary["clients"], client.id: found}.items()))
+            scores = {**answers[client.id].metrics["personal"], "examples": client.examples}
+            summary["clients"] = dict(sorted({**summary["clients"], client.id: scores}.items()))
     missing = [name for name in summary.get("not_delivered", []) if name not in summary["clients"]]
-    summary = with_scores(summary | {"not_delivered": missing})
+    before = {name: lost for name, lost in summary.get("diverged", {}).items() if name not in answers}
+    diverged = dict(sorted((before | found.diverged).items()))
+    summary = with_scores(summary | {"not_delivered": missing, "diverged": diverged})
     run.directory.write_summary(summary)
     if not answers:
         raise NotEnoughClientsError(f"no model was delivered; see {run.directory.path / 'rounds.jsonl'}")

@@ -10,11 +10,18 @@ import flwr
 
 from server_app.run.options import RunOptions
 
+COUNTS = ("examples", "answers")
+"""What a client's metrics have beside metrics."""
 Totals = tuple[dict[str, dict[str, int | None]], float | None]
 
 
 def summary_of(
-    options: RunOptions, clients: Mapping[str, Mapping[str, float]], total: float, training: float, wire: Totals
+    options: RunOptions,
+    clients: Mapping[str, Mapping[str, float]],
+    total: float,
+    spent: Mapping[str, float],
+    wire: Totals,
+    about: Mapping[str, str],
 ) -> dict[str, Any]:
     """The summary.
 
@@ -22,8 +29,10 @@ def summary_of(
         options: the run's.
         clients: final metrics of every client that was delivered its model.
         total: seconds of the whole run, before and after it was resumed.
-        training: seconds of them that the slowest clients trained.
+        spent: seconds of them that the slowest client of each phase trained (``train``), evaluated (``evaluation``) and
+            computed what merges need (``statistics``); the rest is overhead.
         wire: bytes by direction and level, and the unexplained fraction.
+        about: the scenario, or the base model of clients with data of their own.
     """
     totals, unexplained = wire
     return with_scores(
@@ -31,17 +40,16 @@ def summary_of(
             "strategy": options.strategy,
             "rounds": options.num_server_rounds,
             "seed": options.seed,
-            "scenario": options.scenario,
+            **about,
             "clients": clients,
-            "mean_accuracy": None,
-            "worst_accuracy": None,
-            "without_accuracy": [],
             "bytes": totals,
             "unexplained_wire_fraction": unexplained,
             "seconds": {
                 "total": round(total, 3),
-                "training": round(training, 3),
-                "overhead": round(total - training, 3),
+                "training": round(spent.get("train", 0.0), 3),
+                "evaluation": round(spent.get("evaluation", 0.0), 3),
+                "statistics": round(spent.get("statistics", 0.0), 3),
+                "overhead": round(total - sum(spent.values()), 3),
             },
             "flwr": flwr.__version__,
             "git": git_commit(),
@@ -50,25 +58,41 @@ def summary_of(
 
 
 def with_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary with the clients' mean and worst accuracy, where they have one."""
+    """The summary with the mean of each metric, and mean and worst accuracy where clients have one."""
     clients = summary["clients"]
     scores = [metrics["accuracy"] for metrics in clients.values() if "accuracy" in metrics]
-    mean, worst = (sum(scores) / len(scores), min(scores)) if scores else (None, None)
-    without = sorted(name for name in clients if "accuracy" not in clients[name]) if scores else []
-    return {**summary, "mean_accuracy": mean, "worst_accuracy": worst, "without_accuracy": without}
+    names = dict.fromkeys(name for metrics in clients.values() for name in metrics if name not in COUNTS)
+    values = {name: [metrics[name] for metrics in clients.values() if name in metrics] for name in names}
+    found = {key: value for key, value in summary.items() if not key.endswith("_accuracy")}
+    found["means"] = {name: sum(of) / len(of) for name, of in values.items()}
+    if scores:
+        found |= {"mean_accuracy": sum(scores) / len(scores), "worst_accuracy": min(scores)}
+        found["without_accuracy"] = sorted(name for name in clients if "accuracy" not in clients[name])
+    return found
 
 
 def headline(summary: Mapping[str, Any]) -> str:
     """One line: how many sites were delivered their models, which were not and why, and how good the models are."""
-    return f"{_sites(summary)}{_scores(summary)}"
+    return f"{_sites(summary)}{_scores(summary)}{_diverged(summary)}"
+
+
+def _diverged(summary: Mapping[str, Any]) -> str:
+    """Who has a model that became worse, and of which round the one is that it was given."""
+    found = []
+    for name, lost in summary.get("diverged", {}).items():
+        now = "not finite" if lost["loss"] is None else f"{lost['loss']:.3g}"
+        words = f"{name} (validation loss {now}, {lost['first_loss']:.3g} before training; "
+        found.append(f"{words}it has the model of after round {lost['delivered_round']})")
+    return f"; became worse: {', '.join(found)}" if found else ""
 
 
 def _sites(summary: Mapping[str, Any]) -> str:
-    refused, missing = summary.get("refused", {}), summary.get("not_delivered", [])
-    if not refused and not missing:
+    refused, missing, away = summary.get("refused", {}), summary.get("not_delivered", []), summary.get("absent", [])
+    if not refused and not missing and not away:
         return ""
     done = len(summary["clients"])
-    words = f"{done} of {done + len(refused) + len(missing)} sites"
+    words = f"{done} of {done + len(refused) + len(missing) + len(away)} sites"
+    words += f"; absent from the start: {', '.join(away)}" if away else ""
     words += f"; refused: {'; '.join(f'{who}: {why}' for who, why in refused.items())}" if refused else ""
     words += f"; without their models: {', '.join(missing)} (fedalloy deliver)" if missing else ""
     return f"{words}; "
@@ -76,7 +100,7 @@ def _sites(summary: Mapping[str, Any]) -> str:
 
 def _scores(summary: Mapping[str, Any]) -> str:
     """Mean and worst accuracy; where clients have none (texts), mean exact match and perplexity."""
-    if summary["mean_accuracy"] is not None:
+    if summary.get("mean_accuracy") is not None:
         missing = summary.get("without_accuracy") or []
         words = f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"
         return f"{words}; {', '.join(missing)} gave none" if missing else words
@@ -84,7 +108,9 @@ def _scores(summary: Mapping[str, Any]) -> str:
     for name in ("exact_match", "perplexity"):
         values = [metrics[name] for metrics in summary["clients"].values() if name in metrics]
         if values:
-            found.append(f"mean {name.replace('_', ' ')} {sum(values) / len(values):.3f}")
+            answers = sum(metrics.get("answers", 0) for metrics in summary["clients"].values())
+            counted = f" of {answers:.0f} answers" if answers and name == "exact_match" else ""
+            found.append(f"mean {name.replace('_', ' ')} {sum(values) / len(values):.3f}{counted}")
     return ", ".join(found) or "no client was delivered its model"
 
 

@@ -273,13 +273,16 @@ class LocalCluster(SuperLink):
             ClusterError: one ended, or they are not within ``startup_timeout``.
         """
         deadline = time.monotonic() + self.settings.startup_timeout
-        wanted, online = len(self.settings.client_ids), 0
+        wanted, online, said = len(self.settings.client_ids), 0, 0
         while time.monotonic() < deadline:
             self._require_alive()
             nodes = json.loads(self.flwr("supernode", "list", CONNECTION, "--format", "json"))["nodes"]
             online = sum(node["status"] == "online" for node in nodes)
             if online >= wanted:
                 return
+            if online > said:
+                self.say(f"{online} of {wanted} SuperNodes are online")
+                said = online
             time.sleep(0.2)
         raise ClusterError(
             f"{online} of {wanted} SuperNodes are online after {self.settings.startup_timeout:.0f} s; "

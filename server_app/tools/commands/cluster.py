@@ -12,7 +12,6 @@ from server_app.tools.commands.arguments import RunsDir, listed, read_clients_fi
 from server_app.tools.commands.terminal import clear_errors, console
 
 DIRECTORY = Path(".fedalloy/cluster")
-SHOWN = ("examples", "tasks", "base", "run")
 Directory = Annotated[Path, typer.Option("--dir", help="The cluster's own folder.")]
 
 
@@ -58,29 +57,31 @@ def down(directory: Directory = DIRECTORY) -> None:
 def status(directory: Directory = DIRECTORY) -> None:
     """Show what is running."""
     from server_app.tools.cluster.local import Process, read_state
-    from server_app.tools.who import last_registrations
+    from server_app.tools.who import last_registrations, who_table
 
     state = read_state(directory)
     if state is None:
         console.print(f"no cluster was started from {directory}", highlight=False)
         raise typer.Exit(1)
+    nodes = state.get("nodes", {})
     registered = last_registrations(Path(state["runs_dir"]))
-    clients = {f"supernode-{name}": name for name in state.get("client_ids", [])}
-    table = Table()
-    for column in ("process", "pid", "state", "client", "node", "examples", "task", "base model", "last run"):
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("process", "pid", "state"):
         table.add_column(column, overflow="fold")
     alive = True
     for item in state["processes"]:
         found = Process(**item).find()
         alive = alive and found is not None
-        client = clients.get(item["name"], "")
-        said = registered.get(client, {})
-        row = [client, str(state.get("nodes", {}).get(client, "")), *(str(said.get(key, "")) for key in SHOWN)]
-        table.add_row(item["name"], str(item["pid"]), "running" if found else "ended", *row)
+        table.add_row(item["name"], str(item["pid"]), "running" if found else "ended")
     console.print(table)
+    known = {name: {"node": str(nodes.get(name, "")), "key": name} for name in state.get("client_ids", [])}
+    console.print()
+    console.print(who_table(known | {name: known.get(name, {}) | dict(said) for name, said in registered.items()}))
     for client, said in registered.items():
         if "reason" in said:
-            console.print(f"{client} was refused by run {said['run']}: {said['reason']}", highlight=False)
+            word = "absent from" if said.get("status") == "left" else "refused by"
+            line = f"{client} was {word} run {said['run']}: {said['reason']}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"SuperNodes connect to {state['host']}:{state['fleet_port']}", highlight=False)
     console.print(f"flwr connects to 127.0.0.1:{state['http_port']}", highlight=False)
     if not alive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +21,19 @@ def traffic(run: RunDirectory) -> None:
         print_traffic(run, console)
 
 
-def report(run: RunDirectory) -> None:
-    """Every client's models next to each other, and the weights that merged them."""
-    from server_app.tools.print_run import print_report
+def report(
+    run: RunDirectory,
+    metric: Annotated[str, typer.Option(help="Compare models by this one, for example loss.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON object.")] = False,
+) -> None:
+    """Who took part, all clients' models next to each other, and the weights that merged them."""
+    from server_app.tools.print_run import print_report, report_of
 
     with clear_errors():
-        print_report(run, console)
+        if as_json:
+            print(json.dumps(report_of(run, metric), indent=2))
+        else:
+            print_report(run, console, metric)
 
 
 def export(

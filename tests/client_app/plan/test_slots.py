@@ -564,3 +564,16 @@ def test_a_state_that_is_not_the_one_that_was_written_is_damaged(tmp_path: Path)
     path.write_text(path.read_text().replace('"round": 1', '"round": 7'))
     with pytest.raises(SlotError, match=r"state\.json is damaged: .*not those that were written"):
         carry_out(store_in(tmp_path), 8)
+
+
+def test_the_state_that_plans_pin_stays_until_none_does(tmp_path: Path) -> None:
+    def plan(round_: int, pinned: int | None) -> list[str]:
+        with store_in(tmp_path).transaction(round_, pinned) as slots:
+            slots["global"] = numbers(LAYOUT, 0, round_)
+        return sorted(path.name for path in (tmp_path / "history").iterdir())
+
+    kept = [plan(1, None), plan(2, 0), plan(3, 1), plan(5, 1), plan(6, 4)]
+    assert kept == [["0"], ["0", "1"], ["1", "2"], ["1", "3"], ["3", "5"]]  # after round 4 it had what round 3 left
+    with store_in(tmp_path).transaction(5, 4) as slots:
+        assert slots["global"].digest == numbers(LAYOUT, 0, 3).digest
+    assert plan(6, None) == ["5"]

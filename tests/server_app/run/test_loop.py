@@ -24,7 +24,8 @@ from tests.server_app.conftest import Runner
 
 SUMMARY_KEYS = {
     "strategy", "rounds", "seed", "scenario", "clients", "mean_accuracy", "worst_accuracy", "bytes",
-    "unexplained_wire_fraction", "seconds", "flwr", "git", "without_accuracy", "refused", "not_delivered",
+    "unexplained_wire_fraction", "seconds", "flwr", "git", "without_accuracy", "refused", "absent", "not_delivered",
+    "diverged", "means",
 }  # fmt: skip
 
 

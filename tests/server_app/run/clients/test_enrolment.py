@@ -71,3 +71,36 @@ def test_who_claims_anothers_id_is_called_by_its_node(tmp_path: Path) -> None:
     found = NodeGrid(nodes() | {9: FakeNode("cyd", LAYOUT)})
     directory = run_nodes(tmp_path, found)
     assert "node 9" in directory.rounds()[0]["clients"]
+
+
+class Killed(NodeGrid):
+    """Node 3, whose key is registered as ``cyd``, is known to the SuperLink until it is asked something."""
+
+    def get_nodes(self) -> Any:
+        names = {1: "ada", 2: "ben", 3: "cyd"}
+        return [NodeInfo(node_id=n.node_id, name=names[n.node_id]) for n in super().get_nodes()]
+
+    def replies(self, message: Message) -> list[Message]:
+        if message.metadata.dst_node_id == 3:
+            self.online.discard(3)
+            return [Message(Error(5, "Node Unavailable - node 3"), reply_to=message)]
+        return super().replies(message)
+
+
+def test_a_supernode_that_was_killed_just_before_is_absent_and_counted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flwr = logging.getLogger("flwr")
+    flwr.addHandler(caplog.handler)
+    try:
+        first = run_nodes(tmp_path, Killed(nodes()), min_clients=0)
+        assert caplog.records[-1].getMessage().startswith("finished: 2 of 3 sites; absent from the start: cyd; ")
+        caplog.clear()
+        whole = run_nodes(tmp_path, NodeGrid(nodes()), run_name="whole")
+        run_nodes(tmp_path, Killed(nodes()), resume=str(whole.path), num_server_rounds=3)
+    finally:
+        flwr.removeHandler(caplog.handler)
+    assert first.rounds()[0]["clients"]["cyd"]["status"] == "left"
+    assert caplog.records[-1].getMessage().startswith("finished: 2 of 3 sites; without their models: cyd (fed")
+    summary = json.loads((whole.path / "summary.json").read_text())
+    assert (summary["refused"], summary["absent"], summary["not_delivered"]) == ({}, [], ["cyd"])

@@ -1,0 +1,104 @@
+"""Hands out models at the end: the last state's, or, to a client that has lost with it, those of the best state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flwr.common.logger import log
+
+from server_app.run.asking import Asking
+from server_app.run.clients.client_status import OK, REJECTED, ClientRecord
+from server_app.run.clients.held_out import LABEL, Fall, Score, with_held_out
+from strategies.framework.exchange import Answer, Client
+
+if TYPE_CHECKING:
+    from server_app.run.loop import Run
+
+WARNING = 30
+
+
+@dataclass
+class Delivery:
+    """What came of it, by client."""
+
+    answers: dict[str, Answer] = field(default_factory=dict)
+    records: dict[str, ClientRecord] = field(default_factory=dict)
+    fallen: dict[str, Fall] = field(default_factory=dict)
+
+    @property
+    def diverged(self) -> dict[str, dict[str, Any]]:
+        """For ``summary.json``: what clients have lost, and of which round the model is that they were given."""
+        return {
+            name: fall.record() | {"delivered_round": self.records[name].get("state")}
+            for name, fall in sorted(self.fallen.items())
+        }
+
+
+def hand_out(run: Run, round_: int, clients: Sequence[Client], needed: int) -> Delivery:
+    """Every client its model, evaluated on the validation examples, too; who has lost falls back (``on-divergence``).
+
+    Args:
+        run: whose state is handed out.
+        round_: the number of the plans: one more than the rounds that the state has.
+        clients: who is here.
+        needed: usable answers without which clients that went away are waited for.
+    """
+    found = _ask(run, round_, clients, needed)
+    best = run.held_out.best_state
+    for client in clients:
+        fall = _fall(run, client, found, best)
+        if fall is not None:
+            found.fallen[client.id] = fall
+            log(WARNING, "%s is worse than it was: %s", client.id, fall.words(round_ - 1))
+    back = [client for client in clients if client.id in found.fallen and found.fallen[client.id].is_better_before]
+    if back and best is not None and run.options.on_divergence == "best":
+        _fall_back(run, best, back, found)
+        run.round_now = round_
+    return found
+
+
+def _ask(run: Run, round_: int, clients: Sequence[Client], needed: int) -> Delivery:
+    found = Delivery()
+    briefs = {client: with_held_out(run.strategy.deliver(client), client, run.options) for client in clients}
+    asking = Asking(run, "deliver", round_, briefs, needed)
+    found.records = asking.carry_out(lambda _, client, answer: found.answers.update({client.id: answer}))
+    for record in found.records.values():
+        record["state"] = round_ - 1
+    return found
+
+
+def _fall(run: Run, client: Client, found: Delivery, best: int | None) -> Fall | None:
+    record = found.records[client.id]
+    if client.id in found.answers:
+        metrics = found.answers[client.id].metrics.get(LABEL)
+        return run.held_out.fallen(client.id, Score.of(metrics), best) if metrics else None
+    if record["status"] == REJECTED and "a finite number" in record["reason"]:
+        return run.held_out.fallen(client.id, None, best)
+    return None
+
+
+def _fall_back(run: Run, best: int, clients: Sequence[Client], found: Delivery) -> None:
+    """Give these clients the models of the state ``best``, where it is still on the disk and knows them."""
+    before, last = run.directory.checkpoint(best), run.directory.newest_checkpoint()
+    if before is None or last is None:
+        log(WARNING, "the state after round %d is not on the disk any more: the last models stay", best)
+        return
+    known = {entry["id"] for entry in before.run.get("clients", ())}
+    back = [client for client in clients if client.id in known]
+    names = ", ".join(client.id for client in back)
+    log(
+        WARNING,
+        "given the models of after round %d instead: %s (on-divergence='last' leaves the last ones)",
+        best,
+        names,
+    )
+    for client in back:
+        run.holdings.forget(client.id)
+    run.strategy.load_state(before.state)
+    earlier = _ask(run, best + 1, back, 0)
+    run.strategy.load_state(last.state)
+    for name, record in earlier.records.items():
+        if record["status"] == OK:
+            found.records[name], found.answers[name] = record, earlier.answers[name]
