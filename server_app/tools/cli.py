@@ -6,42 +6,95 @@ slow to import (torch, Flower) is imported inside the function.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from server_app.tools.commands import alignment, cluster, experiments, federation, options, runs
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    experiments.demo,
-    experiments.run,
-    experiments.compare,
-    runs.traffic,
-    runs.report,
-    runs.export,
-    runs.deliver,
-    alignment.align,
-    runs.collect,
-    federation.certificates,
-    federation.register,
-    federation.check,
-    options.options,
-    options.validate,
-)
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Start here": (experiments.demo, experiments.compare, options.options, options.validate),
+    "Run": (experiments.run,),
+    "Look at a run": (runs.report, runs.traffic),
+    "Use a run": (runs.export, runs.deliver, runs.collect),
+    "Your own federation": (federation.certificates, federation.register, federation.check),
+    "For some strategies": (alignment.align,),
+}
+"""Commands by the title that they stand under in the help."""
+FLOWERS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+"""Everything after this command's name is for Flower's own."""
 CLUSTER_COMMANDS: tuple[Callable[..., None], ...] = (cluster.up, cluster.down, cluster.status)
+EXAMPLES = """Every client its own model: personalised federated LoRA on Flower.
+
+Examples:
+
+  fedalloy demo\n
+  fedalloy compare digits --strategies fedmerge,ditto --seeds 3\n
+  fedalloy validate clients.toml "base-model='Qwen/Qwen3-0.6B'"\n
+  fedalloy cluster up --clients-file clients.toml\n
+  fedalloy report runs/NAME
+
+A run is started with fedalloy run, or flwr run; fedalloy options explains what can be set."""
+
+
+class Suggesting(TyperGroup):
+    """A group of commands that names the nearest one where there is none of a name."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name.
+
+        Raises:
+            click.UsageError: there is none; names the nearest.
+        """
+        known = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in known:
+            near = difflib.get_close_matches(args[0], known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else f"; there are {', '.join(known)}"
+            raise click.UsageError(f"no command {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        found: dict[str, Any] = {}
+        for name in ("fedalloy", "flwr"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "not installed"
+        print(", ".join(f"{name} {number}" for name, number in found.items()))
+        raise typer.Exit
+
+
+def main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Versions of FedAlloy and Flower.")
+    ] = False,
+) -> None:
+    """What all commands have in common: nothing."""
+
 
 app = typer.Typer(
-    help="Every client its own model: personalised federated LoRA on Flower.",
+    cls=Suggesting,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-cluster_app = typer.Typer(help="A local SuperLink and SuperNodes that stay up.", no_args_is_help=True)
-FLOWERS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-"""Everything after the command's name is for Flower's own."""
-for command in COMMANDS:
-    app.command(context_settings=FLOWERS if command is experiments.run else None)(command)
-app.add_typer(cluster_app, name="cluster")
+app.callback(help=EXAMPLES)(main)
+cluster_app = typer.Typer(cls=Suggesting, help="A local SuperLink and SuperNodes that stay up.", no_args_is_help=True)
+for title, commands in GROUPS.items():
+    for command in commands:
+        settings = FLOWERS if command is experiments.run else None
+        app.command(rich_help_panel=title, context_settings=settings)(command)
+    if title == "Start here":
+        app.add_typer(cluster_app, name="cluster", rich_help_panel="Your own federation")
 for command in CLUSTER_COMMANDS:
     cluster_app.command()(command)

@@ -14,6 +14,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedalloy_adapters.words import one_line
 from server_app.tools.errors import ToolError
 
 _NEW_CERTIFICATE = "make a new one at the server (fedalloy certificates --renew server) and restart the SuperLink"
@@ -106,7 +107,52 @@ def check_key(key: Path) -> str:
         ) from None
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise LinkError(f"{key} is no elliptic-curve key, which Flower needs: make one with fedalloy certificates")
-    return f"{key}: a private key, the owner's alone; whether the SuperLink knows it: flwr supernode list CONNECTION"
+    return f"{key}: a private key, the owner's alone"
+
+
+def check_registered(address: str, authority: Path | None, key: Path, timeout: float = 10.0) -> str:
+    """Ask the SuperLink whether it knows a key that :func:`check_key` has accepted; nothing changes there.
+
+    A SuperNode's first request, with a heartbeat interval that is none: the key is looked up first (Flower 1.39).
+
+    Raises:
+        LinkError: it does not, or the clocks of both ends differ.
+    """
+    import grpc
+    from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.proto.fleet_pb2_grpc import FleetStub
+    from flwr.supercore.error import ApiErrorCode, FlowerError
+    from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    private = serialization.load_ssh_private_key(key.read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    public = private.public_key()
+    credentials = grpc.ssl_channel_credentials(authority.read_bytes()) if authority else None
+    plain = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+    signing = NodeAuthClientInterceptor(private, public)
+    versioned = RuntimeVersionClientInterceptor(component_name="SuperNode")
+    with plain, grpc.intercept_channel(plain, versioned, signing) as channel:
+        request = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=-1.0)
+        try:
+            FleetStub(channel).ActivateNode(request, timeout=timeout)
+        except grpc.RpcError as error:
+            said = str(error.details()) if isinstance(error, grpc.Call) else str(error)
+            found = FlowerError.from_json(said)
+            if found is not None and found.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+                return f"{address}: the SuperLink knows this key"
+            if found is not None and found.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                raise LinkError(
+                    f"the SuperLink at {address} does not know the key {key}: at the server, flwr supernode register "
+                    f"{key.name}.pub CONNECTION --name CLIENT-ID"
+                ) from None
+            if "Invalid timestamp" in said:
+                raise LinkError(
+                    f"{address} finds this machine's clock wrong: compare the clocks of both ends"
+                ) from None
+            raise LinkError(f"{address} does not say whether it knows the key: {one_line(said, 200)}") from None
+    return f"{address}: the SuperLink knows this key"
 
 
 def _check_plain(address: str, plain: socket.socket) -> str:

@@ -50,9 +50,11 @@ def check(
     key: Annotated[Path | None, typer.Option(help="The SuperNode's private key.")] = None,
 ) -> None:
     """Say why a SuperNode on this machine does not get in, and what to do."""
-    from server_app.tools.cluster.link_check import check_key, check_link
+    from server_app.tools.cluster.link_check import check_key, check_link, check_registered
 
     with clear_errors():
         if key is not None:
             console.print(check_key(key), soft_wrap=True)
         console.print(check_link(address, root_certificates), soft_wrap=True)
+        if key is not None:
+            console.print(check_registered(address, root_certificates, key), soft_wrap=True)

@@ -6,30 +6,41 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
 
 from server_app.tools.commands.arguments import parse_run_config, read_clients_file
 from server_app.tools.commands.terminal import clear_errors, console, errors
 
 
 def options(
-    run_config: Annotated[str, typer.Argument(help="Run-config to check, as for flwr run.")] = "",
+    run_config: Annotated[str, typer.Argument(help="Run-config to check, as for flwr run, or a part of a key.")] = "",
 ) -> None:
-    """List every run-config key with its default, or check some; what only clients can know is for validate."""
-    from server_app.run.options import known_keys
+    """Explain run-config keys (all, or those with a word in them), or check some; clients' part is for validate."""
+    from server_app.run.options import OPTIONS, known_keys
     from server_app.tools.cluster.validate import check_run_config
+    from server_app.tools.reference import options_of
 
-    if run_config:
-        with clear_errors():
-            _say_all(check_run_config(parse_run_config(run_config)))
-        console.print("run-config is valid", highlight=False)
+    chosen = [key for key in known_keys() if run_config in key]
+    if chosen and "=" not in run_config:
+        shown = {option.key: option for prefix, kind in OPTIONS for option in options_of(kind, prefix)}
+        for key in chosen:
+            option = shown[key]
+            console.print(f"[bold]{key}[/bold] = {escape(literal_of(option.default))}", highlight=False, soft_wrap=True)
+            console.print(Padding(Text(option.meaning.replace("`", "").replace("\\|", "|")), (0, 0, 0, 4)))
         return
-    table = Table()
-    table.add_column("key")
-    table.add_column("default")
-    for key, default in known_keys().items():
-        table.add_row(key, repr(default))
-    console.print(table)
+
+    with clear_errors():
+        _say_all(check_run_config(parse_run_config(run_config)))
+    console.print("run-config is valid", highlight=False)
+
+
+def literal_of(value: object) -> str:
+    """A default as TOML has it."""
+    from server_app.run.options import as_toml
+
+    return as_toml({"x": value}).removeprefix("x = ").rstrip()  # type: ignore[dict-item]
 
 
 def validate(

@@ -29,8 +29,22 @@ runner = CliRunner()
 def test_help_fits_80_columns_and_names_every_command() -> None:
     shown = runner.invoke(app, ["--help"], env={"COLUMNS": "80", "TERM": "dumb"}).output
     assert all(len(line) <= 80 for line in shown.splitlines())
-    for command in ("demo", "compare", "cluster", "traffic", "export", "options"):
+    for command in ("demo", "compare", "cluster", "traffic", "export", "options", "--version", "Look at a run"):
         assert command in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["comapre"], "did you mean 'compare'?"), (["cluster", "stats"], "did you mean 'status'?"), (["x"], "there are")],
+)
+def test_a_command_that_does_not_exist_is_told_the_nearest(words: list[str], said: str) -> None:
+    result = runner.invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_versions_are_said() -> None:
+    assert "flwr 1.39" in runner.invoke(app, ["--version"]).output
 
 
 @pytest.mark.parametrize(
@@ -60,6 +74,10 @@ def test_valid_run_config_is_accepted_and_the_keys_are_listed() -> None:
     assert runner.invoke(app, ["options", "strategy='fedmerge' fedmerge.models=2 learning-rate=1e-2"]).exit_code == 0
     shown = runner.invoke(app, ["options"], env={"COLUMNS": "80"}).output
     assert "fedmerge.cluster-temperature" in shown
+    few = runner.invoke(app, ["options", "evaluate-e"], env={"COLUMNS": "80"}).output
+    assert "evaluate-every = 1\n    Clients evaluate their models in the first round" in few
+    assert "learning-rate" not in few
+    assert 'client.private-slots = ""' in runner.invoke(app, ["options", "private-slots"]).output
 
 
 def test_run_config_text_is_read_as_flower_reads_it() -> None:
