@@ -57,7 +57,7 @@ class Suggesting(TyperGroup):
         if args and not args[0].startswith("-") and args[0] not in known:
             near = difflib.get_close_matches(args[0], known, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else f"; there are {', '.join(known)}"
-            raise click.UsageError(f"no command {args[0]!r}{hint}", ctx)
+            raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
