@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError, factor_from_proto
+from fedalloy_adapters.factors import factor_from_proto
+from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
 from proto.fedalloy.v1 import plan_pb2
 
 

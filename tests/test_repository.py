@@ -82,6 +82,11 @@ def test_every_import_of_this_repository_finds_its_module() -> None:
     assert not wrong
 
 
+def test_no_file_has_more_than_400_lines() -> None:
+    lines = {path.relative_to(ROOT): path.read_text().count("\n") for path in _sources(*PACKAGES, "tests", "examples")}
+    assert not {path: count for path, count in lines.items() if count > 400 and "_pb2" not in path.name}
+
+
 def test_no_folder_holds_more_than_a_dozen_modules() -> None:
     # Where modules are alike and found by name, the folder is a list and may be long.
     lists = {"strategies/algorithms", "tests/strategies/algorithms", "client_app/plan", "tests/client_app/plan"}

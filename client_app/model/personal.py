@@ -12,13 +12,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 
 from client_app.data.dataset import Base
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
 from client_app.model.forward.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
 from client_app.model.forward.target_logits import TargetLogits
 from client_app.model.forward.target_losses import AtTargets, TargetLosses
+from client_app.model.linear_modules import features_of
 from client_app.model.module_roles import RoleError, shared_names
 from fedalloy_adapters.adapter import Adapter, scalings_from
 from fedalloy_adapters.algebra import Coefficient, coefficient_of
@@ -388,20 +388,3 @@ def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> lis
 def _inner(slot: str) -> str:
     """A slot's name inside PyTorch's containers, where names of their methods ("train", "float", "keys") are taken."""
     return f"slot-{slot}"
-
-
-def features_of(module: nn.Module) -> tuple[int, int] | None:
-    """Numbers of inputs and outputs of a linear module, GPT-2's ``Conv1D`` included; None for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return (module.weight.shape[0], module.weight.shape[1]) if isinstance(module, Conv1D) else None
-
-
-def modules_ending_with(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
-    """Names of linear modules whose last part is one of ``suffixes``, in the model's order."""
-    wanted = set(suffixes)
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in wanted and isinstance(module, nn.Linear)
-    )

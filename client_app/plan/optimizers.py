@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.plan.names import PlanError
-from fedalloy_adapters.layout import factor_from_proto
+from fedalloy_adapters.factors import factor_from_proto
 from proto.fedalloy.v1 import plan_pb2
 
 _STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}

@@ -21,8 +21,7 @@ from whichever it resumes, the round after it starts from the slots that it star
 a time: Flower may start a second one for the same client, when a resumed run asks while the old one trains; it waits.
 A client whose labels are its own has heads that no plan names and no upload contains. Each slot has heads of its own:
 ``slots[name]`` is what the federation knows of a slot, :meth:`SlotStore.whole` has its heads, too.
-``exact.safetensors`` exists because PEFT stores a head as base plus difference, from which the difference cannot be
-recovered to the last bit.
+``exact.safetensors`` exists because PEFT stores a head as base plus difference: the difference loses its last bits.
 """
 
 from __future__ import annotations

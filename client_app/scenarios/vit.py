@@ -94,7 +94,7 @@ def load_or_pretrain(
 def vit_base(recipe: Any, model: nn.Module, targets: tuple[str, ...]) -> Base:
     """A ViT as a base model; arguments as for :func:`load_or_make` and :func:`load_or_pretrain`."""
     # Slow to import (peft), and this file is imported where only data is wanted.
-    from client_app.model.personal import modules_ending_with
+    from client_app.model.linear_modules import modules_ending_with
 
     return Base(
         name=recipe.name,

@@ -17,7 +17,7 @@ from fedalloy_adapters.bank.store import Bank
 from server_app.ledger.recorder import Booking
 from server_app.run.clients import client_status
 from server_app.run.clients.client_status import OK, REJECTED, ClientRecord
-from server_app.run.federation import Make, Reply
+from server_app.run.messages.exchange import Make, Reply
 from strategies.framework.answers import answer_from
 from strategies.framework.dispatch import Dispatch
 from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -19,43 +17,18 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server_app.run.clients.enrolment import Enrolment
-from server_app.run.messages.exchange import Exchange
+from server_app.run.messages.exchange import Exchange, Make, Reply, Watch
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, Intake
 from strategies.framework.dispatch import register_message
 from strategies.framework.exchange import Client
 
 Say = Callable[[str], None]
-Make = Callable[[], Message]
-"""Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
 LOOK_SECONDS = 1.0
 SAY_SECONDS = 10.0
 
 
-class Watch(Protocol):
-    """Is told just before and just after each message is pushed, and of replies that are not handed on."""
-
-    def pushing(self, client_id: str) -> None:
-        """A message is about to be pushed."""
-
-    def pushed(self, client_id: str, message: Message) -> None:
-        """It has been pushed."""
-
-    def lost(self, client_id: str, message: Message) -> None:
-        """A reply that is no answer: the client may be asked again."""
-
-
 class NotEnoughClientsError(RuntimeError):
     """Fewer clients than ``min-clients`` came, registered or answered."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What became of one message: the reply, or None when the time ran out; ``attempts`` times it was sent."""
-
-    client_id: str
-    message: Message | None
-    seconds: float
-    attempts: int = 1
 
 
 class Federation:

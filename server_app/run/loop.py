@@ -27,7 +27,8 @@ from server_app.run.ending.last_counters import last_counters
 from server_app.run.ending.late_delivery import deliver_late
 from server_app.run.ending.summary import headline, summary_of
 from server_app.run.evaluations import spared
-from server_app.run.federation import SAY_SECONDS, Federation, NotEnoughClientsError, Reply, require_all
+from server_app.run.federation import SAY_SECONDS, Federation, NotEnoughClientsError, require_all
+from server_app.run.messages.exchange import Reply
 from server_app.run.options import RunOptions, as_toml, default_run_name, read_run_options, run_on
 from server_app.run.resume import (
     changed_code,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedalloy_adapters.algebra import Coefficient
-from fedalloy_adapters.layout import Factor, factor_to_proto
+from fedalloy_adapters.factors import Factor, factor_to_proto
 from fedalloy_adapters.wire.codec import Encoding, encoding_to_proto
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework.training import OPTIMIZERS, SCHEDULES

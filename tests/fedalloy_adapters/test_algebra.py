@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import (
@@ -24,37 +23,8 @@ from fedalloy_adapters.algebra import (
     weighted_sum,
 )
 from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
+from tests.fedalloy_adapters.dense import ADAPTERS, LAYOUTS, PER_MODULE, assert_close, dense_sum
 from tests.fedalloy_adapters.samples import bits, dense, examples, flat, layout_of, random_adapter, tensor_of
-
-# Three clients with ranks and scalings of their own; rank 7 exceeds both sizes of q_proj.
-LAYOUTS = (
-    layout_of(ranks={"q_proj": 2, "v_proj": 3}, scalings={"q_proj": 2.0, "v_proj": 0.5}),
-    layout_of(ranks={"q_proj": 4, "v_proj": 1}, scalings={"q_proj": 0.3, "v_proj": 12.5 / 7}),
-    layout_of(ranks={"q_proj": 7, "v_proj": 2}, scalings=1.0),
-)
-ADAPTERS = [random_adapter(layout, seed, torch.float64) for seed, layout in enumerate(LAYOUTS)]
-PER_MODULE = [
-    {"q_proj": 0.5, "v_proj": -1.25, "classifier": 2.0},
-    {"q_proj": 0.0, "v_proj": 3.0, "classifier": 1 / 3},
-    {"q_proj": 1e3, "v_proj": 1e-3, "classifier": -1.0},
-]
-
-
-def dense_sum(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for adapter, coefficient in zip(adapters, coefficients, strict=True):
-        for name, delta in dense(adapter).items():
-            module = name.removesuffix(".weight").removesuffix(".bias")
-            factor = coefficient if isinstance(coefficient, float) else coefficient[module]
-            total[name] = total.get(name, torch.zeros_like(delta)) + factor * delta
-    return total
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], relative: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, matrix in expected.items():
-        scale = max(float(matrix.norm()), 1e-300)
-        assert float((found[name] - matrix).norm()) <= relative * scale, name
 
 
 @pytest.mark.parametrize(
@@ -124,84 +94,6 @@ def test_scaling_is_folded_exactly_once(scaling: float, expected: float) -> None
         assert target * float(cut["q", Factor.A] * cut["q", Factor.B]) == pytest.approx(expected, rel=1e-6)
     # Factor space: the numbers themselves, whatever the scaling.
     assert weighted_sum([adapter, adapter], [0.5, 1.5]).vector.tolist() == [6.0, 10.0]
-
-
-def best_approximation(matrix: Tensor, rank: int) -> Tensor:
-    u, sigma, v_t = torch.linalg.svd(matrix)
-    rank = min(rank, len(sigma))
-    approximation: Tensor = u[:, :rank] @ torch.diag(sigma[:rank]) @ v_t[:rank]
-    return approximation
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 9])
-def test_truncation_is_the_svd_of_the_dense_sum(rank: int) -> None:
-    coefficients: list[Coefficient] = [0.5, -0.2, PER_MODULE[0]]
-    target = layout_of(rank, scalings={"q_proj": 2.0, "v_proj": 0.5})
-    found = truncate(stack(ADAPTERS, coefficients), target)
-    total = dense_sum(ADAPTERS, coefficients)
-    expected = {name: best_approximation(m, rank) if "." not in name else m for name, m in total.items()}
-    assert found.layout is target
-    assert_close(dense(found), expected, 1e-12)
-
-
-def test_truncation_has_the_least_error_possible() -> None:
-    layout = layout_of(6, 0.7, {"q": (20, 30)}, head=None)
-    adapter = random_adapter(layout, 0, torch.float64)
-    tail = torch.linalg.svdvals(dense(adapter)["q"])[2:].norm()
-    cut = truncate(adapter, layout_of(2, 3.0, {"q": (20, 30)}, head=None))
-    assert distance(adapter, cut) == pytest.approx(float(tail), rel=1e-12)
-
-
-def test_truncation_splits_singular_values_evenly() -> None:
-    layout = layout_of(3, 2.0, {"q": (8, 9)}, head=None)
-    adapter = random_adapter(layout, 0, torch.float64)
-    root = torch.linalg.svdvals(dense(adapter)["q"])[:3].sqrt()
-    cut = truncate(adapter, layout)
-    a, b = tensor_of(cut, "q", Factor.A), tensor_of(cut, "q", Factor.B)
-    assert torch.allclose(a @ a.T, torch.diag(root.square()), atol=1e-12)
-    assert torch.allclose(2.0 * b.T @ b * 2.0, torch.diag(root.square()), atol=1e-12)
-
-
-@pytest.mark.parametrize("target_rank", [1, 2, 5])
-def test_truncation_of_a_rank_deficient_delta(target_rank: int) -> None:
-    """Rank 4 on paper, 1 in truth: the same rank-1 delta four times over."""
-    one = random_adapter(layout_of(1, 2.0), 0, torch.float64)
-    adapter = stack([one] * 4, [1.0, 2.0, -0.5, 0.25])
-    found = truncate(adapter, layout_of(target_rank, 0.5))
-    assert found.is_finite
-    assert_close(dense(found), dense_sum([one], [2.75]), 1e-12)
-
-
-def test_truncation_of_nothing_is_nothing() -> None:
-    for rank in (1, 2, 9):
-        found = truncate(Adapter.zeros(layout_of(3)), layout_of(rank))
-        assert not found.vector.any()
-    # A trained A with an untrained B, as on the first day.
-    assert not flat(dense(truncate(Adapter.initial(layout_of(3), 0), layout_of(2)))).any()
-
-
-def test_truncation_pads_with_zeros_where_the_target_rank_exceeds_the_adapter() -> None:
-    adapter = random_adapter(layout_of(1, 2.0), 0, torch.float64)
-    found = truncate(adapter, layout_of(3, 1.0))
-    assert not found["q_proj", Factor.A][1:].any()
-    assert not found["q_proj", Factor.B][:, 1:].any()
-    assert_close(dense(found), dense(adapter), 1e-12)
-
-
-def test_truncation_of_a_delta_that_is_not_finite_is_refused_by_name() -> None:
-    adapter = random_adapter(layout_of(1, 2.0), 0, torch.float32)
-    adapter.vector.mul_(1e30)  # finite, and B A is not
-    with pytest.raises(LayoutError, match="delta of module 'q_proj' has numbers that are not finite"):
-        truncate(adapter, layout_of(1))
-
-
-def test_truncation_in_float32_is_accurate_to_float32() -> None:
-    layout = layout_of(16, 2.0, {"q": (64, 48)}, head=(3, 5))
-    adapter = random_adapter(layout, 0)
-    found = truncate(adapter, layout_of(8, 2.0, {"q": (64, 48)}))
-    assert found.vector.dtype == torch.float32
-    assert_close({"q": dense(found)["q"]}, {"q": best_approximation(dense(adapter)["q"], 8)}, 3e-6)
-    assert torch.equal(found["classifier", Factor.WEIGHT], adapter["classifier", Factor.WEIGHT])
 
 
 def test_inner_products_are_those_of_the_dense_deltas() -> None:

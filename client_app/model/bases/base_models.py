@@ -25,8 +25,8 @@ from client_app.model.bases.heads import (
     rows_by_name,
 )
 from client_app.model.bases.model_folders import HERE, BaseModelError, FoundModel, first_line, load_config
+from client_app.model.linear_modules import features_of
 from client_app.model.module_roles import outside_towers
-from client_app.model.personal import features_of
 from client_app.settings import ModelSettings
 
 _MOST_DRAWN = 0.25
@@ -61,63 +61,20 @@ def load_base(
     Raises:
         BaseModelError: the model is not for this kind, or has not the modules that are to be adapted.
     """
-    import transformers
-
-    config = load_config(found)
-    auto_model = getattr(transformers, kind.auto_model)
-    rows: list[int | None] = []
-    options: dict[str, Any] = {"dtype": dtype_of(settings), **_attention(settings)}
-    renamed = not kind.generative and labels_of(config) != list(labels)
-    if renamed:
-        rows = rows_by_name(labels_of(config), labels)
-        options["ignore_mismatched_sizes"] = True
-        if not any(row is not None for row in rows):
-            name_labels(config, labels)
-    if settings.quantization == "4bit":
-        options |= _four_bit()
-    model, info = _from_pretrained(auto_model, found, kind, config, options)
-    missing = [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])]
-    notes = list(found.notes)
-    if renamed:
-        by_label = label_parameters(auto_model, config)
-        if any(row is not None for row in rows) and not set(by_label) & set(missing):
-            draw_missing(model, missing)
-            rename_rows(model, by_label, rows, labels)
-            kept = sum(row is not None for row in rows)
-            notes.append(f"{kept} of {len(labels)} labels have the base model's own row of its head, by their names")
-        else:
-            if not set(by_label) & set(missing):
-                notes.append("the base model's head is for labels of other names: all its rows are drawn anew")
-            rename_rows(model, by_label, [None] * len(labels), labels)
-            draw_missing(model, missing)
-    else:
-        draw_missing(model, missing)
-    text_config = config.get_text_config()
-    for part in {id(item): item for item in (model.config, text_config)}.values():
-        part.use_cache = False
-        if padding_id is not None:  # the model looks for its texts' ends by this
-            part.pad_token_id = padding_id
+    model, missing, notes = _loaded(found, kind, settings, labels)
+    _set_texts(model, padding_id)
     heads = () if kind.generative else head_modules(model)
     drawn = _drawn(model, missing, heads, found)
     if settings.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise BaseModelError(f"base-model {found.name!r} ({config.model_type}) has no gradient checkpointing")
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        _checkpoint_gradients(model, found)
     model.requires_grad_(False).eval()
     drawn_modules = {name.rsplit(".", 1)[0] for name in drawn}
-    targets = tuple(
-        name for name in _targets(model, found.name, settings.target_modules, heads) if name not in drawn_modules
-    )
+    wanted = _targets(model, found.name, settings.target_modules, heads)
+    targets = tuple(name for name in wanted if name not in drawn_modules)
+    _require_within_adapters(drawn_modules, targets, found)
     if drawn:
         notes.append(
             f"the checkpoint lacks {', '.join(sorted(drawn_modules))}: drawn, frozen, and saved with personal models"
-        )
-    around = [m for m in drawn_modules if any(target.startswith(f"{m}.") for target in targets)]
-    if around:
-        raise BaseModelError(
-            f"base-model {found.name!r}: the checkpoint lacks a parameter of {around[0]!r}, around modules that are "
-            "adapted: no PEFT adapter can bring it along. Save the whole model with save_pretrained"
         )
     shared = bool(settings.label_names) or not heads
     return Base(
@@ -130,6 +87,73 @@ def load_base(
         drawn=drawn,
         notes=tuple(notes),
     )
+
+
+def _loaded(
+    found: FoundModel, kind: Kind, settings: ModelSettings, labels: Sequence[str]
+) -> tuple[Any, list[str], list[str]]:
+    """The model with a value for every parameter, which of them the checkpoint lacked, and what is worth a note."""
+    import transformers
+
+    config = load_config(found)
+    auto_model = getattr(transformers, kind.auto_model)
+    options: dict[str, Any] = {"dtype": dtype_of(settings), **_attention(settings)}
+    if settings.quantization == "4bit":
+        options |= _four_bit()
+    renamed = not kind.generative and labels_of(config) != list(labels)
+    rows = rows_by_name(labels_of(config), labels) if renamed else []
+    if renamed:
+        options["ignore_mismatched_sizes"] = True
+        if not any(row is not None for row in rows):
+            name_labels(config, labels)
+    model, info = _from_pretrained(auto_model, found, kind, config, options)
+    missing = [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])]
+    notes = list(found.notes)
+    if renamed:
+        notes += _fit_head(model, label_parameters(auto_model, config), missing, rows, labels)
+    else:
+        draw_missing(model, missing)
+    return model, missing, notes
+
+
+def _fit_head(
+    model: Any, by_label: Iterable[str], missing: Sequence[str], rows: Sequence[int | None], labels: Sequence[str]
+) -> list[str]:
+    """Give the head one row for each label: the checkpoint's row of that name, or a drawn one; draw what is missing."""
+    has_head = not set(by_label) & set(missing)
+    if has_head and any(row is not None for row in rows):
+        draw_missing(model, missing)
+        rename_rows(model, by_label, rows, labels)
+        kept = sum(row is not None for row in rows)
+        return [f"{kept} of {len(labels)} labels have the base model's own row of its head, by their names"]
+    rename_rows(model, by_label, [None] * len(labels), labels)
+    draw_missing(model, missing)
+    return ["the base model's head is for labels of other names: all its rows are drawn anew"] if has_head else []
+
+
+def _set_texts(model: Any, padding_id: int | None) -> None:
+    """No cache of keys and values, and the tokenizer's padding token: the model looks for its texts' ends by it."""
+    for part in {id(item): item for item in (model.config, model.config.get_text_config())}.values():
+        part.use_cache = False
+        if padding_id is not None:
+            part.pad_token_id = padding_id
+
+
+def _checkpoint_gradients(model: Any, found: FoundModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise BaseModelError(f"base-model {found.name!r} ({model.config.model_type}) has no gradient checkpointing")
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _require_within_adapters(drawn_modules: Iterable[str], targets: Sequence[str], found: FoundModel) -> None:
+    """No drawn parameter may belong to a module around one that is adapted."""
+    around = [m for m in drawn_modules if any(target.startswith(f"{m}.") for target in targets)]
+    if around:
+        raise BaseModelError(
+            f"base-model {found.name!r}: the checkpoint lacks a parameter of {around[0]!r}, around modules that are "
+            "adapted: no PEFT adapter can bring it along. Save the whole model with save_pretrained"
+        )
 
 
 def _from_pretrained(

@@ -31,12 +31,29 @@ def partition(table: Table, settings: DataSettings, partition_id: int, num_parti
     """
     import datasets
 
+    column = settings.partition_by or settings.label_column
+    what = f"{settings.partitioner} partition {partition_id} of {num_partitions} by {column!r}"
+    partitioner = _partitioner(settings, num_partitions)
+    iid = settings.partitioner == "iid"
+    values = ["" for _ in table.rows] if iid else _values(table, column)
+    try:
+        everything = datasets.Dataset.from_dict({"index": list(range(len(table.rows))), "value": values})
+        partitioner.dataset = everything.shuffle(seed=SEED) if iid else everything
+        chosen = sorted(partitioner.load_partition(partition_id)["index"])
+    except (ValueError, KeyError, IndexError) as error:
+        raise DataError(f"{what} of {len(table.rows)} rows cannot be made: {error}") from None
+    if not chosen:
+        raise DataError(f"{what} is empty")
+    return replace(table, rows=[table.rows[i] for i in chosen], splits=[table.splits[i] for i in chosen])
+
+
+def _partitioner(settings: DataSettings, num_partitions: int) -> Any:
+    """The partitioner of flwr-datasets, by the column ``value`` where it needs one."""
     try:
         from flwr_datasets import partitioner as partitioners
     except ImportError:
         raise DataError("a partitioner needs flwr-datasets: pip install 'fedalloy[simulation]'") from None
 
-    column = settings.partition_by or settings.label_column
     makers: dict[str, Callable[[], Any]] = {
         "iid": lambda: partitioners.IidPartitioner(num_partitions=num_partitions),
         "dirichlet": lambda: partitioners.DirichletPartitioner(
@@ -57,23 +74,14 @@ def partition(table: Table, settings: DataSettings, partition_id: int, num_parti
     }
     if settings.partitioner not in makers:
         raise DataError(f"partitioner = {settings.partitioner!r}, expected one of {', '.join(makers)}")
-    values = ["" for _ in table.rows]
-    if settings.partitioner != "iid":
-        for number, row in enumerate(table.rows):
-            if row.values.get(column) is None:
-                raise DataError(f"{row.place}: no value in column {column!r}, by which the data are divided")
-            values[number] = str(row.values[column])
-    indices = list(range(len(table.rows)))
-    made = makers[settings.partitioner]()
-    try:
-        everything = datasets.Dataset.from_dict({"index": indices, "value": values})
-        made.dataset = everything.shuffle(seed=SEED) if settings.partitioner == "iid" else everything
-        chosen = sorted(made.load_partition(partition_id)["index"])
-    except (ValueError, KeyError, IndexError) as error:
-        raise DataError(
-            f"{settings.partitioner} partition {partition_id} of {num_partitions} by {column!r} of "
-            f"{len(table.rows)} rows cannot be made: {error}"
-        ) from None
-    if not chosen:
-        raise DataError(f"{settings.partitioner} partition {partition_id} of {num_partitions} by {column!r} is empty")
-    return replace(table, rows=[table.rows[i] for i in chosen], splits=[table.splits[i] for i in chosen])
+    return makers[settings.partitioner]()
+
+
+def _values(table: Table, column: str) -> list[str]:
+    """What every row has in the column by which the data are divided."""
+    values = []
+    for row in table.rows:
+        if row.values.get(column) is None:
+            raise DataError(f"{row.place}: no value in column {column!r}, by which the data are divided")
+        values.append(str(row.values[column]))
+    return values

@@ -10,7 +10,7 @@ from flwr.app import Message
 from server_app.ledger.recorder import Booking
 from server_app.run.clients import client_status
 from server_app.run.clients.client_status import OK, ClientRecord
-from server_app.run.federation import Make, Reply
+from server_app.run.messages.exchange import Make, Reply
 from strategies.framework.answers import read_counters
 from strategies.framework.dispatch import counters_message
 from strategies.framework.exchange import BadAnswerError

@@ -6,22 +6,61 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import Message
+from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, error_reply
-
-if TYPE_CHECKING:
-    from server_app.run.federation import Federation, Make, Reply, Watch
 
 NODE_UNAVAILABLE, APP_STOPPED = 5, 8
 """Flower's error codes for a client that is gone, and for one whose process ended (facts of 1.39)."""
 ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
 """How often a client is asked at most, by error."""
+Make = Callable[[], Message]
+"""Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
 AT_ONCE = 4
 """Messages that are pushed side by side; each is held in memory until the SuperLink has all of it."""
+
+
+class Watch(Protocol):
+    """Is told just before and just after each message is pushed, and of replies that are not handed on."""
+
+    def pushing(self, client_id: str) -> None:
+        """A message is about to be pushed."""
+
+    def pushed(self, client_id: str, message: Message) -> None:
+        """It has been pushed."""
+
+    def lost(self, client_id: str, message: Message) -> None:
+        """A reply that is no answer: the client may be asked again."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of one message: the reply, or None when the time ran out; ``attempts`` times it was sent."""
+
+    client_id: str
+    message: Message | None
+    seconds: float
+    attempts: int = 1
+
+
+class Sender(Protocol):
+    """Where messages go, and what it is told about clients; :class:`server_app.run.federation.Federation`."""
+
+    grid: Grid
+
+    def push(self, message: Message) -> str | None:
+        """Send it; its id, or None where its node went away in between."""
+
+    def overdue(self, message_id: str, client_id: str) -> None:
+        """Nobody waits for the answer to this message any more."""
+
+    def gone(self, client_id: str) -> None:
+        """The client is not there."""
 
 
 class Exchange:
@@ -31,7 +70,7 @@ class Exchange:
     grid is Flower's ``HttpGrid``; any other hands them over in this process, and does so before replies are looked for.
     """
 
-    def __init__(self, federation: Federation, makes: Mapping[str, Make], watch: Watch) -> None:
+    def __init__(self, federation: Sender, makes: Mapping[str, Make], watch: Watch) -> None:
         self.federation = federation
         self.makes = makes
         self.watch = watch
@@ -115,6 +154,4 @@ class Exchange:
         self.federation.gone(client_id)
 
     def _reply(self, client_id: str, message: Message | None) -> Reply:
-        from server_app.run.federation import Reply
-
         return Reply(client_id, message, time.monotonic() - self.started, self._attempts[client_id])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,10 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    Cache,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MambaConfig,
 )
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.model.co_lora import Gate, GateContext, GateError
+from client_app.model.co_lora import Gate
 from client_app.model.module_roles import RoleError, block_ends, last_down_projection, role_of
 from client_app.model.personal import ModelError, PersonalModel
 from client_app.plan.interpreter import Interpreter
@@ -36,6 +29,7 @@ from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import plan_pb2
 from server_app.tools.export import is_in_parts
 from strategies.framework import steps
+from tests.client_app.model.co_lora_toys import llama, slots_of
 from tests.fedalloy_adapters.samples import random_adapter
 from tests.fedalloy_adapters.tiny_vit import assert_same_logits, base_of, build, heads_of, images, logits_of
 
@@ -45,15 +39,6 @@ KINDS = ("scalar", "input")
 
 def model_of(blocks: int = 1, rank: int = 3, dropout: float = 0.0) -> PersonalModel:
     return PersonalModel(base_of(SUFFIXES), rank, 6.0, dropout, blocks)
-
-
-def slots_of(model: PersonalModel) -> dict[str, Adapter]:
-    """Two adapters over one basis, as the protocol has them."""
-    start = model.initial(4)
-    part = model.layout.select(without_basis=True)
-    return {
-        name: start.with_part(random_adapter(part, seed, scale=0.3)) for seed, name in enumerate(("global", "local"))
-    }
 
 
 def gates_of(model: PersonalModel, kind: str, seed: int = 9) -> Adapter:
@@ -94,20 +79,6 @@ def test_block_ends_rise_to_the_last_layer_and_more_blocks_than_layers_are_refus
         block_ends(4, 5)
     with pytest.raises(ModelError, match="3 blocks of 2 layers"):
         model_of(blocks=3)
-
-
-def llama(width: int = 16, depth: int = 3, family: type = LlamaForSequenceClassification) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-        pad_token_id=0,
-        initializer_range=0.4,
-    )
-    model: nn.Module = family(config)
-    return model
 
 
 def bert() -> nn.Module:
@@ -267,112 +238,6 @@ def test_gates_learn() -> None:
     for name, parameter in parameters.items():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().max()) > 0, name
-
-
-def text_model(looks_at_input: bool = True, family: type = LlamaForSequenceClassification) -> PersonalModel:
-    torch.manual_seed(0)
-    module = llama(family=family).eval()
-    targets = tuple(n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.endswith("q_proj"))
-    model = PersonalModel(Base("llama", module, "f" * 64, targets, ()), 3, 6.0, blocks=1)
-    model.load("gates", random_adapter(model.gate_layout(looks_at_input=looks_at_input), 3, scale=1.0))
-    for name, adapter in slots_of(model).items():
-        model.load(name, adapter)
-    model.activate({"global": Gate("gates"), "local": Gate("gates", complement=True)})
-    return model
-
-
-def test_padding_does_not_change_an_input_dependent_gate() -> None:
-    model = text_model()
-    tokens = torch.tensor([[5, 6, 7, 8]])
-    alone = model.logits({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
-    padded = torch.cat([tokens, torch.zeros(1, 3, dtype=torch.long)], dim=1)
-    mask = torch.cat([torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)], dim=1)
-    other = torch.tensor([[9, 3, 4, 5, 9, 2, 1]])
-    batch = {"input_ids": torch.cat([other, padded]), "attention_mask": torch.cat([torch.ones_like(other), mask])}
-    torch.testing.assert_close(model.logits(batch)[1], alone[0], atol=1e-5, rtol=0)
-    model._context.mask = torch.ones(1, 4)
-    with pytest.raises(GateError, match=r"\(2, 7\) \(examples, tokens\), but the attention mask is \(1, 4\)"):
-        model._context.weights("m", torch.zeros(2, 7, 16), torch.zeros(16))
-
-
-def test_decoding_keeps_the_gates_of_the_prompt() -> None:
-    """With a cache every further pass sees one token; the gate must not follow it."""
-    model = text_model()
-    prompt, further = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9]])
-    first = model.module(input_ids=prompt, use_cache=True)
-    kept = {name: value.clone() for name, value in model._context._kept.items()}
-    assert kept
-    cache = {
-        name: value for name, value in first.items() if isinstance(value, Cache)
-    }  # by this transformers' name for it
-    assert len(cache) == 1
-    model.module(input_ids=further, **cache, use_cache=True)
-    assert all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
-    model.module(input_ids=further)
-    assert not all(torch.equal(model._context._kept[name], value) for name, value in kept.items())
-
-
-@pytest.mark.parametrize("name", ["past_key_values", "cache_params", "cache", None])
-@pytest.mark.parametrize("attention", [True, False])
-def test_a_pass_goes_on_with_a_text_when_a_cache_holds_tokens_whatever_the_argument_is_called(
-    name: str | None, attention: bool
-) -> None:
-    class Model(nn.Module):
-        def forward(self, tokens: Tensor, *others: Any, **named: Any) -> Tensor:
-            return tokens
-
-    def decoding(cache: Any) -> bool:
-        if name is None:
-            module(torch.zeros(1, 1), cache)
-        else:
-            module(torch.zeros(1, 1), **{name: cache})
-        return context.decoding
-
-    context, module = GateContext(), Model()
-    context.attach(module)
-    cache = DynamicCache() if attention else DynamicCache(config=MambaConfig(num_hidden_layers=1))
-    assert not decoding(None)
-    assert not decoding(cache)
-    if attention:
-        cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
-    else:
-        cache.update_conv_state(torch.zeros(1, 4, 3), 0)
-        cache.update_recurrent_state(torch.zeros(1, 4, 3), 0)
-    assert decoding(cache)
-    assert not decoding(None)
-
-
-def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_of_its_own() -> None:
-    model = text_model(family=LlamaForCausalLM)
-    module: Any = model.module
-    prompts = ([5, 6, 7, 8, 9, 10, 11], [3, 4, 5])
-
-    def written(rows: Sequence[list[int]]) -> list[list[int]]:
-        width = max(map(len, rows))
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "eos_token_id": None}
-        found: Tensor = module.generate(input_ids=tokens, attention_mask=mask, **options)
-        return found[:, width:].tolist()
-
-    def by_prefix(row: list[int]) -> list[int]:
-        """Without a cache: the gates of the prompt, as numbers, over the whole text so far."""
-        model.logits({"input_ids": torch.tensor([row])})
-        fixed = dict(model._context._kept)
-        model._context.weights = lambda name, x, gate: fixed[name]  # type: ignore[method-assign]
-        try:
-            answer: list[int] = []
-            for _ in range(5):
-                answer.append(int(model.logits({"input_ids": torch.tensor([row + answer])})[0, -1].argmax()))
-        finally:
-            del model._context.weights
-        return answer
-
-    together = written(prompts)
-    assert together == [written([prompt])[0] for prompt in prompts]
-    assert together == [by_prefix(prompt) for prompt in prompts]
-    model.activate({})
-    assert together != written(prompts)  # the adapters decide something
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,200 +5,29 @@ T1 to T25 are the invariants of the method's specification; the others are elsew
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import at_targets, mean_loss
-from client_app.model.personal import PersonalModel
+from client_app.data.task_kinds import mean_loss
 from client_app.plan import seeds, training
-from client_app.plan.distillation import MixtureTeacher, divergence
 from client_app.plan.interpreter import PlanError
-from client_app.plan.replacement import fired_tasks, fires
 from client_app.scenarios import digits_multimodal as scenario
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.groups import group_of, groups_of
-from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.algorithms.tap import Tap, TapOptions
+from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
-from strategies.framework.exchange import Client
 from strategies.framework.steps import Draw, Training
+from tests.client_app.plan.tap_toys import LOCAL, SAME, W, X, stage_one, start, train
 from tests.toys.multi_task_toys import SPECS, TINY, ToyClient, base_of
-
-W, X = "global", "personal"
-LOCAL = Training(local_steps=3, batch_size=4, learning_rate=0.05)
-SAME, OTHER = Draw(as_step=1), Draw(as_step=99)
-
-
-def train(slot: str, training: Training = LOCAL) -> steps.Step:
-    other = OTHER if slot == X else None
-    return steps.train(training, steps.mixture(slot), [slot], draw=SAME, draw_after_replace=other, record=slot)
-
-
-def replace(margin: float, tasks: tuple[str, ...], **options: bool) -> steps.Step:
-    return steps.replace(X, W, dict.fromkeys(tasks, margin), records=(X, W), **options)
-
-
-def stage_one(client: ToyClient, margin: float) -> list[steps.Step]:
-    return [
-        steps.initialise(X, 5),
-        steps.evaluate(LOCAL, steps.mixture(X)),
-        train(W),
-        steps.send(LOCAL, W),
-        replace(margin, tuple(client.tasks)),
-        train(X),
-    ]
-
-
-def start(client: ToyClient) -> dict[str, Adapter]:
-    return {W: client.model.initial(5)}
-
-
-def changed_groups(before: Adapter, after: Adapter) -> set[str]:
-    pairs = zip(before.items(), after.items(), strict=True)
-    return {group_of(entry.module) for (entry, old), (_, new) in pairs if not torch.equal(old, new)}
 
 
 @pytest.fixture
 def client(tmp_path: Path) -> ToyClient:
     return ToyClient(tmp_path / "ada")
-
-
-# ------------------------------------------------------------------------------------------------------ the margin rule
-
-
-def test_the_rule_is_strict_and_takes_what_is_not_finite_for_infinite() -> None:  # T4
-    assert not fires(1.0, 1.25, 0.25)
-    assert fires(1.0, math.nextafter(1.25, 2), 0.25)
-    assert fires(1.0, math.inf, 0.01)
-    assert fires(1.0, math.nan, 0.01)  # a personal adapter that diverged is rescued
-    assert not fires(math.nan, 5.0, -math.inf)
-    assert not fires(math.inf, math.inf, -math.inf)
-    assert not fires(0.0, math.inf, math.inf)
-    assert fires(100.0, 1.0, -math.inf)
-    assert fires(2.0, 2.3, 0.1, relative=True)
-    assert not fires(2.0, 2.2, 0.1, relative=True)
-    assert fires(0.0, 1.0, -math.inf, relative=True)
-    assert not fires(0.0, 1.0, math.inf, relative=True)
-    rules = [plan_pb2.ReplaceRule(task=str(share), margin=0.1, relative=share) for share in (False, True)]
-    losses = [dict.fromkeys(("False", "True"), loss) for loss in (2.0, 2.15)]
-    assert fired_tasks(rules, *losses) == ["False"]
-
-
-def test_without_replacement_the_personal_adapter_is_local_training_to_the_bit(tmp_path: Path) -> None:  # T1
-    client, alone = ToyClient(tmp_path / "a", dropout=0.2), ToyClient(tmp_path / "b", dropout=0.2)
-    for round_ in (1, 2, 3):
-        found = client.run(round_, stage_one(client, math.inf), start(client))
-        local = alone.run(round_, [steps.initialise("local", 5), train("local")])
-        assert torch.equal(found[X].vector, local["local"].vector)
-        assert not any(task.replaced for task in client.report.results[4].replace.tasks)
-
-
-def test_always_replacing_gives_what_was_sent_and_then_one_more_run_on_other_batches(tmp_path: Path) -> None:  # T2
-    whole, stopped, by_hand = (ToyClient(tmp_path / name) for name in ("whole", "stopped", "by-hand"))
-    plan = stage_one(whole, -math.inf)
-    before_training = stopped.run(1, plan[:-1], start(stopped))
-    assert torch.equal(before_training[X].vector, stopped.sent[W].vector)
-    found = whole.run(1, plan, start(whole))
-    expected = by_hand.run(1, [*plan[:-1], steps.Step(train=_as(train(X), OTHER))], start(by_hand))
-    assert torch.equal(found[X].vector, expected[X].vector)
-    assert torch.equal(found[W].vector, stopped.sent[W].vector)
-
-
-def _as(step: steps.Step, draw: Draw) -> plan_pb2.TrainStep:
-    copied = plan_pb2.TrainStep()
-    copied.CopyFrom(step.train)
-    copied.draw.CopyFrom(draw)
-    copied.ClearField("draw_after_replace")
-    return copied
-
-
-def test_the_first_time_every_task_is_replaced_and_an_absent_one_is_not(tmp_path: Path) -> None:  # T3, T16
-    client = ToyClient(tmp_path / "a")
-    client.run(1, stage_one(client, 0.01), start(client))
-    assert [task.replaced for task in client.report.results[4].replace.tasks] == [True, True]
-    assert not client.report.results[4].replace.tasks[0].HasField("target_loss")
-    one = ToyClient(tmp_path / "b", counts=(9, 1))
-    few = Training(local_steps=1, batch_size=1, learning_rate=0.05)
-    one.run(1, [steps.initialise(X, 5), train(W, few), replace(0.01, ("digit", "number"))], start(one))
-    seen = one.losses[W]
-    assert len(seen) == 1
-    assert [task.replaced for task in one.report.results[2].replace.tasks] == [t in seen for t in one.tasks]
-
-
-# ---------------------------------------------------------------------------------------------------- what is replaced
-
-
-@pytest.mark.parametrize("tasks", [("digit", "number"), ("compare", "caption"), ("digit", "answer")])
-def test_only_the_groups_of_tasks_that_fire_are_replaced(tmp_path: Path, tasks: tuple[str, str]) -> None:  # T5, T6
-    for fired in tasks:
-        client = ToyClient(tmp_path / fired, tasks=tasks)
-        plan = [steps.initialise(X, 5), train(W), replace(-math.inf, (fired,))]
-        found = client.run(1, plan, start(client))
-        groups = SPECS[fired].groups
-        assert changed_groups(client.model.initial(5), found[X]) == set(groups)
-        for entry, tensor in found[X].items():
-            if group_of(entry.module) in groups:
-                assert torch.equal(tensor, found[W][entry.module, entry.factor])
-        sizes = [entry.size for entry in found[W].layout.entries if group_of(entry.module) in groups]
-        assert client.report.results[2].replace.numbers == sum(sizes)
-        expert = SPECS[fired].expert
-        assert {f"task/{expert}", *(f"pair/{m}/{expert}" for m in SPECS[fired].modalities)} <= set(groups)
-
-
-def test_an_image_task_leaves_the_text_tower_alone(client: ToyClient) -> None:  # T5; wrong in the authors' code
-    found = client.run(1, [steps.initialise(X, 5), train(W), replace(-math.inf, ("digit",))], start(client))
-    changed = changed_groups(client.model.initial(5), found[X])
-    assert {"mod/text", "head/number", "pair/text/classify"}.isdisjoint(changed)
-    assert {"mod/image", "task/classify", "shared", "head/digit"} <= changed
-
-
-def test_exclusive_leaves_what_another_task_uses(client: ToyClient) -> None:
-    plan = [steps.initialise(X, 5), train(W), replace(-math.inf, ("digit",), exclusive=True)]
-    found = client.run(1, plan, start(client))
-    changed = changed_groups(client.model.initial(5), found[X])
-    assert changed == {"mod/image", "pair/image/classify", "head/digit"}
-
-
-def test_the_order_of_tasks_does_not_matter(tmp_path: Path) -> None:  # T20
-    results = []
-    for order in itertools.permutations(("digit", "number")):
-        client = ToyClient(tmp_path / "-".join(order))
-        plan = [steps.initialise(X, 5), train(W), replace(-math.inf, order), train(X)]
-        results.append(client.run(1, plan, start(client))[X].vector)
-    assert torch.equal(results[0], results[1])
-
-
-def test_a_rule_for_a_task_that_the_client_has_not_is_an_error(client: ToyClient) -> None:
-    with pytest.raises(PlanError, match="a rule for task 'caption'; this client has digit, number"):
-        client.run(1, [steps.initialise(X, 5), train(W), replace(0.0, ("caption",))], start(client))
-
-
-# ------------------------------------------------------------------------------------------------------------ the data
-
-
-def test_the_same_batches_without_a_replacement_and_others_after_one(
-    client: ToyClient, monkeypatch: pytest.MonkeyPatch
-) -> None:  # T17, from the first round on
-    drawn: list[tuple[list[int], ...]] = []
-    original = training.batches
-
-    def listen(examples: int, batch_size: int, count: int, seed: int) -> Iterator[torch.Tensor]:
-        found = list(original(examples, batch_size, count, seed))
-        drawn.append(tuple(batch.tolist() for batch in found))
-        return iter(found)
-
-    monkeypatch.setattr(training, "batches", listen)
-    client.run(1, stage_one(client, math.inf), start(client))
-    assert drawn[0] == drawn[1]
-    drawn.clear()
-    client.run(1, stage_one(client, -math.inf), start(client))
-    assert drawn[0] != drawn[1]
 
 
 def test_a_seed_may_be_one_for_all_clients() -> None:
@@ -364,162 +193,6 @@ def test_every_tensor_that_is_sent_arrives_in_the_model(client: ToyClient) -> No
     assert torch.equal(client.sent[W].vector, moved.vector)
     client.model.load(W, moved)
     assert torch.equal(client.model.read(W).vector, moved.vector)
-
-
-# -------------------------------------------------------------------------------------------------------- distillation
-
-
-def distil(weight: float, teacher: str = W, **options: object) -> list[steps.Step]:
-    student = steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)
-    tasks = {"digit": weight, "number": weight}
-    return [steps.initialise(X, 5), steps.distill(student, steps.mixture(teacher), tasks, **options)]  # type: ignore[arg-type]
-
-
-def test_a_divergence_of_equals_is_zero_and_temperature_is_squared() -> None:  # T13
-    teacher, student = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), torch.zeros(5, 7)
-    for kind in (plan_pb2.DISTILL_LOSS_KL, plan_pb2.DISTILL_LOSS_MSE):
-        assert float(divergence(teacher, teacher, kind, 2.0).abs().max()) < 1e-6
-        assert float(divergence(teacher, student, kind).min()) > -1e-6
-    plain = divergence(teacher / 3, student / 3, plan_pb2.DISTILL_LOSS_KL)
-    torch.testing.assert_close(divergence(teacher, student, plan_pb2.DISTILL_LOSS_KL, 3.0), 9 * plain)
-    expected = torch.nn.functional.kl_div(
-        torch.log_softmax(student, -1), torch.log_softmax(teacher, -1), log_target=True, reduction="batchmean"
-    )
-    torch.testing.assert_close(divergence(teacher, student, plan_pb2.DISTILL_LOSS_KL).mean(), expected)
-
-
-def test_without_weight_distillation_is_plain_training_to_the_bit(tmp_path: Path) -> None:  # T14
-    one, other = ToyClient(tmp_path / "a", dropout=0.3), ToyClient(tmp_path / "b", dropout=0.3)
-    teacher = {W: Adapter(one.model.layout, one.model.initial(5).vector + 0.1)}
-    distilled = one.run(1, distil(0.0), teacher)
-    plain = other.run(1, [steps.initialise(X, 5), steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)])
-    assert torch.equal(distilled[X].vector, plain[X].vector)
-
-
-def test_a_teacher_draws_no_random_numbers_and_stays_as_it_is(tmp_path: Path) -> None:  # T14, T15
-    client = ToyClient(tmp_path / "a", dropout=0.3)
-    teacher = Adapter(client.model.layout, client.model.initial(5).vector + 0.1)
-    found = client.run(1, distil(1e-30), {W: teacher})
-    assert torch.equal(found[W].vector, teacher.vector)
-    plain = ToyClient(tmp_path / "b", dropout=0.3)
-    same = plain.run(1, [steps.initialise(X, 5), steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)])
-    torch.testing.assert_close(found[X].vector, same[X].vector, rtol=0, atol=1e-5)  # the same batches and dropout
-    assert set(client.report.results[1].distill.divergences) == {"digit", "number"}
-
-
-@pytest.mark.parametrize("tasks", [("digit", "number"), ("caption", "answer")])
-@pytest.mark.parametrize("reduction", ["per-position-mean", "first-dim"])
-def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path, tasks: tuple[str, str], reduction: str) -> None:
-    divergences = {}
-    for weight in (1e-9, 1e4):
-        client = ToyClient(tmp_path / str(weight), tasks=tasks)
-        teacher = {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)}
-        student = steps.train(Training(local_steps=8, batch_size=16, learning_rate=0.02), steps.mixture(X), [X])
-        step = steps.distill(student, steps.mixture(W), dict.fromkeys(tasks, weight), reduction=reduction)
-        client.run(1, [steps.initialise(X, 5), step], teacher)
-        divergences[weight] = dict(client.report.results[1].distill.divergences)
-    for task in tasks:
-        assert 0 < divergences[1e4][task] < divergences[1e-9][task]
-
-
-def test_the_distance_is_over_what_is_to_be_written() -> None:
-    """Lengths 3 and 2 of 4: three targets in all; position t predicts the label at t + 1, and a prompt comes first."""
-    labels = torch.tensor([[-100, 4, 4, 4], [-100, 4, -100, -100]])
-    batch = Dataset({}, labels, "causal-lm", "answer")
-    generator = torch.Generator().manual_seed(2)
-    teacher, student = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))  # one position for an image
-    each = divergence(teacher, student, plan_pb2.DISTILL_LOSS_KL)[:, 1:]
-    expected = {"per-position-mean": (each[0, :3].sum() + each[1, 0]) / 4, "first-dim": each.sum() / 2}
-    for reduction, found in expected.items():
-        step = distil(3.0, reduction=reduction)[1].distill
-        step.tasks.add(task="answer", weight=3.0, loss=plan_pb2.DISTILL_LOSS_KL)
-        teaches = MixtureTeacher(PersonalModel(base_of([SPECS["answer"]]), 2, 4.0), {W: 1.0}, step, "")
-        pair = (student, teacher) if teaches.everywhere else (at_targets(student, labels), at_targets(teacher, labels))
-        torch.testing.assert_close(teaches.loss(batch, *pair), 3.0 * found)
-        assert teaches.divergences() == {"answer": pytest.approx(float(found))}
-
-
-@pytest.mark.parametrize("micro_batch", [0, 3])
-def test_a_tasks_distance_counts_in_full_however_few_its_examples(client: ToyClient, micro_batch: int) -> None:
-    class Slope:
-        """Distance with a slope of one for every trained number."""
-
-        everywhere = False
-
-        def outputs(self, batch: Dataset) -> torch.Tensor:
-            return torch.zeros(())
-
-        def loss(self, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-            return torch.stack([parameter.sum() for parameter in parameters.values()]).sum()
-
-    model, data = client.model, client.data.splits["train"]
-    model.load(W, client.model.initial(5))
-    model.activate({W: 1.0})
-    model.micro_batch = micro_batch
-    parameters = model.trainable(W, model.layout)
-    everything = Training(local_steps=1, batch_size=len(data), max_grad_norm=0.0, learning_rate=1e-20)
-    slopes = []
-    for teacher in (None, Slope()):
-        training.train(model, train(W, everything).train, parameters, data, 1, teacher=teacher)
-        slopes.append([parameter.grad.clone() for parameter in parameters.values() if parameter.grad is not None])
-    for plain, taught in zip(*slopes, strict=True):
-        torch.testing.assert_close(taught - plain, torch.full_like(plain, 2.0))  # one for each of two tasks
-
-
-def test_no_gradient_reaches_a_teacher(client: ToyClient, monkeypatch: pytest.MonkeyPatch) -> None:  # T15
-    original, seen = MixtureTeacher.loss, []
-
-    def listen(self: MixtureTeacher, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        seen.append((outputs.requires_grad, logits.requires_grad))
-        return original(self, batch, logits, outputs)
-
-    monkeypatch.setattr(MixtureTeacher, "loss", listen)
-    client.run(1, distil(1.0), {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)})
-    assert set(seen) == {(False, True)}
-
-
-def strategy_for(client: ToyClient, **training_: object) -> tuple[Tap, Client]:
-    tasks = [
-        report_pb2.Task(name=name, kind=task.kind, examples={"train": len(task.splits["train"])}, groups=task.groups)
-        for name, task in client.data.each_task.items()
-    ]
-    tap = Tap(TapOptions(distill_steps=3), Training(local_steps=1, **training_), seed=5)  # type: ignore[arg-type]
-    enrolled = Client("ada", 7, client.model.layout, 9, "toy", report_pb2.Registration(tasks=tasks))
-    tap.enrol(enrolled)
-    return tap, enrolled
-
-
-@pytest.mark.parametrize("rate", [0.05, 1e38])
-def test_a_client_that_was_never_asked_gets_a_model_even_where_stage_two_diverges(tmp_path: Path, rate: float) -> None:
-    client = ToyClient(tmp_path / "a", tasks=("digit",), counts=(4,))
-    tap, enrolled = strategy_for(client, learning_rate=rate, max_grad_norm=0.0)
-    brief = tap.deliver(enrolled)
-    found = client.run(1, brief.steps, brief.adapters)
-    diverges = rate > 1
-    trains = [r.distill.train if r.HasField("distill") else r.train for r in client.report.results]
-    assert [train.diverged for train in trains if train.steps or train.diverged] == [diverges, diverges]
-    assert torch.equal(found[X].vector, client.model.initial(5).vector)
-    for slot, before in (("finetuned", W), ("distilled", X)):
-        assert torch.equal(found[slot].vector, found[before].vector) == diverges
-    assert found["distilled"].is_finite
-    assert (client.folder / "adapter").is_dir()
-
-
-def test_a_last_step_that_leaves_no_numbers_is_a_divergence(client: ToyClient) -> None:
-    teacher = {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)}
-    start_x, step = distil(1e300)  # what is distilled is not in the loss that training watches
-    step.distill.train.steps = 1
-    with pytest.raises(PlanError, match="numbers that are not finite after the last of 1 steps; lower learning-rate"):
-        client.run(1, [start_x, step], teacher)
-    step.distill.train.keep_on_divergence = True
-    found = client.run(1, [start_x, step], teacher)
-    assert client.report.results[1].distill.train.diverged
-    assert torch.equal(found[X].vector, client.model.initial(5).vector)
-
-
-def test_a_slot_cannot_teach_itself(client: ToyClient) -> None:
-    with pytest.raises(PlanError, match="cannot be its own teacher"):
-        client.run(1, distil(1.0, teacher=X))
 
 
 # --------------------------------------------------------------------------------------------------------------- slots

@@ -7,13 +7,10 @@ import os
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,93 +21,16 @@ from flwr.app import Context, RecordDict
 
 from client_app.plan.progress import Cancelled, listening
 from client_app.session import Executor
-from client_app.settings import SettingsError, read_settings
-from client_app.trainer.address import Owner, Residence, TrainerError, find_owner, read_trainer_settings
+from client_app.settings import read_settings
+from client_app.trainer.address import Owner, Residence, TrainerError
 from client_app.trainer.client import JobFailedError, TrainerClient
 from client_app.trainer.server import Task, Trainer, turn
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from strategies.framework.steps import Training, evaluate, initialise, mixture, send, train
+from tests.client_app.trainer.conftest import PATIENCE, owners, pid_of, trainers_of, wait_until
 from tests.in_process import FIRST_NODE, InProcessGrid, run_in_process
 
 ROOT = Path(__file__).parents[3]
-PATIENCE = 120.0
-"""Seconds until a test gives up waiting; nothing depends on the value."""
-
-
-@pytest.fixture(scope="module")
-def home(base_cache: Path) -> Iterator[Path]:
-    """A temporary folder with a name short enough for sockets; ``FLWR_HOME`` and ``TMPDIR`` point to it."""
-    folder = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(folder))
-        patch.setattr(tempfile, "tempdir", None)
-        patch.setenv("FLWR_HOME", str(folder / "flwr"))
-        (folder / "state").mkdir()
-        (folder / "state" / ".cache").symlink_to(base_cache)
-        yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def new_owner(home: Path) -> Iterator[Callable[[], Owner]]:
-    """Makes owners: processes that do nothing; with the test they end, and their trainers must."""
-    with owners() as make:
-        yield make
-
-
-class owners:
-    """Context of processes that do nothing."""
-
-    def __enter__(self) -> Callable[[], Owner]:
-        self.made: list[tuple[subprocess.Popen[bytes], Owner]] = []
-        return self.make
-
-    def make(self) -> Owner:
-        process = subprocess.Popen(["sleep", "3600"])
-        owner = Owner.of(process.pid)
-        self.made.append((process, owner))
-        return owner
-
-    def end(self, owner: Owner) -> None:
-        for process, found in self.made:
-            if found == owner:
-                process.kill()
-                process.wait()
-
-    def __exit__(self, *exc_info: object) -> None:
-        for process, owner in self.made:
-            process.kill()
-            process.wait()
-            wait_until(lambda owner=owner: not trainers_of(owner))  # type: ignore[misc]
-
-
-@pytest.fixture(scope="module")
-def shared(home: Path) -> Iterator[Owner]:
-    """An owner whose trainer serves several tests, none of which hurts it."""
-    with owners() as make:
-        yield make()
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def trainers_of(owner: Owner) -> list[int]:
-    """Process ids of an owner's trainers, those included that are starting."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        command = process.info["cmdline"] or []
-        if "client_app.trainer.server" in command and str(owner) in command and process.info["status"] != "zombie":
-            found.append(process.info["pid"])
-    return found
-
-
-def pid_of(owner: Owner) -> int:
-    with TrainerClient(owner, PATIENCE).connect() as (_, pid):
-        return pid
 
 
 def context(home: Path, partition: int = 0, **run_config: Any) -> Context:
@@ -146,92 +66,6 @@ def alone(where: Context, *plans: plan_pb2.Plan) -> list[Any]:
         request.run_name += "-alone"
         found.append(answer(*Executor().carry_out(read_settings(where), request, {})))
     return found
-
-
-# ------------------------------------------------------------------------------------------------------- where it is
-
-
-def test_socket_and_folder_are_its_owners_only(shared: Owner) -> None:
-    pid_of(shared)
-    residence = Residence.of(shared)
-    assert stat.S_IMODE(residence.folder.stat().st_mode) == 0o700
-    assert stat.S_ISSOCK(residence.socket.stat().st_mode)
-    assert stat.S_IMODE(residence.socket.stat().st_mode) == 0o600
-    assert stat.S_IMODE(residence.lock.stat().st_mode) == 0o600
-
-
-def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
-    monkeypatch.setattr("client_app.trainer.address.temporary_folders", lambda: [str(short)])
-    folder = short / f"fedalloy-{os.geteuid()}"
-    try:
-        folder.mkdir(mode=0o755)
-        with pytest.raises(TrainerError, match=r"expected a folder of user .* with mode 700, found drwxr-xr-x"):
-            Residence.of(Owner.of(os.getpid()))
-        folder.rmdir()
-        folder.symlink_to(tmp_path)
-        with pytest.raises(TrainerError, match="mode 700, found l"):
-            Residence.of(Owner.of(os.getpid()))
-    finally:
-        shutil.rmtree(short)
-
-
-def test_a_path_too_long_for_a_socket_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    owner = Owner.of(os.getpid())
-    short = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
-    monkeypatch.setattr("client_app.trainer.address.temporary_folders", lambda: [str(long), str(short)])
-    found = Residence.of(owner)
-    shutil.rmtree(short)
-    assert len(os.fsencode(found.socket)) <= 107
-    assert not list(long.iterdir())
-    monkeypatch.setattr("client_app.trainer.address.temporary_folders", lambda: [str(long)])
-    with pytest.raises(TrainerError, match="bytes with the socket's name, expected at most 107"):
-        Residence.of(owner)
-
-
-def test_a_path_that_grpc_would_misread_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
-    strange = [short / name for name in ("a%20b", "a?b", "a#b", "a,b")]
-    for folder in (*strange, short / "a b"):
-        folder.mkdir()
-    monkeypatch.setattr(
-        "client_app.trainer.address.temporary_folders", lambda: [*map(str, strange), str(short / "a b")]
-    )
-    assert Residence.of(Owner.of(os.getpid())).folder.parent == short / "a b"
-    monkeypatch.setattr("client_app.trainer.address.temporary_folders", lambda: [str(strange[0])])
-    with pytest.raises(TrainerError, match="gRPC takes '%' for a part of an address"):
-        Residence.of(Owner.of(os.getpid()))
-    shutil.rmtree(short)
-
-
-def test_a_home_that_cannot_be_written_is_named(
-    home: Path, new_owner: Callable[[], Owner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLWR_HOME", "/proc/no-such-place")
-    with pytest.raises(TrainerError, match=r"log /proc/no-such-place/fedalloy/trainer\.log cannot be written"):
-        pid_of(new_owner())
-
-
-def test_without_a_supernode_there_is_no_owner() -> None:
-    """As in Flower's simulation engine and in a debugger: everything is done in the process itself."""
-    assert find_owner() is None
-
-
-def test_node_config_has_the_last_word_on_residence() -> None:
-    def settings(node: dict[str, Any], run: dict[str, Any]) -> Any:
-        return read_trainer_settings(Context(1, 1, node, RecordDict(), run))
-
-    assert settings({}, {"trainer.resident": False}).resident is False
-    assert settings({"trainer.resident": True}, {"trainer.resident": False}).resident is True
-    assert settings({"trainer.idle-seconds": 5}, {"trainer.idle-seconds": 9.0}).idle_seconds == 5
-    with pytest.raises(SettingsError, match="idle-seconds = 0, expected a positive number"):
-        settings({}, {"trainer.idle-seconds": 0})
-    with pytest.raises(SettingsError, match="idle-seconds = inf, expected a positive number, at most 1e"):
-        settings({"trainer.idle-seconds": float("inf")}, {})
-    with pytest.raises(SettingsError, match="resident = 'no', expected true or false"):
-        settings({"trainer.resident": "no"}, {})
 
 
 # ----------------------------------------------------------------------------------------------------- start and end

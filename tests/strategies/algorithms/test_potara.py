@@ -16,8 +16,6 @@ from strategies.algorithms.potara import LOCAL, MERGED, Potara
 from strategies.algorithms.potara_options import PotaraOptions
 from strategies.algorithms.potara_weights import Evidence, Weight
 from strategies.framework.exchange import Answer, Brief, Client
-from strategies.framework.options import OptionError
-from strategies.framework.steps import Training
 from tests.strategies.conftest import client_of, layout_of, play, random_adapter
 
 NAMES = ("ada", "ben", "cyd")
@@ -193,21 +191,6 @@ def test_a_client_that_never_trained_the_federated_adapter_has_no_share_in_it() 
     assert strategy.trained == {"ada", "ben"}
 
 
-@pytest.mark.parametrize(
-    ("rounds", "local_steps", "federated", "own"),
-    [(600, 1, 400, 300), (10, 10, 7, 51), (6, 10, 4, 30), (3, 10, 2, 15), (2, 10, 1, 10)],
-)
-def test_by_default_the_branches_have_the_papers_budgets(
-    rounds: int, local_steps: int, federated: int, own: int
-) -> None:
-    """Of 600 steps 400 and 300, as nearly as whole rounds and steps allow."""
-    strategy = Potara(training=Training(local_steps=local_steps), rounds=rounds)
-    assert strategy.federated_rounds == federated
-    assert strategy.steps == -(-own // (rounds - federated))
-    endless = Potara(training=Training(local_steps=local_steps))  # Flower does not tell how many rounds there are
-    assert (endless.federated_rounds, endless.steps) == (1, local_steps)
-
-
 def test_state_holds_uploaded_local_adapters() -> None:
     strategy = potara(merge_at="server", space="factor")
     play(strategy, NAMES, 1)
@@ -219,37 +202,6 @@ def test_state_holds_uploaded_local_adapters() -> None:
     merged = [s.deliver(s.clients["ada"]).adapters[MERGED] for s in (strategy, again)]
     assert torch.equal(merged[0].vector, merged[1].vector)
     assert isinstance(merged[0], Adapter)
-
-
-@pytest.mark.parametrize(
-    ("options", "finding"),
-    [
-        ({"weight": "fisher"}, r"potara.weight = 'fisher'.*expected one of client-fisher"),
-        ({"weight": "plugin", "granularity": "parameter"}, "potara.granularity = 'parameter' with weight 'plugin'"),
-        ({"dampings": "0.1,x"}, "potara.dampings = '0.1,x', expected numbers with commas"),
-        ({"dampings": "0.1,-1"}, "potara.dampings = -1"),
-        ({"dampings": "1,1"}, "all different"),
-        ({"dampings": "0.1", "weight": "plugin"}, "potara.dampings = '0.1' with weight 'plugin'"),
-        ({"weight": "line-search", "granularity": "module"}, "granularity 'module'"),
-        ({"search_points": 2}, "potara.search-points = 2, expected a finite number of at least 3"),
-        ({"fisher_samples": 0}, "potara.fisher-samples = 0"),
-        ({"damping": -1.0}, "potara.damping = -1.0"),
-        ({"merge_at": "both"}, "potara.merge-at = 'both'"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], finding: str) -> None:
-    with pytest.raises(OptionError, match=finding):
-        PotaraOptions(**options)
-
-
-def test_a_run_that_would_end_before_the_merge_is_refused() -> None:
-    finding = r"num-server-rounds = 4 with potara.federated-rounds = 4, expected at least 5 rounds"
-    with pytest.raises(OptionError, match=finding):
-        Potara(PotaraOptions(federated_rounds=4), rounds=4)
-    with pytest.raises(OptionError, match=r"num-server-rounds = 1 .*expected at least 2 rounds"):
-        Potara(rounds=1)
-    with pytest.raises(OptionError, match=r"potara.local-steps, in all rounds, = 4294967294"):
-        Potara(PotaraOptions(local_steps=2**31 - 1), rounds=2)
 
 
 def test_what_no_weight_is_made_of_is_not_computed() -> None:
@@ -269,14 +221,6 @@ def test_what_no_weight_is_made_of_is_not_computed() -> None:
         searches = [step.evaluate for step in plan if step.evaluate.label.startswith("search-")]
         assert len(searches) == searched
         assert all(step.split == "validation" and step.loss_only for step in searches)
-
-
-def test_it_says_which_examples_it_learns_from() -> None:
-    assert potara().learns_from == ("train", "validation")
-    assert potara(calibration="train").learns_from == ("train",)
-    assert potara(calibration="train", search_points=5).learns_from == ("train",)  # for the record
-    assert potara(calibration="train", weight="line-search").learns_from == ("train", "validation")
-    assert potara(weight="half").learns_from == ("train",)
 
 
 def test_other_dampings_are_asked_for_at_once_and_their_weights_are_recorded() -> None:
@@ -299,21 +243,6 @@ def test_other_dampings_are_asked_for_at_once_and_their_weights_are_recorded() -
         labels = {s.evaluate.label: terms(s.evaluate.mixture) for s in found.deliver(found.clients["ada"]).steps}
         assert labels["damping-0.1"] == pytest.approx({"global": 0.75, LOCAL: 0.25})
         assert labels["damping-0.001"] == pytest.approx({"global": 0.9, LOCAL: 0.1})
-
-
-def test_options_reach_the_steps() -> None:
-    strategy = potara(calibration="validation", trace_space="delta", damping=0.1, fisher_samples=7)
-    plan = strategy.brief(4, strategy.clients["ada"]).steps
-    (found,) = [step.fisher for step in plan if step.HasField("fisher")]
-    assert (found.first, found.second) == ("global", LOCAL)
-    assert (found.split, found.in_delta_space, found.relative_damping, found.samples) == ("validation", True, 0.1, 7)
-    truncated = potara(space="delta-truncated")
-    weighed(truncated, "ada", 0.25)
-    merges = [step.merge for step in truncated.deliver(truncated.clients["ada"]).steps if step.HasField("merge")]
-    assert {merge.truncate_rank for merge in merges} == {4}
-    weighed(strategy, "ada", 0.3)
-    shown = [step.evaluate.split for step in strategy.deliver(strategy.clients["ada"]).steps if step.evaluate.label]
-    assert shown == ["test"] * 5
 
 
 def distinct() -> report_pb2.FisherResult:

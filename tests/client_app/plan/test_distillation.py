@@ -1,0 +1,184 @@
+"""The step ``distill`` on clients with several tasks: a frozen teacher's outputs as a second target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from client_app.data.dataset import Dataset
+from client_app.data.task_kinds import at_targets
+from client_app.model.personal import PersonalModel
+from client_app.plan import training
+from client_app.plan.distillation import MixtureTeacher, divergence
+from client_app.plan.interpreter import PlanError
+from fedalloy_adapters.adapter import Adapter
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+from strategies.algorithms.tap import Tap, TapOptions
+from strategies.framework import steps
+from strategies.framework.exchange import Client
+from strategies.framework.steps import Training
+from tests.client_app.plan.tap_toys import LOCAL, SAME, W, X, train
+from tests.toys.multi_task_toys import SPECS, ToyClient, base_of
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> ToyClient:
+    return ToyClient(tmp_path / "ada")
+
+
+# -------------------------------------------------------------------------------------------------------- distillation
+
+
+def distil(weight: float, teacher: str = W, **options: object) -> list[steps.Step]:
+    student = steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)
+    tasks = {"digit": weight, "number": weight}
+    return [steps.initialise(X, 5), steps.distill(student, steps.mixture(teacher), tasks, **options)]  # type: ignore[arg-type]
+
+
+def test_a_divergence_of_equals_is_zero_and_temperature_is_squared() -> None:  # T13
+    teacher, student = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), torch.zeros(5, 7)
+    for kind in (plan_pb2.DISTILL_LOSS_KL, plan_pb2.DISTILL_LOSS_MSE):
+        assert float(divergence(teacher, teacher, kind, 2.0).abs().max()) < 1e-6
+        assert float(divergence(teacher, student, kind).min()) > -1e-6
+    plain = divergence(teacher / 3, student / 3, plan_pb2.DISTILL_LOSS_KL)
+    torch.testing.assert_close(divergence(teacher, student, plan_pb2.DISTILL_LOSS_KL, 3.0), 9 * plain)
+    expected = torch.nn.functional.kl_div(
+        torch.log_softmax(student, -1), torch.log_softmax(teacher, -1), log_target=True, reduction="batchmean"
+    )
+    torch.testing.assert_close(divergence(teacher, student, plan_pb2.DISTILL_LOSS_KL).mean(), expected)
+
+
+def test_without_weight_distillation_is_plain_training_to_the_bit(tmp_path: Path) -> None:  # T14
+    one, other = ToyClient(tmp_path / "a", dropout=0.3), ToyClient(tmp_path / "b", dropout=0.3)
+    teacher = {W: Adapter(one.model.layout, one.model.initial(5).vector + 0.1)}
+    distilled = one.run(1, distil(0.0), teacher)
+    plain = other.run(1, [steps.initialise(X, 5), steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)])
+    assert torch.equal(distilled[X].vector, plain[X].vector)
+
+
+def test_a_teacher_draws_no_random_numbers_and_stays_as_it_is(tmp_path: Path) -> None:  # T14, T15
+    client = ToyClient(tmp_path / "a", dropout=0.3)
+    teacher = Adapter(client.model.layout, client.model.initial(5).vector + 0.1)
+    found = client.run(1, distil(1e-30), {W: teacher})
+    assert torch.equal(found[W].vector, teacher.vector)
+    plain = ToyClient(tmp_path / "b", dropout=0.3)
+    same = plain.run(1, [steps.initialise(X, 5), steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)])
+    torch.testing.assert_close(found[X].vector, same[X].vector, rtol=0, atol=1e-5)  # the same batches and dropout
+    assert set(client.report.results[1].distill.divergences) == {"digit", "number"}
+
+
+@pytest.mark.parametrize("tasks", [("digit", "number"), ("caption", "answer")])
+@pytest.mark.parametrize("reduction", ["per-position-mean", "first-dim"])
+def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path, tasks: tuple[str, str], reduction: str) -> None:
+    divergences = {}
+    for weight in (1e-9, 1e4):
+        client = ToyClient(tmp_path / str(weight), tasks=tasks)
+        teacher = {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)}
+        student = steps.train(Training(local_steps=8, batch_size=16, learning_rate=0.02), steps.mixture(X), [X])
+        step = steps.distill(student, steps.mixture(W), dict.fromkeys(tasks, weight), reduction=reduction)
+        client.run(1, [steps.initialise(X, 5), step], teacher)
+        divergences[weight] = dict(client.report.results[1].distill.divergences)
+    for task in tasks:
+        assert 0 < divergences[1e4][task] < divergences[1e-9][task]
+
+
+def test_the_distance_is_over_what_is_to_be_written() -> None:
+    """Lengths 3 and 2 of 4: three targets in all; position t predicts the label at t + 1, and a prompt comes first."""
+    labels = torch.tensor([[-100, 4, 4, 4], [-100, 4, -100, -100]])
+    batch = Dataset({}, labels, "causal-lm", "answer")
+    generator = torch.Generator().manual_seed(2)
+    teacher, student = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))  # one position for an image
+    each = divergence(teacher, student, plan_pb2.DISTILL_LOSS_KL)[:, 1:]
+    expected = {"per-position-mean": (each[0, :3].sum() + each[1, 0]) / 4, "first-dim": each.sum() / 2}
+    for reduction, found in expected.items():
+        step = distil(3.0, reduction=reduction)[1].distill
+        step.tasks.add(task="answer", weight=3.0, loss=plan_pb2.DISTILL_LOSS_KL)
+        teaches = MixtureTeacher(PersonalModel(base_of([SPECS["answer"]]), 2, 4.0), {W: 1.0}, step, "")
+        pair = (student, teacher) if teaches.everywhere else (at_targets(student, labels), at_targets(teacher, labels))
+        torch.testing.assert_close(teaches.loss(batch, *pair), 3.0 * found)
+        assert teaches.divergences() == {"answer": pytest.approx(float(found))}
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a_tasks_distance_counts_in_full_however_few_its_examples(client: ToyClient, micro_batch: int) -> None:
+    class Slope:
+        """Distance with a slope of one for every trained number."""
+
+        everywhere = False
+
+        def outputs(self, batch: Dataset) -> torch.Tensor:
+            return torch.zeros(())
+
+        def loss(self, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+            return torch.stack([parameter.sum() for parameter in parameters.values()]).sum()
+
+    model, data = client.model, client.data.splits["train"]
+    model.load(W, client.model.initial(5))
+    model.activate({W: 1.0})
+    model.micro_batch = micro_batch
+    parameters = model.trainable(W, model.layout)
+    everything = Training(local_steps=1, batch_size=len(data), max_grad_norm=0.0, learning_rate=1e-20)
+    slopes = []
+    for teacher in (None, Slope()):
+        training.train(model, train(W, everything).train, parameters, data, 1, teacher=teacher)
+        slopes.append([parameter.grad.clone() for parameter in parameters.values() if parameter.grad is not None])
+    for plain, taught in zip(*slopes, strict=True):
+        torch.testing.assert_close(taught - plain, torch.full_like(plain, 2.0))  # one for each of two tasks
+
+
+def test_no_gradient_reaches_a_teacher(client: ToyClient, monkeypatch: pytest.MonkeyPatch) -> None:  # T15
+    original, seen = MixtureTeacher.loss, []
+
+    def listen(self: MixtureTeacher, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        seen.append((outputs.requires_grad, logits.requires_grad))
+        return original(self, batch, logits, outputs)
+
+    monkeypatch.setattr(MixtureTeacher, "loss", listen)
+    client.run(1, distil(1.0), {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)})
+    assert set(seen) == {(False, True)}
+
+
+def strategy_for(client: ToyClient, **training_: object) -> tuple[Tap, Client]:
+    tasks = [
+        report_pb2.Task(name=name, kind=task.kind, examples={"train": len(task.splits["train"])}, groups=task.groups)
+        for name, task in client.data.each_task.items()
+    ]
+    tap = Tap(TapOptions(distill_steps=3), Training(local_steps=1, **training_), seed=5)  # type: ignore[arg-type]
+    enrolled = Client("ada", 7, client.model.layout, 9, "toy", report_pb2.Registration(tasks=tasks))
+    tap.enrol(enrolled)
+    return tap, enrolled
+
+
+@pytest.mark.parametrize("rate", [0.05, 1e38])
+def test_a_client_that_was_never_asked_gets_a_model_even_where_stage_two_diverges(tmp_path: Path, rate: float) -> None:
+    client = ToyClient(tmp_path / "a", tasks=("digit",), counts=(4,))
+    tap, enrolled = strategy_for(client, learning_rate=rate, max_grad_norm=0.0)
+    brief = tap.deliver(enrolled)
+    found = client.run(1, brief.steps, brief.adapters)
+    diverges = rate > 1
+    trains = [r.distill.train if r.HasField("distill") else r.train for r in client.report.results]
+    assert [train.diverged for train in trains if train.steps or train.diverged] == [diverges, diverges]
+    assert torch.equal(found[X].vector, client.model.initial(5).vector)
+    for slot, before in (("finetuned", W), ("distilled", X)):
+        assert torch.equal(found[slot].vector, found[before].vector) == diverges
+    assert found["distilled"].is_finite
+    assert (client.folder / "adapter").is_dir()
+
+
+def test_a_last_step_that_leaves_no_numbers_is_a_divergence(client: ToyClient) -> None:
+    teacher = {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)}
+    start_x, step = distil(1e300)  # what is distilled is not in the loss that training watches
+    step.distill.train.steps = 1
+    with pytest.raises(PlanError, match="numbers that are not finite after the last of 1 steps; lower learning-rate"):
+        client.run(1, [start_x, step], teacher)
+    step.distill.train.keep_on_divergence = True
+    found = client.run(1, [start_x, step], teacher)
+    assert client.report.results[1].distill.train.diverged
+    assert torch.equal(found[X].vector, client.model.initial(5).vector)
+
+
+def test_a_slot_cannot_teach_itself(client: ToyClient) -> None:
+    with pytest.raises(PlanError, match="cannot be its own teacher"):
+        client.run(1, distil(1.0, teacher=X))
