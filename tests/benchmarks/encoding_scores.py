@@ -20,6 +20,7 @@ reported.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import tempfile
@@ -33,6 +34,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import client_app.session  # noqa: F401 - these two before what there is is frozen
+import server_app.run.loop  # noqa: F401
 from client_app.plan.training import set_up_torch
 from fedalloy_adapters.files.atomic_files import write_durably
 from fedalloy_adapters.wire.codec import Encoding
@@ -170,6 +173,8 @@ def main() -> None:
     for seed, strategy, encoding in [] if given.table else asked:
         if (folder / f"{strategy}-{encoding}-seed{seed}-{given.split}.json").exists():
             continue
+        gc.collect()
+        gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         run = measure(given.scenario, strategy, encoding, seed, given.split, given.data, given.cache)
         write_durably(folder / run.name, (json.dumps(asdict(run), indent=1) + "\n").encode())
     runs = [run for run in read(folder, given.split) if run.seed in given.seeds and run.strategy in given.strategies]

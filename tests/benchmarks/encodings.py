@@ -10,7 +10,10 @@ of the difference) and the bits per number, mean over the differences:
 * ``topk``: the largest numbers kept as 8-bit integers with one scale per tensor, their positions at the entropy bound
   (log2 of the number of ways to choose them), so that no coder can do better, at the bits of INT4, INT2 and one bit;
 * ``entropy``: bits that an ideal coder without memory needs for the codes of an encoding, beside what DEFLATE (level 9)
-  makes of the payload: what a lossless stage could save;
+  and zstd (level 19) make of the payload: what a lossless stage could save;
+* ``balanced``: both factors of a module scaled to one norm (A / c, c B) before they are encoded;
+* ``budget``: the encoding of each tensor chosen for the smallest error of the whole in as many bits as INT4 or INT2
+  takes, knowing all errors: what a rule that picks encodings from a budget of bytes could gain at most;
 * ``rounding``: the same difference sent again and again, the error of the sum after 16 times: nearest without feedback,
   stochastic without feedback, nearest with feedback, stochastic with feedback.
 """
@@ -26,6 +29,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import pyarrow
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +39,7 @@ from torch import Tensor
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.wire import block_quantisation
-from fedalloy_adapters.wire.codec import Encoding, encode
+from fedalloy_adapters.wire.codec import Encoding, encode, payload_size
 from proto.fedalloy.v1 import adapter_pb2
 from tests.in_process import run_in_process
 
@@ -101,9 +105,45 @@ def _top_k_bits(size: int, count: int) -> float:
     return 8 * count + ways / math.log(2) + 32
 
 
-def squeezed(found: list[Adapter], encoding: Encoding) -> tuple[float, float, float]:
-    """Bits per number: as they are, after DEFLATE, and the entropy of the payload's bytes."""
-    plain, deflated, entropy = [], [], []
+def balanced(one: Adapter, encoding: Encoding) -> tuple[float, float]:
+    """Relative error and bits per number where the factors of each module have one norm while they travel."""
+    factors = torch.ones_like(one.vector)
+    places = {(e.module, e.factor): one.layout.slice_of(e.name) for e in one.layout.entries if e.factor.is_lora}
+    for (module, factor), place in places.items():
+        other = next((p for (name, f), p in places.items() if name == module and f is not factor), place)
+        ratio = float(one.vector[other].norm() / one.vector[place].norm())
+        factors[place] = ratio**0.5 if 0 < ratio < math.inf else 1.0
+    sent = encode(Adapter(one.layout, one.vector * factors), encoding)
+    return relative(sent.decoded.vector / factors, one.vector), 8 * sent.payload_bytes / one.layout.size
+
+
+def budgeted(one: Adapter, fixed: Encoding) -> tuple[float, float]:
+    """Relative error and bits per number of the best choice for each tensor in as many bits as ``fixed`` takes.
+
+    Found by a price of a bit, which is halved until the budget is used.
+    """
+    ways = (Encoding.INT2, Encoding.INT4, Encoding.INT8, Encoding.FP16)
+    dropped = {encoding: encode(one, encoding).decoded.vector - one.vector for encoding in ways}
+    choices: list[list[tuple[float, float]]] = []
+    for entry in one.layout.entries:
+        place, alone = one.layout.slice_of(entry.name), one.layout.select([entry.factor], [entry.module])
+        bits = {encoding: 8.0 * payload_size(alone, encoding) for encoding in ways}
+        choices.append([(float(dropped[way][place].square().sum()), bits[way]) for way in ways])
+    most = 8 * payload_size(one.layout, fixed)
+    chosen, price = [min(tried, key=lambda way: way[1]) for tried in choices], float(one.vector.square().sum())
+    while price > 1e-12 * float(one.vector.square().sum()):
+        now = [min((error + price * bits, (error, bits)) for error, bits in tried)[1] for tried in choices]
+        if sum(bits for _, bits in now) <= most:
+            chosen = now
+        price *= 0.97
+    error, bits = sum(e for e, _ in chosen), sum(b for _, b in chosen)
+    return math.sqrt(error) / float(one.vector.norm()), bits / one.layout.size
+
+
+def squeezed(found: list[Adapter], encoding: Encoding) -> tuple[float, float, float, float]:
+    """Bits per number: as they are, after DEFLATE, after zstd, and the entropy of the payload's bytes."""
+    plain, deflated, zstd, entropy = [], [], [], []
+    codec = pyarrow.Codec("zstd", compression_level=19)
     for one in found:
         sent = encode(one, encoding)
         payload = sent.blob[-sent.payload_bytes :]
@@ -111,8 +151,9 @@ def squeezed(found: list[Adapter], encoding: Encoding) -> tuple[float, float, fl
         shares = counts[counts > 0] / len(payload)
         plain.append(8 * len(payload) / one.layout.size)
         deflated.append(8 * len(zlib.compress(payload, 9)) / one.layout.size)
+        zstd.append(8 * len(codec.compress(payload, asbytes=True)) / one.layout.size)
         entropy.append(float(-(shares * shares.log2()).sum()) * len(payload) / one.layout.size)
-    return mean(plain), mean(deflated), mean(entropy)
+    return mean(plain), mean(deflated), mean(zstd), mean(entropy)
 
 
 def stochastic(numbers: Adapter, encoding: Encoding, draw: torch.Generator) -> Tensor:
@@ -165,9 +206,15 @@ def main() -> None:
     for bits in (rows["int4"][1], rows["int2"][1], 1.0):
         tried = [top_k(one, bits) for one in found]
         rows[f"topk at {bits:.2f} bits"] = mean(error for error, _ in tried), mean(used for _, used in tried)
+    for encoding in (Encoding.INT8, Encoding.INT4, Encoding.INT2):
+        scaled = [balanced(one, encoding) for one in found]
+        rows[f"{encoding}, balanced"] = mean(error for error, _ in scaled), mean(bits for _, bits in scaled)
+    for encoding in (Encoding.INT4, Encoding.INT2):
+        best = [budgeted(one, encoding) for one in found]
+        rows[f"budget of {encoding}"] = mean(error for error, _ in best), mean(bits for _, bits in best)
     show("One difference", rows, "relative error", "bits per number")
     lossless = {str(encoding): squeezed(found, encoding) for encoding in Encoding}
-    show("A lossless stage", lossless, "bits per number", "deflated", "entropy of bytes")
+    show("A lossless stage", lossless, "bits per number", "deflated", "zstd", "entropy of bytes")
     ways = {"nearest": (False, False), "stochastic": (True, False), "nearest, feedback": (False, True)}
     ways |= {"stochastic, feedback": (True, True)}
     sums = {

@@ -77,6 +77,9 @@ def compare(
         bool, typer.Option("--cluster", help="On local SuperNodes, with bytes on the wire; slower.")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, one process and thread each.")] = 1,
+    encodings: Annotated[
+        str, typer.Option(help="Comma-separated, as uplink-encoding: the strategies at each of these, too.")
+    ] = "",
 ) -> None:
     """Which strategy for these clients, at what cost; by default in this process, without a network."""
     from server_app.tools.compare.command import compare as run_comparison
@@ -98,6 +101,7 @@ def compare(
             place="cluster" if cluster else "process",
             workers=jobs,
             nodes=read_clients_file(clients_file) if clients_file else None,
+            encodings=listed(encodings),
         )
     if found.lines:
         for line in verdict(found):

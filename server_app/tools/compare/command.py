@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from client_app.scenarios import FROM_FILES, NAMES
 from client_app.scenarios.files import SCENARIOS
 from fedalloy_adapters.files.atomic_files import locked, write_durably
+from fedalloy_adapters.wire.codec import Encoding
 from server_app.run.options import read_run_options
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings
@@ -94,6 +95,7 @@ def compare(
     place: str = "process",
     workers: int = 1,
     nodes: Nodes | None = None,
+    encodings: Sequence[str] = (),
 ) -> tuple[Comparison, dict[str, str]]:
     """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
 
@@ -102,7 +104,8 @@ def compare(
     Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
     ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after. So
     many ``workers`` carry out runs side by side, each in a process of its own. ``nodes`` has a node-config for each
-    client by its id, which says where its data are; without it ``clients`` share the scenario's.
+    client by its id, which says where its data are; without it ``clients`` share the scenario's. The asked
+    ``strategies`` also run at each of the ``encodings``, both ways, as lines of their own (``fedavg-int4``).
 
     Raises:
         OptionError: a strategy, scenario or key is unknown, a value is not valid, ``out`` cannot be written or has
@@ -123,7 +126,10 @@ def compare(
     clients = len(nodes) or clients
     _check_data(scenario, clients, options or {}, nodes)
     read_run_options(options or {})  # those of a strategy that does not run, too
-    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place, nodes))
+    for name in encodings:
+        require_choice("--encodings", name, list(Encoding))
+    encoded = [(name, one) for name in dict.fromkeys(strategies) if name != EVERY for one in encodings]
+    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place, nodes, encoded))
     for job in jobs:
         read_run_options(job.config)
         strategy_from_run_config(job.config)
@@ -170,15 +176,20 @@ def jobs_of(
     options: Mapping[str, Any],
     place: str = "process",
     nodes: Nodes | None = None,
+    encoded: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Job]:
-    """Every run, seed by seed: a comparison that is interrupted has all strategies of the first seeds."""
+    """Every run, seed by seed: a comparison that is interrupted has all strategies of the first seeds.
+
+    ``encoded`` has strategies with encodings beside them, of which each is a run more.
+    """
     for seed in seeds:
-        for strategy in strategies:
+        for strategy, encoding in (*((name, "") for name in strategies), *encoded):
             others = tuple(f"{name}." for name in STRATEGIES if name != strategy)
             config: dict[str, Any] = {key: value for key, value in options.items() if not key.startswith(others)}
             config |= {"strategy": strategy, "scenario": scenario, "seed": seed}
             config |= {"num-server-rounds": rounds, "min-clients": clients}
-            yield Job(strategy, seed, config, place, nodes or {})
+            config |= dict.fromkeys(("uplink-encoding", "downlink-encoding"), encoding) if encoding else {}
+            yield Job(f"{strategy}-{encoding}" if encoding else strategy, seed, config, place, nodes or {})
 
 
 def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: Nodes) -> None:

@@ -10,7 +10,7 @@ from server_app.tools.compare.costs import bytes_by_kind, reconciliation, slowes
 from server_app.tools.compare.figures import as_table
 from server_app.tools.compare.merges import merges
 from server_app.tools.compare.records import FinishedRun, remarks
-from server_app.tools.compare.scores import costs, curves, differences, means
+from server_app.tools.compare.scores import by_encoding, costs, curves, differences, means
 from server_app.tools.compare.statistics import COSTS, Comparison, Line, Paired, cells_of, explanation
 
 STYLE = """
@@ -94,7 +94,7 @@ def as_html(found: Comparison, runs: Sequence[FinishedRun], title: str, failed: 
     if found.lines:
         parts = {
             "Clients": [means(found), *differences(found), curves(found, rows)],
-            "Cost": [*costs(found), *bytes_by_kind(found, runs), slowest(found, rows)],
+            "Cost": [*costs(found), *by_encoding(found), *bytes_by_kind(found, runs), slowest(found, rows)],
             "What was merged": merges(runs, found.metric),
         }
     text = "".join(f"<h2>{name}</h2>{''.join(figures)}" for name, figures in parts.items() if figures)

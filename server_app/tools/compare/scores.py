@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+from fedalloy_adapters.wire.codec import Encoding
 from server_app.tools.compare.figures import COLOURS, DASHES, OUTLINED, ROLES, Table, figure, heights, ticks
 from server_app.tools.compare.statistics import COSTS, Comparison, Line, Row, Scores, gains_over
 
@@ -61,6 +62,48 @@ def costs(found: Comparison) -> list[str]:
     level = "on the wire" if found.level == "wire" else "of serialised messages"
     axes = {"bytes": f"MB up and down, {level}", "seconds": "seconds, sum of each round's slowest client"}
     return [_cost(found, what, axes[what], cost) for what, cost in COSTS.items()]
+
+
+def by_encoding(found: Comparison) -> list[str]:
+    """The metric against bytes, a line for each strategy through its encodings; nothing where none were compared."""
+    import plotly.graph_objects as go
+
+    cost = COSTS["bytes"]
+    sides: dict[str, list[tuple[str, Line]]] = {}
+    for line in found.lines:
+        strategy, _, encoding = line.strategy.rpartition("-")
+        if strategy and encoding in list(Encoding) and not math.isnan(line.mean.value):
+            sides.setdefault(strategy, []).append((encoding, line))
+    if not sides:
+        return []
+    chart, body = go.Figure(), []
+    for place, (strategy, points) in enumerate(sides.items()):
+        points.sort(key=lambda point: cost(point[1]))
+        means = [line.mean for _, line in points]
+        chart.add_scatter(
+            x=[cost(line) for _, line in points], y=[mean.value for mean in means], name=strategy,
+            text=[encoding for encoding, _ in points], mode="lines+markers+text", textposition=PLACES[place % 2],
+            marker={"size": 9, "color": COLOURS[place % len(COLOURS)]}, cliponaxis=False,
+            error_y={
+                "array": [mean.high - mean.value for mean in means],
+                "arrayminus": [mean.value - mean.low for mean in means],
+                "thickness": 1,
+            },
+        )  # fmt: skip
+        rows = [(f"{line.mean.value:.3f}", f"{line.mean.low:.3f}", f"{line.mean.high:.3f}") for _, line in points]
+        body += [[strategy, name, f"{cost(line):.3f}", *row] for (name, line), row in zip(points, rows, strict=True)]
+    spread = [cost(line) for points in sides.values() for _, line in points]
+    if min(spread) > 0:
+        marks = ticks(min(spread), max(spread))
+        chart.update_xaxes(type="log", tickvals=marks, ticktext=[f"{mark:g}" for mark in marks])
+    axis = f"MB up and down, {'on the wire' if found.level == 'wire' else 'of serialised messages'}"
+    chart.update_layout(xaxis_title=axis, yaxis_title=f"mean {found.metric}")
+    said = (
+        f"Mean {found.metric} with its 95 % interval against bytes, a line for each strategy and on it a point for "
+        "each encoding. Where a line is level, the smaller encoding costs nothing that can be seen."
+    )
+    table: Table = (["strategy", "encoding", axis, f"mean {found.metric}", "low", "high"], body)
+    return [figure(chart, f"{found.metric.capitalize()} against bytes, by encoding", said, table, 460)]
 
 
 def curves(found: Comparison, rows: Sequence[Row]) -> str:

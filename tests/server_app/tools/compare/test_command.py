@@ -62,6 +62,13 @@ def test_runs_are_named_by_what_they_are_told() -> None:
     }
 
 
+def test_encodings_are_runs_of_their_own() -> None:
+    plain, encoded = jobs_of(["fedmerge"], [7], "digits", 3, 2, {"fedmerge.models": 2}, encoded=[("fedmerge", "int4")])
+    assert (plain.strategy, encoded.strategy) == ("fedmerge", "fedmerge-int4")
+    assert encoded.name.startswith("fedmerge-int4-seed7-")
+    assert dict(encoded.config) == {**plain.config, "uplink-encoding": "int4", "downlink-encoding": "int4"}
+
+
 def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path, alone: None) -> None:
     out = tmp_path / "out"
     (out / "runs").mkdir(parents=True)
@@ -177,6 +184,8 @@ def test_an_unknown_strategy_is_refused_before_anything_runs(tmp_path: Path) -> 
     for options, finding in (({"local-step": 3}, "did you mean 'local-steps'"), ({"ditto.pull": -1.0}, "pull = -1.0")):
         with pytest.raises(OptionError, match=finding):
             compare("digits", ["ditto"], [0], tmp_path / "out", console(tmp_path / "said"), options=options)
+    with pytest.raises(OptionError, match="--encodings = 'int5'"):
+        compare("digits", ["ditto"], [0], tmp_path / "out", console(tmp_path / "said"), encodings=["int5"])
     assert not (tmp_path / "out").exists()
 
 

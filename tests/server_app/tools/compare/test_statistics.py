@@ -15,7 +15,7 @@ from rich.console import Console
 
 from server_app.tools.compare.html import as_html, at_a_glance, verdict
 from server_app.tools.compare.merges import matrix_of
-from server_app.tools.compare.scores import PLACES, _places
+from server_app.tools.compare.scores import PLACES, _places, by_encoding
 from server_app.tools.compare.statistics import (
     METRICS,
     Row,
@@ -275,6 +275,24 @@ def test_the_page_stands_alone_and_every_chart_has_a_text_and_its_numbers() -> N
     assert "@media print" in text
     unwired = rows_of(wire=None)
     assert "The wire was not measured" in as_html(compared(unwired), runs_of(unwired, wired=False), "")
+
+
+def test_encodings_have_a_line_for_each_strategy() -> None:
+    pytest.importorskip("plotly", reason="the extra 'report' is not installed")
+    assert by_encoding(compared()) == []
+    own = [row for row in rows_of() if row.strategy == "rival"]
+    rows = [
+        replace(row, strategy=f"rival-{name}", bytes={key: count // size for key, count in row.bytes.items() if count})
+        for row in own
+        for name, size in (("fp32", 1), ("int4", 8))
+    ]
+    (text,) = by_encoding(comparison_of([*own, *rows], ["rival", "rival-fp32", "rival-int4"], ()))
+    page = Page()
+    page.feed(text)
+    found = [cell.strip() for cell in page.cells]
+    assert found.count("rival") == 2  # and none of what ran with other encodings
+    assert found[found.index("int4") + 1] == "6.750"  # 3 clients, 3 rounds, 6 MB, an eighth of it
+    assert found[found.index("fp32") + 1] == "54.000"
 
 
 def test_labels_of_points_that_are_close_go_to_different_sides() -> None:
