@@ -286,7 +286,8 @@ class Run:
     def _sample(self, round_: int, clients: list[Client]) -> list[Client]:
         if self.strategy.needs_everyone(round_):
             return clients
-        count = max(self.options.least, round(self.options.fraction_clients * len(clients)))
+        fraction = self.strategy.fraction(self.options.fraction_clients)
+        count = max(self.options.least, round(fraction * len(clients)))
         kind = self.strategy.participants or self.options.participants
         return choose(kind, clients, count, round_=round_, seed=self.options.seed, seconds=self.answer_seconds)
 

@@ -57,11 +57,11 @@ class PartAverage(Averaging[OptionsT]):
                 relative_to_received=wanted.of(client.layout).contains(shared.of(client.layout)),
             ),
         ]
-        return Brief(plan, self._received(wanted, client))
+        return Brief(plan, self.received(client, wanted))
 
     def deliver(self, client: Client) -> Brief:
         """The part inside what the client holds."""
-        return Brief(super().deliver(client).steps, self._received(self.wanted(0, client), client))
+        return Brief(super().deliver(client).steps, self.received(client))
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The whole adapter, from the seed."""
@@ -75,5 +75,7 @@ class PartAverage(Averaging[OptionsT]):
         """Equal layouts: parts of groups are not shared here."""
         return first.digest == second.digest
 
-    def _received(self, wanted: Part, client: Client) -> dict[str, Adapter]:
+    def received(self, client: Client, wanted: Part | None = None) -> dict[str, Adapter]:
+        """What the client is sent; None: that of the delivery."""
+        wanted = self.wanted(0, client) if wanted is None else wanted
         return {SLOT: self.global_model.part(wanted.of(client.layout))}

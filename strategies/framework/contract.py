@@ -206,6 +206,10 @@ class Contract(ABC, Generic[OptionsT]):
         """Whether all clients take part in this round, whatever fraction the run samples; by default never."""
         return False
 
+    def fraction(self, configured: float) -> float:
+        """Share of the clients that a round asks (the first one, where cohorts grow); by default what the run says."""
+        return configured
+
     def dispatch(
         self,
         round_: int,

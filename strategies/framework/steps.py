@@ -34,9 +34,9 @@ def ensemble(slots: Sequence[str], shares: str) -> plan_pb2.Mixture:
     return mix
 
 
-def attribute(slots: Sequence[str], shares: str) -> Step:
-    """Divide every training example among ``slots``; ``shares`` holds the means."""
-    return Step(attribute=plan_pb2.AttributeStep(slots=list(slots), shares=shares, split="train"))
+def attribute(slots: Sequence[str], shares: str, *, split: str = "train") -> Step:
+    """Divide every example of a split among ``slots``; ``shares`` holds the means."""
+    return Step(attribute=plan_pb2.AttributeStep(slots=list(slots), shares=shares, split=split))
 
 
 def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:

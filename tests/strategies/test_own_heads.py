@@ -26,7 +26,9 @@ from tests.strategies.conftest import FakeGrid
 from tests.strategies.test_every_strategy import RealNode
 
 TRAINING = Training(local_steps=3, batch_size=32, learning_rate=0.01, evaluate_split="validation")
-OPTIONS: dict[str, dict[str, Any]] = {"fedrep": {"own": "*.layers.1.*"}, "fedalt": {"mixer": "scalar"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: {"own": "*.layers.1.*"} for name in ("co-pfl", "fedapm", "fedppa", "fedrep", "straggler-resilient")
+} | {"fedalt": {"mixer": "scalar"}}
 """Where the default needs a head that is everybody's, or saves a model in parts."""
 
 

@@ -54,7 +54,7 @@ RIVALS = sorted(set(STRATEGIES) - {"local", "fedavg", "fedmerge", "potara", "fed
 BUILDS |= {name: lambda name=name, **k: STRATEGIES[name](**k) for name in RIVALS}
 # Their factors may turn, and these clients measure factors.
 DELTAS = {"fedavg-delta", "flora", "flexlora", "fedex-lora", "nan", "task-arithmetic", "ties", "dare", "regmean"}
-ANY_RANK = {"local", "local-all", "local-twice", "flora", "flexlora"}
+ANY_RANK = {"local", "local-all", "local-twice", "flora", "flexlora", "hetlora", "pfedhn"}
 every_strategy = pytest.mark.parametrize("name", BUILDS)
 
 
