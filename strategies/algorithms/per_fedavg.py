@@ -1,0 +1,88 @@
+r"""Per-FedAvg: a global adapter from which few steps on a client's own data lead to a good personal one.
+
+Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning
+Approach", NeurIPS 2020, in its first-order form (FO): with the received w, in each of several turns
+
+.. math:: \tilde w = w - \alpha \nabla F(w; D), \qquad w \leftarrow w - \beta \nabla F(\tilde w; D')
+
+on batches D and D'. The client's model is :math:`\tilde w`, fine-tuned from the last w. Local work is FedAvg's:
+``local-steps`` are divided among the turns, and in each turn among the two lines. Several steps may stand for each
+gradient (the paper: one): the second line adds what the steps from :math:`\tilde w` on have moved. It is the paper's
+rule with ``optimizer = "sgd"`` and ``max-grad-norm = 0``; AdamW divides each step by the gradient's size. Reptile
+(Nichol, Achiam, Schulman, 2018) would move w to where all steps end: with a server rate of one that is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.fedavg import SLOT, Averaging
+from strategies.framework import About, Brief, Client, steps
+from strategies.framework.options import require_range
+
+ADAPTED, AHEAD = "adapted", "ahead"
+
+
+@dataclass(frozen=True)
+class PerFedAvgOptions:
+    """How a round's local steps are divided, and how long a client adapts in the end."""
+
+    turns: int = 5
+    """How often in a round the client adapts and moves the global adapter; at most half of ``local-steps``."""
+    adaptation_steps: int = 0
+    """Steps from the global adapter to the client's at delivery; 0: as many as in a turn."""
+
+    def __post_init__(self) -> None:
+        require_range("turns", self.turns, 1, 1000)
+        require_range("adaptation-steps", self.adaptation_steps, 0, 2**31 - 1)
+
+
+class PerFedAvg(Averaging[PerFedAvgOptions]):
+    """One start for all, and a few steps of one's own."""
+
+    name = "per-fedavg"
+    about = About("FedAvg's adapter, trained so that few steps of its own on it go far")
+
+    def brief(self, round_: int, client: Client) -> Brief:
+        """Evaluate the global adapter as it was sent; adapt and move it, turn by turn; send it."""
+        plan = [steps.evaluate(self.training, steps.mixture(SLOT))]
+        for turn in range(self._turns):
+            plan += [self._copy(ADAPTED, SLOT), *self._adapt(turn), *self._move(turn)]
+        return Brief([*plan, steps.send(self.training, SLOT)], {SLOT: self.part_of(client)})
+
+    def deliver(self, client: Client) -> Brief:
+        """Adapt once more."""
+        mix = self.personal(client)
+        count = self.options.adaptation_steps or self._share(0)[0]
+        adapt = steps.train(self.training, mix, [ADAPTED], steps=count)
+        plan = [self._copy(ADAPTED, SLOT), adapt, steps.save(mix), steps.evaluate(self.training, mix)]
+        return Brief(plan, {SLOT: self.part_of(client)})
+
+    def personal(self, client: Client) -> plan_pb2.Mixture:
+        """The adapted one."""
+        return steps.mixture(ADAPTED)
+
+    @property
+    def _turns(self) -> int:
+        return max(1, min(self.options.turns, self.training.local_steps // 2))
+
+    def _share(self, turn: int) -> tuple[int, int]:
+        """The turn's steps of either kind; one local step in all is one of the second."""
+        total, turns = self.training.local_steps, self._turns
+        steps_ = total * (turn + 1) // turns - total * turn // turns
+        return steps_ // 2, steps_ - steps_ // 2
+
+    def _adapt(self, turn: int) -> list[steps.Step]:
+        count = self._share(turn)[0]
+        return [steps.train(self.training, steps.mixture(ADAPTED), [ADAPTED], steps=count)] if count else []
+
+    def _move(self, turn: int) -> list[steps.Step]:
+        """The global adapter moves by what the steps from the adapted one on move."""
+        ahead = steps.train(self.training, steps.mixture(AHEAD), [AHEAD], steps=self._share(turn)[1])
+        moved = steps.mixture(SLOT, AHEAD, ADAPTED, coefficients=[1.0, 1.0, -1.0])
+        return [self._copy(AHEAD, ADAPTED), ahead, steps.merge(SLOT, moved, space="factor")]
+
+    def _copy(self, slot: str, source: str) -> steps.Step:
+        """A merge of one: copies that open a plan would be made before the global adapter is installed."""
+        return steps.merge(slot, steps.mixture(source), space="factor")
