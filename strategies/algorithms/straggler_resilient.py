@@ -1,0 +1,77 @@
+r"""Straggler-resilient personalised learning: a common representation, trained by the fastest clients first.
+
+Tziotis, Shen, Pedarsani, Hassani, Mokhtari, "Straggler-Resilient Personalized Federated Learning", TMLR 2023: FedRep (a
+shared representation, own heads) in which the first rounds ask only the clients that answer soonest. Early rounds are
+far from the optimum, where few clients' examples do; as accuracy grows the cohort doubles, until all take part. So a
+round takes as long as its slowest participant, and slow clients are waited for only in the last ones.
+
+The first cohort is the share ``first`` of the clients; it doubles every round (in the paper when the loss has fallen to
+the cohort's statistical accuracy, which is not known here). Speeds are those of the answers so far. Clients that were
+never asked are delivered the representation, with a head that they fit to it in ``local-steps`` steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from strategies.families.own_part import OwnPart, OwnPartOptions
+from strategies.framework import About, Answer, Brief, Client, State
+from strategies.framework.options import require_range
+
+
+@dataclass(frozen=True)
+class StragglerResilientOptions(OwnPartOptions):
+    """What is the client's own, and who begins."""
+
+    first: float = 0.5
+    """Share of the clients in the first round's cohort."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("first", self.first, 0, 1)
+
+
+class StragglerResilient(OwnPart[StragglerResilientOptions]):
+    """FedRep whose cohorts grow."""
+
+    name = "straggler-resilient"
+    about = About(
+        "a global representation that the fastest clients begin, its own head (or other modules)",
+        trains="head, then the rest",
+        travels="the rest up, the rest down, for the fastest at first",
+    )
+    participants = "fastest"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trained: set[str] = set()
+
+    def fraction(self, configured: float) -> float:
+        """The first cohort's share."""
+        return self.options.first
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep the part, and who has a trained head."""
+        super().absorb(round_, client, answer)
+        self.trained.add(client.id)
+
+    def deliver(self, client: Client) -> Brief:
+        """FedRep's; who was never asked fits its own part first."""
+        brief = super().deliver(client)
+        if client.id in self.trained:
+            return brief
+        start = self.prepare(0, client)
+        return Brief(
+            [*start, *self.train_own(client, self.training.local_steps), *brief.steps[len(start) :]], brief.adapters
+        )
+
+    def state(self) -> State:
+        """The representation, and who has trained."""
+        found = super().state()
+        return State(found.tensors, found.values | {"trained": sorted(self.trained)})
+
+    def load_state(self, state: State) -> None:
+        """Continue from saved numbers; clients are enrolled before."""
+        super().load_state(state)
+        self.trained = set(state.values["trained"])
