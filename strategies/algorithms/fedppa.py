@@ -1,7 +1,7 @@
 r"""FedPPA: the client's own adapter is aligned with the global one little by little while it trains.
 
-Prasetia, Saputra, Putra, "FedPPA: Progressive Parameter Alignment for Personalized Federated Learning", 2025
-(arXiv 2510.14698). Its abstract and summaries were at hand; derived from them: a client keeps its own adapter :math:`m_k` and
+Prasetia, Saputra, Putra, "FedPPA: Progressive Parameter Alignment for Personalized Federated Learning", 2025 (arXiv
+2510.14698). Its abstract and summaries were at hand; derived from them: a client keeps its own adapter :math:`m_k` and
 is sent the average :math:`\bar m` of the modules that all have in common. Its local steps are divided into S
 ``stages``; before stage s
 

@@ -93,7 +93,8 @@ def test_two_rounds_with_real_clients(
         assert losses[-1] != losses[0]  # the model is no longer the base
     results = [result for node in nodes for report in node.reports for result in report.results]
     trains = [r.distill.train if r.HasField("distill") else r.train for r in results]
-    trains = [train for train in trains if train.steps > 1]
+    trains = [train for train in trains if train.steps]
     assert len(trains) >= 6
     # Every batch is the whole split, so that these are the same loss before and after.
-    assert sum(train.last_loss < train.first_loss for train in trains) > 0.8 * len(trains)
+    longer = [train for train in trains if train.steps > 1]
+    assert sum(train.last_loss < train.first_loss for train in longer) >= 0.8 * len(longer)

@@ -80,7 +80,7 @@ def test_every_strategy_takes_the_majority_in_first(name: str) -> None:
     strategy = strategy_from_run_config({"strategy": name})
     odd = client_of("aaa", layout_of(base="another-model"))
     votes = strategy.votes([odd, client_of("cyd", LAYOUT), client_of("ben", LAYOUT)])
-    if name.startswith("local"):
+    if name.startswith("local") or name == "pfedhn":  # which take any layout
         assert votes == {"aaa": 3, "ben": 3, "cyd": 3}
     else:
         assert list(votes.items()) == [("ben", 2), ("cyd", 2), ("aaa", 1)]
