@@ -47,7 +47,7 @@ class DFedPGP(Gossip[GossipOptions]):
 
     def train(self, client: Client) -> list[steps.Step]:
         """The head, then the rest."""
-        head, total = list(client.layout.head_modules), self.training.local_steps
+        head, total = list(client.layout.head_modules), self.local_steps(client)
         if not head:
             return super().train(client)
         parts = ((head, total // 2), (list(self.part(client.layout).modules), total - total // 2))

@@ -54,7 +54,7 @@ class FedAPM(OwnPart[FedAPMOptions]):
 
     def brief(self, round_: int, client: Client) -> Brief:
         """FedRep's round around the centre; then the dual grows by how far the client is from what it received."""
-        own, shared = self.divided_steps()
+        own, shared = self.divided_steps(client)
         dual = [] if client.id in self.duals else [_sum(DUAL, {SLOT: 0.0})]
         plan = [
             *self.prepare(round_, client),

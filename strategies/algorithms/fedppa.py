@@ -54,7 +54,8 @@ class FedPPA(OwnPart[FedPPAOptions]):
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate, align and train in stages, send the common part."""
         common = self.shared(round_, client).modules
-        stages, total = min(self.options.stages, self.training.local_steps), self.training.local_steps
+        total = self.local_steps(client)
+        stages = min(self.options.stages, total)
         mix = self.personal(client)
         plan = [*self.prepare(round_, client), steps.evaluate(self.training, mix)]
         for stage in range(1, stages + 1):

@@ -47,39 +47,33 @@ class PerFedAvg(Averaging[PerFedAvgOptions]):
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate the global adapter as it was sent; adapt and move it, turn by turn; send it."""
         plan = [steps.evaluate(self.training, steps.mixture(SLOT))]
-        for turn in range(self._turns):
-            plan += [self._copy(ADAPTED, SLOT), *self._adapt(turn), *self._move(turn)]
+        for adapting, moving in self.shares(self.local_steps(client)):
+            plan += [self._copy(ADAPTED, SLOT), *self._adapt(adapting), *self._move(moving)]
         return Brief([*plan, steps.send(self.training, SLOT)], {SLOT: self.part_of(client)})
 
     def deliver(self, client: Client) -> Brief:
         """Adapt once more."""
         mix = self.personal(client)
-        count = self.options.adaptation_steps or self._share(0)[0]
-        adapt = steps.train(self.training, mix, [ADAPTED], steps=count)
-        plan = [self._copy(ADAPTED, SLOT), adapt, steps.save(mix), steps.evaluate(self.training, mix)]
+        count = self.options.adaptation_steps or self.shares(self.local_steps(client))[0][0]
+        plan = [self._copy(ADAPTED, SLOT), *self._adapt(count), steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {SLOT: self.part_of(client)})
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
         """The adapted one."""
         return steps.mixture(ADAPTED)
 
-    @property
-    def _turns(self) -> int:
-        return max(1, min(self.options.turns, self.training.local_steps // 2))
+    def shares(self, total: int) -> list[tuple[int, int]]:
+        """Each turn's steps of either kind, of so many in all; a single step is one of the second kind."""
+        turns = max(1, min(self.options.turns, total // 2))
+        counts = [total * (turn + 1) // turns - total * turn // turns for turn in range(turns)]
+        return [(count // 2, count - count // 2) for count in counts]
 
-    def _share(self, turn: int) -> tuple[int, int]:
-        """The turn's steps of either kind; one local step in all is one of the second."""
-        total, turns = self.training.local_steps, self._turns
-        steps_ = total * (turn + 1) // turns - total * turn // turns
-        return steps_ // 2, steps_ - steps_ // 2
-
-    def _adapt(self, turn: int) -> list[steps.Step]:
-        count = self._share(turn)[0]
+    def _adapt(self, count: int) -> list[steps.Step]:
         return [steps.train(self.training, steps.mixture(ADAPTED), [ADAPTED], steps=count)] if count else []
 
-    def _move(self, turn: int) -> list[steps.Step]:
+    def _move(self, count: int) -> list[steps.Step]:
         """The global adapter moves by what the steps from the adapted one on move."""
-        ahead = steps.train(self.training, steps.mixture(AHEAD), [AHEAD], steps=self._share(turn)[1])
+        ahead = steps.train(self.training, steps.mixture(AHEAD), [AHEAD], steps=count)
         moved = steps.mixture(SLOT, AHEAD, ADAPTED, coefficients=[1.0, 1.0, -1.0])
         return [self._copy(AHEAD, ADAPTED), ahead, steps.merge(SLOT, moved, space="factor")]
 

@@ -63,7 +63,7 @@ class StragglerResilient(OwnPart[StragglerResilientOptions]):
             return brief
         start = self.prepare(0, client)
         return Brief(
-            [*start, *self.train_own(client, self.training.local_steps), *brief.steps[len(start) :]], brief.adapters
+            [*start, *self.train_own(client, self.local_steps(client)), *brief.steps[len(start) :]], brief.adapters
         )
 
     def state(self) -> State:

@@ -49,7 +49,7 @@ class OwnPart(PartAverage[OwnT]):
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
         """The own part with the shared one frozen, then the shared part with the own one frozen."""
-        own, shared = self.divided_steps()
+        own, shared = self.divided_steps(client)
         return [*self.train_own(client, own), *self.train_shared(client, shared)]
 
     def train_own(self, client: Client, count: int) -> list[steps.Step]:
@@ -64,9 +64,9 @@ class OwnPart(PartAverage[OwnT]):
         part = self.shared(0, client).modules
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], modules=part, steps=count, proximal=pull)]
 
-    def divided_steps(self) -> tuple[int, int]:
+    def divided_steps(self, client: Client) -> tuple[int, int]:
         """How many of a round's local steps go to either part; both get some where the share is between 0 and 1."""
-        total, share = self.training.local_steps, self.options.own_steps
+        total, share = self.local_steps(client), self.options.own_steps
         first = round(share * total)
         if 0 < share < 1 < total:
             first = min(max(first, 1), total - 1)

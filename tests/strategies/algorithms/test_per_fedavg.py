@@ -6,7 +6,6 @@ import torch
 
 from fedalloy_adapters.adapter import Adapter
 from strategies.algorithms.per_fedavg import PerFedAvg, PerFedAvgOptions
-from strategies.framework.steps import Training
 from tests.strategies.fleet import Fleet
 
 
@@ -31,7 +30,6 @@ def test_a_turn_moves_the_global_adapter_by_the_gradient_at_the_adapted_one() ->
 
 def test_local_steps_are_divided_among_turns_and_lines() -> None:
     for turns, total in ((5, 30), (5, 13), (50, 7), (1, 1)):
-        strategy = PerFedAvg(PerFedAvgOptions(turns=turns), Training(local_steps=total))
-        shares = [strategy._share(turn) for turn in range(strategy._turns)]
+        shares = PerFedAvg(PerFedAvgOptions(turns=turns)).shares(total)
         assert sum(adapt + move for adapt, move in shares) == total
         assert all(move >= 1 and 0 <= move - adapt <= 1 for adapt, move in shares)
