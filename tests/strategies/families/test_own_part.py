@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedalloy_adapters.adapter import Adapter
-from server_app.run.participants import choose
+from server_app.run.clients.participants import choose
 from strategies import STRATEGIES
 from tests.strategies.fleet import LAYOUT, NAMES, Fleet
 
