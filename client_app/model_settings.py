@@ -57,6 +57,9 @@ class ModelSettings:
     bound."""
     group_by_length: bool = False
     """Training batches have texts of similar lengths: of every eight batches, the same examples, sorted."""
+    packing: bool = False
+    """Training texts share rows, each for itself: no time goes into padding. For ``causal-lm``, where the model keeps
+    them apart by their positions; refused elsewhere."""
     max_length: int = 512
     """Tokens of one example; a longer prompt loses its beginning, a longer text its end."""
     max_new_tokens: int = 64

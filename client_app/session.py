@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from client_app.data.arrival import streamed
-from client_app.data.dataset import Base, ClientData
+from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.task_kinds import kind_of
 from client_app.guard.disclosure import told
 from client_app.guard.noise import secret_of
@@ -22,6 +23,7 @@ from client_app.guard.policy import PolicyError
 from client_app.guard.record import Record, asked, left
 from client_app.guard.run_binding import bind_run, require_same_run
 from client_app.model.alignment import load_alignment
+from client_app.model.forward.packing import reason_against
 from client_app.model.personal import PersonalModel
 from client_app.model.start_adapter import read_start_adapter
 from client_app.own.about import write_about
@@ -36,7 +38,7 @@ from client_app.plan.slots import SlotStore
 from client_app.plan.training import autocast, set_up_torch
 from client_app.scenarios import FROM_FILES, NAMES, load_scenario
 from client_app.scenarios.files import load_files
-from client_app.settings import NodeConfigError, Settings
+from client_app.settings import NodeConfigError, Settings, SettingsError
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.files.atomic_files import private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -144,7 +146,7 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
 
 
 def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
-    device = set_up_torch()
+    device = set_up_torch(settings.torch_threads or 1)
     base, data = base_and_data(settings)
     model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
     model.micro_batch = settings.model.micro_batch_size
@@ -153,7 +155,32 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
         model.align(load_alignment(settings.alignments, settings.alignment, model.layout))
     model.module.to(device)
     model.target_losses.chunk_bytes = settings.model.logits_chunk_mb * 10**6
+    if settings.model.packing:
+        _pack(model, data)
     return model, replace(data, notes=(*data.notes, *_notes_on_logits(model, data)))
+
+
+def _pack(model: PersonalModel, data: ClientData) -> None:
+    """Let training texts share rows.
+
+    Raises:
+        SettingsError: data or model are not for that; says why.
+    """
+    reason = "" if data.kind == "causal-lm" and not data.tasks else f"the task is {data.kind}, expected causal-lm"
+    if not reason:
+        train = data.splits["train"]
+        texts = train.batch(torch.arange(min(2, len(train))))
+        rough = model.dtype is not torch.float32 or model.device.type == "cuda"
+
+        def losses_of(batch: Dataset) -> Tensor:
+            with autocast(model.device):
+                labels = batch.labels.to(model.device)
+                return model.at_targets(model.inputs(batch.inputs), labels, batch.task).losses()
+
+        reason = reason_against(model.module, losses_of, texts, 5e-2 if rough else 1e-3)
+    if reason:
+        raise SettingsError(f"packing = true: {reason}")
+    model.packing = True
 
 
 def _notes_on_logits(model: PersonalModel, data: ClientData) -> list[str]:

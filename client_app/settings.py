@@ -166,6 +166,8 @@ class Settings:
     ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
     ``task_arrival`` says how training data arrive over the run's ``rounds``; see :mod:`client_app.data.arrival`.
     ``keep_rounds`` is how many earlier states of the slots are kept, as many as the server keeps checkpoints.
+    ``torch_threads`` is node-config's ``torch-threads``: threads of arithmetic on a CPU; 0: in a resident trainer the
+    machine's cores divided by the clients on it, else one.
     """
 
     client_id: str
@@ -188,6 +190,7 @@ class Settings:
     rounds: int = 1
     keep_rounds: int = 2
     policy: Policy = field(default_factory=Policy)
+    torch_threads: int = 0
 
     def __post_init__(self) -> None:
         require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
@@ -204,7 +207,7 @@ class Settings:
 
 NODE_ONLY = (
     *("client-id", "state-dir", "partition-id", "num-partitions", "lora-r", "lora-alpha", "lora-dropout"),
-    *("start-adapter", "start-slot", "alignments", "client.accept-keys", "client.base-models"),
+    *("start-adapter", "start-slot", "alignments", "torch-threads", "client.accept-keys", "client.base-models"),
 )
 """Keys of node-config that are no field of a dataclass here."""
 
@@ -279,7 +282,16 @@ def read_settings(context: Context) -> Settings:
         rounds=1 if arrival == "all" else int(run.get("num-server-rounds", 5)),
         keep_rounds=max(1, int(run.get("keep-checkpoints", 2))),
         policy=_policy(node, run),
+        torch_threads=_threads(node),
     )
+
+
+def _threads(node: Config) -> int:
+    """Threads of arithmetic on a CPU, which the owner alone says; 0: found out."""
+    threads = node.get("torch-threads", 0)
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 1024:
+        raise NodeConfigError("node-config's torch-threads is not a whole number from 0 (the client's share) to 1024")
+    return threads
 
 
 def _policy(node: Config, run: Config) -> Policy:

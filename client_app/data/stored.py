@@ -9,6 +9,8 @@ file without it does not count.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import time
@@ -22,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client_app.data.dataset import MASK, Dataset, Read
+from client_app.data.dataset import MASK, Dataset
 from client_app.data.task_kinds import IGNORED
 from fedalloy_adapters.files.atomic_files import FILE_MODE, private_folder, sync, write_durably
 
-LABELS, LENGTH = "labels", "length"
+TOKENS, LABELS, LENGTH = "input_ids", "labels", "length"
 ROWS_AT_ONCE = 64
 """Examples of one record batch: what is encoded and not yet written."""
 MAPPED_BYTES = 2**26
@@ -41,13 +43,15 @@ Ints = NDArray[np.int32]
 class TokenFile:
     """An Arrow file of examples; ``about`` is what was told when it was written.
 
-    ``lengths [n]`` are tokens of each example, ``largest`` the largest number in each column.
+    ``lengths [n]`` are tokens of each example; ``columns`` their names; ``extreme`` is the example with the largest
+    token.
     """
 
     path: Path
     about: Mapping[str, Any]
     lengths: Tensor
-    largest: Mapping[str, int]
+    columns: tuple[str, ...]
+    extreme: int
     _parts: list[dict[str, tuple[Ints, Ints]]] = field(default_factory=list)
     _ends: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     _read: int = MAPPED_BYTES
@@ -57,10 +61,10 @@ class TokenFile:
         """The file, if it is there and whole."""
         try:
             told = json.loads(_beside(path).read_text())
-            found = cls(path, told["about"], torch.empty(0), told["largest"])
+            found = cls(path, told["about"], torch.empty(0), tuple(told["columns"]), told["extreme"])
             lengths = [part[LENGTH][0] for part in found._mapped()]
             os.utime(_beside(path))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         found.lengths = torch.from_numpy(np.concatenate(lengths).astype(np.int64))
         return found if len(found.lengths) == told["rows"] else None
@@ -83,17 +87,17 @@ class TokenFile:
             found.append(one)
         return found
 
+    def column(self, name: str) -> Tensor:
+        """A column that has one number for each example, ``[n]``."""
+        found = [part[name][0] for part in self._mapped()]
+        return torch.from_numpy(np.concatenate(found).astype(np.int64))
+
     def _mapped(self) -> list[dict[str, tuple[Ints, Ints]]]:
         """Each record batch's columns as numbers and where each row begins, without any copy."""
-        import pyarrow
+        import datasets
 
         found = []
-        with pyarrow.memory_map(str(self.path)) as source:
-            try:
-                batches = list(pyarrow.ipc.open_stream(source))
-            except pyarrow.ArrowInvalid as error:
-                raise ValueError(str(error)) from None
-        for batch in batches:
+        for batch in datasets.Dataset.from_file(str(self.path)).data.to_batches():
             part = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 values = column if name == LENGTH else column.values
@@ -104,62 +108,53 @@ class TokenFile:
 
 
 def write_tokens(
-    path: Path, examples: Iterable[Mapping[str, Sequence[int]]], about: Callable[[], Mapping[str, Any]]
+    path: Path, examples: Iterable[Mapping[str, Sequence[int] | Ints]], about: Callable[[], Mapping[str, Any]]
 ) -> TokenFile:
     """Write a split; a few examples are in memory at a time.
 
     Args:
         path: of the Arrow file.
-        examples: numbers of each token by column; all have the same columns.
+        examples: numbers of each token by column, ``input_ids`` among them; all have the same columns.
         about: called after the last of ``examples``: what :attr:`TokenFile.about` will be, as JSON.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    import pyarrow
+    from datasets import Features, Value
+    from datasets import Sequence as Lists
+    from datasets.arrow_writer import ArrowWriter
 
     private_folder(path.parent)
     _sweep(path.parent)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    largest: dict[str, int] = {}
-    written, writer, waiting = 0, None, []
-
-    def flushed() -> Any:
-        columns = {
-            name: pyarrow.array([np.asarray(one[name], np.int32) for one in waiting], pyarrow.list_(pyarrow.int32()))
-            for name in waiting[0]
-        }
-        lengths = pyarrow.array([len(next(iter(one.values()))) for one in waiting], pyarrow.int32())
-        batch = pyarrow.record_batch({**columns, LENGTH: lengths})
-        into = writer or pyarrow.ipc.new_stream(sink, batch.schema)
-        into.write_batch(batch)
-        return into
-
+    columns: tuple[str, ...] = ()
+    written, largest, extreme = 0, -1, 0
+    writer: Any = None
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE), "wb") as sink:
-            for example in examples:
-                waiting.append(example)
-                for name, numbers in example.items():
-                    largest[name] = max(largest.get(name, 0), max(numbers, default=0))
-                if len(waiting) == ROWS_AT_ONCE:
-                    writer, written = flushed(), written + len(waiting)
-                    waiting.clear()
-            if waiting:
-                writer, written = flushed(), written + len(waiting)
-            if writer is not None:
-                writer.close()
-            sink.flush()
-            os.fsync(sink.fileno())
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE))
+        for example in examples:
+            if writer is None:
+                columns = tuple(example)
+                features = {name: Lists(Value("int32")) for name in columns} | {LENGTH: Value("int32")}
+                writer = ArrowWriter(features=Features(features), path=str(temporary), writer_batch_size=ROWS_AT_ONCE)
+            writer.write({**example, LENGTH: len(example[TOKENS])})
+            found = int(np.max(example[TOKENS], initial=0))
+            if found > largest:
+                largest, extreme = found, written
+            written += 1
+        if writer is not None:
+            writer.finalize()
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
-    told = {"rows": written, "largest": largest, "about": about()}
+    told = {"rows": written, "columns": columns, "extreme": extreme, "about": about()}
     write_durably(_beside(path), json.dumps(told, allow_nan=False).encode())
-    found = TokenFile.opened(path)
-    if found is None:
+    opened = TokenFile.opened(path)
+    if opened is None:
         raise OSError(f"{path} is not what was written to it")
-    return found
+    return opened
 
 
 @dataclass(frozen=True)
@@ -167,45 +162,39 @@ class StoredDataset(Dataset):
     """A split whose texts lie in a file; ``chosen [n]`` are its examples' positions there.
 
     ``labels`` are the examples' own, ``[n]``; ``[n, 0]`` where texts are generated, whose targets are in the file.
-    ``read`` gives large inputs (images) for a list of positions in the file; None: there are none.
     """
 
     file: TokenFile = field(kw_only=True)
     chosen: Tensor = field(kw_only=True)
     padding: int = field(kw_only=True, default=0)
-    read: Callable[[Sequence[int]], Read] | None = field(kw_only=True, default=None)
 
     @classmethod
-    def of(
-        cls,
-        file: TokenFile,
-        kind: str,
-        labels: Tensor | None = None,
-        padding: int = 0,
-        read: Callable[[Sequence[int]], Read] | None = None,
-    ) -> StoredDataset:
+    def of(cls, file: TokenFile, kind: str, labels: Tensor | None = None, padding: int = 0) -> StoredDataset:
         """All examples of a file; ``labels [n]`` where they are not tokens."""
         count = len(file.lengths)
         own = torch.empty(count, 0, dtype=torch.long) if labels is None else labels
-        return cls({}, own, kind, file=file, chosen=torch.arange(count), padding=padding, read=read)
+        return cls({}, own, kind, file=file, chosen=torch.arange(count), padding=padding)
 
     @property
     def lengths(self) -> Tensor | None:
         """See :attr:`Dataset.lengths`."""
         return self.file.lengths[self.chosen]
 
-    def largest(self, name: str) -> int | None:
-        """See :meth:`Dataset.largest`; of the whole file."""
-        return self.file.largest.get(name)
+    def sample(self) -> Dataset:
+        """A few examples: some of the first, the shortest, the longest, and that with the largest token."""
+        lengths = self.file.lengths[self.chosen]
+        telling = {*range(min(8, len(self))), int(lengths.argmin()), int(lengths.argmax())}
+        telling |= {int(place) for place in (self.chosen == self.file.extreme).nonzero().flatten()}
+        return self.batch(torch.tensor(sorted(telling)))
 
     def batch(self, indices: Tensor) -> Dataset:
         """See :meth:`Dataset.batch`; padded to the longest of the batch."""
         positions = self.chosen[indices].tolist()
         found = self.file.rows(positions)
-        width = max((len(one["input_ids"]) for one in found), default=0)
+        width = max((len(one[TOKENS]) for one in found), default=0)
         inputs = {}
-        for name in [name for name in self.file.largest if found]:
-            filling = {"input_ids": self.padding, LABELS: IGNORED}.get(name, 0)
+        for name in [name for name in self.file.columns if found and (name != LABELS or self.labels.dim() == 2)]:
+            filling = {TOKENS: self.padding, LABELS: IGNORED}.get(name, 0)
             padded = torch.full((len(found), width), filling, dtype=torch.long)
             for row, one in enumerate(found):
                 padded[row, : len(one[name])] = torch.from_numpy(one[name])
@@ -213,14 +202,18 @@ class StoredDataset(Dataset):
         counts = self.file.lengths[self.chosen[indices]]
         inputs[MASK] = (torch.arange(width) < counts[:, None]).long()
         labels = inputs.pop(LABELS, self.labels[indices])
-        if self.read is None:
-            return Dataset(inputs, labels, self.kind, self.task)
-        large = self.read(positions)
-        return Dataset({**large.inputs, **inputs}, labels, self.kind, self.task, rows=large.rows)
+        return Dataset(inputs, labels, self.kind, self.task)
 
     def subset(self, indices: Tensor) -> StoredDataset:
         """See :meth:`Dataset.subset`; nothing is read yet."""
         return replace(self, labels=self.labels[indices], chosen=self.chosen[indices])
+
+
+def give_back_memory() -> None:
+    """What was freed goes back to the system, where the C library can be asked for that (glibc)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _beside(path: Path) -> Path:

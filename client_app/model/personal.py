@@ -54,7 +54,7 @@ class PersonalModel:
     LoRA layers are PEFT's own, one PEFT adapter per slot; a mixture sets which are active and scales them, so several
     slots act at once and can be trained inside the mixture. A slot may have ranks and scalings of its own. A slot of
     gates holds a mixture's learned coefficients. ``micro_batch`` bounds how many examples are computed at once (0: no
-    bound).
+    bound). ``packing`` lets training texts share rows.
 
     Where the client's labels are its own, so are its heads: ``own_layout`` is theirs, ``layout`` what the federation
     knows, and ``whole_layout`` both. Every slot has heads of its own, and a mixture's coefficients apply to them, too.
@@ -69,6 +69,7 @@ class PersonalModel:
 
     micro_batch: int = 0
     group_by_length: bool = False
+    packing: bool = False
 
     def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0, blocks: int = 0) -> None:
         self.base = base

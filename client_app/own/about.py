@@ -16,6 +16,12 @@ from proto.fedalloy.v1 import report_pb2
 ABOUT = "about.json"
 
 
+def precision_of(model: PersonalModel) -> str:
+    """Of the frozen base's numbers: an adapter corrects the errors of the base that it was trained on, too."""
+    quantised = getattr(model.module, "is_loaded_in_4bit", False)
+    return "nf4" if quantised else str(model.dtype).removeprefix("torch.")
+
+
 def write_about(
     directory: Path, settings: Settings, model: PersonalModel, data: ClientData, report: report_pb2.Report
 ) -> None:
@@ -27,6 +33,7 @@ def write_about(
         "run": report.run_name,
         "base_model": model.base.name,
         "tasks": {name: task.kind for name, task in data.each_task.items()},
+        "base_precision": precision_of(model),
         "rank": settings.rank,
         "examples": {split: len(rows) for split, rows in data.splits.items()},
         "metrics": {

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.stored import StoredDataset
 from client_app.data.task_kinds import IGNORED, SCORES, Kind, kind_of
 from client_app.model.bases.base_models import load_base
-from client_app.model.bases.model_folders import BaseModelError, find_model
+from client_app.model.bases.model_folders import BaseModelError, FoundModel, find_model
 from client_app.model.forward.padding import ALONE, find_padding, inputs_taken
 from client_app.own.encoding import Encoder, load_encoder
 from client_app.own.examples import Example, columns_read, guess_kind, read_example
@@ -23,6 +24,7 @@ from client_app.own.messages import OUTPUT
 from client_app.own.reading.images import frames_in, read_image
 from client_app.own.reading.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
 from client_app.own.reading.text_files import DataError
+from client_app.own.stored_splits import encode_split
 from client_app.settings import DataSettings, Settings
 from fedalloy_adapters.files.atomic_files import write_durably
 
@@ -58,10 +60,10 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     )
     if found.kind.has_image:
         check_images(found, settings)
-    splits = {name: encoder.encode(examples, found.labels) for name, examples in found.splits.items()}
-    base = _checked(load_base(model, found.kind, settings.model, found.labels, encoder.padding_id), splits)
+    splits, samples = _encoded(encoder, found, model, settings)
+    base = _checked(load_base(model, found.kind, settings.model, found.labels, encoder.padding_id), samples)
     if found.kind.generative:
-        _end_answers(base, encoder, splits["train"])
+        _end_answers(base, encoder, samples["train"])
     notes = [*base.notes, *tokenizer_notes(encoder, base), *notes_of(found, encoder)]
     for_reference: dict[str, Dataset] = {}
     if settings.model.reference_model:
@@ -80,6 +82,21 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         notes=tuple(notes),
         for_reference=for_reference,
     )
+
+
+def _encoded(
+    encoder: Encoder, found: Found, model: FoundModel, settings: Settings
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """The splits, and of each enough examples to check it by."""
+    splits: dict[str, Dataset] = {}
+    for name, examples in found.splits.items():
+        if settings.task_arrival == "all":
+            folder = settings.state_dir / ".cache" / "encoded"
+            splits[name] = encode_split(encoder, examples, found.labels, model, folder)
+        else:
+            splits[name] = encoder.encode(examples, found.labels)
+    samples = {name: split.sample() if isinstance(split, StoredDataset) else split for name, split in splits.items()}
+    return splits, samples
 
 
 def read_own(settings: Settings) -> Found:

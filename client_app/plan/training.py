@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
 from client_app.data.task_kinds import example_losses, kind_of, mean_loss, mean_of, means_of, targets_in
+from client_app.model.forward.packing import packed
 from client_app.model.forward.padding import set_training
 from client_app.model.personal import PersonalModel
 from client_app.plan.mixtures import activate
@@ -38,11 +39,11 @@ class TrainingError(ValueError):
         return str(self)
 
 
-def set_up_torch() -> torch.device:
-    """CUDA where there is one; else the CPU with one thread (clients share cores). Deterministic on the CPU."""
+def set_up_torch(threads: int = 1) -> torch.device:
+    """CUDA where there is one; else the CPU with so many threads. Deterministic on the CPU, for each number of them."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     return torch.device("cpu")
 
@@ -309,6 +310,8 @@ def batch_loss(
         logits: of the batch (:func:`logits_of`), where they are needed for something else, too.
         example_weights: how much each example counts, ``[b]``; None: the mean of :func:`mean_loss`.
     """
+    if model.packing and logits is None and example_weights is None:
+        batch = packed(batch)
     labels = batch.labels.to(model.device)
     if logits is None and kind_of(batch.kind).generative:
         losses = model.at_targets(model.inputs(batch.inputs), labels, batch.task).losses()

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ import grpc
 
 from client_app.guard.disclosure import told
 from client_app.plan.progress import Cancelled, listening, tick
+from client_app.processors import threads_for
 from client_app.settings import read_settings
 from client_app.trainer.address import NO_LIMIT, Owner, Residence, code_digest, inode_of
 from client_app.trainer.client import context_of, in_pieces
@@ -175,6 +176,8 @@ class Trainer(TrainerServiceServicer):
 
             self._executor = Executor()
         settings = read_settings(context_of(task.job))
+        threads = threads_for(settings.torch_threads, settings.state_dir)
+        settings = replace(settings, torch_threads=threads)
         if task.job.WhichOneof("kind") == "register":
             yield trainer_pb2.RunResponse(registration=self._executor.register(settings))
             return

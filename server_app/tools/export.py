@@ -223,6 +223,8 @@ def _card(personal: Personal, folder: Path, what: str) -> None:
     lines = ["---", f"base_model: {json.dumps(base)}", "library_name: peft", "tags: [fedalloy, lora]", "---", ""]
     lines += [f"# Personal {what} of client {about.get('client', '?')}", ""]
     lines += [f"Trained with FedAlloy in run `{about.get('run', '?')}`, on base model `{base}`.", ""]
+    if about.get("base_precision"):
+        lines += [f"The base model's numbers were {about['base_precision']} while this was trained.", ""]
     if about.get("metrics"):
         lines += ["| split | metric | value |", "|---|---|---|"]
         for split, metrics in about["metrics"].items():

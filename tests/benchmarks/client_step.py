@@ -106,6 +106,11 @@ def texts(case: Case, folder: str) -> Dataset:
 def peak_reset() -> int:
     """Resident bytes now; the high-water mark starts again from here."""
     Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+def resident() -> int:
+    """Resident bytes of this process now."""
     return _status("VmRSS")
 
 

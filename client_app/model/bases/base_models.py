@@ -102,7 +102,7 @@ def _loaded(
     auto_model = getattr(transformers, kind.auto_model)
     options: dict[str, Any] = {"dtype": dtype_of(settings), **_attention(settings)}
     if settings.quantization == "4bit":
-        options |= _four_bit()
+        options |= four_bit()
     renamed = not kind.generative and labels_of(config) != list(labels)
     rows = rows_by_name(labels_of(config), labels) if renamed else []
     if renamed:
@@ -300,7 +300,12 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
     )
 
 
-def _four_bit() -> dict[str, Any]:
+def four_bit() -> dict[str, Any]:
+    """What ``from_pretrained`` is told for a base in 4 bits.
+
+    Raises:
+        BaseModelError: bitsandbytes is not installed.
+    """
     import importlib.util
 
     import transformers

@@ -94,13 +94,17 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return found
 
 
-def _spans(mask: Tensor) -> list[tuple[int, int, int]]:
-    """Blocks of queries, and how many keys the queries of each see at most."""
+def _spans(mask: Tensor) -> list[tuple[slice, slice]]:
+    """Blocks of queries, and the keys from the first to the last that a query of the block sees."""
     seen = mask.flatten(0, 1).any(dim=0)
-    places = torch.arange(1, len(seen) + 1, device=mask.device)
-    ends = torch.where(seen, places, 1).amax(dim=1).tolist()
-    starts = range(0, len(ends), BLOCK)
-    return [(start, min(start + BLOCK, len(ends)), max(ends[start : start + BLOCK])) for start in starts]
+    length = len(seen)
+    blocks = [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    found = []
+    for block in blocks:
+        places = seen[block].any(dim=0).nonzero().flatten()
+        keys = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 1)
+        found.append((block, keys))
+    return found
 
 
 class _Blocks(torch.autograd.Function):
@@ -111,12 +115,12 @@ class _Blocks(torch.autograd.Function):
         output = torch.empty_like(query)
         norms = query.new_empty(query.shape[:3], dtype=torch.float32)[..., None]
         spans = _spans(mask)
-        for start, end, keys in spans:
-            scores = _scores(query, key, mask, scale, (start, end, keys))
-            norms[:, :, start:end] = scores.logsumexp(dim=-1, keepdim=True)
-            shares = scores.sub_(norms[:, :, start:end]).exp_().to(value.dtype)
-            found = torch.bmm(_grouped(shares, key), value[:, :, :keys].flatten(0, 1))
-            output[:, :, start:end] = found.view(output[:, :, start:end].shape)
+        for block, keys in spans:
+            scores = _scores(query, key, mask, scale, block, keys)
+            norms[:, :, block] = scores.logsumexp(dim=-1, keepdim=True)
+            shares = scores.sub_(norms[:, :, block]).exp_().to(value.dtype)
+            found = torch.bmm(_grouped(shares, key), value[:, :, keys].flatten(0, 1))
+            output[:, :, block] = found.view(output[:, :, block].shape)
         ctx.save_for_backward(query, key, value, mask, output, norms)
         ctx.scale, ctx.spans = scale, spans
         return output
@@ -128,17 +132,15 @@ class _Blocks(torch.autograd.Function):
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros(key.shape, device=key.device).flatten(0, 1) for _ in range(2))
         meant = (above * output).sum(dim=-1, keepdim=True, dtype=torch.float32)
-        for start, end, keys in ctx.spans:
-            shares = _scores(query, key, mask, ctx.scale, (start, end, keys)).sub_(norms[:, :, start:end]).exp_()
-            asked = _grouped(above[:, :, start:end], key)
-            of_value[:, :keys] += torch.bmm(_grouped(shares.to(value.dtype), key).transpose(1, 2), asked)
-            of_shares = torch.bmm(asked, value[:, :, :keys].flatten(0, 1).transpose(1, 2)).float().view(shares.shape)
-            of_scores = of_shares.sub_(meant[:, :, start:end]).mul_(shares).mul_(ctx.scale).to(query.dtype)
-            found = torch.bmm(_grouped(of_scores, key), key[:, :, :keys].flatten(0, 1))
-            of_query[:, :, start:end] = found.view(query[:, :, start:end].shape)
-            of_key[:, :keys] += torch.bmm(
-                _grouped(of_scores, key).transpose(1, 2), _grouped(query[:, :, start:end], key)
-            )
+        for block, keys in ctx.spans:
+            shares = _scores(query, key, mask, ctx.scale, block, keys).sub_(norms[:, :, block]).exp_()
+            asked = _grouped(above[:, :, block], key)
+            of_value[:, keys] += torch.bmm(_grouped(shares.to(value.dtype), key).transpose(1, 2), asked)
+            of_shares = torch.bmm(asked, value[:, :, keys].flatten(0, 1).transpose(1, 2)).float().view(shares.shape)
+            of_scores = of_shares.sub_(meant[:, :, block]).mul_(shares).mul_(ctx.scale).to(query.dtype)
+            found = torch.bmm(_grouped(of_scores, key), key[:, :, keys].flatten(0, 1))
+            of_query[:, :, block] = found.view(query[:, :, block].shape)
+            of_key[:, keys] += torch.bmm(_grouped(of_scores, key).transpose(1, 2), _grouped(query[:, :, block], key))
         return of_query, of_key.view(key.shape).to(key.dtype), of_value.view(key.shape).to(value.dtype), None, None
 
 
@@ -147,10 +149,9 @@ def _grouped(of_heads: Tensor, key: Tensor) -> Tensor:
     return of_heads.reshape(key.shape[0] * key.shape[1], -1, of_heads.shape[-1])
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, span: tuple[int, int, int]) -> Tensor:
+def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, block: slice, keys: slice) -> Tensor:
     """A block's scores ``[b, h, l, keys]``, float32."""
-    start, end, keys = span
-    of_block = _grouped(query[:, :, start:end], key)
-    scores = torch.bmm(of_block, key[:, :, :keys].flatten(0, 1).transpose(1, 2)).float()
-    scores = scores.view(*query.shape[:2], end - start, keys).mul_(scale)
-    return scores.masked_fill_(~mask[:, :, start:end, :keys], _HIDDEN)
+    of_block = query[:, :, block]
+    scores = torch.bmm(_grouped(of_block, key), key[:, :, keys].flatten(0, 1).transpose(1, 2)).float()
+    scores = scores.view(*of_block.shape[:3], -1).mul_(scale)
+    return scores.masked_fill_(~mask[:, :, block, keys], _HIDDEN)

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import pytest
 import torch
 import transformers
 
 from client_app.data.dataset import ClientData
 from client_app.data.task_kinds import IGNORED
+from client_app.model.bases import base_models
 from client_app.model.personal import PersonalModel
 from client_app.own.files import load_own, read_own
 from client_app.own.reading.text_files import DataError
 from client_app.plan import evaluation, training
 from client_app.settings import Settings
+from fedalloy_adapters.files.peft_format import write_peft_directory
 from proto.fedalloy.v1 import plan_pb2
 from tests.client_app.own_clients import loaded, settings_of
 from tests.toys import tiny_models, toy_data
@@ -178,3 +181,14 @@ def test_a_base_in_four_bits_learns_and_goes_on(tmp_path: Path) -> None:
     again, data = loaded(settings)
     again.load("local", model.read("local"))
     assert evaluation.evaluate(again, data.splits["train"])["loss"] == pytest.approx(after, rel=1e-4)
+    step = plan_pb2.TrainStep(steps=20, batch_size=8, learning_rate=1e-2, max_grad_norm=1.0)
+    training.train(again, step, again.trainable("local", again.whole_layout), data.splits["train"], 1)
+    assert evaluation.evaluate(again, data.splits["train"])["loss"] < after
+    write_peft_directory(tmp_path / "adapter", model.read("local"), str(base), model.heads)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(base, **base_models.four_bit())
+    exported = peft.PeftModel.from_pretrained(quantised, tmp_path / "adapter").eval()
+    one = data.splits["test"].batch(torch.arange(1))
+    again.load("local", model.read("local"))
+    with torch.no_grad():
+        ours, theirs = again.logits(again.inputs(one.inputs)), exported(**one.inputs).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)

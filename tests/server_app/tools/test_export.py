@@ -32,6 +32,7 @@ def run(tmp_path: Path) -> Path:
     config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base), "task_type": None}
     path.write_text(json.dumps(config))
     about = {"client": "ada", "run": "r", "rank": 2, "tasks": {"t": "causal-lm"}, "metrics": {"test": {"loss": 1.5}}}
+    about["base_precision"] = "nf4"
     (folder / "about.json").write_text(json.dumps(about))
     return tmp_path / "runs" / "r"
 

@@ -1,0 +1,79 @@
+"""How much the memory of a client grows by its data: texts of 2,048 tokens, encoded into a file, then read once.
+
+    python -m tests.benchmarks.data_on_disk [--examples 100000] [--tokens 2048]
+
+A client loads its own data (a JSON-lines file, a tiny language model whose tokens are characters) and reads every
+training example once, in batches of 8. Printed is the resident set: beyond what a client with 40 examples has, after
+loading and at most while reading; and what the same tokens padded in memory would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from client_app.data.stored import StoredDataset, give_back_memory
+from client_app.own.files import load_own
+from tests.benchmarks.client_step import resident
+from tests.client_app.own_clients import settings_of
+from tests.toys import tiny_models
+
+
+def measure(folder: Path, examples: int, tokens: int) -> dict[str, Any]:
+    """One client's memory, in a process of its own."""
+    tokenizer = tiny_models.character_tokenizer()
+    config = tiny_models.llama_config(tokenizer, 32)
+    base = tiny_models.save_model(folder / "base", lambda: transformers.LlamaForCausalLM(config), tokenizer)
+    path = folder / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(examples):
+            letters = "abcdefghij"[number % 10] * (tokens - 12)
+            file.write(json.dumps({"prompt": f"{number:08d}{letters}", "completion": "yes"}) + "\n")
+    _, data = load_own(settings_of(path, folder / "state", base, max_length=tokens))
+    train = data.splits["train"]
+    give_back_memory()
+    loaded, most = resident(), 0
+    for part in torch.split(torch.arange(len(train)), 8):
+        train.batch(part)
+        most = max(most, resident())
+    return {"loaded": loaded, "most": most, "stored": isinstance(train, StoredDataset), "examples": len(train)}
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--examples", type=int, default=5000)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(Path(folder), arguments.one, arguments.tokens)))
+        return
+    found = []
+    for count in (40, arguments.examples):
+        command = [sys.executable, "-m", "tests.benchmarks.data_on_disk", "--one", str(count)]
+        done = subprocess.run(
+            [*command, "--tokens", str(arguments.tokens)], capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    few, many = found
+    padded = 3 * 8 * many["examples"] * arguments.tokens
+    loaded, most = ((many[name] - few[name]) / 1e6 for name in ("loaded", "most"))
+    print(
+        f"{arguments.examples} examples of {arguments.tokens} tokens, in a file: {many['stored']}. Beyond a client with 40: "
+        f"{loaded:.0f} MB after loading, {most:.0f} MB at most while reading; padded in memory: {padded / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()
