@@ -1,6 +1,6 @@
 """How much the memory of a client grows by its data: texts of 2,048 tokens, encoded into a file, then read once.
 
-    python -m tests.benchmarks.data_on_disk [--examples 100000] [--tokens 2048]
+    python -m tests.benchmarks.client.data_on_disk [--examples 100000] [--tokens 2048]
 
 A client loads its own data (a JSON-lines file, a tiny language model whose tokens are characters) and reads every
 training example once, in batches of 8. Printed is the resident set: beyond what a client with 40 examples has, after
@@ -60,18 +60,19 @@ def main() -> None:
         return
     found = []
     for count in (40, arguments.examples):
-        command = [sys.executable, "-m", "tests.benchmarks.data_on_disk", "--one", str(count)]
+        command = [sys.executable, "-m", "tests.benchmarks.client.data_on_disk", "--one", str(count)]
         done = subprocess.run(
             [*command, "--tokens", str(arguments.tokens)], capture_output=True, text=True, check=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
         )  # fmt: skip
         found.append(json.loads(done.stdout.splitlines()[-1]))
     few, many = found
     padded = 3 * 8 * many["examples"] * arguments.tokens
     loaded, most = ((many[name] - few[name]) / 1e6 for name in ("loaded", "most"))
     print(
-        f"{arguments.examples} examples of {arguments.tokens} tokens, in a file: {many['stored']}. Beyond a client with 40: "
-        f"{loaded:.0f} MB after loading, {most:.0f} MB at most while reading; padded in memory: {padded / 1e6:.0f} MB"
+        f"{arguments.examples} examples of {arguments.tokens} tokens, in a file: {many['stored']}. Beyond a client "
+        f"with 40: {loaded:.0f} MB after loading, {most:.0f} MB at most while reading; "
+        f"padded in memory: {padded / 1e6:.0f} MB"
     )
 
 
