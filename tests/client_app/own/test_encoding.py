@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.joined import join
-from client_app.data.task_kinds import IGNORED, kind_of
+from client_app.data.task_kinds import IGNORED, at_targets, kind_of, target_mask
 from client_app.own.encoding import Encoder
 from client_app.own.examples import read_example
 from client_app.own.reading.text_files import DataError, Row
@@ -142,3 +143,31 @@ def test_targets_beside_images_are_the_completion_and_its_end(pictures: Path) ->
     tokenizer = tiny_models.QwenProcessor().tokenizer
     found = [tokenizer.decode(labels[labels != IGNORED]) for labels in data.labels]
     assert found == ["red</s>", "green, blue</s>", "blue</s>"]
+
+
+@pytest.mark.parametrize("architecture", ["qwen", "gemma"])
+def test_losses_of_a_vision_language_model_need_few_logits(architecture: str, pictures: Path, tmp_path: Path) -> None:
+    if architecture == "qwen":
+        model, split = qwen(pictures)
+    else:
+        path = toy_data.write_captions(tmp_path / "data", 4, 0)
+        base = tiny_models.save_gemma3(tmp_path / "gemma")
+        model, data = loaded(settings_of(path, tmp_path, base, target_modules="q_proj"))
+        split = data.splits["train"]
+    batch = split.batch(torch.arange(3))
+    inputs = model.inputs(batch.inputs)
+    model.target_losses.chunk_bytes = 2 * 4 * model.module.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    rows: list[int] = []
+    head: Any = model.module.get_output_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        expected = functional.cross_entropy(
+            at_targets(model.logits(inputs), batch.labels).float(),
+            batch.labels[:, 1:][target_mask(batch.labels)],
+            reduction="none",
+        )
+        model.at_targets(inputs, batch.labels)  # the first time it tries
+        head.register_forward_hook(lambda module, given, output: rows.append(output.shape[-2]))
+        found = model.at_targets(inputs, batch.labels).losses()
+    assert not model.target_losses.reason
+    assert max(rows) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -11,10 +11,14 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from client_app.data.dataset import MASK, Base
 from client_app.data.task_kinds import example_losses, mean_loss, mean_of, means_of
 from client_app.model.forward.target_logits import TargetLogits
 from client_app.model.forward.target_losses import AtTargetsWhole, TargetLosses
+from client_app.model.personal import PersonalModel
+from fedalloy_adapters.adapter import Adapter
 from tests.client_app.model.forward.test_target_logits import CONFIGS, SIZES, Hidden, Twice, batch, built, head_rows
+from tests.toys import tiny_models
 
 TWO_AT_ONCE = 2 * 4 * 50
 
@@ -153,3 +157,24 @@ def test_a_batch_without_targets_has_no_loss() -> None:
     labels = torch.full_like(labels, -100)
     losses = TargetLosses(TargetLogits(module), TWO_AT_ONCE)(lambda: module(input_ids=ids).logits, labels).losses()
     assert losses.shape == (0,)
+
+
+def test_a_step_computes_each_slots_products_once() -> None:
+    """Frozen slots beside a trained one: a product with A and one with B in each forward pass, and no more."""
+    tokenizer = tiny_models.character_tokenizer()
+    module = transformers.LlamaForCausalLM(tiny_models.llama_config(tokenizer, 32)).eval()
+    targets = tuple(name for name, _ in module.named_modules() if name.endswith("q_proj"))
+    model = PersonalModel(Base("llama", module, "0" * 64, targets, ()), 2, 4.0)
+    for slot in ("trained", "frozen", "other"):
+        model.load(slot, Adapter.initial(model.layout, 0))
+    model.activate({"trained": 1.0, "frozen": 0.5, "other": 0.2})
+    model.trainable("trained", model.layout)
+    model.target_losses.chunk_bytes = 1  # one target at a time: the body still runs once
+    ids = torch.arange(8).view(2, 4) + 3
+    model.at_targets({"input_ids": ids, MASK: torch.ones_like(ids)}, ids)  # the first time it tries
+    calls: list[str] = []
+    for name, part in module.named_modules():
+        if name.rsplit(".", 2)[-2:-1] and name.rsplit(".", 2)[-2] in ("lora_A", "lora_B"):
+            part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model.at_targets({"input_ids": ids, MASK: torch.ones_like(ids)}, ids).losses().sum().backward()
+    assert len(calls) == len(set(calls)) == 3 * 2 * len(targets)
