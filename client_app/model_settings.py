@@ -45,7 +45,7 @@ class ModelSettings:
     float32. Adapters are always float32."""
     attention: str = "auto"
     """How attention is computed: ``sdpa``, ``eager``, ``flash`` (FlashAttention 2, a package of its own, for GPUs) or
-    ``auto``, which is transformers' choice for the model."""
+    ``auto``: transformers' choice for the model, and in blocks for training in bfloat16 on CPUs."""
     quantization: str = "none"
     """``none`` or ``4bit`` (bitsandbytes NF4, on GPUs and CPUs; extra ``quantization``)."""
     gradient_checkpointing: bool = False

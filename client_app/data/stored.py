@@ -98,10 +98,10 @@ class TokenFile:
 
         found = []
         for batch in datasets.Dataset.from_file(str(self.path)).data.to_batches():
-            part = {}
+            part: dict[str, tuple[Ints, Ints]] = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 values = column if name == LENGTH else column.values
-                offsets = np.arange(len(column) + 1) if name == LENGTH else column.offsets.to_numpy()
+                offsets = np.arange(len(column) + 1, dtype=np.int32) if name == LENGTH else column.offsets.to_numpy()
                 part[name] = (values.to_numpy(), offsets)
             found.append(part)
         return found

@@ -68,6 +68,8 @@ def load_base(
     drawn = _drawn(model, missing, heads, found)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model, found)
+    if settings.quantization == "4bit":
+        keep_trainable(model)
     if settings.attention == "auto":
         use_blocks(model)
     model.requires_grad_(False).eval()
@@ -298,6 +300,17 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
         f"{name!r} ({model.config.model_type}): PEFT names no target modules for this architecture that are linear; "
         f"set target-modules to all-linear or some of its linear modules ({available})"
     )
+
+
+def keep_trainable(model: Any) -> None:
+    """Keep bitsandbytes from packing a model's weights for evaluation on CPUs.
+
+    It does so the first time that a layer is evaluated, for good, where the CPU has AVX512-BF16. The packed form has no
+    backward pass: all that is below it would be trained with gradients of zero, and nobody would be told.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def four_bit() -> dict[str, Any]:

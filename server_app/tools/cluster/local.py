@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from client_app.processors import usable_cores
 from fedalloy_adapters.files.atomic_files import write_durably
 from server_app.tools.cluster.certificates import ServerFiles, make_client_key, make_server_files, private_folder
 from server_app.tools.cluster.link_check import advice
@@ -163,7 +164,9 @@ class LocalCluster(SuperLink):
             f"client-id='{client_id}' partition-id={index} num-partitions={len(self.settings.client_ids)} "
             f"state-dir='{self.settings.runs_dir.resolve()}' client.accept-keys='all'"
         )
-        more = self.settings.node_config.get(client_id, {})
+        # Said, and not left to be found out: SuperNodes come and go, and a run should give the same numbers again.
+        threads = max(1, usable_cores() // len(self.settings.client_ids))
+        more = {"torch-threads": threads} | dict(self.settings.node_config.get(client_id, {}))
         node_config += "".join(f" {option}={literal(value)}" for option, value in more.items())
         return self._start(
             name or f"supernode-{client_id}",
