@@ -38,3 +38,12 @@ def test_a_run_with_a_base_model_never_falls_back_to_a_scenario(tmp_path: Path) 
     settings = read_settings(context(node, **{"base-model": "some/model"}))
     with pytest.raises(NodeConfigError, match="base-model is set, and node-config has no data-path"):
         base_and_data(settings)
+
+
+def test_threads_are_the_owners_alone() -> None:
+    node = {"partition-id": 0, "num-partitions": 1}
+    assert read_settings(Context(1, 1, {**node, "torch-threads": 3}, RecordDict(), {})).torch_threads == 3
+    assert read_settings(Context(1, 1, node, RecordDict(), {"torch-threads": 8})).torch_threads == 0
+    for wrong in (-1, True, "two", 2.0):
+        with pytest.raises(NodeConfigError, match="torch-threads is not a whole number"):
+            read_settings(Context(1, 1, {**node, "torch-threads": wrong}, RecordDict(), {}))

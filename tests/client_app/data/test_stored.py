@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -68,7 +69,6 @@ def test_labels_of_classes_stay_in_memory(tmp_path: Path) -> None:
 
 
 def test_datasets_reads_the_file(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     file = write_tokens(tmp_path / "train.arrow", rows(), dict)
     table = datasets.Dataset.from_file(str(file.path))
     assert table[1]["input_ids"] == [6] * 7
