@@ -141,7 +141,8 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
     def work() -> None:
         rows_at_once = min(GROUP, len(rows))
         numbers = np.zeros((rows_at_once, stripe), target.dtype)
-        total, more = np.zeros((2, len(factors), TILE), target.dtype)
+        total = np.zeros((stripe // TILE, len(factors), TILE), target.dtype)
+        more = np.zeros((len(factors), TILE), target.dtype)
         with np.errstate(all="ignore"):
             while (start := next(counter) * stripe) < size:
                 _combine_stripe(rows, factors, target, start, (numbers, total, more))
@@ -163,21 +164,26 @@ def _combine_stripe(
     """The columns from ``start`` on, as many as the first buffer is wide."""
     numbers, total, more = buffers
     width = min(numbers.shape[1], target.shape[1] - start)
-    tiles = range(0, width, TILE)
-    for first in range(0, len(rows), GROUP):
+    last = (len(rows) - 1) // GROUP
+    totals: list[Numbers] = []
+    for index, first in enumerate(range(0, len(rows), GROUP)):
         group = rows[first : first + GROUP]
-        for index, row in enumerate(group):
-            row.read(start, numbers[index, :width])
-        for begin in tiles:
+        weights = factors[:, first : first + len(group)]
+        for place, row in enumerate(group):
+            row.read(start, numbers[place, :width])
+        for tile, begin in enumerate(range(0, width, TILE)):
             block = numbers[: len(group), begin : begin + TILE]  # of the whole width: what is beyond is not used
-            columns = slice(start + begin, start + min(begin + TILE, width))
-            count = columns.stop - columns.start
-            if first == 0:
-                np.matmul(factors[:, : len(group)], block, out=total)
-                target[:, columns] = total[:, :count]
+            stop = min(begin + TILE, width)
+            into = target[:, start + begin : start + stop]
+            if last == 0 and stop - begin == TILE:
+                np.matmul(weights, block, out=into)
+            elif index == 0:
+                np.matmul(weights, block, out=total[tile])
             else:
-                np.matmul(factors[:, first : first + len(group)], block, out=more)
-                target[:, columns] += more[:, :count]
+                np.matmul(weights, block, out=more)
+                total[tile] += more
+            if index == last and not (last == 0 and stop - begin == TILE):
+                into[:] = total[tile, :, : stop - begin]
 
 
 def products(first: Sequence[Row], second: Sequence[Row] | None = None) -> Tensor:
