@@ -60,7 +60,7 @@ def plan(message: Message, context: Context) -> Message:
 
         report, uploads = Executor().carry_out(settings, request, blobs)
     report.wire.CopyFrom(wire)
-    return Message(pack("report", report, uploads), reply_to=message)
+    return Message(pack("report", report, uploads, beside=request.reads_beside), reply_to=message)
 
 
 @app.query("counters")

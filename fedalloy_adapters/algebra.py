@@ -27,14 +27,18 @@ Two clients' updates ``2 x 3 = 6`` and ``4 x 1 = 4`` of one number: their mean i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedalloy_adapters.adapter import Adapter, require_same_layout, stack_vectors
+from fedalloy_adapters.adapter import Adapter, require_same_layout
 from fedalloy_adapters.bank.blocks import MemoryRow, combine
+from fedalloy_adapters.bank.cores import on_all_cores
 from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
+
+_CHUNK_NUMBERS = 2**24
+"""Of a group of modules whose decompositions are made in one call."""
 
 Coefficient = float | Mapping[str, float]
 """One number for the whole adapter, or one per module."""
@@ -138,15 +142,28 @@ def precision_mean(adapters: Sequence[Adapter], precisions: Sequence[Adapter]) -
         LayoutError: layouts or counts differ, a precision is negative, or all of a number's are 0.
     """
     _require_counts(adapters, precisions)
-    for precision in precisions:
+    return precision_mean_of(zip(adapters, precisions, strict=True))
+
+
+def precision_mean_of(pairs: Iterable[tuple[Adapter, Adapter]]) -> Adapter:
+    """:func:`precision_mean` of adapters and precisions that come one pair at a time; two vectors are held.
+
+    Raises:
+        LayoutError: as there, or there are no pairs.
+    """
+    layout, total, weighted = None, torch.zeros(()), torch.zeros(())
+    for adapter, precision in pairs:
+        layout = layout or adapter.layout
+        require_same_layout(layout, adapter.layout)
+        require_same_layout(layout, precision.layout)
         if not bool((precision.vector >= 0).all()):
             raise LayoutError(f"a precision of {float(precision.vector.min()):g}, expected no negative number")
-    values, weights = stack_vectors(adapters), stack_vectors(precisions)
-    require_same_layout(adapters[0].layout, precisions[0].layout)
-    total = weights.sum(dim=0)
+        total, weighted = total + precision.vector, weighted + precision.vector * adapter.vector
+    if layout is None:
+        raise LayoutError("got no adapters, expected at least one")
     if not bool((total > 0).all()):
         raise LayoutError(f"{int((total == 0).sum())} numbers have no precision in any adapter, expected one above 0")
-    return Adapter(adapters[0].layout, (weights * values).sum(dim=0) / total)
+    return Adapter(layout, weighted / total)
 
 
 def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> Adapter:
@@ -208,22 +225,49 @@ def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adap
     for entry, tensor in result.items():
         if not entry.factor.is_lora:
             tensor.copy_(adapter[entry.module, entry.factor])
-    for module in layout.lora_modules:
-        a, b = folded(adapter, module)
+
+    def cut(modules: Sequence[str]) -> None:
+        a, b = _folded_together(adapter, modules)
         q_b, r_b = torch.linalg.qr(b)
-        q_a, r_a = torch.linalg.qr(a.T)
-        core = r_b @ r_a.T
+        q_a, r_a = torch.linalg.qr(a.mT)
+        core = r_b @ r_a.mT
         if not core.is_meta and not bool(core.isfinite().all()):  # of which an SVD is an error or NaN, as it happens
-            raise LayoutError(f"the delta of module {module!r} has numbers that are not finite")
+            wrong = next(m for m, found in zip(modules, core, strict=True) if not bool(found.isfinite().all()))
+            raise LayoutError(f"the delta of module {wrong!r} has numbers that are not finite")
         u, sigma, v_t = torch.linalg.svd(core, full_matrices=False)
-        kept = min(layout.ranks[module], len(sigma))
-        in_a, in_b = (sigma[:kept].sqrt(),) * 2 if balanced else (torch.ones_like(sigma[:kept]), sigma[:kept])
-        new_a = in_a[:, None] * (v_t[:kept] @ q_a.T)
-        result[module, Factor.A][:kept] = new_a[:, : result[module, Factor.A].shape[1]]
-        if f"{module}.{Factor.Q}" in layout.by_name:
-            result[module, Factor.Q][:kept] = new_a[:, -1]
-        result[module, Factor.B][:, :kept] = (q_b @ u[:, :kept]) * in_b / layout.scalings[module]
+        for index, module in enumerate(modules):
+            kept = min(layout.ranks[module], sigma.shape[1])
+            most = sigma[index, :kept]
+            in_a, in_b = (most.sqrt(),) * 2 if balanced else (torch.ones_like(most), most)
+            new_a = in_a[:, None] * (v_t[index, :kept] @ q_a[index].T)
+            result[module, Factor.A][:kept] = new_a[:, : result[module, Factor.A].shape[1]]
+            if f"{module}.{Factor.Q}" in layout.by_name:
+                result[module, Factor.Q][:kept] = new_a[:, -1]
+            result[module, Factor.B][:, :kept] = (q_b[index] @ u[index, :, :kept]) * in_b / layout.scalings[module]
+
+    on_all_cores(cut, _alike(adapter.layout))
     return result
+
+
+def _alike(layout: Layout) -> list[list[str]]:
+    """LoRA modules in groups of one shape, none so large that a core would be without work or memory would fill."""
+    groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+    for module in layout.lora_modules:
+        found = [f"{module}.{factor}" for factor in (Factor.A, Factor.B, Factor.P, Factor.Q)]
+        shapes = tuple(layout.by_name[name].shape if name in layout.by_name else () for name in found)
+        groups.setdefault(shapes, []).append(module)
+    chunks = []
+    for shapes, modules in groups.items():
+        most = max(1, _CHUNK_NUMBERS // max(sum(math.prod(shape) for shape in shapes), 1))
+        size = min(most, -(-len(modules) // torch.get_num_threads()))
+        chunks += [modules[start : start + size] for start in range(0, len(modules), size)]
+    return chunks
+
+
+def _folded_together(adapter: Adapter, modules: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """:func:`folded` of modules of one shape: ``A [M, r, d_in]`` and ``s B [M, d_out, r]``."""
+    pairs = [folded(adapter, module) for module in modules]
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
 
 def inner(first: Adapter, second: Adapter) -> float:
@@ -274,10 +318,16 @@ def squared_distances(first: Adapter, second: Adapter) -> dict[str, float]:
     for entry, tensor in difference.items():
         if not entry.factor.is_lora:
             squared[entry.module] += float(tensor.square().sum())
-    for module in difference.layout.lora_modules:
-        a, b = folded(difference, module)
-        core = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T
-        squared[module] += float(core.square().sum())
+
+    def measured(modules: Sequence[str]) -> list[float]:
+        a, b = _folded_together(difference, modules)
+        core = torch.linalg.qr(b)[1] @ torch.linalg.qr(a.mT)[1].mT
+        return [float(found.square().sum()) for found in core]
+
+    chunks = _alike(difference.layout)
+    for modules, found in zip(chunks, on_all_cores(measured, chunks), strict=True):
+        for module, square in zip(modules, found, strict=True):
+            squared[module] += square
     return squared
 
 

@@ -165,7 +165,6 @@ def _combine_stripe(
     numbers, total, more = buffers
     width = min(numbers.shape[1], target.shape[1] - start)
     last = (len(rows) - 1) // GROUP
-    totals: list[Numbers] = []
     for index, first in enumerate(range(0, len(rows), GROUP)):
         group = rows[first : first + GROUP]
         weights = factors[:, first : first + len(group)]

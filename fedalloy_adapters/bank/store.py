@@ -263,13 +263,21 @@ class Bank(MutableMapping[str, Adapter]):
     def parts(self, layout: Layout) -> Bank:
         """The tensors of ``layout`` of every adapter that has all of them; read from this bank's rows, not copied."""
         found = Bank(self._storage)
-        for name, (whole, row) in self._rows.items():
-            if whole.digest == layout.digest:
-                found._rows[name] = (layout, row)
-            elif whole.contains(layout):
-                slices = [whole.slice_of(entry.name) for entry in layout.entries]
-                found._rows[name] = (layout, Part(row, [(piece.start, piece.stop) for piece in slices]))
+        for name, (whole, _) in self._rows.items():
+            if whole.digest == layout.digest or whole.contains(layout):
+                found._rows[name] = (layout, self._part(name, layout))
         return found
+
+    def part(self, name: str, layout: Layout) -> Adapter:
+        """The tensors of ``layout``, which the adapter has, of one adapter; nothing else of it is read."""
+        return Adapter(layout, tensor_of(self._part(name, layout)))
+
+    def _part(self, name: str, layout: Layout) -> Row:
+        whole, row = self._rows[name]
+        if whole.digest == layout.digest:
+            return row
+        slices = [whole.slice_of(entry.name) for entry in layout.entries]
+        return Part(row, [(piece.start, piece.stop) for piece in slices])
 
     def taken(self) -> Bank:
         """All rows, in a bank of their own; this one is empty afterwards."""

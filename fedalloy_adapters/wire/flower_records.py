@@ -1,7 +1,7 @@
 """FedAlloy's messages inside Flower's records: one ``bytes`` value, and one packed array per adapter.
 
 The shape is specified in ``proto/README.md``. One Flower ``Array`` per adapter, because Flower makes two calls per
-array, not per byte.
+array, not per byte; small adapters lie beside the message where the receiver can read that: half as many calls.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ ARRAY_DTYPE = "uint8"
 ARRAY_STYPE = "fedalloy.adapter.v1"
 CONFIG_RECORD = "fedalloy"
 ARRAY_RECORD = "adapters"
+BESIDE = "adapter/"
+"""Before the slot's name, where an adapter is a value of the config record."""
+MAX_BESIDE_BYTES = 4 * 2**20
+"""Of a message's adapters together, to lie beside it: Flower cuts arrays into pieces of 5 MiB, and nothing else."""
 FORMAT_VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Of a plan, report or registration, which hold no adapters; what is parsed takes several times as much memory."""
@@ -41,9 +45,16 @@ class RecordError(ValueError):
         return str(self)
 
 
-def pack(key: str, message: Message, blobs: Mapping[str, bytes] | None = None) -> RecordDict:
-    """Records with ``message`` under ``key``, and one array per blob."""
-    records = RecordDict({CONFIG_RECORD: ConfigRecord({key: message.SerializeToString()})})
+def pack(key: str, message: Message, blobs: Mapping[str, bytes] | None = None, *, beside: bool = False) -> RecordDict:
+    """Records with ``message`` under ``key``, and one array per blob.
+
+    With ``beside`` (the receiver has said that it reads them) small blobs are values of the same record.
+    """
+    values = {key: message.SerializeToString()}
+    if blobs and beside and sum(map(len, blobs.values())) <= MAX_BESIDE_BYTES:
+        values |= {BESIDE + slot: blob for slot, blob in blobs.items()}
+        blobs = None
+    records = RecordDict({CONFIG_RECORD: ConfigRecord(values)})
     if blobs:
         arrays = {
             slot: Array(dtype=ARRAY_DTYPE, shape=(len(blob),), stype=ARRAY_STYPE, data=blob)
@@ -78,7 +89,7 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
     version = getattr(message, "version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise RecordError(f"{kind.__name__} has version {version}, expected {FORMAT_VERSION}")
-    blobs: dict[str, bytes] = {}
+    blobs = _beside(config)
     for slot, array in records.array_records.get(ARRAY_RECORD, ArrayRecord()).items():
         if array.stype != ARRAY_STYPE:
             raise RecordError(f"array {slot!r} has stype {array.stype!r}, expected {ARRAY_STYPE!r}")
@@ -87,5 +98,21 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
                 f"array {slot!r} is {array.dtype} of shape {tuple(array.shape)}, expected {ARRAY_DTYPE} of shape "
                 f"({len(array.data)},)"
             )
+        if slot in blobs:
+            raise RecordError(f"adapter {slot!r} is there twice, as an array and as bytes")
         blobs[slot] = array.data
     return message, blobs
+
+
+def _beside(config: ConfigRecord) -> dict[str, bytes]:
+    """Adapters among the values of the config record, by slot."""
+    found = {}
+    for name, value in config.items():
+        if not name.startswith(BESIDE):
+            continue
+        if not isinstance(value, bytes):
+            raise RecordError(f"expected bytes {name!r}, found {type(value).__name__}")
+        found[name.removeprefix(BESIDE)] = value
+    if sum(map(len, found.values())) > MAX_BESIDE_BYTES:
+        raise RecordError(f"adapters of more than {MAX_BESIDE_BYTES} bytes beside {CONFIG_RECORD!r}, expected arrays")
+    return found

@@ -24,6 +24,10 @@ from strategies.framework.exchange import Client
 
 Say = Callable[[str], None]
 LOOK_SECONDS = 1.0
+LOOKS_SHARE = 0.2
+"""Of the time at most goes into asking the SuperLink, which does nothing else meanwhile, whether there is news."""
+MOST_PAUSE_SECONDS = 3.0
+"""As long as Flower's own grid waits between two looks."""
 SAY_SECONDS = 10.0
 
 
@@ -62,7 +66,7 @@ class Federation:
         self._asked: set[int] = set()
         self._asking: dict[str, tuple[int, float]] = {}
         self._overdue: dict[str, str] = {}
-        self._looked = float("-inf")
+        self._look_at = float("-inf")
 
     # ------------------------------------------------------------------------------------------------- who is there
 
@@ -148,7 +152,7 @@ class Federation:
                     found = exchange.taken(reply, again)
                     if found is not None:
                         yield found
-                next_pull = time.monotonic() + self.poll_interval
+                next_pull = time.monotonic() + _pause(self.poll_interval, self.intake.asking_seconds)
             now = time.monotonic()
             if quorate():
                 ends = min(ends, now + grace)
@@ -209,10 +213,11 @@ class Federation:
 
     def _look_around(self, watch: Watch, *, now: bool = False) -> None:
         """Which nodes are online; those never seen before are asked who they are, and answer while others train."""
-        if not now and time.monotonic() - self._looked < LOOK_SECONDS:
+        if not now and time.monotonic() < self._look_at:
             return
-        self._looked = time.monotonic()
+        started = time.monotonic()
         self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
+        self._look_at = time.monotonic() + _pause(LOOK_SECONDS, time.monotonic() - started)
         self._seen |= self._nodes
         held = {client.node_id for client in [*self.enrolment.clients.values(), *self.enrolment.newcomers.values()]}
         self._asked &= set(self._nodes) | held  # one that left without being taken in is asked when it is back
@@ -256,6 +261,11 @@ def require_all(enrolment: Enrolment, fitting: int) -> None:
             f"{fitting} of {fitting + len(enrolment.refused)} sites that are online can take part; refused: "
             f"{enrolment.why_refused()}. Put that right and start again, or go on without: min-clients={fitting}"
         )
+
+
+def _pause(least: float, took: float) -> float:
+    """Seconds until the next look, where the last one took so many: a busy SuperLink is asked less often."""
+    return max(least, min(took / LOOKS_SHARE, MOST_PAUSE_SECONDS))
 
 
 def _registration(node_id: int, timeout: float) -> Make:

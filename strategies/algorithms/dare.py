@@ -8,13 +8,14 @@ leaves its expectation. The mean by example counts follows; the result is cut to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_dense
 from strategies.framework import About
 from strategies.framework.options import OptionError
@@ -49,7 +50,7 @@ class DARE(OneShot[DAREOptions]):
         "one merge of all local adapters at the end, most numbers dropped at random", travels="P up once, P down once"
     )
 
-    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+    def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
         """On dense deltas, module by module; the run's seed decides what is dropped."""
 
         def rule(name: str, deltas: Tensor) -> Tensor:
@@ -57,4 +58,4 @@ class DARE(OneShot[DAREOptions]):
             mean: Tensor = torch.tensordot(torch.tensor(shares, dtype=thinned.dtype), thinned, dims=1)
             return mean.to(deltas.dtype)
 
-        return merge_dense([found[LOCAL] for found in uploads], rule, self.options.rank)
+        return merge_dense(uploads[LOCAL], rule, self.options.rank)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank
 from proto.fedalloy.v1 import plan_pb2
-from strategies.families.fedavg import average
 from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
@@ -51,7 +51,7 @@ class FedEM(AlloyStrategy[FedEMOptions]):
         super().__init__(*args, **kwargs)
         self.slots = [f"learner-{index}" for index in range(self.options.learners)]
         self.models: dict[str, Adapter] = {}
-        self.arrived: dict[str, dict[str, Adapter]] = {}
+        self.arrived: dict[str, Bank] = {slot: Bank(self.storage) for slot in self.slots}
 
     def enrol(self, client: Client) -> None:
         """The first client's layout is the federation's."""
@@ -68,16 +68,16 @@ class FedEM(AlloyStrategy[FedEMOptions]):
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the trained adapters."""
-        self.arrived[client.id] = dict(answer.adapters)
+        for slot in self.slots:
+            self.arrived[slot][client.id] = answer.adapters[slot]
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Average each adapter."""
-        names = sorted(self.arrived)
-        arrived, self.arrived = self.arrived, {}
-        if names:
-            counts = [self.clients[name].examples for name in names]
-            self.models = {slot: average([arrived[name][slot] for name in names], counts) for slot in self.slots}
-        return {"merged": len(names)}
+        arrived = {slot: bank.taken() for slot, bank in self.arrived.items()}
+        counts = {name: self.clients[name].examples for name in arrived[self.slots[0]]}
+        if counts:
+            self.models = {slot: bank.mean(counts) for slot, bank in arrived.items()}
+        return {"merged": len(counts)}
 
     def deliver(self, client: Client) -> Brief:
         """The ensemble, with shares from what was averaged last."""

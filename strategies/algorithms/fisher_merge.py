@@ -8,11 +8,12 @@ information by its norm, so that confident clients do not decide alone. Twice th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.algebra import precision_mean
+from fedalloy_adapters.algebra import precision_mean_of
+from fedalloy_adapters.bank.store import Bank
 from strategies.families.one_shot import LOCAL, OneShot
 from strategies.framework import About, Client, steps
 from strategies.framework.options import require_range
@@ -59,11 +60,14 @@ class FisherMerge(OneShot[FisherMergeOptions]):
             steps.send(self.training, INFORMATION, relative_to_received=False),
         ]
 
-    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+    def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
         """The weighted mean; an upload's information may not be negative, whatever a client sends."""
-        precisions = []
-        for found, share in zip(uploads, shares, strict=True):
-            information = found[INFORMATION].vector.clamp_min(0)
-            size = float(information.double().norm()) if self.options.normalise else 1.0
-            precisions.append(Adapter(found[INFORMATION].layout, share * information / max(size, 1e-30) + 1e-12))
-        return precision_mean([found[LOCAL] for found in uploads], precisions)
+
+        def pairs() -> Iterator[tuple[Adapter, Adapter]]:
+            for name, share in zip(uploads[LOCAL], shares, strict=True):
+                found = uploads[INFORMATION][name]
+                information = found.vector.clamp_min(0)
+                size = float(information.double().norm()) if self.options.normalise else 1.0
+                yield uploads[LOCAL][name], Adapter(found.layout, share * information / max(size, 1e-30) + 1e-12)
+
+        return precision_mean_of(pairs())

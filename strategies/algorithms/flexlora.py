@@ -14,8 +14,10 @@ from typing import Any
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate
+from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2
+from strategies.families.by_modules import by_modules
 from strategies.families.fedavg import Averaging
 from strategies.framework import About, AlloyStrategy, Client, State
 from strategies.framework.options import NoOptions
@@ -52,8 +54,13 @@ class FlexLoRA(Averaging[NoOptions]):
         """The exact average of the deltas, truncated to the highest rank of a client."""
         self.averaged = True
         total = sum(examples.values())
-        merged = stack(list(adapters.values()), [count / total for count in examples.values()])
-        return truncate(merged, self.global_model.layout, balanced=False)
+        shares = [count / total for count in examples.values()]
+        whole = self.global_model.layout
+
+        def merge(parts: list[Adapter]) -> Adapter:
+            return truncate(stack(parts, shares), whole.select((), parts[0].layout.modules), balanced=False)
+
+        return by_modules(Bank.of(adapters), merge, whole.folded)
 
     def part_of(self, client: Client) -> Adapter:
         """What the client is sent: before anything is averaged, the usual start."""

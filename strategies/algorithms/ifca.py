@@ -16,10 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.bank.blocks import MemoryRow
+from fedalloy_adapters.bank.store import Bank
 from strategies.algorithms.fedmerge_weights import cluster
-from strategies.families.fedavg import average
 from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_range
 
@@ -49,7 +50,8 @@ class IFCA(AlloyStrategy[IFCAOptions]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.models: list[Adapter] = []  # one before the first round has settled
-        self.arrived: dict[str, tuple[int, Adapter, int]] = {}
+        self.arrived = Bank(self.storage)
+        self.chosen: dict[str, int] = {}  # by those that have arrived
 
     def enrol(self, client: Client) -> None:
         """The first client's layout is the federation's."""
@@ -73,20 +75,19 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         """Keep the trained adapter and whose turn it was."""
         weights = next(result.select.weights for result in answer.report.results if result.HasField("select"))
         chosen = max(range(len(weights)), key=lambda index: weights[index])
-        self.arrived[client.id] = (chosen, answer.adapters[MODEL], client.examples)
+        self.arrived[client.id], self.chosen[client.id] = answer.adapters[MODEL], chosen
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Average each cluster; the first time, find them."""
-        names = sorted(self.arrived)
-        arrived, self.arrived = self.arrived, {}
-        chosen = {name: arrived[name][0] for name in names}
+        arrived, chosen = self.arrived.taken(), dict(sorted(self.chosen.items()))
+        self.chosen = {}
+        names = list(arrived)
         if names and len(self.models) < self.options.clusters:
-            uploads = [MemoryRow(arrived[name][1].vector) for name in names]
-            _, logits = cluster(uploads, self.options.clusters, 1.0, self.seed)
+            _, logits = cluster(arrived.rows(), self.options.clusters, 1.0, self.seed)
             chosen = dict(zip(names, logits.argmax(dim=1).tolist(), strict=True))
             self.models = self.models * self.options.clusters
         self.models = [
-            self._averaged(j, [arrived[n] for n in names if chosen[n] == j]) for j in range(len(self.models))
+            self._averaged(j, arrived, [n for n in names if chosen[n] == j]) for j in range(len(self.models))
         ]
         sizes = [sum(index == j for index in chosen.values()) for j in range(len(self.models))]
         return {"merged": len(names), "clusters": chosen, "sizes": sizes}
@@ -106,11 +107,12 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         layout = self.models[0].layout
         self.models = [Adapter(layout, state.tensors[f"model/{index}"]) for index in range(len(state.tensors))]
 
-    def _averaged(self, index: int, members: list[tuple[int, Adapter, int]]) -> Adapter:
+    def _averaged(self, index: int, arrived: Bank, members: list[str]) -> Adapter:
         if not members:
             return self.models[index]
-        _, adapters, examples = zip(*members, strict=True)
-        return average(adapters, examples)
+        counts = [self.clients[name].examples for name in members]
+        weights = torch.tensor([[count / sum(counts) for count in counts]], dtype=torch.float64)
+        return arrived.combine(members, weights)[0]
 
     def _candidate_heads(self) -> list[steps.Step]:
         """A head that is the client's own is that of the model it trains, whichever candidate that becomes."""

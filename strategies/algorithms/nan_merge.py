@@ -8,11 +8,13 @@ the whole delta, head included, by Gram matrices; the excerpts that we have do n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import norm
-from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_linear
+from fedalloy_adapters.bank.store import Bank
+from strategies.families.by_modules import exact_average
+from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions
 from strategies.framework import About
 
 
@@ -35,7 +37,7 @@ class NAN(OneShot[OneShotOptions]):
         "one merge of all local adapters at the end, weighted by inverse norms", travels="P up once, P down once"
     )
 
-    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+    def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
         """Exact in delta space, then truncated."""
-        adapters = [found[LOCAL] for found in uploads]
-        return merge_linear(adapters, inverse_norm_coefficients([norm(a) for a in adapters]), self.options.rank)
+        norms = [norm(adapter) for adapter in uploads[LOCAL].values()]
+        return exact_average(uploads[LOCAL], inverse_norm_coefficients(norms), self.options.rank)

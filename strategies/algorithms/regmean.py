@@ -11,7 +11,7 @@ a bias as a mean. The upload of G is usually larger than the adapter, and it say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import fold, stack, truncate
+from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Factor
-from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, at_rank
+from fedalloy_adapters.parts import layout_of_gram
+from strategies.families.by_modules import at_rank, bank_of, by_modules
+from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions
 from strategies.framework import About, Client, steps
 from strategies.framework.options import require_range
 
@@ -64,9 +67,26 @@ def transports(moments: Sequence[Tensor], shares: Sequence[float]) -> list[Tenso
 
 
 def regression_mean(
-    adapters: Sequence[Adapter], moments: Sequence[Adapter], shares: Sequence[float], shrink: float = 1.0, rank: int = 0
+    adapters: Sequence[Adapter] | Bank,
+    moments: Sequence[Adapter] | Bank,
+    shares: Sequence[float],
+    shrink: float = 1.0,
+    rank: int = 0,
 ) -> Adapter:
     """The merge of adapters with their inputs' second moments; ``shares`` sum to one."""
+    bank, grams = bank_of(adapters), bank_of(moments)
+
+    def merge(parts: list[Adapter]) -> Adapter:
+        measured = layout_of_gram(parts[0].layout)
+        seen = list(grams.parts(measured).values())
+        return _regressed(parts, seen, shares, shrink, rank)
+
+    return by_modules(bank, merge, at_rank(bank, rank).folded)
+
+
+def _regressed(
+    adapters: Sequence[Adapter], moments: Sequence[Adapter], shares: Sequence[float], shrink: float, rank: int
+) -> Adapter:
     moved = [fold(adapter).to(torch.float64).clone() for adapter in adapters]
     for entry in moved[0].layout.entries:
         if entry.factor not in (Factor.A, Factor.WEIGHT):
@@ -91,7 +111,6 @@ class RegMean(OneShot[RegMeanOptions]):
         """Second moments of the inputs of every module."""
         return [steps.gram(self.training, GRAM, steps.mixture(LOCAL), samples=self.options.samples)]
 
-    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+    def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
         """The regression, then truncated."""
-        adapters, moments = ([found[slot] for found in uploads] for slot in (LOCAL, GRAM))
-        return regression_mean(adapters, moments, shares, self.options.shrink, self.options.rank)
+        return regression_mean(uploads[LOCAL], uploads[GRAM], shares, self.options.shrink, self.options.rank)

@@ -6,11 +6,13 @@ Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi, "Editing M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedalloy_adapters.adapter import Adapter
-from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_linear
+from fedalloy_adapters.bank.store import Bank
+from strategies.families.by_modules import exact_average
+from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions
 from strategies.framework import About
 from strategies.framework.options import require_range
 
@@ -33,6 +35,6 @@ class TaskArithmetic(OneShot[TaskArithmeticOptions]):
     name = "task-arithmetic"
     about = About("the scaled sum of all local adapters at the end", travels="P up once, P down once")
 
-    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+    def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
         """Exact in delta space, then truncated."""
-        return merge_linear([found[LOCAL] for found in uploads], [self.options.scale] * len(uploads), self.options.rank)
+        return exact_average(uploads[LOCAL], [self.options.scale] * len(shares), self.options.rank)

@@ -8,13 +8,14 @@ module (the original: over the whole model). The result is no longer of low rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank
 from strategies.families.one_shot import LOCAL, OneShot, OneShotOptions, merge_dense
 from strategies.framework import About
 from strategies.framework.options import OptionError, require_range
@@ -67,11 +68,11 @@ class TIES(OneShot[TIESOptions]):
         "one merge of all local adapters at the end: trimmed, signs elected", travels="P up once, P down once"
     )
 
-    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
+    def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
         """On dense deltas, module by module."""
         options = self.options
         return merge_dense(
-            [found[LOCAL] for found in uploads],
+            uploads[LOCAL],
             lambda name, deltas: options.scale * elect_and_average(trim(deltas, options.density)),
             options.rank,
         )

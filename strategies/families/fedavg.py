@@ -15,6 +15,7 @@ from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.groups import average_groups, group_difference, union
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
+from strategies.families.by_modules import exact_average
 from strategies.families.robust import robust_average
 from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 
@@ -93,7 +94,8 @@ class Averaging(AlloyStrategy[OptionsT]):
             weights = {name: self.weight_of(group, name, examples[name]) for name in owners}
             if self.space == "factor":
                 return owners.mean(weights)
-            return average(list(owners.values()), list(weights.values()), self.space)
+            total = sum(weights.values())
+            return exact_average(owners, [weight / total for weight in weights.values()])
 
         return average_groups(self.global_model, adapters, over_owners)
 

@@ -8,7 +8,7 @@ numbers of a delta need it dense, one module at a time (:func:`merge_dense`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.algebra import folded, stack, truncate
-from fedalloy_adapters.layout import Factor, Layout
+from fedalloy_adapters.algebra import folded
+from fedalloy_adapters.bank.cores import on_all_cores
+from fedalloy_adapters.bank.store import Bank
+from fedalloy_adapters.layout import Factor
+from strategies.families.by_modules import at_rank, bank_of
 from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 from strategies.framework.options import require_range
 
+_COPIES = 6
+"""Of the dense deltas that a rule makes."""
 LOCAL, MERGED = "local", "merged"
 Rule = Callable[[str, Tensor], Tensor]
 """``(tensor name, numbers [N, ...]) -> merged [...]``."""
@@ -37,36 +42,34 @@ class OneShotOptions:
         require_range("rank", self.rank, 0, 2**20)
 
 
-def merge_linear(adapters: Sequence[Adapter], coefficients: Sequence[float], rank: int = 0) -> Adapter:
-    """``sum_k c_k Delta_k``, exact up to the truncation to ``rank`` (0: that of the first)."""
-    return truncate(stack(adapters, list(coefficients)), at_rank(adapters, rank))
-
-
-def merge_dense(adapters: Sequence[Adapter], rule: Rule, rank: int = 0) -> Adapter:
+def merge_dense(adapters: Sequence[Adapter] | Bank, rule: Rule, rank: int = 0) -> Adapter:
     """A rule on the deltas as dense matrices, module by module, then the best approximation at ``rank`` (SVD).
 
     Weights and biases are merged by the same rule, as they are.
     """
-    layout = at_rank(adapters, rank)
+    bank, layout = bank_of(adapters), at_rank(adapters, rank)
     result = Adapter.zeros(layout)
-    for entry, tensor in result.items():
-        if not entry.factor.is_lora:
-            tensor.copy_(rule(entry.name, torch.stack([a[entry.module, entry.factor] for a in adapters])))
-    for module in layout.lora_modules:
-        pairs = [folded(adapter, module) for adapter in adapters]
-        merged = rule(module, torch.stack([b @ a for a, b in pairs]))
-        u, sigma, v_t = torch.linalg.svd(merged, full_matrices=False)
+    whole = bank.common_layout(list(bank))
+
+    def merge(module: str) -> None:
+        parts = list(bank.parts(whole.select((), [module])).values())
+        for entry in parts[0].layout.entries:
+            if not entry.factor.is_lora:
+                found = torch.stack([part[module, entry.factor] for part in parts])
+                result[module, entry.factor].copy_(rule(entry.name, found))
+        if module not in whole.lora_modules:
+            return
+        pairs = [folded(part, module) for part in parts]
+        u, sigma, v_t = torch.linalg.svd(rule(module, torch.stack([b @ a for a, b in pairs])), full_matrices=False)
         kept = min(layout.ranks[module], len(sigma))
         root = sigma[:kept].sqrt()
         result[module, Factor.A][:kept] = root[:, None] * v_t[:kept]
         result[module, Factor.B][:, :kept] = u[:, :kept] * root / layout.scalings[module]
+
+    shapes = {(entry.module, entry.factor): entry.shape for entry in whole.entries}
+    largest = max((shapes[m, Factor.A][1] * shapes[m, Factor.B][0] for m in whole.lora_modules), default=0)
+    on_all_cores(merge, list(whole.modules), _COPIES * 4 * largest * len(bank))
     return result
-
-
-def at_rank(adapters: Sequence[Adapter], rank: int) -> Layout:
-    """The adapters' layout at another rank (0: their own), which is at most that of all of them stacked."""
-    layout = adapters[0].layout
-    return layout.with_ranks({m: min(rank, r * len(adapters)) for m, r in layout.ranks.items()}) if rank else layout
 
 
 class OneShot(AlloyStrategy[OptionsT]):
@@ -74,13 +77,13 @@ class OneShot(AlloyStrategy[OptionsT]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.uploads: dict[str, dict[str, Adapter]] = {}
+        self.uploads: dict[str, Bank] = {}  # by slot, then by client
         self.trained: set[str] = set()
         self.merged: Adapter | None = None
 
     @abstractmethod
-    def merge(self, uploads: Sequence[dict[str, Adapter]], shares: Sequence[float]) -> Adapter:
-        """What becomes of the uploads, in order of client ids; ``shares`` of the examples sum to one."""
+    def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
+        """What becomes of the uploads, by slot and client; ``shares`` of the examples sum to one."""
 
     def extra(self, client: Client) -> list[steps.Step]:
         """Steps of the last round between training and upload: what a rule needs beyond the adapters."""
@@ -106,15 +109,16 @@ class OneShot(AlloyStrategy[OptionsT]):
         """Keep what was uploaded."""
         self.trained.add(client.id)
         if LOCAL in answer.adapters:
-            self.uploads[client.id] = dict(answer.adapters)
+            for slot, adapter in answer.adapters.items():
+                self.uploads.setdefault(slot, Bank(self.storage))[client.id] = adapter
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Merge, in the last round."""
         arrived, self.uploads = self.uploads, {}
-        names = sorted(arrived)
+        names = list(arrived.get(LOCAL, ()))
         if names:
             counts = [self.clients[name].examples for name in names]
-            self.merged = self.merge([arrived[name] for name in names], [n / sum(counts) for n in counts])
+            self.merged = self.merge(arrived, [n / sum(counts) for n in counts])
         return {"merged": len(names)}
 
     def deliver(self, client: Client) -> Brief:

@@ -241,6 +241,7 @@ class Contract(ABC, Generic[OptionsT]):
             reference=client.reference,
             holding=holding,
             pinned=pinned,
+            beside=client.registration.reads_beside,
         )
 
     @abstractmethod

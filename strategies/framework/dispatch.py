@@ -99,10 +99,12 @@ def plan_dispatch(
     run_key: bytes = b"",
     holding: Holding | None = None,
     pinned: int | None = None,
+    beside: bool = False,
 ) -> Dispatch:
     """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
 
     The client is to keep its slots as they were after the round ``pinned``: the run may return there.
+    ``beside``: it has said that it reads small adapters beside the plan.
 
     With a ``holding`` a lossy encoding stores the difference from what the client holds, where that is smaller.
 
@@ -118,6 +120,7 @@ def plan_dispatch(
         steps=steps,
         run_key=run_key,
         pinned_round=pinned,
+        reads_beside=True,
     )
     sent = Encoding(encoding)
     plan.keep_received = holding is not None and sent.is_lossy and len(adapters) > 0
@@ -156,7 +159,7 @@ def plan_dispatch(
     return Dispatch(
         plan,
         layout,
-        pack("plan", plan, blobs),
+        pack("plan", plan, blobs, beside=beside),
         Made(received),
         expected,
         tensor_bytes,

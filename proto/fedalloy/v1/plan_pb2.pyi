@@ -479,7 +479,7 @@ class Step(_message.Message):
     def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps", "run_key", "keep_received", "pinned_round")
+    __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps", "run_key", "keep_received", "pinned_round", "reads_beside")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -489,6 +489,7 @@ class Plan(_message.Message):
     RUN_KEY_FIELD_NUMBER: _ClassVar[int]
     KEEP_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     PINNED_ROUND_FIELD_NUMBER: _ClassVar[int]
+    READS_BESIDE_FIELD_NUMBER: _ClassVar[int]
     version: int
     run_name: str
     client_id: str
@@ -498,4 +499,5 @@ class Plan(_message.Message):
     run_key: bytes
     keep_received: bool
     pinned_round: int
-    def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[int] = ..., seed: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., run_key: _Optional[bytes] = ..., keep_received: _Optional[bool] = ..., pinned_round: _Optional[int] = ...) -> None: ...
+    reads_beside: bool
+    def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[int] = ..., seed: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., run_key: _Optional[bytes] = ..., keep_received: _Optional[bool] = ..., pinned_round: _Optional[int] = ..., reads_beside: _Optional[bool] = ...) -> None: ...

@@ -69,7 +69,7 @@ class Task(_message.Message):
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., examples: _Optional[_Mapping[str, int]] = ..., notes: _Optional[_Iterable[str]] = ..., groups: _Optional[_Iterable[str]] = ..., modalities: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Registration(_message.Message):
-    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference")
+    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference", "reads_beside")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class Registration(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    READS_BESIDE_FIELD_NUMBER: _ClassVar[int]
     version: int
     client_id: str
     base_model: str
@@ -86,7 +87,8 @@ class Registration(_message.Message):
     device: str
     wire: WireReading
     reference: _adapter_pb2.Layout
-    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., reference: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ...) -> None: ...
+    reads_beside: bool
+    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., reference: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., reads_beside: _Optional[bool] = ...) -> None: ...
 
 class InitialiseResult(_message.Message):
     __slots__ = ("created",)

@@ -132,6 +132,7 @@ class Intake:
         self.grid = grid
         self.say = say
         self.max_bytes = MAX_MESSAGE_BYTES + MAX_LISTING_BYTES
+        self.asking_seconds = 0.0  # that the SuperLink last took to say which messages have been answered
         self._uploads: dict[str, _Upload] = {}
         self._one_by_one = False
         self._asked: dict[str, int] = {}  # when each message was asked for last
@@ -225,7 +226,9 @@ class Intake:
 
     def _announced(self, grid: HttpGrid, ids: list[str]) -> list[Message]:
         """Asks which of these have been answered; none is complete yet."""
+        started = time.monotonic()
         response = grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=ids))
+        self.asking_seconds = time.monotonic() - started
         for bare, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             # Who it is from and what it answers is what the SuperLink has checked, not what the objects say.
             metadata = metadata_from_proto(bare.metadata)

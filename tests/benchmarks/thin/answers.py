@@ -61,6 +61,7 @@ class ThinClient:
             layout=self.layout.to_proto(),
             tasks=[task],
             reference=self.reference.to_proto(),
+            reads_beside=True,
         )
 
     def report(self, plan: plan_pb2.Plan) -> RecordDict:
@@ -89,7 +90,7 @@ class ThinClient:
             elif kind == "sketch":
                 body.slot = step.sketch.slot
                 uploads[body.slot] = self._blob(layout_of_sketch(self.reference, step.sketch.row_count), plan.round)
-        return pack("report", report, uploads)
+        return pack("report", report, uploads, beside=plan.reads_beside)
 
     def _blob(self, layout: Layout, round_: int) -> bytes:
         generator = torch.Generator().manual_seed(hash((self.name, round_)) % 2**31)

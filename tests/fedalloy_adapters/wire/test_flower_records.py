@@ -5,14 +5,17 @@ from typing import Any
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from google.protobuf.message import Message
 
 from fedalloy_adapters.wire.codec import decode, encode
 from fedalloy_adapters.wire.flower_records import (
     ARRAY_RECORD,
     ARRAY_STYPE,
+    BESIDE,
     CONFIG_RECORD,
     COUNTERS_TYPE,
+    MAX_BESIDE_BYTES,
     PLAN_TYPE,
     REGISTER_TYPE,
     RecordError,
@@ -46,6 +49,31 @@ def test_messages_and_adapters_survive_flower(key: str, message: Message) -> Non
     assert found == message
     assert arrays == blobs
     assert {slot: decode(blob).digest for slot, blob in arrays.items()} == {s: a.digest for s, a in adapters.items()}
+
+
+def test_small_adapters_lie_beside_the_message_in_half_as_many_pieces() -> None:
+    blobs = {"global": b"\x00\xff\x80", "local": b""}
+    records = pack("plan", PLAN, blobs, beside=True)
+    assert list(records) == ["fedalloy"]
+    assert unpack(over_the_wire(records), "plan", plan_pb2.Plan) == (PLAN, blobs)
+    pieces = [len(get_all_nested_objects(pack("plan", PLAN, {"global": b"1"}, beside=side))) for side in (True, False)]
+    assert pieces == [2, 5]  # and the message itself
+
+
+def test_large_adapters_are_arrays_whoever_reads_what() -> None:
+    records = pack("plan", PLAN, {"a": bytes(MAX_BESIDE_BYTES), "b": b"1"}, beside=True)
+    assert list(records) == ["fedalloy", "adapters"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [("text", "found str"), (bytes(MAX_BESIDE_BYTES + 1), "expected arrays"), (b"2", "there twice")],
+)
+def test_adapters_beside_the_message_that_are_refused(value: Any, reason: str) -> None:
+    records = pack("plan", PLAN, {"global": b"1"})
+    records.config_records[CONFIG_RECORD][f"{BESIDE}global"] = value
+    with pytest.raises(RecordError, match=reason):
+        unpack(records, "plan", plan_pb2.Plan)
 
 
 def test_form_is_that_of_the_specification() -> None:

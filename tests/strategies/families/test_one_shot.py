@@ -17,6 +17,7 @@ from strategies.algorithms.dare import drop_and_rescale
 from strategies.algorithms.nan_merge import inverse_norm_coefficients
 from strategies.algorithms.regmean import regression_mean, symmetric
 from strategies.algorithms.ties import elect_and_average, trim
+from strategies.families.by_modules import bank_of
 from tests.strategies.conftest import random_adapter
 from tests.strategies.fleet import NAMES, SHARES, Fleet, dense
 
@@ -42,7 +43,8 @@ def merged(name: str, found: list[Adapter], shares: list[float] = SHARES, extra:
     kind = STRATEGIES[name]
     strategy: Any = kind(kind.Options(**options), seed=4)
     more = extra or [{} for _ in found]
-    return strategy.merge([{"local": a, **m} for a, m in zip(found, more, strict=True)], shares)  # type: ignore[no-any-return]
+    slots = {"local": found} | {slot: [m[slot] for m in more] for slot in more[0]}
+    return strategy.merge({slot: bank_of(uploads) for slot, uploads in slots.items()}, shares)  # type: ignore[no-any-return]
 
 
 def close(found: Adapter, expected: Tensor, head: Tensor) -> None:

@@ -1,0 +1,81 @@
+"""Merges that look at one module at a time: what they need of all clients' adapters is read from the bank for a few."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import stack, truncate
+from fedalloy_adapters.bank.store import Bank
+from fedalloy_adapters.layout import Layout, LayoutError
+
+_TOGETHER = 2**24
+"""Numbers, of all clients, that are in memory at a time: 64 MiB."""
+
+
+def bank_of(adapters: Sequence[Adapter] | Bank) -> Bank:
+    """Adapters in the order given, in memory; a bank is itself."""
+    if isinstance(adapters, Bank):
+        return adapters
+    return Bank.of({f"{index:08d}": adapter for index, adapter in enumerate(adapters)})
+
+
+def by_modules(
+    adapters: Sequence[Adapter] | Bank, merge: Callable[[list[Adapter]], Adapter], layout: Layout
+) -> Adapter:
+    """``merge`` of the whole adapters, made of merges of some of their modules.
+
+    Args:
+        adapters: with the same modules; ranks may differ.
+        merge: of parts with the same modules; what it makes of a module depends on no other.
+        layout: of the result.
+
+    Raises:
+        LayoutError: there are no adapters.
+    """
+    bank = bank_of(adapters)
+    if not bank:
+        raise LayoutError("got no adapters, expected at least one")
+    layouts = {found.digest: found for found in map(bank.layout_of, bank)}
+    result: Adapter | None = None
+    for modules in in_turns(next(iter(layouts.values())), len(bank)):
+        parts = {digest: whole.select((), modules) for digest, whole in layouts.items()}
+        merged = merge([bank.part(name, parts[bank.layout_of(name).digest]) for name in bank])
+        if result is None:
+            result = Adapter.zeros(layout, merged.vector.dtype)
+        for entry, tensor in merged.items():
+            result[entry.module, entry.factor].copy_(tensor)
+    return Adapter.zeros(layout) if result is None else result
+
+
+def in_turns(layout: Layout, count: int) -> list[list[str]]:
+    """All modules, as many together as ``count`` clients' adapters leave room for."""
+    sizes = dict.fromkeys(layout.modules, 0)
+    for entry in layout.entries:
+        sizes[entry.module] += math.prod(entry.shape)
+    turns: list[list[str]] = []
+    room = 0
+    for module, size in sizes.items():
+        if size * count > room or not turns:
+            turns.append([])
+            room = _TOGETHER
+        turns[-1].append(module)
+        room -= size * count
+    return turns
+
+
+def exact_average(adapters: Sequence[Adapter] | Bank, coefficients: Sequence[float], rank: int = 0) -> Adapter:
+    """``sum_k c_k Delta_k``, exact up to the truncation to ``rank`` (0: that of the first)."""
+    layout = at_rank(adapters, rank)
+
+    def merge(parts: list[Adapter]) -> Adapter:
+        return truncate(stack(parts, list(coefficients)), at_rank(parts, rank))
+
+    return by_modules(adapters, merge, layout.folded)
+
+
+def at_rank(adapters: Sequence[Adapter] | Bank, rank: int) -> Layout:
+    """The adapters' layout at another rank (0: their own), which is at most that of all of them stacked."""
+    layout = adapters.layout_of(next(iter(adapters))) if isinstance(adapters, Bank) else adapters[0].layout
+    return layout.with_ranks({m: min(rank, r * len(adapters)) for m, r in layout.ranks.items()}) if rank else layout

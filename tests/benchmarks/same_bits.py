@@ -1,0 +1,96 @@
+"""Whether two versions of the server compute the same numbers, for every strategy, bit by bit.
+
+    git worktree add OLD COMMIT
+    PYTHONPATH=OLD python tests/benchmarks/same_bits.py dump old.safetensors        # whatever version is in OLD
+    python -m tests.benchmarks.same_bits dump new.safetensors
+    python -m tests.benchmarks.same_bits compare old.safetensors new.safetensors
+
+A whole run of each strategy (three rounds and the delivery) over five nodes without a model: what they answer is a
+function of what they are sent, so a bit that differs anywhere in a merge differs in the end. Adapters of 24,576
+numbers are more than one block of a merge. What is compared: everything that a node holds after the delivery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from strategies import STRATEGIES
+from tests.faults.nodes import NodeGrid, run_nodes
+from tests.strategies.conftest import FakeNode, layout_of
+
+COUNT, ROUNDS = 5, 3
+EXTRA: dict[str, dict[str, Any]] = {"fedavg delta": {"strategy": "fedavg", "fedavg.space": "delta"}}
+"""Runs beside those of every strategy with its defaults."""
+
+
+def numbers_of(config: dict[str, Any]) -> dict[str, Tensor]:
+    """What every node holds at the end of a run, by node and slot."""
+    torch.set_num_threads(1)
+    layout = layout_of(rank=8, modules=[f"m{i}" for i in range(24)], d_in=64, d_out=64, head=0)
+    nodes = {n: FakeNode(f"client-{n}", layout, examples=10 * n) for n in range(1, COUNT + 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        given = {key.replace("-", "_"): value for key, value in config.items() if "." not in key}
+        given |= {key: value for key, value in config.items() if "." in key}
+        run_nodes(
+            Path(folder), NodeGrid(nodes), num_server_rounds=ROUNDS, min_clients=COUNT, round_timeout=600.0,
+            startup_timeout=600.0, **given,
+        )  # fmt: skip
+    return {f"{node.name}/{slot}": held.vector for node in nodes.values() for slot, held in node.slots.items()}
+
+
+def dump(path: Path, names: list[str]) -> None:
+    """Runs one after the other; a strategy that this version does not have is left out."""
+    runs = {name: {"strategy": name} for name in sorted(STRATEGIES)} | EXTRA
+    found: dict[str, Tensor] = {}
+    for name in names or runs:
+        try:
+            tensors = numbers_of(runs[name])
+        except Exception as error:  # this version cannot: the other may, and what is missing is told
+            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            continue
+        found |= {f"{name}/{key}": tensor.clone() for key, tensor in tensors.items()}
+        print(name, len(tensors), flush=True)
+    save_file(found, path)
+
+
+def compare(first: Path, second: Path) -> None:
+    """A line for each strategy: how many tensors have the same bits, and how far the others are apart."""
+    old, new = load_file(first), load_file(second)
+    for name in sorted({key.split("/", 1)[0] for key in {*old, *new}}):
+        keys = {key for key in {*old, *new} if key.startswith(f"{name}/")}
+        both = sorted(key for key in keys if key in old and key in new and old[key].shape == new[key].shape)
+        same = sum(torch.equal(old[key], new[key]) for key in both)
+        apart = max((_relative(old[key], new[key]) for key in both), default=float("nan"))
+        words = "same bits" if same == len(keys) else f"relative difference up to {apart:.1e}"
+        print(f"{name:20}{same:4} of {len(keys):3}  {words}")
+
+
+def _relative(old: Tensor, new: Tensor) -> float:
+    return float((old.double() - new.double()).norm() / old.double().norm().clamp_min(1e-30))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    dumping = commands.add_parser("dump")
+    dumping.add_argument("file", type=Path)
+    dumping.add_argument("names", nargs="*")
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("files", type=Path, nargs=2)
+    chosen = parser.parse_args()
+    if chosen.command == "dump":
+        dump(chosen.file, chosen.names)
+    else:
+        compare(*chosen.files)
+
+
+if __name__ == "__main__":
+    main()
