@@ -47,8 +47,9 @@ class FileRow:
     in_memory = False
     dtype = torch.float32
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, largest: float | None = None) -> None:
         self.path = path
+        self._largest = largest
         try:
             with path.open("rb") as file:
                 self._offset = 8 + int.from_bytes(file.read(8), "little")
@@ -58,6 +59,13 @@ class FileRow:
         if size < 0 or size % 4:
             raise BankError(f"{path} is torn: {size} bytes of float32 numbers")
         self.size = size // 4
+
+    @property
+    def largest(self) -> float:
+        """:func:`largest_of` the row: found when it was written, or read once, block by block."""
+        if self._largest is None:
+            self._largest = _largest_in_blocks(self)
+        return self._largest
 
     @cached_property
     def sha256(self) -> str:
@@ -92,6 +100,20 @@ def tensor_of(row: Row) -> Tensor:
     found = torch.empty(row.size, dtype=row.dtype)
     row.read(0, found.numpy())
     return found
+
+
+def largest_of(tensor: Tensor) -> float:
+    """The largest magnitude in one pass without a copy; NaN where there is one, 0 of nothing."""
+    return float(torch.linalg.vector_norm(tensor.detach(), float("inf"))) if tensor.numel() else 0.0
+
+
+def _largest_in_blocks(row: Row) -> float:
+    buffer, found = torch.empty(min(row.size, _CHUNK), dtype=row.dtype), torch.zeros((), dtype=row.dtype)
+    for start in range(0, row.size, _CHUNK):
+        piece = buffer[: min(_CHUNK, row.size - start)]
+        row.read(start, piece.numpy())
+        found = torch.maximum(found, torch.linalg.vector_norm(piece, float("inf")))  # which hands NaN on
+    return float(found)
 
 
 def digest_of(row: Row) -> str:
@@ -146,7 +168,7 @@ class Storage:
         except Exception as error:  # safetensors has its own kinds for a full disk
             path.unlink(missing_ok=True)
             raise BankError(f"cannot write {path} (bank-memory-mb says what stays in memory): {error}") from None
-        return self._owned(path)
+        return self._owned(path, largest_of(vector))
 
     def adopt(self, row: Row) -> StoredRow:
         """A row that is somebody else's file (a checkpoint's, which will be removed) as one of this storage's own.
@@ -160,8 +182,8 @@ class Storage:
         link(row, path)
         return self._owned(path)
 
-    def _owned(self, path: Path) -> FileRow:
-        row = FileRow(path)
+    def _owned(self, path: Path, largest: float | None = None) -> FileRow:
+        row = FileRow(path, largest)
         weakref.finalize(row, _remove, path)
         return row
 

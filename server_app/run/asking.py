@@ -72,7 +72,13 @@ class Asking:
         for what, seconds in slowest.items():
             run.spent[what] += seconds
         # When all are here: how long an update may be is a matter of what the others sent.
-        for name, answer in within_round(run.strategy.limits, self._answers).items():
+        late = run.late.due(self.round, set(self._answers)) if self.phase == "train" else {}
+        answers = self._answers | {name: answer for name, (_, answer, _) in late.items()}
+        for name, answer in sorted(within_round(run.strategy.limits, answers).items()):
+            if name in late:
+                client, _, weight = late[name]
+                run.strategy.absorb_late(self.round, client, answer, weight)
+                continue
             record = self.records[name]
             try:
                 absorb(self.round, self._clients[name], answer)
@@ -113,7 +119,10 @@ class Asking:
 
     def _take(self, reply: Reply) -> ClientRecord:
         client = self._clients[reply.client_id]
-        self.records[client.id] = record = self._read(client, self._dispatches.pop(client.id, None), reply)
+        dispatch = self._dispatches.pop(client.id, None)
+        if reply.message is None and dispatch is not None and self.phase == "train":
+            self.run.late.expect(self.round, client.id, dispatch)
+        self.records[client.id] = record = self._read(client, dispatch, reply)
         if client.id in self._whole:
             record["sent_whole"] = True  # it did not hold what the server thought
         is_good = record["status"] == OK

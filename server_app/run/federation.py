@@ -60,6 +60,7 @@ class Federation:
         self.say = say
         self.arrived = arrived
         self.enrolment = enrolment
+        self.late: Callable[[str, Message], bool] = lambda client_id, reply: False  # takes a late answer
         self.overdue_answers: dict[str, int] = {}
         self._nodes: dict[int, NodeInfo] = {}
         self._seen: dict[int, NodeInfo] = {}  # those that have gone, too: a refusal names them
@@ -187,6 +188,8 @@ class Federation:
                     # Slow to say who it is, and welcome from the next round on.
                     self.enrolment.forgive(self._node_of(overdue))
                     self._welcome(self._node_of(overdue), Reply(overdue, reply, 0.0))
+                elif overdue is not None and not reply.has_error() and self.late(overdue, reply):
+                    self.say(f"{overdue} has answered an earlier round; it counts in this one")
                 elif not (reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID):
                     name = overdue or names.get(message_id, "somebody")
                     self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1

@@ -29,6 +29,7 @@ from server_app.run.ending.summary import headline, summary_of
 from server_app.run.evaluations import spared
 from server_app.run.federation import SAY_SECONDS, Federation, NotEnoughClientsError, require_all
 from server_app.run.messages.exchange import Reply
+from server_app.run.messages.late_answers import LateAnswers
 from server_app.run.options import RunOptions, as_toml, default_run_name, read_run_options, run_on
 from server_app.run.resume import (
     changed_code,
@@ -97,6 +98,8 @@ class Run:
         self.enrolment = Enrolment(strategy, directory)
         strategy.storage.spill_to(directory.path / "bank", int(options.bank_memory_mb * 10**6))
         self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
+        self.late = LateAnswers(strategy)
+        self.federation.late = self.late.take
         self.holdings = Holdings(strategy.storage)
         self.strikes = Strikes(options.strikes)
         self.held_out = HeldOut()

@@ -62,7 +62,7 @@ class RunOptions:
     """Names of clients that get a plan, or patterns like ``site-*``, with commas between. Empty: all."""
     quorum: int = 0
     """The round ends when so many clients have answered and ``grace`` seconds have passed since; answers that come
-    later count for nothing. 0: it waits for all, at most ``round-timeout`` seconds."""
+    later count for nothing (but see ``fedavg.late-weight``). 0: it waits for all, at most ``round-timeout`` seconds."""
     grace: float = 10.0
     """Seconds for the others once there is a ``quorum``."""
     round_timeout: float = 600.0

@@ -28,7 +28,7 @@ from fedalloy_adapters.groups import average_groups
 from strategies.families.fedavg import Averaging
 from strategies.families.robust import RULES
 from strategies.framework import About, Answer, Client
-from strategies.framework.options import OptionError, require_choice
+from strategies.framework.options import OptionError, require_choice, require_range
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ class FedAvgOptions:
     """Divide each client's update by its optimiser steps before averaging (FedNova): with ``local-epochs`` a client
     with much data then pulls by its share of the examples, not by that times its steps. In factor space, not robust."""
 
+    late_weight: float = 0.0
+    """With ``quorum``: how much an answer counts that comes one round late, beside one in time; this squared for two
+    rounds, and so on. 0: it counts for nothing."""
+
     def __post_init__(self) -> None:
+        require_range("fedavg.late-weight", self.late_weight, 0, 1)
         if self.normalise and (self.space != "factor" or self.robust != "none"):
             raise OptionError("fedavg.normalise = true, expected fedavg.space = 'factor' and fedavg.robust = 'none'")
         require_choice("fedavg.robust", self.robust, RULES)
@@ -84,6 +89,10 @@ class FedAvg(Averaging[FedAvgOptions]):
             return weighted_sum([before, *found], [1 - sum(shares), *shares])
 
         return average_groups(self.global_model, adapters, over_owners)
+
+    def late_weight(self, rounds: int) -> float:
+        """As the option says, for each round again."""
+        return self.options.late_weight**rounds
 
     @property
     def robust(self) -> str:

@@ -46,6 +46,7 @@ class Averaging(AlloyStrategy[OptionsT]):
         super().__init__(*args, **kwargs)
         self.model: Adapter | None = None
         self.arrived = Bank(self.storage)
+        self.late: dict[str, float] = {}  # weights of answers to earlier rounds among those
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Groups that both have are equal; a client without groups has one, all of its adapter."""
@@ -78,12 +79,21 @@ class Averaging(AlloyStrategy[OptionsT]):
         """Keep the trained adapter until the round settles."""
         self.arrived[client.id] = answer.adapters[SLOT]
 
+    def absorb_late(self, round_: int, client: Client, answer: Answer, weight: float) -> None:
+        """Keep it as if it were in time; its client counts for less examples."""
+        self.absorb(round_, client, answer)
+        self.late[client.id] = weight
+
     def settle(self, round_: int) -> dict[str, Any]:
         """Average; without answers the model stays."""
-        arrived = self.arrived.taken()
+        arrived, late = self.arrived.taken(), self.late
+        self.late = {}
+        counts = {name: self.clients[name].examples for name in arrived}
+        if late:  # in thousandths of an example
+            counts = {name: max(1, round(1000 * count * late.get(name, 1.0))) for name, count in counts.items()}
         if arrived:
-            self.model = self.average(arrived, {name: self.clients[name].examples for name in arrived})
-        return {"merged": len(arrived)}
+            self.model = self.average(arrived, counts)
+        return {"merged": len(arrived)} | ({"late": late} if late else {})
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """The next global adapter from the uploads, by client."""

@@ -210,6 +210,14 @@ class Contract(ABC, Generic[OptionsT]):
         """Share of the clients that a round asks (the first one, where cohorts grow); by default what the run says."""
         return configured
 
+    def late_weight(self, rounds: int) -> float:
+        """How much an answer counts that comes so many rounds (from 1) too late, beside one in time; by default 0."""
+        return 0.0
+
+    def absorb_late(self, round_: int, client: Client, answer: Answer, weight: float) -> None:
+        """Take in an answer to an earlier round; only called where :meth:`late_weight` is above 0."""
+        raise NotImplementedError
+
     def dispatch(
         self,
         round_: int,

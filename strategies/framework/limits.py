@@ -19,7 +19,7 @@ from statistics import median
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.bank.store import Made, tensor_of
+from fedalloy_adapters.bank.store import Made, largest_of
 from strategies.framework.dispatch import Dispatch
 from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client, State
 from strategies.framework.options import OptionError, require_choice, require_range
@@ -143,10 +143,10 @@ def _shortened(adapter: Adapter, update: Tensor, share: float) -> Adapter:
 
 def unsound(state: State) -> str | None:
     """What the server would refuse in an upload, it neither keeps nor sends: the first such tensor, in words."""
-    rows = ((name, tensor_of(row)) for name, row in state.rows.items())  # one at a time
-    for name, tensor in chain(state.tensors.items(), rows):
-        if tensor.is_floating_point() and tensor.numel() and not float(tensor.abs().max()) <= MAX_NUMBER:
-            return f"{name} has numbers up to {float(tensor.abs().max()):.3g}, expected at most {MAX_NUMBER:g}"
+    tensors = ((name, largest_of(tensor)) for name, tensor in state.tensors.items() if tensor.is_floating_point())
+    for name, largest in chain(tensors, ((name, row.largest) for name, row in state.rows.items())):
+        if not largest <= MAX_NUMBER:  # or it is NaN
+            return f"{name} has numbers up to {largest:.3g}, expected at most {MAX_NUMBER:g}"
     return None
 
 

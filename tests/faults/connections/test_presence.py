@@ -263,3 +263,28 @@ def test_names_that_nobody_has_stop_the_run_and_say_who_is_here(tmp_path: Path) 
         NotEnoughClientsError, match=r"clients = 'zoe' names none of those that are here: ada, ben, cyd"
     ):
         run_nodes(tmp_path, NodeGrid(nodes()), num_server_rounds=1, clients="zoe")
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_an_answer_that_a_quorum_did_not_wait_for_counts_in_the_next_round_where_the_strategy_says_so(
+    tmp_path: Path, weight: float
+) -> None:
+    kept: list[Message] = []
+
+    def slow(plan: plan_pb2.Plan, message: Message, honest: Message) -> list[Message]:
+        if plan.round == 1:
+            kept.append(honest)
+        elif kept:
+            late = kept.pop()
+            grid.waiting[late.metadata.reply_to_message_id] = [late]
+        return []
+
+    grid = NodeGrid(nodes(), misbehave={3: slow})
+    config = {"fedavg.late-weight": weight}
+    directory = run_nodes(tmp_path, grid, num_server_rounds=2, quorum=2, grace=0.0, round_timeout=3600.0, **config)
+    rounds = [record for record in directory.rounds() if record["phase"] == "train"]
+    assert [record["settled"] for record in rounds] == [
+        {"merged": 2},
+        {"merged": 3, "late": {"cyd": 0.5}} if weight else {"merged": 2},
+    ]
+    assert ("late_answers" in rounds[1]) == (not weight), "told as lost only where it is"
