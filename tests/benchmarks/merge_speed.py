@@ -1,17 +1,20 @@
 """How fast linear merges are, as shares of what the machine can do in the same minute.
 
-    python -m tests.benchmarks.merge_speed [--quick] [--json FILE]
+    python -m tests.benchmarks.merge_speed [--quick] [--processor-time] [--json FILE]
 
 ``W [d, N] @ Theta [N, P]`` over the rows of a bank (:mod:`fedalloy_adapters.bank`), into memory that is there:
 
     copy      bytes of Theta that are read in a second, over the bytes that copying a large tensor reads and writes
     matmul    arithmetic in a second, over that of the best plain product of two square matrices (float32)
-    plain     time of ``torch.mm`` on a matrix ``[N, P]`` that is ready, over this time: above 1 is faster
+    plain     time of the best plain product of the same shape (PyTorch's, NumPy's) on a matrix ``[N, P]`` that is
+              ready, over this time: 1 is as fast, although the rows lie apart and the order of the sums is fixed
     before    time of what merges did (stack the adapters, ``weights @ matrix``), over this time
 
 A case is bound by memory where reading Theta and writing the result at the copy's speed takes longer than its
-arithmetic at the best product's, and is judged by ``copy``; else by ``matmul``. Copy and product are measured around
-every case, because the machine may be somebody else's, too; the best of several tries counts.
+arithmetic at the best product's, and is judged by ``copy``; else by ``matmul``, and by ``plain``: a product with few
+rows of weights is far from the speed of a square one, whoever makes it. All are measured in turn, because the machine
+may be somebody else's, too; the best of several tries counts. ``--processor-time`` measures one thread, by the time
+that it had a processor: for a machine that is busy.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 
 from fedalloy_adapters.bank.blocks import MemoryRow, combine
 
@@ -33,6 +38,8 @@ SIZES = (4_000_000, 20_000_000)
 MOST_BYTES = 6 * 2**30
 """Of Theta: 256 adapters of 20 million numbers are 20 GB, more than the smallest machine that this runs on has."""
 COPIED = 2**25
+SQUARES = (1024, 2048)
+CLOCK = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -50,46 +57,42 @@ class Measured:
     before: float
 
 
-def best(work: Callable[[], object], tries: int) -> float:
-    """Seconds of the fastest try, after one that does not count."""
+def seconds_of(work: Callable[[], object]) -> float:
+    started = CLOCK()
     work()
-    seconds = []
-    for _ in range(tries):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-def copy_speed(tries: int) -> float:
-    """Bytes read plus written in a second."""
-    source, target = torch.randn(COPIED), torch.empty(COPIED)
-    return 2 * 4 * COPIED / best(lambda: target.copy_(source), tries)
-
-
-def product_speed(tries: int) -> float:
-    """Multiplications and additions in a second, of the best square product."""
-    found = []
-    for size in (1024, 2048):
-        first, second, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-        found.append(2 * size**3 / best(lambda a=first, b=second, o=out: torch.mm(a, b, out=o), tries))  # type: ignore[misc]
-    return max(found)
+    return CLOCK() - started
 
 
 def measure(d: int, n: int, p: int, tries: int) -> Measured:
-    """One case, between two looks at the machine."""
-    bandwidth, arithmetic = copy_speed(tries), product_speed(tries)
+    """One case: everything that is compared, one after the other, again and again."""
     matrix, weights, out = torch.randn(n, p), torch.randn(d, n), torch.empty(d, p)
     rows = [MemoryRow(row) for row in matrix]
-    seconds = best(lambda: combine(rows, weights, out), tries)
+    source, target = torch.randn(COPIED), torch.empty(COPIED)
+    squares = [(torch.randn(size, size), torch.empty(size, size)) for size in SQUARES]
+    works: dict[str, Callable[[], object]] = {
+        "ours": lambda: combine(rows, weights, out),
+        "copy": lambda: target.copy_(source),
+        "torch": lambda: torch.mm(weights, matrix, out=out),
+        "numpy": lambda: np.matmul(weights.numpy(), matrix.numpy(), out=out.numpy()),
+    }
+    for square, made in squares:
+        works[f"square {len(square)}"] = lambda a=square, o=made: torch.mm(a, a, out=o)  # type: ignore[misc]
+    found = {name: float("inf") for name in works}
+    for attempt in range(tries + 1):
+        for name, work in works.items():
+            taken = seconds_of(work)
+            if attempt:  # the first does not count
+                found[name] = min(found[name], taken)
+    combine(rows, weights, out)
     torch.testing.assert_close(out[:, :1000], weights @ matrix[:, :1000], rtol=1e-4, atol=1e-3)
-    plain = best(lambda: torch.mm(weights, matrix, out=out), tries)
-    before = best(lambda: weights @ torch.stack(list(matrix)), 2) if 8 * n * p <= MOST_BYTES else float("nan")
-    bandwidth, arithmetic = max(bandwidth, copy_speed(tries)), max(arithmetic, product_speed(tries))
-    flops, moved = 2 * d * n * p, 4 * (n + d) * p
+    fits = 8 * n * p <= MOST_BYTES
+    before = min(seconds_of(lambda: weights @ torch.stack(list(matrix))) for _ in range(2)) if fits else float("nan")
+    bandwidth = 2 * 4 * COPIED / found["copy"]
+    arithmetic = max(2 * size**3 / found[f"square {size}"] for size in SQUARES)
+    seconds, flops, moved = found["ours"], 2 * d * n * p, 4 * (n + d) * p
     return Measured(
         d, n, p, seconds, moved / bandwidth > flops / arithmetic, 4 * n * p / seconds / bandwidth,
-        flops / seconds / arithmetic, plain / seconds, before / seconds,
+        flops / seconds / arithmetic, min(found["torch"], found["numpy"]) / seconds, before / seconds,
     )  # fmt: skip
 
 
@@ -97,7 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="the smaller size, fewer tries: under two minutes")
     parser.add_argument("--json", type=Path, help="where the shares go")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, whatever else the machine does")
     chosen = parser.parse_args()
+    if chosen.processor_time:
+        global CLOCK
+        CLOCK = time.thread_time
+        torch.set_num_threads(1)
+        ThreadpoolController().limit(limits=1, user_api="blas")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'d':>4}{'N':>6}{'P':>12}{'seconds':>10}{'bound by':>10}{'copy':>8}{'matmul':>8}{'plain':>8}{'before':>8}")
     found = []
@@ -106,16 +115,17 @@ def main() -> None:
             if 4 * n * p > MOST_BYTES:
                 print(f"{d:4}{n:6}{p:12}   left out: Theta would take {4 * n * p / 2**30:.0f} GiB")
                 continue
-            case = measure(d, n, p, tries=4 if chosen.quick else 8)
+            case = measure(d, n, p, tries=6 if chosen.quick else 10)
             found.append(case)
             bound = "memory" if case.memory_bound else "cores"
             shares = "".join(f"{share:8.2f}" for share in (case.copy, case.matmul, case.plain, case.before))
             print(f"{d:4}{n:6}{p:12}{case.seconds:10.4f}{bound:>10}{shares}", flush=True)
     by_memory = [case.copy for case in found if case.memory_bound]
-    by_cores = [case.matmul for case in found if not case.memory_bound]
+    by_cores = [case for case in found if not case.memory_bound]
     result = {
         "memory_bound_over_copy": min(by_memory, default=None),
-        "compute_bound_over_matmul": min(by_cores, default=None),
+        "compute_bound_over_matmul": min((case.matmul for case in by_cores), default=None),
+        "compute_bound_over_same_shape": min((case.plain for case in by_cores), default=None),
     }
     print(json.dumps(result))
     if chosen.json:
