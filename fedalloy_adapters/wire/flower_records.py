@@ -50,11 +50,12 @@ def pack(key: str, message: Message, blobs: Mapping[str, bytes] | None = None, *
 
     With ``beside`` (the receiver has said that it reads them) small blobs are values of the same record.
     """
-    values = {key: message.SerializeToString()}
+    config = ConfigRecord({key: message.SerializeToString()})
     if blobs and beside and sum(map(len, blobs.values())) <= MAX_BESIDE_BYTES:
-        values |= {BESIDE + slot: blob for slot, blob in blobs.items()}
+        for slot, blob in blobs.items():
+            config[BESIDE + slot] = blob
         blobs = None
-    records = RecordDict({CONFIG_RECORD: ConfigRecord(values)})
+    records = RecordDict({CONFIG_RECORD: config})
     if blobs:
         arrays = {
             slot: Array(dtype=ARRAY_DTYPE, shape=(len(blob),), stype=ARRAY_STYPE, data=blob)
@@ -72,7 +73,7 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
     """
     config = records.config_records.get(CONFIG_RECORD)
     value = config.get(key) if config is not None else None
-    if not isinstance(value, bytes):
+    if config is None or not isinstance(value, bytes):
         raise RecordError(
             f"expected bytes {key!r} in the config record {CONFIG_RECORD!r}, found {type(value).__name__}"
         )
