@@ -1,9 +1,9 @@
 """Whether two versions of the server compute the same numbers, for every strategy, bit by bit.
 
     git worktree add OLD COMMIT
-    PYTHONPATH=OLD python tests/benchmarks/same_bits.py dump old.safetensors        # whatever version is in OLD
-    python -m tests.benchmarks.same_bits dump new.safetensors
-    python -m tests.benchmarks.same_bits compare old.safetensors new.safetensors
+    PYTHONPATH=OLD python tests/benchmarks/thin/same_bits.py dump old.safetensors        # whatever version is in OLD
+    python -m tests.benchmarks.thin.same_bits dump new.safetensors
+    python -m tests.benchmarks.thin.same_bits compare old.safetensors new.safetensors
 
 A whole run of each strategy (three rounds and the delivery) over five nodes without a model: what they answer is a
 function of what they are sent, so a bit that differs anywhere in a merge differs in the end. Adapters of 24,576
