@@ -32,11 +32,15 @@ class ModelSettings:
     """For ``fedmosaic`` where clients differ in their base model: a small one that all of them compare their data with
     (hub id or folder). Empty: the base model itself."""
     task: str = ""
-    """``text-classification``, ``causal-lm``, ``image-classification``, ``image-text-classification`` or
-    ``image-text-to-text``; empty: what the columns are for."""
+    """The kind of task, one of docs/data-and-models.md; empty: what the columns are for."""
     labels: str = ""
     """Comma-separated class names that all clients share: the head is then a part of the adapter. Empty: each client's
     labels are its own, and so is its head, which never leaves it."""
+    label_weights: str = "none"
+    """How much examples of each label count in training: ``none`` (all the same), ``balanced`` (every label the same in
+    all, by the client's own training examples), or a number for each label in the order of ``labels``."""
+    preference_beta: float = 0.1
+    """Beta of preferences: how closely the model is held to the base model (DPO)."""
     target_modules: str = ""
     """Comma-separated ends of module names that get LoRA factors, ``all-linear``, or ``language-model``: all that is in
     no vision or audio tower and no projector. Empty: PEFT's choice for the architecture."""
@@ -71,6 +75,9 @@ class ModelSettings:
         require_choice("model-dtype", self.model_dtype, ("auto", "float32", "bfloat16"))
         require_choice("attention", self.attention, ("auto", "sdpa", "eager", "flash"))
         require_choice("quantization", self.quantization, ("none", "4bit"))
+        _ = self.weights_asked
+        if not 0 < self.preference_beta < float("inf"):
+            raise SettingsError(f"preference-beta = {self.preference_beta}, expected a number above 0")
         leasts = {
             "micro_batch_size": 0,
             "logits_chunk_mb": 0,
@@ -83,6 +90,22 @@ class ModelSettings:
                 raise SettingsError(f"{key_of(key)} = {getattr(self, key)}, expected at least {least}")
         if self.labels and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise SettingsError(f"labels = {self.labels!r}, expected at least two names that differ, or none")
+
+    @property
+    def weights_asked(self) -> tuple[float, ...]:
+        """The numbers of ``label-weights``; none where it is a word.
+
+        Raises:
+            SettingsError: it is neither.
+        """
+        if self.label_weights in ("none", "balanced"):
+            return ()
+        try:
+            return tuple(float(part) for part in self.label_weights.split(","))
+        except ValueError:
+            raise SettingsError(
+                f"label-weights = {self.label_weights!r}, expected none, balanced, or numbers like 1,5"
+            ) from None
 
     @property
     def label_names(self) -> tuple[str, ...]:

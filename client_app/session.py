@@ -16,12 +16,12 @@ from torch import Tensor
 
 from client_app.data.arrival import streamed
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.data.task_kinds import kind_of
 from client_app.guard.disclosure import told
 from client_app.guard.noise import secret_of
 from client_app.guard.policy import PolicyError
 from client_app.guard.record import Record, asked, left
 from client_app.guard.run_binding import bind_run, require_same_run
+from client_app.kinds import kind_of
 from client_app.model.alignment import load_alignment
 from client_app.model.forward.packing import reason_against
 from client_app.model.personal import PersonalModel
@@ -151,6 +151,9 @@ def _load(settings: Settings) -> tuple[PersonalModel, ClientData]:
     base, data = base_and_data(settings)
     model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
     model.micro_batch = settings.model.micro_batch_size
+    model.preference_beta = settings.model.preference_beta
+    weighed = {name: task.label_weights for name, task in data.each_task.items() if task.label_weights is not None}
+    model.label_weights = weighed if data.tasks or not weighed else {"": weighed[data.task]}
     model.group_by_length = settings.model.group_by_length
     if settings.alignment:
         model.align(load_alignment(settings.alignments, settings.alignment, model.layout))

@@ -191,8 +191,9 @@ def _imported(*starts: str) -> set[str]:
 
 
 def test_bundle_contains_what_the_apps_import_and_nothing_else(bundle: dict[str, bytes]) -> None:
-    # The trainer is started by its name, strategies are found by theirs.
-    found = [f"strategies.algorithms.{path.stem}" for path in sorted((ROOT / "strategies" / "algorithms").glob("*.py"))]
+    # The trainer is started by its name, strategies and kinds of tasks are found by theirs.
+    folders = ("strategies/algorithms", "client_app/kinds")
+    found = [f"{folder.replace('/', '.')}.{path.stem}" for folder in folders for path in (ROOT / folder).glob("*.py")]
     wanted = _imported("server_app.app", "client_app.app", "client_app.trainer.server", *found)
     assert set(bundle) == wanted | {"pyproject.toml", "LICENSE", ".info/CONTENT"}
 

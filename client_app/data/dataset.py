@@ -17,11 +17,12 @@ MIXED = "several tasks"
 class Dataset:
     """One split in memory: model inputs by argument name, each ``[n, ...]``, and labels.
 
-    Labels are integers ``[n]``, or ``[n, L]`` where every token has one (-100: not a target). ``kind`` decides the loss
-    and the metrics; see ``client_app.data.task_kinds``. Texts are padded on the right to the longest of the split;
-    inputs that are as long as ``attention_mask`` belong to tokens. ``task`` names one of several tasks of a client.
-    ``rows [n]`` says how many rows of an input each example has, where that is not one: patches of images in one long
-    list (Qwen-VL), several images.
+    Labels are integers ``[n]``, or ``[n, L]`` where every token has one (-100: not a target), or what else the kind of
+    task says: numbers ``[n]`` or ``[n, C]``, spans ``[n, A, 2]``. ``kind`` decides the loss and the metrics; see
+    :mod:`client_app.kinds`. Texts are padded on the right to the longest of the split; inputs that are as long as
+    ``attention_mask`` belong to tokens. ``task`` names one of several tasks of a client. ``rows [n]`` says how many
+    rows of an input each example has, where that is not one: patches of images in one long list (Qwen-VL), several
+    images.
     """
 
     inputs: Mapping[str, Tensor]
@@ -68,7 +69,8 @@ class Dataset:
             return tensor[:, :used] if tensor.dim() == 2 and tensor.shape[1] == width else tensor
 
         inputs = {name: tensor if name in self.rows else cut(tensor) for name, tensor in self.inputs.items()}
-        return Dataset(inputs, cut(self.labels), self.kind, self.task, rows=self.rows)
+        labels = self.labels if self.labels.is_floating_point() else cut(self.labels)  # numbers, not tokens
+        return Dataset(inputs, labels, self.kind, self.task, rows=self.rows)
 
 
 def _rows_at(tensor: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
@@ -166,6 +168,9 @@ class ClientData:
     log. ``for_reference`` has splits as the reference model reads them, where that has a tokenizer or processor of its
     own.
 
+    ``labels`` are the names of its classes in order, ``shared_labels`` the same where the run names them: only those
+    may leave the client. ``label_weights [C]`` is how much each counts in training; None: all the same.
+
     ``modalities`` are what the model reads and writes, ``groups`` the parameter groups
     (:mod:`fedalloy_adapters.groups`) that the task's forward pass touches; none: the adapter has no groups. A client
     with several tasks has each of them in ``tasks``, by name, and splits that mix them.
@@ -184,6 +189,9 @@ class ClientData:
     modalities: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     tasks: Mapping[str, ClientData] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    shared_labels: tuple[str, ...] = ()
+    label_weights: Tensor | None = None
 
     @classmethod
     def of_tasks(cls, tasks: Sequence[ClientData]) -> ClientData:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from client_app.data.dataset import MASK, Dataset, MixedDataset
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,18 @@ def join(splits: Sequence[Dataset]) -> Dataset:
 
 
 def _stacked(tensors: Sequence[Tensor], filling: int, is_text: bool = True) -> Tensor:
-    """One after another; rows of tokens are padded on the right to the longest."""
+    """One after another; rows of tokens, and lists of them, are padded on the right to the longest."""
     if is_text and all(tensor.dim() == 2 for tensor in tensors):
         width = max(tensor.shape[1] for tensor in tensors)
         tensors = [functional.pad(tensor, (0, width - tensor.shape[1]), value=filling) for tensor in tensors]
+    elif len({tensor.shape[1:] for tensor in tensors}) > 1 and not any(t.is_floating_point() for t in tensors):
+        shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        tensors = [
+            functional.pad(
+                tensor,
+                [n for axis in range(len(shape), 0, -1) for n in (0, shape[axis - 1] - tensor.shape[axis])],
+                value=filling,
+            )
+            for tensor in tensors
+        ]
     return torch.cat(list(tensors))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client_app.data.dataset import MASK, Dataset
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 from fedalloy_adapters.files.atomic_files import FILE_MODE, private_folder, sync, write_durably
 
 TOKENS, LABELS, LENGTH = "input_ids", "labels", "length"

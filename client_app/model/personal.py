@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,8 +15,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from client_app.data.dataset import Base
+from client_app.model.bases.heads import Differences
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
-from client_app.model.forward.padding import ALONE, MASK, arranged, inputs_taken, one_by_one, set_training
+from client_app.model.forward.padding import (
+    ALONE,
+    MASK,
+    RIGHT,
+    Read,
+    arranged,
+    inputs_taken,
+    logits_in,
+    one_by_one,
+    set_training,
+)
 from client_app.model.forward.target_logits import TargetLogits
 from client_app.model.forward.target_losses import AtTargets, TargetLosses
 from client_app.model.linear_modules import features_of
@@ -33,28 +45,14 @@ class ModelError(ValueError):
     """The base model lacks a module, an adapter does not fit it, or a mixture names a slot that is not loaded."""
 
 
-class _Differences(nn.Module):
-    """Parametrization of a head's parameter: base + sum of coefficient x difference over the active slots."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_slot = nn.ParameterDict()
-        self.coefficients: dict[str, float | ModuleGate] = {}
-
-    def forward(self, base: Tensor) -> Tensor:
-        for slot, coefficient in self.coefficients.items():
-            weight = coefficient(base) if isinstance(coefficient, ModuleGate) else coefficient
-            base = base + (weight * self.by_slot[slot]).to(base.dtype)
-        return base
-
-
 class PersonalModel:
     """The base model, and the adapters that are loaded into it by slot name.
 
     LoRA layers are PEFT's own, one PEFT adapter per slot; a mixture sets which are active and scales them, so several
     slots act at once and can be trained inside the mixture. A slot may have ranks and scalings of its own. A slot of
     gates holds a mixture's learned coefficients. ``micro_batch`` bounds how many examples are computed at once (0: no
-    bound). ``packing`` lets training texts share rows.
+    bound). ``packing`` lets training texts share rows, ``label_weights`` says how much each class of a task ``[C]``
+    counts in training, ``preference_beta`` is the beta of preferences.
 
     Where the client's labels are its own, so are its heads: ``own_layout`` is theirs, ``layout`` what the federation
     knows, and ``whole_layout`` both. Every slot has heads of its own, and a mixture's coefficients apply to them, too.
@@ -70,6 +68,8 @@ class PersonalModel:
     micro_batch: int = 0
     group_by_length: bool = False
     packing: bool = False
+    preference_beta: float = 0.1
+    label_weights: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, base: Base, rank: int, alpha: float, dropout: float = 0.0, blocks: int = 0) -> None:
         self.base = base
@@ -102,10 +102,10 @@ class PersonalModel:
         self.drawn = {name: self.module.get_parameter(name).detach().clone() for name in base.drawn}
         self._loaded: dict[str, Layout] = {}
         self._mixture: Mixture = {}
-        self._differences: dict[str, _Differences] = {}
+        self._differences: dict[str, Differences] = {}
         for key in self.heads:
             name, kind = key.rsplit(".", 1)
-            self._differences[key] = _Differences()
+            self._differences[key] = Differences()
             parametrize.register_parametrization(modules[name], kind, self._differences[key], unsafe=True)
 
     @property
@@ -244,15 +244,23 @@ class PersonalModel:
             for name, tensor in batch.items()
         }
 
-    def logits(self, inputs: Mapping[str, Tensor], task: str = "") -> Tensor:
-        """The model's logits for a batch of inputs; a model for several tasks is told which."""
+    def logits(
+        self, inputs: Mapping[str, Tensor], task: str = "", read: Read = logits_in, *, per_token: bool = False
+    ) -> Tensor:
+        """The model's logits for a batch of inputs.
+
+        Args:
+            inputs: by argument's name.
+            task: for a model for several tasks, which.
+            read: what is wanted of the model's output on some inputs; its logits.
+            per_token: whether that is one for each token ``[b, L, ...]``, to stand where the tokens stand.
+        """
         chosen = {"task": task} if task else {}
 
         def forward(inputs: Mapping[str, Tensor]) -> Tensor:
-            output: Tensor = self.module(**inputs_taken(self.module, inputs), **chosen).logits
-            return output
+            return read(self.module(**inputs_taken(self.module, inputs), **chosen), inputs)
 
-        if self.base.padding == ALONE and MASK in inputs:
+        if MASK in inputs and (self.base.padding == ALONE or (per_token and self.base.padding != RIGHT)):
             return one_by_one(forward, inputs)
         return forward(arranged(inputs, self.base.padding))
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from client_app.data.dataset import MASK, Dataset, LazyDataset
-from client_app.data.task_kinds import IGNORED, Kind
+from client_app.data.example import Example
+from client_app.data.targets import IGNORED
+from client_app.kinds import Kind
 from client_app.model.bases.model_folders import BaseModelError, FoundModel, load_config, longest_input
 from client_app.own.chat import ChatTemplate, Span, common_start
-from client_app.own.examples import Example
 from client_app.own.messages import Turn, image_parts
 from client_app.own.reading.images import ImageReader, read_image
 from client_app.own.reading.text_files import DataError
@@ -58,25 +59,29 @@ class Encoder:
         Raises:
             DataError: an image cannot be read, or a chat template refuses a conversation; names the row.
         """
-        if self.kind.generative:
-            tokens = [self._generative(example) for example in examples]
-            inputs = _padded([{k: v for k, v in item.items() if k != "labels"} for item in tokens], self.padding_id)
-            targets = _padded([{"labels": item["labels"]} for item in tokens], IGNORED)["labels"]
-        else:
-            numbers = {name: number for number, name in enumerate(labels)}
-            targets = torch.tensor([numbers[str(example.label)] for example in examples], dtype=torch.long)
-            items = [self._text(example) for example in examples] if self.kind.has_text else []
-            inputs = _padded(items, self.padding_id) if items else {}
-        if not self.kind.has_image:
-            return Dataset(inputs, targets, self.kind.name)
-        return LazyDataset(
-            inputs,
-            targets,
-            self.kind.name,
-            read=ImageReader(self.images, lambda at: _opened(examples[at]), nested=self.kind.generative),
-        )
+        return self.kind.encode(self, examples, labels)
 
-    def _text(self, example: Example) -> dict[str, list[int]]:
+    def padded(self, items: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """Inputs ``[n, longest]`` by name, padded on the right; labels with -100."""
+        plain = [{name: numbers for name, numbers in item.items() if name != "labels"} for item in items]
+        found = _padded(plain, self.padding_id)
+        if items and "labels" in items[0]:
+            found |= _padded([{"labels": item["labels"]} for item in items], IGNORED)
+        return found
+
+    def dataset(self, inputs: Mapping[str, Tensor], labels: Tensor, examples: Sequence[Example]) -> Dataset:
+        """A split of these inputs; images are read when a batch needs them."""
+        if not self.kind.has_image:
+            return Dataset(inputs, labels, self.kind.name)
+        read = ImageReader(self.images, lambda at: _opened(examples[at]), nested=self.kind.generative)
+        return LazyDataset(inputs, labels, self.kind.name, read=read)
+
+    def refuse(self, example: Example, message: str) -> NoReturn:
+        """Raise the error of an example's row."""
+        raise DataError(f"{example.place}: {message}")
+
+    def text_item(self, example: Example) -> dict[str, list[int]]:
+        """One text, or two, cut to ``max_length``."""
         # What a text says is text, also where it has the spelling of a special token: T5 and BART count end tokens.
         options: dict[str, Any] = {"split_special_tokens": True}
         told = f"{example.text} {example.pair or ''}"
@@ -90,7 +95,8 @@ class Encoder:
         found = {name: list(encoded[name]) for name in self.tokenizer.model_input_names if name in encoded}
         return found | {MASK: [1] * len(found["input_ids"])}  # some tokenizers give none
 
-    def _generative(self, example: Example) -> dict[str, list[int]]:
+    def written_item(self, example: Example) -> dict[str, list[int]]:
+        """A text that is to be written, and ``labels``: its tokens where they are learnt, else -100."""
         turns = self._turns(example)
         if turns:
             assert self.chat is not None

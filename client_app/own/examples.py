@@ -2,95 +2,103 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from client_app.data.task_kinds import Kind
+from client_app.data.example import Example
+from client_app.kinds import Kind
+from client_app.kinds import guess_kind as kind_for
+from client_app.kinds.generation import CONVERSATIONS, IMAGES, INSTRUCTION, OUTPUT
 from client_app.own.messages import (
-    CONVERSATIONS,
-    INPUT,
-    INSTRUCTION,
-    KWARGS,
-    OUTPUT,
-    TOOLS,
     Turn,
     image_parts,
     read_alpaca,
     read_context,
     read_messages,
     read_prompt_and_completion,
+    read_turns,
 )
 from client_app.own.reading.text_files import DataError, Row
 from client_app.own.reading.values import missing_column, short, text_in, value_in
 from client_app.settings import DataSettings, canonical_label
 
-IMAGES = "images"
-"""The column of conversations with images, as TRL calls it; taken where there is no image column."""
 _NOT_IN_LABELS = ("Cc", "Cs", "Zl", "Zp")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One checked example; what its task does not have is None.
-
-    ``text`` and ``pair`` for classification; ``prompt`` (None: the text has none) and ``completion``, or ``messages``,
-    for generation, or both, where the prompt is for models without a chat template. ``context`` is what a chat template
-    gets beside the messages (tools), ``first`` the first message that may be learnt. An image is a path or an encoded
-    file.
-    """
-
-    place: str
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: tuple[Turn, ...] = ()
-    context: Mapping[str, Any] = field(default_factory=dict)
-    first: int = 0
-    images: tuple[Path | bytes, ...] = ()
-
-    @property
-    def content(self) -> str:
-        """What two copies of one example have in common."""
-        seen = [image_digest(image) for image in self.images]
-        # "None" is how texts were divided from the first version on: another word would be another division.
-        image = seen if len(seen) > 1 else seen[0] if seen else "None"
-        told = [self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image]
-        return json.dumps([*told, self.context, self.first] if self.context or self.first else told, default=str)
-
-
-def guess_kind(columns: Sequence[str], settings: DataSettings) -> str:
-    """The kind of task that these columns are for.
+def guess_kind(row: Mapping[str, Any], settings: DataSettings) -> str:
+    """The kind of task that a row's columns are for.
 
     Raises:
         DataError: they are for none.
     """
-    has = {
-        name: getattr(settings, f"{name}_column").split(",")[0].strip() in columns
-        for name in ("text", "label", "prompt", "completion", "messages", "image")
-    }
-    if has["image"] and has["label"]:
-        return "image-text-classification" if has["text"] else "image-classification"
-    has["messages"] |= CONVERSATIONS in columns or {INSTRUCTION, OUTPUT} <= set(columns)
-    if (has["image"] or IMAGES in columns) and (has["completion"] or has["text"] or has["messages"]):
-        return "image-text-to-text"
-    if has["label"] and has["text"]:
-        return "text-classification"
-    if has["messages"] or (has["prompt"] and has["completion"]) or has["text"]:
-        return "causal-lm"
+    kind = kind_for(row, settings)
+    if kind is not None:
+        return kind.name
     raise DataError(
-        f"columns {', '.join(map(repr, columns))} are for no known task; expected text + label, prompt + completion, "
-        "messages, conversations, instruction + output, image + label or image + text. "
+        f"columns {', '.join(map(repr, row))} are for no known task; expected text + label, prompt + completion, "
+        "messages, conversations, instruction + output, image + label or image + text, tokens + ner_tags, "
+        "question + context + answers, chosen + rejected, or anchor + positive. "
         "Columns with other names: set text-column, label-column, ... in "
         "node-config"
     )
+
+
+@dataclass(frozen=True)
+class RowCells:
+    """A row as kinds read it; see :class:`client_app.kinds.contract.Cells`."""
+
+    row: Row
+    settings: DataSettings
+    with_images: bool
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What the row has, by column."""
+        return self.row.values
+
+    def value(self, column: str) -> Any:
+        """See :func:`~client_app.own.reading.values.value_in`."""
+        return value_in(self.row, column)
+
+    def text(self, column: str) -> str:
+        """See :func:`~client_app.own.reading.values.text_in`."""
+        return text_in(self.row, column)
+
+    def label(self, column: str) -> str:
+        """The label in a column."""
+        return _label(value_in(self.row, column), f"{self.row.place}, column {column!r}")
+
+    def label_of(self, value: Any, column: str) -> str:
+        """One of the labels in a column."""
+        return _label(value, f"{self.row.place}, column {column!r}")
+
+    def images(self) -> tuple[Path | bytes, ...]:
+        """The images in the image column."""
+        return _images(self.row, self.settings.image_column)
+
+    def turns(self, column: str) -> tuple[Turn, ...]:
+        """The messages in a column."""
+        return read_turns(self.row, column)
+
+    def written(self) -> dict[str, Any]:
+        """What a model is to write, and its images."""
+        found = _to_write(self.row, self.settings)
+        parts = image_parts(found.get("messages", ()))
+        if self.with_images:
+            found["images"] = _images_to_write(self.row, self.settings.image_column, parts)
+        elif parts:
+            raise DataError(
+                f"{self.row.place}: {len(parts)} images in the messages, expected none, because the task has no images "
+                "(task = 'image-text-to-text' has)"
+            )
+        return found
+
+    def refuse(self, column: str, message: str) -> NoReturn:
+        """Raise the error of this row and column."""
+        raise DataError(f"{self.row.place}, column {column!r}: {message}")
 
 
 def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
@@ -99,46 +107,13 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
     Raises:
         DataError: a column is missing, or its value is not usable.
     """
-    found: dict[str, Any] = {"place": row.place}
-    if not kind.generative:
-        if kind.has_image:
-            found["images"] = _images(row, settings.image_column)
-            if len(found["images"]) != 1:
-                raise DataError(f"{row.place}: {len(found['images'])} images, expected one")
-        found["label"] = _label(row, settings.label_column)
-        if kind.has_text:
-            names = [name.strip() for name in settings.text_column.split(",")]
-            if len(names) > 2:
-                raise DataError(f"text-column = {settings.text_column!r}: at most two columns, like premise,hypothesis")
-            found["text"] = text_in(row, names[0])
-            found["pair"] = text_in(row, names[1]) if len(names) == 2 else None
-        return Example(**found)
-    found |= _to_write(row, settings)
-    parts = image_parts(found.get("messages", ()))
-    if kind.has_image:
-        found["images"] = _images_to_write(row, settings.image_column, parts)
-    elif parts:
-        raise DataError(
-            f"{row.place}: {len(parts)} images in the messages, expected none, because the task has no images "
-            "(task = 'image-text-to-text' has)"
-        )
-    return Example(**found)
+    return Example(row.place, **kind.read(RowCells(row, settings, kind.has_image)))
 
 
 def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> set[str]:
     """Which of the columns of a row :func:`read_example` looks at."""
-    found = {settings.split_column, settings.partition_by} | (
-        {settings.image_column, IMAGES} if kind.has_image else set()
-    )
-    if not kind.generative:
-        found |= {settings.label_column} | {name.strip() for name in settings.text_column.split(",") if kind.has_text}
-        return found & set(columns)
-    forms = (
-        *((settings.messages_column,), (CONVERSATIONS,), (settings.prompt_column, settings.completion_column)),
-        *((INSTRUCTION, INPUT, OUTPUT), (settings.text_column,)),
-    )
-    form = next((form for form in forms if form[0] in columns or form[-1] in columns), ())
-    return (found | set(form) | ({TOOLS, KWARGS} if form != forms[-1] else set())) & set(columns)
+    there = set(columns)
+    return ({settings.split_column, settings.partition_by} | kind.columns_read(there, settings)) & there
 
 
 def _to_write(row: Row, settings: DataSettings) -> dict[str, Any]:
@@ -172,8 +147,7 @@ def _images_to_write(row: Row, column: str, parts: Sequence[Mapping[str, Any]]) 
     return found
 
 
-def _label(row: Row, column: str) -> str:
-    value, where = value_in(row, column), f"{row.place}, column {column!r}"
+def _label(value: Any, where: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
@@ -191,20 +165,6 @@ def _label(row: Row, column: str) -> str:
     if len(label) > 200:
         raise DataError(f"{where}: a label of {len(label)} characters, expected at most 200; is this the text?")
     return label
-
-
-@functools.lru_cache(maxsize=100_000)
-def _digest_of(path: Path, _size: int, _time: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def image_digest(image: Path | bytes | None) -> str | None:
-    """SHA-256 of an image's file: a copy under another name, or in another folder, is the same image."""
-    if isinstance(image, Path):
-        stat = image.stat()
-        return _digest_of(image, stat.st_size, stat.st_mtime_ns)
-    return None if image is None else hashlib.sha256(image).hexdigest()
 
 
 def _images(row: Row, column: str) -> tuple[Path | bytes, ...]:

@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.example import Example
 from client_app.data.stored import StoredDataset
-from client_app.data.task_kinds import IGNORED, SCORES, Kind, kind_of
+from client_app.data.targets import IGNORED
+from client_app.kinds import Kind, kind_of
+from client_app.kinds.contract import TaskError
 from client_app.model.bases.base_models import load_base
-from client_app.model.bases.model_folders import BaseModelError, FoundModel, find_model
+from client_app.model.bases.model_folders import BaseModelError, FoundModel, find_model, first_line
 from client_app.model.forward.padding import ALONE, find_padding, inputs_taken
 from client_app.own.encoding import Encoder, load_encoder
-from client_app.own.examples import Example, columns_read, guess_kind, read_example
-from client_app.own.messages import OUTPUT
+from client_app.own.examples import columns_read, guess_kind, read_example
 from client_app.own.reading.images import frames_in, read_image
 from client_app.own.reading.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
 from client_app.own.reading.text_files import DataError
 from client_app.own.stored_splits import encode_split
-from client_app.settings import DataSettings, Settings
+from client_app.settings import DataSettings, ModelSettings, Settings
 from fedalloy_adapters.files.atomic_files import write_durably
 
 MIN_EXAMPLES = 3
@@ -70,17 +72,19 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         reference, for_reference["train"] = _reference(found, settings, chat=chat)
         base = replace(base, reference=reference)
     write_durably(settings.state_dir / f"data-{settings.client_id}.txt", report(found, notes).encode())
-    generates = found.kind.generative
     return base, ClientData(
         task=found.kind.name,
         kind=found.kind.name,
         splits=splits,
-        metrics=() if generates else SCORES,
-        decode=encoder.decode if generates else None,
-        generate_examples=settings.model.generate_examples,
+        metrics=found.kind.scores,
+        decode=encoder.decode if found.kind.has_text else None,
+        generate_examples=settings.model.generate_examples if found.kind.generative else 0,
         max_new_tokens=settings.model.max_new_tokens,
         notes=tuple(notes),
         for_reference=for_reference,
+        labels=found.labels,
+        shared_labels=settings.model.label_names if found.labels else (),
+        label_weights=label_weights(found, splits["train"], settings.model),
     )
 
 
@@ -116,13 +120,13 @@ def read_own(settings: Settings) -> Found:
     trained = [row for row, split in zip(table.rows, table.splits, strict=True) if split in (None, "train")]
     if not trained:
         raise DataError(f"{table.rows[0].place}: no row is in split 'train'")
-    kind = kind_of(settings.model.task or guess_kind(list(trained[0].values), data))
+    kind = kind_of(settings.model.task or guess_kind(trained[0].values, data))
     rows_read = len(table.rows)
     table = _without_unlabelled(table, kind, data)
     examples = [read_example(row, kind, data) for row in table.rows]
     read = columns_read(kind, data, {name for row in table.rows for name in row.values})
     shared = settings.model.label_names
-    labels = () if kind.generative else _labels(examples, shared)
+    labels = _labels(examples, shared, kind) if kind.has_labels else ()
     splits = _divide(examples, table.splits, data)
     found = Found(kind, splits, labels, data.data_path, list(table.findings))
     kept = sum(len(split) for split in splits.values())
@@ -132,6 +136,20 @@ def read_own(settings: Settings) -> Found:
     if unread:
         found.findings.append(f"columns that are not read: {', '.join(map(repr, unread))}")
     return found
+
+
+def label_weights(found: Found, train: Dataset, model: ModelSettings) -> Tensor | None:
+    """How much each class counts in training ``[C]``, as the key ``label-weights`` says; None: all the same.
+
+    Raises:
+        DataError: the kind of task has no classes, or there is not a number for each.
+    """
+    if model.label_weights == "none":
+        return None
+    try:
+        return found.kind.weigh(train, model.weights_asked, len(found.labels))
+    except TaskError as error:
+        raise DataError(f"{found.source}: {error}") from None
 
 
 def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, Dataset]:
@@ -152,25 +170,30 @@ def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
 
     A tokenizer with more tokens than the model would be an index error, and on a GPU the end of the process.
     """
-    rows = _rows_of(base)
-    for split in splits.values():
-        ids = split.inputs.get("input_ids")
-        if rows is not None and ids is not None and int(ids.max()) >= rows:
+    rows, train = _rows_of(base), splits["train"]
+    kind = kind_of(train.kind)
+    for ids in [ids for split in splits.values() for ids in kind.token_ids(split)]:
+        if rows is not None and int(ids.max()) >= rows:
             raise BaseModelError(
                 f"base-model {base.name!r}: its tokenizer gives token {int(ids.max())}, but it has embeddings of "
                 f"{rows} tokens only"
             )
-    train = splits["train"]
     parameter = next(base.model.parameters())
-    if train.kind != "text-classification":
+    probe = kind.probe(train)
+    if probe is None:
         return base
 
     def forward(inputs: Mapping[str, Tensor]) -> Tensor:
-        logits: Tensor = base.model(**inputs_taken(base.model, inputs)).logits
-        return logits.float()
+        return kind.read_output(base.model(**inputs_taken(base.model, inputs)), inputs).float()
 
-    inputs = {name: tensor.to(parameter.device) for name, tensor in train.inputs.items()}
-    found = find_padding(forward, inputs, 5e-2 if parameter.dtype is torch.bfloat16 else 1e-3)
+    inputs = {name: tensor.to(parameter.device) for name, tensor in probe.items()}
+    tolerance = 5e-2 if parameter.dtype is torch.bfloat16 else 1e-3
+    try:
+        found = find_padding(forward, inputs, tolerance, per_token=kind.per_token)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BaseModelError(
+            f"base-model {base.name!r} does not answer as the task {kind.name!r} needs it: {first_line(error)}"
+        ) from None
     note = "this architecture mixes the texts of a batch, or their padding: each text is computed alone"
     return replace(base, padding=found, notes=(*base.notes, note) if found == ALONE else base.notes)
 
@@ -235,7 +258,7 @@ def report(found: Found, notes: Sequence[str]) -> str:
     for name, examples in found.splits.items():
         lines.append(f"{name}: {len(examples)} examples")
         if found.labels:
-            counts = Counter(example.label for example in examples)
+            counts = Counter(name for example in examples for name in found.kind.labels_of(example))
             lines.append("    " + ", ".join(f"{label}: {counts[label]}" for label in found.labels))
     return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
 
@@ -257,7 +280,7 @@ def notes_of(found: Found, encoder: Encoder) -> list[str]:
         if shared:
             notes.append(f"{shared} examples of {name} are in train, too")
     if found.labels:
-        trained = {example.label for example in found.splits["train"]}
+        trained = {name for example in found.splits["train"] for name in found.kind.labels_of(example)}
         missing = sum(label not in trained for label in found.labels)
         if missing:
             notes.append(f"{missing} of {len(found.labels)} labels have no training example")
@@ -269,7 +292,7 @@ def _without_unlabelled(table: Table, kind: Kind, data: DataSettings) -> Table:
 
     What takes their place comes from train, as where nothing is given.
     """
-    columns = (data.completion_column, OUTPUT) if kind.generative else (data.label_column,)
+    columns = kind.unlabelled_by(data)
     train = [row for row, split in zip(table.rows, table.splits, strict=True) if split in (None, "train")]
     column = next((name for name in columns if name in train[0].values), "")
     values = {str(row.values.get(column)) for row in train}
@@ -294,21 +317,23 @@ def _split_by_column(table: Table, column: str) -> Table:
     return replace(table, splits=splits)
 
 
-def _labels(examples: Sequence[Example], shared: Sequence[str]) -> tuple[str, ...]:
+def _labels(examples: Sequence[Example], shared: Sequence[str], kind: Kind) -> tuple[str, ...]:
     """Class names in order: those that all clients share, else this client's own (numbers by value, then names)."""
-    for example in examples:
-        if shared and example.label not in shared:
-            close = difflib.get_close_matches(str(example.label), shared, n=1)
+    for example in examples if shared else ():
+        for label in kind.labels_of(example):
+            if label in shared:
+                continue
+            close = difflib.get_close_matches(label, shared, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise DataError(
-                f"{example.place}: label {example.label!r} is not one of the labels of this run "
-                f"({', '.join(shared)}){hint}"
+                f"{example.place}: label {label!r} is not one of the labels of this run ({', '.join(shared)}){hint}"
             )
     if shared:
         return tuple(shared)
-    names = {str(example.label) for example in examples}
+    names = {name for example in examples for name in kind.labels_of(example)}
     if len(names) < 2:
-        raise DataError(f"{examples[0].place}: the only label is {names.pop()!r}, expected at least two")
+        only = f"the only label is {names.pop()!r}" if names else "there is no label"
+        raise DataError(f"{examples[0].place}: {only}, expected at least two")
     return tuple(sorted(names, key=lambda name: (0, int(name), "") if _is_number(name) else (1, 0, name)))
 
 

@@ -6,16 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from client_app.kinds.generation import INPUT, INSTRUCTION, KWARGS, OUTPUT, TOOLS
 from client_app.own.reading.text_files import DataError, Row
 from client_app.own.reading.values import checked_text, short, value_in
 
 Turn = Mapping[str, Any]
 """One message: role, content (a text, or a list of parts), and whatever else the chat template may use."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
-CONVERSATIONS, INSTRUCTION, INPUT, OUTPUT, TOOLS, KWARGS = (
-    *("conversations", "instruction", "input", "output", "tools", "chat_template_kwargs"),
-)
-"""Columns with fixed names: those of ShareGPT, Alpaca, and TRL."""
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"} | {
     "bot": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool"
 }  # fmt: skip
@@ -37,6 +34,11 @@ def read_messages(row: Row, column: str) -> tuple[Turn, ...]:
     if not any(turn["role"] == "user" for turn in turns):
         raise DataError(f"{where}: no message of the user")
     return turns
+
+
+def read_turns(row: Row, column: str) -> tuple[Turn, ...]:
+    """The messages in a column, whoever ends them."""
+    return _turns(row, column)
 
 
 def read_prompt_and_completion(row: Row, prompt: str, completion: str) -> tuple[tuple[Turn, ...], int]:

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from client_app.data.dataset import MASK, Dataset
+from client_app.data.example import Example
 from client_app.data.stored import LABELS, StoredDataset, TokenFile, give_back_memory, write_tokens
 from client_app.model.bases.model_folders import FoundModel
 from client_app.own.encoding import Encoder
-from client_app.own.examples import Example
 
 IN_MEMORY_TOKENS = 2**20
 """Of a split, padding included, at most; with their mask and their targets that is 25 MB."""

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from client_app.data.dataset import Base, ClientData
-from client_app.data.task_kinds import SCORES
 from client_app.model.bases.base_models import load_flava
 from client_app.model.bases.model_folders import find_model, require_flava
 from client_app.model.bases.multi_task import TaskSpec, multi_task_base
 from client_app.own.encoding import load_encoder
-from client_app.own.files import check_images, notes_of, read_own
+from client_app.own.files import check_images, label_weights, notes_of, read_own
 from client_app.own.reading.readers import stamp
 from client_app.own.reading.text_files import DataError
 from client_app.settings import DataSettings, ModelSettings, Settings
@@ -46,7 +45,7 @@ _MODALITIES = {
 }
 
 
-_MODEL_KEYS = ("task", "labels", "max_length", "max_new_tokens", "generate_examples")
+_MODEL_KEYS = ("task", "labels", "label_weights", "max_length", "max_new_tokens", "generate_examples")
 
 
 def is_task_file(data_path: str) -> bool:
@@ -76,6 +75,10 @@ def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
     for name, table in _tables(path).items():
         own = _own(settings, path, name, table)
         read = read_own(own)
+        if read.kind.name not in _MODALITIES:
+            raise DataError(
+                f"{path}, task {name!r}: a FLAVA has tasks {', '.join(_MODALITIES)}, found {read.kind.name!r}"
+            )
         writes = read.kind.generative
         if not writes and not own.model.label_names:
             raise DataError(f"{path}, task {name!r}: no labels, on which all owners of its head must agree")
@@ -97,13 +100,16 @@ def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
                 task=name,
                 kind=read.kind.name,
                 splits=splits,
-                metrics=() if writes else SCORES,
+                metrics=read.kind.scores,
                 decode=encoder.decode if writes else None,
                 generate_examples=own.model.generate_examples,
                 max_new_tokens=own.model.max_new_tokens,
                 notes=tuple(notes_of(read, encoder)),
                 modalities=spec.modalities,
                 groups=spec.groups,
+                labels=read.labels,
+                shared_labels=read.labels,
+                label_weights=label_weights(read, splits["train"], own.model),
             )
         )
     backbone = load_flava(found, settings.model)

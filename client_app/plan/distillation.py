@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import kind_of
+from client_app.kinds import kind_of
 from client_app.model.personal import Mixture, PersonalModel
 from client_app.plan import training
 from client_app.plan.mixtures import activate, terms_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import example_losses, kind_of
+from client_app.kinds import example_losses, kind_of
 from client_app.model.personal import PersonalModel
 from client_app.plan.mixtures import activate_slot, terms_of
 from client_app.plan.names import PlanError
@@ -45,9 +45,12 @@ def forward_of(bench: Workbench, mixture: plan_pb2.Mixture) -> Callable[[Dataset
     """What gives an ensemble's logits for a batch.
 
     Raises:
-        EnsembleError: the shares do not fit the slots.
+        EnsembleError: the shares do not fit the slots, or the task's answers are no distribution.
         PlanError: a coefficient is not 1, or there is no slot, or one twice.
     """
+    for task in bench.data.each_task.values():
+        if not kind_of(task.kind).probabilities:
+            raise EnsembleError(f"task {task.task!r}: a {task.kind!r} has no probabilities that could be averaged")
     slots, coefficients = terms_of(mixture)
     if any(coefficient != 1.0 for coefficient in coefficients):
         raise PlanError("an ensemble's coefficients are 1: its shares say how much each slot counts")

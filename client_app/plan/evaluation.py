@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
-from client_app.data.task_kinds import IGNORED, kind_of, target_mask
+from client_app.data.targets import IGNORED, target_mask
+from client_app.kinds import kind_of
+from client_app.kinds.scores.texts import Written, text_metrics
 from client_app.model.forward.target_losses import AtTargets, AtTargetsWhole
 from client_app.model.personal import PersonalModel
-from client_app.plan.class_metrics import class_metrics
 from client_app.plan.ensembles import forward_of
 from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick
-from client_app.plan.text_metrics import Written, text_metrics
 from client_app.plan.training import TrainingError, autocast, logits_of
 from client_app.plan.workbench import Workbench
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -65,11 +64,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a split.
 
-    Classification: mean cross-entropy ``loss`` and ``accuracy``, and what the client asks for of
-    :mod:`client_app.plan.class_metrics`. Generation: ``loss`` (mean over all target tokens) and ``perplexity``, its
-    exponential; ``accuracy`` where the client has ``choices``; where it asks for texts, ``exact_match``, ``rouge_l``
-    and ``chrf`` of at most ``generate_examples`` examples (``answers`` says of how many) and ``max_new_tokens`` new
-    tokens each.
+    The mean ``loss``, and the scores of the kind of task. Generation: ``loss`` (mean over all target tokens) and
+    ``perplexity``, its exponential; ``accuracy`` where the client has ``choices``; where it asks for texts,
+    ``exact_match``, ``rouge_l`` and ``chrf`` of at most ``generate_examples`` examples (``answers`` says of how many)
+    and ``max_new_tokens`` new tokens each.
 
     ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts, and neither does
     an evaluation for the ``loss_only``.
@@ -91,7 +89,7 @@ def evaluate(
     kind = kind_of(data.kind)
     size = min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
     loss, correct, count = 0.0, 0, 0
-    answers: list[Tensor] = []
+    kept: list[Any] = []
     order = _by_length(data)
     for done, indices in enumerate(torch.split(order, size)):
         tick("evaluate", done * size, len(data))
@@ -107,17 +105,13 @@ def evaluate(
         else:
             with autocast(model.device):
                 logits = (forward or partial(logits_of, model))(batch).float()
-            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(dim=-1) == labels).sum())
-            count += len(batch)
-            answers.append(logits.cpu())
+            total, losses = kind.summed_loss(logits, labels)
+            loss, count = loss + total, count + losses
+            kept.append(kind.keep(logits, labels, batch, client))
     metrics = {"loss": loss / max(count, 1)}
     if not kind.generative:
-        metrics["accuracy"] = correct / count
-        if client is not None and client.metrics and not loss_only:
-            found = class_metrics(torch.cat(answers), data.labels[order])
-            metrics |= {name: found[name] for name in client.metrics if name in found}
-        return metrics
+        whole = kind.whole_loss(kept)
+        return (metrics if whole is None else {"loss": whole}) | kind.metrics(kept, client, loss_only=loss_only)
     if client is not None and client.choices:
         metrics["accuracy"] = correct / len(data)
     metrics["perplexity"] = math.exp(min(metrics["loss"], _MAX_EXPONENT))

@@ -16,8 +16,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import example_losses
+from client_app.data.dataset import Dataset, MixedDataset
+from client_app.kinds import example_losses, kind_of
 from client_app.model.personal import PersonalModel
 from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
@@ -169,6 +169,9 @@ def moments(
     Raises:
         FisherError: no example, or more than a tenth of the gradients are not finite.
     """
+    kinds = [part.kind for part in data.parts.values()] if isinstance(data, MixedDataset) else [data.kind]
+    if any(kind_of(kind).company for kind in kinds):
+        raise FisherError(f"an example of {kinds[0]!r} alone has no loss, and so no gradient")
     count = min(samples, len(data))
     if count < 1:
         raise FisherError(f"{samples} samples of {len(data)} examples, expected at least one")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from client_app.data.dataset import MASK, Dataset
-from client_app.data.task_kinds import kind_of
+from client_app.kinds import kind_of
 from client_app.model.personal import PersonalModel
 from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import mean_loss
 from client_app.guard.noise import Noise, gaussian, noise_key
+from client_app.kinds import kind_of, mean_loss
 from client_app.model.forward.padding import set_training
 from client_app.model.module_roles import RoleError, last_down_projection, layer_of, outside_towers
 from client_app.model.personal import PersonalModel
@@ -109,6 +109,9 @@ class ReferenceModel:
         dtype = self.weight.dtype
         inputs = {n: v.to(self.device, dtype if v.is_floating_point() else None) for n, v in batch.inputs.items()}
         task = {"task": batch.task} if batch.task else {}
+        kind = kind_of(batch.kind)
+        if not kind.probabilities or kind.own_inputs:
+            raise SketchError(f"there are no sketches of gradients of {kind.name!r}")
         logits: Tensor = self.module(**inputs, **task).logits
         labels = batch.labels.to(self.device)
         if int(labels.max()) >= logits.shape[-1]:

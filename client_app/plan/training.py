@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset
-from client_app.data.task_kinds import example_losses, kind_of, mean_loss, mean_of, means_of, targets_in
+from client_app.data.targets import mean_of, means_of
+from client_app.kinds import kind_of, targets_in
 from client_app.model.forward.packing import packed
 from client_app.model.forward.padding import set_training
 from client_app.model.personal import PersonalModel
@@ -312,8 +313,8 @@ def batch_loss(
     """
     if model.packing and logits is None and example_weights is None:
         batch = packed(batch)
-    labels = batch.labels.to(model.device)
-    if logits is None and kind_of(batch.kind).generative:
+    labels, kind = batch.labels.to(model.device), kind_of(batch.kind)
+    if logits is None and kind.generative:
         losses = model.at_targets(model.inputs(batch.inputs), labels, batch.task).losses()
         if example_weights is None:
             return mean_of(losses, labels)
@@ -321,23 +322,22 @@ def batch_loss(
     else:
         logits = logits_of(model, batch) if logits is None else logits
         if example_weights is None:
-            return mean_loss(batch.kind, logits, labels)
-        each = example_losses(batch.kind, logits, labels)
+            return kind.mean_loss(logits, labels, model.label_weights.get(batch.task))
+        each = kind.example_losses(logits, labels)
     return (each * example_weights.to(each)).mean()
 
 
 def logits_of(model: PersonalModel, batch: Dataset, *, everywhere: bool = False) -> Tensor:
-    """The model's logits for a batch, on its device: ``[b, C]``, or ``[n, V]`` at the n targets of generated texts.
+    """What the model says about a batch, on its device.
+
+    ``[b, C]``, ``[n, V]`` at the n targets of generated texts, or what else the kind of task says.
 
     Args:
         model: with a mixture active.
         batch: of one task.
         everywhere: ``[b, L, V]`` instead, at targets and elsewhere.
     """
-    inputs = model.inputs(batch.inputs)
-    if everywhere or not kind_of(batch.kind).generative:
-        return model.logits(inputs, batch.task)
-    return model.target_logits(inputs, batch.labels.to(model.device), batch.task)
+    return kind_of(batch.kind).outputs(model, batch, everywhere=everywhere)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

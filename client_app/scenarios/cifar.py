@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.data.task_kinds import KINDS
+from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import FoundModel, find_model
 from client_app.scenarios import ScenarioError

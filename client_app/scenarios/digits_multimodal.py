@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.data.task_kinds import IGNORED, mean_loss
+from client_app.data.targets import IGNORED
+from client_app.kinds import mean_loss
 from client_app.model.bases.multi_task import MultiTaskModel, TaskSpec, multi_task_base
 from client_app.scenarios import ScenarioError, digits
 from client_app.scenarios.vit import fingerprint_of, load_or_make, one_thread

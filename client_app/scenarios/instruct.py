@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.data.task_kinds import IGNORED, KINDS
+from client_app.data.example import Example
+from client_app.data.targets import IGNORED
+from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import find_model
 from client_app.own.encoding import load_encoder
-from client_app.own.examples import Example
 from client_app.scenarios import ScenarioError
 from client_app.scenarios.texts import read_jsonl
 from client_app.settings import Settings

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data.dataset import Base, ClientData
-from client_app.data.task_kinds import KINDS
+from client_app.data.example import Example
+from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base, load_body
 from client_app.model.bases.model_folders import BaseModelError, FoundModel, find_model
 from client_app.model.linear_modules import modules_ending_with
 from client_app.own.encoding import Encoder, load_encoder
-from client_app.own.examples import Example
 from client_app.scenarios import ScenarioError
 from client_app.settings import Settings
 

@@ -50,7 +50,7 @@ def align_models(
         AlignCommandError: there are fewer than two models, or they have no corresponding modules or tokens.
     """
     # Torch takes seconds to import, and every command looks at this file for its error.
-    from client_app.data.task_kinds import TaskError
+    from client_app.kinds import TaskError
     from client_app.model.alignment import AlignmentError, AlignOptions, align
     from client_app.model.bases.model_folders import BaseModelError
     from client_app.model.personal import ModelError, PersonalModel

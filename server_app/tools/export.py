@@ -19,10 +19,9 @@ from server_app.tools.errors import ToolError
 
 MIXTURE_FILE = "mixture.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "text-classification": "SEQ_CLS"}
-"""What PEFT's AutoPeftModel classes look at; other tasks have no such class."""
-_PEFT_HEADS = ("classifier", "score")
-"""Modules that PEFT saves whole for SEQ_CLS; it misses a saved module inside one (RoBERTa's ``classifier.dense``)."""
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")
+"""Modules that PEFT saves whole for tasks with a head; it misses a saved module inside one (RoBERTa's
+``classifier.dense``)."""
 
 
 class ExportError(ToolError):
@@ -135,11 +134,14 @@ def _peft(personal: Personal, folder: Path, say: Say) -> None:
             "its own, gates.safetensors holds the gates, and mixture.json says how they add up."
         )
         return
+    from client_app.kinds import KINDS
+
     for name in FILES:
         shutil.copyfile(personal.folder / name, folder / name)
     config = _config(personal)
     inner = [part for name in config.get("modules_to_save") or () for part in name.split(".")[:-1]]
-    config["task_type"] = None if set(inner) & set(_PEFT_HEADS) else PEFT_TASKS.get(personal.task)
+    kind = KINDS.get(personal.task)
+    config["task_type"] = None if kind is None or set(inner) & set(_PEFT_HEADS) else kind.peft_task
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     _tokenizer(personal, folder, say)
     _card(personal, folder, "adapter")
@@ -156,15 +158,16 @@ def _merged(personal: Personal, folder: Path, say: Say) -> None:
     import torch
     from peft import PeftModel
 
-    from client_app.data.task_kinds import KINDS
+    from client_app.kinds import KINDS
 
     if is_in_parts(personal.folder) or personal.task not in KINDS:
         raise ExportError("this model cannot be merged: it is in parts, or its client did not say its one task")
     transformers: Any = importlib.import_module("transformers")
-    auto = getattr(transformers, KINDS[personal.task].auto_model)
     heads: dict[str, Any] = {}
-    if not KINDS[personal.task].generative:
+    kind = KINDS[personal.task]
+    if kind.head:
         heads["num_labels"] = _labels_in(personal.folder)
+    auto = getattr(transformers, kind.auto_model)
     transformers.utils.logging.disable_progress_bar()
     base = auto.from_pretrained(personal.base, dtype=torch.float32, local_files_only=True, **heads)
     model: Any = PeftModel.from_pretrained(base, str(personal.folder))
@@ -201,7 +204,7 @@ def _heads(folder: Path) -> list[str]:
 
 def _tokenizer(personal: Personal, folder: Path, say: Say) -> None:
     """The base model's tokenizer and processors, as their own library writes them."""
-    from client_app.data.task_kinds import KINDS
+    from client_app.kinds import KINDS
 
     kind = KINDS.get(personal.task)
     if kind is None:

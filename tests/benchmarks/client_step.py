@@ -35,7 +35,8 @@ from typing import Any
 import torch
 
 from client_app.data.dataset import MASK, ClientData, Dataset
-from client_app.data.task_kinds import IGNORED, KINDS
+from client_app.data.targets import IGNORED
+from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import find_model
 from client_app.model.personal import PersonalModel

@@ -45,7 +45,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from client_app.data.task_kinds import KINDS
+from client_app.kinds import KINDS
 from client_app.model.bases.model_folders import find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import read_own

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from client_app.data.dataset import Base
-from client_app.data.task_kinds import Kind
+from client_app.kinds import Kind
 from client_app.model.bases.heads import (
     draw_missing,
     head_modules,
@@ -64,7 +64,7 @@ def load_base(
     """
     model, missing, notes = _loaded(found, kind, settings, labels)
     _set_texts(model, padding_id)
-    heads = () if kind.generative else head_modules(model)
+    heads = head_modules(model) if kind.head else ()
     drawn = _drawn(model, missing, heads, found)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model, found)
@@ -81,7 +81,7 @@ def load_base(
         notes.append(
             f"the checkpoint lacks {', '.join(sorted(drawn_modules))}: drawn, frozen, and saved with personal models"
         )
-    shared = bool(settings.label_names) or not heads
+    shared = bool(settings.label_names) or not kind.has_labels
     return Base(
         name=found.name,
         model=model,
@@ -105,7 +105,8 @@ def _loaded(
     options: dict[str, Any] = {"dtype": dtype_of(settings), **_attention(settings)}
     if settings.quantization == "4bit":
         options |= four_bit()
-    renamed = not kind.generative and labels_of(config) != list(labels)
+    kind.configure(config)
+    renamed = kind.has_labels and labels_of(config) != list(labels)
     rows = rows_by_name(labels_of(config), labels) if renamed else []
     if renamed:
         options["ignore_mismatched_sizes"] = True

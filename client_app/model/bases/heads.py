@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from client_app.model.co_lora import ModuleGate
 from client_app.settings import canonical_label
 
 _HEAD_STD = 0.02
@@ -108,3 +109,19 @@ def head_modules(model: Any) -> tuple[str, ...]:
     return tuple(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in inside
     )
+
+
+class Differences(nn.Module):
+    """Parametrization of a head's parameter: base + sum of coefficient x difference over the active slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_slot = nn.ParameterDict()
+        self.coefficients: dict[str, float | ModuleGate] = {}
+
+    def forward(self, base: Tensor) -> Tensor:
+        """The parameter as the active slots make it."""
+        for slot, coefficient in self.coefficients.items():
+            weight = coefficient(base) if isinstance(coefficient, ModuleGate) else coefficient
+            base = base + (weight * self.by_slot[slot]).to(base.dtype)
+        return base

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data.dataset import Base
-from client_app.data.task_kinds import kind_of
+from client_app.kinds import kind_of
 from fedalloy_adapters.groups import GROUP_ID, SEPARATOR
 
 MODALITIES = ("image", "text")
@@ -53,7 +53,7 @@ class TaskSpec:
 
     Attributes:
         name: unique at the client; clients whose tasks have one name share its head.
-        kind: a key of :data:`client_app.data.task_kinds.KINDS`.
+        kind: a key of :data:`client_app.kinds.KINDS`.
         modalities: of the input, and ``"text"`` where a text is generated: the model reads what it has written.
         expert: c(o); tasks with one expert share its groups.
         outputs: classes, or size of the vocabulary.

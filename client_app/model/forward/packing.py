@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data.dataset import MASK, Dataset
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 
 POSITIONS = "position_ids"
 _PROBE = 48

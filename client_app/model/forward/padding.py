@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 MASK = "attention_mask"
 RIGHT, LEFT, ALONE = "right", "left", "alone"
@@ -14,6 +16,14 @@ _LONGEST_PROBE = 64
 """Tokens of a text that is tried, if there are such short ones: a large model reads it on the CPU."""
 
 Inputs = Mapping[str, Tensor]
+Read = Callable[[Any, Inputs], Tensor]
+"""Takes what is wanted from a model's output on some inputs."""
+
+
+def logits_in(output: Any, _: Inputs) -> Tensor:
+    """What most tasks want of a model's output."""
+    logits: Tensor = output.logits
+    return logits
 
 
 def inputs_taken(module: nn.Module, inputs: Inputs) -> Inputs:
@@ -24,7 +34,9 @@ def inputs_taken(module: nn.Module, inputs: Inputs) -> Inputs:
     return {name: tensor for name, tensor in inputs.items() if name in takes}
 
 
-def find_padding(forward: Callable[[Inputs], Tensor], inputs: Inputs, tolerance: float) -> str:
+def find_padding(
+    forward: Callable[[Inputs], Tensor], inputs: Inputs, tolerance: float, *, per_token: bool = False
+) -> str:
     """Where this architecture wants padding, by trying two texts of unequal length together and alone.
 
     Most models ignore what is behind a text. Some read the last position (XLNet) and want padding before it; some mix
@@ -34,6 +46,8 @@ def find_padding(forward: Callable[[Inputs], Tensor], inputs: Inputs, tolerance:
         forward: logits ``[b, C]`` of a batch, as the model computes them.
         inputs: texts by input's name ``[n, L]``, padded on the right, with their mask.
         tolerance: largest difference of logits that rounding explains, as a share of the largest logit.
+        per_token: whether logits are one for each token ``[b, L, C]``; they stand where the texts stand, and padding
+            before a text would move them.
     """
     lengths = inputs[MASK].sum(dim=1)
     short = int(lengths.argmin())
@@ -45,8 +59,10 @@ def find_padding(forward: Callable[[Inputs], Tensor], inputs: Inputs, tolerance:
     pair = {name: tensor[rows, : int(lengths[rows].max())] for name, tensor in inputs.items()}
     with torch.no_grad():
         alone = one_by_one(forward, pair)
-        for padding in (RIGHT, LEFT):
+        for padding in (RIGHT,) if per_token else (RIGHT, LEFT):
             together = forward(arranged(pair, padding))
+            if per_token:
+                together = together.masked_fill(pair[MASK][..., None] == 0, 0.0)
             if float((together - alone).abs().max()) <= tolerance * float(alone.abs().max().clamp_min(1.0)):
                 return padding
     return ALONE
@@ -66,11 +82,13 @@ def arranged(inputs: Inputs, padding: str) -> Inputs:
 
 
 def one_by_one(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-    """Logits of each text without any padding."""
+    """Logits of each text without any padding; where they are one for each token, zeros behind a text."""
     width, found = inputs[MASK].shape[1], []
     for row, length in enumerate(inputs[MASK].sum(dim=1).tolist()):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         found.append(forward({n: t[:, : int(length)] if t.shape[1:2] == (width,) else t for n, t in one.items()}))
+    if found[0].dim() == 3:
+        found = [functional.pad(logits, (0, 0, 0, width - logits.shape[1])) for logits in found]
     return torch.cat(found)
 
 

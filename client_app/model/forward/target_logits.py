@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from client_app.data.task_kinds import at_targets, target_mask
+from client_app.data.targets import at_targets, target_mask
 
 
 class TargetLogits:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from client_app.data.task_kinds import at_targets, target_mask, token_losses
+from client_app.data.targets import at_targets, target_mask, token_losses
 from client_app.model.forward.target_logits import TargetLogits
 
 Forward = Callable[[], Tensor]

@@ -213,6 +213,7 @@ def _dataset_rows(found: Any, name: str, folder: Path) -> Iterator[Row]:
     import datasets
 
     named: dict[str, list[str]] = {}
+    lists: dict[str, list[str]] = {}
     for column, feature in list((found.features or {}).items()):
         if isinstance(feature, datasets.Image):
             found = found.cast_column(column, datasets.Image(decode=False))
@@ -220,11 +221,20 @@ def _dataset_rows(found: Any, name: str, folder: Path) -> Iterator[Row]:
             names = feature.names
             found = found.cast_column(column, datasets.Value("int64"))
             named[column] = names
+        elif isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
+            lists[column] = feature.feature.names
     for number, values in enumerate(found, start=1):
         for column, names in named.items():
-            known = values[column] is not None and 0 <= values[column] < len(names)
-            values = {**values, column: names[values[column]] if known else None}
+            values = {**values, column: _name(names, values[column])}
+        for column, names in lists.items():
+            told = values[column]
+            values = {**values, column: None if told is None else [_name(names, item) for item in told]}
         yield Row(values, f"{name}, row {number}", folder)
+
+
+def _name(names: Sequence[str], number: int | None) -> str | None:
+    """The name of a class; None where its number is none (-1: unlabelled)."""
+    return names[number] if number is not None and 0 <= number < len(names) else None
 
 
 def _read_images(folder: Path) -> Table:

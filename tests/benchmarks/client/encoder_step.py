@@ -27,7 +27,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from client_app.data.dataset import Base, Dataset
-from client_app.data.task_kinds import KINDS
+from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import find_model
 from client_app.model.personal import PersonalModel

@@ -6,7 +6,7 @@ import torch
 
 from client_app.data.dataset import Dataset, MixedDataset
 from client_app.data.joined import join
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 
 
 def texts(first: int, count: int, width: int) -> Dataset:

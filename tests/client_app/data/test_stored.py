@@ -16,7 +16,7 @@ from client_app.data import stored
 from client_app.data.dataset import MASK, Dataset
 from client_app.data.joined import join
 from client_app.data.stored import StoredDataset, TokenFile, write_tokens
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 
 LENGTHS = [3, 7, 1, 5] * 40
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from client_app.data.task_kinds import KINDS
+from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import find_model
 from client_app.model.personal import PersonalModel

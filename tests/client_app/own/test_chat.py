@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from client_app.data.task_kinds import IGNORED, kind_of
+from client_app.data.targets import IGNORED
+from client_app.kinds import kind_of
 from client_app.own.chat import ChatTemplate
 from client_app.own.encoding import Encoder
 from client_app.own.examples import read_example

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.joined import join
-from client_app.data.task_kinds import IGNORED, at_targets, kind_of, target_mask
+from client_app.data.targets import IGNORED, at_targets, target_mask
+from client_app.kinds import kind_of
 from client_app.own.encoding import Encoder
 from client_app.own.examples import read_example
 from client_app.own.reading.text_files import DataError, Row

@@ -15,14 +15,15 @@ from flwr.app import Context, RecordDict
 from torch.nn import functional
 
 from client_app.data.dataset import Base
-from client_app.data.task_kinds import IGNORED, KINDS, TaskError, example_losses, kind_of, mean_loss
+from client_app.data.targets import IGNORED
+from client_app.kinds import KINDS, TaskError, example_losses, kind_of, mean_loss
+from client_app.kinds.scores.classes import macro_f1
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import BaseModelError, find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import load_own, read_own
 from client_app.own.reading.text_files import DataError
 from client_app.plan import evaluation, fisher, training
-from client_app.plan.class_metrics import macro_f1
 from client_app.settings import ModelSettings, Settings, SettingsError, read_settings
 from proto.fedalloy.v1 import plan_pb2
 from tests.client_app.own_clients import loaded, settings_of
@@ -178,8 +179,8 @@ def test_losses_of_examples_average_to_the_training_loss() -> None:
     assert example_losses("causal-lm", logits, labels).tolist() == pytest.approx(
         [float(token[0] + token[1]) / 2, float(token[4])], abs=1e-6
     )
-    with pytest.raises(TaskError, match="expected one of text-classification"):
-        kind_of("regression")
+    with pytest.raises(TaskError, match="expected one of sentence-pairs"):
+        kind_of("segmentation")
 
 
 @pytest.mark.parametrize("kind", ["text-classification", "causal-lm"])

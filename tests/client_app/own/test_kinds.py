@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from client_app.data.dataset import ClientData
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 from client_app.model.bases import base_models
 from client_app.model.personal import PersonalModel
 from client_app.own.files import load_own, read_own

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import at_targets
+from client_app.data.targets import at_targets
 from client_app.model.personal import PersonalModel
 from client_app.plan import training
 from client_app.plan.distillation import MixtureTeacher, divergence

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 from client_app.model.personal import PersonalModel
 from client_app.own.files import load_own
 from client_app.plan.evaluation import evaluate, write
@@ -41,7 +41,7 @@ class Reader(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.tokens = 0
 
-    def logits(self, inputs: dict[str, Any], task: str = "") -> torch.Tensor:
+    def logits(self, inputs: dict[str, Any], task: str = "", *_: Any, **__: Any) -> torch.Tensor:
         ids, mask = inputs["input_ids"], inputs[MASK]
         self.tokens += ids.numel()
         last = ids.gather(1, mask.sum(dim=1, keepdim=True) - 1)[:, 0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from client_app.data.dataset import Dataset
-from client_app.data.task_kinds import mean_loss
+from client_app.kinds import mean_loss
 from client_app.plan import seeds, training
 from client_app.plan.interpreter import PlanError
 from client_app.scenarios import digits_multimodal as scenario

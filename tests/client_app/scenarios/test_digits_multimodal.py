@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client_app.data.dataset import ClientData
-from client_app.data.task_kinds import IGNORED
+from client_app.data.targets import IGNORED
 from client_app.scenarios import digits
 from client_app.scenarios import digits_multimodal as scenario
 

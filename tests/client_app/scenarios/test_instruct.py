@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from client_app.data.task_kinds import IGNORED, at_targets
+from client_app.data.targets import IGNORED, at_targets
 from client_app.model.personal import PersonalModel
 from client_app.plan.evaluation import evaluate, first_targets, likeliest_of
 from client_app.scenarios import FROM_FILES, ScenarioError, instruct

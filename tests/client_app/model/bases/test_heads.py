@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from client_app.data.task_kinds import KINDS
+from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.heads import rows_by_name
 from client_app.model.bases.model_folders import BaseModelError, find_model

@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.data.task_kinds import IGNORED, at_targets, example_losses, mean_loss, target_mask
+from client_app.data.targets import IGNORED, at_targets, target_mask
+from client_app.kinds import example_losses, mean_loss
 from client_app.model.forward.target_logits import TargetLogits
 
 SIZES: dict[str, Any] = {

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.dataset import MASK, Base
-from client_app.data.task_kinds import example_losses, mean_loss, mean_of, means_of
+from client_app.data.targets import mean_of, means_of
+from client_app.kinds import example_losses, mean_loss
 from client_app.model.forward.target_logits import TargetLogits
 from client_app.model.forward.target_losses import AtTargetsWhole, TargetLosses
 from client_app.model.personal import PersonalModel

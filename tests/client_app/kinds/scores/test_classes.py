@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from client_app.plan.class_metrics import ECE_BINS, class_metrics, macro_auroc
+from client_app.kinds.scores.classes import ECE_BINS, class_metrics, macro_auroc
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(200, 4, generator=GENERATOR)

@@ -40,12 +40,33 @@ def macro_auroc(probabilities: Tensor, labels: Tensor) -> float | None:
         probabilities: ``[n, C]``.
         labels: ``[n]``.
     """
-    from torchmetrics.functional.classification import binary_auroc
-
-    counts = torch.bincount(labels, minlength=probabilities.shape[1])
-    told = ((counts > 0) & (counts < len(labels))).nonzero().flatten().tolist()
-    areas = [float(binary_auroc(probabilities[:, c], (labels == c).long())) for c in told]
+    found = [area_under_curve(probabilities[:, c], labels == c) for c in range(probabilities.shape[1])]
+    areas = [area for area in found if area is not None]
     return sum(areas) / len(areas) if areas else None
+
+
+def area_under_curve(scores: Tensor, right: Tensor) -> float | None:
+    """Area under the ROC curve of ``scores [n]`` for ``right [n]`` (booleans); None where all are right, or none.
+
+    The share of pairs of a right and a wrong one that the scores put in order, ties being one half (Mann and Whitney
+    1947): exact for any scores, where a sigmoid of large logits would make ties.
+    """
+    positive = int(right.sum())
+    negative = len(right) - positive
+    if not positive or not negative:
+        return None
+    return float((ranks(scores)[right].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks ``[n]`` of ``values [n]`` from 1, equal values with the mean of theirs.
+
+    >>> ranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    middle: Tensor = counts.cumsum(dim=0).double() - (counts - 1) / 2
+    return middle[group]
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor) -> float:

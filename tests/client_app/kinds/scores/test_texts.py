@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from client_app.plan.text_metrics import Written, chrf, text_metrics, words_of
+from client_app.kinds.scores.texts import Written, chrf, text_metrics, words_of
 
 
 def test_texts_are_scored_by_exact_match_and_rouge() -> None:

@@ -1,0 +1,132 @@
+"""Any number of labels for each text: each label is a yes or no of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from client_app.data.dataset import ClientData, Dataset
+from client_app.data.example import Example
+from client_app.kinds.classification import read_texts
+from client_app.kinds.contract import About, Cells, Encoding, Kind, TaskError
+from client_app.kinds.generation import first_name
+from client_app.kinds.scores.classes import area_under_curve
+from client_app.settings import DataSettings
+
+MOST_WEIGHT = 100.0
+"""How much more a yes may count than a no, where weights are made from the data."""
+
+
+class MultiLabel(Kind):
+    """``logits [b, C]`` against ``labels [b, C]`` of zeros and ones, by the mean binary cross-entropy over labels.
+
+    Weights are those of yes against no, for each label; balanced, they are the label's share of no over that of yes.
+    """
+
+    name = "multi-label-classification"
+    about = About(
+        "`text` (or two), `label` as a list (in CSV: `a,b`, or a JSON list)",
+        "accuracy (all labels right), macro and micro F1, macro AUROC and each label's",
+    )
+    order = 10
+    columns = ("text", "label")
+    auto_model = "AutoModelForSequenceClassification"
+    peft_task = "SEQ_CLS"
+    head = "labels"
+    probabilities = False
+    scores = ("f1", "f1_micro", "auroc")
+
+    def fits(self, row: Mapping[str, Any], settings: DataSettings) -> bool:
+        """See :meth:`Kind.fits`."""
+        text = row.get(first_name(settings.text_column))
+        return isinstance(text, str) and isinstance(row.get(settings.label_column), list)
+
+    def read(self, cells: Cells) -> dict[str, Any]:
+        """See :meth:`Kind.read`."""
+        column = cells.settings.label_column
+        value: Any = cells.values.get(column, "") if column in cells.values else cells.value(column)
+        if isinstance(value, str):
+            value = _parsed(value)
+        if value is None or not isinstance(value, list | tuple):
+            cells.refuse(column, f"{str(value)[:60]!r}, expected a list of labels")
+        names = tuple(dict.fromkeys(cells.label_of(item, column) for item in value))
+        return {"told": {"labels": names}} | read_texts(cells)
+
+    def columns_read(self, columns: set[str], settings: DataSettings) -> set[str]:
+        """See :meth:`Kind.columns_read`."""
+        return {settings.label_column} | {name.strip() for name in settings.text_column.split(",")}
+
+    def labels_of(self, example: Example) -> Sequence[str]:
+        """See :meth:`Kind.labels_of`."""
+        found: Sequence[str] = example.told["labels"]
+        return found
+
+    def encode(self, encoding: Encoding, examples: Sequence[Example], labels: Sequence[str]) -> Dataset:
+        """See :meth:`Kind.encode`."""
+        numbers = {name: number for number, name in enumerate(labels)}
+        targets = torch.zeros(len(examples), len(labels))
+        for row, example in enumerate(examples):
+            for name in example.told["labels"]:
+                targets[row, numbers[name]] = 1.0
+        return encoding.dataset(encoding.padded([encoding.text_item(e) for e in examples]), targets, examples)
+
+    def configure(self, config: Any) -> None:
+        """See :meth:`Kind.configure`."""
+        config.problem_type = "multi_label_classification"
+
+    def probe(self, data: Dataset) -> dict[str, Tensor] | None:
+        """See :meth:`Kind.probe`."""
+        return dict(data.inputs)
+
+    def example_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """See :meth:`Kind.example_losses`."""
+        return functional.binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none").mean(dim=-1)
+
+    def mean_loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """See :meth:`Kind.mean_loss`."""
+        yes = None if weights is None else weights.to(outputs)
+        return functional.binary_cross_entropy_with_logits(outputs, labels.to(outputs), pos_weight=yes)
+
+    def weigh(self, data: Dataset, asked: Sequence[float], classes: int) -> Tensor:
+        """See :meth:`Kind.weigh`."""
+        if asked and (len(asked) != classes or not all(0 < weight < float("inf") for weight in asked)):
+            raise TaskError(f"label-weights: {len(asked)} numbers, expected {classes} (labels), all above 0")
+        if asked:
+            return torch.tensor(list(asked))
+        yes = data.labels.sum(dim=0)
+        return torch.where(yes > 0, (len(data) - yes) / yes.clamp_min(1), 1.0).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
+
+    def metrics(self, kept: Sequence[Any], client: ClientData | None, *, loss_only: bool = False) -> dict[str, float]:
+        """A label's own area is called by its number; by its name where the run names the labels."""
+        logits, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        wanted, answers = labels.bool(), logits > 0
+        found = {"accuracy": float((answers == wanted).all(dim=1).double().mean())}
+        if loss_only:
+            return found
+        hits, misses = (answers & wanted).sum(dim=0).double(), (answers != wanted).sum(dim=0).double()
+        seen = (hits + misses) > 0
+        by_label = 2 * hits / (2 * hits + misses).clamp_min(1)
+        if bool(seen.any()):
+            found["f1"] = float(by_label[seen].mean())
+            found["f1_micro"] = float(2 * hits.sum() / (2 * hits.sum() + misses.sum()))
+        areas = {n: area_under_curve(logits[:, n], wanted[:, n]) for n in range(labels.shape[1])}
+        known = {n: area for n, area in areas.items() if area is not None}
+        if known:
+            found["auroc"] = sum(known.values()) / len(known)
+        names = client.shared_labels if client is not None else ()
+        return found | {f"auroc:{names[n] if names else n}": area for n, area in known.items()}
+
+
+def _parsed(value: str) -> Any:
+    """Labels in one cell of a CSV file."""
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return None
+    return [part for part in value.split(",") if part.strip()]
