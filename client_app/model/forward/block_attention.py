@@ -1,9 +1,9 @@
-"""Causal attention for training in bfloat16 on CPUs: the same numbers as PyTorch's, to rounding, in half the time.
+"""Causal attention for training in bfloat16 on CPUs: the same numbers as PyTorch's, to rounding, in less time.
 
-PyTorch's fused attention for CPUs is quick forwards and slow backwards: a third of a language model's step. This one is
-made of matrix products over blocks of queries and the keys that they may see, so that nothing above the diagonal is
-computed; keys are not repeated for the heads that share them. What is kept for the backward pass is the output and one
-number for each query, from which a block's probabilities are found again (Dao et al. 2022, algorithm 4).
+PyTorch's fused attention for CPUs is quick forwards and slow backwards. This one is made of matrix products over blocks
+of queries and the keys that they may see, so that nothing above the diagonal is computed; keys are not repeated for the
+heads that share them. What is kept for the backward pass is the output and one number for each query, from which a
+block's probabilities are found again (Dao et al. 2022, algorithm 4).
 """
 
 from __future__ import annotations
