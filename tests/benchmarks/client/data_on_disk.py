@@ -31,6 +31,7 @@ def measure(folder: Path, examples: int, tokens: int) -> dict[str, Any]:
     """One client's memory, in a process of its own."""
     tokenizer = tiny_models.character_tokenizer()
     config = tiny_models.llama_config(tokenizer, 32)
+    config.max_position_embeddings = tokens
     base = tiny_models.save_model(folder / "base", lambda: transformers.LlamaForCausalLM(config), tokenizer)
     path = folder / "rows.jsonl"
     with path.open("w") as file:
