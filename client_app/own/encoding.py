@@ -39,6 +39,7 @@ class Encoder:
     ask_by_chat: bool = True
     between: str = ""
     findings: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def padding_id(self) -> int | None:
@@ -265,7 +266,7 @@ def load_encoder(
         encoder.tokenizer = encoder.joint.tokenizer
         _require_padding(encoder.tokenizer, load_config(found))
     elif kind.has_image:
-        encoder.images = _load(transformers.AutoImageProcessor, found, "image processor", "preprocessor_config.json")
+        encoder.images = _image_processor(found, encoder)
     if encoder.tokenizer is not None:
         limits = (max_length, getattr(encoder.tokenizer, "model_max_length", None), longest_input(load_config(found)))
         encoder.max_length = min(int(limit) for limit in limits if limit)
@@ -280,6 +281,30 @@ def load_encoder(
             "prompt and completion columns"
         )
     return encoder
+
+
+def _image_processor(found: FoundModel, encoder: Encoder) -> Any:
+    """The model's own; without a file of one its architecture's default, at the model's image size, and a remark."""
+    import transformers
+    from transformers.models.auto import image_processing_auto
+
+    names: Mapping[str, Any] = getattr(image_processing_auto, "IMAGE_PROCESSOR_MAPPING_NAMES", {})
+    try:
+        return _load(transformers.AutoImageProcessor, found, "image processor", "preprocessor_config.json")
+    except BaseModelError:
+        config = load_config(found)
+        known = names.get(config.model_type)
+        side = getattr(config, "image_size", None)
+        if known is None or not side or (found.folder / "preprocessor_config.json").exists():
+            raise
+    name = str(known.get("torchvision") or known.get("pil") if isinstance(known, Mapping) else known[0])
+    height, width = (side, side) if isinstance(side, int) else side
+    processor = getattr(transformers, name)(size={"height": height, "width": width})
+    encoder.remarks.append(
+        f"base-model {found.name!r} has no preprocessor_config.json: images are prepared as is {config.model_type}'s "
+        f"default, at {height} x {width}"
+    )
+    return processor
 
 
 def _load(auto: Any, found: FoundModel, what: str, file: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,8 +37,16 @@ def guess_kind(row: Mapping[str, Any], settings: DataSettings) -> str:
     kind = kind_for(row, settings)
     if kind is not None:
         return kind.name
+    lost = [
+        f"{item.name.replace('_', '-')} = {given!r}"
+        for item in fields(DataSettings)
+        if item.name.endswith("_column")
+        and (given := getattr(settings, item.name)) != item.default
+        and given.split(",")[0].strip() not in row
+    ]
+    missing = f"{' and '.join(lost)}: there is no such column. Columns" if lost else "columns"
     raise DataError(
-        f"columns {', '.join(map(repr, row))} are for no known task; expected text + label, prompt + completion, "
+        f"{missing} {', '.join(map(repr, row))} are for no known task; expected text + label, prompt + completion, "
         "messages, conversations, instruction + output, image + label or image + text, tokens + ner_tags, "
         "question + context + answers, chosen + rejected, or anchor + positive. "
         "Columns with other names: set text-column, label-column, ... in "

@@ -66,7 +66,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     base = _checked(load_base(model, found.kind, settings.model, found.labels, encoder.padding_id), samples)
     if found.kind.generative:
         _end_answers(base, encoder, samples["train"])
-    notes = [*base.notes, *tokenizer_notes(encoder, base), *notes_of(found, encoder)]
+    notes = [*base.notes, *encoder.remarks, *tokenizer_notes(encoder, base), *notes_of(found, encoder)]
     for_reference: dict[str, Dataset] = {}
     if settings.model.reference_model:
         reference, for_reference["train"] = _reference(found, settings, chat=chat)

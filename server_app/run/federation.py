@@ -35,6 +35,10 @@ class NotEnoughClientsError(RuntimeError):
     """Fewer clients than ``min-clients`` came, registered or answered."""
 
 
+class NoClientError(NotEnoughClientsError):
+    """Every client failed, and all for the same reason: what fails them will fail another run, too."""
+
+
 class Federation:
     """The clients of one run.
 
@@ -114,6 +118,9 @@ class Federation:
             self._welcome(self._node_of(reply.client_id), reply)
         if len(self.enrolment.newcomers) < minimum:
             count = len(self.enrolment.newcomers)
+            if not count and (reason := one_reason(self.enrolment.refused)):
+                said = f"none of {len(self.enrolment.refused)} clients can take part, all for one reason: {reason}"
+                raise NoClientError(said)
             raise NotEnoughClientsError(
                 f"{count} of at least {minimum} clients registered. {self.enrolment.why_missing()}"
             )
@@ -251,6 +258,12 @@ def _waiting_for(lost: Iterable[str], waiting: Mapping[str, str], seconds: float
         f"{gone} went away; waiting for the other {at_work}, at most {seconds:.0f} s more, and for {gone} where too "
         "few answer"
     )
+
+
+def one_reason(reasons: Mapping[str, str]) -> str:
+    """What several clients have failed for, by client, where it is the same for all; else empty."""
+    found = {reason.replace(repr(who), "...") for who, reason in reasons.items()}
+    return found.pop() if len(reasons) > 1 and len(found) == 1 else ""
 
 
 def require_all(enrolment: Enrolment, fitting: int) -> None:

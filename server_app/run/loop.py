@@ -27,7 +27,14 @@ from server_app.run.ending.last_counters import last_counters
 from server_app.run.ending.late_delivery import deliver_late
 from server_app.run.ending.summary import headline, summary_of
 from server_app.run.evaluations import spared
-from server_app.run.federation import SAY_SECONDS, Federation, NotEnoughClientsError, require_all
+from server_app.run.federation import (
+    SAY_SECONDS,
+    Federation,
+    NoClientError,
+    NotEnoughClientsError,
+    one_reason,
+    require_all,
+)
 from server_app.run.messages.exchange import Reply
 from server_app.run.messages.late_answers import LateAnswers
 from server_app.run.options import RunOptions, as_toml, default_run_name, read_run_options, run_on
@@ -231,6 +238,12 @@ class Run:
         answered = client_status.usable(records)
         if answered < needed:
             self.record("train", round_, records, started)
+            reason = "" if answered else one_reason({name: r.get("reason", "") for name, r in records.items()})
+            if reason:
+                raise NoClientError(
+                    f"round {round_}: none of {len(records)} clients could, all for one reason: {reason}. The round "
+                    f"does not count; when that is put right, {self.directory.how_to_resume}"
+                )
             raise NotEnoughClientsError(
                 f"round {round_}: {answered} of at least {self.options.least} clients gave a usable answer; "
                 f"see {self.directory.path / 'rounds.jsonl'}. The round does not count; to do it again, "

@@ -74,6 +74,7 @@ def print_report(run_dir: Path, console: Console, metric: str = "") -> None:
         RunDirectoryError: as there.
     """
     found = report_of(run_dir, metric)
+    console.print(_title(found), style="bold", highlight=False, markup=False)
     console.print(_models(found))
     for line in _notes(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -104,7 +105,7 @@ def _models(found: Mapping[str, Any]) -> Table:
     )
     own.sort(key=lambda name: name != metric)
     others = [label for label in dict.fromkeys(label for m in said for label in m) if label not in (PERSONAL, HELD_OUT)]
-    table = Table(title=_title(found), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("client", overflow="fold")
     for name in [*own, *(f"{metric} of {label}" for label in others)]:
         table.add_column(name.replace("_", " "), justify="right")

@@ -101,6 +101,17 @@ def _print_where(accounts: Accounts, console: Console) -> None:
 
 
 def _print_notes(accounts: Accounts, console: Console) -> None:
+    last = max(row.round for row in accounts.rows())
+    delivery = next((row.round for row in accounts.messages if row.kind == "deliver"), None)
+    told = ["round 0: registration, with the app's code"]
+    told += [f"round {delivery}: delivery of the models"] if delivery is not None else []
+    told += [f"round {last}: the clients' last counters"] if delivery is not None and last > delivery else []
+    console.print(f"{'; '.join(told)}.", highlight=False)
+    console.print(
+        "tensor: encoded numbers; message: what Flower makes of them; wire: as the sender's kernel counts it; other "
+        "end: as the receiver's does, read at other moments.",
+        highlight=False,
+    )
     if any(row.client == OTHER for row in accounts.rows()):
         console.print(f"{OTHER}: SuperNodes on the Fleet port that no client of this run could be matched with.")
     for client in accounts.unjoined():

@@ -43,11 +43,11 @@ def who_table(clients: Mapping[str, Mapping[str, Any]], now: datetime | None = N
     for column in ("client", "node", "key", "examples", "task", "base model", "seen"):
         table.add_column(column, overflow="fold", justify="right" if column == "examples" else "left")
     for name, said in clients.items():
-        key = str(said.get("key", ""))
+        key = str(said["key"]) or "none" if "key" in said else ""
         status = {"rejected": "refused", "left": "absent"}.get(str(said.get("status", "")), "")
         seen = status or ago(str(said.get("seen", "")), now)
         shown = [str(said.get(column, "")) for column in ("node", "examples", "tasks", "base")]
-        table.add_row(name, shown[0], "same" if key == name else key or "none", *shown[1:], seen)
+        table.add_row(name, shown[0], "same" if key == name else key, *shown[1:], seen)
     return table
 
 

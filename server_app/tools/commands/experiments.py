@@ -76,12 +76,16 @@ def compare(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="On local SuperNodes, with bytes on the wire; slower.")
     ] = False,
+    connection: Annotated[
+        str, typer.Option(help="On the federation behind a flwr connection, on the SuperLink's machine.")
+    ] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, one process and thread each.")] = 1,
     encodings: Annotated[
         str, typer.Option(help="Comma-separated, as uplink-encoding: the strategies at each of these, too.")
     ] = "",
 ) -> None:
     """Which strategy for these clients, at what cost; by default in this process, without a network."""
+    from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.compare.command import compare as run_comparison
     from server_app.tools.compare.html import verdict
     from server_app.tools.compare.statistics import explanation, terminal_table
@@ -98,7 +102,8 @@ def compare(
             clients=clients,
             rounds=rounds,
             options=extra,
-            place="cluster" if cluster else "process",
+            place=f"connection {connection}" if connection else "cluster" if cluster else "process",
+            superlink=SuperLink(connection, out / "logs") if connection else None,
             workers=jobs,
             nodes=read_clients_file(clients_file) if clients_file else None,
             encodings=listed(encodings),

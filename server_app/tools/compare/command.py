@@ -17,16 +17,14 @@ import logging
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from client_app.scenarios import FROM_FILES, NAMES
 from client_app.scenarios.files import SCENARIOS
@@ -37,10 +35,11 @@ from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
 from server_app.tools.compare.html import ReportError, as_html
-from server_app.tools.compare.processes import Engine, Nodes, in_process, one_by_one, side_by_side
+from server_app.tools.compare.processes import Engine, Nodes, in_process, one_by_one, require_worth, side_by_side
+from server_app.tools.compare.progress import HopelessError, Progress
 from server_app.tools.compare.records import as_csv, read_run, remarks
 from server_app.tools.compare.statistics import Comparison, as_markdown, comparison_of
-from server_app.tools.demo import read_summary, terminate_as_interrupt
+from server_app.tools.demo import terminate_as_interrupt
 from strategies import CONTROLS, STRATEGIES, strategy_from_run_config
 from strategies.framework.options import OptionError, require_choice
 
@@ -96,6 +95,7 @@ def compare(
     workers: int = 1,
     nodes: Nodes | None = None,
     encodings: Sequence[str] = (),
+    superlink: SuperLink | None = None,
 ) -> tuple[Comparison, dict[str, str]]:
     """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
 
@@ -105,7 +105,8 @@ def compare(
     ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after. So
     many ``workers`` carry out runs side by side, each in a process of its own. ``nodes`` has a node-config for each
     client by its id, which says where its data are; without it ``clients`` share the scenario's. The asked
-    ``strategies`` also run at each of the ``encodings``, both ways, as lines of their own (``fedavg-int4``).
+    ``strategies`` also run at each of the ``encodings``, both ways, as lines of their own (``fedavg-int4``). A
+    ``superlink`` that runs already, on this machine, carries out the runs with the clients that are connected to it.
 
     Raises:
         OptionError: a strategy, scenario or key is unknown, a value is not valid, ``out`` cannot be written or has
@@ -113,8 +114,11 @@ def compare(
     """
     if not seeds:
         raise OptionError("--seeds: no seed is left, expected at least one")
-    if place == "cluster" and workers > 1:
-        raise OptionError(f"--jobs = {workers} with --cluster: a cluster has one SuperNode for each client, expected 1")
+    if superlink is not None and nodes:
+        raise OptionError("--connection with --clients-file: clients that are connected have node-config of their own")
+    if place != "process" and workers > 1:
+        where = "--cluster" if place == "cluster" else "--connection"
+        raise OptionError(f"--jobs = {workers} with {where}: a cluster has one SuperNode for each client, expected 1")
     if EVERY in strategies:
         strategies = [*strategies, *STRATEGIES]
     asked = [*REFERENCES, *strategies, *CONTROLS]
@@ -138,9 +142,14 @@ def compare(
     with (
         _alone(out),
         _quiet(),
-        _started(place if missing and engine is None else "process", clients, nodes, runs, console) as started,
-        _Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place == "cluster"))) as progress,
+        _started(
+            place if missing and engine is None and superlink is None else "process", clients, nodes, runs, console
+        ) as started,
+        Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place != "process")), workers) as progress,
+        suppress(HopelessError),
     ):
+        if superlink is not None:
+            engine = partial(on_cluster, superlink)
         configs = [{**job.config, "run-name": job.name} | _begun(runs / job.name) for job in missing]
         if engine is None and place == "process" and (count := min(workers, len(missing))) > 1:
             side_by_side(configs, clients, runs, progress, count, nodes)
@@ -245,6 +254,7 @@ def on_cluster(
     Raises:
         ClusterError: the run did not end well; its last records are in its folder.
     """
+    require_worth(config, runs)
     directory, seen = RunDirectory(runs / str(config["run-name"])), [0]
 
     def look() -> None:
@@ -255,7 +265,8 @@ def on_cluster(
 
     outcome = cluster.run({**config, "runs-dir": str(runs.resolve())}, look)
     if not outcome.completed or not is_finished(directory.path):
-        raise ClusterError(f"the run ended as {outcome.status}")
+        said = [record["reason"] for record in directory.rounds() if record["phase"] == "stopped"]
+        raise ClusterError(said[-1] if said else f"the run ended as {outcome.status}; see {outcome.log}")
 
 
 def _begun(run: Path) -> dict[str, Any]:
@@ -302,54 +313,6 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _said(key: str, config: Mapping[str, Any]) -> str:
     return f"{key} = {config[key]!r}" if key in config else f"the default of {key}"
-
-
-class _Progress:
-    """Live progress: in a terminal a bar for all runs and one for each that is going on; a line as each ends."""
-
-    def __init__(self, console: Console, jobs: Sequence[Job], missing: Sequence[Job], runs: Path, answers: int) -> None:
-        self.console, self.jobs, self.missing, self.runs, self.answers = console, jobs, missing, runs, answers
-        self.failed: dict[str, str] = {}
-        self.tasks: dict[int, tuple[TaskID, float]] = {}
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-        self.bars = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
-        self.overall = self.bars.add_task("runs", total=len(jobs), completed=len(jobs) - len(missing))
-
-    def __enter__(self) -> _Progress:
-        self.bars.start()
-        for job in self.jobs:
-            if job not in self.missing:
-                self._say(job, "kept")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        self.bars.stop()
-        if kind is KeyboardInterrupt:
-            self.console.print("stopped; the same command goes on with what is missing", highlight=False)
-
-    def started(self, index: int) -> None:
-        job = self.missing[index]
-        task = self.bars.add_task(f"{job.strategy}, seed {job.seed}: answers", total=self.answers)
-        self.tasks[index] = task, time.monotonic()
-
-    def answered(self, index: int) -> None:
-        self.bars.advance(self.tasks[index][0])
-
-    def ended(self, index: int, why: str) -> None:
-        job, (task, started) = self.missing[index], self.tasks.pop(index)
-        if why:
-            self.failed[job.name] = why
-        self.bars.remove_task(task)
-        self.bars.advance(self.overall)
-        said = f"failed ({why})" if why else "finished"
-        self._say(job, f"{said}, {time.monotonic() - started:.0f} s")
-
-    def _say(self, job: Job, word: str) -> None:
-        mean = (read_summary(self.runs / job.name) or {}).get("mean_accuracy")
-        score = "" if mean is None else f", accuracy {mean:.3f}"
-        self.console.print(
-            f"  {job.strategy}, seed {job.seed}: {word}{score}", highlight=False, markup=False, soft_wrap=True
-        )
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 from flwr.app import Context, Message, RecordDict
 
+from fedalloy_adapters.layout import Layout
+from proto.fedalloy.v1 import report_pb2
 from server_app.tools.compare.in_process_grid import InProcessGrid
 
 Config = Mapping[str, Any]
@@ -43,6 +45,24 @@ class Watch(Protocol):
         """It has ended; ``why`` it failed, or empty."""
 
 
+class NotWorthError(RuntimeError):
+    """A run would give what another one gives."""
+
+
+def require_worth(config: Config, runs: Path) -> None:
+    """A head cannot be fitted again where the clients of a comparison have none.
+
+    Raises:
+        NotWorthError: the run would be another one's; says which.
+    """
+    if config["strategy"] != "fedavg-head":
+        return
+    for path in runs.glob("*/registrations/*.pb"):
+        said = report_pb2.Registration.FromString(path.read_bytes())
+        if not Layout.from_proto(said.layout).head_modules:
+            raise NotWorthError("it would be fedavg: the clients' models have no head to fit again")
+
+
 def in_process(
     config: Config, clients: int, runs: Path, answered: Callable[[], None], nodes: Nodes | None = None
 ) -> None:
@@ -51,6 +71,8 @@ def in_process(
     ``nodes`` is more node-config for each client, by its id.
     """
     from server_app.run.loop import run
+
+    require_worth(config, runs)
 
     def count(node: int, message: Message, reply: Message | None) -> Message | None:
         answered()

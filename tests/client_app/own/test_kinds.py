@@ -17,10 +17,11 @@ from client_app.data.dataset import ClientData
 from client_app.data.targets import IGNORED
 from client_app.model.bases import base_models
 from client_app.model.personal import PersonalModel
+from client_app.own.examples import guess_kind
 from client_app.own.files import load_own, read_own
 from client_app.own.reading.text_files import DataError
 from client_app.plan import evaluation, training
-from client_app.settings import Settings
+from client_app.settings import DataSettings, Settings
 from fedalloy_adapters.files.peft_format import write_peft_directory
 from proto.fedalloy.v1 import plan_pb2
 from tests.client_app.own_clients import loaded, settings_of
@@ -41,7 +42,11 @@ def taught(settings: Settings, steps: int) -> tuple[PersonalModel, ClientData, l
 def test_folders_of_images(tmp_path: Path) -> None:
     folder = toy_data.write_pictures(tmp_path / "all", 10, 0)
     base = tiny_models.save_vit(tmp_path / "vit")
+    (base / "preprocessor_config.json").unlink()
     _, data, (before, after) = taught(settings_of(folder, tmp_path, base), 20)
+    assert any(
+        "has no preprocessor_config.json: images are prepared as is vit's default, at 16" in n for n in data.notes
+    )
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 24, "validation": 3, "test": 3}
     assert after < before / 2
     for split in ("train", "val", "test"):
@@ -198,3 +203,10 @@ def test_a_base_in_four_bits_learns_and_goes_on(tmp_path: Path) -> None:
     with torch.no_grad():
         ours, theirs = again.logits(again.inputs(one.inputs)), exported(**one.inputs).logits
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_column_that_was_named_and_is_not_there_is_said_first() -> None:
+    with pytest.raises(
+        DataError, match=r"^messages-column = 'mesages': there is no such column\. Columns 'part', 'messages'"
+    ):
+        guess_kind({"part": "train", "messages": []}, DataSettings(messages_column="mesages"))

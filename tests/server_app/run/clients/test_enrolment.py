@@ -12,7 +12,7 @@ from flwr.app import Error, Message
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.wire.flower_records import REGISTER_TYPE
-from server_app.run.federation import NotEnoughClientsError
+from server_app.run.federation import NoClientError, NotEnoughClientsError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode
@@ -104,3 +104,14 @@ def test_a_supernode_that_was_killed_just_before_is_absent_and_counted_once(
     assert caplog.records[-1].getMessage().startswith("finished: 2 of 3 sites; without their models: cyd (fed")
     summary = json.loads((whole.path / "summary.json").read_text())
     assert (summary["refused"], summary["absent"], summary["not_delivered"]) == ({}, [], ["cyd"])
+
+
+def test_where_all_fail_for_one_reason_it_is_said_once(tmp_path: Path) -> None:
+    class AllRefuse(NodeGrid):
+        def replies(self, message: Message) -> list[Message]:
+            return [Message(Error(2, RAISED), reply_to=message)]
+
+    with pytest.raises(
+        NoClientError, match=r"^none of 3 clients can take part, all for one reason: DataError: line 17, "
+    ):
+        run_nodes(tmp_path, AllRefuse(nodes()))

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from proto.fedalloy.v1 import report_pb2
+from server_app.run.federation import NoClientError
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.compare import command as module
 from server_app.tools.compare.command import compare, in_process, jobs_of
+from server_app.tools.compare.processes import NotWorthError, require_worth
 from server_app.tools.compare.records import FinishedRun
 from server_app.tools.compare.statistics import Row
 from strategies import STRATEGIES
 from strategies.framework.options import OptionError
+from tests.strategies.conftest import layout_of
 
 
 @pytest.fixture
@@ -167,6 +171,43 @@ def test_a_run_that_fails_is_named_and_the_others_are_compared(
     assert why == "RuntimeError: out of luck"
     assert f"{name}: RuntimeError: out of luck" in (tmp_path / "report.html").read_text()
     assert f"* Failed: {name}: RuntimeError: out of luck" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_where_every_client_fails_for_one_reason_the_first_run_is_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    asked: list[str] = []
+
+    def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
+        asked.append(str(config["strategy"]))
+        if first or len(asked) > 1:  # what has succeeded once is no common cause
+            raise NoClientError("none of 4 clients can take part, all for one reason: no such model")
+        finished(config, clients, runs, answered)
+
+    monkeypatch.setattr(module, "read_run", without_ledger)
+    _, failed = compare("digits", [], [0, 1], tmp_path, console(tmp_path / "said"), engine=engine)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("12 runs: 6 strategies, 2 seeds\n")
+    assert len(asked) == (1 if first else 12)
+    assert ("The other 11 runs are not tried" in said) == first
+    assert said.count("no such model") == 1
+    assert set(failed.values()) == {"none of 4 clients can take part, all for one reason: no such model"}
+
+
+def test_a_head_that_is_not_there_is_not_fitted_again(tmp_path: Path) -> None:
+    config = {"strategy": "fedavg-head"}
+    require_worth(config, tmp_path)
+    for name, head in (("with", 3), ("without", 0)):
+        folder = tmp_path / name / "registrations"
+        folder.mkdir(parents=True)
+        said = report_pb2.Registration(client_id="ada", layout=layout_of(head=head).to_proto())
+        (folder / "ada.pb").write_bytes(said.SerializeToString())
+        if head:
+            require_worth(config, tmp_path)
+    require_worth({"strategy": "fedavg"}, tmp_path)
+    with pytest.raises(NotWorthError, match="it would be fedavg"):
+        require_worth(config, tmp_path)
 
 
 def without_ledger(strategy: str, seed: int, run: Path) -> FinishedRun:
