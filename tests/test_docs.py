@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -215,3 +216,30 @@ def test_a_wrong_command_is_noticed(wrong: str, said: str) -> None:
     with pytest.raises((AssertionError, click.ClickException, OptionError)) as raised:
         check(command)
     assert said in str(getattr(raised.value, "message", raised.value))
+
+
+def _messages(page: str) -> list[str]:
+    """The messages in the first column of a page's tables of messages."""
+    text = (ROOT / page).read_text()
+    tables = re.findall(r"^\| message \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)
+    return [row for table in tables for row in re.findall(r"^\| `(.+?)` \|", table, re.M)]
+
+
+EXAMPLES = r"'[^']*'|\d+(?:\.\d+)?|\.\.\.|\b(?:shop|news|nan|node-config has)\b|: "
+"""What stands in a message of a page where the code has a value."""
+
+
+@pytest.mark.parametrize("message", _messages("docs/failures.md"))
+def test_messages_on_the_page_of_failures_are_those_of_the_code(message: str) -> None:
+    parts = [part.strip(" :;,()=?") for part in re.split(EXAMPLES, message)]
+    wanted = [part for part in parts if len(part.split()) > 1]
+    assert wanted, message
+    for part in wanted:
+        assert part in _code(), f"docs/failures.md has {message!r}, and no message of the code has {part!r}"
+
+
+@functools.cache
+def _code() -> str:
+    """All sources, with the pieces of each text joined."""
+    files = [path for room in ("server_app", "client_app", "strategies") for path in (ROOT / room).rglob("*.py")]
+    return re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sorted(files)))
