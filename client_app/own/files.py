@@ -189,6 +189,8 @@ def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
     inputs = {name: tensor.to(parameter.device) for name, tensor in probe.items()}
     tolerance = 5e-2 if parameter.dtype is torch.bfloat16 else 1e-3
     try:
+        with torch.no_grad():
+            forward({name: tensor[:1] for name, tensor in inputs.items()})
         found = find_padding(forward, inputs, tolerance, per_token=kind.per_token)
     except (ValueError, TypeError, AttributeError) as error:
         raise BaseModelError(

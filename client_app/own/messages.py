@@ -137,6 +137,8 @@ def _turn(turn: Any, at: str) -> Turn:
     if turn["role"] not in ROLES:
         raise DataError(f"{at}: role {short(turn['role'])}, expected one of {', '.join(ROLES)}")
     found: dict[str, Any] = {key: without_nulls(value) for key, value in turn.items() if value is not None}
+    if "function_call" in found:
+        raise DataError(f"{at}: function_call, OpenAI's form before tool_calls, expected tool_calls")
     weight = found.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise DataError(f"{at}, weight: {short(weight)}, expected 0 (not learnt) or 1")

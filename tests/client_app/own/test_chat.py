@@ -222,3 +222,9 @@ def test_what_a_template_leaves_out_is_told() -> None:
     _, learnt, findings = encoded(encoder_of(chat_templates.byte_level(), deaf), {"messages": turns})
     assert learnt == "The answer is four.<|endoftext|>Because.<|endoftext|>"
     assert findings == ["messages are not, or not wholly, in what the chat template makes of them"]
+
+
+def test_a_function_call_of_the_old_form_is_refused_by_its_name() -> None:
+    turns = [ASK, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]
+    with pytest.raises(DataError, match="message 2: function_call, OpenAI's form before tool_calls"):
+        encoded(encoder_of(chat_templates.byte_level(), None), {"messages": turns})
