@@ -8,13 +8,11 @@
     ... --table                                                       # only what is there; nothing is run
 
 Runs go through the real round loop, codec and client code in one process, the encoding both ways, with error feedback
-as always. Each finished run is a small JSON file in ``--found``, so that the command goes on where it stopped, and the
-table is made of what is there. Clients and seeds are paired: the same data, initial adapters and batches.
+as always. Each finished run is a line of ``--found/SCENARIO.jsonl``, so that the command goes on where it stopped, and
+the table is made of what is there. Clients and seeds are paired: the same data, initial adapters and batches.
 
-An encoding's loss is *seen* where the 95 % interval of the difference to ``fp32`` is below zero. The smallest encoding
-whose loss is not seen for any strategy on any scenario, and whose interval ends above half a point's loss in the mean
-over all, is what new users get (``uplink-encoding``, ``downlink-encoding``); seeds from 100 on decide, seeds 0 to 2 are
-reported.
+What new users get (``uplink-encoding``, ``downlink-encoding``) should be the smallest encoding whose interval over all
+strategies begins above a loss of half a point; seeds from 100 on decide, seeds 0 to 2 are reported.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ from fedalloy_adapters.wire.codec import Encoding
 from server_app.tools.compare.statistics import Paired, Scores, paired
 from tests.in_process import run_in_process
 
-FOUND = Path(__file__).parent / "encoding_scores"
+FOUND = Path(__file__).parent / "found"
 STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
 ENCODINGS = ("fp32", "fp16", "int8", "int4", "int2")
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -71,9 +69,9 @@ class Run:
     seconds: float
 
     @property
-    def name(self) -> str:
-        """Of its file."""
-        return f"{self.strategy}-{self.encoding}-seed{self.seed}-{self.split}.json"
+    def asked(self) -> tuple[int, str, str, str]:
+        """What it was told."""
+        return self.seed, self.strategy, self.encoding, self.split
 
 
 def measure(scenario: str, strategy: str, encoding: str, seed: int, split: str, data: str, cache: Path) -> Run:
@@ -102,10 +100,9 @@ def measure(scenario: str, strategy: str, encoding: str, seed: int, split: str, 
     )
 
 
-def read(folder: Path, split: str) -> list[Run]:
-    """Finished runs on a split."""
-    runs = [Run(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
-    return [run for run in runs if run.split == split]
+def read(path: Path) -> list[Run]:
+    """Finished runs."""
+    return [Run(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def by_client(runs: Sequence[Run], of: str = "scores") -> Scores:
@@ -164,20 +161,22 @@ def main() -> None:
     parser.add_argument("--found", type=Path, default=FOUND, help="Folder of the finished runs.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     given = parser.parse_args()
-    folder: Path = given.found / given.scenario
-    folder.mkdir(parents=True, exist_ok=True)
+    path: Path = given.found / f"{given.scenario}.jsonl"
+    given.found.mkdir(parents=True, exist_ok=True)
     given.cache.mkdir(parents=True, exist_ok=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     set_up_torch()
     asked = [(seed, way, name) for seed in given.seeds for way in given.strategies for name in given.encodings]
     for seed, strategy, encoding in [] if given.table else asked:
-        if (folder / f"{strategy}-{encoding}-seed{seed}-{given.split}.json").exists():
+        if (seed, strategy, encoding, given.split) in {run.asked for run in read(path)}:
             continue
         gc.collect()
         gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         run = measure(given.scenario, strategy, encoding, seed, given.split, given.data, given.cache)
-        write_durably(folder / run.name, (json.dumps(asdict(run), indent=1) + "\n").encode())
-    runs = [run for run in read(folder, given.split) if run.seed in given.seeds and run.strategy in given.strategies]
+        lines = [json.dumps(asdict(one)) for one in (*read(path), run)]
+        write_durably(path, ("\n".join(lines) + "\n").encode())
+    runs = [run for run in read(path) if run.seed in given.seeds and run.strategy in given.strategies]
+    runs = [run for run in runs if run.split == given.split]
     Console(width=140).print(table(runs, f"{given.scenario}, {given.split} split, seeds {given.seeds}"))
 
 
