@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from flwr.app import Message, RecordDict
 
@@ -80,9 +82,9 @@ class ThinClient:
             elif kind == "distance":
                 body.squared.extend([1.0] * modules)
             elif kind == "fisher":
-                for field in body.DESCRIPTOR.fields:
-                    if field.is_repeated:
-                        getattr(body, field.name).extend([1.0] * modules)
+                for _ in step.fisher.more_dampings:
+                    _fill(body.more.add(), modules)
+                _fill(body, modules)
                 body.samples = 3
             elif kind == "send":
                 body.slot = step.send.slot
@@ -95,3 +97,10 @@ class ThinClient:
     def _blob(self, layout: Layout, round_: int) -> bytes:
         generator = torch.Generator().manual_seed(hash((self.name, round_)) % 2**31)
         return encode(Adapter(layout, 1e-3 * torch.randn(layout.size, generator=generator)), include_layout=False).blob
+
+
+def _fill(body: Any, modules: int) -> None:
+    """A one for each module in every list of numbers."""
+    for field in body.DESCRIPTOR.fields:
+        if field.is_repeated and field.message_type is None:
+            getattr(body, field.name).extend([1.0] * modules)

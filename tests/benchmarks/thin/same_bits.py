@@ -58,7 +58,7 @@ def dump(path: Path, names: list[str]) -> None:
             continue
         found |= {f"{name}/{key}": tensor.clone() for key, tensor in tensors.items()}
         print(name, len(tensors), flush=True)
-    save_file(found, path)
+        save_file(found, path)  # after each: it may be long, and be stopped
 
 
 def compare(first: Path, second: Path) -> None:
