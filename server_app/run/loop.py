@@ -48,6 +48,7 @@ from server_app.run.resume import (
 )
 from server_app.run.run_directory import Checkpoint, RunDirectory
 from strategies import AlloyStrategy, strategy_from_run_config
+from strategies.framework import round_record
 from strategies.framework.exchange import Client
 from strategies.framework.holdings import Holdings
 from strategies.framework.limits import unsound
@@ -267,7 +268,7 @@ class Run:
         log(WARNING, "round %d is not merged: %s", round_, reason)
         Holdings(self.strategy.storage).take_from(before.state)  # clients hold what this round has sent them
         self.strategy.load_state(before.state)
-        return settled | {"unsound": reason}
+        return settled | {round_record.UNSOUND: reason}
 
     def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:
         about = {

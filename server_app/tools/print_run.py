@@ -14,6 +14,7 @@ from server_app.run.clients.held_out import LABEL as HELD_OUT
 from server_app.run.clients.held_out import PERSONAL
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from server_app.tools.who import registrations, who_table
+from strategies.framework import round_record
 
 METRICS = ("accuracy", "exact_match", "perplexity", "loss")
 """The first of these that a run has is what models are compared by."""
@@ -173,7 +174,7 @@ def _last_weights(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The merge weights of the last round that recorded some, by client."""
     found: Mapping[str, Any] = {}
     for record in records:
-        weights = record.get("settled", {}).get("weights")
+        weights = record.get("settled", {}).get(round_record.WEIGHTS)
         found = weights if isinstance(weights, dict) else found
     return found
 

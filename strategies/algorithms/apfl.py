@@ -6,7 +6,7 @@ frozen, :math:`\alpha` by the gradient of the same loss.
 
 Here the *deltas* are mixed, not the factors, whose product would have cross terms. ``adaptive = true``: one coefficient
 for each module, the sigmoid of a gate that is trained together with v (the paper: one in all, clipped to [0, 1]; it
-starts at one half, too) at a learning rate of its own (:mod:`strategies.framework.gates`). ``false``: ``alpha`` stays.
+starts at one half, too) at a learning rate of its own (:mod:`strategies.families.gates`). ``false``: ``alpha`` stays.
 v is trained beside the w that was received, which stays still meanwhile; in the paper both move in every step. Twice
 FedAvg's local work.
 """
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
+from strategies.families.gates import gate_scale, require_gate_rate
 from strategies.framework import About, Client, steps
-from strategies.framework.gates import gate_scale, require_gate_rate
 from strategies.framework.options import require_range
 
 LOCAL, GATES = "local", "gates"

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from strategies.families.gates import gate_scale, require_gate_rate
 from strategies.families.peer_average import LOCAL, Peers
 from strategies.framework import About, Brief, Client, steps
-from strategies.framework.gates import gate_scale, require_gate_rate
 from strategies.framework.options import require_choice
 
 REST, GATES = "rest", "gates"

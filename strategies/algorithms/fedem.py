@@ -20,7 +20,7 @@ from typing import Any
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Bank
 from proto.fedalloy.v1 import plan_pb2
-from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, round_record, steps
 from strategies.framework.options import require_range
 
 SHARES = "shares"
@@ -77,7 +77,7 @@ class FedEM(AlloyStrategy[FedEMOptions]):
         counts = {name: self.clients[name].examples for name in arrived[self.slots[0]]}
         if counts:
             self.models = {slot: bank.mean(counts) for slot, bank in arrived.items()}
-        return {"merged": len(counts)}
+        return {round_record.MERGED: len(counts)}
 
     def deliver(self, client: Client) -> Brief:
         """The ensemble, with shares from what was averaged last."""

@@ -56,7 +56,7 @@ from strategies.algorithms.fedmerge_weights import (
     model_coefficients,
 )
 from strategies.families.part_average import NOT_A
-from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, steps
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, round_record, steps
 from strategies.framework.options import require_choice, require_range
 
 SLOT = "merged"
@@ -177,7 +177,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         """First the logits, then the models with the new logits (Gauss-Seidel, as the authors do)."""
         moved, returned = self.moved.taken(), self.returned.taken()
         names = list(moved)
-        record: dict[str, Any] = {"merged": len(names)}
+        record: dict[str, Any] = {round_record.MERGED: len(names)}
         if names:
             counts = torch.tensor([self.clients[name].examples for name in names], dtype=torch.float64)
             shares = counts / counts.sum()
@@ -190,7 +190,9 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
                 record["logit_step"] = self._step(moved.rows(names), rows, shares)
             self.settled += 1
         weights = torch.softmax(self.logits, dim=1)
-        record["weights"] = {name: [round(w, 6) for w in weights[row].tolist()] for name, row in self.rows.items()}
+        record[round_record.WEIGHTS] = {
+            name: [round(w, 6) for w in weights[row].tolist()] for name, row in self.rows.items()
+        }
         return record
 
     def deliver(self, client: Client) -> Brief:

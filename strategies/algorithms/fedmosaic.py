@@ -34,7 +34,7 @@ them, as in the code).
 
 The code's noise on gates is left out, because nothing trains its scale. An "input" gate sees a whole training text, as
 in the code, and only the prompt when it generates. Gates have a learning rate of their own
-(:mod:`strategies.framework.gates`): with the adapters' they would not leave one half. Optimisers start fresh in every
+(:mod:`strategies.families.gates`): with the adapters' they would not leave one half. Optimisers start fresh in every
 round, unless ``optimizer-state = "keep"``.
 
 Under partial participation a client's last known upload and sketch stand for it. A client without known peers gets a
@@ -59,9 +59,20 @@ from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from fedalloy_adapters.wire.codec import Encoding
 from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
-from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
+from strategies.families.gates import gate_scale, require_gate_rate
+from strategies.framework import (
+    About,
+    AlloyStrategy,
+    Answer,
+    Brief,
+    Client,
+    State,
+    StrategyError,
+    log,
+    round_record,
+    steps,
+)
 from strategies.framework.exchange import MAX_NUMBER
-from strategies.framework.gates import gate_scale, require_gate_rate
 from strategies.framework.options import OptionError, require_choice, require_range
 
 LOCAL, GLOBAL, GATES, SKETCH = "local", "global", "gates", "sketch"
@@ -228,7 +239,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Relevance of all whose sketches are known; the matrix and its entropy go to the round's record."""
-        record: dict[str, Any] = {"merged": self.arrived}
+        record: dict[str, Any] = {round_record.MERGED: self.arrived}
         self.arrived, self._known = 0, None
         names = list(self.sketches)
         if len(names) < 2:
@@ -237,19 +248,19 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         self.shared, self.alike = _by_name(names, weights), _by_name(names, alike)
         relative = entropy(weights).tolist()
         mean = sum(relative) / len(relative)
-        record["relevance"] = {
+        record[round_record.RELEVANCE] = {
             name: [round(w, 4) for w in row] for name, row in zip(names, weights.tolist(), strict=True)
         }
         if math.isfinite(mean):
-            record["entropy"] = round(mean, 4)
+            record[round_record.ENTROPY] = round(mean, 4)
         for name in names:
-            log(_INFO, "relevance for %s: %s", name, " ".join(f"{w:.2f}" for w in record["relevance"][name]))
+            log(_INFO, "relevance for %s: %s", name, " ".join(f"{w:.2f}" for w in record[round_record.RELEVANCE][name]))
         if mean > NEAR_UNIFORM:
-            record["warning"] = (
+            record[round_record.WARNING] = (
                 f"relevance is near uniform (relative entropy {mean:.3f}): clients get nearly the average of all "
                 "others; lower fedmosaic.temperature or fedmosaic.sketch-noise"
             )
-            log(_WARNING, "%s", record["warning"])
+            log(_WARNING, "%s", record[round_record.WARNING])
         elif math.isfinite(mean):
             log(_INFO, "relative entropy of the relevance: %.3f", mean)
         return record

@@ -21,7 +21,7 @@ import torch
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Bank
 from strategies.algorithms.fedmerge_weights import cluster
-from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, round_record, steps
 from strategies.framework.options import require_range
 
 MODEL = "model"
@@ -90,7 +90,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
             self._averaged(j, arrived, [n for n in names if chosen[n] == j]) for j in range(len(self.models))
         ]
         sizes = [sum(index == j for index in chosen.values()) for j in range(len(self.models))]
-        return {"merged": len(names), "clusters": chosen, "sizes": sizes}
+        return {round_record.MERGED: len(names), "clusters": chosen, "sizes": sizes}
 
     def deliver(self, client: Client) -> Brief:
         """The model that fits best."""

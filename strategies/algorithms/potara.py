@@ -39,7 +39,7 @@ from strategies.algorithms.fedavg import FedAvg
 from strategies.algorithms.potara_options import PotaraOptions
 from strategies.algorithms.potara_weights import Evidence, Weight
 from strategies.families.fedavg import SLOT as FEDERATED
-from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
+from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, round_record, steps
 from strategies.framework.options import OptionError, require_range
 
 LOCAL = "local"
@@ -157,7 +157,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         record: dict[str, Any] = {"branch": "local"}
         if self._is_last(round_):
             self.weights = self._weigh()
-            record["weights"] = {name: self._logged(name) for name in sorted(self.clients)}
+            record[round_record.WEIGHTS] = {name: self._logged(name) for name in sorted(self.clients)}
         return record
 
     def deliver(self, client: Client) -> Brief:

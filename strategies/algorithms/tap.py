@@ -45,7 +45,18 @@ from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import report_pb2
 from strategies.families.fedavg import SLOT as GLOBAL
 from strategies.families.fedavg import Averaging
-from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, StrategyError, log, steps
+from strategies.framework import (
+    About,
+    AlloyStrategy,
+    Answer,
+    Brief,
+    Client,
+    State,
+    StrategyError,
+    log,
+    round_record,
+    steps,
+)
 from strategies.framework.options import NoOptions, OptionError, require_choice, require_range
 
 T = TypeVar("T")
@@ -239,11 +250,17 @@ class Tap(AlloyStrategy[TapOptions]):
         fired = [task for tasks in found.values() for task, shown in tasks.items() if shown["replaced"]]
         for task in fired:
             self.totals[task] = self.totals.get(task, 0) + 1
-        record: dict[str, Any] = {"replaced": len(fired), "replacements": found, "replaced_so_far": dict(self.totals)}
+        record: dict[str, Any] = {
+            "replaced": len(fired),
+            round_record.REPLACEMENTS: found,
+            "replaced_so_far": dict(self.totals),
+        }
         unknown = self._unknown_names()
         if unknown:
-            record["warning"] = f"no client has a task or kind of task {', '.join(map(repr, unknown))}, as tap.* names"
-            log(_WARNING, "%s", record["warning"])
+            record[round_record.WARNING] = (
+                f"no client has a task or kind of task {', '.join(map(repr, unknown))}, as tap.* names"
+            )
+            log(_WARNING, "%s", record[round_record.WARNING])
         return self.federated.settle(round_) | record
 
     def deliver(self, client: Client) -> Brief:

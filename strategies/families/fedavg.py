@@ -17,7 +17,7 @@ from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
 from strategies.families.by_modules import exact_average
 from strategies.families.robust import robust_average
-from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, round_record, steps
 
 SLOT = "global"
 
@@ -93,7 +93,7 @@ class Averaging(AlloyStrategy[OptionsT]):
             counts = {name: max(1, round(1000 * count * late.get(name, 1.0))) for name, count in counts.items()}
         if arrived:
             self.model = self.average(arrived, counts)
-        return {"merged": len(arrived)} | ({"late": late} if late else {})
+        return {round_record.MERGED: len(arrived)} | ({"late": late} if late else {})
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """The next global adapter from the uploads, by client."""

@@ -21,7 +21,7 @@ from fedalloy_adapters.bank.cores import on_all_cores
 from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Factor
 from strategies.families.by_modules import at_rank, bank_of
-from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, round_record, steps
 from strategies.framework.options import require_range
 
 _COPIES = 6
@@ -119,7 +119,7 @@ class OneShot(AlloyStrategy[OptionsT]):
         if names:
             counts = [self.clients[name].examples for name in names]
             self.merged = self.merge(arrived, [n / sum(counts) for n in counts])
-        return {"merged": len(names)}
+        return {round_record.MERGED: len(names)}
 
     def deliver(self, client: Client) -> Brief:
         """The merge; before there is one, the client's own adapter."""

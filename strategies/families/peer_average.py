@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.bank.store import Bank, Made
-from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
+from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, round_record, steps
 
 LOCAL = "local"
 
@@ -45,12 +45,12 @@ class Peers(AlloyStrategy[OptionsT]):
 
     def settle(self, round_: int) -> dict[str, Any]:
         """Weigh all whose adapters are known; the matrix goes to the round's record."""
-        record: dict[str, Any] = {"merged": self.arrived}
+        record: dict[str, Any] = {round_record.MERGED: self.arrived}
         self.arrived = 0
         self._known = None
         self._weigh()
         rows = {name: [round(w, 6) for w in row.values()] for name, row in self.weights.items()}
-        return record | ({"relations": rows} if rows else {})
+        return record | ({round_record.RELATIONS: rows} if rows else {})
 
     def combined(self, slot: str, client: Client) -> Made | None:
         """The client's combination, for this slot; None for one that has no weights, or only zeros."""

@@ -12,9 +12,10 @@ from typing import Any
 from server_app.tools.compare.figures import COLOURS, OUTLINED, Table, figure, heights, slider
 from server_app.tools.compare.records import FinishedRun
 from server_app.tools.compare.statistics import with_score
+from strategies.framework import round_record
 
-MODELS = "weights"
-MATRICES = (MODELS, "relations", "relevance")
+MODELS = round_record.WEIGHTS
+MATRICES = (MODELS, round_record.RELATIONS, round_record.RELEVANCE)
 """What ``settled`` calls rows of weights: of models at the server, or (the others) of clients."""
 ENDPOINTS = ("local", "half", "federated")
 """Labels of evaluations beside the personal model's, where a merge has two ends."""
@@ -86,11 +87,16 @@ def matrix_of(rows: Any) -> Matrix:
     return found
 
 
+def _by_round(run: FinishedRun, key: str) -> list[tuple[int, Any]]:
+    """What a strategy recorded under this key, with the number of the round."""
+    return [(r["round"], r["settled"][key]) for r in run.rounds if key in r.get("settled", {})]
+
+
 def _entropy(strategy: str, run: FinishedRun) -> list[str]:
     """How near to uniform the relevance is."""
     import plotly.graph_objects as go
 
-    found = [(r["round"], r["settled"]["entropy"]) for r in run.rounds if "entropy" in r.get("settled", {})]
+    found = _by_round(run, round_record.ENTROPY)
     if not found:
         return []
     chart = go.Figure()
@@ -166,7 +172,7 @@ def _search(strategy: str, run: FinishedRun) -> list[str]:
     shown = {
         client: row
         for r in run.rounds
-        for client, row in (r.get("settled", {}).get("weights") or {}).items()
+        for client, row in (r.get("settled", {}).get(round_record.WEIGHTS) or {}).items()
         if isinstance(row, Mapping) and row.get("search_losses")
     }
     if not shown:
@@ -205,7 +211,7 @@ def _weights(run: FinishedRun) -> dict[str, float]:
     return {
         client: float(row["weight"])
         for r in run.rounds
-        for client, row in (r.get("settled", {}).get("weights") or {}).items()
+        for client, row in (r.get("settled", {}).get(round_record.WEIGHTS) or {}).items()
         if isinstance(row, Mapping) and isinstance(row.get("weight"), int | float)
     }
 
@@ -214,7 +220,7 @@ def _replacements(strategy: str, run: FinishedRun) -> list[str]:
     """How many clients' groups were replaced in each round, by task."""
     import plotly.graph_objects as go
 
-    found = [(r["round"], r["settled"]["replacements"]) for r in run.rounds if "replacements" in r.get("settled", {})]
+    found = _by_round(run, round_record.REPLACEMENTS)
     tasks = sorted({task for _, clients in found for shown in clients.values() for task in shown})
     if not tasks:
         return []

@@ -19,8 +19,8 @@ from client_app.plan.slots import SlotStore
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor
 from proto.fedalloy.v1 import plan_pb2
+from strategies.families.gates import gate_scale
 from strategies.framework import steps
-from strategies.framework.gates import gate_scale
 from strategies.framework.steps import Training
 from tests.fedalloy_adapters.samples import random_adapter
 from tests.fedalloy_adapters.tiny_vit import base_of, images
