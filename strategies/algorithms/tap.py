@@ -35,14 +35,14 @@ does its head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import report_pb2
+from strategies.algorithms.tap_options import DELIVERED, DISTILLED, FINETUNED, PERSONAL, RECEIVED, pairs, table
+from strategies.algorithms.tap_options import TapOptions as TapOptions
 from strategies.families.fedavg import SLOT as GLOBAL
 from strategies.families.fedavg import Averaging
 from strategies.framework import (
@@ -57,92 +57,14 @@ from strategies.framework import (
     round_record,
     steps,
 )
-from strategies.framework.options import NoOptions, OptionError, require_choice, require_range
+from strategies.framework.options import NoOptions
 
 T = TypeVar("T")
-PERSONAL, RECEIVED, FINETUNED, DISTILLED = "personal", "received", "finetuned", "distilled"
-_DELIVERED = {"tap": DISTILLED, "stage1": PERSONAL, "finetuned": FINETUNED, "global": GLOBAL}
 _BATCHES = 1
 """The step whose batches W and X are trained on: FedAvg's, so that W is FedAvg's to the bit."""
 _OTHER_BATCHES = 1_000_001
 _TABLES = ("margins", "kd_weights", "kd_losses")
 _WARNING = 30
-
-
-@dataclass(frozen=True)
-class TapOptions:
-    """Both stages; tables are ``"name=number,..."`` with names of tasks, or of kinds of tasks."""
-
-    margin: float = 0.01
-    """m of tasks that ``margins`` does not name; may be ``inf`` (never replace) or ``-inf`` (always)."""
-    margins: str = "text-classification=0.005"
-    """m by task or kind."""
-    margin_mode: str = "abs"
-    """``"abs"``, or ``"rel"``: ``h_W (1 + m) < h_X``."""
-    history: str = "train-mean"
-    """h is the ``"train-mean"`` of the last training of each adapter (the paper), or a ``"probe"``: the loss of both on
-    the validation split at the same moment. For few examples and full participation: see docs/paper-settings.md."""
-    history_norm: str = "per-sample"
-    """Mean loss ``"per-sample"`` of the task, or ``"batch-share"``."""
-    replace_source: str = "trained"
-    """W as ``"trained"`` in this round, or as received (``"global"``)."""
-    replace_scope: str = "full"
-    """``"full"``: all of R(o); ``"exclusive"``: without groups of a task whose rule does not fire."""
-    seed_mode: str = "client"
-    """Batches by ``"client"``, or ``"reference"``: one seed for all clients, t, and 2t after a replacement."""
-    warm_up_rounds: int = 0
-    """Rounds in which the learning rate rises linearly from a third of its value; 0: none."""
-    weight: str = "total"
-    """A client's weight in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
-    (``"task"``)."""
-    distill_steps: int = 50
-    """J, in optimiser steps; the authors' J of 50 micro-batches, four accumulated, is 13."""
-    distill_rate: float = 0.333
-    """Times ``learning-rate``, in stage 2."""
-    finetune_steps: int = 0
-    """Steps of fine-tuning that make V; 0: as many as ``distill-steps``."""
-    kd_teacher: str = "finetuned"
-    """V (``"finetuned"``) or W as it is (``"global"``)."""
-    kd_reduction: str = "per-position-mean"
-    """Over positions of generated texts: ``"per-position-mean"`` or ``"first-dim"`` (their sum)."""
-    kd_weight: float = 1.0
-    """Times all of ``kd_weights``; 0: stage 2 is plain training."""
-    kd_weights: str = (
-        "text-classification=1,image-classification=0.002,image-text-classification=0.002,causal-lm=0.512,"
-        "image-text-to-text=0.512"
-    )
-    """lambda by task or kind; 0 for those not named."""
-    kd_losses: str = ""
-    """``kl`` (the default) or ``mse`` by task or kind."""
-    temperature: float = 1.0
-    """T."""
-    deliver: str = "tap"
-    """Which model is the client's: ``"tap"``, X after ``"stage1"``, V (``"finetuned"``), or W (``"global"``)."""
-
-    def __post_init__(self) -> None:
-        require_choice("tap.margin-mode", self.margin_mode, ("abs", "rel"))
-        require_choice("tap.history", self.history, ("train-mean", "probe"))
-        require_choice("tap.history-norm", self.history_norm, ("per-sample", "batch-share"))
-        require_choice("tap.replace-source", self.replace_source, ("trained", "global"))
-        require_choice("tap.replace-scope", self.replace_scope, ("full", "exclusive"))
-        require_choice("tap.seed-mode", self.seed_mode, ("client", "reference"))
-        require_choice("tap.weight", self.weight, ("total", "task"))
-        require_choice("tap.kd-teacher", self.kd_teacher, ("finetuned", "global"))
-        require_choice("tap.kd-reduction", self.kd_reduction, ("per-position-mean", "first-dim"))
-        require_choice("tap.deliver", self.deliver, _DELIVERED)
-        require_range("tap.warm-up-rounds", self.warm_up_rounds, 0, 10**6)
-        require_range("tap.distill-steps", self.distill_steps, 1, 2**31 - 1)
-        require_range("tap.finetune-steps", self.finetune_steps, 0, 2**31 - 1)
-        require_range("tap.kd-weight", self.kd_weight, 0)
-        require_range("tap.temperature", self.temperature, 1e-6)
-        require_range("tap.distill-rate", self.distill_rate, 1e-9)
-        margins = {"margin": self.margin, **_table("tap.margins", self.margins)}
-        if any(math.isnan(margin) for margin in margins.values()):
-            raise OptionError(f"tap.margin = {self.margin}, tap.margins = {self.margins!r}, expected numbers or inf")
-        for name, weight in _table("tap.kd-weights", self.kd_weights).items():
-            require_range(f"tap.kd-weights: {name}", weight, 0)
-        for name, loss in _pairs("tap.kd-losses", self.kd_losses).items():
-            require_choice(f"tap.kd-losses: {name}", loss, ("kl", "mse"))
 
 
 class _Federated(Averaging[NoOptions]):
@@ -274,7 +196,7 @@ class Tap(AlloyStrategy[TapOptions]):
         tuned, student = steps.mixture(FINETUNED), steps.mixture(DISTILLED)
         learn = steps.train(self.training, student, [DISTILLED], steps=self.options.distill_steps, **train)
         teacher = tuned if self.options.kd_teacher == "finetuned" else steps.mixture(GLOBAL)
-        mix = steps.mixture(_DELIVERED[self.options.deliver])
+        mix = steps.mixture(DELIVERED[self.options.deliver])
         plan = [
             steps.initialise(PERSONAL, self.seed),  # of a client that was never asked
             steps.evaluate(self.training, steps.mixture(GLOBAL), "global"),
@@ -344,7 +266,7 @@ class Tap(AlloyStrategy[TapOptions]):
         """Names in the options' tables that are nobody's; those of the defaults may be."""
         known = {name for client in self.clients.values() for task in _tasks(client) for name in (task.name, task.kind)}
         given, usual = (
-            {name for key in _TABLES for name in _pairs(key, getattr(options, key))}
+            {name for key in _TABLES for name in pairs(key, getattr(options, key))}
             for options in (self.options, TapOptions())
         )
         return sorted(given - usual - known)
@@ -354,14 +276,14 @@ class Tap(AlloyStrategy[TapOptions]):
         return 1.0 if round_ > rounds else (1 + 2 * (round_ - 1) / rounds) / 3
 
     def _margin(self, task: report_pb2.Task) -> float:
-        return _named(_table("tap.margins", self.options.margins), task, self.options.margin)
+        return _named(table("tap.margins", self.options.margins), task, self.options.margin)
 
     def _kd_weight(self, task: report_pb2.Task) -> float:
-        return self.options.kd_weight * _named(_table("tap.kd-weights", self.options.kd_weights), task, 0.0)
+        return self.options.kd_weight * _named(table("tap.kd-weights", self.options.kd_weights), task, 0.0)
 
     @property
     def _kd_losses(self) -> dict[str, str]:
-        return _pairs("tap.kd-losses", self.options.kd_losses)
+        return pairs("tap.kd-losses", self.options.kd_losses)
 
 
 def _tasks(client: Client) -> list[report_pb2.Task]:
@@ -385,24 +307,3 @@ def _shown(found: report_pb2.TaskReplacement) -> dict[str, Any]:
         if found.HasField(key):
             shown[key] = round(getattr(found, key), 6)
     return shown
-
-
-def _pairs(key: str, text: str) -> dict[str, str]:
-    found = {}
-    for item in filter(None, (item.strip() for item in text.split(","))):
-        name, equals, value = item.partition("=")
-        if not name.strip() or not equals:
-            raise OptionError(f"{key} = {text!r}, expected name=value pairs separated by commas")
-        if name.strip() in found:
-            raise OptionError(f"{key} = {text!r}, expected each name once, found {name.strip()!r} twice")
-        found[name.strip()] = value.strip()
-    return found
-
-
-def _table(key: str, text: str) -> dict[str, float]:
-    try:
-        return {name: float(value) for name, value in _pairs(key, text).items()}
-    except OptionError:
-        raise
-    except ValueError:
-        raise OptionError(f"{key} = {text!r}, expected a number after each name") from None
