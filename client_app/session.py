@@ -7,9 +7,9 @@ stay the same.
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.guard.disclosure import told
 from client_app.guard.noise import secret_of
 from client_app.guard.policy import PolicyError
-from client_app.guard.record import Record, asked, left
+from client_app.guard.privacy import Budget, mark_private, require_private_run
+from client_app.guard.record import Record, asked, digest, left, values_of
 from client_app.guard.run_binding import bind_run, require_same_run
+from client_app.guard.tally import Tally
 from client_app.kinds import kind_of
 from client_app.model.alignment import load_alignment
 from client_app.model.forward.packing import reason_against
@@ -41,21 +43,42 @@ from client_app.scenarios.files import load_files
 from client_app.settings import NodeConfigError, Settings, SettingsError
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.files.atomic_files import private_folder
+from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 class Executor:
-    """One client's base model and data; holds those of one run's settings at a time."""
+    """One client's base model and data; holds those of one run's settings at a time.
 
-    def __init__(self) -> None:
+    Args:
+        mode: whose code this is, which registrations say.
+    """
+
+    def __init__(self, mode: report_pb2.TrainerMode = report_pb2.TRAINER_MODE_BUNDLED) -> None:
+        self.mode = mode
+        self._shown: set[bytes] = set()
         self._key: object = None
         self._held: tuple[PersonalModel, ClientData] | None = None
 
-    def register(self, settings: Settings) -> report_pb2.Registration:
-        """Who this client is, what its adapters look like, and how many examples it has."""
+    def register(self, settings: Settings, run_name: str = "") -> report_pb2.Registration:
+        """Who this client is, what its adapters look like, and how many examples it has; its record names the run."""
+        found = self.describe(settings)
+        said = found.SerializeToString(deterministic=True)
+        values = values_of(found)
+        Record(settings.state_dir, settings.client_id).append(
+            "registered", run=run_name, bytes=len(said), sha256=digest(said), values=values
+        )
+        return found
+
+    def describe(self, settings: Settings) -> report_pb2.Registration:
+        """What :meth:`register` would tell, for the owner's eyes: nothing leaves, and nothing is on record."""
         found = _registration(settings, *self._load(settings))
-        said = hashlib.sha256(found.SerializeToString(deterministic=True)).hexdigest()
-        Record(settings.state_dir, settings.client_id).append("registered", sha256=said)
+        found.trainer = self.mode
+        budget = _budget(settings)
+        if budget is not None:
+            found.privacy.CopyFrom(budget.said(budget.spent))
+            for task in found.tasks:
+                task.ClearField("notes")  # what was found in the examples
         return found
 
     def carry_out(
@@ -68,16 +91,20 @@ class Executor:
         record = Record(settings.state_dir, settings.client_id)
         try:
             with within(settings.policy.max_seconds):
-                report, uploads = self._carry_out(settings, plan, blobs)
+                report, uploads, layouts = self._carry_out(settings, plan, blobs)
         except Exception as error:
             record.append("refused", **asked(plan), error=told(error))
             raise
+        for found in layouts.keys() - self._shown:
+            shapes = {entry.name: list(entry.shape) for entry in layouts[found].entries}
+            record.append("layout", layout=found.hex(), shapes=shapes)
+            self._shown.add(found)
         record.append("left", **asked(plan), **left(report, uploads))
         return report, uploads
 
     def _carry_out(
         self, settings: Settings, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]
-    ) -> tuple[report_pb2.Report, dict[str, bytes]]:
+    ) -> tuple[report_pb2.Report, dict[str, bytes], dict[bytes, Layout]]:
         model, data = self._load(settings)
         directory, who, policy = settings.run_directory(plan.run_name), settings.client_id, settings.policy
         store = SlotStore(
@@ -89,7 +116,14 @@ class Executor:
             with store.transaction(plan.round, pinned) as slots:
                 require_same_run(directory, plan)  # what another process has bound while this one waited
                 starts, secret = _starts(settings, model), secret_of(settings.state_dir, who)
-                answer = Interpreter(who, model, data, slots, starts, policy, secret).run(plan, blobs)
+                tally = Tally(settings.state_dir, who)
+                budget = _budget(settings)
+                if budget is not None:
+                    require_private_run(directory, who)
+                interpreter = Interpreter(who, model, data, slots, starts, policy, secret, tally, budget)
+                answer = interpreter.run(plan, blobs)
+                if budget is not None:
+                    mark_private(directory)
                 bind_run(directory, plan)
             write_about(directory, settings, model, data, answer[0])
             model.unload_all()
@@ -102,7 +136,7 @@ class Executor:
             raise
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # between messages, the memory is for whoever else uses this GPU
-        return answer
+        return *answer, interpreter.layouts
 
     def evict(self) -> None:
         """Let go of model and data, on the GPU too."""
@@ -118,6 +152,15 @@ class Executor:
             private_folder(settings.state_dir)  # before libraries make folders in it
             self._held, self._key = _load(settings), key
         return self._held
+
+
+def _budget(settings: Settings) -> Budget | None:
+    """The privacy budget of the client's data; None without differential privacy."""
+    if not settings.privacy.epsilon:
+        return None
+    data = settings.data.data_path
+    where = str(Path(data).resolve()) if data else f"{settings.scenario} {settings.partition_id} {settings.client_id}"
+    return Budget(settings.state_dir, settings.privacy, where)
 
 
 def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:

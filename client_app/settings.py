@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 from flwr.app import Context
 
 from client_app.guard.policy import Policy
+from client_app.guard.privacy import Privacy
 from client_app.model_settings import ModelSettings, SettingsError, canonical_label, key_of, require_choice
 
 __all__ = [
@@ -191,6 +192,7 @@ class Settings:
     keep_rounds: int = 2
     policy: Policy = field(default_factory=Policy)
     torch_threads: int = 0
+    privacy: Privacy = field(default_factory=Privacy)
 
     def __post_init__(self) -> None:
         require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
@@ -208,13 +210,15 @@ class Settings:
 NODE_ONLY = (
     *("client-id", "state-dir", "partition-id", "num-partitions", "lora-r", "lora-alpha", "lora-dropout"),
     *("start-adapter", "start-slot", "alignments", "torch-threads", "client.accept-keys", "client.base-models"),
+    "site-socket",
 )
 """Keys of node-config that are no field of a dataclass here."""
 
 
 def node_keys() -> list[str]:
     """Every key that node-config may have."""
-    kinds = (("", ModelSettings), ("", DataSettings), ("client.", Policy), ("trainer.", TrainerSettings))
+    kinds: list[tuple[str, type[Any]]] = [("", ModelSettings), ("", DataSettings), ("client.", Policy)]
+    kinds += [("dp.", Privacy), ("trainer.", TrainerSettings)]
     return sorted({*NODE_ONLY, *(prefix + key_of(item.name) for prefix, kind in kinds for item in fields(kind))})
 
 
@@ -283,6 +287,7 @@ def read_settings(context: Context) -> Settings:
         keep_rounds=max(1, int(run.get("keep-checkpoints", 2))),
         policy=_policy(node, run),
         torch_threads=_threads(node),
+        privacy=_privacy(node),
     )
 
 
@@ -292,6 +297,16 @@ def _threads(node: Config) -> int:
     if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 1024:
         raise NodeConfigError("node-config's torch-threads is not a whole number from 0 (the client's share) to 1024")
     return threads
+
+
+def _privacy(node: Config) -> Privacy:
+    """The owner's word alone."""
+    try:
+        return _read(Privacy, node, {}, "dp.")
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _policy(node: Config, run: Config) -> Policy:

@@ -59,18 +59,29 @@ def noise_key(secret: bytes, plan: plan_pb2.Plan, index: int) -> bytes:
     return hmac.digest(secret, index.to_bytes(4, "little") + said, "sha256")
 
 
-def gaussian(scale: float, key: bytes) -> Noise:
-    """Normal noise, new numbers with every call; from SHAKE-256, because torch's generator has 2^32 seeds."""
+def uniform(key: bytes) -> Callable[[int], Tensor]:
+    """Numbers inside (0, 1), float64, new ones with every call.
+
+    They are from SHAKE-256, because torch's generator has 2^32 seeds.
+    """
     calls = 0
 
-    def draw(shape: torch.Size) -> Tensor:
+    def draw(count: int) -> Tensor:
         nonlocal calls
         calls += 1
-        count = math.prod(shape)
         stream = hashlib.shake_256(key + calls.to_bytes(4, "little")).digest(8 * count)
         bits = torch.frombuffer(bytearray(stream), dtype=torch.int64) >> 11 if count else torch.empty(0)
-        uniform = (bits.double() + 0.5) * 2.0**-53 + 0.5  # of 53 signed bits, to inside (0, 1)
-        normal: Tensor = torch.special.ndtri(uniform)
+        return (bits.double() + 0.5) * 2.0**-53 + 0.5  # of 53 signed bits
+
+    return draw
+
+
+def gaussian(scale: float, key: bytes) -> Noise:
+    """Normal noise, new numbers with every call."""
+    numbers = uniform(key)
+
+    def draw(shape: torch.Size) -> Tensor:
+        normal: Tensor = torch.special.ndtri(numbers(math.prod(shape)))
         return (scale * normal).float().reshape(shape)
 
     return draw

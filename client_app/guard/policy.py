@@ -6,7 +6,7 @@ can make a bound stricter than the default, never looser.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +14,13 @@ from proto.fedalloy.v1 import plan_pb2
 
 STEPS = tuple(field.name for field in plan_pb2.Step.DESCRIPTOR.fields)
 _NOTHING = "none"
+_MAX_COUNTS = 1000
+"""Counts of measured examples that are remembered for each split."""
+STATISTICS = ("sketch", "fisher", "gram", "attribute", "select")
+"""Kinds of steps whose result is about examples, and neither a model nor its score."""
+
+
+Parts = Callable[[str], Sequence[int]]
 
 
 class PolicyError(ValueError):
@@ -36,7 +43,8 @@ class Policy:
     max_download_mb: float = 4096.0
     """Bound on all adapters that come with one plan, in megabytes."""
     min_examples: int = 2
-    """Fewest different examples that may be trained on or measured in one step."""
+    """Fewest different examples that may be trained on or measured in one step, and by which two measurements of one
+    split in a run may differ where they differ at all: otherwise their difference tells of fewer."""
     max_steps: int = 100_000
     """Most training steps in one plan, batches of sketches among them."""
     max_evaluations: int = 5_000
@@ -47,6 +55,18 @@ class Policy:
     """Largest number of a round."""
     max_seconds: float = 86_400.0
     """Longest time that one plan may take."""
+    max_run_steps: int = 10_000_000
+    """Most training steps of a run in all its plans, those that were broken off among them."""
+    max_run_evaluations: int = 500_000
+    """Most evaluations and other passes over a split in a run."""
+    max_run_statistics: int = 10_000
+    """Most statistics of examples in a run: sketches, Fisher sums, Gram matrices, attributions, selections."""
+    max_run_upload_mb: float = 0.0
+    """Bound on all uploads of a run together, in megabytes."""
+    max_total_steps: int = 0
+    """Most training steps of all runs together."""
+    max_total_upload_mb: float = 0.0
+    """Bound on all uploads of all runs together, in megabytes."""
     min_sketch_noise: float = 0.0
     """Least standard deviation of what is added to every number of a sketch."""
     private_slots: str = ""
@@ -122,24 +142,67 @@ class Policy:
             if most and found > most:
                 raise PolicyError(f"{who} refuses the plan: its {_key(name)} is {most:g}, and the plan has {found:g}")
 
-    def require_examples(self, plan: plan_pb2.Plan, size_of: Callable[[str], int]) -> None:
+    def require_examples(
+        self, plan: plan_pb2.Plan, size_of: Callable[[str], int], parts_of: Parts | None = None
+    ) -> None:
         """No step that looks at so few examples that its result tells of one.
 
         Args:
             plan: what is asked.
             size_of: how many examples a split has now.
+            parts_of: how many of each task, where the client has several.
 
         Raises:
             PolicyError: a step is about fewer than ``min_examples`` examples.
         """
         for index, step in enumerate(plan.steps):
             kind, body = step.WhichOneof("kind"), _body(step)
-            looks_at = _examples(body, size_of)
-            if looks_at is not None and looks_at < self.min_examples:
-                raise PolicyError(
-                    f"client {plan.client_id!r} refuses step {index} ({kind}): {looks_at} examples, its "
-                    f"client.min-examples is {self.min_examples}"
-                )
+            split = body.train.split if kind == "distill" else getattr(body, "split", "")
+            sizes: Sequence[int] = [size_of(split)] if split else [0]
+            if parts_of is not None and kind in ("evaluate", "select", "attribute"):  # whose results are by task
+                sizes = parts_of(body.split)
+            for size in sizes:
+                looks_at = _examples(body, size, self.min_examples)
+                if looks_at is not None and looks_at < self.min_examples:
+                    raise PolicyError(
+                        f"client {plan.client_id!r} refuses step {index} ({kind}): {looks_at} examples, its "
+                        f"client.min-examples is {self.min_examples}"
+                    )
+
+    def require_apart(
+        self, plan: plan_pb2.Plan, parts_of: Parts, seen: Mapping[str, Collection[int]]
+    ) -> dict[str, list[int]]:
+        """No two measurements of a split whose examples are all but a few the same: their difference tells of those.
+
+        Args:
+            plan: what is asked.
+            parts_of: how many examples of each task a split has now.
+            seen: how many examples of each split this run has measured before.
+
+        Returns:
+            ``seen`` with those of this plan.
+
+        Raises:
+            PolicyError: two counts differ by fewer than ``min_examples``.
+        """
+        counts = {split: set(found) for split, found in seen.items()}
+        for index, step in enumerate(plan.steps):
+            kind, body = step.WhichOneof("kind"), _body(step)
+            if kind not in ("evaluate", "select", "fisher", "gram"):
+                continue
+            known = counts.setdefault(body.split, set())
+            for size in parts_of(body.split):
+                count = shown_of(size, int(body.examples if kind == "evaluate" else body.samples), self.min_examples)
+                near = [other for other in sorted(known) if count < size and 0 < abs(other - count) < self.min_examples]
+                if near:
+                    raise PolicyError(
+                        f"client {plan.client_id!r} refuses step {index} ({kind}): {count} examples of {body.split!r}, "
+                        f"and this run has measured {near[0]}; its client.min-examples is {self.min_examples}, and the "
+                        f"difference would tell of {abs(near[0] - count)}"
+                    )
+                if count < size:
+                    known.add(count)
+        return {split: sorted(found)[:_MAX_COUNTS] for split, found in counts.items() if found}
 
     def require_small(self, client_id: str, uploads: Mapping[str, bytes]) -> None:
         """Bound what leaves.
@@ -194,6 +257,15 @@ def _body(step: plan_pb2.Step) -> Any:
     return getattr(step, step.WhichOneof("kind") or "initialise")
 
 
+def tally_of(plan: plan_pb2.Plan) -> dict[str, int]:
+    """What a plan takes of a run's bounds."""
+    return {
+        "steps": sum(map(_training_steps, plan.steps)),
+        "evaluations": sum(map(_evaluations, plan.steps)),
+        "statistics": sum(step.WhichOneof("kind") in STATISTICS for step in plan.steps),
+    }
+
+
 def _training_steps(step: plan_pb2.Step) -> int:
     return int(step.train.steps + step.distill.train.steps + step.sketch.batches)
 
@@ -222,20 +294,30 @@ def _slots_of(body: Any) -> Iterator[str]:
                 yield from _slots_of(part)
 
 
-def _examples(body: Any, size_of: Callable[[str], int]) -> int | None:
-    """How many different examples a step looks at; None for one that looks at none, or at a split as it is."""
+def shown_of(size: int, asked: int, least: int) -> int:
+    """How many of ``size`` examples a step looks at that asks for so many (0: all).
+
+    All of them where it would leave out fewer than ``least``, who would be told by the difference from all.
+    """
+    return size if not asked or size - asked < least else asked
+
+
+def _examples(body: Any, size: int, least: int) -> int | None:
+    """How many different examples a step looks at, of a split's ``size``; None for one that looks at none."""
     if isinstance(body, plan_pb2.DistillStep):
         body = body.train
     if isinstance(body, plan_pb2.TrainStep):
-        size = size_of(body.split)
         if body.HasField("fold") and body.fold.count:
             size //= body.fold.count
         return min(size, body.steps * body.batch_size) or None  # nothing to do is the plan's own error
     if isinstance(body, plan_pb2.SketchStep):
-        return min(size_of(body.split), body.batches * body.batch_size) or None
+        return min(size, body.batches * body.batch_size) or None
     if isinstance(body, plan_pb2.FisherStep | plan_pb2.GramStep | plan_pb2.SelectStep):
-        size = size_of(body.split)
-        return min(size, body.samples) if body.samples else size
+        return shown_of(size, int(body.samples), least)
+    if isinstance(body, plan_pb2.EvaluateStep):
+        return shown_of(size, int(body.examples), least) or None  # an empty split is its own error
+    if isinstance(body, plan_pb2.AttributeStep):
+        return size or None
     return None
 
 

@@ -1,7 +1,8 @@
 """The client's own record of what left it and what it refused: ``<state-dir>/records/<client-id>.jsonl``, append-only.
 
-A line is written, and on the disk, before what it tells of leaves. Each has the SHA-256 of the line before it, so that
-a line that is changed or taken out is seen as long as the newest hash is known.
+A line is written, and on the disk, before what it tells of leaves. Each has the SHA-256 of the line before it
+(``previous``), so that a line that is changed or taken out is seen as long as the newest hash is known. A line that a
+kill tore is kept; the next has its hash, too (``torn``), and is chained to the last whole one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
 from fedalloy_adapters.files.atomic_files import locked, open_private, private_folder
-from proto.fedalloy.v1 import plan_pb2, report_pb2
+from fedalloy_adapters.wire.codec import header_of
+from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 
 _TAIL = 2**20
 
@@ -25,6 +30,8 @@ class Record:
 
     def __init__(self, state_dir: Path, client_id: str) -> None:
         self.path = state_dir / "records" / f"{client_id}.jsonl"
+        self.newest = ""
+        """The hash of the line that was appended last."""
 
     def append(self, event: str, **said: Any) -> None:
         """One line: ``time``, ``event``, what is ``said`` of it (JSON values), and ``previous``.
@@ -36,15 +43,31 @@ class Record:
         with locked(self.path.with_suffix(".lock")), open(self._open(), "a+b") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
-            before = file.read()
-            if before and not before.endswith(b"\n"):  # a kill tore it
+            before, torn = file.read(), b""
+            if before and not before.endswith(b"\n"):
                 file.write(b"\n")
-            previous = hashlib.sha256(before.rstrip(b"\n").rpartition(b"\n")[2]).hexdigest() if before else ""
+                before, _, torn = before.rpartition(b"\n")
+            previous = digest(before.rstrip(b"\n").rpartition(b"\n")[2]) if before.strip() else ""
             when = datetime.now(UTC).isoformat(timespec="seconds")
             line = {"time": when, "event": event, **said, "previous": previous}
-            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            if torn:
+                line["torn"] = digest(torn)
+            written = json.dumps(line, allow_nan=False).encode()
+            file.write(written + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            self.newest = digest(written)
+
+    def last(self) -> str:
+        """The hash of the newest line, whoever appended it; empty without one."""
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _TAIL))
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return ""
+        return digest(lines[-1]) if lines else ""
 
     def _open(self) -> int:
         return open_private(self.path, os.O_RDWR | os.O_APPEND)
@@ -57,11 +80,35 @@ def asked(plan: plan_pb2.Plan) -> dict[str, Any]:
 
 
 def left(report: report_pb2.Report, uploads: Mapping[str, bytes]) -> dict[str, Any]:
-    """What a record says of an answer: every upload and the report, by size and SHA-256."""
+    """What a record says of an answer: the report with every number in it, and every upload.
+
+    ``numbers`` of an upload is the bytes of its encoded numbers, which is what the server's ledger books.
+    """
     said = report.SerializeToString(deterministic=True)
     return {
-        "report": {"bytes": len(said), "sha256": hashlib.sha256(said).hexdigest()},
-        "slots": {
-            slot: {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()} for slot, blob in uploads.items()
-        },
+        "report": {"bytes": len(said), "sha256": digest(said), "values": values_of(report)},
+        "slots": {slot: _upload(blob) for slot, blob in uploads.items()},
+    }
+
+
+def values_of(message: Message) -> dict[str, Any]:
+    """A message as JSON; what JSON has no number for (infinity) becomes a text."""
+    found: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
+    return found
+
+
+def digest(line: bytes) -> str:
+    """SHA-256, as records have it."""
+    return hashlib.sha256(line).hexdigest()
+
+
+def _upload(blob: bytes) -> dict[str, Any]:
+    header = header_of(blob)
+    return {
+        "bytes": len(blob),
+        "sha256": digest(blob),
+        "encoding": adapter_pb2.Encoding.Name(header.encoding).removeprefix("ENCODING_").lower(),
+        "numbers": header.payload_bytes,
+        "layout": header.layout_digest.hex(),
+        "content": header.content_digest.hex(),
     }

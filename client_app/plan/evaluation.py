@@ -34,6 +34,8 @@ def carry_out(bench: Workbench, step: plan_pb2.EvaluateStep) -> report_pb2.Evalu
         TrainingError: the split has no example.
     """
     started = time.monotonic()
+    if bench.private is not None and not bench.private.privacy.tells(step.split):
+        return report_pb2.EvaluateResult(label=step.label, split=step.split, withheld=True)
     data, forward = bench.shown(step.split, step.examples), None
     if step.mixture.shares:
         forward = forward_of(bench, step.mixture)

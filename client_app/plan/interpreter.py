@@ -11,9 +11,11 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from client_app.data.dataset import ClientData
+from client_app.data.dataset import ClientData, MixedDataset
 from client_app.guard.disclosure import told
-from client_app.guard.policy import Policy
+from client_app.guard.policy import Policy, PolicyError
+from client_app.guard.privacy import Budget, require_private_steps, spending_of
+from client_app.guard.tally import Tally
 from client_app.model.personal import PersonalModel
 from client_app.plan import (
     distance,
@@ -32,6 +34,7 @@ from client_app.plan import (
     training,
 )
 from client_app.plan.names import PlanError, require_slot_names
+from client_app.plan.private import PrivateTraining
 from client_app.plan.progress import tick
 from client_app.plan.slots import SlotStore
 from client_app.plan.workbench import JOINED, Workbench
@@ -71,6 +74,8 @@ class Interpreter:
         starts: adapters that slots of these names start from when they are created from a seed.
         policy: what this client lets a plan ask of it.
         secret: of this client alone; decides noise.
+        tally: of what plans have taken; None: nobody counts.
+        budget: of the training examples' privacy; None: they are not under differential privacy.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class Interpreter:
         starts: Mapping[str, Adapter] | None = None,
         policy: Policy | None = None,
         secret: bytes = b"",
+        tally: Tally | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.client_id = client_id
         self.model = model
@@ -90,6 +97,10 @@ class Interpreter:
         self.starts = starts or {}
         self.policy = policy or Policy()
         self.secret = secret
+        self.tally = tally
+        self.budget = budget
+        self.layouts: dict[bytes, Layout] = {}
+        """Of what the last plan sent, by digest."""
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
         """Install what was received, run the steps in order; the report and the uploads by slot.
@@ -108,9 +119,21 @@ class Interpreter:
         require_slot_names(plan, blobs)
         self.policy.require_plan(plan, blobs)
         bench = Workbench(plan, self.model, self.data, self.slots, self.starts, self.secret)
-        self.policy.require_examples(
-            plan, lambda split: len(bench.split(split)) if self.data.splits.keys() >= {*split.split(JOINED)} else 2**31
-        )
+        bench.min_examples = self.policy.min_examples
+
+        def parts_of(split: str) -> list[int]:
+            if not self.data.splits.keys() >= {*split.split(JOINED)}:
+                return [2**31]  # the step will say that there is none
+            data = bench.split(split)
+            parts = data.parts.values() if isinstance(data, MixedDataset) else [data]
+            return [len(part) for part in parts if len(part)]
+
+        self.policy.require_examples(plan, lambda split: sum(parts_of(split)), parts_of)
+        self._require_texts(plan)
+        if self.budget is not None:
+            require_private_steps(plan)
+        if self.tally is not None:
+            self.tally.begin(plan, self.policy, parts_of)
         self.slots.hidden = self.policy.require_private(plan, self.slots.hidden)
         report = report_pb2.Report(
             version=1,
@@ -119,6 +142,11 @@ class Interpreter:
             round=plan.round,
             examples=len(self.data.splits["train"]),
         )
+        if self.budget is not None:
+            sizes = [sum(parts_of(step.train.split)) // max(1, step.train.fold.count) for step in _trains(plan)]
+            epsilon = self.budget.charge(spending_of(plan, self.budget.privacy, sizes))
+            report.privacy.CopyFrom(self.budget.said(epsilon))
+            bench.private = PrivateTraining(self.budget.privacy)
         leading = 0
         while leading < len(plan.steps) and plan.steps[leading].WhichOneof("kind") == "initialise":
             leading += 1
@@ -131,7 +159,24 @@ class Interpreter:
             _install(bench, blobs)
         report.seconds = time.monotonic() - started
         self.policy.require_small(self.client_id, bench.uploads)
+        if self.tally is not None:
+            self.tally.leave(plan, bench.uploads, self.policy)
+        self.layouts = bench.layouts
         return report, bench.uploads
+
+    def _require_texts(self, plan: plan_pb2.Plan) -> None:
+        """Scores of a few texts tell of them."""
+        few = min((c.generate_examples for c in self.data.each_task.values() if c.generate_examples), default=0)
+        scored = any(step.HasField("evaluate") and not step.evaluate.loss_only for step in plan.steps)
+        if scored and 0 < few < self.policy.min_examples:
+            raise PolicyError(
+                f"client {plan.client_id!r} refuses: scores of {few} texts (generate-examples), its "
+                f"client.min-examples is {self.policy.min_examples}"
+            )
+
+
+def _trains(plan: plan_pb2.Plan) -> list[plan_pb2.Step]:
+    return [step for step in plan.steps if step.HasField("train")]
 
 
 def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:

@@ -33,4 +33,5 @@ def carry_out(bench: Workbench, step: plan_pb2.SendStep) -> report_pb2.SendResul
         bench.slots.set_residual(step.slot, Adapter(part, dropped))
         norm = float(dropped.double().norm())
     bench.uploads[step.slot] = encoded.blob
+    bench.layouts[part.digest] = part
     return report_pb2.SendResult(slot=step.slot, content_digest=encoded.decoded.digest, residual_norm=norm)

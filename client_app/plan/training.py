@@ -119,14 +119,17 @@ def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | Non
         restore(optimiser, parameters, _kept(bench, step.slots))
     order = _order(bench, step, data)
     try:
-        result = train(bench.model, step, parameters, data, seed, anchor, teacher, weights, order, optimiser)
+        if bench.private is not None:
+            result = bench.private.train(bench.model, step, parameters, data, anchor, optimiser)
+        else:
+            result = train(bench.model, step, parameters, data, seed, anchor, teacher, weights, order, optimiser)
     except TrainingError:
         if not step.keep_on_divergence:
             raise
         bench.slots.losses.pop(step.record, None)
         return report_pb2.TrainResult(diverged=True)
     _name_tasks(result, bench.data)
-    if step.record:
+    if step.record and bench.private is None:
         share = step.record_batch_share
         found = {task: loss.batch_share if share else loss.mean for task, loss in result.task_losses.items()}
         bench.slots.losses[step.record] = bench.slots.losses.get(step.record, {}) | found
@@ -325,6 +328,14 @@ def batch_loss(
             return kind.mean_loss(logits, labels, model.label_weights.get(batch.task))
         each = kind.example_losses(logits, labels)
     return (each * example_weights.to(each)).mean()
+
+
+def each_loss(model: PersonalModel, batch: Dataset) -> Tensor:
+    """Each example's own loss, ``[b]``: over its own targets where it has several."""
+    labels, kind = batch.labels.to(model.device), kind_of(batch.kind)
+    if kind.generative:
+        return means_of(model.at_targets(model.inputs(batch.inputs), labels, batch.task).losses(), labels)
+    return kind.example_losses(logits_of(model, batch), labels)
 
 
 def logits_of(model: PersonalModel, batch: Dataset, *, everywhere: bool = False) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,13 +12,18 @@ from torch import Tensor
 from client_app.data.arrival import StreamedDataset
 from client_app.data.dataset import ClientData, Dataset, MixedDataset
 from client_app.data.joined import join
+from client_app.guard.policy import shown_of
 from client_app.model.personal import PersonalModel
 from client_app.plan.names import PlanError
 from client_app.plan.seeds import batches, seed_of
 from client_app.plan.slots import SlotStore
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.wire.codec import encode, encoding_from_proto
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2
+
+if TYPE_CHECKING:
+    from client_app.plan.private import PrivateTraining
 
 JOINED = "+"
 """Between the names of splits that a step takes together."""
@@ -39,6 +45,12 @@ class Workbench:
     """What the server sent, by slot."""
     uploads: dict[str, bytes] = field(default_factory=dict)
     """What the client sends back, by slot."""
+    layouts: dict[bytes, Layout] = field(default_factory=dict)
+    """Of what it sends back, by digest."""
+    private: PrivateTraining | None = None
+    """How training keeps single examples private; None: not at all."""
+    min_examples: int = 0
+    """A step that would leave out fewer examples than this looks at all of them."""
     attributions: dict[str, Tensor] = field(default_factory=dict)
     """How much of each training example belongs to a slot, ``[n]`` float64, by slot."""
     replaced: bool = False
@@ -73,7 +85,7 @@ class Workbench:
     def drawn(self, split: str, samples: int) -> Dataset:
         """``samples`` examples of a split, drawn without replacement; all of them for 0, or if there are no more."""
         data = self.split(split)
-        if not samples or samples >= len(data):
+        if shown_of(len(data), samples, self.min_examples) >= len(data):
             return data
         return data.subset(next(batches(len(data), samples, 1, self.seed)))
 
@@ -83,7 +95,7 @@ class Workbench:
         seed = seed_of(self.plan.seed, self.plan.client_id, "evaluate", split)
 
         def some(part: Dataset) -> Dataset:
-            if not examples or len(part) <= examples:
+            if shown_of(len(part), examples, self.min_examples) >= len(part):
                 return part
             return part.subset(next(batches(len(part), examples, 1, seed)).sort().values)
 
@@ -114,4 +126,5 @@ class Workbench:
 
     def upload(self, slot: str, adapter: Adapter, encoding: adapter_pb2.Encoding) -> None:
         """Encode an adapter and send it under a slot's name."""
+        self.layouts[adapter.layout.digest] = adapter.layout
         self.uploads[slot] = encode(adapter, encoding_from_proto(encoding), include_layout=False).blob

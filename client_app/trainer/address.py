@@ -27,22 +27,16 @@ from flwr.app import Context
 
 from client_app.settings import SettingsError, TrainerSettings
 from client_app.sockets import WireError, ancestors
+from client_app.trainer.calls import TrainerError
+
+__all__ = ["Owner", "Residence", "TrainerError", "code_digest", "find_owner", "inode_of", "read_trainer_settings"]
 
 MAX_SOCKET_PATH = 107
 UNFIT = re.compile(r"[%?#,]")
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "flwr", "protobuf", "grpcio")
 PACKAGES = ("proto", "fedalloy_adapters", "client_app")
-NO_LIMIT = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
-"""gRPC's own limit is 4 MiB; plans and reports may be larger, blobs travel in pieces anyway."""
-CHUNK_BYTES = 2**21
-
-
 MAX_IDLE = 1e6
 """Seconds; a thread cannot wait for much longer than a century, and for infinity not at all."""
-
-
-class TrainerError(RuntimeError):
-    """The resident trainer cannot be reached or started, or it ended while it carried out a plan, twice."""
 
 
 def read_trainer_settings(context: Context) -> TrainerSettings:

@@ -10,75 +10,42 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from logging import INFO
 from pathlib import Path
-from typing import Any
 
 import grpc
 from flwr.app import Context, RecordDict
 from flwr.common.logger import log
 
 from client_app.settings import default_state_dir
-from client_app.trainer.address import CHUNK_BYTES, NO_LIMIT, Owner, Residence, TrainerError, code_digest, inode_of
+from client_app.trainer.address import Owner, Residence, code_digest, inode_of
+from client_app.trainer.calls import (
+    NO_LIMIT,
+    JobFailedError,
+    Listener,
+    LostError,
+    Outcome,
+    ProgressLog,
+    TrainerError,
+    ask,
+    listens,
+    read_scalars,
+    requests_of,
+    write_scalars,
+)
 from fedalloy_adapters.files.atomic_files import open_private, private_folder
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
 
 LOOK_SECONDS = 0.02
 GREETING_SECONDS = 10.0
-SAY_SECONDS = 15.0
 MAX_LOG_BYTES = 2**20
-
-
-class JobFailedError(RuntimeError):
-    """The trainer carried a job out and it ended with an error; here is what may be told of it, its log has the words.
-
-    ``told_class`` is the class of the trainer's error.
-    """
-
-    def __init__(self, error: str, message: str) -> None:
-        super().__init__(f"{message} [{log_path()}]")
-        self.told_class = error
-        self.told = message.removeprefix(error).removeprefix(": ")
-
-
-class _LostError(RuntimeError):
-    """The trainer ended, or turned the job away; ``accepted`` if it had begun."""
-
-    def __init__(self, accepted: bool, reason: str) -> None:
-        super().__init__(reason)
-        self.accepted = accepted
-
-
-Listener = Callable[[str, trainer_pb2.Progress], None]
-
-
-class _Log:
-    """Progress in Flower's log, which is the SuperNode's output."""
-
-    def __init__(self) -> None:
-        self.said = time.monotonic()
-
-    def __call__(self, job: str, progress: trainer_pb2.Progress) -> None:
-        if time.monotonic() - self.said > SAY_SECONDS:
-            self.said = time.monotonic()
-            log(INFO, "%s: %s %d/%d", job, progress.activity, progress.done, progress.total)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came back: a registration, or a report with its uploads."""
-
-    registration: report_pb2.Registration | None
-    report: report_pb2.Report | None
-    uploads: Mapping[str, bytes]
+__all__ = ["JobFailedError", "TrainerClient", "context_of", "log_path"]
 
 
 class TrainerClient:
@@ -92,7 +59,7 @@ class TrainerClient:
 
     def __init__(self, owner: Owner, timeout: float, listen: Listener | None = None) -> None:
         self.residence = Residence.of(owner)
-        self.listen = listen or _Log()
+        self.listen = listen or ProgressLog()
         self.deadline = time.monotonic() + timeout
 
     def register(self, context: Context, idle_seconds: float) -> report_pb2.Registration:
@@ -124,7 +91,7 @@ class TrainerClient:
             with self.connect() as (stub, pid):
                 try:
                     return self._ask(stub, job, blobs)
-                except _LostError as error:
+                except LostError as error:
                     lost += error.accepted
                     if lost == 2:
                         raise TrainerError(
@@ -135,27 +102,8 @@ class TrainerClient:
                         log(INFO, "the trainer (process %d) ended during %s; once more", pid, _name(job))
 
     def _ask(self, stub: TrainerServiceStub, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Outcome:
-        accepted = False
-        pieces: dict[str, list[bytes]] = {}
-        try:
-            for answer in stub.Run(_requests(job, blobs), timeout=self._left()):
-                accepted = True
-                part = answer.WhichOneof("part")
-                if part == "chunk":
-                    pieces.setdefault(answer.chunk.slot, []).append(answer.chunk.data)
-                elif part == "registration":
-                    return Outcome(answer.registration, None, {})
-                elif part == "report":
-                    return Outcome(None, answer.report, {slot: b"".join(found) for slot, found in pieces.items()})
-                elif part == "failure":
-                    raise JobFailedError(answer.failure.error, answer.failure.message)
-                elif part == "progress":
-                    self.listen(_name(job), answer.progress)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise TrainerError(f"{_name(job)} took longer than the message may live; it was given up") from None
-            raise _LostError(accepted, f"{error.code().name}: {error.details()}") from None
-        raise _LostError(accepted, "the trainer ended the call without an outcome")
+        requests = requests_of(job, blobs)
+        return ask(stub, requests, self._left(), _name(job), self.listen, log_path())
 
     @contextmanager
     def connect(self) -> Iterator[tuple[TrainerServiceStub, int]]:
@@ -167,7 +115,7 @@ class TrainerClient:
         child: subprocess.Popen[bytes] | None = None
         asked_to_retire = 0
         while True:
-            if _listens(self.residence.socket):
+            if listens(self.residence.socket):
                 with grpc.insecure_channel(f"unix:{self.residence.socket}", options=NO_LIMIT) as channel:
                     stub = TrainerServiceStub(channel)  # type: ignore[no-untyped-call]
                     greeting = self._greet(stub)
@@ -223,64 +171,28 @@ def log_path() -> Path:
     return default_state_dir() / "trainer.log"
 
 
-def in_pieces(blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.Chunk]:
-    """Blobs in pieces that gRPC likes."""
-    for slot, blob in blobs.items():
-        for start in range(0, max(len(blob), 1), CHUNK_BYTES):
-            yield trainer_pb2.Chunk(slot=slot, data=blob[start : start + CHUNK_BYTES])
-
-
 def context_of(job: trainer_pb2.Job) -> Context:
     """Flower's context as the ClientApp got it."""
     return Context(
         run_id=job.run_id,
         node_id=job.node_id,
-        node_config=_values(job.node_config),
+        node_config=read_scalars(job.node_config),
         state=RecordDict(),
-        run_config=_values(job.run_config),
+        run_config=read_scalars(job.run_config),
     )
 
 
 def _job(context: Context, idle_seconds: float) -> trainer_pb2.Job:
     job = trainer_pb2.Job(run_id=context.run_id, node_id=context.node_id, idle_seconds=idle_seconds)
-    for target, config in ((job.node_config, context.node_config), (job.run_config, context.run_config)):
-        for key, value in config.items():
-            scalar = target[key]
-            if isinstance(value, bool):
-                scalar.truth = value
-            elif isinstance(value, int):
-                scalar.integer = value
-            elif isinstance(value, float):
-                scalar.number = value
-            else:
-                scalar.text = str(value)
+    write_scalars(job.node_config, context.node_config)
+    write_scalars(job.run_config, context.run_config)
     return job
-
-
-def _values(scalars: Mapping[str, trainer_pb2.Scalar]) -> dict[str, Any]:
-    return {key: getattr(scalar, scalar.WhichOneof("value") or "text") for key, scalar in scalars.items()}
-
-
-def _requests(job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.RunRequest]:
-    yield trainer_pb2.RunRequest(job=job)
-    for chunk in in_pieces(blobs):
-        yield trainer_pb2.RunRequest(chunk=chunk)
 
 
 def _name(job: trainer_pb2.Job) -> str:
     if job.WhichOneof("kind") == "register":
         return "the registration"
     return f"the plan of client {job.plan.client_id!r} for round {job.plan.round} of run {job.plan.run_name!r}"
-
-
-def _listens(path: Path) -> bool:
-    """Whether a process accepts connections there, without gRPC's patience for those that do not."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
 
 
 def _start(owner: Owner, lock: int) -> subprocess.Popen[bytes]:

@@ -33,8 +33,9 @@ from client_app.guard.disclosure import told
 from client_app.plan.progress import Cancelled, listening, tick
 from client_app.processors import threads_for
 from client_app.settings import read_settings
-from client_app.trainer.address import NO_LIMIT, Owner, Residence, code_digest, inode_of
-from client_app.trainer.client import context_of, in_pieces
+from client_app.trainer.address import Owner, Residence, code_digest, inode_of
+from client_app.trainer.calls import NO_LIMIT, in_pieces
+from client_app.trainer.client import context_of
 from fedalloy_adapters.files.atomic_files import private_mask
 from proto.fedalloy.v1 import trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
@@ -117,7 +118,7 @@ class Trainer(TrainerServiceServicer):
         self, request_iterator: Iterable[trainer_pb2.RunRequest], context: Any
     ) -> Iterator[trainer_pb2.RunResponse]:
         """See ``trainer.proto``."""
-        task = _receive(request_iterator)
+        task = self.receive(request_iterator, context)
         with self._admission:
             if self._retiring:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "this trainer retires")
@@ -127,6 +128,17 @@ class Trainer(TrainerServiceServicer):
         yield trainer_pb2.RunResponse(progress=trainer_pb2.Progress(activity="accepted"))
         while (answer := task.answers.get()) is not None:
             yield answer
+
+    def receive(self, requests: Iterable[trainer_pb2.RunRequest], context: Any) -> Task:
+        """The job and its blobs."""
+        job = trainer_pb2.Job()
+        pieces: dict[str, list[bytes]] = {}
+        for request in requests:
+            if request.WhichOneof("part") == "job":
+                job = request.job
+            else:
+                pieces.setdefault(request.chunk.slot, []).append(request.chunk.data)
+        return Task(job, {slot: b"".join(found) for slot, found in pieces.items()})
 
     # The main thread
 
@@ -212,18 +224,6 @@ def turn(folder: Path | None, device: str) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(0.1)
         yield
-
-
-def _receive(requests: Iterable[trainer_pb2.RunRequest]) -> Task:
-    """The job and its blobs."""
-    job = trainer_pb2.Job()
-    pieces: dict[str, list[bytes]] = {}
-    for request in requests:
-        if request.WhichOneof("part") == "job":
-            job = request.job
-        else:
-            pieces.setdefault(request.chunk.slot, []).append(request.chunk.data)
-    return Task(job, {slot: b"".join(found) for slot, found in pieces.items()})
 
 
 def _is_sound(error: Exception) -> bool:

@@ -225,6 +225,15 @@ def decode(
     return adapter
 
 
+def header_of(blob: bytes) -> adapter_pb2.AdapterHeader:
+    """A blob's header, nothing of the payload decoded.
+
+    Raises:
+        CodecError: it has none.
+    """
+    return _split(blob, MAX_BLOB_BYTES)[0]
+
+
 def _split(blob: bytes, max_bytes: int) -> tuple[adapter_pb2.AdapterHeader, memoryview]:
     """Header and payload, nothing decoded yet."""
     if len(blob) > max_bytes:

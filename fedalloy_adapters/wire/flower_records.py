@@ -90,7 +90,17 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
     version = getattr(message, "version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise RecordError(f"{kind.__name__} has version {version}, expected {FORMAT_VERSION}")
-    blobs = _beside(config)
+    return message, blobs_in(records)
+
+
+def blobs_in(records: RecordDict) -> dict[str, bytes]:
+    """The blobs by slot name.
+
+    Raises:
+        RecordError: an array is not of the specified form.
+    """
+    config = records.config_records.get(CONFIG_RECORD)
+    blobs = _beside(config) if config is not None else {}
     for slot, array in records.array_records.get(ARRAY_RECORD, ArrayRecord()).items():
         if array.stype != ARRAY_STYPE:
             raise RecordError(f"array {slot!r} has stype {array.stype!r}, expected {ARRAY_STYPE!r}")
@@ -102,7 +112,14 @@ def unpack(records: RecordDict, key: str, kind: type[M]) -> tuple[M, dict[str, b
         if slot in blobs:
             raise RecordError(f"adapter {slot!r} is there twice, as an array and as bytes")
         blobs[slot] = array.data
-    return message, blobs
+    return blobs
+
+
+def bytes_in(records: RecordDict, key: str) -> bytes:
+    """The value under a key of the config record, as it is; empty where there is none."""
+    config = records.config_records.get(CONFIG_RECORD)
+    value = config.get(key, b"") if config is not None else b""
+    return value if isinstance(value, bytes) else b""
 
 
 def _beside(config: ConfigRecord) -> dict[str, bytes]:

@@ -98,6 +98,7 @@ class Asking:
             self.round, client, self._briefs[client], run.name, run.run_key, holding, pinned=self._pinned
         )
         node_id = run.enrolment.clients[client_id].node_id
+        run.requests.signed(dispatch.content, "plan")
         message = dispatch.message(node_id, ttl=run.options.round_timeout + 60)
         run.federation.intake.expect(dispatch.max_answer_bytes)
         self._tensors[client_id] = dispatch.down_by_encoding()

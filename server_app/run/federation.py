@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -48,6 +48,7 @@ class Federation:
         say: called with progress messages.
         arrived: called with every answer to a registration, and with the client that it describes (None: refused).
         enrolment: reads what they say, and knows the clients.
+        request: makes the content of the message that asks who a client is.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Federation:
         say: Say,
         arrived: Callable[[Reply, Client | None], None],
         enrolment: Enrolment,
+        request: Callable[[], RecordDict] = RecordDict,
     ) -> None:
         self.grid = grid
+        self.request = request
         self.intake = Intake(grid, say)
         self.poll_interval = poll_interval
         self.say = say
@@ -113,7 +116,7 @@ class Federation:
         self._asked |= set(self._nodes)
         count = len(self._nodes)
         self.say(f"asking {count} SuperNodes who they are; each loads its base model and data, which may take a minute")
-        makes = {f"node {node_id}": _registration(node_id, timeout) for node_id in self._nodes}
+        makes = {f"node {node_id}": self._registration(node_id, timeout) for node_id in self._nodes}
         for reply in self.exchange(makes, max(deadline - time.monotonic(), self.poll_interval), watch):
             self._welcome(self._node_of(reply.client_id), reply)
         if len(self.enrolment.newcomers) < minimum:
@@ -233,7 +236,7 @@ class Federation:
         self._asked &= set(self._nodes) | held  # one that left without being taken in is asked when it is back
         for node_id in sorted(set(self._nodes) - self._asked - held):
             self._asked.add(node_id)
-            message = register_message(node_id, ttl=3600)
+            message = register_message(node_id, 3600, self.request())
             watch.pushing(f"node {node_id}")
             for message_id in self.grid.push_messages([message]):
                 if message_id:
@@ -241,6 +244,9 @@ class Federation:
                 else:
                     self._asked.discard(node_id)
             watch.pushed(f"node {node_id}", message)
+
+    def _registration(self, node_id: int, timeout: float) -> Make:
+        return lambda: register_message(node_id, timeout, self.request())
 
     def _welcome(self, node_id: int, reply: Reply) -> None:
         node = self._seen.get(node_id) or NodeInfo(node_id=node_id)
@@ -282,7 +288,3 @@ def require_all(enrolment: Enrolment, fitting: int) -> None:
 def _pause(least: float, took: float) -> float:
     """Seconds until the next look, where the last one took so many: a busy SuperLink is asked less often."""
     return max(least, min(took / LOOKS_SHARE, MOST_PAUSE_SECONDS))
-
-
-def _registration(node_id: int, timeout: float) -> Make:
-    return lambda: register_message(node_id, ttl=timeout)

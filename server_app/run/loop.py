@@ -37,6 +37,7 @@ from server_app.run.federation import (
 )
 from server_app.run.messages.exchange import Reply
 from server_app.run.messages.late_answers import LateAnswers
+from server_app.run.messages.requests import Requests
 from server_app.run.options import RunOptions, as_toml, default_run_name, read_run_options, run_on
 from server_app.run.resume import (
     changed_code,
@@ -74,8 +75,9 @@ def run(grid: Grid, context: Context) -> RunDirectory:
     name = directory.path.resolve().name
     log(INFO, "FedAlloy run %s in %s", name, directory.path.resolve())
     ledger = directory.path / "ledger.sqlite"
+    requests = Requests(name, context.run_config, options.sign_with)
     with directory.alone(), explained(ledger), WireLog(ledger, name, grid) as wire:
-        whole = Run(grid, options, strategy, directory, wire, name)
+        whole = Run(grid, options, strategy, directory, wire, requests)
         try:
             whole.run()
         except NotEnoughClientsError as error:
@@ -95,17 +97,20 @@ class Run:
         strategy: AlloyStrategy[Any],
         directory: RunDirectory,
         wire: WireLog,
-        name: str,
+        requests: Requests,
     ) -> None:
         self.options = options
         self.strategy = strategy
         self.directory = directory
         self.wire = wire
-        self.name = name
+        self.name = requests.run_name
+        self.requests = requests
         self.run_key = directory.run_key()
-        self.enrolment = Enrolment(strategy, directory)
+        self.enrolment = Enrolment(strategy, directory, options.site_mode)
         strategy.storage.spill_to(directory.path / "bank", int(options.bank_memory_mb * 10**6))
-        self.federation = Federation(grid, options.poll_interval, _say, self._arrived, self.enrolment)
+        self.federation = Federation(
+            grid, options.poll_interval, _say, self._arrived, self.enrolment, requests.registration
+        )
         self.late = LateAnswers(strategy)
         self.federation.late = self.late.take
         self.holdings = Holdings(strategy.storage)
@@ -337,6 +342,11 @@ class Run:
             for _, client in sorted(self.enrolment.clients.items())
             if client.id in final.answers
         }
+        private = {
+            client_id: client_status.privacy_of(final.answers[client_id].report.privacy)
+            for client_id in clients
+            if final.answers[client_id].report.HasField("privacy")
+        }
         summary = summary_of(
             self.options,
             clients,
@@ -349,6 +359,7 @@ class Run:
         missing = sorted(set(self.enrolment.clients) - set(clients))
         away = sorted(set(self.enrolment.away) - set(self.enrolment.clients))
         summary |= {"refused": refused, "absent": away, "not_delivered": missing, "diverged": final.diverged}
+        summary |= {"privacy": private} if private else {}
         self.directory.write_summary(summary)
         log(WARNING if refused or away or missing or final.fallen else INFO, "finished: %s", headline(summary))
 

@@ -60,6 +60,12 @@ class RunOptions:
     answered soonest so far, twice as many in each round until all are in."""
     clients: str = ""
     """Names of clients that get a plan, or patterns like ``site-*``, with commas between. Empty: all."""
+    site_mode: str = "allowed"
+    """Clients whose owner has installed the trainer (``fedalloy site serve``), so that no code of the run sees their
+    data: ``allowed``, ``required`` (others are refused) or ``forbidden``."""
+    sign_with: str = ""
+    """File, on the server, of a private key in PEM that signs what clients are asked: sites may take plans of known
+    servers only. Empty: nothing is signed."""
     quorum: int = 0
     """The round ends when so many clients have answered and ``grace`` seconds have passed since; answers that come
     later count for nothing (but see ``fedavg.late-weight``). 0: it waits for all, at most ``round-timeout`` seconds."""
@@ -109,6 +115,7 @@ class RunOptions:
         require_range("grace", self.grace, 0)
         require_range("bank-memory-mb", self.bank_memory_mb, 0)
         require_choice("on-divergence", self.on_divergence, ("best", "last"))
+        require_choice("site-mode", self.site_mode, ("allowed", "required", "forbidden"))
         require_choice("participants", self.participants, ("random", "round-robin", "fastest"))
         require_range("keep-checkpoints", self.keep_checkpoints, 1)
         if self.deliver and not self.resume:

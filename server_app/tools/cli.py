@@ -15,7 +15,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from server_app.tools.commands import alignment, cluster, experiments, federation, options, runs
+from server_app.tools.commands import alignment, cluster, experiments, federation, options, runs, site
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start here": (experiments.demo, experiments.compare, options.options, options.validate),
@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
 """Commands by the title that they stand under in the help."""
 FLOWERS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 """Everything after this command's name is for Flower's own."""
+SITE_COMMANDS: tuple[Callable[..., None], ...] = (site.serve, site.audit, site.show, site.key)
 CLUSTER_COMMANDS: tuple[Callable[..., None], ...] = (cluster.up, cluster.down, cluster.status)
 EXAMPLES = """Every client its own model: personalised federated LoRA on Flower.
 
@@ -98,3 +99,7 @@ for title, commands in GROUPS.items():
         app.add_typer(cluster_app, name="cluster", rich_help_panel="Your own federation")
 for command in CLUSTER_COMMANDS:
     cluster_app.command()(command)
+site_app = typer.Typer(help="A site that stays its owner's: its own trainer, policy, record.", no_args_is_help=True)
+app.add_typer(site_app, name="site")
+for command in SITE_COMMANDS:
+    site_app.command()(command)

@@ -153,6 +153,12 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
     written = [f"{name} {count:.0f}" for name, count in answers.items() if count is not None]
     if written:
         yield f"exact match and the like are of so many written answers: {', '.join(written)} (generate-examples)"
+    for name, client in found["clients"].items():
+        if said := client.get("privacy"):
+            yield (
+                f"{name}: epsilon {said['epsilon']:.3f} of {said['budget']:g} is spent (delta {said['delta']:g}); it "
+                f"covers {said['covers']}"
+            )
     for name, reason in found["refused"].items():
         yield f"refused: {name}: {reason}"
     for name, said in found["who"].items():

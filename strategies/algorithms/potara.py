@@ -40,6 +40,7 @@ from strategies.algorithms.potara_options import PotaraOptions
 from strategies.algorithms.potara_weights import Evidence, Weight
 from strategies.families.fedavg import SLOT as FEDERATED
 from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, round_record, steps
+from strategies.framework.exchange import StrategyError
 from strategies.framework.options import OptionError, require_range
 
 LOCAL = "local"
@@ -277,7 +278,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
             distance=distances[-1],
             b=b,
             q=list(found.information_distance) if self.options.variance == "curvature" else distances[-1],
-            losses=[answer.metrics[_label(weight)]["loss"] for weight in self._grid(client)],
+            losses=[_loss(client, answer, weight) for weight in self._grid(client)],
             samples=found.samples,
             dropped=found.dropped,
             more=[[list(m.variance_first), list(m.variance_second), list(m.covariance)] for m in found.more],
@@ -368,6 +369,13 @@ def _shown(weight: Weight) -> dict[str, Any]:
     finite = {name: number for name, number in numbers.items() if abs(number) < float("inf")}
     flag = {"flag": weight.flag} if weight.flag else {}
     return {"weight": weight.value, "raw": weight.raw, **finite, **flag}
+
+
+def _loss(client: Client, answer: Answer, weight: float) -> float:
+    found = answer.metrics[_label(weight)]
+    if "loss" not in found:
+        raise StrategyError(f"client {client.id!r} does not tell its losses, which this way of weighting needs")
+    return found["loss"]
 
 
 def _label(weight: float) -> str:

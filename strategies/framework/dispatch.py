@@ -190,9 +190,9 @@ def _as_received(adapters: Mapping[str, Adapter], slot: str, encoding: Encoding)
     return _encode(adapter, encoding, include_layout=False).decoded
 
 
-def register_message(node_id: int, ttl: float | None = None) -> Message:
-    """Ask a node who it is."""
-    return Message(RecordDict(), dst_node_id=node_id, message_type=REGISTER_TYPE, ttl=ttl)
+def register_message(node_id: int, ttl: float | None = None, content: RecordDict | None = None) -> Message:
+    """Ask a node who it is; ``content`` may say for which run."""
+    return Message(content or RecordDict(), dst_node_id=node_id, message_type=REGISTER_TYPE, ttl=ttl)
 
 
 def counters_message(node_id: int, ttl: float | None = None) -> Message:

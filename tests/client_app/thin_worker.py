@@ -12,6 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import client_app.app
+import client_app.trainer.bundled
 from client_app.trainer.address import Owner
 from fedalloy_adapters.wire.flower_records import PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -21,7 +22,7 @@ HEAVY = {"torch", "transformers", "peft", "sklearn", "safetensors"}
 
 def main() -> None:
     owner = Owner.parse(sys.argv[1])
-    client_app.app.find_owner = lambda: owner
+    client_app.trainer.bundled.find_owner = lambda: owner
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
     node = {"partition-id": 0, "num-partitions": 2, "state-dir": sys.argv[2], "client-id": "berlin"}
     context = Context(1, 7, node, RecordDict(), {})

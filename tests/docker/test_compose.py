@@ -130,6 +130,7 @@ FILES = [
     ["distributed/server.yaml"],
     ["distributed/client.yaml"],
     ["distributed/client.yaml", "distributed/client-gpu.yaml"],
+    ["distributed/client-site.yaml"],
 ]
 
 
@@ -142,6 +143,9 @@ def test_every_combination_of_files_is_valid(stack: Stack, files: list[str]) -> 
         "CLIENTS": "berlin",
         "CLIENT_ID": "berlin",
         "KEYS": "/keys",
+        "SITE": "/srv/site",
+        "DATA": "/srv/berlin",
+        "MODELS": "/srv/models",
     }
     arguments = [argument for name in files for argument in ("-f", str(stack.folder / "docker" / name))]
     stack.docker("compose", *arguments, "config", "--quiet", environment=given)

@@ -1,12 +1,15 @@
 """Models and data of one's own on real SuperLink and SuperNode processes: every kind of model, tiny, built offline.
 
 One cluster, started from the worked example's ``clients.toml``, serves all tests: each replaces what lies at the three
-clients' data paths, as a client's owner would, and names another base model.
+clients' data paths, as a client's owner would, and names another base model. The first client is a site that stays its
+owner's: its trainer is the installed package's service, which takes plans with the server's signature only.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +19,10 @@ from typing import Any
 import psutil
 import pytest
 
+from client_app.site.audit import audit
 from examples import three_clients
+from fedalloy_adapters.wire.signing import new_key
+from server_app.ledger.store import Ledger
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings, stop
 from server_app.tools.commands.arguments import read_clients_file
@@ -32,12 +38,16 @@ class Own:
 
     cluster: LocalCluster
     folder: Path
+    site: Path
+    """The first client's ``site.toml``."""
 
     def run(self, name: str, **config: Any) -> tuple[RunDirectory, dict[str, Any]]:
         """One run of one round; its directory and summary."""
         runs = self.cluster.settings.runs_dir
         given = {"num-server-rounds": 1, "min-clients": len(CLIENTS), "run-name": name, "strategy": "fedavg"}
-        given |= {"runs-dir": str(runs)} | {key.replace("_", "-"): value for key, value in config.items()}
+        given |= {"runs-dir": str(runs), "sign-with": str(self.site.parent / "plans")} | {
+            key.replace("_", "-"): value for key, value in config.items()
+        }
         outcome = self.cluster.run(given)
         assert outcome.completed, outcome.log.read_text()
         run = RunDirectory(runs / name)
@@ -51,14 +61,41 @@ class Own:
             toy_data.write_jsonl(self.folder / f"{client}.jsonl", rows(number))
 
 
+SITE = """
+socket = "berlin.sock"
+servers = ["plans.pub"]
+runs = ["*"]
+base-models = ["/*"]
+[client]
+client-id = "{client}"
+data-path = "{data}"
+state-dir = "{runs}"
+[policy]
+allow-steps = "initialise,train,merge,evaluate,save,send"
+"""
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
     folder = tmp_path_factory.mktemp("own data")  # a path with a space, as users have
     three_clients.write(folder / "own")
-    node_config = read_clients_file(folder / "own" / "clients.toml")
+    node_config = dict(read_clients_file(folder / "own" / "clients.toml"))
+    first = CLIENTS[0]
+    (folder / "runs").mkdir()
+    private, public = new_key()
+    (folder / "plans").write_bytes(private)
+    (folder / "plans.pub").write_bytes(public)
+    data = node_config[first]["data-path"]
+    (folder / "site.toml").write_text(SITE.format(client=first, data=data, runs=folder / "runs"))
+    node_config[first] = {"site-socket": str(folder / "berlin.sock")}  # and nothing of its data
     settings = Settings(tuple(node_config), folder / "runs", node_config=node_config)
-    with LocalCluster(folder / "cluster", settings) as cluster:
-        yield Own(cluster, folder / "own")
+    command = [str(Path(sys.executable).parent / "fedalloy"), "site", "serve", str(folder / "site.toml")]
+    with (folder / "site.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as service:
+        try:
+            with LocalCluster(folder / "cluster", settings) as cluster:
+                yield Own(cluster, folder / "own", folder / "site.toml")
+        finally:
+            service.terminate()
 
 
 def losses(run: RunDirectory, client: str) -> list[float]:
@@ -82,6 +119,9 @@ def test_the_worked_example_of_the_readme(own: Own, tmp_path: Path) -> None:
         assert summary["clients"][client]["exact_match"] == summary["clients"][client]["rouge_l"] == 1.0
         assert losses(run, client)[0] < 3.5  # a mean over the steps; untrained it is near 5
         assert _written(own.folder / "base", export_adapter(run.path, client, tmp_path / client)) == greeting
+    (registered,) = [record["clients"] for record in run.rounds() if record["phase"] == "register"]
+    modes = {client: said["trainer"] for client, said in registered.items()}
+    assert modes == {client: "installed" if client == CLIENTS[0] else "bundled" for client in CLIENTS}
 
 
 def _written(base: Path, adapter: Path) -> str:
@@ -105,6 +145,11 @@ def test_a_classifier_shares_its_head_where_all_clients_have_the_same_labels(own
         assert client["loss"] < 0.9 * first[name]["metrics"]["personal"]["loss"]
         assert client["accuracy"] > 0.5
         assert 0 < client["f1"] <= 1
+    found = audit(run.path.parent / "records" / f"{CLIENTS[0]}.jsonl")
+    assert not found.problems
+    with Ledger(run.path / "ledger.sqlite", read_only=True) as ledger:
+        booked = sum(r.bytes for r in ledger.accounts().tensors if r.client == CLIENTS[0] and r.direction == "up")
+    assert found.runs["opinions"].numbers == booked > 0
     assert "train: 64 examples" in (own.cluster.settings.runs_dir / "data-berlin.txt").read_text()
     assert not (run.path / "clients" / "berlin" / "slots" / "own-head").exists()
 
@@ -156,7 +201,7 @@ def test_cluster_down_ends_the_resident_trainers(own: Own) -> None:
 
     if not trainers():  # no other test of this module ran
         own.run("before", base_model=str(own.folder / "base"), local_steps=1)
-    assert len(trainers()) == len(CLIENTS)
+    assert len(trainers()) == len(CLIENTS) - 1  # the first client's is its owner's
     assert stop(own.cluster.directory) > len(CLIENTS)
     deadline = time.monotonic() + 60
     while left := trainers():

@@ -501,3 +501,23 @@ class Plan(_message.Message):
     pinned_round: int
     reads_beside: bool
     def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[int] = ..., seed: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., run_key: _Optional[bytes] = ..., keep_received: _Optional[bool] = ..., pinned_round: _Optional[int] = ..., reads_beside: _Optional[bool] = ...) -> None: ...
+
+class RegisterRequest(_message.Message):
+    __slots__ = ("version", "run_name", "strategy")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_NAME_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    run_name: str
+    strategy: str
+    def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., strategy: _Optional[str] = ...) -> None: ...
+
+class Signature(_message.Message):
+    __slots__ = ("public_key", "not_after", "signature")
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    public_key: bytes
+    not_after: int
+    signature: bytes
+    def __init__(self, public_key: _Optional[bytes] = ..., not_after: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...

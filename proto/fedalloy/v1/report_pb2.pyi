@@ -1,11 +1,21 @@
 from proto.fedalloy.v1 import adapter_pb2 as _adapter_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class TrainerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRAINER_MODE_UNSPECIFIED: _ClassVar[TrainerMode]
+    TRAINER_MODE_BUNDLED: _ClassVar[TrainerMode]
+    TRAINER_MODE_INSTALLED: _ClassVar[TrainerMode]
+TRAINER_MODE_UNSPECIFIED: TrainerMode
+TRAINER_MODE_BUNDLED: TrainerMode
+TRAINER_MODE_INSTALLED: TrainerMode
 
 class ConnectionReading(_message.Message):
     __slots__ = ("local_address", "local_port", "remote_address", "remote_port", "cookie", "bytes_sent", "bytes_acked", "bytes_received", "bytes_retransmitted", "segments_out", "segments_in", "header_bytes")
@@ -68,8 +78,22 @@ class Task(_message.Message):
     modalities: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., examples: _Optional[_Mapping[str, int]] = ..., notes: _Optional[_Iterable[str]] = ..., groups: _Optional[_Iterable[str]] = ..., modalities: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class RecordPrivacy(_message.Message):
+    __slots__ = ("epsilon", "delta", "budget", "noise_multiplier", "covers")
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    COVERS_FIELD_NUMBER: _ClassVar[int]
+    epsilon: float
+    delta: float
+    budget: float
+    noise_multiplier: float
+    covers: str
+    def __init__(self, epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., budget: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., covers: _Optional[str] = ...) -> None: ...
+
 class Registration(_message.Message):
-    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference", "reads_beside")
+    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference", "reads_beside", "trainer", "privacy")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +103,8 @@ class Registration(_message.Message):
     WIRE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     READS_BESIDE_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
     version: int
     client_id: str
     base_model: str
@@ -88,7 +114,9 @@ class Registration(_message.Message):
     wire: WireReading
     reference: _adapter_pb2.Layout
     reads_beside: bool
-    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., reference: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., reads_beside: _Optional[bool] = ...) -> None: ...
+    trainer: TrainerMode
+    privacy: RecordPrivacy
+    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., reference: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., reads_beside: _Optional[bool] = ..., trainer: _Optional[_Union[TrainerMode, str]] = ..., privacy: _Optional[_Union[RecordPrivacy, _Mapping]] = ...) -> None: ...
 
 class InitialiseResult(_message.Message):
     __slots__ = ("created",)
@@ -107,7 +135,7 @@ class TaskLoss(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., mean: _Optional[float] = ..., batch_share: _Optional[float] = ...) -> None: ...
 
 class TrainResult(_message.Message):
-    __slots__ = ("steps", "examples", "first_loss", "mean_loss", "last_loss", "seconds", "task_losses", "diverged")
+    __slots__ = ("steps", "examples", "first_loss", "mean_loss", "last_loss", "seconds", "task_losses", "diverged", "withheld")
     class TaskLossesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +151,7 @@ class TrainResult(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     TASK_LOSSES_FIELD_NUMBER: _ClassVar[int]
     DIVERGED_FIELD_NUMBER: _ClassVar[int]
+    WITHHELD_FIELD_NUMBER: _ClassVar[int]
     steps: int
     examples: int
     first_loss: float
@@ -131,7 +160,8 @@ class TrainResult(_message.Message):
     seconds: float
     task_losses: _containers.MessageMap[str, TaskLoss]
     diverged: bool
-    def __init__(self, steps: _Optional[int] = ..., examples: _Optional[int] = ..., first_loss: _Optional[float] = ..., mean_loss: _Optional[float] = ..., last_loss: _Optional[float] = ..., seconds: _Optional[float] = ..., task_losses: _Optional[_Mapping[str, TaskLoss]] = ..., diverged: _Optional[bool] = ...) -> None: ...
+    withheld: bool
+    def __init__(self, steps: _Optional[int] = ..., examples: _Optional[int] = ..., first_loss: _Optional[float] = ..., mean_loss: _Optional[float] = ..., last_loss: _Optional[float] = ..., seconds: _Optional[float] = ..., task_losses: _Optional[_Mapping[str, TaskLoss]] = ..., diverged: _Optional[bool] = ..., withheld: _Optional[bool] = ...) -> None: ...
 
 class TaskReplacement(_message.Message):
     __slots__ = ("task", "replaced", "source_loss", "target_loss")
@@ -175,7 +205,7 @@ class MergeResult(_message.Message):
     def __init__(self, max_rank: _Optional[int] = ...) -> None: ...
 
 class EvaluateResult(_message.Message):
-    __slots__ = ("label", "split", "examples", "metrics", "seconds")
+    __slots__ = ("label", "split", "examples", "metrics", "seconds", "withheld")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -188,12 +218,14 @@ class EvaluateResult(_message.Message):
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WITHHELD_FIELD_NUMBER: _ClassVar[int]
     label: str
     split: str
     examples: int
     metrics: _containers.ScalarMap[str, float]
     seconds: float
-    def __init__(self, label: _Optional[str] = ..., split: _Optional[str] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    withheld: bool
+    def __init__(self, label: _Optional[str] = ..., split: _Optional[str] = ..., examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., withheld: _Optional[bool] = ...) -> None: ...
 
 class SaveResult(_message.Message):
     __slots__ = ("content_digest", "in_parts")
@@ -330,7 +362,7 @@ class StepResult(_message.Message):
     def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire")
+    __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire", "privacy")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +371,7 @@ class Report(_message.Message):
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
     version: int
     run_name: str
     client_id: str
@@ -347,7 +380,8 @@ class Report(_message.Message):
     examples: int
     seconds: float
     wire: WireReading
-    def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[int] = ..., results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ..., examples: _Optional[int] = ..., seconds: _Optional[float] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ...) -> None: ...
+    privacy: RecordPrivacy
+    def __init__(self, version: _Optional[int] = ..., run_name: _Optional[str] = ..., client_id: _Optional[str] = ..., round: _Optional[int] = ..., results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ..., examples: _Optional[int] = ..., seconds: _Optional[float] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., privacy: _Optional[_Union[RecordPrivacy, _Mapping]] = ...) -> None: ...
 
 class Counters(_message.Message):
     __slots__ = ("version", "client_id", "wire")

@@ -26,7 +26,7 @@ from proto.fedalloy.v1 import plan_pb2 as fedalloy_dot_v1_dot_plan__pb2
 from proto.fedalloy.v1 import report_pb2 as fedalloy_dot_v1_dot_report__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64\x61lloy/v1/trainer.proto\x12\x0b\x66\x65\x64\x61lloy.v1\x1a\x16\x66\x65\x64\x61lloy/v1/plan.proto\x1a\x18\x66\x65\x64\x61lloy/v1/report.proto\"\x0e\n\x0cGreetRequest\"C\n\rGreetResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x13\n\x0b\x63ode_digest\x18\x02 \x01(\x0c\x12\x10\n\x08retiring\x18\x03 \x01(\x08\"\x0f\n\rRetireRequest\"\x10\n\x0eRetireResponse\"Z\n\nRunRequest\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x10.fedalloy.v1.JobH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fedalloy.v1.ChunkH\x00\x42\x06\n\x04part\"\x90\x03\n\x03Job\x12\x35\n\x0bnode_config\x18\x01 \x03(\x0b\x32 .fedalloy.v1.Job.NodeConfigEntry\x12\x33\n\nrun_config\x18\x02 \x03(\x0b\x32\x1f.fedalloy.v1.Job.RunConfigEntry\x12\x0e\n\x06run_id\x18\x03 \x01(\x04\x12\x0f\n\x07node_id\x18\x04 \x01(\x04\x12\x14\n\x0cidle_seconds\x18\x05 \x01(\x01\x12,\n\x08register\x18\x06 \x01(\x0b\x32\x18.fedalloy.v1.RegisterJobH\x00\x12!\n\x04plan\x18\x07 \x01(\x0b\x32\x11.fedalloy.v1.PlanH\x00\x1a\x46\n\x0fNodeConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.fedalloy.v1.Scalar:\x02\x38\x01\x1a\x45\n\x0eRunConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.fedalloy.v1.Scalar:\x02\x38\x01\x42\x06\n\x04kind\"\r\n\x0bRegisterJob\"W\n\x06Scalar\x12\x0f\n\x05truth\x18\x01 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x42\x07\n\x05value\"#\n\x05\x43hunk\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xe8\x01\n\x0bRunResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.fedalloy.v1.ProgressH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fedalloy.v1.ChunkH\x00\x12\x31\n\x0cregistration\x18\x03 \x01(\x0b\x32\x19.fedalloy.v1.RegistrationH\x00\x12%\n\x06report\x18\x04 \x01(\x0b\x32\x13.fedalloy.v1.ReportH\x00\x12\'\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x14.fedalloy.v1.FailureH\x00\x42\x06\n\x04part\"9\n\x08Progress\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\")\n\x07\x46\x61ilure\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t2\xd1\x01\n\x0eTrainerService\x12>\n\x05Greet\x12\x19.fedalloy.v1.GreetRequest\x1a\x1a.fedalloy.v1.GreetResponse\x12<\n\x03Run\x12\x17.fedalloy.v1.RunRequest\x1a\x18.fedalloy.v1.RunResponse(\x01\x30\x01\x12\x41\n\x06Retire\x12\x1a.fedalloy.v1.RetireRequest\x1a\x1b.fedalloy.v1.RetireResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64\x61lloy/v1/trainer.proto\x12\x0b\x66\x65\x64\x61lloy.v1\x1a\x16\x66\x65\x64\x61lloy/v1/plan.proto\x1a\x18\x66\x65\x64\x61lloy/v1/report.proto\"\x0e\n\x0cGreetRequest\"T\n\rGreetResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x13\n\x0b\x63ode_digest\x18\x02 \x01(\x0c\x12\x10\n\x08retiring\x18\x03 \x01(\x08\x12\x0f\n\x07version\x18\x04 \x01(\r\"\x0f\n\rRetireRequest\"\x10\n\x0eRetireResponse\"Z\n\nRunRequest\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x10.fedalloy.v1.JobH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fedalloy.v1.ChunkH\x00\x42\x06\n\x04part\"\xb6\x03\n\x03Job\x12\x35\n\x0bnode_config\x18\x01 \x03(\x0b\x32 .fedalloy.v1.Job.NodeConfigEntry\x12\x33\n\nrun_config\x18\x02 \x03(\x0b\x32\x1f.fedalloy.v1.Job.RunConfigEntry\x12\x0e\n\x06run_id\x18\x03 \x01(\x04\x12\x0f\n\x07node_id\x18\x04 \x01(\x04\x12\x14\n\x0cidle_seconds\x18\x05 \x01(\x01\x12,\n\x08register\x18\x06 \x01(\x0b\x32\x18.fedalloy.v1.RegisterJobH\x00\x12!\n\x04plan\x18\x07 \x01(\x0b\x32\x11.fedalloy.v1.PlanH\x00\x12$\n\x04site\x18\x08 \x01(\x0b\x32\x14.fedalloy.v1.SiteJobH\x00\x1a\x46\n\x0fNodeConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.fedalloy.v1.Scalar:\x02\x38\x01\x1a\x45\n\x0eRunConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.fedalloy.v1.Scalar:\x02\x38\x01\x42\x06\n\x04kind\"\r\n\x0bRegisterJob\"Z\n\x07SiteJob\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x04plan\x18\x02 \x01(\x0cH\x00\x12\x12\n\x08register\x18\x03 \x01(\x0cH\x00\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x42\x07\n\x05\x61sked\"W\n\x06Scalar\x12\x0f\n\x05truth\x18\x01 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x42\x07\n\x05value\"#\n\x05\x43hunk\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xe8\x01\n\x0bRunResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.fedalloy.v1.ProgressH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.fedalloy.v1.ChunkH\x00\x12\x31\n\x0cregistration\x18\x03 \x01(\x0b\x32\x19.fedalloy.v1.RegistrationH\x00\x12%\n\x06report\x18\x04 \x01(\x0b\x32\x13.fedalloy.v1.ReportH\x00\x12\'\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x14.fedalloy.v1.FailureH\x00\x42\x06\n\x04part\"9\n\x08Progress\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\")\n\x07\x46\x61ilure\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t2\xd1\x01\n\x0eTrainerService\x12>\n\x05Greet\x12\x19.fedalloy.v1.GreetRequest\x1a\x1a.fedalloy.v1.GreetResponse\x12<\n\x03Run\x12\x17.fedalloy.v1.RunRequest\x1a\x18.fedalloy.v1.RunResponse(\x01\x30\x01\x12\x41\n\x06Retire\x12\x1a.fedalloy.v1.RetireRequest\x1a\x1b.fedalloy.v1.RetireResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,31 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GREETREQUEST']._serialized_start=92
   _globals['_GREETREQUEST']._serialized_end=106
   _globals['_GREETRESPONSE']._serialized_start=108
-  _globals['_GREETRESPONSE']._serialized_end=175
-  _globals['_RETIREREQUEST']._serialized_start=177
-  _globals['_RETIREREQUEST']._serialized_end=192
-  _globals['_RETIRERESPONSE']._serialized_start=194
-  _globals['_RETIRERESPONSE']._serialized_end=210
-  _globals['_RUNREQUEST']._serialized_start=212
-  _globals['_RUNREQUEST']._serialized_end=302
-  _globals['_JOB']._serialized_start=305
-  _globals['_JOB']._serialized_end=705
-  _globals['_JOB_NODECONFIGENTRY']._serialized_start=556
-  _globals['_JOB_NODECONFIGENTRY']._serialized_end=626
-  _globals['_JOB_RUNCONFIGENTRY']._serialized_start=628
-  _globals['_JOB_RUNCONFIGENTRY']._serialized_end=697
-  _globals['_REGISTERJOB']._serialized_start=707
-  _globals['_REGISTERJOB']._serialized_end=720
-  _globals['_SCALAR']._serialized_start=722
-  _globals['_SCALAR']._serialized_end=809
-  _globals['_CHUNK']._serialized_start=811
-  _globals['_CHUNK']._serialized_end=846
-  _globals['_RUNRESPONSE']._serialized_start=849
-  _globals['_RUNRESPONSE']._serialized_end=1081
-  _globals['_PROGRESS']._serialized_start=1083
-  _globals['_PROGRESS']._serialized_end=1140
-  _globals['_FAILURE']._serialized_start=1142
-  _globals['_FAILURE']._serialized_end=1183
-  _globals['_TRAINERSERVICE']._serialized_start=1186
-  _globals['_TRAINERSERVICE']._serialized_end=1395
+  _globals['_GREETRESPONSE']._serialized_end=192
+  _globals['_RETIREREQUEST']._serialized_start=194
+  _globals['_RETIREREQUEST']._serialized_end=209
+  _globals['_RETIRERESPONSE']._serialized_start=211
+  _globals['_RETIRERESPONSE']._serialized_end=227
+  _globals['_RUNREQUEST']._serialized_start=229
+  _globals['_RUNREQUEST']._serialized_end=319
+  _globals['_JOB']._serialized_start=322
+  _globals['_JOB']._serialized_end=760
+  _globals['_JOB_NODECONFIGENTRY']._serialized_start=611
+  _globals['_JOB_NODECONFIGENTRY']._serialized_end=681
+  _globals['_JOB_RUNCONFIGENTRY']._serialized_start=683
+  _globals['_JOB_RUNCONFIGENTRY']._serialized_end=752
+  _globals['_REGISTERJOB']._serialized_start=762
+  _globals['_REGISTERJOB']._serialized_end=775
+  _globals['_SITEJOB']._serialized_start=777
+  _globals['_SITEJOB']._serialized_end=867
+  _globals['_SCALAR']._serialized_start=869
+  _globals['_SCALAR']._serialized_end=956
+  _globals['_CHUNK']._serialized_start=958
+  _globals['_CHUNK']._serialized_end=993
+  _globals['_RUNRESPONSE']._serialized_start=996
+  _globals['_RUNRESPONSE']._serialized_end=1228
+  _globals['_PROGRESS']._serialized_start=1230
+  _globals['_PROGRESS']._serialized_end=1287
+  _globals['_FAILURE']._serialized_start=1289
+  _globals['_FAILURE']._serialized_end=1330
+  _globals['_TRAINERSERVICE']._serialized_start=1333
+  _globals['_TRAINERSERVICE']._serialized_end=1542
 # @@protoc_insertion_point(module_scope)

@@ -13,14 +13,16 @@ class GreetRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GreetResponse(_message.Message):
-    __slots__ = ("pid", "code_digest", "retiring")
+    __slots__ = ("pid", "code_digest", "retiring", "version")
     PID_FIELD_NUMBER: _ClassVar[int]
     CODE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     RETIRING_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     pid: int
     code_digest: bytes
     retiring: bool
-    def __init__(self, pid: _Optional[int] = ..., code_digest: _Optional[bytes] = ..., retiring: _Optional[bool] = ...) -> None: ...
+    version: int
+    def __init__(self, pid: _Optional[int] = ..., code_digest: _Optional[bytes] = ..., retiring: _Optional[bool] = ..., version: _Optional[int] = ...) -> None: ...
 
 class RetireRequest(_message.Message):
     __slots__ = ()
@@ -39,7 +41,7 @@ class RunRequest(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("node_config", "run_config", "run_id", "node_id", "idle_seconds", "register", "plan")
+    __slots__ = ("node_config", "run_config", "run_id", "node_id", "idle_seconds", "register", "plan", "site")
     class NodeConfigEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +63,7 @@ class Job(_message.Message):
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     REGISTER_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
     node_config: _containers.MessageMap[str, Scalar]
     run_config: _containers.MessageMap[str, Scalar]
     run_id: int
@@ -68,11 +71,24 @@ class Job(_message.Message):
     idle_seconds: float
     register: RegisterJob
     plan: _plan_pb2.Plan
-    def __init__(self, node_config: _Optional[_Mapping[str, Scalar]] = ..., run_config: _Optional[_Mapping[str, Scalar]] = ..., run_id: _Optional[int] = ..., node_id: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., register: _Optional[_Union[RegisterJob, _Mapping]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ...) -> None: ...
+    site: SiteJob
+    def __init__(self, node_config: _Optional[_Mapping[str, Scalar]] = ..., run_config: _Optional[_Mapping[str, Scalar]] = ..., run_id: _Optional[int] = ..., node_id: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., register: _Optional[_Union[RegisterJob, _Mapping]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., site: _Optional[_Union[SiteJob, _Mapping]] = ...) -> None: ...
 
 class RegisterJob(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class SiteJob(_message.Message):
+    __slots__ = ("version", "plan", "register", "signature")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    plan: bytes
+    register: bytes
+    signature: bytes
+    def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., register: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Scalar(_message.Message):
     __slots__ = ("truth", "integer", "number", "text")

@@ -49,7 +49,8 @@ def usable(records: Mapping[str, ClientRecord]) -> int:
 
 def of_registration(client: Client, key: str, seconds: float) -> ClientRecord:
     """Who is who: what a client said of itself, its node, and what its key is registered as."""
-    return {
+    said = client.registration
+    record: ClientRecord = {
         "status": OK,
         "examples": client.examples,
         "seconds": round(seconds, 3),
@@ -57,6 +58,21 @@ def of_registration(client: Client, key: str, seconds: float) -> ClientRecord:
         "key": key,
         "tasks": sorted({one_line(task.kind, 60) for task in client.registration.tasks}),
         "base": one_line(client.base_model),
+        "trainer": "installed" if said.trainer == report_pb2.TRAINER_MODE_INSTALLED else "bundled",
+    }
+    if said.HasField("privacy"):
+        record["privacy"] = privacy_of(said.privacy)
+    return record
+
+
+def privacy_of(said: report_pb2.RecordPrivacy) -> dict[str, Any]:
+    """What a client says of the privacy of its training examples."""
+    return {
+        "epsilon": round(said.epsilon, 6),
+        "delta": said.delta,
+        "budget": said.budget,
+        "noise_multiplier": said.noise_multiplier,
+        "covers": one_line(said.covers),
     }
 
 
@@ -88,12 +104,15 @@ def of_answer(answer: Answer, residuals: Mapping[str, float] | None = None) -> C
         "client_seconds": round(answer.report.seconds, 3),
         "train_seconds": round(sum(train.seconds for train in trains), 3),
         **{f"{what}_seconds": round(_seconds(answer, kinds), 3) for what, kinds in SPENT.items()},
-        "train_loss": [None if train.diverged else round(train.mean_loss, 6) for train in trains],
+        "train_loss": [None if train.diverged or train.withheld else round(train.mean_loss, 6) for train in trains],
         "metrics": {label: dict(values) for label, values in answer.metrics.items()},
     }
-    looked = [r.evaluate for r in results if r.HasField("evaluate") and r.evaluate.label in EVALUATED]
+    scored = [r.evaluate for r in results if r.HasField("evaluate") and r.evaluate.metrics]
+    looked = [evaluated for evaluated in scored if evaluated.label in EVALUATED]
     if looked:
         record["evaluated"] = {e.label: {"split": e.split, "examples": e.examples} for e in looked}
+    if answer.report.HasField("privacy"):
+        record["privacy"] = privacy_of(answer.report.privacy)
     if residuals:
         record["down_residual"] = {slot: float(f"{norm:.6g}") for slot, norm in residuals.items()}
     kept = {r.send.slot: r.send.residual_norm for r in results if r.HasField("send") and r.send.residual_norm}
@@ -138,7 +157,10 @@ def line(record: ClientRecord) -> str:
     times = {what: seconds for what, seconds in times_of(record).items() if seconds >= 0.05}
     told = ", ".join(f"{'training' if what == 'train' else what} {seconds:.1f}" for what, seconds in times.items())
     parts = [f"{record['seconds']:.1f} s ({told})" if told else f"{record['seconds']:.1f} s"]
-    parts += ["diverged" if loss is None else f"loss {loss:.3f} in training" for loss in record["train_loss"]]
+    if "privacy" in record:
+        parts.append(f"epsilon {record['privacy']['epsilon']:.3f} of {record['privacy']['budget']:g}")
+    else:
+        parts += ["diverged" if loss is None else f"loss {loss:.3f} in training" for loss in record["train_loss"]]
     parts += [clipped_line(record)] if "clipped" in record else []
     scored = [
         f"{label} {name} {metrics[name]:.3f}{_of_answers(name, metrics)}"

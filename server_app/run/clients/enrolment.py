@@ -11,6 +11,7 @@ from flwr.common.logger import log
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.words import one_line
+from proto.fedalloy.v1 import report_pb2
 from server_app.run.messages.exchange import NODE_UNAVAILABLE
 from server_app.run.messages.reasons import reason_of
 from server_app.run.resume import SavedClient, registration_of
@@ -23,10 +24,11 @@ WARNING = 30
 
 
 class Enrolment:
-    """The clients of one run, by id, and those that may not take part."""
+    """The clients of one run, by id, and those that may not take part; ``site_mode`` is the option."""
 
-    def __init__(self, strategy: AlloyStrategy[Any], directory: RunDirectory) -> None:
+    def __init__(self, strategy: AlloyStrategy[Any], directory: RunDirectory, site_mode: str = "allowed") -> None:
         self.strategy = strategy
+        self.site_mode = site_mode
         self.directory = directory
         self.clients: dict[str, Client] = {}
         """Those that the strategy has taken in."""
@@ -122,6 +124,12 @@ class Enrolment:
         if node.name and node.name != client.id:
             raise BadAnswerError(
                 f"node {node.node_id} claims client-id {client.id!r}, but its key is registered as {node.name!r}"
+            )
+        installed = client.registration.trainer == report_pb2.TRAINER_MODE_INSTALLED
+        if self.site_mode != "allowed" and installed != (self.site_mode == "required"):
+            whose = "its owner has installed" if installed else "the run brings"
+            raise BadAnswerError(
+                f"client {client.id!r} has a trainer that {whose}, and site-mode is {self.site_mode!r}"
             )
         holder = self.clients.get(client.id) or self.newcomers.get(client.id)
         key = self.keys.get(client.id) or node.public_key

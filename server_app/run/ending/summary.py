@@ -73,7 +73,7 @@ def with_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """One line: how many sites were delivered their models, which were not and why, and how good the models are."""
-    return f"{_sites(summary)}{_scores(summary)}{_diverged(summary)}"
+    return f"{_sites(summary)}{_scores(summary)}{_diverged(summary)}{_privacy(summary)}"
 
 
 def _diverged(summary: Mapping[str, Any]) -> str:
@@ -96,6 +96,18 @@ def _sites(summary: Mapping[str, Any]) -> str:
     words += f"; refused: {'; '.join(f'{who}: {why}' for who, why in refused.items())}" if refused else ""
     words += f"; without their models: {', '.join(missing)} (fedalloy deliver)" if missing else ""
     return f"{words}; "
+
+
+def _privacy(summary: Mapping[str, Any]) -> str:
+    """The worst epsilon, and for how many clients there is one."""
+    found = summary.get("privacy", {}).values()
+    if not found:
+        return ""
+    worst = max(found, key=lambda said: said["epsilon"])
+    return (
+        f"; {len(found)} of {len(summary['clients'])} clients under differential privacy by record, epsilon at most "
+        f"{worst['epsilon']:.3f} (delta {worst['delta']:g})"
+    )
 
 
 def _scores(summary: Mapping[str, Any]) -> str:

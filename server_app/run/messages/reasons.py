@@ -10,7 +10,7 @@ from fedalloy_adapters.words import one_line
 from strategies.framework.exchange import MAX_REASON
 
 _RAISED = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>:<'(.*)'>", re.S)
-_CARRIERS = ("ClientError", "JobFailedError")
+_CARRIERS = ("ClientError", "JobFailedError", "SiteError")
 """Errors of ours whose words say which error there was; their own class means nothing to a user."""
 CODES = {
     1: "its ClientApp cannot be loaded: is FedAlloy installed there, for the Python that its SuperNode runs?",

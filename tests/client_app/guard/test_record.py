@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +71,23 @@ def test_what_left_and_what_was_refused_is_on_record(where: Context) -> None:
     one = steps.train(Training(local_steps=1, batch_size=1), steps.mixture("local"), ["local"])
     with pytest.raises(PolicyError, match=r"client\.min-examples is 2"):
         executor.carry_out(settings, plan_of(one, round_=2), {})
-    registered, left, refused = lines_of(where)
+    registered, layout, left, refused = lines_of(where)
     assert registered["event"] == "registered"
+    assert registered["values"]["tasks"][0]["examples"]["train"] == "20"
     assert (left["event"], left["run"], left["round"], left["steps"]) == ("left", "run", 1, ["initialise", "send"])
-    assert left["slots"]["local"] == {
-        "bytes": len(uploads["local"]),
-        "sha256": hashlib.sha256(uploads["local"]).hexdigest(),
-    }
+    sent, numbers = left["slots"]["local"], 4 * sum(math.prod(shape) for shape in layout["shapes"].values())
+    assert (sent["bytes"], sent["numbers"], sent["encoding"]) == (len(uploads["local"]), numbers, "fp32")
+    assert sent["sha256"] == hashlib.sha256(uploads["local"]).hexdigest()
+    assert sent["layout"] == layout["layout"]
     assert left["report"]["bytes"] == len(report.SerializeToString())
+    assert left["report"]["values"]["results"][1]["send"]["slot"] == "local"
     assert (refused["event"], refused["steps"]) == ("refused", ["train"])
     assert "PolicyError" in refused["error"]
     path = settings.state_dir / "records" / "ada.jsonl"
     raw = path.read_bytes().splitlines()
-    assert [line["previous"] for line in (registered, left, refused)] == [
+    assert [line["previous"] for line in (registered, layout, left, refused)] == [
         "",
-        *(hashlib.sha256(line).hexdigest() for line in raw[:2]),
+        *(hashlib.sha256(line).hexdigest() for line in raw[:3]),
     ]
 
 
@@ -105,7 +108,9 @@ def test_a_torn_line_does_not_take_the_next_one_along(tmp_path: Path) -> None:
     record.append("left", round=2)
     lines = record.path.read_bytes().splitlines()
     assert len(lines) == 3
-    assert json.loads(lines[2])["previous"] == hashlib.sha256(lines[1]).hexdigest()
+    found = json.loads(lines[2])
+    assert [found["previous"], found["torn"]] == [hashlib.sha256(line).hexdigest() for line in lines[:2]]
+    assert record.newest == hashlib.sha256(lines[2]).hexdigest()
 
 
 def test_a_plan_ends_when_its_time_is_over() -> None:

@@ -184,7 +184,7 @@ def test_large_blobs_cross_in_pieces(home: Path, shared: Owner, monkeypatch: pyt
     """An adapter goes there and comes back, in pieces of 1000 bytes on the way there."""
     where = context(home)
     _, uploads = TrainerClient(shared, PATIENCE).carry_out(where, 60.0, plan("pieces"), {})
-    monkeypatch.setattr("client_app.trainer.client.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("client_app.trainer.calls.CHUNK_BYTES", 1000)
     assert len(uploads["a"]) > 10_000
     back = plan_pb2.Plan(version=1, run_name="pieces", client_id="berlin", round=2, steps=[send(Training(), "a")])
     report, again = TrainerClient(shared, PATIENCE).carry_out(where, 60.0, back, {"a": uploads["a"]})
@@ -314,7 +314,7 @@ def test_a_run_with_resident_trainers_has_the_numbers_of_one_without(
         return answer_of(self, message)
 
     monkeypatch.setattr(InProcessGrid, "answer", answer)
-    monkeypatch.setattr("client_app.app.find_owner", lambda: by_node[asked[-1]])
+    monkeypatch.setattr("client_app.trainer.bundled.find_owner", lambda: by_node[asked[-1]])
     run_in_process(home / "runs" / "on", 2, **options)
     assert all(trainers_of(owner) for owner in by_node.values())
     off, on = (home / "runs" / way / "same" for way in ("off", "on"))

@@ -1,0 +1,217 @@
+"""Record-level differential privacy: what the owner grants, what has been spent of it, and who keeps count.
+
+The guarantee is that of DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", 2016): for each training
+example, all that leaves in all runs together is (epsilon, delta)-indistinguishable from what would have left without.
+The budget belongs to a data set and outlives runs, restarts and kills: what a plan may spend is written down before it
+begins, and nothing is ever given back. The accountants are Opacus's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client_app.guard.policy import PolicyError
+from fedalloy_adapters.files.atomic_files import locked, private_folder, write_durably
+from fedalloy_adapters.files.sealed_json import sealed, unsealed
+from proto.fedalloy.v1 import plan_pb2, report_pb2
+
+PRIVATE_STEPS = ("initialise", "train", "merge", "evaluate", "save", "send", "distance")
+"""Kinds of steps that a plan may have: training is private, and the others are made of what it left."""
+COVERS = (
+    "each training example, in all runs together; not how many there are, nor what is measured on held-out examples"
+)
+
+
+class PrivacyError(PolicyError):
+    """The budget is spent, or a plan asks for something that is not private."""
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The owner's word; the field ``max_grad_norm`` is the key ``dp.max-grad-norm``."""
+
+    epsilon: float = 0.0
+    """The most that may be spent on these data, ever; 0: no differential privacy."""
+    delta: float = 0.0
+    """Probability with which the bound may fail; well below one divided by the number of examples."""
+    max_grad_norm: float = 1.0
+    """Each example's gradient, over all numbers that are trained together, is scaled down to this norm."""
+    noise_multiplier: float = 1.0
+    """Standard deviation of the noise, in multiples of that norm: more of it, and the budget lasts longer."""
+    accountant: str = "rdp"
+    """``rdp`` (Renyi) or ``prv`` (privacy random variables; tighter, slower)."""
+    data_set: str = ""
+    """Whose budget it is. Empty: by where the data are; the same records in two places need one name."""
+    metrics: str = "none"
+    """``none``: no score leaves. ``held-out``: those of validation and test examples do; nothing protects these."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("epsilon", 0), ("delta", 0), ("max_grad_norm", 0), ("noise_multiplier", 0)):
+            value = getattr(self, name)
+            if not least <= value < float("inf"):
+                raise ValueError(f"dp.{name.replace('_', '-')} = {value}, expected a number of at least 0")
+        if self.epsilon and not (0 < self.delta < 1 and self.max_grad_norm > 0 and self.noise_multiplier > 0):
+            raise ValueError("dp.epsilon needs a dp.delta between 0 and 1, and a max-grad-norm and noise above 0")
+        if self.accountant not in ("rdp", "prv") or self.metrics not in ("none", "held-out"):
+            raise ValueError(
+                f"dp.accountant = {self.accountant!r} and dp.metrics = {self.metrics!r}, expected rdp or prv, and none "
+                "or held-out"
+            )
+
+    def tells(self, split: str) -> bool:
+        """Whether scores of a split may leave."""
+        return self.metrics == "held-out" and "train" not in split.split("+")
+
+
+@dataclass(frozen=True)
+class Spending:
+    """``steps`` steps of the Poisson-sampled Gaussian mechanism."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+def epsilon_of(spent: Iterable[Spending], delta: float, accountant: str = "rdp") -> float:
+    """What has been spent, by Opacus's accountant.
+
+    Raises:
+        PrivacyError: Opacus is not installed.
+    """
+    history = [(item.noise_multiplier, item.sample_rate, item.steps) for item in spent if item.steps]
+    if not history:
+        return 0.0
+    counter = _accountant(accountant)
+    counter.history = history
+    return float(counter.get_epsilon(delta))
+
+
+def spending_of(plan: plan_pb2.Plan, privacy: Privacy, sizes: Sequence[int]) -> list[Spending]:
+    """What a plan may spend; ``sizes`` has how many examples each of its train steps draws from."""
+    trains = [step.train for step in plan.steps if step.HasField("train")]
+    return [
+        Spending(privacy.noise_multiplier, rate_of(int(train.batch_size), size), int(train.steps))
+        for train, size in zip(trains, sizes, strict=True)
+        if size
+    ]
+
+
+def rate_of(batch_size: int, size: int) -> float:
+    """With which probability each example is in a batch of ``batch_size`` on average."""
+    return min(1.0, batch_size / size)
+
+
+def require_private_steps(plan: plan_pb2.Plan) -> None:
+    """Refuse what is not private, by its name.
+
+    Raises:
+        PrivacyError: a step is none of :data:`PRIVATE_STEPS`, or weighs examples by their losses.
+    """
+    for index, step in enumerate(plan.steps):
+        kind = step.WhichOneof("kind")
+        if kind not in PRIVATE_STEPS:
+            raise PrivacyError(
+                f"client {plan.client_id!r} refuses step {index} ({kind}): its examples are under differential privacy "
+                f"(dp.epsilon), for which there are {', '.join(PRIVATE_STEPS)}"
+            )
+        if kind == "train" and step.train.attributed_to:
+            raise PrivacyError(f"client {plan.client_id!r} refuses step {index} (train): attributed-to is not private")
+
+
+class Budget:
+    """The budget of one data set: ``<state-dir>/privacy/<name>.json``."""
+
+    def __init__(self, state_dir: Path, privacy: Privacy, data: str) -> None:
+        self.privacy = privacy
+        name = privacy.data_set or data
+        self.path = state_dir / "privacy" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+        self.name = name
+
+    @property
+    def spent(self) -> float:
+        """Epsilon so far."""
+        return self._epsilon(self._read())
+
+    def charge(self, more: Sequence[Spending]) -> float:
+        """Write down what is about to be spent; epsilon with it.
+
+        Raises:
+            PrivacyError: it would be more than the owner grants; nothing is written then.
+        """
+        private_folder(self.path.parent)
+        with locked(self.path.with_suffix(".lock")):
+            history = self._read()
+            for item in more:
+                last = history[-1] if history else None
+                if last and (last.noise_multiplier, last.sample_rate) == (item.noise_multiplier, item.sample_rate):
+                    history[-1] = Spending(item.noise_multiplier, item.sample_rate, last.steps + item.steps)
+                else:
+                    history.append(item)
+            epsilon = self._epsilon(history)
+            if not epsilon <= self.privacy.epsilon:
+                raise PrivacyError(
+                    f"the privacy budget does not last: epsilon would be {epsilon:.4g} with this plan, and dp.epsilon "
+                    f"is {self.privacy.epsilon:g}"
+                )
+            if more:
+                lines = [[item.noise_multiplier, item.sample_rate, item.steps] for item in history]
+                write_durably(self.path, sealed({"data": self.name, "history": lines}))
+            return epsilon
+
+    def said(self, epsilon: float) -> report_pb2.RecordPrivacy:
+        """What a report and a registration say of it."""
+        privacy = self.privacy
+        return report_pb2.RecordPrivacy(
+            epsilon=epsilon,
+            delta=privacy.delta,
+            budget=privacy.epsilon,
+            noise_multiplier=privacy.noise_multiplier,
+            covers=COVERS,
+        )
+
+    def _epsilon(self, history: Sequence[Spending]) -> float:
+        found = epsilon_of(history, self.privacy.delta, self.privacy.accountant)
+        return found if not math.isnan(found) else math.inf
+
+    def _read(self) -> list[Spending]:
+        try:
+            found = unsealed(self.path.read_bytes())["history"]
+            return [Spending(float(noise), float(rate), int(steps)) for noise, rate, steps in found]
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise PrivacyError(f"the privacy budget {self.path.name} is damaged ({type(error).__name__})") from None
+
+
+def _accountant(name: str) -> Any:
+    try:
+        from opacus.accountants import create_accountant
+    except ImportError:
+        raise PrivacyError("dp.epsilon needs Opacus: pip install 'fedalloy[privacy]'") from None
+    return create_accountant(name)
+
+
+_MARK = "private"
+
+
+def require_private_run(directory: Path, client_id: str) -> None:
+    """A run's slots must have been private from their beginning.
+
+    Raises:
+        PrivacyError: there are slots from before.
+    """
+    if (directory / "slots" / "state.json").exists() and not (directory / _MARK).exists():
+        raise PrivacyError(
+            f"client {client_id!r} has slots of this run from before dp.epsilon was set; start another run"
+        )
+
+
+def mark_private(directory: Path) -> None:
+    """From now on this run's slots hold nothing else."""
+    if not (directory / _MARK).exists():
+        write_durably(directory / _MARK, b"")

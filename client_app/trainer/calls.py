@@ -1,0 +1,165 @@
+"""One job's way over a trainer's socket, from the side that asks; it knows no settings and imports no torch."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+import grpc
+from flwr.common.logger import log
+
+from proto.fedalloy.v1 import report_pb2, trainer_pb2
+from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
+
+NO_LIMIT = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+"""gRPC's own limit is 4 MiB; plans and reports may be larger, blobs travel in pieces anyway."""
+CHUNK_BYTES = 2**21
+SAY_SECONDS = 15.0
+
+
+class TrainerError(RuntimeError):
+    """The trainer cannot be reached or started, or it ended while it carried out a plan, twice."""
+
+
+class JobFailedError(RuntimeError):
+    """The trainer carried a job out and it ended with an error; here is what may be told of it, its log has the words.
+
+    ``told_class`` is the class of the trainer's error.
+
+    Args:
+        error: that class.
+        message: what may be told.
+        where: the words are, for whoever is on this machine.
+    """
+
+    def __init__(self, error: str, message: str, where: object = "") -> None:
+        super().__init__(f"{message} [{where}]" if where else message)
+        self.told_class = error
+        self.told = message.removeprefix(error).removeprefix(": ")
+
+
+class LostError(RuntimeError):
+    """The trainer ended, or turned the job away; ``accepted`` if it had begun."""
+
+    def __init__(self, accepted: bool, reason: str) -> None:
+        super().__init__(reason)
+        self.accepted = accepted
+
+
+Listener = Callable[[str, trainer_pb2.Progress], None]
+
+
+class ProgressLog:
+    """Progress in Flower's log, which is the SuperNode's output."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, job: str, progress: trainer_pb2.Progress) -> None:
+        """Every few seconds, a line."""
+        if time.monotonic() - self.said > SAY_SECONDS:
+            self.said = time.monotonic()
+            log(INFO, "%s: %s %d/%d", job, progress.activity, progress.done, progress.total)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came back: a registration, or a report with its uploads."""
+
+    registration: report_pb2.Registration | None
+    report: report_pb2.Report | None
+    uploads: Mapping[str, bytes]
+
+
+def ask(
+    stub: TrainerServiceStub,
+    requests: Iterable[trainer_pb2.RunRequest],
+    timeout: float,
+    name: str,
+    listen: Listener,
+    where: object = "",
+) -> Outcome:
+    """Hand a job over and take its answer.
+
+    Args:
+        stub: of the trainer.
+        requests: the job and its blobs.
+        timeout: seconds.
+        name: what the job is called in words.
+        listen: told how far it is.
+        where: the trainer's log is.
+
+    Raises:
+        JobFailedError: it could not be done.
+        LostError: the trainer ended.
+        TrainerError: it took longer than ``timeout``.
+    """
+    accepted = False
+    pieces: dict[str, list[bytes]] = {}
+    try:
+        for answer in stub.Run(iter(requests), timeout=timeout):
+            accepted = True
+            part = answer.WhichOneof("part")
+            if part == "chunk":
+                pieces.setdefault(answer.chunk.slot, []).append(answer.chunk.data)
+            elif part == "registration":
+                return Outcome(answer.registration, None, {})
+            elif part == "report":
+                return Outcome(None, answer.report, {slot: b"".join(found) for slot, found in pieces.items()})
+            elif part == "failure":
+                raise JobFailedError(answer.failure.error, answer.failure.message, where)
+            elif part == "progress":
+                listen(name, answer.progress)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise TrainerError(f"{name} took longer than the message may live; it was given up") from None
+        raise LostError(accepted, f"{error.code().name}: {error.details()}") from None
+    raise LostError(accepted, "the trainer ended the call without an outcome")
+
+
+def requests_of(job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.RunRequest]:
+    """A job and its blobs, as they are sent."""
+    yield trainer_pb2.RunRequest(job=job)
+    for chunk in in_pieces(blobs):
+        yield trainer_pb2.RunRequest(chunk=chunk)
+
+
+def in_pieces(blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.Chunk]:
+    """Blobs in pieces that gRPC likes."""
+    for slot, blob in blobs.items():
+        for start in range(0, max(len(blob), 1), CHUNK_BYTES):
+            yield trainer_pb2.Chunk(slot=slot, data=blob[start : start + CHUNK_BYTES])
+
+
+def write_scalars(target: Any, config: Mapping[str, Any]) -> None:
+    """Put a config into a map of ``Scalar``."""
+    for key, value in config.items():
+        scalar = target[key]
+        if isinstance(value, bool):
+            scalar.truth = value
+        elif isinstance(value, int):
+            scalar.integer = value
+        elif isinstance(value, float):
+            scalar.number = value
+        else:
+            scalar.text = str(value)
+
+
+def read_scalars(scalars: Mapping[str, trainer_pb2.Scalar]) -> dict[str, Any]:
+    """The inverse of :func:`write_scalars`."""
+    return {key: getattr(scalar, scalar.WhichOneof("value") or "text") for key, scalar in scalars.items()}
+
+
+def listens(path: Path) -> bool:
+    """Whether a process accepts connections there, without gRPC's patience for those that do not."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,170 @@
+"""``fedalloy site show``: what a run would ask of a site, in words, and what the site's file says to it.
+
+The strategy is played on this machine, round by round, with this site's client and two that look like it. Nobody
+answers, so what a strategy asks only after certain answers is not seen; the site's file decides about that when it is
+asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fedalloy_adapters.words import one_line
+from server_app.run.options import known_keys, problems
+from server_app.tools.errors import ToolError
+from strategies import strategy_from_run_config
+
+if TYPE_CHECKING:
+    from client_app.settings import Settings
+    from client_app.site.site_file import Site
+    from proto.fedalloy.v1 import plan_pb2, report_pb2
+    from strategies.framework.exchange import Client
+
+_WORDS = {
+    "initialise": "makes adapters from a seed, or copies of them",
+    "train": "trains adapters on your examples",
+    "merge": "adds adapters up on your machine",
+    "evaluate": "measures a model on your examples and tells the scores",
+    "save": "keeps a model on your machine",
+    "send": "uploads an adapter",
+    "fisher": "tells sums of squared gradients of single examples",
+    "distance": "tells how far two adapters are from each other",
+    "sketch": "uploads a gradient on your examples, with noise where it says so",
+    "select": "tells the loss of several adapters on your examples, and takes the better",
+    "gram": "uploads second moments of what the model sees of your examples",
+    "attribute": "divides your examples among adapters by their losses",
+    "replace": "copies parts of adapters where your examples' losses ask for it",
+    "distill": "trains an adapter on your examples, and on what another one says of them",
+}
+
+
+class ShowError(ToolError):
+    """The run cannot be played: its run-config is wrong, or the site's file refuses it outright."""
+
+
+def words_of(site: Site, run_config: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for the owner.
+
+    Args:
+        site: the owner's file.
+        run_config: what differs from the defaults.
+
+    Raises:
+        ShowError: see the class.
+    """
+    from client_app.session import Executor
+    from client_app.site.gate import settings_of
+    from proto.fedalloy.v1 import report_pb2
+
+    config = known_keys() | dict(run_config)
+    if wrong := problems(config):
+        raise ShowError("; ".join(wrong))
+    try:
+        settings = settings_of(site, config)
+        registration = Executor(report_pb2.TRAINER_MODE_INSTALLED).describe(settings)
+    except ValueError as error:
+        raise ShowError(one_line(error, 400)) from None
+    yield from _about(site, registration)
+    plans = list(_plans(registration, config))
+    rounds = config["num-server-rounds"]
+    yield f"A run with {config['strategy']!r} ({rounds} rounds and the delivery) would ask for this:"
+    yield from _asked(plans, registration)
+    yield from _answered(settings, plans, registration)
+
+
+def _about(site: Site, registration: report_pb2.Registration) -> Iterator[str]:
+    who = ", ".join(site.servers.values()) or "anybody who can open its socket: nobody's signature is asked for"
+    yield f"Client {site.client_id!r} serves runs named {', '.join(site.runs)}, for {who}."
+    for task in registration.tasks:
+        counts = ", ".join(f"{count} {split}" for split, count in sorted(task.examples.items()))
+        yield f"It would tell that it has {task.kind} with {counts} examples, and {len(task.notes)} notes on them:"
+        yield from (f"  {one_line(note)}" for note in task.notes)
+
+
+def _plans(registration: report_pb2.Registration, config: Mapping[str, Any]) -> Iterator[plan_pb2.Plan]:
+    """What this client would be asked, plan by plan."""
+    from fedalloy_adapters.layout import Layout
+    from strategies.framework.answers import client_from
+
+    layout = Layout.from_proto(registration.layout)
+    first = client_from(registration, layout, 1)
+    strategy = strategy_from_run_config(config)
+    for number, name in enumerate((first.id, "another", "a-third"), 1):
+        strategy.enrol(replace(first, id=name, node_id=number))
+    rounds = int(config["num-server-rounds"])
+
+    def plan(round_: int, client: Client, brief: Any) -> plan_pb2.Plan:
+        return strategy.dispatch(round_, client, brief, str(config["run-name"]) or "run", b"").plan
+
+    for round_ in range(1, rounds + 1):
+        briefs = {client: strategy.brief(round_, client) for client in strategy.clients.values()}
+        yield from (plan(round_, client, brief) for client, brief in briefs.items() if client.id == first.id)
+        strategy.settle(round_)
+    me = strategy.clients[first.id]
+    yield plan(rounds + 1, me, strategy.deliver(me))
+
+
+def _asked(plans: list[plan_pb2.Plan], registration: report_pb2.Registration) -> Iterator[str]:
+    from client_app.guard.policy import tally_of
+    from fedalloy_adapters.layout import Layout
+    from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch
+    from fedalloy_adapters.wire.codec import encoding_from_proto, payload_size
+
+    layout = Layout.from_proto(registration.layout)
+    counts = Counter(step.WhichOneof("kind") or "?" for plan in plans for step in plan.steps)
+    for kind, count in counts.most_common():
+        yield f"  {kind}, {count} times: it {_WORDS.get(kind, 'does something that this version does not know')}"
+    sizes = Counter[str]()
+    for plan in plans:
+        for step in plan.steps:
+            kind = step.WhichOneof("kind")
+            body = getattr(step, kind) if kind in ("send", "sketch", "gram") else None
+            if body is None:
+                continue
+            if kind == "send":
+                sent = layout_of_part(layout, body.part)
+            elif kind == "gram":
+                sent = layout_of_gram(layout)
+            else:
+                sent = layout_of_sketch(Layout.from_proto(registration.reference), body.row_count)
+            encoding = encoding_from_proto(body.encoding)
+            sizes[f"{body.slot!r} as {encoding}"] += payload_size(sent, encoding)
+    taken = Counter[str]()
+    for plan in plans:
+        taken.update(tally_of(plan))
+    yield f"In all: {taken['steps']} training steps, {taken['evaluations']} measurements, and uploads of"
+    yield from (f"  {size / 10**6:.3f} MB of {what}" for what, size in sizes.items())
+    if not sizes:
+        yield "  nothing"
+
+
+def _answered(settings: Settings, plans: list[plan_pb2.Plan], registration: report_pb2.Registration) -> Iterator[str]:
+    """What the site's file would say: each refusal once."""
+    from client_app.guard.policy import PolicyError, tally_of
+
+    sizes: Counter[str] = Counter()
+    for task in registration.tasks:
+        sizes.update({split: int(count) for split, count in task.examples.items()})
+    said: dict[str, None] = {}
+    hidden: frozenset[str] = frozenset()
+    taken: Counter[str] = Counter()
+    for plan in plans:
+        try:
+            settings.policy.require_plan(plan, {})
+            settings.policy.require_examples(plan, lambda split: sum(sizes[part] for part in split.split("+")))
+            hidden = settings.policy.require_private(plan, hidden)
+        except PolicyError as error:
+            said[str(error)] = None
+        taken.update(tally_of(plan))
+    for what, count in taken.items():
+        most = getattr(settings.policy, f"max_run_{what}")
+        if most and count > most:
+            said[f"the run would take {count} {what}, and client.max-run-{what} is {most}"] = None
+    if said:
+        yield "The site's file refuses this:"
+        yield from (f"  {one_line(words, 400)}" for words in said)
+    else:
+        yield "The site's file allows all of it."
