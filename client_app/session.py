@@ -34,6 +34,7 @@ from client_app.own.reading.text_files import DataError
 from client_app.own.task_file import is_task_file, load_tasks, stamp_of
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.progress import Cancelled, tick, within
+from client_app.plan.progress_file import shown_in
 from client_app.plan.seeds import seed_of
 from client_app.plan.sketch import reference_layout
 from client_app.plan.slots import SlotStore
@@ -90,7 +91,8 @@ class Executor:
         """
         record = Record(settings.state_dir, settings.client_id)
         try:
-            with within(settings.policy.max_seconds):
+            folder = settings.run_directory(plan.run_name)
+            with within(settings.policy.max_seconds), shown_in(folder, plan.round, settings.shown.progress_seconds):
                 report, uploads, layouts = self._carry_out(settings, plan, blobs)
         except Exception as error:
             record.append("refused", **asked(plan), error=told(error))

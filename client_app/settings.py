@@ -25,6 +25,7 @@ __all__ = [
     "NodeConfigError",
     "Settings",
     "SettingsError",
+    "ShownSettings",
     "TrainerSettings",
     "canonical_label",
     "default_state_dir",
@@ -153,6 +154,19 @@ class TrainerSettings:
     """The trainer leaves after this many seconds without a message (and at once when its SuperNode ends)."""
 
 
+@dataclass(frozen=True)
+class ShownSettings:
+    """What a client shows of its work on its own machine."""
+
+    progress_seconds: float = 1.0
+    """Seconds between two notes of step and loss in ``progress.json`` beside the client's slots, which ``fedalloy
+    watch`` reads on that machine; nothing of it is sent. 0: no such file."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.progress_seconds < float("inf"):
+            raise SettingsError(f"client.progress-seconds = {self.progress_seconds}, expected at least 0")
+
+
 _OWNERS = ("-path", "-root", "-config", "-column", "-by")
 """How the keys end that name a file or a column."""
 
@@ -193,6 +207,7 @@ class Settings:
     policy: Policy = field(default_factory=Policy)
     torch_threads: int = 0
     privacy: Privacy = field(default_factory=Privacy)
+    shown: ShownSettings = field(default_factory=ShownSettings)
 
     def __post_init__(self) -> None:
         require_choice("task-arrival", self.task_arrival, ("all", "static", "dynamic"))
@@ -218,7 +233,7 @@ NODE_ONLY = (
 def node_keys() -> list[str]:
     """Every key that node-config may have."""
     kinds: list[tuple[str, type[Any]]] = [("", ModelSettings), ("", DataSettings), ("client.", Policy)]
-    kinds += [("dp.", Privacy), ("trainer.", TrainerSettings)]
+    kinds += [("client.", ShownSettings), ("dp.", Privacy), ("trainer.", TrainerSettings)]
     return sorted({*NODE_ONLY, *(prefix + key_of(item.name) for prefix, kind in kinds for item in fields(kind))})
 
 
@@ -288,6 +303,7 @@ def read_settings(context: Context) -> Settings:
         policy=_policy(node, run),
         torch_threads=_threads(node),
         privacy=_privacy(node),
+        shown=_read(ShownSettings, node, run, "client."),
     )
 
 

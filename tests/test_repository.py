@@ -199,7 +199,7 @@ def test_bundle_contains_what_the_apps_import_and_nothing_else(bundle: dict[str,
 
 
 def test_bundle_is_small(bundle: dict[str, bytes]) -> None:
-    # With `flwr run` every client downloads it once per run as it is; tests/server_app/tools/bundle has `fedalloy run`.
+    # With `flwr run` every client downloads it once per run as it is; tools/bundle has `fedalloy submit`.
     assert sum(len(content) for content in bundle.values()) < 7 * 2**18
 
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 Listener = Callable[[str, int, int], None]
+Watcher = Callable[[str, int, int, float | None], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 _deadline: ContextVar[tuple[float, float] | None] = ContextVar("deadline", default=None)
@@ -27,8 +29,10 @@ class Cancelled(RuntimeError):
     """Nobody waits for this plan any more; its changes are thrown away."""
 
 
-def tick(activity: str, done: int = 0, total: int = 0) -> None:
+def tick(activity: str, done: int = 0, total: int = 0, loss: float | None = None) -> None:
     """Say that ``done`` of ``total`` batches are done; loops over batches call it for each.
+
+    ``loss`` is the last batch's, where there is one.
 
     Raises:
         Cancelled: the plan is to end here.
@@ -40,6 +44,19 @@ def tick(activity: str, done: int = 0, total: int = 0) -> None:
     listener = _listener.get()
     if listener is not None:
         listener(activity, done, total)
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(activity, done, total, loss)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Inside the block, ``watcher`` sees every :func:`tick`, too, and has no say."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @contextmanager

@@ -241,7 +241,7 @@ def train(
     if model.group_by_length and data.lengths is not None:
         drawn = by_length(drawn, data.lengths, seed)
     for indices in drawn:
-        tick("train", len(losses), step.steps)
+        tick("train", len(losses), step.steps, losses[-1] if losses else None)
         optimiser.zero_grad()
         loss = 0.0
         size = model.micro_batch or len(indices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import stat
 import time
@@ -70,6 +71,21 @@ def write_durably(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_lightly(path: Path, found: object) -> None:
+    """Replace a JSON file in a folder that exists; not flushed to the disk, so a kill of the machine may lose it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with open(open_private(temporary, os.O_WRONLY | os.O_TRUNC), "w") as file:
+            json.dump(found, file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -290,6 +290,11 @@ class Ledger:
         """``{"up" | "down": {"tensor": bytes, "message": bytes, "wire": bytes or None}}``."""
         return self.accounts().totals()
 
+    def by_client(self) -> dict[tuple[str, str], int]:
+        """Bytes of Flower's messages so far, by client and direction."""
+        query = "SELECT client, direction, SUM(bytes) FROM message GROUP BY client, direction"
+        return {(client, direction): int(total) for client, direction, total in self._db.execute(query)}
+
     def by_encoding(self) -> dict[str, dict[str, int]]:
         """``{"up" | "down": {encoding: bytes}}`` of all tensors; empty in ledgers from before 0.2."""
         found: dict[str, dict[str, int]] = {}

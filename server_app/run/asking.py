@@ -58,6 +58,7 @@ class Asking:
         """Ask everybody and absorb good answers; a record for every client asked."""
         run, options = self.run, self.run.options
         run.round_now = self.round
+        run.progress.phase(self.phase, self.round, self._clients)
         makes: dict[str, Make] = {name: lambda name=name: self._make(name) for name in self._clients}  # type: ignore[misc]
         watch = Booking(run.wire, self.round, self.phase, self._tensors)
         slowest: dict[str, float] = {}
@@ -65,6 +66,7 @@ class Asking:
             makes, options.round_timeout, watch, self._enough, self._again, self._quorate, options.grace
         ):
             record = self._take(reply)
+            run.progress.answered(reply.client_id, record)
             spent = client_status.times_of(record)
             slowest = max(slowest, spent, key=lambda times: sum(times.values()))
             self._log(reply.client_id, client_status.line(record), good=record["status"] == OK)

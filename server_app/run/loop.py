@@ -22,6 +22,7 @@ from server_app.run.clients.enrolment import Enrolment
 from server_app.run.clients.held_out import HeldOut
 from server_app.run.clients.participants import choose, named
 from server_app.run.clients.strikes import Strikes
+from server_app.run.ending.choice import Choice
 from server_app.run.ending.delivery import Delivery, hand_out
 from server_app.run.ending.last_counters import last_counters
 from server_app.run.ending.late_delivery import deliver_late
@@ -39,6 +40,7 @@ from server_app.run.messages.exchange import Reply
 from server_app.run.messages.late_answers import LateAnswers
 from server_app.run.messages.requests import Requests
 from server_app.run.options import RunOptions, as_toml, default_run_name, read_run_options, run_on
+from server_app.run.progress import Progress
 from server_app.run.resume import (
     changed_code,
     checkpoint_of,
@@ -48,9 +50,10 @@ from server_app.run.resume import (
     saved_clients,
 )
 from server_app.run.run_directory import Checkpoint, RunDirectory
+from server_app.run.trackers import Trackers
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework import round_record
-from strategies.framework.exchange import Client
+from strategies.framework.exchange import Answer, Client
 from strategies.framework.holdings import Holdings
 from strategies.framework.limits import unsound
 
@@ -78,12 +81,15 @@ def run(grid: Grid, context: Context) -> RunDirectory:
     requests = Requests(name, context.run_config, options.sign_with)
     with directory.alone(), explained(ledger), WireLog(ledger, name, grid) as wire:
         whole = Run(grid, options, strategy, directory, wire, requests)
-        try:
-            whole.run()
-        except NotEnoughClientsError as error:
-            log(WARNING, "stopped: %s", error)
-            whole.record("stopped", whole.completed, {}, time.monotonic(), reason=str(error))
-            raise
+        with whole.trackers:
+            try:
+                whole.run()
+            except NotEnoughClientsError as error:
+                log(WARNING, "stopped: %s", error)
+                whole.record("stopped", whole.completed, {}, time.monotonic(), reason=str(error))
+                raise
+            finally:
+                whole.progress.remove()
     return directory
 
 
@@ -116,6 +122,9 @@ class Run:
         self.holdings = Holdings(strategy.storage)
         self.strikes = Strikes(options.strikes)
         self.held_out = HeldOut()
+        self.choice = Choice(options, strategy)
+        self.trackers = Trackers(options.trackers, directory.path, directory.config() if options.trackers else {})
+        self.progress = Progress(directory.path, options.num_server_rounds)
         self.completed = 0
         self.spent: dict[str, float] = defaultdict(float)  # seconds of each phase's slowest client, by what it did
         self.started = time.monotonic()
@@ -134,8 +143,11 @@ class Run:
             return
         for round_ in range(self.completed + 1, self.options.num_server_rounds + 1):
             self._round(round_)
-        final = self._deliver(self.options.num_server_rounds + 1)
-        last_counters(self, self.options.num_server_rounds + 2)
+            if self.choice.exhausted:
+                log(INFO, "round %d is the last: no client improved in %d rounds (patience)", round_, self.choice.since)
+                break
+        final = self._deliver(self.completed + 1)
+        last_counters(self, self.completed + 2)
         self._summarise(final)
 
     # --------------------------------------------------------------------------------------------- clients and rounds
@@ -146,6 +158,7 @@ class Run:
         self.answer_seconds = dict(checkpoint.run.get("answer_seconds", {}))
         self.started -= checkpoint.run["seconds"]
         self.strikes = Strikes(self.options.strikes, checkpoint.run.get("strikes"))
+        self.choice = Choice(self.options, self.strategy, checkpoint.run.get("choice"))
         record = checkpoint.run["record"]
         self.held_out = HeldOut(self.directory.rounds())
         if self.options.deliver:  # what the run has done stays done
@@ -165,6 +178,7 @@ class Run:
         saved = saved_clients(self.directory, checkpoint) if checkpoint is not None else []
         self.enrolment.keys.update({known.client.id: known.key for known in saved})
         watch = Booking(self.wire, 0, "query")
+        self.progress.phase("register", self.completed, ())
         self.federation.register(self.options.least, self.options.startup_timeout, watch)
         self.enrolment.restore(saved)
         if checkpoint is not None:
@@ -194,6 +208,7 @@ class Run:
             return
         self.wire.registered(reply.client_id, client.id)
         key = self.enrolment.names.get(client.id, "")
+        self.progress.answered(client.id, {"status": client_status.OK, "seconds": round(reply.seconds, 3)})
         self._registered[client.id] = record = client_status.of_registration(client, key, reply.seconds)
         log(INFO, "registered client %s: %d training examples, %s", client.id, client.examples, record["base"])
         for note in [note for task in client.registration.tasks for note in task.notes][: client_status.SHOWN]:
@@ -223,6 +238,7 @@ class Run:
                 )
             if now >= next_word:
                 log(INFO, "%s; waiting", count)
+                self.progress.phase("waiting", round_, ())
                 next_word = now + SAY_SECONDS
             time.sleep(max(self.options.poll_interval, 0.2))
 
@@ -238,7 +254,8 @@ class Run:
         chosen = self._sample(round_, due)
         needed = min(self.options.least, len(chosen))
         briefs = {c: spared(self.strategy.brief(round_, c), c, round_, self.options) for c in chosen}
-        records = Asking(self, "train", round_, briefs, needed).carry_out(self.strategy.absorb)
+        briefs = {c: self.choice.brief(round_, c, brief) for c, brief in briefs.items()}
+        records = Asking(self, "train", round_, briefs, needed).carry_out(self._absorb)
         self.strikes.book(round_, records)
         records |= self._absent(present) | self.strikes.resting(wanted, due)
         answered = client_status.usable(records)
@@ -259,9 +276,14 @@ class Run:
         for name, fall in self.held_out.fallen_in(round_ - 1).items() if round_ > 1 else ():
             log(WARNING, "[train %d] %s began this round with a worse model: %s", round_, name, fall.words(round_ - 1))
         settled = self._settle(round_)
+        self.choice.settle()
         record = self._record_of("train", round_, records, started, settled=settled)
         self._checkpoint(round_, record)
-        self.directory.append_round(record)
+        self._tell(record)
+
+    def _absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        self.strategy.absorb(round_, client, answer)
+        self.choice.absorb(round_, client, answer)
 
     def _settle(self, round_: int) -> dict[str, Any]:
         """Merge; what the server would not take from a client it does not make itself: then the last state stays."""
@@ -280,6 +302,7 @@ class Run:
             "clients": clients_to_json(self.enrolment.clients, self.enrolment.keys),
             "code": code_versions(),
             "strikes": self.strikes.saved(),
+            "choice": self.choice.saved(),
             "spent": dict(self.spent),
             "answer_seconds": self.answer_seconds,
             "seconds": time.monotonic() - self.started,
@@ -318,8 +341,14 @@ class Run:
     ) -> dict[str, Any]:
         """Append what happened in a phase to ``rounds.jsonl``."""
         record = self._record_of(phase, round_, clients, started, **more)
-        self.directory.append_round(record)
+        self._tell(record)
         return record
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        """First to the run's files, then to its trackers."""
+        self.directory.append_round(record)
+        if self.options.trackers:
+            self.trackers.take(record, self.wire.ledger.by_client())
 
     def _record_of(
         self, phase: str, round_: int, clients: Mapping[str, ClientRecord], started: float, **more: Any
@@ -360,6 +389,8 @@ class Run:
         away = sorted(set(self.enrolment.away) - set(self.enrolment.clients))
         summary |= {"refused": refused, "absent": away, "not_delivered": missing, "diverged": final.diverged}
         summary |= {"privacy": private} if private else {}
+        given = {name: record["choice"]["given"] for name, record in final.records.items() if "choice" in record}
+        summary |= {"given": given} if given else {}
         self.directory.write_summary(summary)
         log(WARNING if refused or away or missing or final.fallen else INFO, "finished: %s", headline(summary))
 

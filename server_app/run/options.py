@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from client_app.guard.policy import Policy
-from client_app.settings import AdapterSettings, DataSettings, ModelSettings, TrainerSettings
+from client_app.settings import AdapterSettings, DataSettings, ModelSettings, ShownSettings, TrainerSettings
 from server_app.run.run_directory import toml_string
+from server_app.run.trackers import OPENERS, listed
 from strategies import STRATEGIES
 from strategies.framework.limits import Limits
 from strategies.framework.options import (
@@ -88,6 +89,18 @@ class RunOptions:
     on_divergence: str = "best"
     """What is delivered to a client whose model is worse on its validation examples than before training, or has lost
     more than half of what it had gained: ``best``, its model of the round that was best for all, or ``last``."""
+    trackers: str = ""
+    """Experiment trackers that are told each round's numbers, comma-separated: ``tensorboard``, ``mlflow``, ``wandb``,
+    ``trackio``. Each is an extra of the same name at the server, and one that fails harms no run."""
+    deliver_choice: str = "merged"
+    """What a client is given at the end: ``merged``, what the strategy makes for it; ``validation``: of that, its model
+    of its own best round, the global adapter and one that it trains alone, the best on its validation examples. The
+    last doubles the local work."""
+    choice_metric: str = "loss"
+    """What ``deliver-choice`` and ``patience`` go by: ``loss``, or ``accuracy`` where the task has one."""
+    patience: int = 0
+    """The run ends early when for so many rounds no client's model has become better on its validation examples. 0: it
+    has all its rounds."""
     bank_memory_mb: float = 1024.0
     """Megabytes of clients' adapters that the server keeps in memory; what is beyond is in files of the run folder."""
     keep_checkpoints: int = 2
@@ -114,6 +127,11 @@ class RunOptions:
         require_range("quorum", self.quorum, 0)
         require_range("grace", self.grace, 0)
         require_range("bank-memory-mb", self.bank_memory_mb, 0)
+        for name in listed(self.trackers):
+            require_choice("trackers", name, OPENERS)
+        require_choice("deliver-choice", self.deliver_choice, ("merged", "validation"))
+        require_choice("choice-metric", self.choice_metric, ("loss", "accuracy"))
+        require_range("patience", self.patience, 0)
         require_choice("on-divergence", self.on_divergence, ("best", "last"))
         require_choice("site-mode", self.site_mode, ("allowed", "required", "forbidden"))
         require_choice("participants", self.participants, ("random", "round-robin", "fastest"))
@@ -138,6 +156,7 @@ OPTIONS: tuple[tuple[str, type[Any]], ...] = (
     ("", DataSettings),
     ("trainer.", TrainerSettings),
     ("client.", Policy),
+    ("client.", ShownSettings),
     *((f"{name}.", STRATEGIES[name].Options) for name in sorted(STRATEGIES)),
 )
 """Every dataclass whose fields are run-config keys, with what the keys begin with: there are no other keys."""

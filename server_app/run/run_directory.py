@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from fedalloy_adapters.files.sealed_json import sealed, unsealed
 from strategies.framework.exchange import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")
+TRIES, TRY_SECONDS = 5, 0.05
 RESUMABLE_PHASES = ("train", "deliver", "counters")
 """Phases whose records a resumed run writes again."""
 
@@ -125,7 +127,14 @@ class RunDirectory:
         """
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.path / ".lock", wait=False))
+                for _ in range(TRIES - 1):  # whoever asks whether it is held (fedalloy watch) holds it for a moment
+                    try:
+                        stack.enter_context(locked(self.path / ".lock", wait=False))
+                        break
+                    except BlockingIOError:
+                        time.sleep(TRY_SECONDS)
+                else:
+                    stack.enter_context(locked(self.path / ".lock", wait=False))
             except BlockingIOError:
                 raise RunDirectoryError(
                     f"another process is carrying out the run in {self.path}; stop it first (flwr list, flwr stop)"

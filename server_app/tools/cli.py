@@ -15,11 +15,11 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from server_app.tools.commands import alignment, cluster, experiments, federation, options, runs, site
+from server_app.tools.commands import alignment, cluster, experiments, federation, live, options, runs, site
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start here": (experiments.demo, experiments.compare, options.options, options.validate),
-    "Run": (experiments.run,),
+    "Run": (live.run, live.watch, live.runs, experiments.submit),
     "Look at a run": (runs.report, runs.traffic),
     "Use a run": (runs.export, runs.deliver, runs.collect),
     "Your own federation": (federation.certificates, federation.register, federation.check),
@@ -40,7 +40,7 @@ Examples:
   fedalloy cluster up --clients-file clients.toml\n
   fedalloy report runs/NAME
 
-A run is started with fedalloy run, or flwr run; fedalloy options explains what can be set."""
+A run is started with fedalloy run, or submit or flwr run; fedalloy options explains what can be set."""
 
 
 class Suggesting(TyperGroup):
@@ -93,7 +93,7 @@ app.callback(help=EXAMPLES)(main)
 cluster_app = typer.Typer(cls=Suggesting, help="A local SuperLink and SuperNodes that stay up.", no_args_is_help=True)
 for title, commands in GROUPS.items():
     for command in commands:
-        settings = FLOWERS if command is experiments.run else None
+        settings = FLOWERS if command is experiments.submit else None
         app.command(rich_help_panel=title, context_settings=settings)(command)
     if title == "Start here":
         app.add_typer(cluster_app, name="cluster", rich_help_panel="Your own federation")

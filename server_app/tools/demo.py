@@ -110,7 +110,7 @@ def _run(
     summary = read_summary(run)
     if outcome.completed and summary is not None:
         return DemoResult(strategy, run, summary)
-    return DemoResult(strategy, run, None, _why(run, outcome))
+    return DemoResult(strategy, run, None, why(run, outcome))
 
 
 class _Watcher:
@@ -166,7 +166,8 @@ def _describe(record: Mapping[str, Any]) -> str:
     return f"{text}: {good}/{len(clients)}{score}" if clients else text
 
 
-def _why(run: Path, outcome: RunOutcome) -> str:
+def why(run: Path, outcome: RunOutcome) -> str:
+    """Why a run did not succeed, as far as its folder and what it printed tell."""
     stopped = [record["reason"] for record in RunDirectory(run).rounds() if record["phase"] == "stopped"]
     if stopped:
         return str(stopped[-1])
@@ -235,4 +236,4 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-__all__ = ["ClusterError", "DemoResult", "demo", "free_name", "read_summary", "table"]
+__all__ = ["ClusterError", "DemoResult", "demo", "free_name", "read_summary", "table", "why"]

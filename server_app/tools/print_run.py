@@ -105,7 +105,11 @@ def _models(found: Mapping[str, Any]) -> Table:
         )
     )
     own.sort(key=lambda name: name != metric)
-    others = [label for label in dict.fromkeys(label for m in said for label in m) if label not in (PERSONAL, HELD_OUT)]
+    others = [
+        label
+        for label in dict.fromkeys(label for m in said for label in m)
+        if label != PERSONAL and not label.startswith(HELD_OUT)
+    ]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("client", overflow="fold")
     for name in [*own, *(f"{metric} of {label}" for label in others)]:
@@ -159,6 +163,9 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
                 f"{name}: epsilon {said['epsilon']:.3f} of {said['budget']:g} is spent (delta {said['delta']:g}); it "
                 f"covers {said['covers']}"
             )
+    for name, said in found["clients"].items():
+        if "choice" in said:
+            yield f"{name} was given {said['choice']['given']}: {said['choice']['why']}"
     for name, reason in found["refused"].items():
         yield f"refused: {name}: {reason}"
     for name, said in found["who"].items():

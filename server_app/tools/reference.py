@@ -42,6 +42,7 @@ TITLES = {
     "DataSettings": "Data",
     "TrainerSettings": "Resident trainer",
     "Policy": "What a client allows",
+    "ShownSettings": "What a client shows on its own machine",
 }
 GROUPS = {
     "main": ("The project's four", "Every client ends with an adapter of its own, made from what others learned."),

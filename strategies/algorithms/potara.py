@@ -60,6 +60,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         group="main",
     )
     options: PotaraOptions
+    may_end_early = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -75,6 +75,8 @@ def merge_dense(adapters: Sequence[Adapter] | Bank, rule: Rule, rank: int = 0) -
 class OneShot(AlloyStrategy[OptionsT]):
     """Local training, then one merge. Between rounds nothing travels."""
 
+    may_end_early = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.uploads: dict[str, Bank] = {}  # by slot, then by client

@@ -74,6 +74,7 @@ class Contract(ABC, Generic[OptionsT]):
 
     name: ClassVar[str]
     about: ClassVar[About]
+    may_end_early: ClassVar[bool] = True  # whether its last round is as any other
     participants: ClassVar[str] = ""  # who is asked, where the method says so; else run-config does
     Options: ClassVar[type[Any]] = NoOptions  # from the bases: a class variable cannot have a type variable
 

@@ -77,7 +77,7 @@ def main() -> None:
         "each file compressed": zipped(files, zipfile.ZIP_DEFLATED),
         "each file compressed, without comments": zipped(short, zipfile.ZIP_DEFLATED),
         "what the ClientApp imports, each file compressed": zipped(clients, zipfile.ZIP_DEFLATED),
-        "fedalloy run: all files compressed together": packed(stored),
+        "fedalloy submit: all files compressed together": packed(stored),
         "all files together, without comments": packed(zipped(short, zipfile.ZIP_STORED)),
     }
     table = Table()

@@ -20,7 +20,7 @@ import torch
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.certificates import make_client_key
 from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, app_directory
-from server_app.tools.export import export_adapter
+from server_app.tools.handover.export import export_adapter
 from tests.in_process import run_config_of
 
 BIN = Path(sys.executable).parent

@@ -26,7 +26,7 @@ from server_app.ledger.store import Ledger
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings, stop
 from server_app.tools.commands.arguments import read_clients_file
-from server_app.tools.export import export_adapter
+from server_app.tools.handover.export import export_adapter
 from tests.toys import tiny_models, toy_data
 
 CLIENTS = tuple(three_clients.GREETINGS)

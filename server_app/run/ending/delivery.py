@@ -56,12 +56,15 @@ def hand_out(run: Run, round_: int, clients: Sequence[Client], needed: int) -> D
     if back and best is not None and run.options.on_divergence == "best":
         _fall_back(run, best, back, found)
         run.round_now = round_
+    run.choice.give(run, round_, clients, found)
     return found
 
 
 def _ask(run: Run, round_: int, clients: Sequence[Client], needed: int) -> Delivery:
     found = Delivery()
     briefs = {client: with_held_out(run.strategy.deliver(client), client, run.options) for client in clients}
+    is_last = round_ > run.completed
+    briefs = {client: run.choice.delivery(client, brief, is_last=is_last) for client, brief in briefs.items()}
     asking = Asking(run, "deliver", round_, briefs, needed)
     found.records = asking.carry_out(lambda _, client, answer: found.answers.update({client.id: answer}))
     for record in found.records.values():

@@ -1,1 +1,1 @@
-"""The app bundle in few bytes: what ``fedalloy run`` sends where ``flwr run`` sends the sources uncompressed."""
+"""The app bundle in few bytes: what ``fedalloy submit`` sends where ``flwr run`` sends the sources uncompressed."""

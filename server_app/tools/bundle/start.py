@@ -1,6 +1,6 @@
 """``flwr run`` as it is, but for the bundle that it sends.
 
-    python -m server_app.tools.bundle.start . my-superlink --stream      # what `fedalloy run` does
+    python -m server_app.tools.bundle.start . my-superlink --stream      # what `fedalloy submit` does
 
 Flower 1.39 has no option for this. One name in the module of its command is replaced, the one that builds the bundle
 from a folder; ``tests/server_app/tools/bundle`` sees that it is there and is what the command calls.

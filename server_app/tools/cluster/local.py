@@ -213,7 +213,7 @@ class LocalCluster(SuperLink):
         more = " base-model='BASE-MODEL'" if lacking else ""
         return (
             f"export FLWR_HOME={home}\n{note}"
-            f"fedalloy run {app} {CONNECTION} --stream \\\n"
+            f"fedalloy submit {app} {CONNECTION} --stream \\\n"
             f"    --run-config \"strategy='fedmerge' num-server-rounds=5{more}\"\n"
             f"fedalloy cluster down --dir {self.directory}"
         )

@@ -16,7 +16,7 @@ from typing import Any
 from server_app.tools.errors import ToolError
 
 PACKED = "server_app.tools.bundle.start"
-"""The module that is ``fedalloy run``."""
+"""The module that is ``fedalloy submit``."""
 TRIES = 60
 """Looks at a run's status, a second apart, while the SuperLink does not answer."""
 
@@ -56,17 +56,22 @@ class SuperLink:
         return os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"}
 
     def run(
-        self, run_config: Mapping[str, Any], watch: Callable[[], None] = lambda: None, app: Path | None = None
+        self,
+        run_config: Mapping[str, Any],
+        watch: Callable[[], object] = lambda: None,
+        app: Path | None = None,
+        stops: Callable[[], bool] = lambda: True,
     ) -> RunOutcome:
-        """``fedalloy run`` with these run-config keys; ``watch`` is called a few times a second while it runs.
+        """``fedalloy submit`` with these run-config keys; ``watch`` is called a few times a second while it runs.
 
         ``app`` is the folder of another Flower app than this one, which ``flwr run`` starts.
 
         Flower's exit code says nothing about the run, and its stream of messages breaks when the SuperLink restarts,
-        which a run may survive; so the status decides. When this is interrupted, the run is stopped.
+        which a run may survive; so the status decides. When this is interrupted, the run is stopped if ``stops()``.
 
         Raises:
             ClusterError: Flower refused the run, or the SuperLink is gone.
+            KeyboardInterrupt: Ctrl-C.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"run-{int(time.time() * 1000)}.log"
@@ -89,8 +94,9 @@ class SuperLink:
                 watch()
                 return RunOutcome(run_id, status, log)
             except KeyboardInterrupt:
-                with contextlib.suppress(ClusterError):  # it would go on without this command
-                    self.flwr("stop", _run_id(log), self.connection)
+                if stops():  # it would go on without this command
+                    with contextlib.suppress(ClusterError):
+                        self.flwr("stop", _run_id(log), self.connection)
                 raise
             finally:
                 process.kill()
@@ -106,6 +112,15 @@ class SuperLink:
         if done.returncode != 0:
             raise ClusterError(f"flwr {' '.join(arguments[:2])} failed: {last_words(done.stdout + done.stderr)}")
         return done.stdout
+
+    def online(self) -> int:
+        """How many SuperNodes are online.
+
+        Raises:
+            ClusterError: the SuperLink cannot be reached.
+        """
+        nodes = json.loads(self.flwr("supernode", "list", self.connection, "--format", "json"))["nodes"]
+        return sum(node["status"] == "online" for node in nodes)
 
     def _status(self, run_id: str) -> str:
         for attempt in range(TRIES):

@@ -46,8 +46,8 @@ def demo(
         raise typer.Exit(1)
 
 
-def run(context: typer.Context) -> None:
-    """Start a run as flwr run does, with the same arguments, and a quarter of its bytes of code for each client."""
+def submit(context: typer.Context) -> None:
+    """Start a run as flwr run does, with its arguments, and a quarter of its bytes of code for each client."""
     from server_app.tools.bundle.start import flwr_run
 
     with clear_errors():

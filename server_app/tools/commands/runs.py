@@ -25,11 +25,28 @@ def report(
     run: RunDirectory,
     metric: Annotated[str, typer.Option(help="Compare models by this one, for example loss.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON object.")] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Write a page with curves, weights, bytes and times instead.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every client's metrics by round as CSV instead.")] = None,
 ) -> None:
     """Who took part, all clients' models next to each other, and the weights that merged them."""
+    from server_app.tools.compare.html import ReportError
+    from server_app.tools.errors import ToolError
+    from server_app.tools.live.page import write_csv, write_page
     from server_app.tools.print_run import print_report, report_of
 
     with clear_errors():
+        for destination, write in ((page, write_page), (csv, write_csv)):
+            if destination is None:
+                continue
+            try:
+                write(run, destination)
+            except (OSError, ReportError) as error:
+                raise ToolError(f"cannot write {destination}: {error}") from None
+            console.print(f"wrote {destination}", highlight=False, soft_wrap=True)
+        if page is not None or csv is not None:
+            return
         if as_json:
             print(json.dumps(report_of(run, metric), indent=2))
         else:
@@ -38,19 +55,30 @@ def report(
 
 def export(
     run: RunDirectory,
-    client: Annotated[str, typer.Argument(help="A client id.")],
-    destination: Annotated[Path, typer.Argument(help="A new folder.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge it into its base model, in float32.")] = False,
+    client: Annotated[str, typer.Argument(help="A client id; with --all the new folder.")],
+    destination: Annotated[Path | None, typer.Argument(help="A new folder.")] = None,
+    form: Annotated[str, typer.Option("--as", help="peft, merged, vllm, gguf or hub.")] = "peft",
+    every: Annotated[bool, typer.Option("--all", help="All clients of this machine, a folder for each.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --as merged.")] = False,
 ) -> None:
-    """Write a client's personal model to a folder of its own: a PEFT directory, or a whole model."""
-    from server_app.tools.export import export_adapter
+    """Write a client's personal model to a folder of its own: an adapter, a whole model, or a form for a server."""
+    from server_app.tools.handover.export import FORMS, ExportError, export_adapter, export_all
+    from strategies.framework.options import require_choice
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     with clear_errors():
-        export_adapter(run, client, destination, "merged" if merge else "peft", say)
-    console.print(f"exported to {destination}", highlight=False, soft_wrap=True)
+        form = "merged" if merge else form
+        require_choice("--as", form, FORMS)
+        if every:
+            for folder in export_all(run, destination or Path(client), form, say):
+                say(f"exported to {folder}")
+            return
+        if destination is None:
+            raise ExportError("no destination: fedalloy export RUN CLIENT DEST, or fedalloy export RUN DEST --all")
+        export_adapter(run, client, destination, form, say)
+    say(f"exported to {destination}")
 
 
 def deliver(

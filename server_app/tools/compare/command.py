@@ -160,7 +160,7 @@ def compare(
     rows = [row for run in finished for row in run.rows]
     there = dict.fromkeys(row.strategy for row in rows)
     names = [name for name in dict.fromkeys((*chosen, *there)) if name in there]
-    learns = {job.strategy: strategy_from_run_config(job.config).learns_from for job in jobs}
+    learns = {job.strategy: _learns_from(job) for job in jobs}
     found = comparison_of(rows, names, REFERENCES, CONTROLS, learns)
     if not finished:
         return found, progress.failed
@@ -229,6 +229,13 @@ def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: 
             f"--data = {root}: scenario {scenario!r} reads no folder, expected one of {', '.join(FROM_FILES)}; "
             "your own data are read by --clients-file"
         )
+
+
+def _learns_from(job: Job) -> tuple[str, ...]:
+    """The splits that decide a client's model: where clients are given what is best for them, validation is one."""
+    found = strategy_from_run_config(job.config).learns_from
+    chooses = job.config.get("deliver-choice") == "validation"
+    return (*found, "validation") if chooses and "validation" not in found else found
 
 
 def _earlier(runs: Path, jobs: Sequence[Job]) -> dict[tuple[str, int], Path]:

@@ -41,7 +41,7 @@ from server_app.run.run_directory import RunDirectory
 from server_app.tools.align import Aligned, align_models
 from server_app.tools.commands.arguments import parse_run_config
 from server_app.tools.compare.statistics import difference, paired
-from server_app.tools.export import is_in_parts
+from server_app.tools.handover.export import is_in_parts
 from tests.in_process import run_in_process
 
 ACROSS = ("local", "local-twice", "fedmosaic")

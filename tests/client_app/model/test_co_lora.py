@@ -27,7 +27,7 @@ from fedalloy_adapters.co_lora_names import shared_layout
 from fedalloy_adapters.files.peft_format import write_peft_directory
 from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import plan_pb2
-from server_app.tools.export import is_in_parts
+from server_app.tools.handover.export import is_in_parts
 from strategies.framework import steps
 from tests.client_app.model.co_lora_toys import llama, slots_of
 from tests.fedalloy_adapters.samples import random_adapter

@@ -18,7 +18,7 @@ from fedalloy_adapters.layout import Factor
 from server_app.run.federation import NotEnoughClientsError
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cli import app
-from server_app.tools.export import export_adapter, is_in_parts
+from server_app.tools.handover.export import export_adapter, is_in_parts
 from tests.in_process import run_in_process
 from tests.server_app.conftest import Runner
 

@@ -20,7 +20,7 @@ from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, 
 from server_app.tools.cluster.superlink import literal
 from server_app.tools.commands.arguments import parse_run_config, read_clients_file
 from server_app.tools.demo import DemoResult, free_name, table
-from server_app.tools.export import ExportError, export_adapter
+from server_app.tools.handover.export import ExportError, export_adapter
 from strategies.framework.options import OptionError
 
 runner = CliRunner()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from examples import tiny_models
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.files.peft_format import write_peft_directory
-from server_app.tools.export import ExportError, export_adapter
+from server_app.tools.handover.export import ExportError, export_adapter
 from tests.client_app.model.bases.test_base_models import base_of, saved, some_data
 from tests.client_app.own_clients import personal
 

@@ -1,0 +1,221 @@
+"""Experiment trackers: what ``rounds.jsonl`` has, told to TensorBoard, MLflow, Weights & Biases or trackio, too.
+
+A tracker is a :class:`Sink`. Each has a thread of its own, so that one that hangs, fails or is not installed costs the
+run nothing but a line in its log. The files of the run stay the truth: what a tracker misses is in them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from types import TracebackType
+from typing import Any, Protocol
+
+from flwr.common.logger import log
+
+WARNING = 30
+WAITING = 1000
+"""Records at most that wait for a slow tracker; what is beyond it misses."""
+CLOSING_SECONDS = 20.0
+"""For which the end of a run waits for all trackers together."""
+
+
+class Sink(Protocol):
+    """Where numbers go."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name, at a round."""
+
+    def close(self) -> None:
+        """No more come."""
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        module: Any = import_module("torch.utils.tensorboard")
+        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("config", "\n".join(f"    {key} = {config[key]!r}" for key in sorted(config)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _MLflow:
+    """``MLFLOW_TRACKING_URI`` says where; without it, into the run's folder."""
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions ask before they write files
+        entities: Any = import_module("mlflow.entities")
+        tracking: Any = import_module("mlflow.tracking")
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder.resolve() / "mlflow").as_uri()
+        self._metric = entities.Metric
+        self._client = tracking.MlflowClient(tracking_uri=uri)
+        found = self._client.get_experiment_by_name("fedalloy")
+        experiment = found.experiment_id if found else self._client.create_experiment("fedalloy")
+        self._run: str = self._client.create_run(experiment, run_name=name).info.run_id
+        for key in sorted(config):
+            self._client.log_batch(self._run, params=[entities.Param(key, str(config[key])[:500])])
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        found = [self._metric(key, value, now, step) for key, value in values.items()]
+        for start in range(0, len(found), 1000):  # a batch has no more
+            self._client.log_batch(self._run, metrics=found[start : start + 1000])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class _Wandb:
+    """``WANDB_API_KEY``, ``WANDB_MODE`` and the like are wandb's own."""
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        wandb: Any = import_module("wandb")
+        self._run = wandb.init(project="fedalloy", name=name, config=dict(config), dir=str(folder))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values) | {"round": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    """``TRACKIO_DIR`` and the like are trackio's own."""
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        trackio: Any = import_module("trackio")
+        self._run = trackio.init(project="fedalloy", name=name, config=dict(config))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values) | {"round": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+OPENERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Sink]] = {
+    "tensorboard": _TensorBoard,
+    "mlflow": _MLflow,
+    "wandb": _Wandb,
+    "trackio": _Trackio,
+}
+"""What opens a tracker: with the run's folder, its name and its run-config."""
+
+
+class Trackers:
+    """Those of one run; a context manager around it.
+
+    Args:
+        names: comma-separated, of :data:`OPENERS`; empty: nothing is started.
+        folder: of the run.
+        config: its run-config.
+    """
+
+    def __init__(self, names: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self._queues: dict[str, Queue[tuple[int, dict[str, float]] | None]] = {}
+        self._threads: dict[str, Thread] = {}
+        self._full: set[str] = set()
+        for name in listed(names):
+            queue: Queue[tuple[int, dict[str, float]] | None] = Queue(WAITING)
+            thread = Thread(target=_work, args=(name, queue, folder, dict(config)), name=f"tracker-{name}", daemon=True)
+            self._queues[name], self._threads[name] = queue, thread
+            thread.start()
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in self._queues:
+            self._put(name, None)
+        left = CLOSING_SECONDS
+        for name, thread in self._threads.items():
+            thread.join(left / len(self._threads))
+            if thread.is_alive():
+                log(WARNING, "tracker %s has not finished; rounds.jsonl has what it may lack", name)
+
+    def take(self, record: Mapping[str, Any], sizes: Mapping[tuple[str, str], int]) -> None:
+        """Tell a record of ``rounds.jsonl``; ``sizes`` are bytes so far by client and direction."""
+        if not self._queues or record["phase"] not in ("train", "deliver"):
+            return
+        values = dict(values_of(record, sizes))
+        for name in self._queues:
+            self._put(name, (int(record["round"]), values))
+
+    def _put(self, name: str, item: tuple[int, dict[str, float]] | None) -> None:
+        try:
+            self._queues[name].put_nowait(item)
+        except Full:
+            if name not in self._full:
+                log(WARNING, "tracker %s is too slow and misses rounds; rounds.jsonl has them", name)
+            self._full.add(name)
+
+
+def listed(names: str) -> list[str]:
+    """The names of a comma-separated list, each once."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def _work(name: str, queue: Queue[tuple[int, dict[str, float]] | None], folder: Path, config: dict[str, Any]) -> None:
+    """A tracker's life; whatever it raises ends it, and nothing else."""
+    try:
+        sink = OPENERS[name](folder, folder.resolve().name, config)
+        while (item := queue.get()) is not None:
+            sink.write(*item)
+        sink.close()
+    except ModuleNotFoundError as error:
+        log(WARNING, "tracker %s is not installed (%s): pip install 'fedalloy[%s]'", name, error, name)
+    except Exception as error:
+        log(WARNING, "tracker %s failed and is told nothing more: %s: %s", name, type(error).__name__, error)
+
+
+def values_of(record: Mapping[str, Any], sizes: Mapping[tuple[str, str], int]) -> Iterator[tuple[str, float]]:
+    """Every finite number of a record, by name: ``client/<id>/<metric>``, ``mean/<metric>``, ``weight/...``, ..."""
+    sums: dict[str, list[float]] = {}
+    for name, client in record["clients"].items():
+        found = {key: value for key, value in client.get("metrics", {}).get("personal", {}).items()}
+        losses = [loss for loss in client.get("train_loss", ()) if loss is not None]
+        found |= {"train_loss": losses[-1]} if losses else {}
+        found |= {key: client[key] for key in ("seconds", "train_seconds", "evaluate_seconds") if key in client}
+        for key, value in _numbers(found):
+            yield f"client/{name}/{key}", value
+            sums.setdefault(key, []).append(value)
+    for key, values in sums.items():
+        yield f"mean/{key}", sum(values) / len(values)
+    weights = record.get("settled", {}).get("weights", {})
+    for key, value in _numbers(weights):
+        yield f"weight/{key}", value
+    for (client, direction), total in sizes.items():
+        yield f"bytes/{client}/{direction}", float(total)
+    for direction in ("up", "down"):
+        yield f"bytes/{direction}", float(sum(total for (_, way), total in sizes.items() if way == direction))
+    yield "server/seconds", float(record.get("seconds", 0.0))
+    unit = 1 if sys.platform == "darwin" else 1024
+    yield "server/peak_memory_mb", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _numbers(found: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Finite numbers in nested tables and lists, by their path."""
+    if isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from _numbers(value, f"{path}/{key}" if path else str(key))
+    elif isinstance(found, list | tuple):
+        for index, value in enumerate(found):
+            yield from _numbers(value, f"{path}/{index}" if path else str(index))
+    elif isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found):
+        yield path, float(found)

@@ -1,0 +1,125 @@
+"""Commands that start runs and look at those that go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server_app.tools.commands.arguments import RunDirectory, parse_run_config, read_clients_file
+from server_app.tools.commands.cluster import DIRECTORY, Directory
+from server_app.tools.commands.terminal import clear_errors, console, errors
+
+ON_INTERRUPT = ("ask", "stop", "leave")
+
+
+def run(
+    run_config: Annotated[str, typer.Argument(help="Run-config, as for flwr run.")] = "",
+    connection: Annotated[str, typer.Option(help="A flwr connection; default: the cluster of fedalloy cluster.")] = "",
+    directory: Directory = DIRECTORY,
+    runs_dir: Annotated[
+        Path | None, typer.Option(help="With --connection: the folder of runs, where this machine has it.")
+    ] = None,
+    clients_file: Annotated[
+        Path | None, typer.Option(help="TOML: clients whose files are on this machine, which are tried first.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Try clients' data, model and one batch before the start.")] = True,
+    on_interrupt: Annotated[str, typer.Option(help="At Ctrl-C: ask, stop or leave; without a terminal stop.")] = "ask",
+) -> None:
+    """Check everything, start a run, show how it goes on; exit code 0 only if it succeeded."""
+    from server_app.tools.cluster.local import LocalCluster, Settings, read_state
+    from server_app.tools.cluster.superlink import ClusterError, SuperLink
+    from server_app.tools.demo import terminate_as_interrupt
+    from server_app.tools.live import start
+    from strategies.framework.options import require_choice
+
+    left = False
+
+    def stops() -> bool:
+        nonlocal left
+        wish = on_interrupt if on_interrupt != "ask" or console.is_terminal else "stop"
+        if wish == "ask":
+            try:
+                wish = "stop" if typer.confirm("Stop the run? (no: it goes on without this command)") else "leave"
+            except (typer.Abort, KeyboardInterrupt, EOFError):
+                wish = "leave"
+        left = wish == "leave"
+        return not left
+
+    with clear_errors():
+        require_choice("--on-interrupt", on_interrupt, ON_INTERRUPT)
+        config = parse_run_config(run_config)
+        clients = read_clients_file(clients_file) if clients_file else {}
+        if connection:
+            order = start.Order(config, SuperLink(connection, Path("logs")), runs_dir, clients)
+        else:
+            state = read_state(directory)
+            if state is None:
+                raise ClusterError(
+                    f"no cluster was started from {directory}: fedalloy cluster up, or --connection NAME"
+                )
+            runs = Path(state["runs_dir"])
+            here = {"state-dir": str(runs), "client.accept-keys": "all"}
+            known = {name: here | state["node_config"].get(name, {}) for name in state["client_ids"]}
+            order = start.Order(config, LocalCluster(directory, Settings((), runs)), runs, clients or known)
+        order = start.completed(order if check else start.Order(order.config, order.superlink, order.runs))
+        wrong = list(start.checked(order, console))
+        for line in wrong:
+            errors.print(f"error: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+        if wrong:
+            raise typer.Exit(1)
+        path = start.run_path(order)
+        if path is not None:
+            console.print(f"run {path}", highlight=False, soft_wrap=True)
+        try:
+            with terminate_as_interrupt():
+                good, said = start.run(order, console, stops)
+        except KeyboardInterrupt:
+            how = f"it goes on: fedalloy watch {path}" if left else "it was told to stop"
+            errors.print(f"interrupted; {how}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+    _end(good, said)
+
+
+def watch(run: RunDirectory) -> None:
+    """Show how a run goes on, until it ends; exit code 0 only if it succeeded. Ctrl-C leaves it running."""
+    from server_app.tools.live.follow import watch as follow
+
+    with clear_errors():
+        try:
+            good, said = follow(run, console)
+        except KeyboardInterrupt:
+            errors.print("no longer watching; the run goes on", highlight=False)
+            raise typer.Exit(130) from None
+    _end(good, said)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where runs are written.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For other programs.")] = False,
+) -> None:
+    """List runs with their state and score."""
+    from server_app.tools.live.listing import as_list, as_row, runs_in
+
+    with clear_errors():
+        rows = [as_row(found) for found in runs_in(folder)]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        console.print(f"no run in {folder}", highlight=False)
+        return
+    console.print(as_list(rows))
+    for row in rows:
+        if row["why"]:
+            console.print(f"{row['run']}: {row['why']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _end(good: bool, said: str) -> None:
+    if good:
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        return
+    errors.print(f"error: {said}", style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1)

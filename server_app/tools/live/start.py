@@ -1,0 +1,114 @@
+"""``fedalloy run``: everything that can be checked is checked, the run is started and followed, its end is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from server_app.run.options import RunOptions
+from server_app.tools.cluster.superlink import SuperLink
+from server_app.tools.cluster.validate import check_clients, check_run_config
+from server_app.tools.demo import free_name, why
+from server_app.tools.live.follow import Follower, verdict
+from server_app.tools.live.state import FINISHED
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be run where.
+
+    ``runs`` is the folder of runs as this machine sees it, None where it does not. ``clients`` has node-config by
+    client id of those whose files are on this machine: they are tried first.
+    """
+
+    config: Mapping[str, Any]
+    superlink: SuperLink
+    runs: Path | None = None
+    clients: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def completed(order: Order) -> Order:
+    """The order with a name for the run, and the folder that it is written to."""
+    config = dict(order.config)
+    if "resume" not in config:
+        name = f"{config.get('strategy', RunOptions.strategy)}-{config.get('scenario', RunOptions.scenario)}"
+        if order.runs is not None:
+            config.setdefault("run-name", free_name(order.runs, name))
+            config["runs-dir"] = str(order.runs.resolve())
+        else:
+            config.setdefault("run-name", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return Order(config, order.superlink, order.runs, order.clients)
+
+
+def run_path(order: Order) -> Path | None:
+    """The run's folder, where this machine has it."""
+    if order.config.get("resume"):
+        return Path(order.config["resume"]).expanduser()
+    return order.runs / str(order.config["run-name"]) if order.runs is not None else None
+
+
+def checked(order: Order, console: Console) -> Iterator[str]:
+    """Everything that is wrong, line by line: run-config, the run's name, each client's files, model and one batch.
+
+    Raises:
+        ClusterError: the SuperLink cannot be reached.
+    """
+    config = order.config
+    yield from check_run_config(config)
+    path = run_path(order)
+    if path is not None and "resume" not in config and (path / "config.toml").exists():
+        yield f"{path} already holds a run; choose another run-name, or continue it with resume"
+    for client, line, sound in check_clients(order.clients, config) if order.clients else ():
+        if sound:
+            console.print(f"client {client!r}: {line}", highlight=False, markup=False, soft_wrap=True)
+        else:
+            yield f"client {client!r}: {line}"
+    online, least = order.superlink.online(), int(config.get("min-clients", 0)) or RunOptions().least
+    if online < least:
+        console.print(
+            f"{online} SuperNodes are online, the run waits for {least} (startup-timeout)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool, str]:
+    """Start a completed order and follow it to its end; whether it succeeded, and what to say of it.
+
+    Args:
+        order: see :func:`completed`.
+        console: where it is shown.
+        stops: asked at Ctrl-C: whether the run is to be stopped.
+
+    Raises:
+        ClusterError: Flower refused the run, or the SuperLink is gone.
+        KeyboardInterrupt: Ctrl-C; the run was stopped, or goes on.
+    """
+    path = run_path(order)
+    if path is None:
+        console.print(
+            "the run's folder is not on this machine (--runs-dir): what it prints is in the log, nothing more is shown",
+            highlight=False,
+            soft_wrap=True,
+        )
+        outcome = order.superlink.run(order.config)
+        good = outcome.completed
+        return good, f"the run ended as {outcome.status}; log: {outcome.log}"
+    with Follower(path, console) as follower:
+
+        def asked() -> bool:
+            follower.pause()
+            return stops()
+
+        outcome = order.superlink.run(order.config, follower.look, stops=asked)
+        state = follower.look(now=True)
+    if outcome.completed and state is not None and state.summary:
+        if state.state != FINISHED:  # the ServerApp's process is on its way out
+            return True, f"finished: {path}"
+        return verdict(state)
+    return False, why(path, outcome) if path.exists() else f"the run ended as {outcome.status}; log: {outcome.log}"

@@ -1,0 +1,84 @@
+"""Kubernetes manifests and systemd units, offline: what they name exists, and what belongs together fits."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_repository import ROOT
+
+yaml: Any = pytest.importorskip("yaml", reason="PyYAML is not installed")
+MANIFESTS = sorted((ROOT / "docker" / "kubernetes").glob("*.yaml"))
+UNITS = sorted((ROOT / "docker" / "systemd").glob("*.service"))
+REQUIRED = {"PersistentVolumeClaim": "v1", "Service": "v1", "Deployment": "apps/v1"}
+
+
+def objects(path: Path) -> dict[str, dict[str, Any]]:
+    found = list(yaml.safe_load_all(path.read_text()))
+    assert len({item["kind"] for item in found}) == len(found)
+    return {item["kind"]: item for item in found}
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_manifest_holds_together(path: Path) -> None:
+    found = objects(path)
+    for kind, item in found.items():
+        assert item["apiVersion"] == REQUIRED[kind]
+        assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", item["metadata"]["name"])
+    spec = found["Deployment"]["spec"]
+    labels, pod = spec["template"]["metadata"]["labels"], spec["template"]["spec"]
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    assert spec["strategy"]["type"] == "Recreate"
+    assert pod["securityContext"]["runAsUser"] == 49999  # of the image
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume
+    ]
+    assert claims == [found["PersistentVolumeClaim"]["metadata"]["name"]]
+    ports: set[str] = set()
+    for container in pod["containers"]:
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert (Path(sys.executable).parent / container["command"][0]).exists()
+        mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+        assert len(set(mounts)) == len(mounts)
+        assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
+        ports |= {port["name"] for port in container.get("ports", ())}
+        for word in container["args"]:  # every file that an option names lies in a mount
+            for name in re.findall(r"=(/app/[\w./-]+)|'(/app/[\w./-]+)'", word):
+                file = next(filter(None, name))
+                others = [mount["mountPath"] for other in pod["containers"] for mount in other["volumeMounts"]]
+                assert any(file == mount or file.startswith(f"{mount}/") for mount in others), (word, others)
+    if "Service" in found:
+        service = found["Service"]["spec"]
+        assert service["selector"].items() <= labels.items()
+        assert {port["targetPort"] for port in service["ports"]} <= ports
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_kubeconform_accepts_it_where_it_is_installed(path: Path) -> None:
+    if shutil.which("kubeconform") is None:
+        pytest.skip("kubeconform is not installed")
+    done = subprocess.run(["kubeconform", "-strict", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_a_unit_starts_what_flower_has_with_options_that_it_knows(path: Path) -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.read_string(re.sub(r"\\\n\s*", "", path.read_text()))
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert unit["Service"]["Restart"] == "always"
+    program, *words = unit["Service"]["ExecStart"].split()
+    options = {word for word in words if word.startswith("--")}
+    known = subprocess.run(
+        [str(Path(sys.executable).parent / Path(program).name), "--help"], capture_output=True, text=True, check=True
+    )
+    assert options <= set(re.findall(r"--[a-z-]+", known.stdout)), path
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
