@@ -27,7 +27,7 @@ from strategies.framework.exchange import Answer, Brief, Client, State, Strategy
 from strategies.framework.holdings import Holding
 from strategies.framework.limits import Limits, with_bounded_weight
 from strategies.framework.options import NoOptions, RunConfig, keys_of, read_options, require_range
-from strategies.framework.training import Training, counted, local_steps
+from strategies.framework.training import Training, counted, local_steps, resolved, settings_for
 
 OptionsT = TypeVar("OptionsT")
 """A strategy's options: a frozen dataclass."""
@@ -108,7 +108,8 @@ class Contract(ABC, Generic[OptionsT]):
         """
         options = read_options(cls.Options, run_config, f"{cls.name}.")
         run = read_options(_Run, run_config)
-        strategy = cls(options, read_options(Training, run_config), run.seed, run.num_server_rounds)
+        training = resolved(read_options(Training, run_config), str(run_config.get("base-model", "")))
+        strategy = cls(options, training, run.seed, run.num_server_rounds)
         strategy.limits = read_options(Limits, run_config)
         return strategy
 
@@ -201,7 +202,11 @@ class Contract(ABC, Generic[OptionsT]):
 
     def local_steps(self, client: Client) -> int:
         """Optimiser steps that the client makes in a round, for a plan that divides them."""
-        return local_steps(self.training, client.claimed or client.examples)
+        return local_steps(self.training_of(client), client.claimed or client.examples)
+
+    def training_of(self, client: Client) -> Training:
+        """How this client trains: the run's settings, or its kinds' and its model's where the run leaves that open."""
+        return settings_for(self.training, client.kinds, client.layout)
 
     def needs_everyone(self, round_: int) -> bool:
         """Whether all clients take part in this round, whatever fraction the run samples; by default never."""
@@ -236,7 +241,8 @@ class Contract(ABC, Generic[OptionsT]):
         slots as they were after the round ``pinned``, whatever else it removes.
         """
         place = self.place(train_round or round_)
-        steps = counted(brief.steps, self.training, (client.claimed or client.examples, client.held_out), *place)
+        examples = client.claimed or client.examples, client.held_out
+        steps = counted(brief.steps, self.training, examples, *place, self.training_of(client))
         return plan_dispatch(
             steps,
             brief.adapters,

@@ -42,6 +42,11 @@ class Client:
         return sum(int(task.examples.get("train", 0)) for task in self.registration.tasks)
 
     @property
+    def kinds(self) -> list[str]:
+        """The kinds of its tasks."""
+        return sorted({task.kind for task in self.registration.tasks})
+
+    @property
     def held_out(self) -> int:
         """Validation examples that the client registered with."""
         return sum(int(task.examples.get("validation", 0)) for task in self.registration.tasks)

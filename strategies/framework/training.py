@@ -2,14 +2,22 @@
 
 A strategy's plan does not say how long a client trains under ``local-epochs``, nor where in the run's schedule a round
 stands: neither is the method's matter. Both are filled in here, for every strategy alike.
+
+Who names only a base model and data gets settings by kind of task and by the model's width: a run that sets none of the
+keys in :data:`KEYS`, and no built-in scenario. Kind and width are known when a client has registered, so learning rate
+and batch are filled in as its message is made. Rates follow publications, and were not searched for here.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
+import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedalloy_adapters.factors import Factor
+from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.wire.codec import Encoding
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework.options import OptionError, require_choice, require_range
@@ -61,6 +69,9 @@ class Training:
     optimizer_state: str = "fresh"
     """``fresh`` in every round; ``keep``: a slot's next training goes on from its moments, which stay on the client's
     disk. Fresh is the default: the moments were not taken on what a round's merge sends, and the papers restart."""
+    training_defaults: str = "auto"
+    """``auto``: a run that names a ``base-model`` and sets no learning rate, batch, steps, epochs, schedule, warm-up or
+    optimizer gets them by kind of task and size of model (docs/training.md). ``plain``: the defaults here."""
     evaluate_split: str = "test"
     """On what delivered models are evaluated, once: ``validation`` or ``test``. Rounds look at validation examples, and
     only at a client without any at these."""
@@ -93,9 +104,113 @@ class Training:
             raise OptionError(f"momentum = {self.momentum}, expected at least 0 and below 1")
         if self.momentum and self.optimizer != "sgd":
             raise OptionError(f"momentum = {self.momentum} with optimizer {self.optimizer!r}, expected 'sgd'")
+        require_choice("training-defaults", self.training_defaults, ("auto", "plain", "by-kind"))
         require_choice("evaluate-split", self.evaluate_split, ("validation", "test"))
         require_choice("uplink-encoding", self.uplink_encoding, list(Encoding))
         require_choice("downlink-encoding", self.downlink_encoding, list(Encoding))
+
+
+KEYS = (
+    *("learning_rate", "batch_size", "local_steps", "local_epochs"),
+    *("schedule", "schedule_over", "warmup_steps", "warmup_ratio", "optimizer"),
+)
+"""Fields of :class:`Training` that belong together: who sets one of them gets none from here."""
+WIDTHS = (128, 1024, 2048, 6144)
+"""Where a larger model begins, by the median number of inputs of its adapted modules."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """For some kinds: learning rates below the first of :data:`WIDTHS`, from each on; examples of a step; and why."""
+
+    kinds: tuple[str, ...]
+    rates: tuple[float, float, float, float, float]
+    batch: int
+    why: str
+
+
+TABLE = (
+    Row(
+        ("causal-lm", "image-text-to-text"),
+        (5e-3, 1e-3, 5e-4, 2e-4, 1e-4),
+        8,
+        "QLoRA (Dettmers et al. 2023) trains models of 7B and 13B at 2e-4, of 33B and 65B at 1e-4; narrower ones take "
+        "more. Long texts make small batches.",
+    ),
+    Row(
+        ("preferences",),
+        (5e-4, 5e-5, 2e-5, 1e-5, 5e-6),
+        8,
+        "Preferences move a model that can already write, at a tenth of the rate or less (Zephyr's DPO: 5e-6 at 7B).",
+    ),
+    Row(
+        ("image-classification", "image-text-classification"),
+        (5e-3, 2e-3, 1e-3, 5e-4, 2e-4),
+        32,
+        "PEFT's example trains ViT-base at 5e-3 with batches of 128; smaller batches take less.",
+    ),
+    Row(
+        ("sentence-pairs",),
+        (5e-3, 5e-4, 3e-4, 2e-4, 1e-4),
+        32,
+        "The other examples of a batch are what a text is told from: a small batch teaches little.",
+    ),
+    Row(
+        (),
+        (5e-3, 5e-4, 3e-4, 2e-4, 1e-4),
+        16,
+        "LoRA (Hu et al. 2021, table 9) trains RoBERTa-base at 4e-4 to 5e-4, and RoBERTa-large at 2e-4 to 4e-4.",
+    ),
+)
+"""The last row is for every other kind."""
+
+
+def resolved(training: Training, base_model: str) -> Training:
+    """What ``training-defaults = "auto"`` means in this run, and what is the same for all kinds.
+
+    One pass over a client's examples in each round, and at least ``local-steps``: a hundred examples would else be a
+    dozen steps. The rate falls over the whole run, because clients go on from each other's work.
+    """
+    plain = Training()
+    untouched = all(getattr(training, name) == getattr(plain, name) for name in KEYS)
+    if training.training_defaults == "plain" or not (base_model and untouched):
+        return replace(training, training_defaults="plain")
+    chosen = replace(training, training_defaults="by-kind", local_epochs=1.0)
+    return replace(chosen, schedule="cosine", schedule_over="run", warmup_ratio=0.05)
+
+
+def settings_for(training: Training, kinds: Iterable[str], layout: Layout) -> Training:
+    """``training`` with a client's own rate and batch, where the run leaves them to its kinds of tasks and its model.
+
+    Of several kinds the most careful one decides.
+    """
+    if training.training_defaults != "by-kind":
+        return training
+    rows = [next(row for row in TABLE if kind in row.kinds or not row.kinds) for kind in kinds] or [TABLE[-1]]
+    size = bisect.bisect_right(WIDTHS, width(layout))
+    return replace(
+        training, learning_rate=min(row.rates[size] for row in rows), batch_size=min(row.batch for row in rows)
+    )
+
+
+def width(layout: Layout) -> int:
+    """The median number of inputs of the adapted modules; 0 where there are none."""
+    inputs = [entry.shape[1] for entry in layout.entries if entry.factor is Factor.A]
+    return int(statistics.median_low(inputs)) if inputs else 0
+
+
+def settings_words(training: Training, kinds: Iterable[str], layout: Layout) -> str:
+    """One line for the log: what such clients train with; empty where the run has set it."""
+    if training.training_defaults != "by-kind":
+        return ""
+    kinds = sorted(set(kinds))
+    found = settings_for(training, kinds, layout)
+    return (
+        f"{', '.join(kinds)}, width {width(layout)}: learning-rate {found.learning_rate:g}, "
+        f"batch-size {found.batch_size}, local-epochs {found.local_epochs:g} (at least {found.local_steps} steps), "
+        f"schedule {found.schedule} over the {found.schedule_over}, warmup-ratio {found.warmup_ratio:g}: chosen by "
+        "kind and size, because the run sets none of them (training-defaults)"
+    )
 
 
 def local_steps(training: Training, examples: int) -> int:
@@ -107,11 +222,17 @@ def local_steps(training: Training, examples: int) -> int:
     if not training.local_epochs:
         return training.local_steps
     batches = math.ceil(examples / training.batch_size)  # of one pass; the last one may be smaller
-    return max(1, min(_MOST, math.ceil(training.local_epochs * batches)))
+    least = training.local_steps if training.training_defaults == "by-kind" else 1
+    return max(least, min(_MOST, math.ceil(training.local_epochs * batches)))
 
 
 def counted(
-    steps: Iterable[plan_pb2.Step], training: Training, examples: tuple[int, int], round_: int, rounds: int
+    steps: Iterable[plan_pb2.Step],
+    training: Training,
+    examples: tuple[int, int],
+    round_: int,
+    rounds: int,
+    own: Training | None = None,
 ) -> list[plan_pb2.Step]:
     """The steps with how long the client trains, and where its learning rate stands in the schedule.
 
@@ -121,7 +242,9 @@ def counted(
         examples: that the client trains on and validates with: they make its epochs.
         round_: from 1; one after the last for the delivery, which has a schedule of its own.
         rounds: of the whole run; 0: not known, and the schedule is the round's.
+        own: ``training`` with the client's own learning rate and batch size; None: they are the run's.
     """
+    own = own or training
     over_run = training.schedule_over == "run" and 0 < round_ <= rounds
     found = []
     for step in steps:
@@ -130,7 +253,9 @@ def counted(
             copied = plan_pb2.Step()
             copied.CopyFrom(step)
             step, body = copied, copied.train if kind == "train" else copied.distill.train
-            body.steps = body.steps or local_steps(training, _examples(body, *examples))
+            body.steps = body.steps or local_steps(own, _examples(body, *examples))
+            if own != training:
+                _make_own(body, training, own)
             total = body.steps * (rounds if over_run else 1)
             if over_run:
                 body.schedule_done, body.schedule_total = (round_ - 1) * body.steps, total
@@ -138,6 +263,16 @@ def counted(
             body.warmup_steps = min(warmup, total)
         found.append(step)
     return found
+
+
+def _make_own(body: plan_pb2.TrainStep, training: Training, own: Training) -> None:
+    """A step of the run's rate or a share of it gets the client's; a rate that a gate has for itself stays."""
+    ratio = own.learning_rate / training.learning_rate
+    body.learning_rate *= ratio
+    for scale in body.rate_scales:
+        scale.scale /= ratio if scale.scale != 1 else 1
+    if body.batch_size == training.batch_size:
+        body.batch_size = own.batch_size
 
 
 def _examples(body: plan_pb2.TrainStep, train: int, validation: int) -> int:

@@ -19,8 +19,9 @@ from server_app.run.run_directory import RunDirectory
 from strategies import AlloyStrategy
 from strategies.framework.answers import claimed_id, read_client
 from strategies.framework.exchange import MAX_REASON, BadAnswerError, Client
+from strategies.framework.training import settings_words
 
-WARNING = 30
+INFO, WARNING = 20, 30
 
 
 class Enrolment:
@@ -41,6 +42,7 @@ class Enrolment:
         self.names: dict[str, str] = {}
         """What the key of each client's node is registered as with the SuperLink; empty where it has no name."""
         self._labels: dict[int, str] = {}
+        self._said: set[str] = set()
         self.keys: dict[str, bytes] = {}
         """The public key of each id's owner."""
 
@@ -107,6 +109,10 @@ class Enrolment:
                 continue
             self.directory.save_registration(client.id, registration_of(client))
             self.clients[client.id] = client
+            said = settings_words(self.strategy.training, client.kinds, client.layout)
+            if said and said not in self._said:
+                self._said.add(said)
+                log(INFO, "%s", said)
 
     def why_refused(self) -> str:
         """Who was refused, and why, in one line."""
