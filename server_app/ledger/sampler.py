@@ -165,7 +165,7 @@ class FleetSampler:
                 arrivals.append(arrival)
                 if exact:  # anybody can name an address and port, and nobody knows another's counters
                     self._client_of[end.local_address, end.local_port] = client
-                else:
+                elif arrival is not None:  # of a connection that is there, and no more than it has brought
                     self._client_of.setdefault((end.local_address, end.local_port), client)
             for connection in self._of(client, moment):
                 self._watched[_key(connection)].busy = False

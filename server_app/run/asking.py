@@ -6,8 +6,11 @@ look like, and answers lie in the run's bank.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING
 
 from flwr.app import Message, RecordDict
@@ -53,6 +56,8 @@ class Asking:
         self._whole: set[str] = set()
         self._pinned = run.held_out.best_state
         self._answers: dict[str, Answer] = {}
+        self._seconds: list[float] = []
+        self._started = time.monotonic()
 
     def carry_out(self, absorb: Callable[[int, Client, Answer], None]) -> dict[str, ClientRecord]:
         """Ask everybody and absorb good answers; a record for every client asked."""
@@ -63,7 +68,7 @@ class Asking:
         watch = Booking(run.wire, self.round, self.phase, self._tensors)
         slowest: dict[str, float] = {}
         for reply in run.federation.exchange(
-            makes, options.round_timeout, watch, self._enough, self._again, self._quorate, options.grace
+            makes, options.round_timeout, watch, self._enough, self._again, self._patience
         ):
             record = self._take(reply)
             run.progress.answered(reply.client_id, record)
@@ -116,9 +121,19 @@ class Asking:
     def _enough(self) -> bool:
         return client_status.usable(self.records) >= self.needed
 
-    def _quorate(self) -> bool:
-        quorum = self.run.options.quorum
-        return bool(quorum) and client_status.usable(self.records) >= max(quorum, self.needed)
+    def _patience(self) -> float:
+        """Seconds that those who have not answered still have.
+
+        A client that lies about nothing but answers at once moves the median by one place: most must have answered.
+        """
+        options, usable = self.run.options, len(self._seconds)
+        found = math.inf
+        if options.quorum and usable >= max(options.quorum, self.needed):
+            found = options.grace
+        if options.grace_ratio and usable >= max(options.least, len(self._clients) // 2 + 1):
+            so_far = time.monotonic() - self._started
+            found = min(found, max(options.grace, options.grace_ratio * median(self._seconds) - so_far))
+        return found
 
     def _take(self, reply: Reply) -> ClientRecord:
         client = self._clients[reply.client_id]
@@ -130,6 +145,8 @@ class Asking:
             record["sent_whole"] = True  # it did not hold what the server thought
         is_good = record["status"] == OK
         (self.run.holdings.answered if is_good else self.run.holdings.forget)(client.id)
+        if is_good:
+            self._seconds.append(reply.seconds)
         if is_good and self.phase == "train":
             self.run.answer_seconds[client.id] = reply.seconds
         return record
@@ -142,7 +159,7 @@ class Asking:
         if reply.message is None or reply.message.has_error() or dispatch is None:
             run.wire.arrived(round_, client.id, phase, reply.message)
             if reply.message is None:
-                return record | client_status.of_silence(reply.seconds, run.options.round_timeout)
+                return record | client_status.of_silence(reply.seconds, run.options.round_timeout, run.options.quorum)
             return record | client_status.of_error(reply.message)
         try:
             answer = answer_from(dispatch, reply.message, run.strategy.limits)

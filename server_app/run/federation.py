@@ -8,6 +8,7 @@ round runs are asked who they are meanwhile, and a client whose process died is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -144,14 +145,13 @@ class Federation:
         watch: Watch,
         enough: Callable[[], bool] = lambda: True,
         again: Callable[[str, Message], bool] = lambda client_id, reply: False,
-        quorate: Callable[[], bool] = lambda: False,
-        grace: float = 0.0,
+        patience: Callable[[], float] = lambda: math.inf,
     ) -> Iterator[Reply]:
         """Push one message per client and yield replies as they arrive; None for those that do not in ``timeout`` s.
 
         A client whose process died is asked again. One whose node is gone is waited for only as long as there are not
         ``enough`` usable answers without it; when it is back, it is asked again. One whose reply makes ``again`` true
-        is asked again at once. From the moment on when the answers are ``quorate``, the others have ``grace`` seconds.
+        is asked again at once. ``patience`` says how many seconds the others have from now on; it never prolongs.
         """
         exchange = Exchange(self, makes, watch)
         started = time.monotonic()
@@ -165,8 +165,7 @@ class Federation:
                         yield found
                 next_pull = time.monotonic() + _pause(self.poll_interval, self.intake.asking_seconds)
             now = time.monotonic()
-            if quorate():
-                ends = min(ends, now + grace)
+            ends = min(ends, now + patience())
             if now > ends:
                 break
             self._look_around(watch)

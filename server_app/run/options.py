@@ -71,7 +71,11 @@ class RunOptions:
     """The round ends when so many clients have answered and ``grace`` seconds have passed since; answers that come
     later count for nothing (but see ``fedavg.late-weight``). 0: it waits for all, at most ``round-timeout`` seconds."""
     grace: float = 10.0
-    """Seconds for the others once there is a ``quorum``."""
+    """Seconds for the others once there is a ``quorum``, or once ``grace-ratio`` says so: at least these."""
+    grace_ratio: float = 0.0
+    """When ``min-clients`` and more than half of those asked have answered, the others have this many times the median
+    answer's time since the round began. Who is later counts as late (see ``strikes``). 0: all have ``round-timeout``,
+    because an honest client may be slow; with clients of like speed, 10 keeps a silent one from costing that."""
     round_timeout: float = 600.0
     """Seconds after which a round goes on without the clients that have not answered."""
     strikes: int = 3
@@ -126,6 +130,9 @@ class RunOptions:
         require_range("poll-interval", self.poll_interval, 0.01, 60)
         require_range("quorum", self.quorum, 0)
         require_range("grace", self.grace, 0)
+        require_range("grace-ratio", self.grace_ratio, 0)
+        if 0 < self.grace_ratio < 1:
+            raise OptionError(f"grace-ratio = {self.grace_ratio}, expected 0 or at least 1")
         require_range("bank-memory-mb", self.bank_memory_mb, 0)
         for name in listed(self.trackers):
             require_choice("trackers", name, OPENERS)

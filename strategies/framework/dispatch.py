@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.bank.store import Made
+from fedalloy_adapters.bank.store import Made, largest_of
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch, layouts_of_plan
 from fedalloy_adapters.wire.codec import (
@@ -32,6 +32,7 @@ from fedalloy_adapters.wire.flower_records import (
     pack,
 )
 from proto.fedalloy.v1 import plan_pb2
+from strategies.framework.exchange import MAX_NUMBER
 from strategies.framework.holdings import Holding
 
 
@@ -127,6 +128,7 @@ def plan_dispatch(
     blobs: dict[str, bytes] = {}
     received: dict[str, Callable[[], Adapter]] = {}
     tensor_bytes: dict[str, int] = {}
+    adapters = Made({slot: partial(_sendable, adapters, slot) for slot in adapters})
     known = layouts_of_plan(layout, steps)
     residuals: dict[str, float] = {}
     sent_as: dict[str, Encoding] = {}
@@ -180,6 +182,19 @@ def _encode(adapter: Adapter, encoding: Encoding, reference: Adapter | None = No
         if error.code is not CodecErrorCode.NOT_FINITE or not adapter.is_finite:
             raise
         return encode(adapter, Encoding.FP32, include_layout=include_layout)
+
+
+def _sendable(adapters: Mapping[str, Adapter], slot: str) -> Adapter:
+    """What is sent, without numbers that the server would refuse in an answer.
+
+    A merge of uploads that keep the bound may leave it (a sum of several, a product of two factors). The client would
+    start from such numbers, and be rejected by name for what it was sent. NaN becomes 0.
+    """
+    adapter = adapters[slot]
+    if largest_of(adapter.vector) <= MAX_NUMBER:  # False for NaN, too
+        return adapter
+    bounded = torch.nan_to_num(adapter.vector, nan=0.0, posinf=MAX_NUMBER, neginf=-MAX_NUMBER)
+    return Adapter(adapter.layout, bounded.clamp(-MAX_NUMBER, MAX_NUMBER))
 
 
 def _as_received(adapters: Mapping[str, Adapter], slot: str, encoding: Encoding) -> Adapter:

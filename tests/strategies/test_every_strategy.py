@@ -18,11 +18,16 @@ from client_app.model.personal import PersonalModel
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.sketch import ReferenceModel
 from client_app.plan.slots import SlotStore
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.parts import layouts_of_plan
+from fedalloy_adapters.wire.codec import decode
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies import STRATEGIES
+from strategies.framework.exchange import MAX_NUMBER
+from strategies.framework.limits import Limits
 from strategies.framework.steps import Training
 from tests.fedalloy_adapters.tiny_vit import base_of, images
-from tests.strategies.conftest import FakeGrid, FakeNode
+from tests.strategies.conftest import FakeGrid, FakeNode, layout_of
 
 NAMES = ("ada", "ben", "cyd")
 TRAINING = Training(local_steps=6, batch_size=32, learning_rate=0.01, evaluate_split="validation")
@@ -98,3 +103,32 @@ def test_two_rounds_with_real_clients(
     # Every batch is the whole split, so that these are the same loss before and after.
     longer = [train for train in trains if train.steps > 1]
     assert sum(train.last_loss < train.first_loss for train in longer) >= 0.8 * len(longer)
+
+
+class Huge(FakeNode):
+    """Sends numbers that the server takes just so, and looks at what it is sent."""
+
+    largest = 0.0
+
+    def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
+        known = layouts_of_plan(self.layout, plan.steps)
+        for blob in blobs.values():
+            sent = decode(blob, layouts=known)
+            assert sent.is_finite
+            self.largest = max(self.largest, float(sent.vector.abs().max()))
+        return super().run(plan, blobs)
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_nobody_is_sent_what_the_server_would_not_take(name: str) -> None:
+    """No bound relative to the others helps where all send such numbers, in turns of one sign and the other."""
+    layout = layout_of()
+
+    def move(who: str, round_: int, received: Adapter) -> Adapter:
+        return Adapter(received.layout, torch.full_like(received.vector, 9e8 * (-1) ** (round_ // 2)))
+
+    nodes = [Huge(who, layout, 10 * (index + 1), move) for index, who in enumerate(NAMES)]
+    strategy = STRATEGIES[name](training=TRAINING, seed=3)
+    strategy.limits = Limits(max_update_ratio=0.0)
+    strategy.start(FakeGrid(nodes), initial_arrays=ArrayRecord(), num_rounds=3)
+    assert max(node.largest for node in nodes) <= MAX_NUMBER

@@ -76,11 +76,13 @@ def privacy_of(said: report_pb2.RecordPrivacy) -> dict[str, Any]:
     }
 
 
-def of_silence(waited: float, timeout: float) -> ClientRecord:
-    """No answer within ``round-timeout``, or, where a quorum ended the round before, within less (``cut_off``)."""
+def of_silence(waited: float, timeout: float, quorum: int = 0) -> ClientRecord:
+    """No answer within ``round-timeout``, or within less: a quorum (``cut_off``) or ``grace-ratio`` ended the round."""
     record: ClientRecord = {"status": LATE, "reason": f"no answer within {min(waited, timeout):.0f} s"}
-    if waited < timeout:
+    if waited < timeout and quorum:
         record |= {"reason": f"{record['reason']}, when the quorum's grace had passed", "cut_off": True}
+    elif waited < timeout:
+        record["reason"] += ", when most had long answered (grace-ratio)"
     return record
 
 

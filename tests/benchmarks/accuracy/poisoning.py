@@ -1,34 +1,48 @@
-"""One of four clients is hostile: what it does to the honest ones, by strategy, without and with the default bounds.
+"""One of four clients is hostile: what it does to the honest ones, by strategy, with today's defaults and with others.
 
-    python -m tests.benchmarks.accuracy.poisoning                      # the table of docs/security.md, seed 0
-    python -m tests.benchmarks.accuracy.poisoning --seeds 0 1 --strategies fedavg fedmerge potara fedmosaic
+    python -m tests.benchmarks.accuracy.poisoning                      # the table of docs/security.md, seeds 0 and 1
+    python -m tests.benchmarks.accuracy.poisoning --table              # of what there is; nothing is run
+    python -m tests.benchmarks.accuracy.poisoning --seeds 100 --kinds none flip --rows "fedavg max-update-ratio=2"
 
 Through the real round loop and client code, in one process, on ``digits``. Client 2 of 4 answers as it should, but for:
 
 * ``noise``: its uploads are noise of the honest uploads' norm;
 * ``flip``: its update, times minus ten;
+* ``labels``: it trains on wrong labels, 9 for 0 to 0 for 9, and sends what comes of it;
 * ``claims``: it registers a million training examples, and flips;
-* ``spy``: its sketch is the mean of the others' last ones, and it flips.
+* ``spy``: its sketch is the mean of the others' last ones, and it flips (FedMosaic only).
 
-Prints the honest clients' mean (worst) accuracy, and beside it by how much the worst honest client lies below its own
-accuracy in ``local``.
+A row is a strategy and what else run-config says. Its cells are the honest clients' mean (worst) accuracy, and two
+differences of the honest client that lost most: against the same run without the liar, and against ``local``. Each
+finished run is a line of ``--found``, so that the command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import logging
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
+from unittest import mock
 
 import torch
 from flwr.app import Message
 from rich.console import Console
 from rich.table import Table
 
+import client_app.session  # noqa: F401 - these two before what there is is frozen
+import server_app.run.loop  # noqa: F401
+from client_app.data.dataset import ClientData, Dataset
 from client_app.plan.training import set_up_torch
+from client_app.scenarios import digits
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.files.atomic_files import write_durably
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from fedalloy_adapters.wire.codec import decode, encode
@@ -37,8 +51,12 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 from tests.in_process import FIRST_NODE, run_in_process
 
 HOSTILE = 2
-KINDS = ("none", "noise", "flip", "claims", "spy")
-OFF = {"max_update_ratio": 0.0, "max_examples_ratio": 0.0}
+KINDS = ("none", "noise", "flip", "labels", "claims", "spy")
+ROWS = ("fedavg", "fedavg fedavg.robust=median", "potara", "fedmerge", "fedmosaic")
+FOUND = Path(__file__).parents[1] / "found" / "poisoning.jsonl"
+HONEST = ("none", "labels")
+"""Kinds that send what they have trained."""
+Scores = dict[str, float]
 
 
 class Liar:
@@ -66,7 +84,7 @@ class Liar:
                 self.sketches |= {node: adapter} if is_sketch else {}
                 continue
             blobs[slot] = encode(self._lie(adapter, sent.get(slot), layout, is_sketch), include_layout=False).blob
-        return Message(pack("report", report, blobs), reply_to=message) if mine and self.kind != "none" else reply
+        return Message(pack("report", report, blobs), reply_to=message) if mine and self.kind not in HONEST else reply
 
     def _registered(self, node: int, message: Message, reply: Message, *, mine: bool) -> Message:
         registration, _ = unpack(reply.content, "registration", report_pb2.Registration)
@@ -102,65 +120,102 @@ class Liar:
         return Adapter(layout, start - 10 * (adapter.vector - start))
 
 
-def run(folder: Path, name: str, strategy: str, kind: str, seed: int, rounds: int, **config: Any) -> dict[str, float]:
-    """The honest clients' accuracies, by client."""
-    directory = run_in_process(
-        folder,
-        4,
-        Liar(kind),
-        run_name=name,
-        strategy=strategy,
-        scenario="digits",
-        seed=seed,
-        num_server_rounds=rounds,
-        **config,
-    )
-    summary = json.loads((directory.path / "summary.json").read_text())
+@contextmanager
+def wrong_labels(kind: str) -> Iterator[None]:
+    """Client 2's training labels are turned around where the kind says so."""
+    load = digits.load_client
+
+    def turned(partition_id: int, *args: Any) -> ClientData:
+        data = load(partition_id, *args)
+        if partition_id == HOSTILE:
+            train = data.splits["train"]
+            data.splits["train"] = Dataset(train.inputs, digits.CLASSES - 1 - train.labels)
+        return data
+
+    with mock.patch.object(digits, "load_client", turned if kind == "labels" else load):
+        yield
+
+
+def measure(cache: Path, row: str, kind: str, seed: int, rounds: int, steps: int) -> Scores:
+    """The honest clients' accuracies in one run, by client."""
+    strategy, *rest = row.split()
+    config: dict[str, Any] = {"num_server_rounds": rounds, "local_steps": steps, "seed": seed, "scenario": "digits"}
+    for word in rest:
+        key, _, value = word.partition("=")
+        config[key] = float(value) if value.replace(".", "").isdigit() else value
+    with tempfile.TemporaryDirectory() as name, wrong_labels(kind):
+        (Path(name) / ".cache").symlink_to(cache)
+        directory = run_in_process(Path(name), 4, Liar(kind), run_name="run", strategy=strategy, **config)
+        summary = json.loads((directory.path / "summary.json").read_text())
     return {who: found["accuracy"] for who, found in summary["clients"].items() if who != f"client-{HOSTILE}"}
 
 
+def cell(found: Mapping[str, Mapping[int, Scores]], row: str, kind: str, rows: Mapping[str, Any]) -> str:
+    """Mean (worst), and what the honest client that lost most lost: against no liar, and against ``local``."""
+    scores = [score for one in found[kind].values() for score in one.values()]
+    lost = []
+    for base in (rows[row].get("none", {}), rows["local"].get("none", {})):
+        pairs = [(base[seed], one) for seed, one in found[kind].items() if seed in base]
+        lost.append(min((one[who] - alone[who] for alone, one in pairs for who in one), default=float("nan")))
+    return f"{mean(scores):.3f} ({min(scores):.3f}) {lost[0]:+.3f} {lost[1]:+.3f}"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(runs: Sequence[Mapping[str, Any]], rows: Sequence[str], kinds: Sequence[str], title: str) -> Table:
+    """One line for each row, one column for each kind."""
+    shown = Table(title=title, title_justify="left")
+    for column in ("", *kinds):
+        shown.add_column(column, justify="left" if not column else "right")
+    found: dict[str, dict[str, dict[int, Scores]]] = {row: {} for row in ("local", *rows)}
+    for one in runs:
+        if one["row"] in found:
+            found[one["row"]].setdefault(one["kind"], {})[one["seed"]] = one["scores"]
+    for row, by_kind in found.items():
+        cells = [cell(by_kind, row, kind, found) if kind in by_kind else "" for kind in kinds]
+        shown.add_row(row, *cells)
+    return shown
+
+
 def main() -> None:
-    """Measure and print."""
+    """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--local-steps", type=int, default=30)
-    parser.add_argument("--strategies", nargs="+", default=["fedavg", "fedmosaic"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help='Such as "fedavg max-update-ratio=2".')
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--robust", nargs="*", default=["median", "trimmed", "krum"], help="Of fedavg.")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
-    arguments = parser.parse_args()
-    arguments.cache.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--found", type=Path, default=FOUND, help="File of the finished runs.")
+    parser.add_argument("--table", action="store_true", help="Run nothing.")
+    given = parser.parse_args()
+    given.cache.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     set_up_torch()
-    more = {"local_steps": arguments.local_steps}
-    rows: list[tuple[str, str, dict[str, Any]]] = []
-    for strategy in arguments.strategies:
-        rows += [(f"{strategy}, no bounds", strategy, OFF), (f"{strategy}, default", strategy, {})]
-        if strategy == "fedavg":
-            rows += [(f"fedavg, robust = {rule}", strategy, {"fedavg__robust": rule}) for rule in arguments.robust]
-    table = Table(title=f"digits, {arguments.rounds} rounds: honest mean (worst), worst below local")
-    for column in ("", *arguments.kinds):
-        table.add_column(column, justify="left" if not column else "right")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / ".cache").symlink_to(arguments.cache)
-        alone = {s: run(folder, f"local-{s}", "local", "none", s, arguments.rounds, **more) for s in arguments.seeds}
-        for index, (title, strategy, config) in enumerate(rows):
-            cells = []
-            for kind in arguments.kinds:
-                if kind == "spy" and strategy != "fedmosaic":
-                    cells.append("")
-                    continue
-                found = {
-                    s: run(folder, f"{index}-{kind}-{s}", strategy, kind, s, arguments.rounds, **config, **more)
-                    for s in arguments.seeds
-                }
-                scores = [score for one in found.values() for score in one.values()]
-                below = max(alone[s][who] - score for s, one in found.items() for who, score in one.items())
-                cells.append(f"{sum(scores) / len(scores):.3f} ({min(scores):.3f}) {-below:+.3f}")
-                print(title, kind, cells[-1], flush=True)
-            table.add_row(title, *cells)
-    Console(width=160).print(table)
+    asked = [
+        (seed, kind, row)
+        for seed in given.seeds
+        for kind in given.kinds
+        for row in (["local", *given.rows] if kind == "none" else given.rows)
+        if kind != "spy" or row.startswith("fedmosaic")
+    ]
+    same = {"rounds": given.rounds, "local_steps": given.local_steps}
+    for seed, kind, row in [] if given.table else asked:
+        about = {"row": row, "kind": kind, "seed": seed, **same}
+        if any(about.items() <= one.items() for one in read(given.found)):
+            continue
+        gc.collect()
+        gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
+        scores = measure(given.cache, row, kind, seed, given.rounds, given.local_steps)
+        lines = [json.dumps(one) for one in (*read(given.found), {**about, "scores": scores})]
+        write_durably(given.found, ("\n".join(lines) + "\n").encode())
+        print(row, kind, seed, {who: round(score, 3) for who, score in scores.items()}, flush=True)
+    runs = [one for one in read(given.found) if same.items() <= one.items() and one["seed"] in given.seeds]
+    title = f"digits, {given.rounds} rounds, seeds {given.seeds}: honest mean (worst), most lost to no liar, to local"
+    Console(width=200).print(table(runs, given.rows, given.kinds, title))
 
 
 if __name__ == "__main__":

@@ -251,6 +251,15 @@ def test_a_quorum_does_not_wait_for_the_last(tmp_path: Path) -> None:
     assert found == {"ada": "ok", "ben": "ok", "cyd": "late"}  # or the test would not end
 
 
+def test_a_silent_client_costs_some_of_the_others_answers_times_and_a_strike(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes(), misbehave={3: lambda plan, message, honest: []})
+    config = {"grace": 0.0, "grace_ratio": 1.0, "round_timeout": 3600.0, "strikes": 1}
+    directory = run_nodes(tmp_path, grid, num_server_rounds=2, **config)
+    first, second = statuses(directory)
+    assert first == {"ada": "ok", "ben": "ok", "cyd": "late"}  # or the test would not end
+    assert second["cyd"] == "rested"
+
+
 def test_only_named_clients_get_a_plan(tmp_path: Path) -> None:
     grid = NodeGrid(nodes())
     directory = run_nodes(tmp_path, grid, num_server_rounds=1, clients="ada, c*")

@@ -159,6 +159,30 @@ def test_sampler_keeps_the_last_counters_of_a_connection_that_goes(ledger: Ledge
     assert activity(ledger)["setup"] == 4000
 
 
+@pytest.mark.parametrize("thief", [(2**49, 0), (5001, 0), (900, 400), (0, 0)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_connection_is_not_that_of_whoever_names_it(
+    ledger: Ledger, kernel: Kernel, thief: tuple[int, int], first: bool
+) -> None:
+    """A claim of more than this end has counted is nobody's; one that fits no look gives way to one that does."""
+    kernel.sockets[5] = at_server(0, 0)
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    for name in ("berlin", "thief"):
+        sampler.push(1, name, "train")
+    kernel.traffic(sampler, 5, 5000, 3000)
+    # Of a claim that cannot be, nothing is left: then even a reading that fell between two looks is enough.
+    berlin = at_client(4990, 2990) if thief[0] > 5000 else at_client(5000, 3000)
+    claims = [("thief", reading(at_client(*thief))), ("berlin", reading(berlin))]
+    for name, claim in claims if first else reversed(claims):
+        sampler.reply(1, name, "train", claim)
+    del kernel.sockets[5]
+    with sampler._look():
+        pass
+    sampler.stop()
+    assert [row.client for row in ledger.accounts().readings if row.event == "gone"] == ["berlin"]
+
+
 def test_sampler_without_counters_books_the_reason_and_what_clients_say(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
