@@ -1,6 +1,6 @@
 """One of four clients is hostile: what it does to the honest ones, by strategy, with today's defaults and with others.
 
-    python -m tests.benchmarks.accuracy.poisoning                      # the table of docs/security.md, seeds 0 and 1
+    python -m tests.benchmarks.accuracy.poisoning                      # seeds 0 and 1
     python -m tests.benchmarks.accuracy.poisoning --table              # of what there is; nothing is run
     python -m tests.benchmarks.accuracy.poisoning --seeds 100 --kinds none flip --rows "fedavg max-update-ratio=2"
 
