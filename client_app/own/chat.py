@@ -15,6 +15,8 @@ Span = tuple[int, int]
 """Where characters that are learnt begin and end."""
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _KNOWN = ("role", "content", "weight")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of an answer's reasoning: transformers hands one to templates under the names of others, too."""
 
 
 @dataclass
@@ -31,6 +33,7 @@ class ChatTemplate:
     tokenizer: Any
     special: Sequence[str]
     findings: Counter[str] = field(default_factory=Counter)
+    _reasoned: dict[tuple[str, tuple[str, ...]], bool] = field(default_factory=dict, repr=False)
 
     @property
     def source(self) -> str:
@@ -82,13 +85,27 @@ class ChatTemplate:
             if turn["role"] == "developer" and "developer" not in source:
                 turn["role"] = "system"
                 self.findings["developer messages are system messages, because the chat template knows no other"] += 1
+            named = tuple(key for key in _REASONING if turn.get(key) is not None)
             for key in turn:
-                if key not in _KNOWN and key not in source:
+                if key in _KNOWN or (key in _REASONING and key not in named):
+                    continue
+                if not (self._has_reasoning(key, named) if key in named else key in source):
                     self.findings[f"messages have {key!r}, which the chat template does not use"] += 1
         for key in context:
             if key not in source:
                 self.findings[f"examples have {key!r}, which the chat template does not use"] += 1
         return found
+
+    def _has_reasoning(self, key: str, named: tuple[str, ...]) -> bool:
+        """Whether reasoning under this name is in a last answer's text, where it has values under all of ``named``."""
+        if (key, named) not in self._reasoned:
+            answer = {"role": "assistant", "content": "a", **{name: f"<<{name}>>" for name in named}}
+            try:
+                shown = f"<<{key}>>" in self._text([{"role": "user", "content": "q"}, answer], {})
+            except Exception:  # a template that wants more of a conversation; what it names is all there is to go by
+                shown = key in self.source
+            self._reasoned[key, named] = shown
+        return self._reasoned[key, named]
 
     def _text(self, turns: Sequence[Turn], context: Mapping[str, Any], **options: Any) -> str:
         return str(self.speaker.apply_chat_template(list(turns), tokenize=False, **context, **options))

@@ -191,7 +191,8 @@ def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
     try:
         with torch.no_grad():
             forward({name: tensor[:1] for name, tensor in inputs.items()})
-        found = find_padding(forward, inputs, tolerance, per_token=kind.per_token)
+        padding_id = getattr(base.model.config, "pad_token_id", None) or 0
+        found = find_padding(forward, inputs, tolerance, per_token=kind.per_token, padding_id=padding_id)
     except (ValueError, TypeError, AttributeError) as error:
         raise BaseModelError(
             f"base-model {base.name!r} does not answer as the task {kind.name!r} needs it: {first_line(error)}"

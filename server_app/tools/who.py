@@ -41,12 +41,15 @@ def who_table(clients: Mapping[str, Mapping[str, Any]], now: datetime | None = N
     """One line for each client; a key is named where its name is not the client's."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title="Who is who", title_justify="left")
     for column in ("client", "node", "key", "examples", "task", "base model", "seen"):
-        table.add_column(column, overflow="fold", justify="right" if column == "examples" else "left")
+        whole = column in ("node", "seen")  # a number in two lines cannot be copied
+        table.add_column(column, overflow="fold", no_wrap=whole, justify="right" if column == "examples" else "left")
     for name, said in clients.items():
         key = str(said["key"]) or "none" if "key" in said else ""
         status = {"rejected": "refused", "left": "absent"}.get(str(said.get("status", "")), "")
         seen = status or ago(str(said.get("seen", "")), now)
-        shown = [str(said.get(column, "")) for column in ("node", "examples", "tasks", "base")]
+        shown = [str(said.get(column, "")) for column in ("node", "examples", "tasks")]
+        base = str(said.get("base", ""))
+        shown.append(Path(base).name if base.startswith("/") else base)  # report --json has all of it
         table.add_row(name, shown[0], "same" if key == name else key, *shown[1:], seen)
     return table
 

@@ -35,7 +35,12 @@ def inputs_taken(module: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def find_padding(
-    forward: Callable[[Inputs], Tensor], inputs: Inputs, tolerance: float, *, per_token: bool = False
+    forward: Callable[[Inputs], Tensor],
+    inputs: Inputs,
+    tolerance: float,
+    *,
+    per_token: bool = False,
+    padding_id: int = 0,
 ) -> str:
     """Where this architecture wants padding, by trying two texts of unequal length together and alone.
 
@@ -48,11 +53,13 @@ def find_padding(
         tolerance: largest difference of logits that rounding explains, as a share of the largest logit.
         per_token: whether logits are one for each token ``[b, L, C]``; they stand where the texts stand, and padding
             before a text would move them.
+        padding_id: the token that padding is, for texts that all have the same length: one of them is shortened.
     """
+    inputs = _of_two_lengths(inputs, padding_id)
     lengths = inputs[MASK].sum(dim=1)
     short = int(lengths.argmin())
     longer = [int(i) for i in lengths.argsort() if lengths[i] > lengths[short]]
-    if not longer:
+    if not longer:  # no text has a second token
         return RIGHT
     within = [i for i in longer if lengths[i] <= _LONGEST_PROBE]
     rows = torch.tensor([short, within[-1] if within else longer[0]])
@@ -66,6 +73,24 @@ def find_padding(
             if float((together - alone).abs().max()) <= tolerance * float(alone.abs().max().clamp_min(1.0)):
                 return padding
     return ALONE
+
+
+def _of_two_lengths(inputs: Inputs, padding_id: int) -> Inputs:
+    """Texts of more than one length: where all have the same, the first of them, and its first half and last token.
+
+    Other texts than those at hand may be longer or shorter, and what a model does with them is its architecture's.
+    """
+    lengths = inputs[MASK].sum(dim=1)
+    length = int(lengths[0])
+    if bool((lengths != length).any()) or length < 2:
+        return inputs
+    width, half, found = inputs[MASK].shape[1], length // 2, {}
+    for name, tensor in inputs.items():
+        found[name] = tensor[:1].expand(2, *tensor.shape[1:]).clone()
+        if tensor.shape[1:2] == (width,):
+            found[name][1, half - 1] = tensor[0, length - 1]  # the end token, which some architectures look for
+            found[name][1, half:length] = padding_id if name == "input_ids" else 0
+    return found
 
 
 def arranged(inputs: Inputs, padding: str) -> Inputs:

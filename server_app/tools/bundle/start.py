@@ -1,32 +1,61 @@
-"""``flwr run`` as it is, but for the bundle that it sends.
+"""``flwr run`` as it is, but for the bundle that it sends, and for how a failed run is told.
 
     python -m server_app.tools.bundle.start . my-superlink --stream      # what `fedalloy submit` does
 
-Flower 1.39 has no option for this. One name in the module of its command is replaced, the one that builds the bundle
-from a folder; ``tests/server_app/tools/bundle`` sees that it is there and is what the command calls.
+Flower 1.39 has no option for these. One name in the module of its command is replaced, the one that builds the bundle
+from a folder, and one in that of its log, which prints; ``tests/server_app/tools/bundle`` sees that they are there and
+are what the command calls.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from unittest.mock import patch
 
 from server_app.tools.bundle.pack import packed
+from server_app.tools.bundle.screen import Screen
 
 COMMAND = "flwr.cli.run.run"
 """The module; its package has the function under the same name."""
+LOG = "flwr.cli.log"
+VERBOSE = "--verbose"
+"""Prints Flower's own words about a failure, too: a traceback, and its exit code."""
 
 
 def flwr_run(arguments: Sequence[str]) -> None:
-    """Carry out ``flwr run`` with these arguments and a packed bundle; ends the process as ``flwr`` does."""
+    """Carry out ``flwr run`` with these arguments and a packed bundle; ends the process as ``flwr`` does.
+
+    Where the log is streamed and says that the run failed, the exit code is 1.
+    """
     from flwr.cli.app import app
 
-    command = import_module(COMMAND)
+    command, log = import_module(COMMAND), import_module(LOG)
     plain = command.build_fab_from_disk
-    with patch.object(command, "build_fab_from_disk", lambda folder: packed(plain(folder))):
-        app(["run", *arguments], prog_name="flwr")
+    verbose = VERBOSE in arguments
+    given = [word for word in arguments if word != VERBOSE]
+    screen = Screen((lambda text: None) if verbose else partial(print, end="", flush=True))
+
+    def show(*words: object, end: str = "\n") -> None:
+        said = " ".join(map(str, words)) + end
+        screen.feed(said)
+        if verbose:
+            print(said, end="", flush=True)
+
+    with (
+        patch.object(command, "build_fab_from_disk", lambda folder: packed(plain(folder))),
+        patch.object(log, "print", show, create=True),
+    ):
+        try:
+            app(["run", *given], prog_name="flwr")
+        finally:
+            screen.end()
+            if screen.failed:
+                if not verbose:
+                    print(f"the run failed; {VERBOSE} shows Flower's own words, too", flush=True)
+                raise SystemExit(1)
 
 
 if __name__ == "__main__":

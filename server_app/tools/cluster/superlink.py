@@ -77,7 +77,7 @@ class SuperLink:
         log = self.logs / f"run-{int(time.time() * 1000)}.log"
         config = " ".join(f"{key}={literal(value)}" for key, value in run_config.items())
         start = ["flwr", "run", str(app)] if app else [sys.executable, "-P", "-m", PACKED, str(app_directory())]
-        command = [*start, self.connection, "--stream", "--run-config", config]
+        command = [*start, self.connection, "--stream", "--run-config", config, *([] if app else ["--verbose"])]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment(),

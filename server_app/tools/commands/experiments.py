@@ -47,7 +47,10 @@ def demo(
 
 
 def submit(context: typer.Context) -> None:
-    """Start a run as flwr run does, with its arguments, and a quarter of its bytes of code for each client."""
+    """Start a run as flwr run does, with its arguments, and a quarter of its bytes of code for each client.
+
+    With --stream, a run that fails says why in one line; --verbose shows Flower's traceback, too.
+    """
     from server_app.tools.bundle.start import flwr_run
 
     with clear_errors():

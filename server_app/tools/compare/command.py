@@ -35,7 +35,15 @@ from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
 from server_app.tools.compare.html import ReportError, as_html
-from server_app.tools.compare.processes import Engine, Nodes, in_process, one_by_one, require_worth, side_by_side
+from server_app.tools.compare.processes import (
+    Engine,
+    Nodes,
+    errors_once,
+    in_process,
+    one_by_one,
+    require_worth,
+    side_by_side,
+)
 from server_app.tools.compare.progress import HopelessError, Progress
 from server_app.tools.compare.records import as_csv, read_run, remarks
 from server_app.tools.compare.statistics import Comparison, as_markdown, comparison_of
@@ -341,9 +349,9 @@ def _started(place: str, clients: int, nodes: Nodes, runs: Path, console: Consol
 def _quiet() -> Iterator[None]:
     """Flower's log would tear the progress bars; what clients did is in each run's rounds.jsonl."""
     logger = logging.getLogger("flwr")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    before, once = logger.level, errors_once(logger)
     try:
         yield
     finally:
         logger.setLevel(before)
+        logger.removeFilter(once)

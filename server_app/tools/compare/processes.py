@@ -151,7 +151,7 @@ def _start(work: Callable[..., None], clients: int, runs: Path, nodes: Nodes | N
 def _work(connection: Connection, clients: int, runs: Path, nodes: Nodes | None) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent as well, which ends this process
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    errors_once(logging.getLogger("flwr"))
     import torch
 
     torch.set_num_threads(1)
@@ -164,6 +164,28 @@ def _work(connection: Connection, clients: int, runs: Path, nodes: Nodes | None)
             _tell(connection, ("ended", why))
     except (EOFError, OSError):  # the parent is gone
         return
+
+
+class _Once(logging.Filter):
+    """Each error in one line, without its traceback, and only the first time that it is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = record.stack_info = None
+        text, known = record.getMessage(), len(self._said)
+        self._said.add(text)
+        return len(self._said) > known
+
+
+def errors_once(logger: logging.Logger) -> logging.Filter:
+    """Let a logger say errors only, each in one line and once: all clients of all runs may have the same."""
+    once = _Once()
+    logger.setLevel(logging.ERROR)
+    logger.addFilter(once)
+    return once
 
 
 def _attempt(engine: Engine, config: Config, clients: int, runs: Path, answered: Callable[[], None]) -> str:

@@ -85,6 +85,22 @@ def test_reasoning_is_learnt_where_the_template_has_it_and_told_where_not() -> N
     assert findings == ["messages have 'reasoning_content', which the chat template does not use"]
 
 
+@pytest.mark.parametrize("name", ["thinking", "reasoning"])
+def test_other_names_of_reasoning_are_used_where_its_text_is(name: str) -> None:
+    """Transformers hands them to templates as ``reasoning_content``; of two, one is left out, which is told."""
+    answer = {"role": "assistant", "content": "four", name: "two and two"}
+    made = chat_templates.byte_level()
+    _, learnt, findings = encoded(encoder_of(made, chat_templates.THINKING), {"messages": [ASK, answer]})
+    assert learnt == "<think>\ntwo and two\n</think>\n\nfour<|im_end|>"
+    assert findings == []
+    both = {**answer, "reasoning_content": "2 + 2"}
+    _, learnt, findings = encoded(encoder_of(made, chat_templates.THINKING), {"messages": [ASK, both]})
+    assert learnt == "<think>\n2 + 2\n</think>\n\nfour<|im_end|>"
+    assert findings == [f"messages have {name!r}, which the chat template does not use"]
+    _, _, findings = encoded(encoder_of(made, chat_templates.CHATML), {"messages": [ASK, answer]})
+    assert findings == [f"messages have {name!r}, which the chat template does not use"]
+
+
 def test_answers_of_weight_zero_are_not_learnt() -> None:
     turns = [*TURNS[:1], {**TURNS[1], "weight": 0}, TURNS[2], {**TURNS[3], "weight": 1}]
     for template in (chat_templates.CHATML, chat_templates.CHATML_MARKED):

@@ -70,13 +70,20 @@ def saved(folder: Path, architecture: str, pad: int | None, config_pad: int | No
     return folder
 
 
-def largest_difference(folder: Path, base: Path, architecture: str) -> tuple[float, str]:
-    """Of the logits of texts alone and together; and where padding is put."""
-    rows = [{"text": "x" * n + " y", "label": str(n % 2)} for n in range(1, 12)]
+def largest_difference(folder: Path, base: Path, architecture: str, split: str = "train") -> tuple[float, str]:
+    """Of the logits of texts alone and together; and where padding is put.
+
+    Another split than ``train`` has texts of other lengths than it, where all texts have one length.
+    """
+    rows: list[dict[str, str]] = [{"text": "x" * n + " y", "label": str(n % 2)} for n in range(1, 12)]
+    if split != "train":
+        rows = [{**row, "split": split} for row in rows]
+        rows += [{"text": "xyxy" + "xy"[n % 2], "label": str(n % 2), "split": "train"} for n in range(8)]
     path = toy_data.write_jsonl(folder / "x.jsonl", rows)
-    settings = settings_of(path, folder, base, labels="0,1", target_modules=TARGETS.get(architecture, ""))
+    told = {"split_column": "split"} if split != "train" else {}
+    settings = settings_of(path, folder, base, told, labels="0,1", target_modules=TARGETS.get(architecture, ""))
     model, data = loaded(settings)
-    train = data.splits["train"]
+    train = data.splits[split]
     with torch.no_grad():
         together = training.logits_of(model, train.batch(torch.arange(len(train))))
         alone = torch.cat([training.logits_of(model, train.batch(torch.tensor([i]))) for i in range(len(train))])
@@ -97,6 +104,14 @@ def test_texts_get_the_same_answer_alone_and_together(architecture: str, tmp_pat
 def test_any_padding_token_will_do(architecture: str, pad: int | None, config_pad: int | None, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", architecture, pad, config_pad if architecture != "roberta" else 0)
     assert largest_difference(tmp_path, base, architecture)[0] < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bart", "xlnet", "fnet"])
+def test_training_texts_of_one_length_do_not_hide_what_others_need(architecture: str, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", architecture, 0, 0)
+    difference, padding = largest_difference(tmp_path, base, architecture, "test")
+    assert difference < 1e-4
+    assert padding == CONFIGS[architecture][1]
 
 
 def test_padding_before_a_text_keeps_its_order() -> None:

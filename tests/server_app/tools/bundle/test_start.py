@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.proto.control_pb2 import StartRunResponse
+from flwr.proto.control_pb2 import StartRunResponse, StreamLogsResponse
 
 from server_app.tools.bundle import start
 
@@ -48,3 +48,31 @@ def test_flowers_own_command_sends_the_packed_bundle(tmp_path: Path, monkeypatch
         assert "fedalloy_bundle/sources" in archive.namelist()
         assert "client_app/app.py" not in archive.namelist()
     assert command.build_fab_from_disk(ROOT) == buffer.getvalue()  # as it was
+
+
+class Failing(Control):
+    """A run of it raises."""
+
+    def StreamLogs(self, request: Any) -> Any:
+        raised = "Traceback (most recent call last):\n  File x\nserver_app.a.B: seed = -1\nERROR : Exit Code: 201\n"
+        for text in ("INFO : begun\n", "ERROR : ServerApp raised an exception\n", raised):
+            yield StreamLogsResponse(log_output=text, latest_timestamp=1.0)
+
+
+@pytest.mark.parametrize("more", [[], ["--verbose"]])
+def test_a_failed_run_is_one_line_and_exit_code_1(
+    more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = import_module(start.COMMAND)
+    monkeypatch.setattr(start, "packed", lambda plain: b"")
+    monkeypatch.setattr(command, "build_fab_from_disk", lambda folder: b"")
+    monkeypatch.setattr(command, "init_http_client_from_connection", lambda connection: Failing())
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    (tmp_path / "config.toml").write_text('[superlink.somewhere]\naddress = "127.0.0.1:1"\ninsecure = true\n')
+    with pytest.raises(SystemExit) as ended:
+        start.flwr_run([str(ROOT), "somewhere", "--stream", *more])
+    said = capsys.readouterr().out
+    assert ("Exit Code: 201" in said) == bool(more)
+    assert ("error: seed = -1\n" in said) != bool(more)
+    assert "INFO : begun\n" in said
+    assert ended.value.code == 1
