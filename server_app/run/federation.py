@@ -30,6 +30,8 @@ LOOKS_SHARE = 0.2
 MOST_PAUSE_SECONDS = 3.0
 """As long as Flower's own grid waits between two looks."""
 SAY_SECONDS = 10.0
+ALL_FOR_ONE = "all for one reason: "
+"""In the words of a :class:`NoClientError`; what reads them in a record knows it by this."""
 
 
 class NotEnoughClientsError(RuntimeError):

@@ -32,7 +32,7 @@ MAX_COUNTER = 2**50
 """Bytes or segments of one connection: a petabyte, of which many can be added up."""
 MAX_TASKS, MAX_METRICS, MAX_NOTES, MAX_CONNECTIONS = 1000, 1000, 1000, 256
 """What one client may register, and report of one evaluation: it is written to ``rounds.jsonl`` in every round."""
-METRIC_NAME = re.compile(r"(?:[\w][\w .&+-]{0,63}/)?[a-z][a-z0-9_]{0,39}")
+METRIC_NAME = re.compile(r"(?:[\w][\w .&+-]{0,63}/)?[a-z][a-z0-9_]{0,39}(?::[\w][\w .&+-]{0,63})?")
 """A metric, after the name of its task where there are several: it becomes a column's head and a word in a report."""
 _RANGES = {
     "accuracy": (0.0, 1.0),
@@ -314,7 +314,7 @@ def _require_metrics(where: str, metrics: Mapping[str, float]) -> None:
     for name in metrics:
         if not METRIC_NAME.fullmatch(name):
             raise BadAnswerError(f"{where}: a metric {name[:80]!r}, expected a name like 'accuracy' or 'task/accuracy'")
-        low, high = _RANGES.get(name.rpartition("/")[2], (-MAX_SUM, MAX_SUM))
+        low, high = _RANGES.get(name.rpartition("/")[2].partition(":")[0], (-MAX_SUM, MAX_SUM))
         if math.isfinite(metrics[name]) and not low <= metrics[name] <= high:
             raise BadAnswerError(f"{where}: {name} = {metrics[name]:g}, expected {low:g} to {high:g}")
 

@@ -30,8 +30,10 @@ from client_app.scenarios import FROM_FILES, NAMES
 from client_app.scenarios.files import SCENARIOS
 from fedalloy_adapters.files.atomic_files import locked, write_durably
 from fedalloy_adapters.wire.codec import Encoding
+from server_app.run.federation import ALL_FOR_ONE, NoClientError
 from server_app.run.options import read_run_options
 from server_app.run.run_directory import RunDirectory
+from server_app.tools.bundle.screen import reason_in
 from server_app.tools.cluster.local import LocalCluster, Settings
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
 from server_app.tools.compare.html import ReportError, as_html
@@ -268,6 +270,7 @@ def on_cluster(
 
     Raises:
         ClusterError: the run did not end well; its last records are in its folder.
+        NoClientError: no client could, all for one reason, which other runs will have, too.
     """
     require_worth(config, runs)
     directory, seen = RunDirectory(runs / str(config["run-name"])), [0]
@@ -281,7 +284,10 @@ def on_cluster(
     outcome = cluster.run({**config, "runs-dir": str(runs.resolve())}, look)
     if not outcome.completed or not is_finished(directory.path):
         said = [record["reason"] for record in directory.rounds() if record["phase"] == "stopped"]
-        raise ClusterError(said[-1] if said else f"the run ended as {outcome.status}; see {outcome.log}")
+        why = said[-1] if said else reason_in(outcome.log.read_text(errors="replace"))
+        if ALL_FOR_ONE in why:
+            raise NoClientError(why)
+        raise ClusterError(why or f"the run ended as {outcome.status}; see {outcome.log}")
 
 
 def _begun(run: Path) -> dict[str, Any]:

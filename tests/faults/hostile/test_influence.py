@@ -120,6 +120,7 @@ def test_an_update_is_compared_with_the_median_and_cut_in_its_direction(tmp_path
 METRICS = {
     "accuracy beyond one": ({"loss": 1.0, "accuracy": 1e9}, "accuracy = 1e+09, expected 0 to 1"),
     "a task's accuracy": ({"loss": 1.0, "a/accuracy": -0.5}, "a/accuracy = -0.5, expected 0 to 1"),
+    "a label's area": ({"loss": 1.0, "auroc:film": 2.0}, "auroc:film = 2, expected 0 to 1"),
     "a negative loss": ({"loss": -1.0}, "loss = -1, expected 0"),
     "a script": ({"loss": 1.0, "<script>": 1.0}, "a metric '<script>', expected a name like"),
     "a formula": ({"loss": 1.0, "=HYPERLINK(1)": 1.0}, "a metric '=HYPERLINK(1)'"),

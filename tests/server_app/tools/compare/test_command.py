@@ -14,8 +14,9 @@ from rich.console import Console
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.federation import NoClientError
 from server_app.run.run_directory import RunDirectory
+from server_app.tools.cluster.superlink import ClusterError, RunOutcome, SuperLink
 from server_app.tools.compare import command as module
-from server_app.tools.compare.command import compare, in_process, jobs_of
+from server_app.tools.compare.command import compare, in_process, jobs_of, on_cluster
 from server_app.tools.compare.processes import NotWorthError, require_worth
 from server_app.tools.compare.records import FinishedRun
 from server_app.tools.compare.statistics import Row
@@ -339,3 +340,18 @@ def test_controls_are_always_there(tmp_path: Path) -> None:
     assert engine.asked == ["local", "fedavg", "ditto", "fedavg-head", "fedavg-tuned", "local-all", "local-twice"]
     assert len(failed) == 7
     assert not found.lines
+
+
+@pytest.mark.parametrize("all_fail", [False, True])
+def test_a_run_that_fails_on_a_federation_says_its_own_reason(all_fail: bool, tmp_path: Path) -> None:
+    """Its log is Flower's: a traceback, and the words of the error in it."""
+    words = "none of 2 clients can take part, all for one reason: x" if all_fail else "seed = -1"
+    log = tmp_path / "run.log"
+    log.write_text(f"ServerApp raised an exception\nTraceback (most recent call last):\nserver_app.x.Y: {words}\n")
+
+    class Failed(SuperLink):
+        def run(self, *_: object, **__: object) -> RunOutcome:
+            return RunOutcome("1", "finished:failed", log)
+
+    with pytest.raises(NoClientError if all_fail else ClusterError, match=f"^{words}$"):
+        on_cluster(Failed("x", tmp_path), {"run-name": "r", "strategy": "fedavg"}, 2, tmp_path, lambda: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server_app.tools.compare.processes import one_by_one, side_by_side
+from server_app.tools.compare.processes import errors_once, one_by_one, side_by_side
 
 
 class Heard:
@@ -85,3 +86,16 @@ def test_one_by_one_tries_all(tmp_path: Path) -> None:
     one_by_one([{"n": 0}, {"n": 1}], 2, tmp_path, heard, engine)
     assert heard.begun == heard.answers == [0, 1]
     assert heard.whys == {0: "ValueError: no luck", 1: ""}
+
+
+def test_an_error_of_all_clients_is_one_line_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("test-of-errors-once")
+    once = errors_once(logger)
+    for client in ("a", "b"):
+        try:
+            raise KeyError(client)
+        except KeyError:
+            logger.exception("KeyError: labels")
+        logger.warning("not shown")
+    logger.removeFilter(once)
+    assert [(record.getMessage(), record.exc_info) for record in caplog.records] == [("KeyError: labels", None)]
