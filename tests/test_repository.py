@@ -87,6 +87,18 @@ def test_no_file_has_more_than_400_lines() -> None:
     assert not {path: count for path, count in lines.items() if count > 400 and "_pb2" not in path.name}
 
 
+def test_no_function_has_more_than_60_lines() -> None:
+    # Its docstring counts, too. A longer one needs a line here, and a reason.
+    longer: dict[str, str] = {}
+    found = {}
+    for path in _sources(*PACKAGES, "examples"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                found[f"{path.relative_to(ROOT)}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert not {name: count for name, count in found.items() if count > 60 and name not in longer}
+    assert {name for name, count in found.items() if count > 60} == set(longer), "an exception that is none any more"
+
+
 def test_no_folder_holds_more_than_a_dozen_modules() -> None:
     # Where modules are alike and found by name, the folder is a list and may be long.
     lists = {"strategies/algorithms", "tests/strategies/algorithms", "client_app/plan", "tests/client_app/plan"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client_app.data.dataset import MASK, ClientData, Dataset, MixedDataset
 from client_app.data.targets import IGNORED, target_mask
-from client_app.kinds import kind_of
+from client_app.kinds import Kind, kind_of
 from client_app.kinds.scores.texts import Written, text_metrics
 from client_app.model.forward.target_losses import AtTargets, AtTargetsWhole
 from client_app.model.personal import PersonalModel
@@ -89,39 +89,70 @@ def evaluate(
         return _over_tasks(of_tasks)
     model.module.eval()
     kind = kind_of(data.kind)
-    size = min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
-    loss, correct, count = 0.0, 0, 0
-    kept: list[Any] = []
-    order = _by_length(data)
-    for done, indices in enumerate(torch.split(order, size)):
-        tick("evaluate", done * size, len(data))
-        batch = data.batch(indices)
-        labels = batch.labels.to(model.device)
-        if kind.generative:
-            with autocast(model.device):
-                said = _at_targets(model, batch, labels, forward)
-                loss += float(said.losses().double().sum())
-                count += len(said.tokens)
-                if client is not None and client.choices:
-                    correct += likeliest_of(said.logits(first_targets(labels)), labels, client.choices)
-        else:
-            with autocast(model.device):
-                logits = (forward or partial(logits_of, model))(batch).float()
-            total, losses = kind.summed_loss(logits, labels)
-            loss, count = loss + total, count + losses
-            kept.append(kind.keep(logits, labels, batch, client))
-    metrics = {"loss": loss / max(count, 1)}
     if not kind.generative:
-        whole = kind.whole_loss(kept)
-        return (metrics if whole is None else {"loss": whole}) | kind.metrics(kept, client, loss_only=loss_only)
-    if client is not None and client.choices:
-        metrics["accuracy"] = correct / len(data)
-    metrics["perplexity"] = math.exp(min(metrics["loss"], _MAX_EXPONENT))
+        return _scored(model, data, client, forward, loss_only=loss_only)
+    metrics = _written(model, data, client, forward)
     writes = client is not None and client.decode is not None and client.generate_examples and forward is None
     if client is not None and writes and not loss_only:
         chosen = data.subset(torch.arange(min(client.generate_examples, len(data))))
-        metrics |= text_metrics(write(model, chosen, client, size)) | {"answers": float(len(chosen))}
+        texts = write(model, chosen, client, _batch_size(model, kind))
+        metrics |= text_metrics(texts) | {"answers": float(len(chosen))}
     return metrics
+
+
+def _written(
+    model: PersonalModel, data: Dataset, client: ClientData | None, forward: Callable[[Dataset], Tensor] | None
+) -> dict[str, float]:
+    """Loss over all target tokens, perplexity, and the accuracy among ``choices``."""
+    loss, correct, count = 0.0, 0, 0
+    for batch, labels in _batches(model, data):
+        with autocast(model.device):
+            said = _at_targets(model, batch, labels, forward)
+            loss += float(said.losses().double().sum())
+            count += len(said.tokens)
+            if client is not None and client.choices:
+                correct += likeliest_of(said.logits(first_targets(labels)), labels, client.choices)
+    metrics = {"loss": loss / max(count, 1)}
+    if client is not None and client.choices:
+        metrics["accuracy"] = correct / len(data)
+    metrics["perplexity"] = math.exp(min(metrics["loss"], _MAX_EXPONENT))
+    return metrics
+
+
+def _scored(
+    model: PersonalModel,
+    data: Dataset,
+    client: ClientData | None,
+    forward: Callable[[Dataset], Tensor] | None,
+    *,
+    loss_only: bool,
+) -> dict[str, float]:
+    """Loss and scores of a kind whose outputs are compared with labels."""
+    kind = kind_of(data.kind)
+    loss, count = 0.0, 0
+    kept: list[Any] = []
+    for batch, labels in _batches(model, data):
+        with autocast(model.device):
+            logits = (forward or partial(logits_of, model))(batch).float()
+        total, losses = kind.summed_loss(logits, labels)
+        loss, count = loss + total, count + losses
+        kept.append(kind.keep(logits, labels, batch, client))
+    whole = kind.whole_loss(kept)
+    metrics = {"loss": loss / max(count, 1) if whole is None else whole}
+    return metrics | kind.metrics(kept, client, loss_only=loss_only)
+
+
+def _batch_size(model: PersonalModel, kind: Kind) -> int:
+    return min(kind.evaluation_batch, model.micro_batch or kind.evaluation_batch)
+
+
+def _batches(model: PersonalModel, data: Dataset) -> Iterator[tuple[Dataset, Tensor]]:
+    """Batches with their labels on the model's device."""
+    size = _batch_size(model, kind_of(data.kind))
+    for done, indices in enumerate(torch.split(_by_length(data), size)):
+        tick("evaluate", done * size, len(data))
+        batch = data.batch(indices)
+        yield batch, batch.labels.to(model.device)
 
 
 def _by_length(data: Dataset) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -120,14 +121,7 @@ class Interpreter:
         self.policy.require_plan(plan, blobs)
         bench = Workbench(plan, self.model, self.data, self.slots, self.starts, self.secret)
         bench.min_examples = self.policy.min_examples
-
-        def parts_of(split: str) -> list[int]:
-            if not self.data.splits.keys() >= {*split.split(JOINED)}:
-                return [2**31]  # the step will say that there is none
-            data = bench.split(split)
-            parts = data.parts.values() if isinstance(data, MixedDataset) else [data]
-            return [len(part) for part in parts if len(part)]
-
+        parts_of = partial(self._parts_of, bench)
         self.policy.require_examples(plan, lambda split: sum(parts_of(split)), parts_of)
         self._require_texts(plan)
         if self.budget is not None:
@@ -147,22 +141,21 @@ class Interpreter:
             epsilon = self.budget.charge(spending_of(plan, self.budget.privacy, sizes))
             report.privacy.CopyFrom(self.budget.said(epsilon))
             bench.private = PrivateTraining(self.budget.privacy)
-        leading = 0
-        while leading < len(plan.steps) and plan.steps[leading].WhichOneof("kind") == "initialise":
-            leading += 1
-        for index, step in enumerate(plan.steps):
-            if index == leading:
-                _install(bench, blobs)
-            bench.index = index
-            report.results.append(_run_step(bench, step))
-        if leading == len(plan.steps):
-            _install(bench, blobs)
+        report.results.extend(_run_steps(bench, blobs))
         report.seconds = time.monotonic() - started
         self.policy.require_small(self.client_id, bench.uploads)
         if self.tally is not None:
             self.tally.leave(plan, bench.uploads, self.policy)
         self.layouts = bench.layouts
         return report, bench.uploads
+
+    def _parts_of(self, bench: Workbench, split: str) -> list[int]:
+        """How many examples a split has of each task."""
+        if not self.data.splits.keys() >= {*split.split(JOINED)}:
+            return [2**31]  # the step will say that there is none
+        data = bench.split(split)
+        parts = data.parts.values() if isinstance(data, MixedDataset) else [data]
+        return [len(part) for part in parts if len(part)]
 
     def _require_texts(self, plan: plan_pb2.Plan) -> None:
         """Scores of a few texts tell of them."""
@@ -177,6 +170,22 @@ class Interpreter:
 
 def _trains(plan: plan_pb2.Plan) -> list[plan_pb2.Step]:
     return [step for step in plan.steps if step.HasField("train")]
+
+
+def _run_steps(bench: Workbench, blobs: Mapping[str, bytes]) -> list[report_pb2.StepResult]:
+    """Carry out the plan, and install what was received behind its leading ``initialise`` steps."""
+    steps, results = bench.plan.steps, list[report_pb2.StepResult]()
+    leading = 0
+    while leading < len(steps) and steps[leading].WhichOneof("kind") == "initialise":
+        leading += 1
+    for index, step in enumerate(steps):
+        if index == leading:
+            _install(bench, blobs)
+        bench.index = index
+        results.append(_run_step(bench, step))
+    if leading == len(steps):
+        _install(bench, blobs)
+    return results
 
 
 def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:

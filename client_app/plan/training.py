@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,6 +25,7 @@ from client_app.plan.optimizers import optimizer_of, restore, state_of
 from client_app.plan.progress import tick
 from client_app.plan.schedules import rate_of
 from client_app.plan.seeds import batches, by_length, seed_of_step
+from client_app.plan.task_losses import TaskLosses
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor
@@ -65,34 +67,6 @@ class Teacher(Protocol):
 
     def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor) -> Tensor:
         """Weighted distance of the student's logits from the teacher's outputs."""
-
-
-class TaskLosses:
-    """Training losses of each task over one train step."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.batches = 0
-        self.examples: dict[str, int] = {}
-        self.sums: dict[str, float] = {}
-
-    def add(self, found: Mapping[str, tuple[int, float]]) -> None:
-        """One batch: examples and mean loss by task."""
-        self.batches += 1
-        for task, (examples, loss) in found.items():
-            self.examples[task] = self.examples.get(task, 0) + examples
-            self.sums[task] = self.sums.get(task, 0.0) + examples * loss
-
-    def to_proto(self) -> dict[str, report_pb2.TaskLoss]:
-        """For the report: over a task's examples, and as (1 / batches) sum (examples / batch size) loss."""
-        return {
-            task: report_pb2.TaskLoss(
-                examples=count,
-                mean=self.sums[task] / count,
-                batch_share=self.sums[task] / (self.batch_size * self.batches),
-            )
-            for task, count in self.examples.items()
-        }
 
 
 def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | None = None) -> report_pb2.TrainResult:
@@ -237,38 +211,11 @@ def train(
     set_training(model.module)
     losses: list[float] = []
     by_task = TaskLosses(step.batch_size)
-    drawn = order or batches(len(data), step.batch_size, step.steps, seed)
-    if model.group_by_length and data.lengths is not None:
-        drawn = by_length(drawn, data.lengths, seed)
-    for indices in drawn:
+    objective = _Objective(model, step, parameters, data, anchor, teacher, example_weights)
+    for indices in _drawn(model, step, data, seed, order):
         tick("train", len(losses), step.steps, losses[-1] if losses else None)
         optimiser.zero_grad()
-        loss = 0.0
-        size = model.micro_batch or len(indices)
-        chunks = torch.split(indices, size)
-        parts = [part for chosen in chunks for part in data.by_task(chosen)]
-        if example_weights is not None and len(parts) != len(chunks):
-            raise TrainingError("examples of several tasks in one batch cannot be weighed one by one")
-        shares = _shares(parts)
-        found: dict[str, tuple[int, float]] = {}
-        for position, part in enumerate(parts):
-            taught = teacher.outputs(part) if teacher is not None else None
-            with autocast(model.device):
-                counts = None if example_weights is None else example_weights[chunks[position]]
-                logits = None if teacher is None else logits_of(model, part, everywhere=teacher.everywhere)
-                objective = batch_loss(model, part, logits, counts)
-            in_batch, in_task = shares[position]
-            count, so_far = found.get(part.task, (0, 0.0))
-            found[part.task] = count + len(part), so_far + in_task * float(objective.detach())
-            if len(parts) > 1:  # gradients of the parts add up to that of the whole batch
-                objective = objective * (in_batch * in_task)
-            loss += float(objective.detach())
-            if anchor is not None and position == 0:
-                pull = torch.stack([(parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
-                objective = objective + step.proximal.mu / 2 * pull
-            if teacher is not None and logits is not None and taught is not None:
-                objective = objective + teacher.loss(part, logits, taught) * in_task
-            objective.backward()  # type: ignore[no-untyped-call]
+        loss, found = objective.backward(indices)
         by_task.add(found)
         if step.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(parameters.values(), step.max_grad_norm)
@@ -276,26 +223,89 @@ def train(
         schedule.step()
         losses.append(loss)
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"training loss became {loss} at step {len(losses)} of {step.steps}; lower learning-rate "
-                f"(now {step.learning_rate:g}) or set max-grad-norm"
-            )
+            raise _diverged(f"training loss became {loss} at step {len(losses)} of {step.steps}", step)
     # What the last step spoilt no later loss would show.
     if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
-        raise TrainingError(
-            f"numbers that are not finite after the last of {step.steps} steps; lower learning-rate "
-            f"(now {step.learning_rate:g}) or set max-grad-norm"
-        )
+        raise _diverged(f"numbers that are not finite after the last of {step.steps} steps", step)
     model.module.eval()
+    return _result(losses, by_task, time.monotonic() - started)
+
+
+def _drawn(
+    model: PersonalModel, step: plan_pb2.TrainStep, data: Dataset, seed: int, order: Iterable[Tensor] | None
+) -> Iterable[Tensor]:
+    """The batches' indices."""
+    drawn = order or batches(len(data), step.batch_size, step.steps, seed)
+    if model.group_by_length and data.lengths is not None:
+        drawn = by_length(drawn, data.lengths, seed)
+    return drawn
+
+
+def _result(losses: list[float], by_task: TaskLosses, seconds: float) -> report_pb2.TrainResult:
     return report_pb2.TrainResult(
         steps=len(losses),
         examples=sum(by_task.examples.values()),
         first_loss=losses[0],
         mean_loss=sum(losses) / len(losses),
         last_loss=losses[-1],
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         task_losses=by_task.to_proto(),
     )
+
+
+def _diverged(what: str, step: plan_pb2.TrainStep) -> TrainingError:
+    return TrainingError(f"{what}; lower learning-rate (now {step.learning_rate:g}) or set max-grad-norm")
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What :func:`train` minimises; its arguments."""
+
+    model: PersonalModel
+    step: plan_pb2.TrainStep
+    parameters: Mapping[str, nn.Parameter]
+    data: Dataset
+    anchor: Mapping[str, Tensor] | None
+    teacher: Teacher | None
+    example_weights: Tensor | None
+
+    def backward(self, indices: Tensor) -> tuple[float, dict[str, tuple[int, float]]]:
+        """Add one batch's gradients, micro-batch by micro-batch; its loss, and examples and mean loss by task."""
+        loss, found = 0.0, dict[str, tuple[int, float]]()
+        chunks = torch.split(indices, self.model.micro_batch or len(indices))
+        parts = [part for chosen in chunks for part in self.data.by_task(chosen)]
+        weights = self.example_weights
+        if weights is not None and len(parts) != len(chunks):
+            raise TrainingError("examples of several tasks in one batch cannot be weighed one by one")
+        shares = _shares(parts)
+        for position, part in enumerate(parts):
+            counts = None if weights is None else weights[chunks[position]]
+            objective, logits, taught = self._losses(part, counts)
+            in_batch, in_task = shares[position]
+            count, so_far = found.get(part.task, (0, 0.0))
+            found[part.task] = count + len(part), so_far + in_task * float(objective.detach())
+            if len(parts) > 1:  # gradients of the parts add up to that of the whole batch
+                objective = objective * (in_batch * in_task)
+            loss += float(objective.detach())
+            if self.anchor is not None and position == 0:
+                objective = objective + self.step.proximal.mu / 2 * self._distance(self.anchor)
+            if self.teacher is not None and logits is not None and taught is not None:
+                objective = objective + self.teacher.loss(part, logits, taught) * in_task
+            objective.backward()  # type: ignore[no-untyped-call]
+        return loss, found
+
+    def _losses(self, part: Dataset, counts: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The task's loss; with a teacher, the logits and what the teacher says, too."""
+        taught = self.teacher.outputs(part) if self.teacher is not None else None
+        with autocast(self.model.device):
+            logits = None
+            if self.teacher is not None:
+                logits = logits_of(self.model, part, everywhere=self.teacher.everywhere)
+            return batch_loss(self.model, part, logits, counts), logits, taught
+
+    def _distance(self, anchor: Mapping[str, Tensor]) -> Tensor:
+        """Squared distance of what is trained from the anchor."""
+        return torch.stack([(self.parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
 
 
 def tensors_by_entry(adapter: Adapter, device: torch.device) -> dict[str, Tensor]:

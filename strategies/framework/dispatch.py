@@ -35,6 +35,9 @@ from proto.fedalloy.v1 import plan_pb2
 from strategies.framework.exchange import MAX_NUMBER
 from strategies.framework.holdings import Holding
 
+_UPLOADS = ("send", "sketch", "gram")
+"""Kinds of steps that ask for an upload."""
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -125,51 +128,69 @@ def plan_dispatch(
     )
     sent = Encoding(encoding)
     plan.keep_received = holding is not None and sent.is_lossy and len(adapters) > 0
-    blobs: dict[str, bytes] = {}
-    received: dict[str, Callable[[], Adapter]] = {}
-    tensor_bytes: dict[str, int] = {}
     adapters = Made({slot: partial(_sendable, adapters, slot) for slot in adapters})
-    known = layouts_of_plan(layout, steps)
-    residuals: dict[str, float] = {}
-    sent_as: dict[str, Encoding] = {}
-    for slot, adapter in adapters.items():
-        held = holding.reference(slot, adapter) if holding is not None and plan.keep_received else None
-        encoded = _encode(adapter, sent, held, include_layout=adapter.layout.digest not in known)
-        blobs[slot], tensor_bytes[slot], sent_as[slot] = encoded.blob, encoded.payload_bytes, encoded.encoding
-        if holding is not None and plan.keep_received:
-            received[slot] = holding.send(slot, encoded.decoded)
-            residuals[slot] = float((adapter.vector - encoded.decoded.vector).double().norm())
-        else:
-            received[slot] = partial(_as_received, adapters, slot, sent)
-    expected = {
-        step.send.slot: layout_of_part(layout, step.send.part) for step in steps if step.WhichOneof("kind") == "send"
-    }
-    upload_bytes = {
-        step.send.slot: payload_size(expected[step.send.slot], encoding_from_proto(step.send.encoding))
-        for step in steps
-        if step.WhichOneof("kind") == "send"
-    }
-    sketches = [step.sketch for step in steps if step.WhichOneof("kind") == "sketch"]
-    for sketch in sketches:
-        if reference is None:
-            raise LayoutError(f"client {client_id!r} has no reference model for a sketch")
-        expected[sketch.slot] = layout_of_sketch(reference, sketch.row_count)
-        upload_bytes[sketch.slot] = payload_size(expected[sketch.slot], encoding_from_proto(sketch.encoding))
-    for gram in [step.gram for step in steps if step.WhichOneof("kind") == "gram"]:
-        expected[gram.slot] = layout_of_gram(layout)
-        upload_bytes[gram.slot] = payload_size(expected[gram.slot], encoding_from_proto(gram.encoding))
+    down = _sent(adapters, sent, layouts_of_plan(layout, steps), holding if plan.keep_received else None)
+    asked = _asked(steps, layout, reference, client_id)
     return Dispatch(
         plan,
         layout,
-        pack("plan", plan, blobs, beside=beside),
-        Made(received),
-        expected,
-        tensor_bytes,
-        upload_bytes,
-        frozenset(sketch.slot for sketch in sketches),
-        residuals,
-        sent_as,
+        pack("plan", plan, down.blobs, beside=beside),
+        Made(down.received),
+        {slot: expected for slot, (expected, _) in asked.items()},
+        down.tensor_bytes,
+        {slot: payload_size(expected, encoding_from_proto(upload)) for slot, (expected, upload) in asked.items()},
+        frozenset(step.sketch.slot for step in steps if step.WhichOneof("kind") == "sketch"),
+        down.residuals,
+        down.sent_as,
     )
+
+
+@dataclass
+class _Sent:
+    """What goes down with a plan, by slot; see :class:`Dispatch`."""
+
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    received: dict[str, Callable[[], Adapter]] = field(default_factory=dict)
+    tensor_bytes: dict[str, int] = field(default_factory=dict)
+    residuals: dict[str, float] = field(default_factory=dict)
+    sent_as: dict[str, Encoding] = field(default_factory=dict)
+
+
+def _sent(
+    adapters: Mapping[str, Adapter], encoding: Encoding, known: Mapping[bytes, Layout], holding: Holding | None
+) -> _Sent:
+    """Encode ``adapters``: as differences where there is a ``holding``; ``known`` layouts are left out."""
+    down = _Sent()
+    for slot, adapter in adapters.items():
+        held = holding.reference(slot, adapter) if holding is not None else None
+        encoded = _encode(adapter, encoding, held, include_layout=adapter.layout.digest not in known)
+        down.blobs[slot], down.tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
+        down.sent_as[slot] = encoded.encoding
+        if holding is not None:
+            down.received[slot] = holding.send(slot, encoded.decoded)
+            down.residuals[slot] = float((adapter.vector - encoded.decoded.vector).double().norm())
+        else:
+            down.received[slot] = partial(_as_received, adapters, slot, encoding)
+    return down
+
+
+def _asked(
+    steps: Sequence[plan_pb2.Step], layout: Layout, reference: Layout | None, client_id: str
+) -> dict[str, tuple[Layout, int]]:
+    """Layout and encoding of every upload that the steps ask for, by slot.
+
+    Raises:
+        LayoutError: a sketch is asked of a client without a reference model, or has too many rows.
+    """
+    by_kind = {kind: [getattr(s, kind) for s in steps if s.WhichOneof("kind") == kind] for kind in _UPLOADS}
+    asked = {send.slot: (layout_of_part(layout, send.part), send.encoding) for send in by_kind["send"]}
+    for sketch in by_kind["sketch"]:
+        if reference is None:
+            raise LayoutError(f"client {client_id!r} has no reference model for a sketch")
+        asked[sketch.slot] = layout_of_sketch(reference, sketch.row_count), sketch.encoding
+    for gram in by_kind["gram"]:
+        asked[gram.slot] = layout_of_gram(layout), gram.encoding
+    return asked
 
 
 def _encode(adapter: Adapter, encoding: Encoding, reference: Adapter | None = None, *, include_layout: bool) -> Encoded:

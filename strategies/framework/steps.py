@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from fedalloy_adapters.algebra import Coefficient
 from fedalloy_adapters.factors import Factor, factor_to_proto
@@ -114,30 +115,34 @@ def train(
         part=part(factors, modules, without_basis=without_basis),
         steps=steps if steps is not None else 0 if training.local_epochs else training.local_steps,
         batch_size=training.batch_size,
-        learning_rate=training.learning_rate if learning_rate is None else learning_rate,
-        schedule=SCHEDULES[training.schedule],
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
         split=split,
-        rate_scales=[
-            plan_pb2.RateScale(factor=factor_to_proto(factor), scale=scale)
-            for factor, scale in (rate_scales or {}).items()
-        ],
         draw=draw,
         draw_after_replace=draw_after_replace,
         record=record,
         record_batch_share=record_batch_share,
         keep_on_divergence=keep_on_divergence,
         attributed_to=attributed_to,
-        optimizer=OPTIMIZERS[training.optimizer],
-        momentum=training.momentum,
-        keep_optimizer=training.optimizer_state == "keep",
+        **_optimising(training, learning_rate, rate_scales or {}),
     )
     if proximal is not None and proximal[1] > 0:
         step.proximal.CopyFrom(plan_pb2.Proximal(slot=proximal[0], mu=proximal[1]))
     if fold is not None:
         step.fold.CopyFrom(plan_pb2.Fold(index=fold[0], count=fold[1]))
     return Step(train=step)
+
+
+def _optimising(training: Training, rate: float | None, scales: Mapping[Factor, float]) -> dict[str, Any]:
+    """The fields of a train step that say how it optimises."""
+    return {
+        "learning_rate": training.learning_rate if rate is None else rate,
+        "rate_scales": [plan_pb2.RateScale(factor=factor_to_proto(f), scale=scale) for f, scale in scales.items()],
+        "schedule": SCHEDULES[training.schedule],
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optimizer": OPTIMIZERS[training.optimizer],
+        "momentum": training.momentum,
+        "keep_optimizer": training.optimizer_state == "keep",
+    }
 
 
 def merge(target: str, mix: plan_pb2.Mixture, *, space: str = "delta", truncate_rank: int = 0) -> Step:

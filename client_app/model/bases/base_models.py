@@ -66,13 +66,7 @@ def load_base(
     _set_texts(model, padding_id)
     heads = head_modules(model) if kind.head else ()
     drawn = _drawn(model, missing, heads, found)
-    if settings.gradient_checkpointing:
-        _checkpoint_gradients(model, found)
-    if settings.quantization == "4bit":
-        keep_trainable(model)
-    if settings.attention == "auto":
-        use_blocks(model)
-    model.requires_grad_(False).eval()
+    _set_up(model, found, settings)
     drawn_modules = {name.rsplit(".", 1)[0] for name in drawn}
     wanted = _targets(model, found.name, settings.target_modules, heads)
     targets = tuple(name for name in wanted if name not in drawn_modules)
@@ -135,6 +129,17 @@ def _fit_head(
     rename_rows(model, by_label, [None] * len(labels), labels)
     draw_missing(model, missing)
     return ["the base model's head is for labels of other names: all its rows are drawn anew"] if has_head else []
+
+
+def _set_up(model: Any, found: FoundModel, settings: ModelSettings) -> None:
+    """Freeze the model, in evaluation mode, and make it compute as the client says."""
+    if settings.gradient_checkpointing:
+        _checkpoint_gradients(model, found)
+    if settings.quantization == "4bit":
+        keep_trainable(model)
+    if settings.attention == "auto":
+        use_blocks(model)
+    model.requires_grad_(False).eval()
 
 
 def _set_texts(model: Any, padding_id: int | None) -> None:

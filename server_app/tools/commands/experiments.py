@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +19,9 @@ from server_app.tools.commands.arguments import (
     read_clients_file,
 )
 from server_app.tools.commands.terminal import clear_errors, console, errors
+
+if TYPE_CHECKING:
+    from server_app.tools.compare.statistics import Comparison
 
 
 def demo(
@@ -90,8 +94,6 @@ def compare(
     """Which strategy for these clients, at what cost; by default in this process, without a network."""
     from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.compare.command import compare as run_comparison
-    from server_app.tools.compare.html import verdict
-    from server_app.tools.compare.statistics import explanation, terminal_table
 
     chosen = range(first_seed, first_seed + seeds)
     with clear_errors():
@@ -111,6 +113,16 @@ def compare(
             nodes=read_clients_file(clients_file) if clients_file else None,
             encodings=listed(encodings),
         )
+    _print(found, failed, out)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print(found: Comparison, failed: Mapping[str, str], out: Path) -> None:
+    """The table of what was found, and why runs failed."""
+    from server_app.tools.compare.html import verdict
+    from server_app.tools.compare.statistics import explanation, terminal_table
+
     if found.lines:
         for line in verdict(found):
             console.print(f"* {line}", highlight=False, markup=False)
@@ -122,5 +134,3 @@ def compare(
     for why in dict.fromkeys(failed.values()):
         names = ", ".join(name for name, reason in failed.items() if reason == why)
         errors.print(f"failed: {names}: {why}", highlight=False, markup=False, soft_wrap=True)
-    if failed:
-        raise typer.Exit(1)

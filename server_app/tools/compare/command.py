@@ -107,54 +107,37 @@ def compare(
     encodings: Sequence[str] = (),
     superlink: SuperLink | None = None,
 ) -> tuple[Comparison, dict[str, str]]:
-    """Run what has not been run, and write the folder; the comparison, and why runs failed by their names.
+    """Run what has not been run, and write the folder; returns the comparison, and by run name why runs failed.
 
-    Finished runs of the folder that are not asked for, of other strategies or seeds, are compared, too.
+    Finished runs of other strategies or seeds in the folder are compared, too.
 
     Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
-    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after. So
-    many ``workers`` carry out runs side by side, each in a process of its own. ``nodes`` has a node-config for each
-    client by its id, which says where its data are; without it ``clients`` share the scenario's. The asked
-    ``strategies`` also run at each of the ``encodings``, both ways, as lines of their own (``fedavg-int4``). A
-    ``superlink`` that runs already, on this machine, carries out the runs with the clients that are connected to it.
+    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after.
+    ``workers`` is how many runs go on side by side, each in its own process. ``nodes`` has each client's node-config
+    by its id, with the place of its data; without it ``clients`` share the scenario's. The ``strategies`` also run
+    with each of the ``encodings``, both ways, as lines of their own (``fedavg-int4``). A ``superlink`` that already
+    runs on this machine carries out the runs with the clients that are connected to it.
 
     Raises:
         OptionError: a strategy, scenario or key is unknown, a value is not valid, ``out`` cannot be written or has
             another comparison in it; nothing has been run.
     """
-    if not seeds:
-        raise OptionError("--seeds: no seed is left, expected at least one")
-    if superlink is not None and nodes:
-        raise OptionError("--connection with --clients-file: clients that are connected have node-config of their own")
-    if place != "process" and workers > 1:
-        where = "--cluster" if place == "cluster" else "--connection"
-        raise OptionError(f"--jobs = {workers} with {where}: a cluster has one SuperNode for each client, expected 1")
-    if EVERY in strategies:
-        strategies = [*strategies, *STRATEGIES]
-    asked = [*REFERENCES, *strategies, *CONTROLS]
-    chosen = [name for name in dict.fromkeys(asked) if name != EVERY]
-    for name in chosen:
-        require_choice("--strategies", name, STRATEGIES)
-    require_choice("SCENARIO", scenario, (*NAMES, *FROM_FILES))
-    nodes = nodes or {}
+    nodes, options = nodes or {}, options or {}
+    _check_place(seeds, place, workers, nodes, superlink)
+    chosen, encoded = _chosen(strategies, encodings)
     clients = len(nodes) or clients
-    _check_data(scenario, clients, options or {}, nodes)
-    read_run_options(options or {})  # those of a strategy that does not run, too
-    for name in encodings:
-        require_choice("--encodings", name, list(Encoding))
-    encoded = [(name, one) for name in dict.fromkeys(strategies) if name != EVERY for one in encodings]
-    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options or {}, place, nodes, encoded))
-    for job in jobs:
-        read_run_options(job.config)
-        strategy_from_run_config(job.config)
+    _check_data(scenario, clients, options, nodes)
+    jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options, place, nodes, encoded))
+    for config in (options, *(job.config for job in jobs)):  # options of a strategy that does not run, too
+        read_run_options(config)
+    learns = {job.strategy: _learns_from(job) for job in jobs}
     runs = _folder(out, jobs[0])
     missing = [job for job in jobs if not is_finished(runs / job.name)]
+    where = place if missing and engine is None and superlink is None else "process"
     with (
         _alone(out),
         _quiet(),
-        _started(
-            place if missing and engine is None and superlink is None else "process", clients, nodes, runs, console
-        ) as started,
+        _started(where, clients, nodes, runs, console) as started,
         Progress(console, jobs, missing, runs, clients * (rounds + 2 + (place != "process")), workers) as progress,
         suppress(HopelessError),
     ):
@@ -165,25 +148,60 @@ def compare(
             side_by_side(configs, clients, runs, progress, count, nodes)
         else:
             one_by_one(configs, clients, runs, progress, engine or started)
+    title = f"{'own data' if nodes or 'data-path' in options else scenario}: {clients} clients, {rounds} rounds"
+    return _write(out, jobs, chosen, learns, title, progress.failed, console), progress.failed
+
+
+def _check_place(seeds: Sequence[int], place: str, workers: int, nodes: Nodes, superlink: SuperLink | None) -> None:
+    if not seeds:
+        raise OptionError("--seeds: no seed is left, expected at least one")
+    if superlink is not None and nodes:
+        raise OptionError("--connection with --clients-file: clients that are connected have node-config of their own")
+    if place != "process" and workers > 1:
+        where = "--cluster" if place == "cluster" else "--connection"
+        raise OptionError(f"--jobs = {workers} with {where}: a cluster has one SuperNode for each client, expected 1")
+
+
+def _chosen(strategies: Sequence[str], encodings: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """All strategies that run, each once, and those that were asked for with each of the encodings."""
+    if EVERY in strategies:
+        strategies = [*strategies, *STRATEGIES]
+    chosen = [name for name in dict.fromkeys([*REFERENCES, *strategies, *CONTROLS]) if name != EVERY]
+    for name in chosen:
+        require_choice("--strategies", name, STRATEGIES)
+    for encoding in encodings:
+        require_choice("--encodings", encoding, list(Encoding))
+    asked = [name for name in dict.fromkeys(strategies) if name != EVERY]
+    return chosen, [(name, encoding) for name in asked for encoding in encodings]
+
+
+def _write(
+    out: Path,
+    jobs: Sequence[Job],
+    chosen: Sequence[str],
+    learns: Mapping[str, Sequence[str]],
+    title: str,
+    failed: Mapping[str, str],
+    console: Console,
+) -> Comparison:
+    """Compare the folder's finished runs; write table, report and results, unless there are none."""
+    runs = out / "runs"
     finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
     finished += [read_run(strategy, seed, run) for (strategy, seed), run in _earlier(runs, jobs).items()]
     rows = [row for run in finished for row in run.rows]
     there = dict.fromkeys(row.strategy for row in rows)
     names = [name for name in dict.fromkeys((*chosen, *there)) if name in there]
-    learns = {job.strategy: _learns_from(job) for job in jobs}
     found = comparison_of(rows, names, REFERENCES, CONTROLS, learns)
     if not finished:
-        return found, progress.failed
-    what = "own data" if nodes or "data-path" in (options or {}) else scenario
-    every_seed = ", ".join(map(str, sorted({run.seed for run in finished})))
-    title = f"{what}: {clients} clients, {rounds} rounds, seeds {every_seed}"
+        return found
+    title += f", seeds {', '.join(map(str, sorted({run.seed for run in finished})))}"
     write_durably(out / "results.csv", as_csv(rows).encode())
-    write_durably(out / "table.md", as_markdown(found, title, remarks(finished, progress.failed)).encode())
+    write_durably(out / "table.md", as_markdown(found, title, remarks(finished, failed)).encode())
     try:
-        write_durably(out / "report.html", as_html(found, finished, title, progress.failed).encode())
+        write_durably(out / "report.html", as_html(found, finished, title, failed).encode())
     except ReportError as error:
         console.print(str(error), highlight=False, markup=False)
-    return found, progress.failed
+    return found
 
 
 def jobs_of(
@@ -217,6 +235,7 @@ def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: 
     Raises:
         OptionError: a key is the comparison's own; there are no data, or for fewer clients, or all would have the same.
     """
+    require_choice("SCENARIO", scenario, (*NAMES, *FROM_FILES))
     for key, instead in OWN.items():
         if key in options:
             raise OptionError(f"--set {key}: a comparison sets it; expected {instead}")
