@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from server_app.tools.commands.arguments import RunDirectory, parse_run_config, read_clients_file
 from server_app.tools.commands.cluster import DIRECTORY, Directory
 from server_app.tools.commands.terminal import clear_errors, console, errors
+
+if TYPE_CHECKING:
+    from server_app.tools.live.start import Order
 
 ON_INTERRUPT = ("ask", "stop", "leave")
 
@@ -29,8 +33,6 @@ def run(
     on_interrupt: Annotated[str, typer.Option(help="At Ctrl-C: ask, stop or leave; without a terminal stop.")] = "ask",
 ) -> None:
     """Check everything, start a run, show how it goes on; exit code 0 only if it succeeded."""
-    from server_app.tools.cluster.local import LocalCluster, Settings, read_state
-    from server_app.tools.cluster.superlink import ClusterError, SuperLink
     from server_app.tools.demo import terminate_as_interrupt
     from server_app.tools.live import start
     from strategies.framework.options import require_choice
@@ -52,18 +54,7 @@ def run(
         require_choice("--on-interrupt", on_interrupt, ON_INTERRUPT)
         config = parse_run_config(run_config)
         clients = read_clients_file(clients_file) if clients_file else {}
-        if connection:
-            order = start.Order(config, SuperLink(connection, Path("logs")), runs_dir, clients)
-        else:
-            state = read_state(directory)
-            if state is None:
-                raise ClusterError(
-                    f"no cluster was started from {directory}: fedalloy cluster up, or --connection NAME"
-                )
-            runs = Path(state["runs_dir"])
-            here = {"state-dir": str(runs), "client.accept-keys": "all"}
-            known = {name: here | state["node_config"].get(name, {}) for name in state["client_ids"]}
-            order = start.Order(config, LocalCluster(directory, Settings((), runs)), runs, clients or known)
+        order = _order(config, connection, directory, runs_dir, clients)
         order = start.completed(order if check else start.Order(order.config, order.superlink, order.runs))
         wrong = list(start.checked(order, console))
         for line in wrong:
@@ -81,6 +72,29 @@ def run(
             errors.print(f"interrupted; {how}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
     _end(good, said)
+
+
+def _order(
+    config: Mapping[str, Any],
+    connection: str,
+    directory: Path,
+    runs_dir: Path | None,
+    clients: Mapping[str, Mapping[str, Any]],
+) -> Order:
+    """What to start: with the connection's SuperLink, else on the cluster that was started from ``directory``."""
+    from server_app.tools.cluster.local import LocalCluster, Settings, read_state
+    from server_app.tools.cluster.superlink import ClusterError, SuperLink
+    from server_app.tools.live.start import Order
+
+    if connection:
+        return Order(config, SuperLink(connection, Path("logs")), runs_dir, clients)
+    state = read_state(directory)
+    if state is None:
+        raise ClusterError(f"no cluster was started from {directory}: fedalloy cluster up, or --connection NAME")
+    runs = Path(state["runs_dir"])
+    here = {"state-dir": str(runs), "client.accept-keys": "all"}
+    known = {name: here | state["node_config"].get(name, {}) for name in state["client_ids"]}
+    return Order(config, LocalCluster(directory, Settings((), runs)), runs, clients or known)
 
 
 def watch(run: RunDirectory) -> None:
