@@ -28,16 +28,13 @@ LOCAL, MERGED, CHOSEN = "local", "merged", "chosen"
 
 @dataclass(frozen=True)
 class DyPFLOptions:
-    """How the own adapter is trained, and on how many examples a client decides."""
+    """How the own adapter is trained."""
 
     pull: float = 0.1
     """Strength of the pull of the own adapter to the global one; 0: none."""
-    samples: int = 0
-    """Held-out examples at most that decide; 0: all."""
 
     def __post_init__(self) -> None:
         require_range("pull", self.pull, 0)
-        require_range("samples", self.samples, 0, 2**31 - 1)
 
 
 class DyPFL(Averaging[DyPFLOptions]):
@@ -102,4 +99,4 @@ class DyPFL(Averaging[DyPFLOptions]):
 
     def _choose(self, client: Client, target: str, slots: tuple[str, ...]) -> steps.Step:
         split = "validation" if client.held_out else "train"
-        return steps.select(target, slots, "best", split=split, samples=self.options.samples)
+        return steps.select(target, slots, "best", split=split)

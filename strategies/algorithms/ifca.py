@@ -29,16 +29,13 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class IFCAOptions:
-    """How many adapters there are, and how a client chooses."""
+    """How many adapters there are."""
 
     clusters: int = 2
     """C, the number of global adapters."""
-    samples: int = 0
-    """Training examples at most that a client chooses on; 0: all."""
 
     def __post_init__(self) -> None:
         require_range("clusters", self.clusters, 1)
-        require_range("samples", self.samples, 0, 2**31 - 1)
 
 
 class IFCA(AlloyStrategy[IFCAOptions]):
@@ -120,7 +117,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         return [steps.initialise(MODEL, self.seed), *copies]
 
     def _choose(self) -> steps.Step:
-        return steps.select(MODEL, list(self._candidates()), "best", split="train", samples=self.options.samples)
+        return steps.select(MODEL, list(self._candidates()), "best", split="train")
 
     def _candidates(self) -> dict[str, Adapter]:
         return {f"candidate-{index}": model for index, model in enumerate(self.models)}

@@ -26,16 +26,13 @@ ADAPTED, AHEAD = "adapted", "ahead"
 
 @dataclass(frozen=True)
 class PerFedAvgOptions:
-    """How a round's local steps are divided, and how long a client adapts in the end."""
+    """How a round's local steps are divided."""
 
     turns: int = 5
     """How often in a round the client adapts and moves the global adapter; at most half of ``local-steps``."""
-    adaptation_steps: int = 0
-    """Steps from the global adapter to the client's at delivery; 0: as many as in a turn."""
 
     def __post_init__(self) -> None:
         require_range("turns", self.turns, 1, 1000)
-        require_range("adaptation-steps", self.adaptation_steps, 0, 2**31 - 1)
 
 
 class PerFedAvg(Averaging[PerFedAvgOptions]):
@@ -52,9 +49,9 @@ class PerFedAvg(Averaging[PerFedAvgOptions]):
         return Brief([*plan, steps.send(self.training, SLOT)], {SLOT: self.part_of(client)})
 
     def deliver(self, client: Client) -> Brief:
-        """Adapt once more."""
+        """Adapt once more, with the steps of a turn."""
         mix = self.personal(client)
-        count = self.options.adaptation_steps or self.shares(self.local_steps(client))[0][0]
+        count = self.shares(self.local_steps(client))[0][0]
         plan = [self._copy(ADAPTED, SLOT), *self._adapt(count), steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {SLOT: self.part_of(client)})
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.co_lora_names import SHARED, shared_layout, to_shared, with_shared
+from fedalloy_adapters.factors import factor_from_proto
 from fedalloy_adapters.layout import Entry, Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
-from fedalloy_adapters.wire.codec import Encoding, encode
+from fedalloy_adapters.wire.codec import Encoding, encode, encoding_from_proto
 from fedalloy_adapters.wire.flower_records import pack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.fedmosaic import GATES, GLOBAL, LOCAL, SKETCH, FedMosaic, FedMosaicOptions, mosaic
@@ -280,7 +281,8 @@ def test_a_hostile_reference_is_refused_when_the_client_registers(entries: list[
 
 
 def test_the_plan_trains_the_local_adapter_and_the_gates_beside_the_frozen_global_one() -> None:
-    strategy = strategy_of({"ada": SMALL}, gate="input", gate_rate=7.0)
+    sketching = {"sketch_encoding": "int8", "sketch_new_weight": 0.25, "sketch_rows": 0.2}
+    strategy = strategy_of({"ada": SMALL}, gate="input", gate_rate=7.0, shared_rate=1.5, **sketching)
     brief = strategy.brief(1, strategy.clients["ada"])
     assert kinds(brief.steps) == ["initialise", "initialise", "initialise", "evaluate", "train", "sketch", "send"]
     (train,) = [step.train for step in brief.steps if step.HasField("train")]
@@ -292,7 +294,10 @@ def test_the_plan_trains_the_local_adapter_and_the_gates_beside_the_frozen_globa
     ]
     assert brief.steps[1].initialise.gate == plan_pb2.GATE_KIND_INPUT
     (sketch,) = [step.sketch for step in brief.steps if step.HasField("sketch")]
-    assert (sketch.batches, sketch.row_count) == (10, 4)
+    assert (sketch.batches, sketch.row_count, sketch.new_weight) == (10, 2, 0.25)
+    assert encoding_from_proto(sketch.encoding) is Encoding.INT8
+    scales = {factor_from_proto(item.factor): item.scale for item in train.rate_scales}
+    assert scales[Factor.P] == scales[Factor.Q] == 1.5
     assert kinds(strategy.deliver(strategy.clients["ada"]).steps) == ["initialise"] * 3 + ["save", "evaluate"]
 
 
