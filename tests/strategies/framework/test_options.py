@@ -44,7 +44,8 @@ OTHER: dict[str, Any] = {
     "fedmosaic.max-relevance": 0.5,
     "apfl.alpha": 0.25, "co-pfl.direction-share": 0.25, "dare.drop": 0.25,
     "fedalt.mixer": "scalar", "feddpa.variant": "f", "feddpa.local-share": 0.25,
-    "fedfomo.explore": 0.25, "fedrep.own": "*.v_proj", "fedrep.own-steps": 0.25, "fml.alpha": 0.25, "fml.beta": 0.25,
+    "fedfomo.explore": 0.25, "own": "*.v_proj", "own-steps": 0.25, "fml.alpha": 0.25, "fml.beta": 0.25,
+    "fedppa.alignment": 0.25, "pfedhn.rate": 0.25, "straggler-resilient.first": 0.25,
     "regmean.shrink": 0.25, "ties.density": 0.5,
     "tap.margins": "causal-lm=0.02", "tap.margin-mode": "rel", "tap.history": "probe",
     "tap.history-norm": "batch-share", "tap.replace-source": "global", "tap.replace-scope": "exclusive",
@@ -64,8 +65,9 @@ ALONE = ("fedavg.normalise", "fedavg.robust", "potara.dampings", "warmup-ratio")
 
 def another(key: str, default: Any) -> Any:
     """A valid value that is not the default."""
-    if key in OTHER:
-        return OTHER[key]
+    for known in (key, key.rpartition(".")[2]):  # by the field's name, too: several strategies have an `own` part
+        if known in OTHER:
+            return OTHER[known]
     if isinstance(default, bool):
         return not default
     if isinstance(default, int):
