@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROOMS = ("proto", "fedalloy_adapters", "strategies", "client_app", "server_app", "examples", "tests")
 STRATEGY = "The strategy fedapm"
 
