@@ -1,8 +1,11 @@
-"""What would go wrong in a run, found before it: run-config, and each client's keys, data, model and one batch."""
+"""What would go wrong in a run, found before it: run-config, each client's keys, data, model, and three batches."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,7 +50,7 @@ def check_clients(
 
 
 def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
-    """Load what the client would load, and give its model one batch; what was found."""
+    """Load what the client would load, and train its model on three batches; what was found."""
     import torch
     from flwr.app import Context, RecordDict
 
@@ -55,19 +58,76 @@ def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
     from client_app.plan.evaluation import evaluate
     from client_app.session import base_and_data
     from client_app.settings import read_settings
+    from fedalloy_adapters.wire.codec import Encoding, payload_size
+    from strategies.framework.options import read_options
+    from strategies.framework.training import Training, resolved, settings_for
 
     context = Context(run_id=0, node_id=0, node_config=dict(node), state=RecordDict(), run_config=dict(run_config))
     settings = read_settings(context)
     base, data = base_and_data(settings)
     model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout, settings.blocks)
+    model.micro_batch = settings.model.micro_batch_size
+    model.target_losses.chunk_bytes = settings.model.logits_chunk_mb * MEGABYTE
     train = data.splits["train"]
-    size = min(int(run_config.get("batch-size", 16)), len(train))
+    kinds = sorted({task.kind for task in data.each_task.values()})
+    asked = resolved(read_options(Training, run_config), str(run_config.get("base-model", "")))
+    training = settings_for(asked, kinds, model.layout)
+    size = min(training.batch_size, len(train))
     evaluate(model, train.subset(torch.arange(size)), data)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.module.parameters()) / MEGABYTE
     trained = STATES * model.layout.size / MEGABYTE
+    seconds, peak = _step(model, train, training)
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in data.splits.items())
-    kinds = ", ".join(sorted({task.kind for task in data.each_task.values()}))
-    return (
-        f"{kinds}; {counts}; memory at least {weights + trained:.1f} MB (base {weights:.1f}, training {trained:.1f}, "
-        "activations not counted)"
+    lengths = [rows.lengths for rows in data.splits.values()]
+    tokens = sum(int(found.sum()) for found in lengths if found is not None)
+    sizes = ", ".join(f"{encoding} {payload_size(model.layout, encoding):,}" for encoding in Encoding)
+    return "; ".join(
+        [
+            f"{', '.join(kinds)}; {counts}" + (f"; {tokens:,} tokens" if tokens else ""),
+            f"{model.layout.size:,} trainable parameters; bytes of an adapter: {sizes}",
+            f"memory at least {weights + trained:.1f} MB (base {weights:.1f}, training {trained:.1f}), and "
+            f"{peak / MEGABYTE:.1f} MB more at most in three batches",
+            f"a step of {size} examples takes {seconds:.3g} s, at learning-rate {training.learning_rate:g}",
+            *data.notes,
+        ]
     )
+
+
+def _step(model: Any, train: Any, training: Any) -> tuple[float, int]:
+    """Seconds of the quickest of three training steps, and bytes of memory that they took beyond what was held."""
+    import torch
+
+    from client_app.plan.training import train as optimise
+    from fedalloy_adapters.adapter import Adapter
+    from proto.fedalloy.v1 import plan_pb2
+
+    model.load("tried", Adapter.initial(model.layout, 0))
+    model.activate({"tried": 1.0})
+    step = plan_pb2.TrainStep(
+        steps=3, batch_size=training.batch_size, learning_rate=training.learning_rate, max_grad_norm=1.0, schedule=1
+    )
+    chances = torch.Generator().manual_seed(0)
+    order = [torch.randperm(len(train), generator=chances)[: training.batch_size] for _ in range(3)]
+    times: list[float] = []
+
+    def timed() -> Iterator[Any]:
+        for batch in order:
+            times.append(time.perf_counter())
+            yield batch
+        times.append(time.perf_counter())
+
+    before = _peak()
+    optimise(model, step, model.trainable("tried", model.layout), train, 0, order=timed())
+    model.unload_all()
+    return min(end - start for start, end in itertools.pairwise(times)), _peak() - before
+
+
+def _peak() -> int:
+    """Most bytes that this process has had so far: on its GPU, else of resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -47,7 +47,7 @@ def validate(
     clients_file: Annotated[Path, typer.Argument(help="TOML: a table of node-config keys for each client.")],
     run_config: Annotated[str, typer.Argument(help="Run-config, as for flwr run.")] = "",
 ) -> None:
-    """Check run-config and each client's keys, data, model and one batch, without a network; all errors at once."""
+    """Check run-config and each client's keys, data, model and three batches, without a network; all errors at once."""
     from server_app.tools.cluster.validate import check_clients, check_run_config
 
     with clear_errors():
@@ -59,7 +59,9 @@ def validate(
             else:
                 wrong.append(f"client {client!r}: {line}")
         _say_all(wrong)
-    console.print("everything is valid", highlight=False)
+    console.print("everything is valid; to run it:", highlight=False)
+    command = "flwr run . <connection> --stream" + (f' --run-config "{run_config}"' if run_config else "")
+    console.print(command, highlight=False, markup=False, soft_wrap=True)
 
 
 def _say_all(wrong: list[str]) -> None:

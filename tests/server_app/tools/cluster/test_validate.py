@@ -48,6 +48,13 @@ def test_each_clients_files_model_and_batch_are_tried(tmp_path: Path) -> None:
     assert not found[first][1]
     assert "line 1" in found[first][0]
     assert all(sound and line.startswith("causal-lm; train ") for line, sound in (found[name] for name in others))
+    for said in (
+        " trainable parameters; bytes of an adapter: fp32 ",
+        "int8 ",
+        " tokens; ",
+        "a step of 8 examples takes ",
+    ):
+        assert all(said in found[name][0] for name in others), found
     nowhere = [line for _, line, _ in check_clients({first: clients[others[0]]}, config | {"base-model": "/nope"})]
     assert "/nope" in nowhere[0]
     path = tmp_path / "own" / "clients.toml"
@@ -55,3 +62,8 @@ def test_each_clients_files_model_and_batch_are_tried(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "lora-r = 0" in result.output
     assert f"client '{first}'" in result.output
+    (tmp_path / "own" / "others.toml").write_text("".join(f"[{name}]\ndata-path = '{name}.jsonl'\n" for name in others))
+    asked = f"base-model='{tmp_path}/own/base' target-modules='all-linear'"
+    result = runner.invoke(app, ["validate", str(tmp_path / "own" / "others.toml"), asked], env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output
+    assert f'flwr run . <connection> --stream --run-config "{asked}"' in result.output
