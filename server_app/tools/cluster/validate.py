@@ -104,7 +104,11 @@ def _step(model: Any, train: Any, training: Any) -> tuple[float, int]:
     model.load("tried", Adapter.initial(model.layout, 0))
     model.activate({"tried": 1.0})
     step = plan_pb2.TrainStep(
-        steps=3, batch_size=training.batch_size, learning_rate=training.learning_rate, max_grad_norm=1.0, schedule=1
+        steps=3,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        max_grad_norm=1.0,
+        schedule=plan_pb2.SCHEDULE_CONSTANT,
     )
     chances = torch.Generator().manual_seed(0)
     order = [torch.randperm(len(train), generator=chances)[: training.batch_size] for _ in range(3)]
