@@ -174,7 +174,7 @@ def resolved(training: Training, base_model: str) -> Training:
     plain = Training()
     untouched = all(getattr(training, name) == getattr(plain, name) for name in KEYS)
     if training.training_defaults == "plain" or not (base_model and untouched):
-        return replace(training, training_defaults="plain")
+        return replace(training, training_defaults="plain") if training.training_defaults == "by-kind" else training
     chosen = replace(training, training_defaults="by-kind", local_epochs=1.0)
     return replace(chosen, schedule="cosine", schedule_over="run", warmup_ratio=0.05)
 

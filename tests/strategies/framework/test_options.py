@@ -31,6 +31,7 @@ OPTIONS: list[tuple[type[Any], str]] = [
 OTHER: dict[str, Any] = {
     "schedule": "cosine", "evaluate-split": "validation", "uplink-encoding": "int8", "downlink-encoding": "bf16",
     "optimizer": "sgd", "optimizer-state": "keep", "schedule-over": "run", "warmup-ratio": 0.25,
+    "training-defaults": "plain",
     "fedavg.space": "delta", "fedavg.robust": "median",
     "fedmerge.variant": "factors", "fedmerge.w-step": "adam", "fedmerge.theta-norm": "none",
     "fedmerge.init": "jitter", "fedmerge.w-layers": "head.*,*.B",
