@@ -168,8 +168,14 @@ def _budget(settings: Settings) -> Budget | None:
 
 def _registration(settings: Settings, model: PersonalModel, data: ClientData) -> report_pb2.Registration:
     reference = reference_layout(model)
+    settings.policy.require_scores(
+        settings.client_id,
+        {name: len(task.splits.get("test", ())) for name, task in data.each_task.items()},
+        {name: task.generate_examples for name, task in data.each_task.items()},
+    )
     # What its owner lets no plan look at, the server shall not plan with.
-    unused = {"validation"} if len(data.splits.get("validation", ())) < settings.policy.min_examples else set()
+    held_out = [len(task.splits.get("validation", ())) for task in data.each_task.values()]
+    unused = {"validation"} if any(0 < count < settings.policy.min_examples for count in held_out) else set()
     return report_pb2.Registration(
         version=1,
         client_id=settings.client_id,

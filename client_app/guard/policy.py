@@ -142,6 +142,25 @@ class Policy:
             if most and found > most:
                 raise PolicyError(f"{who} refuses the plan: its {_key(name)} is {most:g}, and the plan has {found:g}")
 
+    def require_scores(self, client_id: str, tests: Mapping[str, int], texts: Mapping[str, int]) -> None:
+        """Every task's scores may leave: what cannot is said when the client registers, not in a round.
+
+        Args:
+            client_id: whose.
+            tests: test examples by task; a task without any has no scores.
+            texts: how many texts a task's scores come from; 0: it writes none.
+
+        Raises:
+            PolicyError: there are fewer than ``min_examples`` of either.
+        """
+        for what, counts in (("test examples", tests), ("texts (generate-examples)", texts)):
+            few = {task: count for task, count in counts.items() if 0 < count < self.min_examples}
+            for task, count in few.items():
+                raise PolicyError(
+                    f"client {client_id!r}: task {task!r} has scores of {count} {what}, and its client.min-examples "
+                    f"is {self.min_examples}; give it more, or set client.min-examples in its node-config"
+                )
+
     def require_examples(
         self, plan: plan_pb2.Plan, size_of: Callable[[str], int], parts_of: Parts | None = None
     ) -> None:

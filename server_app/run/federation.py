@@ -168,6 +168,7 @@ class Federation:
                 next_pull = time.monotonic() + _pause(self.poll_interval, self.intake.asking_seconds)
             now = time.monotonic()
             ends = min(ends, now + patience())
+            next_pull = min(next_pull, max(ends, now))  # what came in time is seen
             if now > ends:
                 break
             self._look_around(watch)

@@ -48,6 +48,7 @@ class FedPAE(AlloyStrategy[FedPAEOptions]):
 
     name = "fedpae"
     about = About("its own and its peers' adapters, predictions averaged by shares", travels="P up, M P down, once")
+    may_end_early = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from client_app.data.dataset import ClientData, Dataset
+from client_app.model.forward.padding import Read, logits_in
 from client_app.model.forward.target_logits import TargetLogits
 from client_app.model.forward.target_losses import AtTargets, TargetLosses
 from client_app.plan.evaluation import evaluate
@@ -56,16 +57,18 @@ class SavedModel:
 
     module: Any
     micro_batch: int = 0
+    preference_beta: float = 0.1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """They are where they should be."""
         return dict(batch)
 
-    def logits(self, inputs: Mapping[str, Tensor], task: str = "") -> Tensor:
-        """The model's logits."""
-        logits: Tensor = self.module(**inputs, **({"task": task} if task else {})).logits
-        return logits
+    def logits(
+        self, inputs: Mapping[str, Tensor], task: str = "", read: Read = logits_in, *, per_token: bool = False
+    ) -> Tensor:
+        """What is read of the model's output, its logits."""
+        return read(self.module(**inputs, **({"task": task} if task else {})), inputs)
 
     def at_targets(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> AtTargets:
         """Losses of the targets in ``labels``."""

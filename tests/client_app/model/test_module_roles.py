@@ -98,13 +98,13 @@ def test_llavas_of_two_towers_compare_and_share_what_their_language_models_learn
     bases = [tiny_models.save_llava(tmp_path / f"llava-{layers}", vision_layers=layers) for layers in (2, 4)]
 
     def node(index: int) -> dict[str, Any]:
-        data = toy_data.write_captions(tmp_path / f"data-{index}", 3, index)
+        data = toy_data.write_captions(tmp_path / f"data-{index}", 8, index)
         return {"base-model": str(bases[index]), "data-path": str(data)}
 
     directory = run_in_process(
         tmp_path, 2, node_config=node, strategy="fedmosaic", num_server_rounds=2, local_steps=1, batch_size=2,
         lora_blocks=2, lora_r=2, target_modules="language-model", reference_model=str(bases[0]),
-        generate_examples=1, max_new_tokens=1, fedmosaic__sketch_batches=2, run_name="looks",
+        generate_examples=2, max_new_tokens=1, fedmosaic__sketch_batches=2, run_name="looks",
     )  # fmt: skip
     first, second = [record for record in directory.rounds() if record["phase"] == "train"]
     assert first["settled"]["merged"] == second["settled"]["merged"] == 2

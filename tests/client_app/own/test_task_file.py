@@ -32,7 +32,7 @@ labels = "neg,pos"
 task = "image-text-to-text"
 data-path = "captions/data.jsonl"
 max-length = 24
-generate-examples = 1
+generate-examples = 2
 max-new-tokens = 2
 """
 
@@ -46,7 +46,7 @@ def words_in(*paths: Path) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("own-tasks")
     write_jsonl(found / "mood.jsonl", opinions(20, 0))
-    write_captions(found / "captions", 4, 0)
+    write_captions(found / "captions", 8, 0)
     words = words_in(found / "mood.jsonl", found / "captions" / "data.jsonl")
     save_flava(found / "flava", words)
     save_bert(found / "bert", words)

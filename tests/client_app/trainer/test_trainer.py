@@ -52,6 +52,7 @@ def answer(report: report_pb2.Report, uploads: Any) -> tuple[list[Any], list[str
     results = []
     for result in report.results:
         same = report_pb2.StepResult.FromString(result.SerializeToString())
+        same.seconds = 0
         body = getattr(same, same.WhichOneof("kind") or "")
         if hasattr(body, "seconds"):
             body.seconds = 0

@@ -124,8 +124,11 @@ def test_check_names_what_differs_and_writes_nothing(
 ) -> None:
     project = tmp_path / "pyproject.toml"
     project.write_text(f"{BEGIN}\n{END}\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "data-and-models.md").write_text("")
     monkeypatch.setattr(reference, "ROOT", tmp_path)
     monkeypatch.setattr(reference, "strategies_page", lambda: "a table\n")  # its paths are below the real root
+    monkeypatch.setattr(reference, "with_kinds", lambda page: page)
     assert reference.main(["--check"]) == 1
     assert "pyproject.toml, docs/options.md, docs/strategies.md" in capsys.readouterr().out
     assert project.read_text() == f"{BEGIN}\n{END}\n"
