@@ -92,6 +92,8 @@ def run_nodes(runs: Path, grid: NodeGrid, **config: Any) -> RunDirectory:
         "run-name": "run", "runs-dir": str(runs), "seed": 7, "strategy": "fedavg",
     }  # fmt: skip
     given |= run_config_of(**config)
+    if given["strategy"] == "straggler-resilient":
+        given.setdefault("straggler-resilient.first", 1.0)  # everybody from the start
     return run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=given))
 
 

@@ -74,9 +74,6 @@ def test_no_lie_counts_and_nobody_else_notices(strategy: str, tmp_path: Path) ->
     rounds = len(kinds[3])
     config: dict[str, Any] = {"strategy": strategy, "num_server_rounds": rounds, "strikes": 0}
     config["on_divergence"] = "last"  # or whoever became worse is given two deliveries
-    config |= (
-        {"straggler-resilient.first": 1.0} if strategy == "straggler-resilient" else {}
-    )  # everybody from the start
     honest, lied = nodes(*HONEST, *LIARS), nodes(*HONEST, *LIARS)
     tracemalloc.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

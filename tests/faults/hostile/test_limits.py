@@ -193,7 +193,7 @@ def test_a_step_that_the_owner_does_not_allow_is_refused_before_anything_is_done
 
 def test_too_large_an_upload_stays_at_the_client_and_changes_nothing(tmp_path: Path) -> None:
     model: Any = SimpleNamespace(layout=LAYOUT, own_layout=None, initial=lambda seed: Adapter.initial(LAYOUT, seed))
-    data: Any = SimpleNamespace(splits={"train": []})
+    data: Any = SimpleNamespace(splits={"train": []}, each_task={})
     plan = plan_pb2.Plan(version=1, client_id="ada", round=1, steps=[
         plan_pb2.Step(initialise={"slot": "local", "seed": 1}), plan_pb2.Step(send={"slot": "local", "encoding": 1}),
     ])  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message
 
 from fedalloy_adapters.wire.flower_records import unpack
-from proto.fedalloy.v1 import plan_pb2
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.run_directory import RunDirectory
 from strategies.algorithms.potara_weights import MODES
 from tests.server_app.conftest import Runner
@@ -42,8 +42,8 @@ def test_the_local_adapter_never_leaves_and_training_costs_fewer_bytes_than_feda
     def listen(node: int, message: Message, reply: Message | None) -> Message | None:
         if message.metadata.message_type.startswith("train"):
             plan, _ = unpack(message.content, "plan", plan_pb2.Plan)
-            arrays = [] if reply is None else [name for r in reply.content.array_records.values() for name in r]
-            sent.extend((plan.round, name) for name in arrays)
+            blobs = {} if reply is None else unpack(reply.content, "report", report_pb2.Report)[1]
+            sent.extend((plan.round, name) for name in blobs)
         return reply
 
     fedavg = run(run_name="fedavg", num_server_rounds=3)
@@ -99,7 +99,7 @@ def test_every_mode_logs_what_its_weight_is_made_of(run: Runner, mode: str) -> N
         assert 0 <= found["weight"] <= 1
         assert found["q"] > 0
         metrics = last(directory, "deliver")["clients"][client]["metrics"]
-        assert set(metrics) == {"local", "half", "federated", "searched", "personal"}
+        assert set(metrics) == {"local", "half", "federated", "searched", "personal", "held-out"}
         if mode in ("half", "line-search"):
             assert metrics["personal"] == metrics["half" if mode == "half" else "searched"]
 
