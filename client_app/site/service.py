@@ -14,7 +14,6 @@ import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,11 @@ from client_app.settings import require_node_keys
 from client_app.site.gate import VERSION, admit, settings_of
 from client_app.site.site_file import Site, SiteFileError
 from client_app.trainer.address import MAX_SOCKET_PATH, UNFIT, inode_of
-from client_app.trainer.calls import NO_LIMIT, in_pieces, listens
-from client_app.trainer.server import Task, Trainer
+from client_app.trainer.calls import in_pieces, listens
+from client_app.trainer.server import Task, Trainer, private_server
 from fedalloy_adapters.files.atomic_files import locked, private_folder, private_mask
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2, trainer_pb2
-from proto.fedalloy.v1.trainer_pb2_grpc import add_TrainerServiceServicer_to_server
 
 if TYPE_CHECKING:
     from client_app.session import Executor
@@ -190,13 +188,7 @@ def open_socket(trainer: SiteTrainer, site: Site) -> grpc.Server:
         path.unlink()  # of a service that was killed: this one holds the lock
     if not path.parent.is_dir():
         raise SiteFileError(f"socket = {str(path)!r}: there is no folder {path.parent}")
-    server = grpc.server(ThreadPoolExecutor(max_workers=8), options=NO_LIMIT)
-    add_TrainerServiceServicer_to_server(trainer, server)  # type: ignore[no-untyped-call]
-    before = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{path}")
-    finally:
-        os.umask(before)
+    server = private_server(trainer, path)
     if site.socket_group:
         _share(path, site.socket_group)
     server.start()

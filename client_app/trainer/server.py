@@ -248,7 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
     residence.sweep()
     residence.socket.unlink(missing_ok=True)  # of a trainer that was killed: this one holds the lock
     trainer = Trainer(code_digest(), residence.folder)
-    server = _serve(trainer, residence.socket)
+    server = private_server(trainer, residence.socket)
+    server.start()
     inode = inode_of(residence.socket)
     threading.Thread(target=_watch, args=(trainer, residence, inode), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda number, frame: _leave(residence, inode))
@@ -258,8 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
     _leave(residence, inode)
 
 
-def _serve(trainer: Trainer, path: Path) -> grpc.Server:
-    """Open the socket, for its owner only."""
+def private_server(trainer: TrainerServiceServicer, path: Path) -> grpc.Server:
+    """A server at a socket that only this user can open; not started yet."""
     server = grpc.server(ThreadPoolExecutor(max_workers=8), options=NO_LIMIT)
     add_TrainerServiceServicer_to_server(trainer, server)  # type: ignore[no-untyped-call]
     before = os.umask(0o177)
@@ -267,7 +268,6 @@ def _serve(trainer: Trainer, path: Path) -> grpc.Server:
         server.add_insecure_port(f"unix:{path}")
     finally:
         os.umask(before)
-    server.start()
     return server
 
 
