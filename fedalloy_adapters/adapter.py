@@ -1,4 +1,4 @@
-"""The one thing everybody handles: a layout and one flat vector of its numbers."""
+"""An adapter: a layout and one flat vector with its numbers."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Adapter:
 
     @property
     def is_finite(self) -> bool:
-        """Whether there is neither NaN nor infinity in it."""
+        """Whether all its numbers are finite."""
         return bool(torch.isfinite(self.vector).all())
 
     @property
     def digest(self) -> bytes:
-        """Content digest, 32 bytes: names exactly these numbers (as binary32) in exactly this layout."""
+        """Content digest, 32 bytes. It identifies these numbers (as binary32) in this layout."""
         numbers = self.vector.detach().to("cpu", torch.float32).numpy().astype("<f4", copy=False)
         digest = hashlib.sha256(b"fedalloy.content.v1" + self.layout.digest)
         digest.update(numbers.data)
@@ -98,18 +98,18 @@ class Adapter:
 
     @classmethod
     def zeros(cls, layout: Layout, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Adapter:
-        """The adapter whose every number is zero."""
+        """An adapter of zeros."""
         return cls(layout, torch.zeros(layout.size, dtype=dtype, device=device))
 
     @classmethod
     def initial(cls, layout: Layout, seed: int) -> Adapter:
-        """The starting adapter of a seed: A uniform as in LoRA, everything else zero, so the model is the base.
+        """The start for a seed: A is uniform as in LoRA, the rest is zero, so the model equals the base model.
 
         A is drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)), which is the Kaiming-uniform (a = sqrt 5) draw of the LoRA
         paper's code. Every module has a generator of its own, seeded by ``seed`` and the module's name, so clients
         with different layouts agree on the modules they share. A module with P gets orthonormal rows in A and
-        orthonormal columns in B (the polar factors of such draws), which make the map from P to the update an
-        isometry; it is P and Q that are zero.
+        orthonormal columns in B (the polar factors of such draws), which make the map from P to the update an isometry.
+        Then P and Q are zero.
         """
         adapter = cls.zeros(layout)
         for entry, tensor in adapter.items():
@@ -146,7 +146,7 @@ def stack_vectors(adapters: Iterable[Adapter]) -> Tensor:
 
 
 def joined(first: Adapter, second: Adapter) -> Adapter:
-    """One adapter with the tensors of both, which must be over one base and have no tensor in common.
+    """One adapter with the tensors of both. They must have one base model and no tensor in common.
 
     Raises:
         LayoutError: they overlap, or their bases differ.

@@ -11,7 +11,7 @@ can be taken in two spaces:
 Weight and bias entries are differences from the base model and add linearly in both spaces.
 The scaling is folded in exactly one place, :func:`folded`.
 
-Two clients' updates ``2 x 3 = 6`` and ``4 x 1 = 4`` of one number: their mean is 5 in delta space, not in factor space.
+Example: two clients' updates of one number are ``2 x 3 = 6`` and ``4 x 1 = 4``. Their mean is 5 in delta space only.
 
 >>> entries = (Entry("q", Factor.A, (1, 1)), Entry("q", Factor.B, (1, 1)))
 >>> layout = Layout(entries, scalings={"q": 1.0}, base_fingerprint="00")
@@ -38,10 +38,10 @@ from fedalloy_adapters.bank.cores import on_all_cores
 from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
 
 _CHUNK_NUMBERS = 2**24
-"""Of a group of modules whose decompositions are made in one call."""
+"""Memory for a group of modules that are decomposed in one call."""
 
 Coefficient = float | Mapping[str, float]
-"""One number for the whole adapter, or one per module."""
+"""A coefficient: one number for the whole adapter, or one per module."""
 
 
 def coefficient_of(coefficient: Coefficient, module: str) -> float:
@@ -94,7 +94,7 @@ def fold(adapter: Adapter) -> Adapter:
 def combine_factors(adapters: Sequence[Adapter], weights: Tensor) -> Tensor:
     """Weighted sums in factor space: ``weights [M, N]`` times the adapters' matrix ``[N, P]`` gives ``[M, P]``.
 
-    The matrix is never made (:mod:`fedalloy_adapters.bank.blocks`).
+    The matrix is never formed as a whole (:mod:`fedalloy_adapters.bank.blocks`).
 
     Raises:
         LayoutError: the layouts differ, or there is not one weight for each adapter.
@@ -134,22 +134,22 @@ def weighted_sum(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient
 
 
 def precision_mean(adapters: Sequence[Adapter], precisions: Sequence[Adapter]) -> Adapter:
-    """Mean in factor space, each number weighted by its own precision: ``sum_i p_i x_i / sum_i p_i`` elementwise.
+    """Elementwise mean in factor space, weighted by each number's precision: ``sum_i p_i x_i / sum_i p_i``.
 
     With Fisher information as precision this is Fisher merging (Matena and Raffel, NeurIPS 2022).
 
     Raises:
-        LayoutError: layouts or counts differ, a precision is negative, or all of a number's are 0.
+        LayoutError: layouts or counts differ, a precision is negative, or all precisions of a number are 0.
     """
     _require_counts(adapters, precisions)
     return precision_mean_of(zip(adapters, precisions, strict=True))
 
 
 def precision_mean_of(pairs: Iterable[tuple[Adapter, Adapter]]) -> Adapter:
-    """:func:`precision_mean` of adapters and precisions that come one pair at a time; two vectors are held.
+    """:func:`precision_mean` of pairs (adapter, precision) that arrive one at a time; only two vectors stay in memory.
 
     Raises:
-        LayoutError: as there, or there are no pairs.
+        LayoutError: as for :func:`precision_mean`, or there are no pairs.
     """
     layout, total, weighted = None, torch.zeros(()), torch.zeros(())
     for adapter, precision in pairs:
@@ -231,7 +231,7 @@ def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adap
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.mT)
         core = r_b @ r_a.mT
-        if not core.is_meta and not bool(core.isfinite().all()):  # of which an SVD is an error or NaN, as it happens
+        if not core.is_meta and not bool(core.isfinite().all()):  # else the SVD fails or is NaN
             wrong = next(m for m, found in zip(modules, core, strict=True) if not bool(found.isfinite().all()))
             raise LayoutError(f"the delta of module {wrong!r} has numbers that are not finite")
         u, sigma, v_t = torch.linalg.svd(core, full_matrices=False)
@@ -250,7 +250,7 @@ def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adap
 
 
 def _alike(layout: Layout) -> list[list[str]]:
-    """LoRA modules in groups of one shape, none so large that a core would be without work or memory would fill."""
+    """LoRA modules in groups of one shape. Groups are small enough to keep all cores busy and to fit in memory."""
     groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for module in layout.lora_modules:
         found = [f"{module}.{factor}" for factor in (Factor.A, Factor.B, Factor.P, Factor.Q)]
@@ -337,7 +337,7 @@ def distance(first: Adapter, second: Adapter) -> float:
 
 
 def _require_same_tensors(expected: Layout, found: Layout) -> None:
-    """Raise LayoutError, naming the first difference, unless only ranks, scalings, P and the order differ."""
+    """Raise LayoutError naming the first difference other than ranks, scalings, P and order."""
     difference = expected.folded.difference(found.folded, any_rank=True)
     if difference:
         raise LayoutError(f"found {difference}")

@@ -18,7 +18,7 @@ SHARED = "shared"
 
 
 def shared_layout(layout: Layout) -> Layout | None:
-    """The shared tensors of a layout under their shared names, in order of these; None if there are none.
+    """The shared tensors of a layout under their shared names, ordered by these; None if there are none.
 
     Equal for all clients that can exchange P and Q: same names, ranks and scalings.
     """

@@ -37,7 +37,7 @@ class Factor(enum.StrEnum):
 
     @property
     def is_update(self) -> bool:
-        """Whether this changes the model, and PEFT has a name for it."""
+        """Whether this changes the model and has a name in PEFT."""
         return self not in (Factor.GATE, Factor.GRADIENT, Factor.GRAM)
 
 
@@ -67,6 +67,6 @@ def factor_from_proto(number: int) -> Factor:
         LayoutError: the number is not a known factor.
     """
     try:
-        return _FROM_PROTO[number]  # type: ignore[index]  # a stranger's number is an int, not an enum member
+        return _FROM_PROTO[number]  # type: ignore[index]  # a number from the network is an int, not an enum member
     except KeyError:
         raise LayoutError(f"unknown factor number {number}, expected one of {sorted(_FROM_PROTO)}") from None

@@ -1,9 +1,9 @@
 """Parameter groups: the part of an adapter that some clients own and others do not.
 
-A module named ``<group>::<path>`` belongs to ``<group>``; a module without ``::`` to the group ``""``, which is all of
-an ordinary adapter. Group ids are ``shared``, ``mod/<modality>``, ``task/<expert>``, ``pair/<modality>/<expert>`` and
-``head/<task>``. Clients own different groups, hence have different layouts; a group that two of them own is the same
-in both. Groups are matched by their whole id, never by a prefix.
+A module named ``<group>::<path>`` belongs to ``<group>``. A module without ``::`` belongs to the group ``""``, which is
+the whole of an ordinary adapter. Group ids are ``shared``, ``mod/<modality>``, ``task/<expert>``,
+``pair/<modality>/<expert>`` and ``head/<task>``. Clients own different groups, hence have different layouts; a group
+that two of them own is the same in both. Groups are matched by their whole id, never by a prefix.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def groups_of(layout: Layout) -> tuple[str, ...]:
 
 
 def layout_of_groups(layout: Layout, groups: Iterable[str]) -> Layout:
-    """The part of a layout that lies in these groups.
+    """The part of a layout in these groups.
 
     Raises:
-        LayoutError: it has not all of them.
+        LayoutError: the layout lacks one of them.
     """
     wanted = set(groups)
     missing = wanted - set(groups_of(layout))
@@ -57,7 +57,7 @@ def layout_of_groups(layout: Layout, groups: Iterable[str]) -> Layout:
 
 
 def group_difference(first: Layout, second: Layout) -> str | None:
-    """One line on why two clients cannot share what both own, or None: groups that both have must be equal.
+    """Why two clients cannot share the groups that both own, in one line, or None: these must be equal.
 
     Raises:
         LayoutError: a group's id is not valid.
@@ -73,7 +73,7 @@ def group_difference(first: Layout, second: Layout) -> str | None:
 
 
 def union(layouts: Iterable[Layout]) -> Layout:
-    """The layout of all groups that anybody owns, in order of their ids; one layout alone is itself.
+    """The layout of all groups that any client owns, ordered by id; a single layout is returned as it is.
 
     Raises:
         LayoutError: there is none, or two of them differ in a group that both have.
@@ -105,12 +105,12 @@ def average_groups(
     adapters: Mapping[str, Adapter],
     average: Callable[[str, Bank], Adapter],
 ) -> Adapter:
-    """``model`` with every group replaced by the average over its owners; what nobody owns stays as it is.
+    """``model`` with every group replaced by the average over its owners; groups without owners stay.
 
     Args:
-        model: of the union of the clients' layouts.
-        adapters: by client, each of a part of that layout made of whole groups.
-        average: called with a group's id and its owners' parts, by client.
+        model: in the union of the clients' layouts.
+        adapters: by client, each with some whole groups of that layout.
+        average: called with a group's id and its owners' parts by client.
     """
     result, bank = model, Bank.of(adapters)
     for group in groups_of(model.layout):

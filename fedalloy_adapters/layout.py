@@ -38,12 +38,12 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Count of its numbers."""
         return math.prod(self.shape)
 
     @property
     def rank_axes(self) -> tuple[int, ...]:
-        """The dimensions that are the rank, of a LoRA factor."""
+        """The dimensions of a LoRA factor that are the rank."""
         return _RANK_AXES.get(self.factor, ())
 
     @property
@@ -84,7 +84,7 @@ class Layout:
 
     @cached_property
     def size(self) -> int:
-        """P, how many numbers an adapter of this layout has."""
+        """P: the count of numbers in an adapter of this layout."""
         return sum(entry.size for entry in self.entries)
 
     @cached_property
@@ -124,7 +124,7 @@ class Layout:
             "entries": [[entry.module, str(entry.factor), list(entry.shape)] for entry in self.entries],
             "scalings": [[module, float(self.scalings[module]).hex()] for module in self.lora_modules],
         }
-        if self.shared_names:  # left out where there are none: layouts without P and Q keep their digests
+        if self.shared_names:  # left out if there are none, so that layouts without P and Q keep their digests
             canonical["shared"] = sorted([module, name] for module, name in self.shared_names.items())
         return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).digest()
 
@@ -133,7 +133,8 @@ class Layout:
     ) -> Layout:
         """The part with these factors and modules; an empty list does not restrict.
 
-        ``without_basis`` leaves out A and B of modules that have P: they are common to all and never trained.
+        ``without_basis`` leaves out A and B of modules that have P: all clients have the same ones and never train
+        them.
 
         Raises:
             LayoutError: a module is not in this layout, or nothing is left.
@@ -213,12 +214,12 @@ class Layout:
         )
 
     def difference(self, other: Layout, *, part: bool = False, any_rank: bool = False) -> str | None:
-        """One line naming the first difference, or None: ``expected`` is this layout, the finding is the other.
+        """The first difference in one line, or None. This layout is what was expected, the other what was found.
 
         Args:
             other: what was found.
-            part: it need only be contained in this layout; what it lacks is no difference.
-            any_rank: ranks, scalings and the order of tensors may differ, as they may where deltas are added.
+            part: the other layout need only be contained in this one; missing tensors are no difference.
+            any_rank: ranks, scalings and the order of tensors may differ, as is allowed where deltas are added.
         """
         if self.base_fingerprint != other.base_fingerprint:
             found, expected = other.base_fingerprint, self.base_fingerprint
@@ -252,7 +253,7 @@ class Layout:
         return "the same tensors in another order"
 
     def describe_difference(self, other: Layout, *, part: bool = False) -> str:
-        """:meth:`difference` for messages that have one to tell."""
+        """:meth:`difference` for messages, where the layouts are known to differ."""
         return self.difference(other, part=part) or "no difference"
 
     def to_proto(self) -> adapter_pb2.Layout:
@@ -287,7 +288,7 @@ class Layout:
         if len(shared_names) != len(message.shared_names):
             raise LayoutError("a module has two shared names")
         for item in message.entries:
-            if len(item.shape) > MAX_DIMENSIONS:  # before a Python tuple makes a long list of them ten times larger
+            if len(item.shape) > MAX_DIMENSIONS:  # before a Python tuple takes ten times the memory
                 raise LayoutError(f"a tensor has {len(item.shape)} dimensions, expected 1 to {MAX_DIMENSIONS}")
         entries = tuple(
             Entry(item.module, factor_from_proto(item.factor), tuple(item.shape)) for item in message.entries

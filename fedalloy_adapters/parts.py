@@ -1,4 +1,4 @@
-"""Parts of a layout as plans name them; both ends compute the same parts, so a blob need not repeat its layout."""
+"""Parts of a layout as plans name them. Both ends compute the same parts, so a blob need not repeat its layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layouts_of_plan(layout: Layout, steps: Iterable[plan_pb2.Step]) -> dict[byte
 
 
 def layout_of_sketch(reference: Layout, row_count: int) -> Layout:
-    """What a sketch with ``row_count`` rows of the reference gradient ``[d, f]`` looks like.
+    """The layout of a sketch with ``row_count`` rows of the reference gradient ``[d, f]``.
 
     Raises:
         LayoutError: the gradient is not one matrix with that many rows.
@@ -44,7 +44,7 @@ def layout_of_sketch(reference: Layout, row_count: int) -> Layout:
 
 
 def layout_of_gram(layout: Layout) -> Layout:
-    """What the second moments of a client's module inputs look like: an upper triangle for each module with an input.
+    """The layout of the second moments of a client's module inputs: an upper triangle for each module with an input.
 
     Raises:
         LayoutError: no module is a matrix.

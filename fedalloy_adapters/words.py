@@ -1,4 +1,4 @@
-"""A stranger's words, before they are printed or stored: the one function that makes them harmless."""
+"""Makes text from other machines harmless before it is printed or stored."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _TAG = re.compile(r"\[(?=[a-z/#@])")
 def one_line(text: object, most: int = MAX_WORDS) -> str:
     """Text from somebody else as one printable line without markup.
 
-    What ends a line, moves a cursor or turns the direction of writing becomes a space; a bracket that a terminal
-    library would read as a tag becomes a round one. The rest stays as it was.
+    Characters that end a line, move the cursor or turn the direction of writing become spaces. A bracket that a
+    terminal library would read as a tag becomes a round one. The rest stays as it was.
 
     Args:
-        text: anybody's; what is no text is shown as ``str`` shows it.
-        most: characters that are kept; what was longer ends in ``...``.
+        text: from anybody; other objects are shown as ``str`` shows them.
+        most: characters that are kept; longer text ends in ``...``.
     """
     whole = str(text)
     cut = whole if len(whole) <= most else f"{whole[: most - 4]} ..."

@@ -1,14 +1,14 @@
 """Sums and products over many rows of numbers, a block of columns at a time.
 
-What a server does to N adapters of P numbers is bound by memory: every number is read once, and a matrix ``[N, P]``
-that is made for one product costs more than the product. Here a block of columns of a few rows is copied to a buffer
-that stays in the cache, and multiplied there.
+A server's work on N adapters of P numbers is limited by memory: every number is read once, and a matrix ``[N, P]`` made
+for one product costs more than the product. Here a block of columns of a few rows is copied to a buffer that stays in
+the cache, and multiplied there.
 
 Results depend on nothing but the numbers, bit for bit. Every product has the shape ``[d, up to GROUP] @ [GROUP, TILE]``
 on one thread; the last block is filled up to the same width. So neither the number of threads, nor how much is read at
 once, nor where a row lies (memory or file) decides how a sum is rounded. The order of the rows does: callers sort them.
 
-The products are NumPy's: for matrices of a few rows its BLAS takes half the time of PyTorch's
+NumPy computes the products: for matrices with few rows its BLAS takes half the time of PyTorch's
 (``tests/benchmarks/merge_speed.py``).
 """
 
@@ -40,7 +40,7 @@ Numbers = NDArray[Any]
 
 
 class Row(Protocol):
-    """P numbers that can be read from any column on."""
+    """P numbers that can be read starting at any column."""
 
     @property
     def size(self) -> int:
@@ -52,14 +52,14 @@ class Row(Protocol):
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading is copying."""
+        """Whether the numbers are in memory, so that reading only copies."""
 
     def read(self, start: int, out: Numbers) -> None:
         """Fill ``out`` with the numbers from column ``start`` on; a row may be read by several threads at once."""
 
 
 class MemoryRow:
-    """A tensor ``[P]``, which nobody writes to any more."""
+    """A tensor ``[P]`` that no longer changes."""
 
     in_memory = True
 
@@ -75,12 +75,12 @@ class MemoryRow:
 
 
 def rows_of(matrix: Tensor | Sequence[Row]) -> Sequence[Row]:
-    """The rows of a matrix that is there, ``[N, P]``; rows are themselves."""
+    """The rows of a matrix ``[N, P]``; a sequence of rows is returned as it is."""
     return [MemoryRow(row) for row in matrix] if isinstance(matrix, Tensor) else matrix
 
 
 class Difference:
-    """``first - second``, made where it is read."""
+    """``first - second``, computed when it is read."""
 
     def __init__(self, first: Row, second: Row) -> None:
         self.first, self.second = first, second
@@ -88,7 +88,7 @@ class Difference:
         self.in_memory = first.in_memory and second.in_memory
 
     def read(self, start: int, out: Numbers) -> None:
-        """Both, and subtract."""
+        """Read both and subtract."""
         self.first.read(start, out)
         taken = np.empty_like(out)
         self.second.read(start, taken)
@@ -120,9 +120,9 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
     """``weights [d, N] @ rows [N, P]`` as ``[d, P]``, in the rows' dtype.
 
     Args:
-        rows: of one size and dtype, in an order that does not depend on chance.
-        weights: rounded to that dtype.
-        out: where the result goes; fresh memory costs as much as the product.
+        rows: rows of one size and dtype, in a reproducible order.
+        weights: rounded to the rows' dtype.
+        out: memory for the result; allocating it anew costs as much as the product.
 
     Raises:
         ValueError: sizes or counts do not match.
@@ -136,7 +136,7 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
         raise ValueError(f"got out {tuple(result.shape)} {result.dtype}, expected ({len(weights)}, {size}) {dtype}")
     factors, target = weights.detach().to("cpu", dtype).numpy(), result.numpy()
     stripe = TILE * (1 if all(row.in_memory for row in rows) else STRIPE)
-    counter = itertools.count()  # whoever is free takes the next; which one does changes no number
+    counter = itertools.count()  # an idle thread takes the next stripe; which thread takes it changes no number
 
     def work() -> None:
         rows_at_once = min(GROUP, len(rows))
@@ -171,7 +171,7 @@ def _combine_stripe(
         for place, row in enumerate(group):
             row.read(start, numbers[place, :width])
         for tile, begin in enumerate(range(0, width, TILE)):
-            block = numbers[: len(group), begin : begin + TILE]  # of the whole width: what is beyond is not used
+            block = numbers[: len(group), begin : begin + TILE]  # full width; the rest is not used
             stop = min(begin + TILE, width)
             into = target[:, start + begin : start + stop]
             if last == 0 and stop - begin == TILE:
@@ -186,7 +186,7 @@ def _combine_stripe(
 
 
 def products(first: Sequence[Row], second: Sequence[Row] | None = None) -> Tensor:
-    """Inner products ``<first_i, second_j>``, ``[M, N]`` in float64; without ``second`` of all pairs, symmetric.
+    """Inner products ``<first_i, second_j>``, ``[M, N]`` float64. Without ``second``: of all pairs in ``first``.
 
     Raises:
         ValueError: sizes do not match.
@@ -243,8 +243,8 @@ def squared_norms(rows: Sequence[Row]) -> Tensor:
 def squared_distances(rows: Sequence[Row]) -> Tensor:
     """Squared distances of all pairs ``[N, N]`` float64, symmetric, zero on the diagonal.
 
-    From inner products of differences from the first row, so that a large common part costs no digits. Below what
-    float32 can tell apart (1e-14 of the squares) rows count as equal.
+    Computed from differences to the first row, so that a large common part costs no digits. Rows count as equal where
+    float32 cannot tell them apart (1e-14 of the squares).
 
     Raises:
         ValueError: sizes do not match.
@@ -257,7 +257,7 @@ def squared_distances(rows: Sequence[Row]) -> Tensor:
 
 
 def _in_order(work: Callable[[int], NDArray[np.float64]], items: Sequence[int]) -> Iterator[NDArray[np.float64]]:
-    """Results in the order of the items, made by all threads; only a few wait at any time."""
+    """Results in the order of the items. All threads compute them, and only a few results wait at any time."""
     threads = min(torch.get_num_threads(), len(items))
     with _ONE_AT_A_TIME, _libraries().limit(limits=1, user_api="blas"):
         if threads < 2:

@@ -1,4 +1,4 @@
-"""The same work for many items, on all cores, with results that do not depend on how many there are."""
+"""The same work for many items on all cores; the results do not depend on the number of cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 MOST_BYTES = 2**30
-"""That all workers together may need at a time."""
+"""Bytes that all workers together may use at a time."""
 _SET = threading.Lock()
 
 T = TypeVar("T")
@@ -20,13 +20,13 @@ R = TypeVar("R")
 def on_all_cores(work: Callable[[T], R], items: Sequence[T], bytes_each: int = 0) -> list[R]:
     """``[work(item) for item in items]``, a few at a time.
 
-    Each item has one thread, whose linear algebra has no others: how LAPACK divides a matrix among threads would show
-    in the last bits.
+    Each item has one thread, and linear algebra inside it starts no others: the way LAPACK divides a matrix among
+    threads would change the last bits.
 
     Args:
-        work: of PyTorch, which lets other threads run meanwhile.
-        items: what is worked on.
-        bytes_each: that one item needs while it is worked on.
+        work: a function that computes with PyTorch, which lets other threads run meanwhile.
+        items: its arguments.
+        bytes_each: memory that one item needs during the work.
     """
     with _SET:
         threads = torch.get_num_threads()

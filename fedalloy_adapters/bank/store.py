@@ -1,8 +1,8 @@
-"""Many adapters in one place: in memory as long as they fit, beyond that each in a file; merged block by block.
+"""Many adapters in one place: in memory while they fit, otherwise one file each; merged block by block.
 
 A row is written once, when a client's answer is decoded, and never changed: a new upload of the same client is a new
-row. So whoever holds a row (a merge that waits to be sent, a checkpoint) can rely on it, and it is freed, with its
-file, when nobody holds it any more. Rows that a checkpoint keeps are hard links to the same files, not copies.
+row. So a holder of a row (a merge that waits to be sent, a checkpoint) can rely on it. The row and its file are freed
+when nobody holds it any more. Rows that a checkpoint keeps are hard links to the same files, not copies.
 
 Rows in files are read, not mapped: pages of a mapping count as memory of the process, and a file that has become
 shorter would be a fatal signal instead of an error.
@@ -62,18 +62,18 @@ class FileRow:
 
     @property
     def largest(self) -> float:
-        """:func:`largest_of` the row: found when it was written, or read once, block by block."""
+        """:func:`largest_of` the row: known from writing it, or computed once, block by block."""
         if self._largest is None:
             self._largest = _largest_in_blocks(self)
         return self._largest
 
     @cached_property
     def sha256(self) -> str:
-        """:func:`digest_of` the row, which never changes: taken once."""
+        """:func:`digest_of` the row, computed once because a row never changes."""
         return digest_of(self)
 
     def read(self, start: int, out: Numbers) -> None:
-        """Straight into ``out``; the file is opened each time, since a process may have fewer open files than rows."""
+        """Read straight into ``out``. The file is opened each time: there may be more rows than files allowed open."""
         view = memoryview(out.data).cast("B")
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
@@ -82,7 +82,7 @@ class FileRow:
                 while view:
                     count = os.preadv(descriptor, [view], position)
                     if not count:
-                        raise BankError(f"{self.path} has become shorter: nothing at byte {position}")
+                        raise BankError(f"{self.path} has become shorter: no data at byte {position}")
                     view, position = view[count:], position + count
             finally:
                 os.close(descriptor)
@@ -103,7 +103,7 @@ def tensor_of(row: Row) -> Tensor:
 
 
 def largest_of(tensor: Tensor) -> float:
-    """The largest magnitude in one pass without a copy; NaN where there is one, 0 of nothing."""
+    """The largest magnitude, in one pass without a copy; NaN if any number is NaN, 0 for an empty row."""
     return float(torch.linalg.vector_norm(tensor.detach(), float("inf"))) if tensor.numel() else 0.0
 
 
@@ -112,7 +112,7 @@ def _largest_in_blocks(row: Row) -> float:
     for start in range(0, row.size, _CHUNK):
         piece = buffer[: min(_CHUNK, row.size - start)]
         row.read(start, piece.numpy())
-        found = torch.maximum(found, torch.linalg.vector_norm(piece, float("inf")))  # which hands NaN on
+        found = torch.maximum(found, torch.linalg.vector_norm(piece, float("inf")))  # propagates NaN
     return float(found)
 
 
@@ -128,9 +128,9 @@ def digest_of(row: Row) -> str:
 
 
 class Storage:
-    """Where the rows of a run's banks are: how much memory they may take, and the folder for the rest.
+    """Where the rows of a run's banks are kept: up to a memory limit, then in a folder.
 
-    The folder is this process's own scratch: what an earlier one left there is removed. Without a folder everything
+    The folder is scratch space of this process: files of an earlier process are removed. Without a folder everything
     stays in memory.
     """
 
@@ -141,7 +141,7 @@ class Storage:
         self._count = itertools.count()
 
     def spill_to(self, folder: Path, memory_bytes: int) -> None:
-        """Rows from now on go to files in ``folder`` where those in memory would be more than ``memory_bytes``.
+        """From now on, rows beyond ``memory_bytes`` go to files in ``folder``.
 
         Raises:
             BankError: the folder cannot be written.
@@ -151,7 +151,7 @@ class Storage:
         self._folder, self._memory = folder, memory_bytes
 
     def keep(self, vector: Tensor) -> StoredRow:
-        """A row of these numbers, which nobody may write to any more.
+        """A row with these numbers, which must not change afterwards.
 
         Raises:
             BankError: it cannot be written (the disk is full).
@@ -171,7 +171,7 @@ class Storage:
         return self._owned(path, largest_of(vector))
 
     def adopt(self, row: Row) -> StoredRow:
-        """A row that is somebody else's file (a checkpoint's, which will be removed) as one of this storage's own.
+        """Take over a row from another file (a checkpoint's, which will be removed) into this storage.
 
         Raises:
             BankError: it cannot be linked, copied or read.
@@ -199,7 +199,7 @@ class Storage:
 
 
 def link(row: FileRow, path: Path) -> None:
-    """Another name for the row's file, which lives as long as any of its names; a copy where there are no links.
+    """Another name for the row's file, which lives as long as any of its names; a copy if the file system has no links.
 
     Raises:
         BankError: neither is possible.
@@ -219,9 +219,9 @@ def _remove(path: Path) -> None:
 
 
 class Made(Mapping[str, Adapter]):
-    """Adapters by slot that are made when they are looked at, and not kept: recipes, which may wait in any number.
+    """Adapters by slot as recipes: each is computed when it is read and not kept, so any number of them may wait.
 
-    What a recipe uses must not change: rows of a snapshot, tensors that nobody writes to.
+    What a recipe uses must not change: rows of a snapshot, or tensors that are not written to.
     """
 
     def __init__(self, recipes: Mapping[str, Callable[[], Adapter]]) -> None:
@@ -241,9 +241,9 @@ class Made(Mapping[str, Adapter]):
 
 
 class Bank(MutableMapping[str, Adapter]):
-    """Adapters by name, of any layouts; always in the order of their names, never in that of their arrival.
+    """Adapters by name, with any layouts. They are ordered by name, never by arrival.
 
-    ``bank[name]`` reads an adapter; sums over many go through :meth:`combine`, which never has all of them in memory.
+    ``bank[name]`` reads an adapter. For sums over many use :meth:`combine`, which never holds all of them in memory.
     """
 
     def __init__(self, storage: Storage | None = None) -> None:
@@ -271,7 +271,7 @@ class Bank(MutableMapping[str, Adapter]):
 
     @classmethod
     def of(cls, adapters: Mapping[str, Adapter]) -> Bank:
-        """These adapters, in memory; a bank is itself."""
+        """A bank of these adapters, in memory; a bank is returned as it is."""
         if isinstance(adapters, Bank):
             return adapters
         bank = cls()
@@ -279,11 +279,11 @@ class Bank(MutableMapping[str, Adapter]):
         return bank
 
     def clear(self) -> None:
-        """Let go of all rows."""
+        """Drop all rows."""
         self._rows.clear()
 
     def parts(self, layout: Layout) -> Bank:
-        """The tensors of ``layout`` of every adapter that has all of them; read from this bank's rows, not copied."""
+        """The tensors of ``layout`` from every adapter that has all of them; read from this bank's rows, not copied."""
         found = Bank(self._storage)
         for name, (whole, _) in self._rows.items():
             if whole.digest == layout.digest or whole.contains(layout):
@@ -291,7 +291,7 @@ class Bank(MutableMapping[str, Adapter]):
         return found
 
     def part(self, name: str, layout: Layout) -> Adapter:
-        """The tensors of ``layout``, which the adapter has, of one adapter; nothing else of it is read."""
+        """The tensors of ``layout`` from one adapter, which must have them; nothing else of it is read."""
         return Adapter(layout, tensor_of(self._part(name, layout)))
 
     def _part(self, name: str, layout: Layout) -> Row:
@@ -302,27 +302,27 @@ class Bank(MutableMapping[str, Adapter]):
         return Part(row, [(piece.start, piece.stop) for piece in slices])
 
     def taken(self) -> Bank:
-        """All rows, in a bank of their own; this one is empty afterwards."""
+        """Move all rows to a new bank; this one is empty afterwards."""
         other = Bank(self._storage)
         other._rows, self._rows = self._rows, {}
         return other
 
     def snapshot(self) -> Bank:
-        """The rows as they are now: what is put in later does not change them, nothing is copied."""
+        """The rows as they are now, without a copy; later changes to this bank do not affect them."""
         other = Bank(self._storage)
         other._rows = dict(self._rows)
         return other
 
     def layout_of(self, name: str) -> Layout:
-        """The adapter's layout, without reading it."""
+        """The adapter's layout; its numbers are not read."""
         return self._rows[name][0]
 
     def rows(self, names: Sequence[str] | None = None) -> list[Row]:
-        """Rows by name, in the given order (all: in that of their names); they stay what they are."""
+        """Rows in the order of the given names (without names: all, ordered by name); they never change."""
         return [self._rows[name][1] for name in (self if names is None else names)]
 
     def put_row(self, name: str, layout: Layout, row: Row) -> None:
-        """A row that a checkpoint has kept.
+        """Put in a row from a checkpoint.
 
         Raises:
             BankError: it is not of this layout's size, or cannot be taken over.

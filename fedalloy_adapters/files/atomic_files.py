@@ -1,7 +1,7 @@
-"""Files that are whole after a kill at any moment (write elsewhere, flush, rename), and locks between processes.
+"""Files that are complete after a kill at any moment (write elsewhere, flush, rename), and locks between processes.
 
-Whatever the umask, folders and files that are made here are their owner's alone: adapters and logs say much about the
-data that they are made of.
+Only the owner can read the folders and files made here, whatever the umask: adapters and logs reveal much about the
+data behind them.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ LOOK_SECONDS = 0.05
 
 
 def private_folder(path: Path) -> Path:
-    """The folder; what of it is missing is made, for this user only. One that is there keeps its mode.
+    """Make the folder and its missing parents, for this user only. An existing folder keeps its mode.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # somebody made it in between
+        with contextlib.suppress(FileExistsError):  # another process made it meanwhile
             folder.mkdir(mode=FOLDER_MODE)
     return path
 
 
 def private_mask() -> None:
-    """What this process makes from now on is this user's alone, what libraries make included."""
+    """From now on only this user can read new files of this process, including those that libraries make."""
     os.umask(0o777 & ~FOLDER_MODE)
 
 
 def open_private(path: Path, flags: int) -> int:
-    """A descriptor of a file that only this user may open; it is made where it is missing.
+    """A descriptor of a file that only this user may open; a missing file is created.
 
     Raises:
         OSError: the file cannot be made or opened.
@@ -52,7 +52,7 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file by way of a temporary one in the same folder (made if needed): write, fsync, rename.
+    """Write a file through a temporary one in the same folder (made if needed): write, fsync, rename.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; names the file. What was there before stays.
@@ -66,7 +66,7 @@ def write_durably(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_lightly(path: Path, found: object) -> None:
-    """Replace a JSON file in a folder that exists; not flushed to the disk, so a kill of the machine may lose it.
+    """Replace a JSON file in an existing folder. It is not flushed to the disk, so a crash of the machine may lose it.
 
     Raises:
         OSError: it cannot be written.
@@ -99,15 +99,15 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """No other process holds this lock meanwhile; one that dies lets go of it.
+    """Hold a lock between processes; a process that dies releases it.
 
-    The file stays: removing it would give the next one a lock of its own. Others cannot open it, or their lock on it
-    would hold us up as long as they like.
+    The file stays: if it were removed, the next process would lock another file. Other users cannot open it; otherwise
+    they could lock it and hold us up for as long as they like.
 
     Args:
         path: the lock file.
-        wait: for whoever holds it.
-        waiting: called again and again while waiting; what it raises ends the wait.
+        wait: whether to wait while another process holds it.
+        waiting: called repeatedly during the wait; an exception from it ends the wait.
 
     Raises:
         BlockingIOError: another process holds it, and ``wait`` is false.

@@ -91,7 +91,7 @@ def from_peft_state(state: Mapping[str, Tensor], layout: Layout, base_heads: Map
 def peft_config(layout: Layout, base_model: str, drawn: Iterable[str] = ()) -> dict[str, Any]:
     """``adapter_config.json`` for a layout; ranks and scalings that differ become PEFT's patterns.
 
-    ``drawn`` are parameters that are saved as they are; to PEFT their modules are modules to save, like heads.
+    ``drawn`` has parameters that are saved as they are. PEFT lists their modules as modules to save, like heads.
     """
     heads = list(dict.fromkeys(entry.module for entry in layout.entries if not entry.factor.is_lora))
     heads += [module for module in dict.fromkeys(name.rsplit(".", 1)[0] for name in drawn) if module not in heads]
@@ -125,9 +125,10 @@ def write_peft_directory(
     base_heads: Mapping[str, Tensor],
     drawn: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A new folder that ``PeftModel.from_pretrained`` loads; files are flushed to the disk.
+    """Write a new folder that ``PeftModel.from_pretrained`` loads; files are flushed to the disk.
 
-    ``drawn`` are parameters by name that the base model's checkpoint lacks: whoever loads the base would draw others.
+    ``drawn`` has parameters by name that the base model's checkpoint lacks: loading the base model would draw other
+    values.
 
     Raises:
         FileExistsError: the folder exists.
@@ -187,5 +188,5 @@ def _base_parameter(entry: Entry, base_heads: Mapping[str, Tensor]) -> Tensor:
 
 
 def module_pattern(module: str) -> str:
-    """A regular expression for this module alone: PEFT would take a bare name for the end of a name, too."""
+    """A regular expression for this module alone: PEFT also matches a bare name at the end of a longer name."""
     return f"^{re.escape(module)}$"

@@ -1,6 +1,6 @@
-"""JSON files that say whether they are what was written: a SHA-256 of the values beside them.
+"""JSON files with a SHA-256 of their values, which shows whether they are still what was written.
 
-It finds damage, not forgery: whoever can write the file can write its digest.
+It finds damage, not forgery: a person who can write the file can also write its digest.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ SEAL = "values-sha256"
 
 def sealed(values: Mapping[str, Any]) -> bytes:
     """The values and their digest."""
-    values = json.loads(json.dumps(values, allow_nan=False))  # keys are texts, as they will be
+    values = json.loads(json.dumps(values, allow_nan=False))  # JSON makes keys texts
     return json.dumps({**values, SEAL: _digest(values)}).encode()
 
 
 def unsealed(data: str | bytes) -> dict[str, Any]:
-    """The values; those of a file without a digest, which an earlier version wrote, as they are.
+    """The values. A file without a digest, which an earlier version wrote, is accepted as it is.
 
     Raises:
-        ValueError: not JSON, no object, or not the values that were written.
+        ValueError: the text is not JSON, not an object, or its values are not those that were written.
     """
     found = json.loads(data)
     if not isinstance(found, dict):

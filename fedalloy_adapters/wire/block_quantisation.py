@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Numbers that share a scale. tests/benchmarks/encodings.py compares block sizes."""
+"""Count of numbers that share a scale. tests/benchmarks/encodings.py compares block sizes."""
 _ROUNDS = 2
 """Least-squares steps that follow each first guess of a scale."""
 
@@ -75,7 +75,7 @@ def unpack_blocks(payload: bytes | memoryview, offset: int, count: int, kind: Bl
 
 
 def _blocks(numbers: Tensor) -> Tensor:
-    """``[n]`` as ``[ceil(n / BLOCK), BLOCK]``. What is missing in the last block is NaN, which no sum below counts."""
+    """``[n]`` as ``[ceil(n / BLOCK), BLOCK]``. The last block is filled up with NaN, which the sums below ignore."""
     padded = torch.full((-(-len(numbers) // BLOCK) * BLOCK,), torch.nan)
     padded[: len(numbers)] = numbers
     return padded.view(-1, BLOCK)

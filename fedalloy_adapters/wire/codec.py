@@ -1,8 +1,8 @@
 """An adapter as one blob of bytes, and back; the format is specified in ``proto/README.md``.
 
 A blob is ``magic (8) | header length (4, little-endian) | AdapterHeader | payload``. Decoding trusts nothing: every
-failure is a :class:`CodecError` with one of a closed set of codes, and nothing is allocated that the bytes at hand do
-not already pay for.
+failure is a :class:`CodecError` with one of a closed set of codes, and no more memory is allocated than the bytes at
+hand justify.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CodecError(ValueError):
 
     @property
     def told(self) -> str:
-        """Who sent the blob may know."""
+        """What the sender of the blob may read of this error."""
         return str(self)
 
 
@@ -77,7 +77,7 @@ class Encoding(enum.StrEnum):
 
     @property
     def whole(self) -> Encoding:
-        """The one for an adapter that is no difference: two bits have no zero, and drop too much for good."""
+        """The encoding for an adapter that is no difference: two bits have no zero, and drop too much for good."""
         return Encoding.INT4 if self is Encoding.INT2 else self
 
 
@@ -144,7 +144,7 @@ def encode(
         include_layout: leave the layout out where the receiver knows it by its digest.
 
     Raises:
-        CodecError: NOT_FINITE for NaN or infinity (also where fp16 would overflow), BAD_LAYOUT for a reference of
+        CodecError: NOT_FINITE for NaN or infinity (also where fp16 would overflow), BAD_LAYOUT for a reference with
             another layout.
     """
     layout = adapter.layout
@@ -190,7 +190,7 @@ def decode(
 
     Args:
         blob: the bytes.
-        layouts: layouts that the receiver knows, by digest, for blobs that leave theirs out.
+        layouts: layouts that the receiver knows, by digest, for blobs without a layout.
         expected: refuse any other layout than this one.
         references: adapters that the receiver holds, by content digest, for blobs that are differences.
         max_bytes: refuse a longer blob.
@@ -226,7 +226,7 @@ def decode(
 
 
 def header_of(blob: bytes) -> adapter_pb2.AdapterHeader:
-    """A blob's header, nothing of the payload decoded.
+    """A blob's header; the payload is not decoded.
 
     Raises:
         CodecError: it has none.
@@ -235,7 +235,7 @@ def header_of(blob: bytes) -> adapter_pb2.AdapterHeader:
 
 
 def _split(blob: bytes, max_bytes: int) -> tuple[adapter_pb2.AdapterHeader, memoryview]:
-    """Header and payload, nothing decoded yet."""
+    """Header and payload; no number is decoded yet."""
     if len(blob) > max_bytes:
         raise CodecError(CodecErrorCode.TOO_LARGE, f"{len(blob)} bytes, at most {max_bytes} are accepted")
     prefix = len(MAGIC) + 4

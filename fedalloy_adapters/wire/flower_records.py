@@ -1,7 +1,8 @@
 """FedAlloy's messages inside Flower's records: one ``bytes`` value, and one packed array per adapter.
 
-The shape is specified in ``proto/README.md``. One Flower ``Array`` per adapter, because Flower makes two calls per
-array, not per byte; small adapters lie beside the message where the receiver can read that: half as many calls.
+The shape is specified in ``proto/README.md``. There is one Flower ``Array`` per adapter, because Flower makes two calls
+per array, whatever its size. Small adapters lie beside the message if the receiver can read that, which halves the
+number of calls.
 """
 
 from __future__ import annotations
@@ -23,32 +24,33 @@ ARRAY_STYPE = "fedalloy.adapter.v1"
 CONFIG_RECORD = "fedalloy"
 ARRAY_RECORD = "adapters"
 BESIDE = "adapter/"
-"""Before the slot's name, where an adapter is a value of the config record."""
+"""Prefix of the slot's name, where an adapter is a value of the config record."""
 MAX_BESIDE_BYTES = 4 * 2**20
-"""Of a message's adapters together, to lie beside it: Flower cuts arrays into pieces of 5 MiB, and nothing else."""
+"""Most bytes of a message's adapters that lie beside it: Flower cuts only arrays into pieces of 5 MiB."""
 FORMAT_VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 2**20
-"""Of a plan, report or registration, which hold no adapters; what is parsed takes several times as much memory."""
+"""Most bytes of a plan, report or registration, which hold no adapters; parsed, they take several times as much
+memory."""
 MAX_VALUES = {"plan": 1_000_000, "report": 50_000, "registration": 50_000, "counters": 5_000}
-"""Numbers, texts and what they are in, by kind of message; a client that is sent the weights of a thousand peers for
-each of two hundred modules gets the most."""
+"""Most values in a message, nested ones included, by its kind. The largest is a plan with the weights of a thousand
+peers for each of two hundred modules."""
 
 M = TypeVar("M", bound=Message)
 
 
 class RecordError(ValueError):
-    """A Flower message does not contain what ``proto/README.md`` says."""
+    """A Flower message does not contain what ``proto/README.md`` specifies."""
 
     @property
     def told(self) -> str:
-        """Who sent the message may know."""
+        """What the sender of the message may read of this error."""
         return str(self)
 
 
 def pack(key: str, message: Message, blobs: Mapping[str, bytes] | None = None, *, beside: bool = False) -> RecordDict:
     """Records with ``message`` under ``key``, and one array per blob.
 
-    With ``beside`` (the receiver has said that it reads them) small blobs are values of the same record.
+    With ``beside`` small blobs are values of the same record; the receiver must have said that it reads them.
     """
     config = ConfigRecord({key: message.SerializeToString()})
     if blobs and beside and sum(map(len, blobs.values())) <= MAX_BESIDE_BYTES:
@@ -110,13 +112,13 @@ def blobs_in(records: RecordDict) -> dict[str, bytes]:
                 f"({len(array.data)},)"
             )
         if slot in blobs:
-            raise RecordError(f"adapter {slot!r} is there twice, as an array and as bytes")
+            raise RecordError(f"adapter {slot!r} occurs twice, as an array and as bytes")
         blobs[slot] = array.data
     return blobs
 
 
 def bytes_in(records: RecordDict, key: str) -> bytes:
-    """The value under a key of the config record, as it is; empty where there is none."""
+    """The bytes under a key of the config record; empty if there are none."""
     config = records.config_records.get(CONFIG_RECORD)
     value = config.get(key, b"") if config is not None else b""
     return value if isinstance(value, bytes) else b""

@@ -1,4 +1,4 @@
-"""Who asks: a server signs what it sends to a client whose owner knows its key (proto/README.md, section 8.3)."""
+"""Signatures: a server signs its messages to a client whose owner knows its key (proto/README.md, section 8.3)."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
 Scalar = bool | bytes | float | int | str
 SECONDS = 86_400
-"""How long a signature counts."""
+"""How long a signature is valid."""
 
 
 class SignatureError(ValueError):
-    """A key cannot be read, or what a client was asked is not signed by somebody whom its owner knows."""
+    """A key cannot be read, or a message is not signed with a key that the client's owner knows."""
 
     @property
     def told(self) -> str:
-        """The server may know."""
+        """What the server may read of this error."""
         return str(self)
 
 
 def signed_words(asked: bytes, run_config: Mapping[str, Scalar], blobs: Mapping[str, bytes], not_after: int) -> bytes:
-    """What is signed, 32 bytes.
+    """The digest that is signed, 32 bytes.
 
     Args:
         asked: the serialised message.
         run_config: the run's.
-        blobs: that come with it, by slot.
+        blobs: the blobs that come with it, by slot.
         not_after: seconds since the epoch.
     """
     config = json.dumps(dict(run_config), sort_keys=True, separators=(",", ":")).encode()
@@ -89,7 +89,7 @@ def require_signed(
     blobs: Mapping[str, bytes],
     known: Mapping[str, str],
 ) -> str:
-    """The name of whoever signed.
+    """Check a signature; returns the signer's name.
 
     Args:
         signature: a serialised ``Signature``; empty where there was none.
@@ -99,18 +99,18 @@ def require_signed(
         known: names by the fingerprint of a public key (:func:`fingerprint`).
 
     Raises:
-        SignatureError: nobody, somebody unknown, too long ago, or something else was signed.
+        SignatureError: there is no signature, its key is unknown, it has expired, or it is of another message.
     """
     found = plan_pb2.Signature()
     try:
         found.ParseFromString(signature)
         who = fingerprint(found.public_key)
         if not signature:
-            raise SignatureError("this site takes plans that are signed, and there is no signature (sign-with)")
+            raise SignatureError("this site accepts signed plans only, and this one has no signature (sign-with)")
         if who not in known:
             raise SignatureError(f"signed by {who}, which is no server of this site's")
         if found.not_after < time.time():
-            raise SignatureError(f"the signature of {known[who]} counts no more")
+            raise SignatureError(f"the signature of {known[who]} has expired")
         key = serialization.load_der_public_key(found.public_key)
         words = signed_words(asked, run_config, blobs, found.not_after)
         if isinstance(key, ed25519.Ed25519PublicKey):
@@ -122,7 +122,7 @@ def require_signed(
     except DecodeError:
         raise SignatureError("the signature cannot be read") from None
     except InvalidSignature:
-        raise SignatureError(f"{known[who]} has signed something else than what was asked") from None
+        raise SignatureError(f"{known[who]} signed another message than this one") from None
     return known[who]
 
 

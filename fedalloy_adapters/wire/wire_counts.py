@@ -1,7 +1,7 @@
-"""How much a protobuf message consists of, before it is parsed: what is parsed takes a hundred times as much memory.
+"""The number of values in a protobuf message before it is parsed.
 
-A message of sixteen megabytes can hold eight million empty strings. Here its bytes are walked along its description,
-without making any object, and the walk ends at a bound.
+Parsed, a message takes up to a hundred times as much memory: sixteen megabytes can hold eight million empty strings.
+Here its bytes are walked according to its description, without creating objects, and the walk ends at a bound.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class _BeyondError(Exception):
 
 
 def require_few(data: bytes, kind: Any, most: int) -> int:
-    """The number of values in a serialised message, nested ones and those of packed lists among them.
+    """The number of values in a serialised message, including nested ones and those of packed lists.
 
-    What is no protobuf is left to the parser, and not counted.
+    Bytes that are no protobuf are left to the parser, and not counted.
 
     Raises:
         TooManyError: more than ``most``, or nested too deep.
@@ -74,7 +74,7 @@ def _count(data: memoryview, kind: Any, most: int, depth: int) -> int:
 
 
 def _inside(part: memoryview, field: FieldDescriptor, most: int, depth: int) -> int:
-    """Values inside a length-delimited field: of a message, or of a packed list of numbers."""
+    """The number of values inside a length-delimited field: a message, or a packed list of numbers."""
     if field.type == _MESSAGE:
         return _count(part, field.message_type, most, depth - 1)
     if field.type in _UNPACKED:
@@ -83,7 +83,7 @@ def _inside(part: memoryview, field: FieldDescriptor, most: int, depth: int) -> 
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """A number and the place after it; at the end of the data, or beyond 64 bits, what there is of it."""
+    """A number and the position after it; a truncated one at the end of the data, or beyond 64 bits."""
     number = shift = 0
     while place < len(data) and shift < 64:
         byte = data[place]
