@@ -1,4 +1,4 @@
-"""Strategies by the name that run-config gives them: every class with a ``name`` in ``algorithms``.
+"""Finds strategies by their run-config name: every class with a ``name`` in ``algorithms``.
 
 A new algorithm is a new file in ``algorithms``; nothing else names it.
 """
@@ -54,9 +54,9 @@ def _is_strategy(kind: object, module: str) -> TypeGuard[type[AlloyStrategy[Any]
 
 STRATEGIES = find_strategies(algorithms)
 MAIN = tuple(name for name, kind in STRATEGIES.items() if kind.about.group == "main")
-"""Those that are explained and measured at length."""
+"""The strategies that are explained and measured at length."""
 CONTROLS = tuple(name for name, kind in STRATEGIES.items() if kind.about.group == "control")
-"""What merging has to beat: in every comparison, whatever it compares."""
+"""The baselines that merging has to beat; every comparison contains them."""
 
 
 def strategy_from_run_config(run_config: RunConfig) -> AlloyStrategy[Any]:

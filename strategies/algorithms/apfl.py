@@ -4,11 +4,11 @@ Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", 2020 (arXiv 2
 :math:`\bar v = \alpha v + (1 - \alpha) w`; w is trained alone and averaged, v is trained inside :math:`\bar v` with w
 frozen, :math:`\alpha` by the gradient of the same loss.
 
-Here the *deltas* are mixed, not the factors, whose product would have cross terms. ``adaptive = true``: one coefficient
-for each module, the sigmoid of a gate that is trained together with v (the paper: one in all, clipped to [0, 1]; it
-starts at one half, too) at a learning rate of its own (:mod:`strategies.families.gates`). ``false``: ``alpha`` stays.
-v is trained beside the w that was received, which stays still meanwhile; in the paper both move in every step. Twice
-FedAvg's local work.
+Here the *deltas* are mixed: a mixture of factors would have cross terms. ``adaptive = true``: each module has one
+coefficient, the sigmoid of a gate. It starts at one half and is trained together with v at its own learning rate
+(:mod:`strategies.families.gates`). (The paper has one coefficient for the whole model, clipped to [0, 1].) ``false``:
+``alpha`` stays. v is trained beside the received w, which is frozen meanwhile; in the paper both move in every step.
+Local work is twice FedAvg's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class APFLOptions:
     alpha: float = 0.5
     """The client's own share where it is not adaptive, from 0 (FedAvg's adapter) to 1 (its own)."""
     gate_rate: float = 0.0
-    """Learning rate of the share where it is adaptive; 0: 0.1."""
+    """Learning rate of the share where it is adaptive; 0 means 0.1."""
 
     def __post_init__(self) -> None:
         require_range("alpha", self.alpha, 0, 1)
@@ -52,14 +52,14 @@ class APFL(Averaging[APFLOptions]):
         return [steps.initialise(LOCAL, self.seed), *gates]
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
-        """The client's own inside the mixture, beside the received global adapter; then the global one alone."""
+        """First the client's own adapter, in the mixture with the received global one; then the global one alone."""
         trained = [LOCAL, GATES] if self.options.adaptive else [LOCAL]
         rates = gate_scale(self.training, "scalar", self.options.gate_rate) if self.options.adaptive else None
         own = steps.train(self.training, self.personal(client), trained, rate_scales=rates)
         return [own, *super().train(round_, client)]
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
-        """The mixture."""
+        """The mixture of both adapters."""
         if self.options.adaptive:
             return steps.gated(LOCAL, SLOT, GATES)
         return steps.mixture(LOCAL, SLOT, coefficients=[self.options.alpha, 1 - self.options.alpha])

@@ -1,16 +1,16 @@
-r"""CO-PFL: a shared representation in which clients count by what they contribute, beside a part of their own.
+r"""CO-PFL: a shared representation, averaged by what clients contribute, and a part of each client's own.
 
 Xing, Dong, Fan, Zeng, Leung, Deen, Hu, "CO-PFL: Contribution-Oriented Personalized Federated Learning for Heterogeneous
-Networks", 2025 (arXiv 2510.20219). Its abstract and a summary were at hand; the formulas are derived from them:
+Networks", 2025 (arXiv 2510.20219). Only its abstract and a summary were available; the formulas are derived from them:
 
-* gradient score :math:`g_k = 1 - \cos(\Delta_k, \sum_{j \ne k} \Delta_j)`, from 0 to 2: how new the direction is of
-  what the client's shared part has moved;
-* data score :math:`d_k`: how far its predictions are from its labels, the mean loss while it trained;
+* gradient score :math:`g_k = 1 - \cos(\Delta_k, \sum_{j \ne k} \Delta_j)`, from 0 to 2: how new the direction of the
+  client's update is;
+* data score :math:`d_k`: the mean training loss, which tells how far its predictions are from its labels;
 * the client's weight is :math:`\lambda g_k / \sum g + (1 - \lambda) d_k / \sum d`.
 
-A loss counts at most twice the clients' median: nobody gets more weight by naming a large one. The paper decides number
-by number what is personal, by masks at the client; here it is a part that is named (``own``), as in FedRep, and the
-optimiser's moments are those of ``optimizer-state``.
+A loss counts for at most twice the clients' median: no client gains weight by reporting a large one. In the paper masks
+at the client decide for each number whether it is personal. Here ``own`` names the personal part, as in FedRep, and
+``optimizer-state`` decides about the optimiser's moments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from strategies.framework.options import require_range
 
 @dataclass(frozen=True)
 class COPFLOptions(OwnPartOptions):
-    """What is the client's own, and what makes a contribution."""
+    """What is the client's own, and how contributions are measured."""
 
     direction_share: float = 0.5
     """Lambda, the share of a weight that comes from the direction of the update; the rest comes from the loss."""
@@ -75,21 +75,21 @@ class COPFL(OwnPart[COPFLOptions]):
         self.counted: dict[str, float] = {}
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep the part, and the mean loss over the steps that trained."""
+        """Keep the shared part, and the mean loss over the training steps."""
         super().absorb(round_, client, answer)
         found = [result.train for result in answer.report.results if result.HasField("train")]
         total = sum(result.steps for result in found)
         self.losses[client.id] = sum(result.steps * result.mean_loss for result in found) / max(total, 1)
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Average; the record shows how much each client counted."""
+        """Average. The record shows each client's weight."""
         self.counted = {}
         record = super().settle(round_)
         self.losses = {}
         return record | ({"weights": {name: round(w, 6) for name, w in self.counted.items()}} if self.counted else {})
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
-        """By contribution."""
+        """Average by contribution."""
         names = list(adapters)
         before = self.global_model.part(adapters[names[0]].layout).vector
         updates = stack_vectors(adapters[name] for name in names) - before

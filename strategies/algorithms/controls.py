@@ -1,14 +1,14 @@
 """Controls: what merging has to beat. They are in every comparison, whatever it compares.
 
-* ``fedavg-head``: FedAvg, and at the end each client re-fits the head on its own data. Shows how much of a personal
-  model is nothing but its labels.
-* ``fedavg-tuned``: FedAvg in the first half of the rounds, then each client trains on from the global adapter, alone:
-  as many local steps in all as FedAvg has.
+* ``fedavg-head``: FedAvg, and at the end each client re-fits the head on its own data. It shows how much a personal
+  model gains from its labels alone.
+* ``fedavg-tuned``: FedAvg in the first half of the rounds; then each client trains the global adapter further, alone.
+  In total it makes as many local steps as FedAvg.
 * ``local-all``: local training on training and validation examples together, with as many steps as ``local``. A
-  strategy may choose weights, models or gates on validation examples (``learns_from``); what that is
-  worth as training data is what it has to beat.
-* ``local-twice``: the exact average of two local runs of the same client, which differ in the order of batches only.
-  What an average of adapters gains without anybody else's data; twice the local work.
+  strategy may choose weights, models or gates on validation examples (``learns_from``). It has to beat what these
+  examples are worth as training data.
+* ``local-twice``: the exact average of two local runs of the same client, which differ only in the order of batches. It
+  shows what averaging gains without anybody else's data. Local work is doubled.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TWINS = ("first", "second")
 
 @dataclass(frozen=True)
 class FedAvgHeadOptions:
-    """How long heads are re-fitted."""
+    """How long each head is re-fitted."""
 
     steps: int = 0
-    """Steps on the head at the end; 0: as many as in a round."""
+    """Steps on the head at the end; 0 means as many as in a round."""
 
     def __post_init__(self) -> None:
         require_range("steps", self.steps, 0, 2**31 - 1)
@@ -43,7 +43,7 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
     about = About("FedAvg's adapter, with the head re-fitted on its own data at the end", group="control")
 
     def deliver(self, client: Client) -> Brief:
-        """The global adapter with the client's head; plain FedAvg where no head is averaged to begin with."""
+        """The global adapter with a re-fitted head; plain FedAvg where no head is averaged."""
         brief = super().deliver(client)
         if not self._head(client):
             return brief
@@ -57,17 +57,17 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
 
 @dataclass(frozen=True)
 class FedAvgTunedOptions:
-    """When clients go on alone."""
+    """When clients start to train alone."""
 
     federated_rounds: int = 0
-    """Rounds of FedAvg; 0: half of them."""
+    """Rounds of FedAvg; 0 means half of the run's rounds."""
 
     def __post_init__(self) -> None:
         require_range("federated-rounds", self.federated_rounds, 0)
 
 
 class FedAvgTuned(Averaging[FedAvgTunedOptions]):
-    """FedAvg, then everybody alone."""
+    """FedAvg, then every client alone."""
 
     name = "fedavg-tuned"
     about = About(
@@ -79,11 +79,11 @@ class FedAvgTuned(Averaging[FedAvgTunedOptions]):
         self.tuning: set[str] = set()  # clients that train on alone
 
     def needs_everyone(self, round_: int) -> bool:
-        """Rounds alone cost no bytes."""
+        """In the rounds alone: they cost no bytes."""
         return not self._is_federated(round_)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """FedAvg's; later nothing is sent up, and nothing down once the client has begun."""
+        """FedAvg's brief. Later nothing is sent up, and nothing down once the client trains alone."""
         brief = super().brief(round_, client)
         if self._is_federated(round_):
             return brief
@@ -91,19 +91,19 @@ class FedAvgTuned(Averaging[FedAvgTunedOptions]):
         return Brief(plan, {} if client.id in self.tuning else brief.adapters)
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Remember who trains alone."""
+        """Remember which clients train alone."""
         if self._is_federated(round_):
             super().absorb(round_, client, answer)
         else:
             self.tuning.add(client.id)
 
     def deliver(self, client: Client) -> Brief:
-        """What the client has made of the global adapter."""
+        """The client's own version of the global adapter."""
         brief = super().deliver(client)
         return Brief(brief.steps, {} if client.id in self.tuning else brief.adapters)
 
     def state(self) -> State:
-        """The global adapter, and who trains alone."""
+        """The global adapter, and which clients train alone."""
         found = super().state()
         return State(found.tensors, found.values | {"tuning": sorted(self.tuning)})
 
@@ -117,7 +117,7 @@ class FedAvgTuned(Averaging[FedAvgTunedOptions]):
 
 
 class LocalAll(Local):
-    """Local training on all that a client has but its test examples."""
+    """Local training on all of a client's examples except its test examples."""
 
     name = "local-all"
     about = About(

@@ -1,4 +1,4 @@
-r"""DARE: drop numbers of each delta at random, rescale the others, then average.
+r"""DARE: drop random numbers of each delta, rescale the others, then average.
 
 Yu, Yu, Yu, Huang, Li, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
 ICML 2024: each number of a dense delta is dropped with probability ``drop`` and otherwise divided by 1 - drop, which
@@ -35,7 +35,7 @@ class DAREOptions(OneShotOptions):
 
 
 def drop_and_rescale(deltas: Tensor, drop: float, seed: str) -> Tensor:
-    """``deltas [N, ...]`` with numbers at zero, each with probability ``drop``, and the others over 1 - drop."""
+    """``deltas [N, ...]`` where each number is set to zero with probability ``drop``, else divided by 1 - drop."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     kept = torch.rand(deltas.shape, generator=generator, dtype=torch.float64) >= drop
@@ -51,7 +51,7 @@ class DARE(OneShot[DAREOptions]):
     )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
-        """On dense deltas, module by module; the run's seed decides what is dropped."""
+        """Merge dense deltas, module by module. The run's seed decides which numbers are dropped."""
 
         def rule(name: str, deltas: Tensor) -> Tensor:
             thinned = drop_and_rescale(deltas, self.options.drop, f"{self.seed}:{name}")

@@ -1,15 +1,15 @@
-r"""DFedPGP: clients pass a shared part on to a few others, one way (push-sum); the head stays their own.
+r"""DFedPGP: clients pass a shared part to a few others, one way (push-sum), and keep their heads.
 
 Liu, Shi, Li, Wu, Wang, Shen, "Decentralized Directed Collaboration for Personalized Federated Learning", CVPR 2024:
-with a column-stochastic matrix P of who sends to whom in a round,
+with a column-stochastic matrix P that says who sends to whom in a round,
 
 .. math:: u_i \leftarrow \sum_j P_{ij} (u_j + \Delta_j), \qquad w_i \leftarrow \sum_j P_{ij} w_j, \qquad z_i = u_i /
 w_i,
 
-where client i trains its head, then the shared part, from :math:`z_i`, and :math:`\Delta_i` is what that moved it by. A
-sender divides evenly among its receivers and itself. The network is random and directed, drawn anew in each round; the
-server relays (:mod:`strategies.families.gossip`). Without a head everything is shared. The head takes half of the local
-steps.
+where client i trains its head, then the shared part, from :math:`z_i`, and :math:`\Delta_i` is the change of the shared
+part. A sender gives equal shares to its receivers and itself. The network is random and directed, drawn anew in each
+round; the server relays (:mod:`strategies.families.gossip`). Without a head everything is shared. The head takes half
+of the local steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DFedPGP(Gossip[GossipOptions]):
     )
 
     def mixing(self, links: Tensor) -> Tensor:
-        """Columns sum to one.
+        """The column-stochastic matrix: each sender's shares sum to one.
 
         >>> import torch
         >>> DFedPGP().mixing(torch.tensor([[1.0, 1.0], [0.0, 1.0]])).tolist()

@@ -1,16 +1,16 @@
-r"""DyPFL: a client personalises as long as it gains by it, and is delivered the best of three models.
+r"""DyPFL: a client personalises as long as that helps, and is delivered the best of three models.
 
 Ma, Lu, Li, Cui, "Personalizing or Not: Dynamically Personalized Federated Learning with Incentives", 2022
-(arXiv 2208.06192). Its abstract was at hand; how its parts work is derived from it:
+(arXiv 2208.06192). Only its abstract was available; how its parts work is derived from it:
 
-* Beside FedAvg's adapter every client has one of its own, pulled to FedAvg's as Ditto's is.
-* The incentive: a client whose own adapter does worse than the global one on held-out examples does not go on with it,
-  but starts again from the global one. So nobody is worse off for having personalised.
-* At delivery a client takes what does best on held-out examples: the global adapter, its own, or the exact average of
-  both deltas. The personalisation rate is the share of the round's clients that went on with their own.
+* Beside FedAvg's adapter every client has its own, pulled towards FedAvg's as in Ditto.
+* The incentive: if a client's own adapter does worse than the global one on held-out examples, the client starts again
+  from the global one. So no client is worse off for having personalised.
+* At delivery a client takes the model that does best on held-out examples: the global adapter, its own, or the exact
+  average of both deltas. The personalisation rate is the share of the round's clients that went on with their own.
 
-Held-out are the validation examples; a client without any decides on its training examples, which favours its own
-adapter. Twice FedAvg's local work.
+Held-out examples are the validation examples. A client without any decides on its training examples, which favours its
+own adapter. Local work is twice FedAvg's.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ LOCAL, MERGED, CHOSEN = "local", "merged", "chosen"
 
 @dataclass(frozen=True)
 class DyPFLOptions:
-    """How the own adapter is trained."""
+    """How a client's own adapter is trained."""
 
     pull: float = 0.1
-    """Strength of the pull of the own adapter to the global one; 0: none."""
+    """Strength of the pull of a client's own adapter towards the global one; 0 means none."""
 
     def __post_init__(self) -> None:
         require_range("pull", self.pull, 0)
@@ -53,11 +53,11 @@ class DyPFL(Averaging[DyPFLOptions]):
         return ("train", "validation")
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
-        """The client's own, from the common start."""
+        """The client's own adapter, from the common start."""
         return [steps.initialise(LOCAL, self.seed)]
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Go on with the own adapter, or from the global one; evaluate, train both, send the global one."""
+        """Continue with the client's own adapter or from the global one; evaluate, train both, send the global one."""
         plan = [
             *self.prepare(round_, client),
             self._choose(client, LOCAL, (LOCAL, SLOT)),
@@ -81,7 +81,7 @@ class DyPFL(Averaging[DyPFLOptions]):
         return super().settle(round_) | rate
 
     def deliver(self, client: Client) -> Brief:
-        """The best of three."""
+        """The best of the three models."""
         mix = self.personal(client)
         both = steps.mixture(SLOT, LOCAL, coefficients=[0.5, 0.5])
         plan = [
@@ -94,7 +94,7 @@ class DyPFL(Averaging[DyPFLOptions]):
         return Brief(plan, {SLOT: self.part_of(client)})
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
-        """What the client has chosen."""
+        """The model that the client has chosen."""
         return steps.mixture(CHOSEN)
 
     def _choose(self, client: Client, target: str, slots: tuple[str, ...]) -> steps.Step:

@@ -6,10 +6,9 @@ at the client,
 :math:`y = W_0 x + \alpha(x) \Delta_L x + (1 - \alpha(x)) \Delta_R x`.
 
 ``mixer = "input"``: :math:`\alpha` is the sigmoid of a projection of the module's input (a softmax over two), averaged
-over an example's tokens (the paper: for each token); ``"scalar"``: a number for each module. The head, which the paper
-has not, is mixed as the rest, by a number of its own; of a client whose labels are its own, the rest of the world knows
-no head, and that side of the mixture is the base model's. Uploads of clients that did not answer are their last known
-ones.
+over an example's tokens (the paper: for each token); ``"scalar"``: a number for each module. The paper has no head;
+here the head is mixed like the rest, by its own number. If a client's labels are its own, no other client has its head,
+and that side of the mixture is the base model's. For a client that did not answer, its last known upload is used.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ class FedALTOptions:
     """How the two adapters are mixed."""
 
     mixer: str = "input"
-    """``"input"``: by what comes in, for each example; ``"scalar"``: one learned share for each module."""
+    """``"input"``: by the module's input, for each example; ``"scalar"``: one learned share for each module."""
     gate_rate: float = 0.0
-    """Learning rate of the mixer; 0: 0.1 for ``"scalar"``, ``learning-rate`` for ``"input"``."""
+    """Learning rate of the mixer; 0 means 0.1 for ``"scalar"`` and ``learning-rate`` for ``"input"``."""
 
     def __post_init__(self) -> None:
         require_gate_rate(self.gate_rate)
@@ -42,18 +41,18 @@ class FedALTOptions:
 
 
 class FedALT(Peers[FedALTOptions]):
-    """The mean of the others, gated."""
+    """The mean of the others' adapters, mixed in by a gate."""
 
     name = "fedalt"
     about = About("its own adapter and the mean of the others', gated by the input", trains="own, gates")
 
     def weigh(self, names: list[str]) -> Tensor:
-        """The mean of the others; alone, nothing."""
+        """Equal weights for all others; zero for a client that is alone."""
         others = 1 - torch.eye(len(names), dtype=torch.float64)
         return others / max(len(names) - 1, 1)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Install the others' mean, evaluate the mixture, train the own adapter and the mixer in it, send the own."""
+        """Install the others' mean, evaluate the mixture, train the own adapter and the mixer, send the adapter."""
         mix = steps.gated(LOCAL, REST, GATES)
         rest = self.combined(REST, client)
         plan = [
@@ -70,13 +69,13 @@ class FedALT(Peers[FedALTOptions]):
         return Brief(plan, rest or {})
 
     def deliver(self, client: Client) -> Brief:
-        """The mixture, with the others' last adapters."""
+        """The mixture with the mean of the others' last adapters."""
         mix = steps.gated(LOCAL, REST, GATES)
         rest = self.combined(REST, client)
         plan = [*self._slots(), steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, rest or {})
 
     def _slots(self) -> list[steps.Step]:
-        """Before anything is known of the others, their mean is zero."""
+        """Steps that create the slots; the others' mean is zero until something is known of them."""
         gates = steps.initialise_gates(GATES, self.options.mixer)
         return [*self.begin(), steps.initialise(REST, self.seed), gates]

@@ -1,4 +1,4 @@
-r"""FedAMP: attentive message passing; clients that are alike attract each other.
+r"""FedAMP: attentive message passing; similar clients attract each other.
 
 Huang, Chu, Zhou, Wang, Liu, Pei, Zhang, "Personalized Cross-Silo Federated Learning on Non-IID Data", AAAI 2021. With
 :math:`A(x) = 1 - e^{-x/\sigma}`,
@@ -7,7 +7,7 @@ Huang, Chu, Zhou, Wang, Liu, Pei, Zhang, "Personalized Cross-Silo Federated Lear
     \xi_{kj} = \alpha A'(\|\theta_k - \theta_j\|^2), \quad \xi_{kk} = 1 - \sum_{j \neq k} \xi_{kj}, \quad
     u_k = \sum_j \xi_{kj} \theta_j
 
-and client k goes on from its own adapter with the pull :math:`\frac{\lambda}{2\alpha} \|\theta - u_k\|^2`. Distances,
+and client k continues from its own adapter with the pull :math:`\frac{\lambda}{2\alpha} \|\theta - u_k\|^2`. Distances,
 sums and the pull are in factor space. Since distances of adapters have no natural scale, ``sigma`` is in units of the
 median squared distance of two clients, and A' is normalised to 1 at 0: :math:`\xi_{kj} = \alpha e^{-x/\sigma}`.
 """
@@ -33,11 +33,11 @@ class FedAMPOptions:
     """How strongly clients attract each other."""
 
     alpha: float = 0.2
-    """Largest weight of another client; rows are scaled down where the others would weigh more than all."""
+    """Largest weight of another client; rows are scaled down where the others' weights sum to more than one."""
     sigma: float = 1.0
     """Reach of the attention, in units of the median squared distance of two clients."""
     pull: float = 0.1
-    """Lambda / alpha, the strength of the pull to the mixture."""
+    """Lambda / alpha, the strength of the pull towards the mixture."""
 
     def __post_init__(self) -> None:
         require_range("alpha", self.alpha, 0, 1)
@@ -49,9 +49,10 @@ def attention(vectors: Tensor | Sequence[Row], alpha: float, sigma: float) -> Te
     """``xi [N, N]`` of adapters ``[N, P]``, or of a bank's rows: rows sum to one, nothing is negative.
 
     ``alpha e^{-x / (sigma m)}`` off the diagonal, x the squared distance and m the median of those that are not 0.
-    Where a row's others sum to more than one, they are divided by that sum: the diagonal would be negative.
+    Where a row's off-diagonal weights sum to more than one, they are divided by that sum; else the diagonal would be
+    negative.
 
-    Two clients at one place, and one apart: what is alike attracts more.
+    Two equal clients, and a different one: similar clients attract each other more.
 
     >>> weights = attention(torch.tensor([[0.0], [0.0], [1.0]]), alpha=0.25, sigma=1.0)
     >>> [round(weight, 3) for weight in weights[0].tolist()]
@@ -67,7 +68,7 @@ def attention(vectors: Tensor | Sequence[Row], alpha: float, sigma: float) -> Te
 
 
 class FedAMP(Peers[FedAMPOptions]):
-    """A pull to a mixture of similar clients."""
+    """A pull towards a mixture of similar clients."""
 
     name = "fedamp"
     about = About("its own adapter, pulled to a mixture of similar clients")
@@ -77,7 +78,7 @@ class FedAMP(Peers[FedAMPOptions]):
         return attention(self.uploads.rows(names), self.options.alpha, self.options.sigma)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Install the mixture, evaluate and train the own adapter with the pull to it, send it."""
+        """Install the mixture; evaluate the own adapter, train it with the pull towards the mixture, send it."""
         mix, cloud = steps.mixture(LOCAL), self.combined(CLOUD, client)
         plan = [
             *self.begin(),

@@ -1,16 +1,16 @@
-r"""FedAPM: one part of the adapter is shared by consensus (ADMM), the other is the client's own.
+r"""FedAPM: one part of the adapter is shared by consensus (ADMM), the other belongs to the client.
 
 Zhu, Nie, Zeng, Wang, Sun, Yao, Chen, Xu, Yang, "FedAPM: Federated Learning via ADMM with Partial Model
-Personalization", 2025 (arXiv 2506.04672). With the own part :math:`v_i`, a copy :math:`u_i` of the shared part u and a
+Personalization", 2025 (arXiv 2506.04672). With its own part :math:`v_i`, a copy :math:`u_i` of the shared part u and a
 multiplier :math:`\pi_i` for :math:`u_i = u`, client i minimises in turn over :math:`v_i` and :math:`u_i`
 
 .. math:: f_i(v_i, u_i) + \langle \pi_i, u_i - u \rangle + \frac{\rho}{2} \|u_i - u\|^2,
 
 then :math:`\pi_i \leftarrow \pi_i + \rho (u_i - u)`, and the server :math:`u = \sum_i p_i (u_i + \pi_i / \rho)`. Here
-the dual is scaled, :math:`d_i = \pi_i / \rho`: the two terms are a pull to :math:`u - d_i` with strength rho. It stays
-at the client, which sends :math:`u_i + d_i`. :math:`u_i` starts from u in every round (in the paper from itself): a
-client that was away for long is not far off then. ``local-steps`` are divided as FedRep's. With AdamW the pull counts
-beside the loss as Ditto's does; a dual of zero and ``rho = 0`` is FedRep.
+the dual is scaled, :math:`d_i = \pi_i / \rho`: the two terms are a pull towards :math:`u - d_i` with strength rho. The
+dual stays at the client, which sends :math:`u_i + d_i`. In every round :math:`u_i` starts from u (in the paper from
+itself), so a client that was away for long does not start far off. ``local-steps`` are divided as FedRep's. With AdamW
+the pull counts relative to the loss, as in Ditto. A dual of zero and ``rho = 0`` give FedRep.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DUAL, CENTRE, RECEIVED, SENT = "dual", "centre", "received", "sent"
 
 @dataclass(frozen=True)
 class FedAPMOptions(OwnPartOptions):
-    """What is the client's own, and how strongly the rest is held together."""
+    """What is the client's own, and how strongly the shared part is held together."""
 
     rho: float = 0.1
-    """Strength of the pull to the server's shared part, less the client's dual."""
+    """Strength of the pull towards the server's shared part minus the client's dual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,10 +50,10 @@ class FedAPM(OwnPart[FedAPMOptions]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.duals: set[str] = set()  # clients that hold one
+        self.duals: set[str] = set()  # clients that hold a dual
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """FedRep's round around the centre; then the dual grows by how far the client is from what it received."""
+        """FedRep's round, pulled to the centre; then the dual grows by the client's distance from what it received."""
         own, shared = self.divided_steps(client)
         dual = [] if client.id in self.duals else [_sum(DUAL, {SLOT: 0.0})]
         plan = [
@@ -71,12 +71,12 @@ class FedAPM(OwnPart[FedAPMOptions]):
         return Brief(plan, self.received(client))
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep the sum of the shared part and the dual."""
+        """Keep the upload: the sum of the shared part and the dual."""
         self.duals.add(client.id)
         super().absorb(round_, client, replace(answer, adapters={SLOT: answer.adapters[SENT]}))
 
     def state(self) -> State:
-        """The global adapter, and who holds a dual."""
+        """The global adapter, and which clients hold a dual."""
         found = super().state()
         return State(found.tensors, found.values | {"duals": sorted(self.duals)})
 
@@ -87,5 +87,5 @@ class FedAPM(OwnPart[FedAPMOptions]):
 
 
 def _sum(target: str, terms: dict[str, float]) -> steps.Step:
-    """``target`` becomes this sum of slots, in factor space."""
+    """A step that sets ``target`` to this sum of slots, in factor space."""
     return steps.merge(target, steps.mixture(*terms, coefficients=list(terms.values())), space="factor")

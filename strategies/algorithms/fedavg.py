@@ -5,13 +5,13 @@ factors as in Zhang et al., "Towards Building the Federated GPT: Federated Instr
 
 With participants S and p_k = n_k / sum of n over S:
 
-* ``fedavg.space = "factor"`` (FedIT): A = sum p_k A_k and B = sum p_k B_k. Not the average of the deltas: it differs
-  from it by sum p_k (B_k - B)(A_k - A).
+* ``fedavg.space = "factor"`` (FedIT): A = sum p_k A_k and B = sum p_k B_k. This is not the average of the deltas: they
+  differ by sum p_k (B_k - B)(A_k - A).
 * ``fedavg.space = "delta"``: the deltas are averaged exactly as a stack of ranks and truncated to the common rank
   (best approximation in Frobenius norm).
 * ``fedavg.normalise``: FedNova (Wang, Liu, Liang, Joshi, Poor, "Tackling the Objective Inconsistency Problem in
   Heterogeneous Federated Optimization", NeurIPS 2020, with plain local optimisers). Where clients make different
-  numbers of steps tau_k (``local-epochs``), FedAvg counts a client for p_k tau_k. Here each update is divided by its
+  numbers of steps tau_k (``local-epochs``), FedAvg weighs a client by p_k tau_k. Here each update is divided by its
   steps: theta + tau sum p_k (theta_k - theta) / tau_k with tau = sum p_k tau_k. With equal steps it is FedAvg.
 """
 
@@ -36,19 +36,21 @@ class FedAvgOptions:
     """Where the average is taken."""
 
     space: str = "factor"
-    """``"factor"``: A and B apart (FedIT); ``"delta"``: their products, exactly, then truncated to the common rank."""
+    """``"factor"``: average A and B separately (FedIT); ``"delta"``: average their products exactly, then truncate to
+    the common rank."""
 
     robust: str = "none"
-    """Instead of the weighted mean of A and of B: ``"median"``, ``"trimmed"`` mean or ``"krum"``, which one client of
-    at least three cannot take over; they do not look at example counts."""
+    """Replaces the weighted mean of A and of B: ``"median"``, ``"trimmed"`` mean or ``"krum"``. With at least three
+    clients, one of them cannot take these over. They ignore example counts."""
 
     normalise: bool = False
     """Divide each client's update by its optimiser steps before averaging (FedNova): with ``local-epochs`` a client
-    with much data then pulls by its share of the examples, not by that times its steps. In factor space, not robust."""
+    then counts by its share of the examples, not by that share times its steps. It needs ``space = "factor"`` and
+    ``robust = "none"``."""
 
     late_weight: float = 0.0
-    """With ``quorum``: how much an answer counts that comes one round late, beside one in time; this squared for two
-    rounds, and so on. 0: it counts for nothing."""
+    """With ``quorum``: weight of an answer that arrives one round late, relative to one in time; squared for two
+    rounds, and so on. 0 ignores late answers."""
 
     def __post_init__(self) -> None:
         require_range("fedavg.late-weight", self.late_weight, 0, 1)
@@ -61,7 +63,7 @@ class FedAvgOptions:
 
 
 class FedAvg(Averaging[FedAvgOptions]):
-    """One adapter for all."""
+    """One adapter for all clients."""
 
     name = "fedavg"
     about = About(
@@ -70,15 +72,15 @@ class FedAvg(Averaging[FedAvgOptions]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.steps: dict[str, int] = {}  # of each client in its last round
+        self.steps: dict[str, int] = {}  # steps of each client in its last round
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Remember, too, how many steps the client was asked for."""
+        """Also remember how many steps the client was asked for."""
         super().absorb(round_, client, answer)
         self.steps[client.id] = self.local_steps(client)
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
-        """As the options say."""
+        """Average as the options say."""
         if not self.options.normalise:
             return super().average(adapters, examples)
 
@@ -91,7 +93,7 @@ class FedAvg(Averaging[FedAvgOptions]):
         return average_groups(self.global_model, adapters, over_owners)
 
     def late_weight(self, rounds: int) -> float:
-        """As the option says, for each round again."""
+        """The option's weight, once for each round of delay."""
         return self.options.late_weight**rounds
 
     @property
@@ -106,14 +108,14 @@ class FedAvg(Averaging[FedAvgOptions]):
 
 
 def normalised(examples: list[int], steps: list[int]) -> list[float]:
-    """What FedNova multiplies each client's update with: ``p_k tau / tau_k``.
+    """FedNova's factor for each client's update: ``p_k tau / tau_k``.
 
     >>> normalised([1, 1], [10, 10]), normalised([1, 3], [10, 30])
     ([0.5, 0.5], [0.625, 0.625])
 
     Args:
-        examples: of each client.
-        steps: that it made.
+        examples: example counts, one per client.
+        steps: optimiser steps that each client made.
     """
     shares = [count / sum(examples) for count in examples]
     effective = sum(share * count for share, count in zip(shares, steps, strict=True))

@@ -3,14 +3,14 @@ r"""FedDPA: a global and a local adapter whose outputs are added, :math:`y = W_0
 Yang, Long, Shen, Jiang, Blumenstein, "Dual-Personalizing Adapter for Federated Foundation Models", NeurIPS 2024.
 
 * ``variant = "t"`` (FedDPA-T): from the second round on, first the local adapter is trained beside the frozen global
-  one, then the global one alone; only that travels.
+  one, then the global one alone; only the global one travels.
 * ``variant = "f"`` (FedDPA-F): the first half of the rounds (or ``federated-rounds``) is FedAvg; in the others the
-  local adapter is trained beside what came of it, and nothing travels but the global adapter, once.
+  local adapter is trained beside the resulting global one, which travels down once; nothing else travels.
 
-u is fixed (``local_share``), in training and at test. The paper's weight for each test example, from the similarity
-of its embedding to training examples, is left out: its released code multiplies the adapter that its text says it
-should not. The server's mean is weighted by example counts (the authors': every client counts the same). A client that
-has not trained a local adapter yet has the global one.
+u is fixed (``local_share``) in training and at test. The paper also has a weight for each test example, from the
+similarity of its embedding to training examples. It is left out here, because the released code multiplies it with
+another adapter than the text says. The server's mean is weighted by example counts (in the authors' code all clients
+count the same). A client without a local adapter yet has the global one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class FedDPAOptions:
     """How the two adapters take turns."""
 
     variant: str = "t"
-    """``"t"``: both are trained in every round, one after the other; ``"f"``: the global one first, then the local one.
+    """``"t"``: train both in every round, one after the other; ``"f"``: in early rounds the global one, later the local
+    one.
     """
     local_share: float = 0.5
     """u, the weight of the local adapter's output."""
     federated_rounds: int = 0
-    """Rounds of the global adapter in variant ``"f"``; 0: half of them."""
+    """Rounds of the global adapter in variant ``"f"``; 0 means half of the run's rounds."""
 
     def __post_init__(self) -> None:
         require_choice("variant", self.variant, ("t", "f"))
@@ -59,7 +60,7 @@ class FedDPA(Averaging[FedDPAOptions]):
         self.own: set[str] = set()  # clients that have trained a local adapter
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """FedAvg's; a round without the global branch (variant "f") sends nothing up, and nothing down twice."""
+        """FedAvg's brief. Without the global branch (variant "f") nothing goes up and the adapter goes down once."""
         brief = super().brief(round_, client)
         if self._is_federated(round_):
             return brief
@@ -67,33 +68,33 @@ class FedDPA(Averaging[FedDPAOptions]):
         return Brief(plan, {} if client.id in self.own else brief.adapters)
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Remember who has a local adapter."""
+        """Remember which clients have a local adapter."""
         if self._is_federated(round_):
             super().absorb(round_, client, answer)
         if self._trains_own(round_):
             self.own.add(client.id)
 
     def needs_everyone(self, round_: int) -> bool:
-        """Local rounds cost no bytes."""
+        """In local rounds: they cost no bytes."""
         return not self._is_federated(round_)
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
-        """The client's own, from the common start."""
+        """The client's local adapter, from the common start."""
         return [steps.initialise(LOCAL, self.seed)]
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
-        """The client's own beside the global adapter, then the global one alone."""
+        """The client's local adapter beside the global one, then the global one alone."""
         plan = []
         if self._trains_own(round_):
             plan.append(steps.train(self.training, self._both(), [LOCAL]))
         return plan + (super().train(round_, client) if self._is_federated(round_) else [])
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
-        """Both, once the client has a local adapter."""
+        """The sum of both, once the client has a local adapter."""
         return self._both() if client.id in self.own else super().personal(client)
 
     def state(self) -> State:
-        """The global adapter, and who has one of its own."""
+        """The global adapter, and which clients have a local one."""
         found = super().state()
         return State(found.tensors, found.values | {"own": sorted(self.own)})
 

@@ -1,4 +1,4 @@
-r"""FedEM: the data of every client are a mixture of C distributions; C adapters, one for each, are averaged.
+r"""FedEM: every client's data are a mixture of C distributions; there are C adapters, one for each, which are averaged.
 
 Marfoq, Neglia, Bellet, Kameni, Vidal, "Federated Multi-Task Learning under a Mixture of Distributions", NeurIPS
 2021. At client k
@@ -8,8 +8,8 @@ Marfoq, Neglia, Bellet, Kameni, Vidal, "Federated Multi-Task Learning under a Mi
 
 adapter c is trained with example weights :math:`q_{sc}`, the server averages each adapter by example counts (as the
 authors' code does, not by :math:`\pi`), and the client predicts :math:`\sum_c \pi_{kc} softmax(logits_c)`. :math:`\pi`
-never leaves it. C times FedAvg's traffic and local work. Adapters start from different A: with the same numbers they
-would stay the same. The personal model is an ensemble, hence C adapters and their shares on disk, not one.
+never leaves it. Traffic and local work are C times FedAvg's. Adapters start from different A; otherwise they would stay
+equal. The personal model is an ensemble: C adapters and their shares on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FedEMOptions:
 
 
 class FedEM(AlloyStrategy[FedEMOptions]):
-    """C global adapters; a client's model is an ensemble of them all."""
+    """C global adapters; a client's model is an ensemble of all of them."""
 
     name = "fedem"
     about = About(
@@ -60,7 +60,7 @@ class FedEM(AlloyStrategy[FedEMOptions]):
             self.models = {slot: Adapter.initial(client.layout, self.seed + i) for i, slot in enumerate(self.slots)}
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Attribute the examples, evaluate the ensemble, train each adapter on its share of them, send all."""
+        """Attribute the examples to adapters, evaluate the ensemble, train each adapter on its share, send all."""
         plan = [steps.attribute(self.slots, SHARES), steps.evaluate(self.training, self._model())]
         for slot in self.slots:
             plan.append(steps.train(self.training, steps.mixture(slot), [slot], attributed_to=slot))
@@ -80,7 +80,7 @@ class FedEM(AlloyStrategy[FedEMOptions]):
         return {round_record.MERGED: len(counts)}
 
     def deliver(self, client: Client) -> Brief:
-        """The ensemble, with shares from what was averaged last."""
+        """The ensemble, with shares from the last averages."""
         plan = [steps.attribute(self.slots, SHARES), steps.save(self._model())]
         return Brief([*plan, steps.evaluate(self.training, self._model())], self.models)
 

@@ -1,4 +1,4 @@
-r"""FedEx-LoRA: FedAvg of the factors, and what that leaves out goes into every client's base.
+r"""FedEx-LoRA: FedAvg of the factors; the error of that average is added to every client's base model.
 
 Singhal, Ponkshe, Vepakomma, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
 Models", ACL 2025. With :math:`\bar A = \sum p_k A_k`, :math:`\bar B = \sum p_k B_k`, the residual
@@ -6,8 +6,8 @@ Models", ACL 2025. With :math:`\bar A = \sum p_k A_k`, :math:`\bar B = \sum p_k 
 .. math:: R = s(\sum_k p_k B_k A_k - \bar B \bar A) = s \sum_k p_k (B_k - \bar B)(A_k - \bar A)
 
 of rank (S - 1) r is added to the frozen base (:mod:`strategies.families.merged_base`), so base plus adapter are the
-exact average. Weights are example counts (``uniform = true``: 1/S, as the authors have them). The residual is sent as
-a stack of rank (S - 1) r; the head, whose average is exact, is all zero in it.
+exact average. Weights are example counts (with ``uniform = true`` 1/S, as in the authors' code). The residual is sent
+as a stack of rank (S - 1) r; the head, whose average is exact, is all zero in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FedExLoRAOptions:
     """How clients are weighted."""
 
     uniform: bool = False
-    """Clients weigh the same, whatever their example counts."""
+    """Give all clients the same weight, whatever their example counts."""
 
 
 def residual(adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
@@ -55,7 +55,7 @@ class FedExLoRA(MergedBase[FedExLoRAOptions]):
     about = About("FedAvg's adapter; what that leaves out goes into its base", travels="P up, P + (S - 1) P down")
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
-        """Factors are averaged, and the base changes by the rest."""
+        """Average the factors; the residual is added to the base."""
         uploads = list(adapters.values())
         counts = [1] * len(uploads) if self.options.uniform else list(examples.values())
         if len(uploads) > 1:

@@ -1,14 +1,15 @@
-r"""FedFomo: every client is sent a few others' adapters and moves towards those that help on its validation data.
+r"""FedFomo: a client is sent a few others' adapters and moves towards those that help on its validation data.
 
 Zhang, Sapra, Fidler, Yeung, Alvarez, "Personalized Federated Learning with First Order Model Optimization", ICLR 2021:
 
 .. math:: w_j \propto \max(0, \frac{L(\theta) - L(\theta_j)}{\|\theta_j - \theta\|}), \qquad
     \theta \leftarrow \theta + \sum_j w_j (\theta_j - \theta)
 
-at the client, then local training. Nothing that is better: no move. The server keeps affinities, sums of the w that a
-client has reported, and sends the ``candidates`` with the highest, each of them replaced by a random one with
-probability ``explore``. Down goes that many times what goes up. Clients without validation data use their training
-data. Others' adapters are tried with the client's own head where its labels are its own.
+at the client, then local training. If no candidate is better, the client does not move. The server keeps affinities,
+the sums of the w that each client has reported. It sends the ``candidates`` with the highest affinity, and replaces
+each by a random one with probability ``explore``. So ``candidates`` times as much goes down as up. Clients without
+validation data use their training data. If a client's labels are its own, it tries the others' adapters with its own
+head.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class FedFomoOptions:
 
 
 class FedFomo(Peers[FedFomoOptions]):
-    """Others' adapters, weighed where the data are."""
+    """Other clients' adapters, weighed at the client."""
 
     name = "fedfomo"
     about = About("its own adapter, moved to others' that help on its validation data", travels="P up, M P down")
@@ -58,13 +59,13 @@ class FedFomo(Peers[FedFomoOptions]):
         return ("train", "validation")
 
     def weigh(self, names: list[str]) -> Tensor:
-        """Affinities, for the record; a row without any is zero."""
+        """The affinities, for the record; zero for a client without any."""
         rows = [[self.affinity.get(name, {}).get(peer, 0.0) for peer in names] for name in names]
         found = torch.tensor(rows, dtype=torch.float64)
         return found / found.sum(dim=1, keepdim=True).clamp_min(1e-12)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Move towards what helps, evaluate, train, send."""
+        """Move towards the candidates that help, evaluate, train, send."""
         peers = self.asked[client.id] = self.candidates(round_, client)
         known = self.known
         slots = Made({f"peer-{index}": partial(known.__getitem__, peer) for index, peer in enumerate(peers)})
@@ -81,7 +82,7 @@ class FedFomo(Peers[FedFomoOptions]):
         return Brief(plan, slots)
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Affinities grow by what helped."""
+        """Add the reported weights to the affinities."""
         super().absorb(round_, client, answer)
         for result in answer.report.results:
             if result.HasField("select"):
@@ -90,11 +91,11 @@ class FedFomo(Peers[FedFomoOptions]):
                     row[peer] = row.get(peer, 0.0) + weight
 
     def candidates(self, round_: int, client: Client) -> list[str]:
-        """Whose adapters the client is sent: the same in a run that is repeated or resumed."""
+        """The clients whose adapters the client is sent; the same ones if the run is repeated or resumed."""
         row = self.affinity.get(client.id, {})
         left = sorted(name for name in self.known if name != client.id)
         drawn = random.Random(f"{self.seed}:{round_}:{client.id}")
-        drawn.shuffle(left)  # of equals, names must not decide
+        drawn.shuffle(left)  # among equals, names must not decide
         left.sort(key=lambda name: -row.get(name, 0.0))
         chosen = []
         for _ in range(min(self.options.candidates, len(left))):

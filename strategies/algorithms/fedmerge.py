@@ -12,20 +12,22 @@ The server keeps models :math:`\Theta_1 .. \Theta_d` and logits :math:`W [K, d]`
     W \leftarrow W - \eta_W \, p G / \max|p G|, \qquad
     \Theta_j \leftarrow \Theta_j - \eta_\Theta \sum_i C_{ij} D_i, \quad C_{ij} = p_i w_{ij} / \sum_l p_l w_{lj}
 
-(w in C from the new W). Of the paper, as its summaries and the authors' code show it: the merge, both steps, their
+(w in C from the new W). From the paper, as its summaries and the authors' code show it: the merge, both steps and their
 order, the max-norm step (the code repeats a fixed step until the logits have moved by ``lr-w``; ours is its closed
-form), the column norm, the pull, no fine-tuning at the end.
+form), the column norm, the pull, and no fine-tuning at the end.
 
 Ours:
 
 * The models are LoRA adapters and heads; the public code merges whole networks. With one frozen LoRA A for all
   (``variant = "frozen-a"``, the default), merging the B's is merging the deltas: exact, rank r, and half the traffic.
   ``"trained-a"`` also trains A and averages it as FedAvg does; ``"factors"`` merges A and B separately, as the code
-  would any two parameters, and their product has cross terms.
-* ``init = "cluster"``. The code draws d random networks; ``"jitter"`` is the nearest that leaves a pre-trained base.
+  would with any two parameters; their product then has cross terms.
+* ``init = "cluster"``. The code draws d random networks; ``"jitter"`` is the closest to it that keeps a pre-trained
+  base.
 * ``w-layers = "*.B"``. The code lets W see the last layer alone: ``"head"``, where clients share one.
 * ``w-step = "maxnorm-per-row"`` and ``"adam"``, ``theta-norm = "none"``, ``min-mass``, the guard against steps that are
-  rounding, absent and late clients. (The code takes all clients in every round, and divides by zero with one model.)
+  only rounding errors, and clients that are absent or late. (The code takes all clients in every round, and divides by
+  zero with one model.)
 * AdamW in the clients, unless ``optimizer = "sgd"``: then D is a sum of normalised steps, and the max-norm across
   clients compares those. The code has SGD.
 
@@ -61,7 +63,7 @@ from strategies.framework.options import require_choice, require_range
 
 SLOT = "merged"
 HEAD = "head"
-"""In ``w-layers``: all tensors of shared heads."""
+"""Value of ``w-layers``: all tensors of shared heads."""
 
 
 @dataclass(frozen=True)
@@ -72,35 +74,37 @@ class FedMergeOptions:
     """
 
     models: int = 3
-    """d, the number of global models: fewer than clients, else every client gets one of its own."""
+    """d, the number of global models. Take fewer than there are clients; otherwise every client gets its own model."""
     variant: str = "frozen-a"
     """``"frozen-a"``: one A for all, never trained; ``"trained-a"``: A is averaged as FedAvg does; ``"factors"``: A and
     B are merged separately."""
     lr_w: float = 0.5
-    """Step of the logits. With hundreds of rounds take 0.01 to 0.05; with five, that does not separate the models."""
+    """Step size of the logits. With hundreds of rounds take 0.01 to 0.05; in five rounds that does not separate the
+    models."""
     lr_theta: float = 1.0
-    """Step of the global models."""
+    """Step size of the global models."""
     mu: float = 0.02
-    """Strength of the clients' pull to the model that they received."""
+    """Strength of the pull of local training towards the received model."""
     w_layers: str = "*.B"
-    """What W learns from: comma-separated patterns of tensor names, or ``head`` for the head that clients share,
-    whatever its name is (the authors' choice)."""
+    """The tensors that W learns from: comma-separated patterns of their names, or ``head`` for the head that clients
+    share, whatever its name (the authors' choice)."""
     w_step: str = "maxnorm"
     """``"maxnorm"``: the largest logit change of the round is ``lr-w``; ``"maxnorm-per-row"``: that of every client;
     ``"adam"``."""
     w_client_weight: bool = True
-    """Weigh a client's logit gradient by its share of the examples."""
+    """Weight a client's logit gradient by its share of the examples."""
     theta_norm: str = "column"
     """``"column"``: each model moves by a weighted mean of the displacements; ``"none"``: by their weighted sum."""
     min_mass: float = 1e-3
-    """A model that carries less weight than this is left alone."""
+    """A model with less total weight than this is not changed."""
     init: str = "cluster"
     """``"cluster"`` runs round 1 as FedAvg and takes the k-means centres of the uploads as models; ``"jitter"`` starts
     from tiny random models."""
     jitter: float = 1e-3
     """Scale of the noise in the random start: jitter / sqrt(d_out) in B."""
     cluster_temperature: float = 0.25
-    """Temperature of the first weights: a softmax over squared distances to the centres, in units of their mean."""
+    """Temperature of the first weights, a softmax over minus the squared distances to the centres, in units of their
+    mean."""
 
     def __post_init__(self) -> None:
         require_choice("fedmerge.variant", self.variant, ("frozen-a", "trained-a", "factors"))
@@ -131,8 +135,8 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         self.logits = torch.zeros(0, self.options.models, dtype=torch.float64)
         self.theta = torch.zeros(self.options.models, 0)
         self.moments = torch.zeros(2, 0, self.options.models, dtype=torch.float64)  # of "adam"
-        self.updates = torch.zeros(0, dtype=torch.int64)  # of each row's moments
-        self.base: Adapter | None = None  # numbers that are not merged: the common A
+        self.updates = torch.zeros(0, dtype=torch.int64)  # step count of each row's moments
+        self.base: Adapter | None = None  # the part that is not merged: the common A
         self.part: Layout | None = None
         self.mask = torch.zeros(0, dtype=torch.bool)
         self.settled = 0
@@ -144,7 +148,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         if self.base is None:
             part = client.layout.select(() if self.options.variant == "factors" else NOT_A)
             mask = _mask(part, self.options.w_layers)
-            super().enrol(client)  # here, so that a client that is refused leaves nothing behind
+            super().enrol(client)  # only now, so that a refused client leaves nothing behind
             self.base, self.part, self.mask = Adapter.initial(client.layout, self.seed), part, mask
             self.theta = _jittered(self.base.part(part), self.options, self.seed)
         else:
@@ -166,7 +170,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         )
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep the difference of what the client started from and what it made of it."""
+        """Keep the displacement: what the client received minus what it returned."""
         returned = answer.adapters[SLOT]
         started = answer.received[SLOT].part(self._part).vector
         self.moved[client.id] = Adapter(self._part, started - returned.part(self._part).vector)
@@ -174,7 +178,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
             self.returned[client.id] = returned
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """First the logits, then the models with the new logits (Gauss-Seidel, as the authors do)."""
+        """Update the logits, then the models with the new logits (Gauss-Seidel, as in the authors' code)."""
         moved, returned = self.moved.taken(), self.returned.taken()
         names = list(moved)
         record: dict[str, Any] = {round_record.MERGED: len(names)}
@@ -196,7 +200,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         return record
 
     def deliver(self, client: Client) -> Brief:
-        """The merged model itself is the personal model; no local fine-tuning."""
+        """The merged model is the personal model; there is no local fine-tuning."""
         mix = steps.mixture(SLOT)
         plan = [*self._common_start(), steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, self._merge(client))
@@ -214,7 +218,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         return State(copies, {"rows": dict(self.rows), "settled": self.settled})
 
     def load_state(self, state: State) -> None:
-        """Continue from saved numbers; clients are enrolled before, and one that the state does not know is new."""
+        """Continue from saved numbers; clients are enrolled before, and a client that is not in the state is new."""
         tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
         self.theta, self.logits, self.moments = tensors["theta"], tensors["logits"], tensors["moments"]
         self.updates = tensors["updates"]
@@ -238,11 +242,11 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
 
     @property
     def _clusters(self) -> bool:
-        """Whether this round ends with the clusters of its uploads."""
+        """Whether this round ends with clustering its uploads."""
         return self.settled == 0 and self.options.init == "cluster" and self.options.models > 1
 
     def _merge(self, client: Client) -> Made:
-        """The client's merge, made when it is sent: models, weights and A as they are now."""
+        """The client's merge as a recipe, with the models, weights and A of now."""
         row = self.rows[client.id]
         theta, logits, part, base = self.theta, self.logits[row : row + 1].clone(), self._part, self._base
 
@@ -253,7 +257,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         return Made({SLOT: made})
 
     def _step(self, displacement: Sequence[Row], rows: Tensor, shares: Tensor) -> float:
-        """One W step and one Theta step; returns the largest logit change."""
+        """Make one W step and one Theta step; return the largest logit change."""
         columns_seen = _ranges(self.mask)
         seen, moved = ([Part(row, columns_seen) for row in found] for found in (rows_of(self.theta), displacement))
         gradient = logit_gradient(seen, self.logits[rows], moved)
@@ -268,8 +272,8 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         weights = model_coefficients(
             self.logits[rows], shares, norm=self.options.theta_norm, min_mass=self.options.min_mass
         )
-        # Equal columns are multiplied once: models that are equal must stay so to the bit, and a product of matrices
-        # may round equal rows differently.
+        # Equal columns are multiplied once: equal models must stay equal to the bit, and a matrix product may round
+        # equal rows differently.
         columns, which = torch.unique(weights, dim=1, return_inverse=True)
         step_of_models = combine(displacement, self.options.lr_theta * columns.T.to(self.theta.dtype))
         self.theta = self.theta - step_of_models[which]
@@ -281,7 +285,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         self.moments[0, rows] = 0.9 * self.moments[0, rows] + 0.1 * gradient
         self.moments[1, rows] = 0.999 * self.moments[1, rows] + 0.001 * gradient.square()
         self.updates[rows] += 1
-        count = self.updates[rows].double()[:, None]  # of this row: clients join late and miss rounds
+        count = self.updates[rows].double()[:, None]  # counted by row: clients join late and miss rounds
         first = self.moments[0, rows] / (1 - 0.9**count)
         second = self.moments[1, rows] / (1 - 0.999**count)
         return self.options.lr_w * first / (second.sqrt() + 1e-30)
@@ -318,7 +322,7 @@ def _ranges(mask: Tensor) -> list[tuple[int, int]]:
 
 
 def _mask(part: Layout, patterns: str) -> Tensor:
-    """Which numbers of the merged part W learns from, ``[P]`` bool."""
+    """The numbers of the merged part that W learns from, ``[P]`` bool."""
     mask = torch.zeros(part.size, dtype=torch.bool)
     heads = [entry.name for entry in part.entries if entry.factor in (Factor.WEIGHT, Factor.BIAS)]
     for pattern in (item.strip() for item in patterns.split(",")):
@@ -338,9 +342,10 @@ def _mask(part: Layout, patterns: str) -> Tensor:
 
 
 def _jittered(start: Adapter, options: FedMergeOptions, seed: int) -> Tensor:
-    """d models ``[d, P]``: the start, plus noise of scale jitter / sqrt(d_out) in B and weights that sums to zero.
+    """d models ``[d, P]``: the start, plus noise (scale jitter / sqrt(d_out)) in B and weights; the noise sums to zero.
 
-    Equal models with equal logits are an exact saddle; a tiny jitter leaves it. One model gets no jitter: it is FedAvg.
+    Equal models with equal logits are an exact saddle point, which a tiny jitter leaves. One model gets no jitter: it
+    is FedAvg.
     """
     generator = torch.Generator().manual_seed(seed)
     models = start.vector.expand(options.models, -1).clone()

@@ -30,8 +30,8 @@ def logit_gradient(theta: Tensor | Sequence[Row], logits: Tensor, displacement: 
         logits: ``[S, d]``, one row per client that answered.
         displacement: ``D_i = received - returned``, S rows.
 
-    Inner products are taken in float64: with equal models float32 rounding alone would look like a signal. So that
-    equal models have exactly none, they are taken with differences from the first: rows of w sum to one.
+    Inner products are taken in float64: for equal models, float32 rounding alone would look like a signal. They are
+    taken with differences from the first model (rows of w sum to one), so that equal models give exactly zero.
     """
     weights = torch.softmax(logits.double(), dim=1)
     models = rows_of(theta)
@@ -46,10 +46,10 @@ def logit_step(gradient: Tensor, shares: Tensor, lr: float, bound: float, *, per
 
     Args:
         gradient: ``G`` ``[S, d]``.
-        shares: ``p`` ``[S]`` (ones to leave the example counts out).
+        shares: ``p`` ``[S]`` (all ones to ignore the example counts).
         lr: largest logit change.
         bound: largest possible |inner product| in G, ``max_ij |Theta_j| |D_i|``; the guard is relative to it.
-        per_row: normalise every client's row by its own maximum.
+        per_row: normalise each client's row by its own maximum.
     """
     weighted = shares.double()[:, None] * gradient
     largest = weighted.abs().amax(dim=1, keepdim=True) if per_row else weighted.abs().max().expand(len(weighted), 1)
@@ -60,8 +60,8 @@ def logit_step(gradient: Tensor, shares: Tensor, lr: float, bound: float, *, per
 def model_coefficients(logits: Tensor, shares: Tensor, *, norm: str = "column", min_mass: float = 1e-3) -> Tensor:
     """``C_ij = p_i w_ij / m_j`` with column masses ``m_j = sum_i p_i w_ij``, ``[S, d]`` float64.
 
-    ``norm = "none"`` leaves the division out. A column whose mass is below ``min_mass`` is zero: a model that nobody
-    uses would otherwise follow noise at the full rate.
+    ``norm = "none"`` does not divide. A column with a mass below ``min_mass`` is set to zero: otherwise an unused model
+    would follow noise at the full rate.
     """
     weighted = shares.double()[:, None] * torch.softmax(logits.double(), dim=1)
     mass = weighted.sum(dim=0, keepdim=True)
@@ -70,28 +70,28 @@ def model_coefficients(logits: Tensor, shares: Tensor, *, norm: str = "column", 
 
 
 def mean_row(logits: Tensor) -> Tensor:
-    """Logits ``[d]`` of the mean weights of the rows of ``logits [K, d]``, centred: the row of a client that is new."""
+    """The row of a new client: centred logits ``[d]`` of the mean weights over the rows of ``logits [K, d]``."""
     row = torch.softmax(logits.double(), dim=1).mean(dim=0).clamp_min(1e-30).log()
     return row - row.mean()
 
 
 def cluster(uploads: Tensor | Sequence[Row], models: int, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
-    """k-means of K uploads of P numbers: centres ``[d, P]``, and logits ``[K, d]`` of minus the squared distances.
+    """k-means of K uploads of P numbers: centres ``[d, P]``, and logits ``[K, d]`` from minus the squared distances.
 
-    k-means knows nothing but distances. So it runs on K coordinates for each upload that have the same distances (the
-    eigenvectors of their inner products, as in classical scaling), and the centres are then means of uploads.
+    k-means needs distances only. So it runs on K coordinates per upload that have the same distances (from the
+    eigenvectors of the inner products, as in classical scaling). The centres are then means of uploads.
 
     Rows of the logits are centred; distances are divided by their mean times ``temperature``. With fewer clients than
     models, the remaining models start at the mean of all uploads.
     """
-    from sklearn.cluster import KMeans  # only here: importing scikit-learn costs a second
+    from sklearn.cluster import KMeans  # imported here: scikit-learn takes a second to import
 
     count = min(models, len(uploads))
     rows = rows_of(uploads)
     points = _coordinates(rows)
     found = torch.from_numpy(KMeans(count, n_init=10, random_state=seed % 2**32).fit(points.numpy()).labels_)
     members = torch.nn.functional.one_hot(found.long(), models).T.double()
-    members[members.sum(dim=1) == 0] = 1  # with fewer uploads, or fewer that differ, than models
+    members[members.sum(dim=1) == 0] = 1  # fewer uploads (or different ones) than models
     means = members / members.sum(dim=1, keepdim=True)
     centres = combine(rows, means)
     distances = torch.cdist(points, means @ points, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -100,7 +100,7 @@ def cluster(uploads: Tensor | Sequence[Row], models: int, temperature: float, se
 
 
 def _coordinates(rows: Sequence[Row]) -> Tensor:
-    """``[K, K]`` float64 with the distances that the rows have."""
+    """K coordinates for each row, ``[K, K]`` float64, with the same distances as the rows."""
     centred = products([Difference(row, rows[0]) for row in rows])
     centred = centred - centred.mean(dim=0, keepdim=True)
     centred = centred - centred.mean(dim=1, keepdim=True)
