@@ -155,9 +155,9 @@ def extra_blob(content: RecordDict) -> None:
 
 
 TAMPER: dict[str, tuple[Callable[[RecordDict], None], str]] = {
-    "another plan": (signature_of_another_run, "has signed something else"),
-    "another tensor": (extra_blob, "has signed something else"),
-    "no signature": (lambda c: c.config_records[CONFIG_RECORD].pop("signature") and None, "there is no signature"),
+    "another plan": (signature_of_another_run, "signed another message"),
+    "another tensor": (extra_blob, "signed another message"),
+    "no signature": (lambda c: c.config_records[CONFIG_RECORD].pop("signature") and None, "has no signature"),
     "no signature at all": (
         lambda c: c.config_records[CONFIG_RECORD].update({"signature": b"\xff\xff"}),
         "cannot be read",
@@ -173,7 +173,7 @@ def test_a_site_takes_plans_of_servers_that_it_knows(start: Start, tmp_path: Pat
     site = start(servers=f'["{tmp_path / "ours.pub"}"]')
     ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
     site.register("study-1", ours)
-    for key, words in (("", "there is no signature"), (theirs, "which is no server of this site's")):
+    for key, words in (("", "has no signature"), (theirs, "which is no server of this site's")):
         with pytest.raises(SiteError, match=words):
             site.plan(plan_of(), key)
     for tamper, words in TAMPER.values():
