@@ -1,18 +1,17 @@
-r"""FedMosaic: every client gets a "global" adapter of its own, made of the adapters of relevant peers.
+r"""FedMosaic: every client gets its own "global" adapter, an average of relevant peers' adapters.
 
 "Not All Clients Are Equal: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients" (arXiv 2506.11024;
 ICLR 2026 as Co-LoRA). Three parts:
 
 * RELA (:mod:`strategies.algorithms.fedmosaic_relevance`). Each client sends a sketch of its data's gradient on a common
-  frozen reference model; the server turns similarities into weights and sends client i
-  :math:`G_i = \sum_j w_{ij} L_j` of its
-  peers' adapters.
+  frozen reference model; the server turns similarities into weights and sends client i the sum
+  :math:`G_i = \sum_j w_{ij} L_j` of its peers' adapters.
 * Gates. The client keeps :math:`G_i` frozen and trains its own :math:`L_i` beside it: every module adds
   :math:`\sigma(g) \Delta_G + (1 - \sigma(g)) \Delta_L` with a learned g that never leaves the client.
 * Co-LoRA (``lora-blocks`` above 0). At block ends, aligned by relative depth, adapters are
   :math:`x \to s (x A^T P + Q) B^T` with A and B aligned once and frozen, so P ``[r, r]`` and Q ``[r]`` mean the same in
-  models of any width, depth and family (:mod:`fedalloy_adapters.co_lora_names`). Other layers have
-  ordinary LoRA, exchanged only among clients of one architecture, and only with ``share_conventional_lora``.
+  models of any width, depth and family (:mod:`fedalloy_adapters.co_lora_names`). Other layers have ordinary LoRA,
+  exchanged only among clients of one architecture, and only with ``share_conventional_lora``.
 
 Where the paper and the authors' code differ, both are options; the first is the default:
 
@@ -21,24 +20,24 @@ Where the paper and the authors' code differ, both are options; the first is the
 ``similarity``              "cosine" of whole sketches (paper); "column-mean" of the columns' cosines (code)
 ``include_self``            false (code); true (the paper's figure)
 ``sketch_row_choice``       "random" (paper); "first" (code)
-``sketch_noise_at``         "upload" only (paper); "gradients", and so in the moving average, too (code)
+``sketch_noise_at``         "upload" only (paper); "gradients", so the moving average has it, too (code)
 ``sketch_gradient``         "exact" (paper); "diagonal", of the last RMS norm's Jacobian (code)
 ``share_conventional_lora`` true (code); false: P and Q alone (paper)
 ==========================  =======================================================================================
 
-A and B of other layers are averaged apart, as in the paper: their product is not the average of the products. The
+A and B of other layers are averaged separately, as in the paper: their product is not the average of the products. The
 sketch is the mean gradient of ``sketch-batches`` batches at the end of a round; the code takes as many single examples,
-spread over it. The reference model is frozen, so only which examples are seen differs. In models that look, vision
-towers and projectors have no part in blocks and sketches (``target-modules = "language-model"`` keeps adapters out of
+spread over it. The reference model is frozen, so only the choice of examples differs. In vision-language models, vision
+towers and projectors are not part of blocks and sketches (``target-modules = "language-model"`` keeps adapters out of
 them, as in the code).
 
 The code's noise on gates is left out, because nothing trains its scale. An "input" gate sees a whole training text, as
-in the code, and only the prompt when it generates. Gates have a learning rate of their own
-(:mod:`strategies.families.gates`): with the adapters' they would not leave one half. Optimisers start fresh in every
-round, unless ``optimizer-state = "keep"``.
+in the code, and only the prompt when it generates. Gates have their own learning rate
+(:mod:`strategies.families.gates`): with the adapters' rate they would stay near one half. Optimisers start fresh in
+every round, unless ``optimizer-state = "keep"``.
 
-Under partial participation a client's last known upload and sketch stand for it. A client without known peers gets a
-copy of its own adapter as the global one.
+Under partial participation a client is represented by its last known upload and sketch. A client without known peers
+gets a copy of its own adapter as the global one.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ from strategies.framework.options import OptionError, require_choice, require_ra
 
 LOCAL, GLOBAL, GATES, SKETCH = "local", "global", "gates", "sketch"
 NEAR_UNIFORM = 0.98
-"""Mean relative entropy of the weights above which RELA is hardly more than the average of all others."""
+"""Above this mean relative entropy of the weights, RELA is hardly more than the average of all others."""
 _INFO, _WARNING = 20, 30
 _SHARED = (Factor.P, Factor.Q)
 
@@ -90,33 +89,33 @@ class FedMosaicOptions:
     """Temperature of the softmax over peers, as the authors have it. Version 0.1.0 had 0.2, which was better on
     validation data of ``digits`` with 4 and with 8 clients; with few clients, try that."""
     max_relevance: float = 1.0
-    """Largest weight of one peer in a client's global adapter, where it has enough of them: a sketch can be made to
-    look like anybody's. 1: no bound, as in the paper: two clients that are alike may be each other's only peers."""
+    """Largest weight of one peer in a client's global adapter, if the client has enough peers: a liar can make its
+    sketch look like anybody's. 1 is no bound, as in the paper: two similar clients may be each other's only peers."""
     similarity: str = "cosine"
     """Similarity of two sketches: ``"cosine"`` of all their numbers, or ``"column-mean"``, the mean of the cosines of
     their columns."""
     include_self: bool = False
     """Whether a client's own adapter is part of its global one."""
     gate: str = "scalar"
-    """How the two adapters are mixed: ``"scalar"``, one gate for each module; ``"input"``, by what comes in."""
+    """How the two adapters are mixed: ``"scalar"``, one gate for each module; ``"input"``, by the module's input."""
     gate_rate: float = 0.0
-    """Learning rate of gates; 0: 0.1 for ``"scalar"``, ``learning-rate`` for ``"input"``."""
+    """Learning rate of gates; 0 means 0.1 for ``"scalar"`` and ``learning-rate`` for ``"input"``."""
     shared_rate: float = 2.5
     """Multiplies the learning rate of P and Q."""
     share_conventional_lora: bool = True
     """Whether clients of one architecture also share A and B; ``false``: P and Q only."""
     sketch_batches: int = 10
-    """Gradients that a round's sketch is the mean of, each of one batch. The authors take 10 to 20, each of one
-    example. A batch costs one forward pass of the reference model and a backward pass through what lies after its
-    last layer: 10 are about a tenth of a round of 30 steps, and two fifths of one of 8."""
+    """Number of batch gradients whose mean is a round's sketch. The authors take 10 to 20, each of one example. A batch
+    costs one forward pass of the reference model and a backward pass through what lies after its last layer: 10 are
+    about a tenth of a round of 30 steps, and two fifths of one of 8."""
     sketch_rows: float = 0.4
     """Share of the gradient's rows that is sent."""
     sketch_row_choice: str = "random"
     """Which rows: ``"random"`` or ``"first"``."""
     sketch_noise: float = 1e-4
-    """Standard deviation of what is added to each number."""
+    """Standard deviation of the noise that is added to each number."""
     sketch_noise_at: str = "upload"
-    """What noise is added to: the ``"upload"``, or each batch's ``"gradients"``."""
+    """Where noise is added: to the ``"upload"``, or to each batch's ``"gradients"``."""
     sketch_gradient: str = "exact"
     """The ``"exact"`` gradient, or its ``"diagonal"`` approximation."""
     sketch_new_weight: float = 0.5
@@ -149,7 +148,7 @@ def mosaic(
     """One client's global adapter, in the layout of its uploads.
 
     Args:
-        own: the client's last upload: what stays where no peer contributes.
+        own: the client's last upload; its tensors stay where no peer contributes.
         peers: last uploads by client, of any architecture.
         shared: weights of all peers, for P and Q.
         alike: weights of the peers of the client's own architecture, for all other tensors.
@@ -163,7 +162,7 @@ def mosaic(
         parts = [to_shared(bank[name]) for name in shared]
         weights = torch.tensor([list(shared.values())], dtype=torch.float64)
         result = with_shared(result, Adapter(parts[0].layout, combine_factors(parts, weights)[0]))
-    # Weights are shares: only rounding can lead beyond what the server would take from a client.
+    # Weights are shares, so only rounding can exceed the bound on numbers from clients.
     return Adapter(result.layout, result.vector.clamp(-MAX_NUMBER, MAX_NUMBER))
 
 
@@ -220,7 +219,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         rates |= dict.fromkeys(_SHARED, self.options.shared_rate)
         plan = [
             *self._slots(),
-            steps.copy(GLOBAL, LOCAL),  # what no peer contributes to
+            steps.copy(GLOBAL, LOCAL),  # tensors without a contributing peer
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [LOCAL, GATES], without_basis=True, rate_scales=rates),
             self._sketch(client),
@@ -238,7 +237,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         self.arrived += 1
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Relevance of all whose sketches are known; the matrix and its entropy go to the round's record."""
+        """Compute the relevance of clients with known sketches; the round's record gets the matrix and its entropy."""
         record: dict[str, Any] = {round_record.MERGED: self.arrived}
         self.arrived, self._known = 0, None
         names = list(self.sketches)
@@ -266,7 +265,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         return record
 
     def deliver(self, client: Client) -> Brief:
-        """The gated mixture as the client has trained it; the last round's uploads go nowhere, as in the paper."""
+        """The gated mixture as the client has trained it. The last round's uploads are not used, as in the paper."""
         mix = steps.gated(GLOBAL, LOCAL, GATES)
         start = [*self._slots(), steps.initialise(GLOBAL, self.seed)]
         return Brief([*start, steps.save(mix), steps.evaluate(self.training, mix)])
@@ -292,7 +291,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             self.shared, self.alike = (_by_name(names, weights) for weights in self._relevance(names))
 
     def _relevance(self, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Weights over all peers, and over those of the same architecture."""
+        """Weights over all peers, and over peers of the same architecture."""
         if self.options.similarity == "cosine":
             found = cosines(self.sketches.rows(names))
         else:

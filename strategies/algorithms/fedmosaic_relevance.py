@@ -28,8 +28,8 @@ def similarity(sketches: Tensor, kind: str = "cosine") -> Tensor:
     Args:
         sketches: ``[N, rows, columns]``.
         kind: ``"cosine"`` of the flat sketches (the paper), or ``"column-mean"``, the mean over the columns of the
-            cosine of single columns (the authors' code). The second counts columns of tiny gradients as much as any,
-            and so suffers far more from noise. A sketch or column of zeros is similar to nothing, not even to itself.
+            cosine of single columns (the authors' code). The second gives columns of tiny gradients the same weight as
+            others, so noise affects it far more. A sketch or column of zeros is similar to nothing, not even to itself.
     """
     if kind == "column-mean":
         columns = torch.nn.functional.normalize(sketches.double(), dim=1)
@@ -65,9 +65,9 @@ def relevance(
 
 
 def capped(weights: Tensor, most: float) -> Tensor:
-    """Rows of weights with none above ``most``; what is cut off goes to the others in proportion.
+    """Rows of weights with none above ``most``; the excess goes to the other weights in proportion.
 
-    Where a row has too few peers for that (one, say), all that it has are equal. Rows keep their sums.
+    If a row has too few peers for that (only one, for example), its weights are equal. Rows keep their sums.
     """
     found = weights.clone()
     for row in found:

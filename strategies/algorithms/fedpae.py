@@ -1,9 +1,9 @@
 r"""FedPAE: every client trains alone, and predicts with an ensemble of its own and its peers' adapters.
 
 Mueller, Street, Baek, Lin, Yang, Huang, "FedPAE: Peer-Adaptive Ensemble Learning for Asynchronous and
-Model-Heterogeneous Federated Learning", 2024 (arXiv 2410.14075); only its abstract was at hand: models travel once,
-from peer to peer, and each client chooses its ensemble on validation data. There the members are chosen by a genetic
-search for strength and diversity; here all that a client is sent are candidates, and their shares are the
+Model-Heterogeneous Federated Learning", 2024 (arXiv 2410.14075); only its abstract was available: models travel once,
+from peer to peer, and each client chooses its ensemble on validation data. In the paper a genetic search chooses
+members for strength and diversity. Here all adapters that a client is sent are candidates, and their shares are the
 maximum-likelihood mixture of their predictions on its held-out examples, found by ``passes`` steps of expectation
 maximisation from equal shares:
 
@@ -31,10 +31,10 @@ LOCAL, SHARES = "local", "shares"
 
 @dataclass(frozen=True)
 class FedPAEOptions:
-    """Whose adapters a client tries, and how long."""
+    """How many other adapters a client tries, and for how long."""
 
     peers: int = 3
-    """Others' adapters that a client is sent, once."""
+    """Number of other clients' adapters that a client is sent, once."""
     passes: int = 5
     """Passes over the held-out examples that find the shares."""
 
@@ -66,14 +66,14 @@ class FedPAE(AlloyStrategy[FedPAEOptions]):
         return True
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Train alone; in the last round, upload."""
+        """Train alone; upload in the last round."""
         mix = steps.mixture(LOCAL)
         plan = [
             steps.initialise(LOCAL, self.seed, keep_existing=round_ > 1),
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [LOCAL]),
         ]
-        if round_ >= self.rounds:  # without a known end, every round may be the last
+        if round_ >= self.rounds:  # if the number of rounds is not known, every round may be the last
             plan.append(steps.send(self.training, LOCAL, relative_to_received=False))
         return Brief(plan)
 

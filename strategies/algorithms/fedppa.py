@@ -1,16 +1,16 @@
 r"""FedPPA: the client's own adapter is aligned with the global one little by little while it trains.
 
 Prasetia, Saputra, Putra, "FedPPA: Progressive Parameter Alignment for Personalized Federated Learning", 2025 (arXiv
-2510.14698). Its abstract and summaries were at hand; derived from them: a client keeps its own adapter :math:`m_k` and
-is sent the average :math:`\bar m` of the modules that all have in common. Its local steps are divided into S
-``stages``; before stage s
+2510.14698). Only its abstract and summaries were available. Derived from them: a client keeps its own adapter
+:math:`m_k` and is sent the average :math:`\bar m` of the modules that all have in common. Its local steps are divided
+into S ``stages``; before stage s
 
 .. math:: m_k \leftarrow m_k + \frac{s}{S} \eta (\bar m - m_k)
 
-on the common modules, then all modules are trained. So the pull grows while the client learns, and what it knows is
-not overwritten at once, as it would be by installing :math:`\bar m`; ``alignment`` is :math:`\eta`. The client's own
-part (``own``) is never aligned. The paper also takes in clients whose architectures differ, and may weigh clients by
-the entropy of their labels; here layouts are equal, label counts do not leave a client, and examples weigh.
+on the common modules, then all modules are trained. So the pull grows while the client learns, and its knowledge is not
+overwritten at once, as it would be by installing :math:`\bar m`; ``alignment`` is :math:`\eta`. The client's own part
+(``own``) is never aligned. The paper also takes in clients whose architectures differ, and may weigh clients by the
+entropy of their labels; here layouts are equal, label counts do not leave a client, and examples weigh.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FedPPAOptions(OwnPartOptions):
     """What is the client's own, and how the rest is aligned."""
 
     alignment: float = 0.5
-    """Eta, how far the last stage of a round moves to the global adapter: 0 not at all, 1 all the way."""
+    """Eta, how far the last stage of a round moves towards the global adapter: 0 not at all, 1 all the way."""
     stages: int = 3
     """Parts that a round's local steps are divided into."""
 
@@ -42,7 +42,7 @@ class FedPPAOptions(OwnPartOptions):
 
 
 class FedPPA(OwnPart[FedPPAOptions]):
-    """Own adapters, drawn to their average."""
+    """Each client's own adapter, aligned with the average of all."""
 
     name = "fedppa"
     about = About("its own adapter, aligned step by step with the average", travels="the rest up, the rest down")
@@ -77,5 +77,5 @@ class FedPPA(OwnPart[FedPPAOptions]):
         away = {module: 0.0 if module in own else step for module in client.layout.modules}
         stay = {module: 1 - share for module, share in away.items()}
         aligned = steps.mixture(LOCAL, SLOT, coefficients=[stay, away])
-        # A head whose labels nobody else has is in no layout, and stays, too.
+        # A head that only this client has is in no shared layout, so it stays, too.
         return [steps.own_heads(SLOT, steps.mixture(LOCAL)), steps.merge(LOCAL, aligned, space="factor")]

@@ -19,18 +19,18 @@ class FedProxOptions:
     """How strong the pull is."""
 
     mu: float = 0.01
-    """Strength of the pull to the received adapter; usually one of 0.001, 0.01 and 0.1."""
+    """Strength of the pull towards the received adapter; usually one of 0.001, 0.01 and 0.1."""
 
     def __post_init__(self) -> None:
         require_range("mu", self.mu, 0)
 
 
 class FedProx(Averaging[FedProxOptions]):
-    """FedAvg, pulled."""
+    """FedAvg with a pull towards the received adapter."""
 
     name = "fedprox"
     about = About("FedAvg's adapter; local training is pulled to it")
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
-        """Local training that stays near what was received."""
+        """Local training with the pull."""
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], proximal=(SLOT, self.options.mu))]

@@ -1,13 +1,14 @@
 r"""FedReMa: every client's head is averaged with those of its most relevant peers, the rest with everybody's.
 
 Liang, Zhan, Liu, Zhang, Tan, Chen, "FedReMa: Improving Personalized Federated Learning via Leveraging the Most
-Relevant Clients", ECAI 2024 (arXiv 2411.01825). Only its abstract was at hand; how its parts work is derived here:
+Relevant Clients", ECAI 2024 (arXiv 2411.01825). Only its abstract was available; how its parts work is derived here:
 
 * Relevance is the similarity of the logits of two classifiers that see the same features z. For standard normal z,
   :math:`E[(W_i z + b_i)^T (W_j z + b_j)] = \langle W_i, W_j \rangle + b_i^T b_j`: the cosine of the heads as vectors.
 * Maximum difference segmentation sorts a client's similarities and cuts at the largest difference of two neighbours.
-* The critical co-learning period is the first ``co-learning-rounds`` rounds. Later a peer counts that was relevant in
-  more than half of them (the record of peers). Averages are weighted by examples; a client is its own peer, too.
+* The critical co-learning period is the first ``co-learning-rounds`` rounds. Later, a client's peers are those that
+  were relevant in more than half of these rounds (the record of peers). Averages are weighted by examples; a client is
+  also its own peer.
 
 Without a head, whole adapters are compared and averaged.
 """
@@ -33,14 +34,14 @@ class FedReMaOptions:
     """When clients stop looking for peers."""
 
     co_learning_rounds: int = 0
-    """Rounds after which a client's peers are those of the record; 0: half of the run's."""
+    """Rounds after which the record decides a client's peers; 0 means half of the run's rounds."""
 
     def __post_init__(self) -> None:
         require_range("co-learning-rounds", self.co_learning_rounds, 0)
 
 
 def most_relevant(similarity: Tensor) -> Tensor:
-    """Maximum difference segmentation: who is relevant ``[N, N]`` for each row, itself always.
+    """Maximum difference segmentation: the relevant clients of each row, ``[N, N]`` bool; each row includes itself.
 
     >>> most_relevant(torch.tensor([[1.0, 0.9, 0.2], [0.9, 1.0, 0.8], [0.2, 0.8, 1.0]])).tolist()
     [[True, True, False], [True, True, False], [False, True, True]]
@@ -55,7 +56,7 @@ def most_relevant(similarity: Tensor) -> Tensor:
 
 
 class FedReMa(Peers[FedReMaOptions]):
-    """The average of all, with a head of the most relevant."""
+    """The average of all clients, with a head averaged over the most relevant ones."""
 
     name = "fedrema"
     about = About("the average of all, with the head of its most relevant peers")
@@ -66,7 +67,7 @@ class FedReMa(Peers[FedReMaOptions]):
         self.record: dict[str, dict[str, int]] = {}  # rounds in which a peer was relevant for a client
 
     def weigh(self, names: list[str]) -> Tensor:
-        """How much each head counts for each client's."""
+        """The weight of each client's head in every other client's head."""
         counts = self.examples(names)
         if self.round_ <= (self.options.co_learning_rounds or (self.rounds + 1) // 2 or self.round_):
             layout = self.uploads.common_layout(names)
@@ -88,7 +89,7 @@ class FedReMa(Peers[FedReMaOptions]):
         return found
 
     def combined(self, slot: str, client: Client) -> Made | None:
-        """Everybody's average, with the head of the client's peers."""
+        """The average of all, with the head averaged over the client's peers."""
         peers, known = super().combined(slot, client), self.known
         if peers is None:
             return None

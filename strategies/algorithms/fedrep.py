@@ -1,4 +1,4 @@
-r"""FedRep and FedPer: one part of the adapter is everybody's, the other the client's own.
+r"""FedRep and FedPer: all clients share one part of the adapter, and each has its own other part.
 
 Collins, Hassani, Mokhtari, Shakkottai, "Exploiting Shared Representations for Personalized Federated Learning", ICML
 2021: in each round first the own part is trained with the shared one frozen, then the shared one with the own one

@@ -26,11 +26,11 @@ class FisherMergeOptions:
     """How the information is taken."""
 
     samples: int = 30
-    """Training examples at most that the information is taken on."""
+    """Largest number of training examples for computing the information."""
     damping: float = 1e-3
-    """Times the mean information; added to all information."""
+    """Factor of the mean information, which is added to the information of every number."""
     normalise: bool = True
-    """Divide each client's information by its norm, so that only its distribution counts."""
+    """Divide each client's information by its norm, so that only its distribution over the numbers counts."""
 
     def __post_init__(self) -> None:
         require_range("samples", self.samples, 1, 2**31 - 1)
@@ -47,7 +47,7 @@ class FisherMerge(OneShot[FisherMergeOptions]):
     )
 
     def extra(self, client: Client) -> list[steps.Step]:
-        """The information, as an upload of its own."""
+        """Compute the information and upload it."""
         return [
             steps.fisher(
                 LOCAL,

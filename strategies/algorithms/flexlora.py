@@ -3,8 +3,8 @@ r"""FlexLoRA: deltas are averaged exactly; each client gets the best approximati
 Bai, Chen, Qian, Yao, Li, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
 Resources", NeurIPS 2024. With :math:`\Delta = \sum_k p_k s_k B_k A_k = U S V^T`, a client of rank r gets
 :math:`B = U_r S_r / s, A = V_r^T`. The SVD is that of a small core (:func:`fedalloy_adapters.algebra.truncate`).
-Clients' ranks and scalings may differ; between rounds the delta is kept at the highest rank that a client has, which
-loses nothing that any of them could be sent.
+Clients' ranks and scalings may differ; between rounds the delta is kept at the clients' highest rank, so no client
+loses anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from strategies.framework.options import NoOptions
 
 
 class FlexLoRA(Averaging[NoOptions]):
-    """FedAvg in delta space, at any ranks."""
+    """FedAvg in delta space, with any ranks."""
 
     name = "flexlora"
     about = About("the exact average, best approximation at its own rank")
@@ -38,11 +38,11 @@ class FlexLoRA(Averaging[NoOptions]):
         return first.difference(second, any_rank=True) is None and first.modules == second.modules
 
     def difference(self, first: Layout, second: Layout) -> str:
-        """Ranks and scalings aside."""
+        """The first difference other than ranks and scalings."""
         return first.difference(second, any_rank=True) or first.describe_difference(second)
 
     def enrol(self, client: Client) -> None:
-        """The highest ranks are the federation's."""
+        """The federation has the highest rank of any client."""
         AlloyStrategy.enrol(self, client)  # FedAvg's own makes a union of groups
         if self.model is None:
             self.model = Adapter.initial(client.layout, self.seed)
@@ -63,7 +63,7 @@ class FlexLoRA(Averaging[NoOptions]):
         return by_modules(Bank.of(adapters), merge, whole.folded)
 
     def part_of(self, client: Client) -> Adapter:
-        """What the client is sent: before anything is averaged, the usual start."""
+        """What the client is sent; before the first average it is the common start."""
         if not self.averaged:
             return Adapter.initial(client.layout, self.seed)
         return truncate(self.global_model, client.layout, balanced=False)

@@ -1,9 +1,9 @@
-r"""FLoRA: the exact average of the deltas goes into every client's base, and a fresh adapter is trained in each round.
+r"""FLoRA: the exact average of the deltas is added to every client's base, and each round trains a fresh adapter.
 
 Wang, Shen, He, Sun, Wang, Zhang, Peng, Li, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous
 Low-Rank Adaptations", NeurIPS 2024. The server stacks :math:`A' = [A_k], B' = [p_k s_k B_k]` (one factor is scaled, not
 both): :math:`B'A' = \sum_k p_k s_k B_k A_k`, of rank S r, which every client merges into its base; then A is drawn
-again and B is zero. Ranks may differ. Down goes S times what goes up.
+again and B is zero. Ranks may differ. S times as much goes down as up.
 
 The base stays as it is on disk (:mod:`strategies.families.merged_base`), so nothing is lost with a
 quantised one either.
@@ -32,7 +32,7 @@ class FLoRA(MergedBase[NoOptions]):
         return first.difference(second, any_rank=True) is None and first.modules == second.modules
 
     def difference(self, first: Layout, second: Layout) -> str:
-        """Ranks and scalings aside."""
+        """The first difference other than ranks and scalings."""
         return first.difference(second, any_rank=True) or first.describe_difference(second)
 
     def part_of(self, client: Client) -> Adapter:
@@ -53,7 +53,7 @@ class FLoRA(MergedBase[NoOptions]):
         return [fresh, *super().prepare(round_, client)]
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
-        """All of it goes into the base."""
+        """Add the exact average to the base."""
         self.add(weighted(list(adapters.values()), list(examples.values())))
         return self.global_model
 
@@ -63,7 +63,7 @@ class FLoRA(MergedBase[NoOptions]):
 
 
 def _absolute(step: steps.Step) -> steps.Step:
-    """Uploads do not start from anything that was received."""
+    """Send uploads whole: they do not start from a received adapter."""
     if step.HasField("send"):
         step.send.relative_to_received = False
     return step

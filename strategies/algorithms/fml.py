@@ -8,8 +8,8 @@ model ("meme") is averaged, the private one never leaves the client:
     L_{shared} = \beta L_{CE} + (1 - \beta) KL(p_{private} \| p_{shared})
 
 The losses are divided by :math:`\alpha` and :math:`\beta`, which AdamW does not notice (clipping of gradients does).
-In the paper both are updated on every batch. Here they take ``turns`` in a round, each learning from the other as that
-was left, with ``local-steps`` for each in all: twice FedAvg's local work.
+In the paper both are updated on every batch. Here they alternate ``turns`` times in a round, and each learns from the
+other's latest state. Each makes ``local-steps`` steps in total: twice FedAvg's local work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FMLOptions:
     temperature: float = 1.0
     """Temperature of both softmaxes in the distance of the two predictions."""
     turns: int = 2
-    """How often in a round the two adapters take turns."""
+    """How often the two adapters take turns in a round."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

@@ -1,4 +1,4 @@
-r"""IFCA: the server has C models, every client trains the one that fits its data best.
+r"""IFCA: the server has C models; every client trains the one that fits its data best.
 
 Ghosh, Chung, Yin, Ramchandran, "An Efficient Framework for Clustered Federated Learning", NeurIPS 2020. Each client
 is sent all :math:`\theta_1 .. \theta_C`, takes :math:`\arg\min_j F_k(\theta_j)`, trains it and returns it; the server
@@ -6,9 +6,9 @@ averages per cluster by example counts. A cluster that nobody chose stays. Down 
 
 All start at the base model, where every model has the same loss. So the first round is FedAvg's, and its uploads are
 divided by k-means (factor space) into the first clusters (in the paper: C starts drawn at random). A client chooses by
-its training loss, as in the paper; a model that it has trained often has a low one whatever its cluster, so a choice
-hardly changes once adapters fit their clients' examples. Candidates are compared with the client's own head where its
-labels are its own.
+its training loss, as in the paper; a model that the client has trained often has a low loss whatever its cluster, so a
+choice hardly changes once adapters fit their clients' examples. If a client's labels are its own, candidates are
+compared with its own head.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class IFCAOptions:
 
 
 class IFCA(AlloyStrategy[IFCAOptions]):
-    """C global adapters; a client's is the one that it chooses."""
+    """C global adapters; each client chooses one."""
 
     name = "ifca"
     about = About("the one of C global adapters that fits its data best", travels="P up, C P down")
@@ -48,7 +48,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         super().__init__(*args, **kwargs)
         self.models: list[Adapter] = []  # one before the first round has settled
         self.arrived = Bank(self.storage)
-        self.chosen: dict[str, int] = {}  # by those that have arrived
+        self.chosen: dict[str, int] = {}  # of the answers that have arrived
 
     def enrol(self, client: Client) -> None:
         """The first client's layout is the federation's."""
@@ -69,7 +69,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         return Brief(plan, self._candidates())
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep the trained adapter and whose turn it was."""
+        """Keep the trained adapter and the client's choice."""
         weights = next(result.select.weights for result in answer.report.results if result.HasField("select"))
         chosen = max(range(len(weights)), key=lambda index: weights[index])
         self.arrived[client.id], self.chosen[client.id] = answer.adapters[MODEL], chosen
@@ -112,7 +112,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
         return arrived.combine(members, weights)[0]
 
     def _candidate_heads(self) -> list[steps.Step]:
-        """A head that is the client's own is that of the model it trains, whichever candidate that becomes."""
+        """Steps that give every candidate the client's own head, if its labels are its own."""
         copies = [steps.copy(slot, MODEL) for slot in self._candidates()]
         return [steps.initialise(MODEL, self.seed), *copies]
 

@@ -1,4 +1,4 @@
-"""Local-only training: every client alone, from the same start; the yardstick that federation has to beat.
+"""Local-only training: every client trains alone, from the same start. Federation has to beat this.
 
 No adapter crosses the network. Each round trains ``local-steps`` steps on the client's own slot, so that a comparison
 at equal rounds is one at equal local work (algorithms/baselines: "Local-only").
@@ -26,11 +26,11 @@ class Local(AlloyStrategy[NoOptions]):
         return True
 
     def split(self, client: Client) -> str:
-        """What the client trains on."""
+        """The split that the client trains on."""
         return "train"
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Evaluate what there is, train on."""
+        """Evaluate the client's adapter, then continue to train it."""
         mix = steps.mixture(SLOT)
         return Brief(
             [

@@ -1,13 +1,13 @@
-r"""LoRA-FAIR: factors are averaged, and B is corrected for what averages of factors get wrong.
+r"""LoRA-FAIR: factors are averaged, and B is corrected for the error of that average.
 
 Bian, Wang, Zhang, Xu, "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement", ICCV 2025
-(arXiv 2411.14961). With :math:`\bar A, \bar B` the averages and :math:`\Delta = \sum_k p_k B_k A_k` what is meant,
+(arXiv 2411.14961). With :math:`\bar A, \bar B` the averages and :math:`\Delta = \sum_k p_k B_k A_k` the exact average,
 
 .. math:: X = \arg\min_X \|(\bar B + X) \bar A - \Delta\|_F^2 + \lambda \|X\|_F^2
           = (\Delta - \bar B \bar A) \bar A^T (\bar A \bar A^T + \lambda I)^{-1}
 
 and clients go on from :math:`\bar A, \bar B + X`. The paper finds X by gradient steps on a cosine; squared distance has
-this closed form, which needs :math:`B_k (A_k \bar A^T)` alone and no dense delta. :math:`\lambda` is ``damping`` times
+this closed form, which needs only :math:`B_k (A_k \bar A^T)` and no dense delta. :math:`\lambda` is ``damping`` times
 the mean of the diagonal of :math:`\bar A \bar A^T`. Heads are averaged.
 """
 
@@ -32,7 +32,7 @@ class LoRAFAIROptions:
     """How large the correction may become."""
 
     damping: float = 0.01
-    """Lambda, beside the mean diagonal of A A^T: a large one leaves B as it was averaged."""
+    """Lambda, relative to the mean diagonal of A A^T; a large value leaves B as averaged."""
 
     def __post_init__(self) -> None:
         require_range("damping", self.damping, 1e-9)

@@ -2,8 +2,9 @@ r"""NAN: merge with coefficients inversely proportional to the norms of the delt
 
 Si, Shi, Shao, et al., "NAN: A Training-Free Solution to Coefficient Estimation in Model Merging", 2025 (arXiv
 2505.16148):
-:math:`\Delta = \sum_k c_k \Delta_k, \; c_k = \|\Delta_k\|^{-1} / \sum_j \|\Delta_j\|^{-1}`. The norm here is that of
-the whole delta, head included, by Gram matrices; the excerpts that we have do not say whether theirs is per layer.
+:math:`\Delta = \sum_k c_k \Delta_k, \; c_k = \|\Delta_k\|^{-1} / \sum_j \|\Delta_j\|^{-1}`. Here the norm is that of
+the whole delta, including the head, computed with Gram matrices. The excerpts that were available do not say whether
+the paper's is per layer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from strategies.framework import About
 
 
 def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
-    """Coefficients that sum to one; deltas of norm zero share all of it among themselves.
+    """Coefficients that sum to one. If there are deltas of norm zero, they share all of the weight.
 
     >>> inverse_norm_coefficients([1.0, 3.0])
     [0.75, 0.25]

@@ -1,4 +1,4 @@
-r"""Per-FedAvg: a global adapter from which few steps on a client's own data lead to a good personal one.
+r"""Per-FedAvg: a global adapter that a few steps on a client's own data turn into a good personal one.
 
 Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning
 Approach", NeurIPS 2020, in its first-order form (FO): with the received w, in each of several turns
@@ -7,9 +7,9 @@ Approach", NeurIPS 2020, in its first-order form (FO): with the received w, in e
 
 on batches D and D'. The client's model is :math:`\tilde w`, fine-tuned from the last w. Local work is FedAvg's:
 ``local-steps`` are divided among the turns, and in each turn among the two lines. Several steps may stand for each
-gradient (the paper: one): the second line adds what the steps from :math:`\tilde w` on have moved. It is the paper's
-rule with ``optimizer = "sgd"`` and ``max-grad-norm = 0``; AdamW divides each step by the gradient's size. Reptile
-(Nichol, Achiam, Schulman, 2018) would move w to where all steps end: with a server rate of one that is FedAvg.
+gradient (one in the paper): the second line adds the displacement of the steps that start at :math:`\tilde w`. It is
+the paper's rule with ``optimizer = "sgd"`` and ``max-grad-norm = 0``; AdamW divides each step by the gradient's size.
+Reptile (Nichol, Achiam, Schulman, 2018) would move w to where all steps end: with a server rate of one that is FedAvg.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ class PerFedAvgOptions:
     """How a round's local steps are divided."""
 
     turns: int = 5
-    """How often in a round the client adapts and moves the global adapter; at most half of ``local-steps``."""
+    """How many times in a round the client adapts and then moves the global adapter; at most half of
+    ``local-steps``."""
 
     def __post_init__(self) -> None:
         require_range("turns", self.turns, 1, 1000)
 
 
 class PerFedAvg(Averaging[PerFedAvgOptions]):
-    """One start for all, and a few steps of one's own."""
+    """One start for all clients, and a few steps of each client's own."""
 
     name = "per-fedavg"
     about = About("FedAvg's adapter, trained so that few steps of its own on it go far")
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Evaluate the global adapter as it was sent; adapt and move it, turn by turn; send it."""
+        """Evaluate the received global adapter; adapt and move it, turn by turn; send it."""
         plan = [steps.evaluate(self.training, steps.mixture(SLOT))]
         for adapting, moving in self.shares(self.local_steps(client)):
             plan += [self._copy(ADAPTED, SLOT), *self._adapt(adapting), *self._move(moving)]
@@ -60,7 +61,7 @@ class PerFedAvg(Averaging[PerFedAvgOptions]):
         return steps.mixture(ADAPTED)
 
     def shares(self, total: int) -> list[tuple[int, int]]:
-        """Each turn's steps of either kind, of so many in all; a single step is one of the second kind."""
+        """Divide steps among turns, and each turn's among the two kinds; a single step is of the second kind."""
         turns = max(1, min(self.options.turns, total // 2))
         counts = [total * (turn + 1) // turns - total * turn // turns for turn in range(turns)]
         return [(count // 2, count - count // 2) for count in counts]
@@ -75,5 +76,5 @@ class PerFedAvg(Averaging[PerFedAvgOptions]):
         return [self._copy(AHEAD, ADAPTED), ahead, steps.merge(SLOT, moved, space="factor")]
 
     def _copy(self, slot: str, source: str) -> steps.Step:
-        """A merge of one: copies that open a plan would be made before the global adapter is installed."""
+        """A copy made by a merge step: copy steps at the start of a plan run before the global adapter is installed."""
         return steps.merge(slot, steps.mixture(source), space="factor")

@@ -5,10 +5,10 @@ Ye, Ni, Wu, Chen, Wang, "Personalized Federated Learning with Inferred Collabora
 .. math:: \min_{x \in simplex} \lambda \|x\|^2 + (d_i - 2 \lambda p)^T x, \qquad
     d_{ij} = -\cos(\Delta_i, \Delta_j), \quad p_j = n_j / \sum n
 
-which is the Euclidean projection of :math:`p - d_i / (2\lambda)` onto the simplex. As in the authors' code a cosine
-above 0.9 counts as 1, as that with oneself. Cosines are of the deltas (through Gram matrices): cosines of factors
-depend on how a delta is split. Averages are taken in factor space. The authors' local regulariser, whose sign differs
-between paper and code, is left out.
+which is the Euclidean projection of :math:`p - d_i / (2\lambda)` onto the simplex. As in the authors' code, a cosine
+above 0.9 counts as 1. Cosines are of the deltas (through Gram matrices): cosines of factors depend on how a delta is
+split. Averages are taken in factor space. The authors' local regulariser, whose sign differs between paper and code, is
+left out.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from strategies.framework.options import require_range
 
 @dataclass(frozen=True)
 class PFedGraphOptions:
-    """How alike clients must be."""
+    """How similar clients must be."""
 
     smoothing: float = 0.8
-    """Lambda: if large, everybody gets FedAvg's average; if small, its own adapter."""
+    """Lambda: if large, every client gets FedAvg's average; if small, its own adapter."""
 
     def __post_init__(self) -> None:
         require_range("smoothing", self.smoothing, 1e-9)

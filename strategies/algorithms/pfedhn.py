@@ -1,4 +1,4 @@
-r"""pFedHN: a hypernetwork at the server makes every client's adapter from an embedding of the client.
+r"""pFedHN: a hypernetwork at the server makes every client's adapter from the client's embedding.
 
 Shamsian, Navon, Fetaya, Chechik, "Personalized Federated Learning using Hypernetworks", ICML 2021. Client k is sent
 :math:`\theta_k = \theta^0 + H z(v_k)`: an embedding :math:`v_k`, a body z (one hidden layer, its output of length one),
@@ -10,8 +10,8 @@ its gradient. Heads start at zero, so all start from the common :math:`\theta^0`
 time.)
 
 A tensor's head belongs to its base model, name and shape: clients of different ranks or layouts share body, embeddings
-and the heads that they have in common. A client that comes later starts from the mean embedding, and its first answer
-moves its embedding alone, for which the heads and the body, which know the others, are fixed. Server memory: (1 +
+and the heads that they have in common. A client that joins later starts from the mean embedding. Its first answer moves
+only its embedding; the heads and the body, which fit the other clients, stay fixed for that step. Server memory: (1 +
 ``hidden``) adapters.
 """
 
@@ -41,11 +41,11 @@ class PFedHNOptions:
     embedding: int = 8
     """Numbers in a client's embedding."""
     hidden: int = 16
-    """Width of the hypernetwork's body; the server holds so many adapters."""
+    """Width of the hypernetwork's body; the server holds one adapter per unit."""
     rate: float = 1.0
-    """How far the heads follow what clients have trained: 1 is the whole way where clients do not share."""
+    """How far the heads follow the clients' training: 1 goes the whole way where clients have nothing in common."""
     body_rate: float = 0.1
-    """Length of a step of an embedding, and of the body, in a round."""
+    """Step length of embeddings and body in a round."""
 
     def __post_init__(self) -> None:
         require_range("embedding", self.embedding, 1, 4096)
@@ -69,11 +69,11 @@ class PFedHN(AlloyStrategy[PFedHNOptions]):
         self.arrived = Bank(self.storage)
 
     def compatible(self, first: Layout, second: Layout) -> bool:
-        """Always: what two clients do not have in common has heads of its own."""
+        """Always: tensors that two clients do not share have separate heads."""
         return True
 
     def enrol(self, client: Client) -> None:
-        """An embedding: drawn at the start, later the mean of those that are known."""
+        """Give the client an embedding: a random one at the start, later the mean of the known ones."""
         super().enrol(client)
         for entry in client.layout.entries:
             self.heads.setdefault(_key(client.layout, entry), torch.zeros(entry.size, self.options.hidden))
@@ -88,12 +88,12 @@ class PFedHN(AlloyStrategy[PFedHNOptions]):
         return Brief([*plan, steps.send(self.training, SLOT)], self._made(client))
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep what training has moved."""
+        """Keep the displacement of the client's training."""
         moved = answer.adapters[SLOT].vector - answer.received[SLOT].vector
         self.arrived[client.id] = Adapter(client.layout, moved)
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """One step of heads, body and embeddings; a newcomer moves its embedding only."""
+        """Make one step of heads, body and embeddings; a newcomer moves only its embedding."""
         arrived = self.arrived.taken()
         names = sorted(arrived)
         old = [name for name in names if name in self.known or not self.known]
@@ -144,7 +144,7 @@ class PFedHN(AlloyStrategy[PFedHNOptions]):
                 self.heads[_key(moved.layout, entry)].addr_(tensor.flatten(), feature, alpha=rate)
 
     def _inward(self, moved: Adapter) -> Tensor:
-        """``H^T Delta``, ``[hidden]``: which z would have made what the client has trained."""
+        """``H^T Delta``, ``[hidden]``: the direction in z of what the client has trained."""
         parts = (self.heads[_key(moved.layout, entry)].T @ tensor.flatten() for entry, tensor in moved.items())
         return sum(parts, torch.zeros(self.options.hidden))
 

@@ -1,7 +1,7 @@
 r"""Potara: a federated adapter and each client's own, merged once per client with a weight in closed form.
 
 Zou, Shisher, Brinton and Tripathi, "Communication-Efficient Personalized Adaptation via Federated-Local Model Merging",
-2026 (arXiv 2602.18658). Two branches from one seeded start, which never touch:
+2026 (arXiv 2602.18658). Two separate branches from one seeded start:
 
 * *federated*: rounds 1 to ``federated-rounds`` are FedAvg of the factors (FedIT);
 * *local*: in the rounds after, each client trains an adapter that starts from the seed and is never uploaded.
@@ -12,14 +12,14 @@ Fisher information, distances, losses of mixtures). The server turns them into t
 space, exactly, at rank 2r. Merging A and B separately would add ``-w (1-w) (B_f - B_l)(A_f - A_l)``.
 
 The federated branch stops early, so a client moves fewer bytes than with FedAvg. By default both branches have the
-paper's budgets: 2/3 of the steps that FedAvg or local training would have, and 1/2 of them (400 and 300 against 600
-with its ViT; 50 and 300 with its LLM), so a client computes 1/6 more. The paper's text was not readable here; what is
-said of it comes from its abstract and a third party's notes. Departures: the merge is of deltas (the paper's theory,
-not its appendix, which merges A and B apart: ``space = "factor"``), the covariance of the two adapters is left out
-(``weight = "client-fisher-clipped"`` has it), and nothing is known of the paper's damping.
+paper's budgets: 2/3 and 1/2 of the steps that FedAvg or local training would have (400 and 300 against 600 with its
+ViT; 50 and 300 with its LLM), so a client computes 1/6 more. The paper's text was not available; statements about it
+come from its abstract and a third party's notes. Departures: the merge is of deltas (the paper's theory, not its
+appendix, which merges A and B apart: ``space = "factor"``), the covariance of the two adapters is left out
+(``weight = "client-fisher-clipped"`` has it), and the paper's damping is not known.
 
-The head of a client whose labels are its own is merged as the rest: w times the federated branch's, as this client has
-trained it, plus 1 - w times the local one's; of weights by module, their mean; by parameter, one half of each.
+If a client's labels are its own, its head is merged like the rest: w times the head that it trained in the federated
+branch, plus 1 - w times the local one. With weights by module, w is their mean; with weights by parameter, one half.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ class Potara(AlloyStrategy[PotaraOptions]):
 
     @property
     def learns_from(self) -> tuple[str, ...]:
-        """Validation examples where the weight is made of them."""
+        """Validation examples, if the weight depends on them."""
         return ("train", "validation") if self.options.reads_validation else ("train",)
 
     def compatible(self, first: Layout, second: Layout) -> bool:
-        """As for FedAvg: groups that both have are equal; with weights of modules, all are."""
+        """As for FedAvg: groups that both have must be equal. With weights per module, whole layouts must be."""
         same = first.digest == second.digest
         return same or (self.options.granularity != "module" and self.federated.compatible(first, second))
 
@@ -100,7 +100,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         self.federated.enrol(client)
 
     def place(self, round_: int) -> tuple[int, int]:
-        """Each branch trains an adapter of its own, from its first round on."""
+        """Each branch has its own schedule, from its first round on."""
         if not self.rounds or round_ > self.rounds:
             return super().place(round_)
         if round_ <= self.federated_rounds:
@@ -108,11 +108,11 @@ class Potara(AlloyStrategy[PotaraOptions]):
         return round_ - self.federated_rounds, self.rounds - self.federated_rounds
 
     def needs_everyone(self, round_: int) -> bool:
-        """The local branch costs no bytes, and every client is to have a weight."""
+        """In the local branch: it costs no bytes, and every client needs a weight."""
         return round_ > self.federated_rounds
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """A federated round; or local training, and in the last round what the weight is made of."""
+        """A federated round; or local training, and in the last round the measurements for the weight."""
         if round_ <= self.federated_rounds:
             return self.federated.brief(round_, client)
         mix = steps.mixture(LOCAL)
@@ -141,7 +141,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         return Brief(plan, {FEDERATED: self.federated.part_of(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep a trained federated adapter, or what the weight is made of."""
+        """Keep a trained federated adapter, or the measurements for the weight."""
         if round_ <= self.federated_rounds:
             self.federated.absorb(round_, client, answer)
             self.trained.add(client.id)
@@ -153,7 +153,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
                 self.local[client.id] = answer.adapters[LOCAL]
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Average the federated branch, or weigh the two."""
+        """Average the federated branch, or compute the weights."""
         if round_ <= self.federated_rounds:
             return {"branch": "federated"} | self.federated.settle(round_)
         record: dict[str, Any] = {"branch": "local"}
@@ -163,7 +163,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         return record
 
     def deliver(self, client: Client) -> Brief:
-        """This client's merge; a client without a weight, which missed the last round, has the federated adapter."""
+        """This client's merge. A client that missed the last round has no weight and gets the federated adapter."""
         if client.id not in self.weights:
             return self.federated.deliver(client)
         plan: list[steps.Step] = []
@@ -219,11 +219,11 @@ class Potara(AlloyStrategy[PotaraOptions]):
         return self.options.needs_b and self.options.variance == "split-half" and client.examples > 1
 
     def _grid(self, client: Client) -> list[float]:
-        """Weights of the line search, none for a client without held-out examples."""
+        """Weights that the line search tries; none for a client without held-out examples."""
         return weighting.grid(self.options.points) if self.options.points and client.held_out else []
 
     def _half_of_all(self, in_round: int) -> int:
-        """Steps in each round of the local branch, so that together they are half of the run's; at least one."""
+        """Steps in each round of the local branch, half of the run's steps in total; at least one per round."""
         if not self.rounds:
             return in_round
         return -(-self.rounds * in_round // (2 * (self.rounds - self.federated_rounds)))
@@ -243,7 +243,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
     def _mixture(
         self, client: Client, coefficients: tuple[Coefficient, Coefficient], target: str = MERGED
     ) -> tuple[list[steps.Step], plan_pb2.Mixture]:
-        """The merged model, and what must run before it exists. An endpoint is that adapter itself, to the bit."""
+        """The merged model, and the steps that make it. At an endpoint it is that adapter itself, to the bit."""
         if coefficients in ((1.0, 0.0), (0.0, 1.0)):
             return [], steps.mixture((FEDERATED, LOCAL)[coefficients.index(1.0)])
         mix = steps.mixture(FEDERATED, LOCAL, coefficients=coefficients)
@@ -286,7 +286,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         )
 
     def _weigh(self) -> dict[str, dict[str, Weight]]:
-        """Weights of every client that reported, by module; the key "" stands for all modules together."""
+        """Weights of every client that reported, by module; the key "" means all modules together."""
         names = sorted(self.evidence)
         if not names:
             return {}
@@ -301,7 +301,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         return {name: {module: column[k] for module, column in found.items()} for k, name in enumerate(names)}
 
     def _by_damping(self, name: str) -> dict[str, float]:
-        """The client's weight at each of the other dampings, by the damping as it is written."""
+        """The client's weight at each of the other dampings, by the damping as written in the option."""
         reported = self.evidence[name]
         if not reported.more:
             return {}
@@ -319,19 +319,19 @@ class Potara(AlloyStrategy[PotaraOptions]):
 
     def _coefficients(self, client: Client) -> tuple[Coefficient, Coefficient]:
         values = {module: weight.value for module, weight in self.weights[client.id].items()}
-        if len(set(values.values())) == 1:  # so that an endpoint is one, whatever the granularity
+        if len(set(values.values())) == 1:  # so that an endpoint is recognised, whatever the granularity
             (value,) = set(values.values())
             return value, 1.0 - value
         return values, {module: 1.0 - value for module, value in values.items()}
 
     def _is_merge(self, client: Client) -> bool:
-        """Whether there is anything to merge; an endpoint the client holds."""
+        """Whether a merge must be sent; the client holds an endpoint itself."""
         return client.id in self.local and self._coefficients(client) not in ((1.0, 0.0), (0.0, 1.0))
 
     def _merged(self, client: Client) -> Adapter:
         """The merge, on the server.
 
-        With fp32 both ways the client would compute the same bits; a lossy encoding is in between otherwise.
+        With fp32 both ways the client would compute the same bits; with another encoding the numbers differ slightly.
         """
         coefficients = self._coefficients(client)
         federated, local = self.federated.part_of(client), Adapter(client.layout, self.local[client.id].vector)
@@ -341,7 +341,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         return truncate(merged, client.layout) if self.options.space == "delta-truncated" else merged
 
     def _logged(self, name: str) -> dict[str, Any]:
-        """What the round's record shows of a client's weight."""
+        """A client's weight as the round's record shows it."""
         if name not in self.weights:
             return {"weight": 1.0, "flag": "absent"}
         evidence, weights = self.evidence[name], self.weights[name]

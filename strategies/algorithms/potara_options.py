@@ -8,7 +8,7 @@ from strategies.algorithms import potara_weights as weighting
 from strategies.framework.options import OptionError, require_choice, require_range
 
 SEARCH_POINTS = 21
-"""Of a line search that does not say how many."""
+"""Points of a line search, if the option does not say how many."""
 MAX_DAMPINGS = 16
 _NEEDS_B = ("random-effects", "plugin")
 _NEEDS_FISHER = ("client-fisher", "client-fisher-clipped", "server-scalar")
@@ -19,15 +19,16 @@ class PotaraOptions:
     """How the two branches are trained, weighed and merged."""
 
     federated_rounds: int = 0
-    """Rounds of the federated branch; those after train the local one. 0: two thirds of the run's, as the paper's 400
-    of 600 steps, or 1 where Flower runs the strategy and the number of rounds is not known."""
+    """Rounds of the federated branch; the rounds after them train the local one. 0 means two thirds of the run's
+    rounds, like the paper's 400 of 600 steps; or 1 if Flower's own loop runs the strategy and the number of rounds is
+    not known."""
     local_steps: int = 0
-    """Steps of the local branch in each of its rounds; 0: so many that all of them together are half of the run's
-    rounds times ``local-steps``, as the paper's 300 of 600."""
+    """Steps of the local branch in each of its rounds. 0: in total half of the run's rounds times ``local-steps``, like
+    the paper's 300 of 600 steps."""
     weight: str = "client-fisher"
     """How the weight is found; see :mod:`strategies.algorithms.potara_weights`. ``"client-fisher"`` is the paper's
-    closed form, ``"client-fisher-clipped"`` the same with the gradients' correlation. ``"line-search"`` is the
-    paper's comparator and no Potara: it tries mixtures on validation labels."""
+    closed form, ``"client-fisher-clipped"`` the same with the gradients' correlation. ``"line-search"`` is what the
+    paper compares with, not Potara: it tries mixtures on validation labels."""
     granularity: str = "scalar"
     """One weight per client, per ``"module"``, or per ``"parameter"`` (Fisher merging, factor space)."""
     space: str = "delta"
@@ -39,22 +40,23 @@ class PotaraOptions:
     """Examples of which split the Fisher information is taken on: ``"validation"``, extra ones as in the paper, or
     ``"train"``. A client without validation examples takes training examples."""
     fisher_samples: int = 30
-    """How many examples at most; 30 in the paper."""
+    """Largest number of examples for the Fisher information; 30 in the paper."""
     damping: float = 1.0
-    """Times the mean information of both adapters together; added to all information. Not known of the paper
-    (tests/benchmarks/accuracy/potara_digits.py sweeps it)."""
+    """Factor of both adapters' mean information, which is added to the information of every number. The paper's value
+    is not known (tests/benchmarks/accuracy/potara_digits.py sweeps it)."""
     dampings: str = ""
-    """Others, comma-separated, whose weights and models are measured for the record."""
+    """More values of ``damping``, comma-separated. Their weights and models are measured for the record."""
     trace_space: str = "factor"
-    """Variances of ``"factor"`` numbers, or of the ``"delta"`` they make."""
+    """Take variances of the numbers of each ``"factor"``, or of the ``"delta"``."""
     fed_scale: str = "client"
-    """Whether the federated adapter's information is that of the ``"client"``'s or of the ``"total"`` data."""
+    """Whether the federated adapter's information is taken for the ``"client"``'s data or for the ``"total"`` data."""
     variance: str = "split-half"
-    """Where ``plugin`` and ``random-effects`` take b from: ``"split-half"`` trains two more adapters on half the data
+    """How ``plugin`` and ``random-effects`` find b: ``"split-half"`` trains two more adapters on half the data
     each, ``"curvature"`` takes the effective dimension over the number of examples."""
     search_points: int = 0
-    """Mixtures of the line search on the validation split, from local to federated; 3: a parabola. 0: 21 where the
-    search decides, otherwise none. Above 0, other weight modes search for the record, too."""
+    """Number of mixtures, from local to federated, that the line search tries on the validation split; 3 fit a
+    parabola. 0 means 21 if the search decides, otherwise none. Above 0, other weight modes search for the record,
+    too."""
 
     def __post_init__(self) -> None:
         require_range("potara.federated-rounds", self.federated_rounds, 0, 10**6)
@@ -106,17 +108,17 @@ class PotaraOptions:
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether the weight is made of Fisher information."""
+        """Whether the weight depends on Fisher information."""
         return self.weight in _NEEDS_FISHER or (self.needs_b and self.variance == "curvature")
 
     @property
     def needs_b(self) -> bool:
-        """Whether it is made of the local adapter's calibrated error."""
+        """Whether the weight depends on the local adapter's calibrated error."""
         return self.weight in _NEEDS_B
 
     @property
     def points(self) -> int:
-        """Mixtures that are searched."""
+        """Number of mixtures that the line search tries."""
         return self.search_points or (SEARCH_POINTS if self.weight == "line-search" else 0)
 
     @property

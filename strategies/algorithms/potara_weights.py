@@ -13,7 +13,7 @@ Personalized Adaptation via Federated-Local Model Merging" (Potara), 2026; the e
 heterogeneity (:func:`shared_variance`, :func:`random_effects`, :func:`plug_in`) are ours, for theta_fed close to
 ``sum_j p_j theta_j``. The weight is always that of the *federated* adapter.
 
-Everything here is plain numbers in float64: scalars that clients report go in, weights come out.
+Everything here is plain float64 numbers: from scalars that clients report to weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 OUTLYING = 10.0
-"""Times the median: no honest client among a few has a variance so far from the others'."""
+"""Factor of the median beyond which a variance is cut: no honest client among a few is so far from the others."""
 IDENTICAL = 1e-6
 """D below this share of a + b: the two adapters are one, and any weight gives the same model."""
 
@@ -51,7 +51,7 @@ def closed_form(a: float, b: float, c: float = 0.0, denominator: float | None = 
         a: mean squared error of the federated adapter; negative counts as 0.
         b: of the local one.
         c: mean inner product of the two errors.
-        denominator: what takes the place of a + b - 2c, where that has another estimate.
+        denominator: replaces a + b - 2c, if there is another estimate of it.
 
     Returns:
         Flagged ``"undefined"`` with 0.5 if a moment is not finite or all are 0 without a distance to go by;
@@ -76,7 +76,7 @@ def error_of(weight: float, a: float, b: float, c: float) -> float:
 
 
 def fisher_weight(variance_fed: float, variance_local: float, covariance: float = 0.0) -> Weight:
-    """From traces of damped inverse Fisher information; the covariance is bounded by both variances.
+    """The weight from traces of damped inverse Fisher information; the covariance is bounded by both variances.
 
     The bound keeps a noisy correlation from extrapolating.
     """
@@ -84,9 +84,9 @@ def fisher_weight(variance_fed: float, variance_local: float, covariance: float 
 
 
 def tempered(numbers: Tensor) -> Tensor:
-    """What clients report ``[K]``, each at most :data:`OUTLYING` times the median: in a sum, one liar would be all.
+    """Clients' reports ``[K]``, each cut to :data:`OUTLYING` times the median: one liar could dominate a sum.
 
-    A client's own numbers decide about its own weight as they are. Of fewer than three there is no such median.
+    For a client's own weight its own numbers are used uncut. With fewer than three clients nothing is cut.
     """
     if len(numbers) < 3:
         return numbers
@@ -184,7 +184,7 @@ def best_of(losses: Sequence[float]) -> Weight:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one client reported, one number per module in each list (of losses: one per point of the grid).
+    """One client's report: each list has one number per module (``losses``: one per point of the grid).
 
     ``b`` is the calibrated mean squared error of the local adapter and ``q`` the squared distance of the two adapters,
     in the metric of b; ``b`` is empty where the client has too few examples to tell. ``distance`` is the squared
@@ -228,7 +228,7 @@ def weigh(
     """The weight of every client by one of :data:`MODES`.
 
     Args:
-        evidence: of the clients, in the order of the weights.
+        evidence: one per client, in the order of the weights.
         mode: the rule.
         module: from this module's numbers alone; None: from the sums over modules.
         fed_scale: ``"total"`` takes the federated adapter's information for that of all clients' examples.
@@ -265,7 +265,7 @@ def _weigh(evidence: Sequence[Evidence], mode: str, module: int | None, fed_scal
     if mode in ("random-effects", "plugin"):
         known = torch.tensor([len(client.b) > 0 for client in evidence])
         variances = numbers([client.b or [math.nan] * len(client.distance) for client in evidence])
-        # Too few examples to tell: as the others', in inverse proportion to the number of examples.
+        # Too few examples to estimate b: take the others', scaled inversely with the number of examples.
         variances = torch.where(known, variances, (variances * examples)[known].mean() / examples)
         rule = random_effects if mode == "random-effects" else plug_in
         return rule(variances, numbers([client.q for client in evidence]), shares)

@@ -1,4 +1,4 @@
-r"""RegMean: the merged delta whose outputs are closest to every client's own, on the inputs that each client saw.
+r"""RegMean: the merged delta whose outputs are closest to those of every client's own delta, on the client's inputs.
 
 Jin, Ren, Preotiuc-Pietro, Cheng, "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023. With
 :math:`G_k = E[x x^T]` over the inputs of a module at client k, off-diagonal numbers multiplied by ``shrink``,
@@ -37,7 +37,7 @@ class RegMeanOptions(OneShotOptions):
     shrink: float = 0.9
     """Factor of the moments' off-diagonal numbers; 1: none are shrunk."""
     samples: int = 0
-    """Training examples at most that the moments are taken on; 0: all."""
+    """Largest number of training examples for computing the moments; 0 means all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,14 +54,14 @@ def symmetric(triangle: Tensor, width: int, shrink: float = 1.0) -> Tensor:
 
 
 def transports(moments: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]:
-    """``G_k G^{-1}`` with ``G = sum p_k G_k``, ``[d, d]`` each; where no input ever went, the identity."""
+    """``G_k G^{-1}`` with ``G = sum p_k G_k``, each ``[d, d]``; the identity if all moments are zero."""
     total = sum((share * moment for share, moment in zip(shares, moments, strict=True)), torch.zeros_like(moments[0]))
     floor = 1e-6 * float(total.diagonal().mean()) + 1e-30
     eye = floor * torch.eye(len(total), dtype=total.dtype)
     # G is symmetric: X G = M is G X^T = M^T.
     try:
         return [torch.linalg.solve(total + eye, (moment + eye).T).T for moment in moments]
-    except RuntimeError:  # singular: no second moments, somebody made them up
+    except RuntimeError:  # singular: not real second moments, a client made them up
         inverse = torch.linalg.pinv(total + eye, hermitian=True)
         return [(moment + eye) @ inverse for moment in moments]
 

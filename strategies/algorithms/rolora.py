@@ -1,4 +1,4 @@
-r"""RoLoRA: rounds take turns in training and averaging B and A, each exactly averaged because the other is common.
+r"""RoLoRA: rounds train and average B and A in turn. Each average is exact, because the other factor is common.
 
 Chen, Guo, Ju, Dalal, Zhu, Khisti, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", NeurIPS
 2025 (arXiv 2502.01755; parts of it write A and B the other way round). Odd rounds train B, even rounds A; B = 0 at the
@@ -29,11 +29,11 @@ class RoLoRA(PartAverage[NoOptions]):
         self.seen: dict[str, int] = {}  # the last round that each client is known to have carried out
 
     def shared(self, round_: int, client: Client) -> Part:
-        """The factor whose turn it is."""
+        """The factor that this round trains."""
         return Part(NOT_A if round_ % 2 else NOT_B)
 
     def wanted(self, round_: int, client: Client) -> Part:
-        """What the last round averaged, to a client that took part in it; to others everything."""
+        """What the last round averaged, for a client that took part in it; everything for others."""
         if self.settled and self.seen.get(client.id) == self.settled:
             return self.shared(self.settled, client)
         return Part()
@@ -44,10 +44,10 @@ class RoLoRA(PartAverage[NoOptions]):
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], factors=factors)]
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Remember who is up to date.
+        """Remember which clients are up to date.
 
         Raises:
-            StrategyError: the client has lost what it held (its disk, say), and trained on a start from the seed.
+            StrategyError: the client has lost its slots (its disk, for example) and trained on a start from the seed.
         """
         created = any(result.initialise.created for result in answer.report.results)
         if created and self.seen.pop(client.id, 0) == self.settled > 0:

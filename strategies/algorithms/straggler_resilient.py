@@ -2,12 +2,12 @@ r"""Straggler-resilient personalised learning: a common representation, trained 
 
 Tziotis, Shen, Pedarsani, Hassani, Mokhtari, "Straggler-Resilient Personalized Federated Learning", TMLR 2023: FedRep (a
 shared representation, own heads) in which the first rounds ask only the clients that answer soonest. Early rounds are
-far from the optimum, where few clients' examples do; as accuracy grows the cohort doubles, until all take part. So a
-round takes as long as its slowest participant, and slow clients are waited for only in the last ones.
+far from the optimum, where the examples of a few clients are enough. As accuracy grows the cohort doubles, until all
+take part. So a round takes as long as its slowest participant, and slow clients are waited for only in the last ones.
 
 The first cohort is the share ``first`` of the clients; it doubles every round (in the paper when the loss has fallen to
 the cohort's statistical accuracy, which is not known here). Speeds are those of the answers so far. Clients that were
-never asked are delivered the representation, with a head that they fit to it in ``local-steps`` steps.
+never asked get the representation at delivery, and fit a head to it in ``local-steps`` steps.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StragglerResilient(OwnPart[StragglerResilientOptions]):
         self.trained.add(client.id)
 
     def deliver(self, client: Client) -> Brief:
-        """FedRep's; who was never asked fits its own part first."""
+        """FedRep's delivery; a client that was never asked fits its own part first."""
         brief = super().deliver(client)
         if client.id in self.trained:
             return brief

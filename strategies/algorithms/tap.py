@@ -1,4 +1,4 @@
-r"""TAP: a personal adapter that takes over from the federated one where that is better, and learns from it at the end.
+r"""TAP: a personal adapter that takes over better parts of the federated one, and learns from it at the end.
 
 Lee, Fang, Han, Hosseinalipour and Brinton, "TAP: Two-Stage Adaptive Personalization of Multi-task and Multi-Modal
 Foundation Models in Federated Learning", 2025 (arXiv 2509.26524). A client has several tasks; its adapter is made of
@@ -19,18 +19,18 @@ optimisation itself, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. Here a p
 in the authors' code K of them are drawn for each call. J counts optimiser steps; the authors' 50 are micro-batches, of
 which four are accumulated: ``tap.distill-steps = 13``. All of it is a block of run-config in docs/paper-settings.md.
 
-The rule compares training losses. In the paper few of many clients take part in a round and their data are alike, so X
-is old when it is compared. Where everyone takes part in every round and has few examples, X knows them by heart,
-and its training loss is always the lower one: there ``history = "probe"`` compares both on examples that neither has
-seen. The authors' tasks of image generation are out of reach: no kind of task here makes images.
+The rule compares training losses. In the paper few of many clients take part in a round and their data are similar, so
+X is old when it is compared. If every client takes part in every round and has few examples, X memorises them, and its
+training loss is always the lower one. For this case ``history = "probe"`` compares both on examples that neither has
+seen. The authors' image generation tasks are not covered: no kind of task here makes images.
 
 Baselines are settings of the same code: FedAvg is ``tap.margin = inf, tap.margins = "", tap.deliver = "global"``;
 FedAvg and J steps of fine-tuning ``tap.deliver = "finetuned"`` (``tap.finetune-steps = 100``: twice as many); local
 training an infinite margin with ``tap.deliver = "stage1"``; TAP without distillation ``tap.kd-weight = 0``; a margin of
 ``-inf`` always replaces. Every delivery evaluates all four models.
 
-Where a client's labels are its own, so are the heads of W and X, which never leave it; where all of W replaces X, so
-does its head.
+If a client's labels are its own, so are the heads of W and X, which never leave it. If all of W replaces X, its head
+does, too.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Federated(Averaging[NoOptions]):
     by_task = False
 
     def weight_of(self, group: str, client: str, examples: int) -> int:
-        """All examples of the client, or those of its tasks that use the group."""
+        """Example count of the client, or of its tasks that use the group."""
         if not self.by_task:
             return examples
         return sum(int(task.examples["train"]) for task in _tasks(self.clients[client]) if group in _groups(task))
@@ -101,7 +101,7 @@ class Tap(AlloyStrategy[TapOptions]):
 
     @property
     def learns_from(self) -> tuple[str, ...]:
-        """Validation examples where replacements are decided by a probe."""
+        """Validation examples, if a probe decides about replacements."""
         return ("train", "validation") if self.options.history == "probe" else ("train",)
 
     def compatible(self, first: Layout, second: Layout) -> bool:
@@ -113,10 +113,10 @@ class Tap(AlloyStrategy[TapOptions]):
         return self.federated.difference(first, second)
 
     def enrol(self, client: Client) -> None:
-        """Both adapters start from the seed; what its tasks declare must be what its adapter has.
+        """Both adapters start from the seed. The groups that the client's tasks declare must be those of its adapter.
 
         Raises:
-            StrategyError: it is not, or the client has no validation examples to probe on.
+            StrategyError: they are not, or the client has no validation examples to probe on.
         """
         before = dict(self.clients)
         super().enrol(client)
@@ -159,7 +159,7 @@ class Tap(AlloyStrategy[TapOptions]):
         return Brief(plan, {GLOBAL: self.federated.part_of(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep W until the round settles, and what was replaced for the record."""
+        """Keep W until the round settles, and for the record what was replaced."""
         self.federated.absorb(round_, client, answer)
         for result in answer.report.results:
             if result.WhichOneof("kind") == "replace":
@@ -198,7 +198,7 @@ class Tap(AlloyStrategy[TapOptions]):
         teacher = tuned if self.options.kd_teacher == "finetuned" else steps.mixture(GLOBAL)
         mix = steps.mixture(DELIVERED[self.options.deliver])
         plan = [
-            steps.initialise(PERSONAL, self.seed),  # of a client that was never asked
+            steps.initialise(PERSONAL, self.seed),  # for a client that was never asked
             steps.evaluate(self.training, steps.mixture(GLOBAL), "global"),
             steps.evaluate(self.training, steps.mixture(PERSONAL), "stage1"),
             steps.copy(FINETUNED, GLOBAL),
@@ -263,7 +263,7 @@ class Tap(AlloyStrategy[TapOptions]):
         )
 
     def _unknown_names(self) -> list[str]:
-        """Names in the options' tables that are nobody's; those of the defaults may be."""
+        """Names in the options' tables that no client has; the names in the defaults may be missing."""
         known = {name for client in self.clients.values() for task in _tasks(client) for name in (task.name, task.kind)}
         given, usual = (
             {name for key in _TABLES for name in pairs(key, getattr(options, key))}

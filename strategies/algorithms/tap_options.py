@@ -17,9 +17,9 @@ class TapOptions:
     """Both stages; tables are ``"name=number,..."`` with names of tasks, or of kinds of tasks."""
 
     margin: float = 0.01
-    """m of tasks that ``margins`` does not name; may be ``inf`` (never replace) or ``-inf`` (always)."""
+    """Margin m of tasks that ``margins`` does not name; may be ``inf`` (never replace) or ``-inf`` (always)."""
     margins: str = "text-classification=0.005"
-    """m by task or kind."""
+    """Margin m by task or kind."""
     margin_mode: str = "abs"
     """``"abs"``, or ``"rel"``: ``h_W (1 + m) < h_X``."""
     history: str = "train-mean"
@@ -28,11 +28,13 @@ class TapOptions:
     history_norm: str = "per-sample"
     """Mean loss ``"per-sample"`` of the task, or ``"batch-share"``."""
     replace_source: str = "trained"
-    """W as ``"trained"`` in this round, or as received (``"global"``)."""
+    """Compare and copy W as ``"trained"`` in this round, or as received (``"global"``)."""
     replace_scope: str = "full"
-    """``"full"``: all of R(o); ``"exclusive"``: without groups of a task whose rule does not fire."""
+    """What is replaced: ``"full"``: all of R(o); ``"exclusive"``: R(o) without groups of a task whose rule does not
+    fire."""
     seed_mode: str = "client"
-    """Batches by ``"client"``, or ``"reference"``: one seed for all clients, t, and 2t after a replacement."""
+    """Seed of batches: one per ``"client"``, or the ``"reference"`` code's: t for all clients, and 2t after a
+    replacement."""
     warm_up_rounds: int = 0
     """Rounds in which the learning rate rises linearly from a third of its value; 0: none."""
     weight: str = "total"
@@ -41,24 +43,25 @@ class TapOptions:
     distill_steps: int = 50
     """J, in optimiser steps; the authors' J of 50 micro-batches, four accumulated, is 13."""
     distill_rate: float = 0.333
-    """Times ``learning-rate``, in stage 2."""
+    """Factor of ``learning-rate`` in stage 2."""
     finetune_steps: int = 0
     """Steps of fine-tuning that make V; 0: as many as ``distill-steps``."""
     kd_teacher: str = "finetuned"
-    """V (``"finetuned"``) or W as it is (``"global"``)."""
+    """The teacher: V (``"finetuned"``) or W as it is (``"global"``)."""
     kd_reduction: str = "per-position-mean"
-    """Over positions of generated texts: ``"per-position-mean"`` or ``"first-dim"`` (their sum)."""
+    """How the distillation loss combines the positions of a text: ``"per-position-mean"``, or ``"first-dim"`` (their
+    sum)."""
     kd_weight: float = 1.0
-    """Times all of ``kd_weights``; 0: stage 2 is plain training."""
+    """Factor of all ``kd_weights``; with 0 stage 2 is plain training."""
     kd_weights: str = (
         "text-classification=1,image-classification=0.002,image-text-classification=0.002,causal-lm=0.512,"
         "image-text-to-text=0.512"
     )
-    """lambda by task or kind; 0 for those not named."""
+    """Lambda by task or kind; 0 for those not named."""
     kd_losses: str = ""
-    """``kl`` (the default) or ``mse`` by task or kind."""
+    """Distillation loss by task or kind: ``kl`` (the default) or ``mse``."""
     temperature: float = 1.0
-    """T."""
+    """T, the temperature of distillation."""
     deliver: str = "tap"
     """Which model is the client's: ``"tap"``, X after ``"stage1"``, V (``"finetuned"``), or W (``"global"``)."""
 

@@ -1,4 +1,4 @@
-"""Merges that look at one module at a time: what they need of all clients' adapters is read from the bank for a few."""
+"""Merges that look at one module at a time, so that only a few modules of all adapters are in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Layout, LayoutError
 
 _TOGETHER = 2**24
-"""Numbers, of all clients, that are in memory at a time: 64 MiB."""
+"""Count of numbers, over all clients, in memory at a time: 64 MiB."""
 
 
 def bank_of(adapters: Sequence[Adapter] | Bank) -> Bank:
-    """Adapters in the order given, in memory; a bank is itself."""
+    """A bank of these adapters, in the order given; a bank is returned as it is."""
     if isinstance(adapters, Bank):
         return adapters
     return Bank.of({f"{index:08d}": adapter for index, adapter in enumerate(adapters)})
@@ -24,12 +24,12 @@ def bank_of(adapters: Sequence[Adapter] | Bank) -> Bank:
 def by_modules(
     adapters: Sequence[Adapter] | Bank, merge: Callable[[list[Adapter]], Adapter], layout: Layout
 ) -> Adapter:
-    """``merge`` of the whole adapters, made of merges of some of their modules.
+    """Apply ``merge`` to a few modules at a time, and join the results.
 
     Args:
         adapters: with the same modules; ranks may differ.
-        merge: of parts with the same modules; what it makes of a module depends on no other.
-        layout: of the result.
+        merge: merges parts with the same modules; its result for a module depends on no other module.
+        layout: layout of the result.
 
     Raises:
         LayoutError: there are no adapters.
@@ -50,7 +50,7 @@ def by_modules(
 
 
 def in_turns(layout: Layout, count: int) -> list[list[str]]:
-    """All modules, as many together as ``count`` clients' adapters leave room for."""
+    """All modules, in groups that fit in memory for ``count`` clients."""
     sizes = dict.fromkeys(layout.modules, 0)
     for entry in layout.entries:
         sizes[entry.module] += math.prod(entry.shape)

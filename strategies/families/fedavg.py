@@ -46,10 +46,10 @@ class Averaging(AlloyStrategy[OptionsT]):
         super().__init__(*args, **kwargs)
         self.model: Adapter | None = None
         self.arrived = Bank(self.storage)
-        self.late: dict[str, float] = {}  # weights of answers to earlier rounds among those
+        self.late: dict[str, float] = {}  # weights of the late answers among those
 
     def compatible(self, first: Layout, second: Layout) -> bool:
-        """Groups that both have are equal; a client without groups has one, all of its adapter."""
+        """Groups that both have must be equal; a client without groups has one group, its whole adapter."""
         return group_difference(first, second) is None
 
     def difference(self, first: Layout, second: Layout) -> str:
@@ -80,7 +80,7 @@ class Averaging(AlloyStrategy[OptionsT]):
         self.arrived[client.id] = answer.adapters[SLOT]
 
     def absorb_late(self, round_: int, client: Client, answer: Answer, weight: float) -> None:
-        """Keep it as if it were in time; its client counts for less examples."""
+        """Keep a late answer as if it were in time; its client counts for fewer examples."""
         self.absorb(round_, client, answer)
         self.late[client.id] = weight
 
@@ -111,7 +111,7 @@ class Averaging(AlloyStrategy[OptionsT]):
 
     @property
     def robust(self) -> str:
-        """What :meth:`average` is instead of the mean, one of :data:`strategies.families.robust.RULES`."""
+        """What :meth:`average` takes instead of the mean, one of :data:`strategies.families.robust.RULES`."""
         return "none"
 
     @property
@@ -124,7 +124,7 @@ class Averaging(AlloyStrategy[OptionsT]):
         return examples
 
     def deliver(self, client: Client) -> Brief:
-        """The global adapter, and what the client has made of it where that is more."""
+        """Deliver the global adapter and the client's model."""
         mix = self.personal(client)
         plan = [*self.prepare(0, client), steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {SLOT: self.part_of(client)})
@@ -134,11 +134,11 @@ class Averaging(AlloyStrategy[OptionsT]):
         return []
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
-        """Steps that train the global adapter, and others where there are some."""
+        """Steps that train the global adapter, and other slots if there are any."""
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT])]
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
-        """The client's model: here the global adapter is everybody's."""
+        """The client's model; here it is the global adapter."""
         return steps.mixture(SLOT)
 
     def part_of(self, client: Client) -> Adapter:
@@ -147,7 +147,7 @@ class Averaging(AlloyStrategy[OptionsT]):
         return model if model.layout.digest == client.layout.digest else model.part(client.layout)
 
     def state(self) -> State:
-        """The global adapter's numbers, and its layout, to which clients that are not back yet contribute."""
+        """The global adapter's numbers and layout; clients that are not back yet contribute to the layout, too."""
         layout = self.global_model.layout.to_proto().SerializeToString(deterministic=True)
         return State({"model": self.global_model.vector}, {"layout": layout.hex()})
 

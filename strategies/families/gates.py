@@ -1,9 +1,9 @@
 """Learned coefficients of a mixture, and how fast they learn.
 
-A gate is one number that has to travel: from one half to .9 its logit moves by 2.2. An optimiser that normalises its
+A gate is one number that has to move far: from 0.5 to 0.9 its logit moves by 2.2. An optimiser that normalises its
 steps (AdamW) moves a number by about its learning rate in a step, so at an adapter's rate of some thousandths a gate
-stays where it began. Gates therefore have a learning rate of their own, which is no multiple of the adapters'. A gate
-that looks at its module's input has a number for each of the input's, and they move its logit together: there, the
+stays where it began. So gates have their own learning rate, which does not scale with the adapters'. A gate that
+depends on its module's input has one number for each input number, and all of them move its logit together: there, the
 adapters' rate is fast enough.
 """
 
@@ -14,7 +14,7 @@ from strategies.framework.options import require_range
 from strategies.framework.steps import Training
 
 GATE_RATE = 0.1
-"""Learning rate of a gate that is one number: from one half to .9 in 22 steps at least."""
+"""Learning rate of a gate that is one number: from 0.5 to 0.9 in 22 steps at least."""
 
 
 def require_gate_rate(rate: float) -> None:
@@ -32,7 +32,7 @@ def gate_scale(training: Training, kind: str, rate: float) -> dict[Factor, float
     Args:
         training: the adapters' rate.
         kind: ``"scalar"`` or ``"input"``.
-        rate: the gates'; 0: :data:`GATE_RATE`, or the adapters' rate for gates that look at the input.
+        rate: the gates' rate; 0 means :data:`GATE_RATE`, or the adapters' rate for gates that depend on the input.
     """
     chosen = rate or (GATE_RATE if kind == "scalar" else training.learning_rate)
     return {Factor.GATE: chosen / training.learning_rate}

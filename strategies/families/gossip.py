@@ -1,8 +1,8 @@
-"""Decentralised learning, relayed: neighbours' adapters go to neighbours, and no average of all is made.
+"""Decentralised learning through a relay: adapters go to neighbours, and nothing averages all of them.
 
-In every round each client has a few random neighbours; the server passes their adapters on, already mixed. The numbers
-that cross between peers are counted (``peer_numbers`` in the round's record): what a network without a server would
-move. What the relay moves is in the ledger: one adapter up and one down per client, whatever the neighbours.
+In every round each client has a few random neighbours; the server passes their adapters on, already mixed.
+``peer_numbers`` in the round's record counts the numbers that cross between peers, as a network without a server would
+move them. What the relay moves is in the ledger: one adapter up and one down per client, whatever the neighbours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GossipOptions:
     """How many neighbours there are."""
 
     neighbours: int = 2
-    """Others that a client's adapter goes to in a round."""
+    """Number of other clients that receive a client's adapter in a round."""
 
     def __post_init__(self) -> None:
         require_range("neighbours", self.neighbours, 1)
@@ -55,7 +55,7 @@ class Gossip(AlloyStrategy[GossipT]):
 
     @abstractmethod
     def mixing(self, links: Tensor) -> Tensor:
-        """P ``[N, N]`` from who sends to whom: ``links[i, j]`` is 1 where j sends to i, and on the diagonal."""
+        """The mixing matrix P ``[N, N]``: ``links[i, j]`` is 1 where j sends to i, and on the diagonal."""
 
     def part(self, layout: Layout) -> Layout:
         """What travels; here everything."""
@@ -74,7 +74,7 @@ class Gossip(AlloyStrategy[GossipT]):
         return Brief([*plan, *self.train(client), send], self._sent(client))
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """What training moved is added to x, not to x / w."""
+        """Add the displacement of training to x, not to x / w."""
         found, weight = answer.adapters[LOCAL], self.push.get(client.id, 1.0)
         if weight != 1.0:
             start = answer.received[LOCAL].vector

@@ -1,11 +1,11 @@
-"""What rounds add to every client's frozen base: updates that travel once and stay there, as a slot beside the others.
+"""Updates that rounds add to every client's frozen base. They travel once and stay at the client, in their own slot.
 
 The base model itself is never written: the sum of all updates is a slot of growing rank, and a client's model is the
 base plus that slot plus what is trained. Once the ranks exceed what a module's delta can have, they are cut to that,
 which is exact.
 
-A client adds what it lacks to a *copy* of what it is known to hold, and the two names take turns: a plan that was
-carried out and whose answer was lost adds nothing twice.
+A client adds what it lacks to a *copy* of what it is known to hold, and two names take turns. So nothing is added twice
+if a plan was carried out and its answer was lost.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MergedBase(Averaging[OptionsT]):
             self.model = Adapter.initial(client.layout, self.seed)
 
     def add(self, update: Adapter) -> None:
-        """Every client's base changes by this from the next round on."""
+        """Add this to every client's base from the next round on."""
         self.updates.append(compact(update))
 
     def brief(self, round_: int, client: Client) -> Brief:
@@ -70,7 +70,7 @@ class MergedBase(Averaging[OptionsT]):
         return Brief(brief.steps, {**brief.adapters, **self._update(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """The client now holds all updates that there were."""
+        """Note that the client now holds all updates so far."""
         super().absorb(round_, client, answer)
         self.held[client.id] = (len(self.updates), self._target(client))
 

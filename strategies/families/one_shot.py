@@ -1,6 +1,6 @@
 """One-shot merging: clients train alone, upload once at the end, and all get one merged adapter.
 
-A rule is a file that says in :meth:`OneShot.merge` what becomes of the uploads. Linear rules merge exactly, as a
+A rule is a file that merges the uploads in :meth:`OneShot.merge`. Linear rules merge exactly, as a
 stack of ranks, and are then truncated to the clients' rank (``rank = 0``) or to another. Rules that look at single
 numbers of a delta need it dense, one module at a time (:func:`merge_dense`).
 """
@@ -25,7 +25,7 @@ from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT,
 from strategies.framework.options import require_range
 
 _COPIES = 6
-"""Of the dense deltas that a rule makes."""
+"""Largest size of the dense deltas in memory, in bytes."""
 LOCAL, MERGED = "local", "merged"
 Rule = Callable[[str, Tensor], Tensor]
 """``(tensor name, numbers [N, ...]) -> merged [...]``."""
@@ -36,7 +36,8 @@ class OneShotOptions:
     """What size the merge has."""
 
     rank: int = 0
-    """Rank of what clients get; 0: the rank of their own adapters. It is at most the sum of all clients' ranks."""
+    """Rank of the merged adapter; 0 means the rank of the clients' own adapters. It is at most the sum of all clients'
+    ranks."""
 
     def __post_init__(self) -> None:
         require_range("rank", self.rank, 0, 2**20)
@@ -85,14 +86,14 @@ class OneShot(AlloyStrategy[OptionsT]):
 
     @abstractmethod
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
-        """What becomes of the uploads, by slot and client; ``shares`` of the examples sum to one."""
+        """Merge the uploads, given by slot and client; ``shares`` of the examples sum to one."""
 
     def extra(self, client: Client) -> list[steps.Step]:
-        """Steps of the last round between training and upload: what a rule needs beyond the adapters."""
+        """Steps of the last round between training and upload, for what a rule needs beyond the adapters."""
         return []
 
     def needs_everyone(self, round_: int) -> bool:
-        """Local rounds cost no bytes, and all are to be merged."""
+        """Always: local rounds cost no bytes, and all clients are to be merged."""
         return True
 
     def brief(self, round_: int, client: Client) -> Brief:
@@ -128,7 +129,7 @@ class OneShot(AlloyStrategy[OptionsT]):
         mix = steps.mixture(LOCAL if self.merged is None else MERGED)
         plan = [steps.initialise(LOCAL, self.seed)]
         if self.merged is not None:
-            # For a head that only the client knows: what is received replaces the rest.
+            # For a head that only the client has: the received adapter replaces the rest.
             plan.append(steps.copy(MERGED, LOCAL))
         plan += [steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {} if self.merged is None else {MERGED: self.merged})

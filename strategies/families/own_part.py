@@ -1,4 +1,4 @@
-"""FedAvg of the representation: one part of the adapter is everybody's, the other the client's own.
+"""FedAvg of the representation: all clients share one part of the adapter, and each has its own other part.
 
 The own part is the head (``own = "head"``), or the modules that comma-separated patterns match
 (``"*.layer.3.*,*head"``). Variants say how the two are trained and what becomes of the shared one.
@@ -53,19 +53,19 @@ class OwnPart(PartAverage[OwnT]):
         return [*self.train_own(client, own), *self.train_shared(client, shared)]
 
     def train_own(self, client: Client, count: int) -> list[steps.Step]:
-        """So many steps on the own part."""
+        """Train the own part for so many steps."""
         own = self.own_modules(client.layout)
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], modules=own, steps=count)] if count else []
 
     def train_shared(self, client: Client, count: int, pull: tuple[str, float] | None = None) -> list[steps.Step]:
-        """So many steps on the shared part, pulled to a slot with a strength where there is one."""
+        """Train the shared part for so many steps; ``pull`` is a slot to pull towards and a strength."""
         if not count:
             return []
         part = self.shared(0, client).modules
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], modules=part, steps=count, proximal=pull)]
 
     def divided_steps(self, client: Client) -> tuple[int, int]:
-        """How many of a round's local steps go to either part; both get some where the share is between 0 and 1."""
+        """A round's local steps for the own and the shared part; both get some if the share is between 0 and 1."""
         total, share = self.local_steps(client), self.options.own_steps
         first = round(share * total)
         if 0 < share < 1 < total:

@@ -1,4 +1,4 @@
-"""FedAvg of a part of the adapter: the rest stays as it is at the client, or is never changed.
+"""FedAvg of a part of the adapter; the rest stays at the client, or never changes.
 
 A variant says which part travels in a round (:meth:`PartAverage.shared`), and what is trained
 (:meth:`Averaging.train`).
@@ -32,14 +32,14 @@ class Part:
 
 
 class PartAverage(Averaging[OptionsT]):
-    """One part for all; the whole starts from the seed at the client and never travels."""
+    """One shared part; the whole adapter starts from the seed at the client and never travels."""
 
     def shared(self, round_: int, client: Client) -> Part:
         """What the client sends in this round."""
         raise NotImplementedError
 
     def wanted(self, round_: int, client: Client) -> Part:
-        """What it is sent before; round 0 is the delivery. Here the same in all rounds."""
+        """What the client is sent before; round 0 is the delivery. Here it is the same in all rounds."""
         return self.shared(round_, client)
 
     def brief(self, round_: int, client: Client) -> Brief:
@@ -60,7 +60,7 @@ class PartAverage(Averaging[OptionsT]):
         return Brief(plan, self.received(client, wanted))
 
     def deliver(self, client: Client) -> Brief:
-        """The part inside what the client holds."""
+        """Deliver the part, inside the adapter that the client holds."""
         return Brief(super().deliver(client).steps, self.received(client))
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:

@@ -1,4 +1,4 @@
-"""Strategies that give every client a combination of its own of all clients' adapters.
+"""Strategies that give every client its own combination of all clients' adapters.
 
 The server keeps each client's last upload; :meth:`Peers.weigh` says how much each counts for each.
 """
@@ -18,7 +18,7 @@ LOCAL = "local"
 
 
 class Peers(AlloyStrategy[OptionsT]):
-    """Last uploads, and a row of weights for each client; sums are taken in factor space."""
+    """The clients' last uploads, and a row of weights for each client; sums are taken in factor space."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,7 +53,7 @@ class Peers(AlloyStrategy[OptionsT]):
         return record | ({round_record.RELATIONS: rows} if rows else {})
 
     def combined(self, slot: str, client: Client) -> Made | None:
-        """The client's combination, for this slot; None for one that has no weights, or only zeros."""
+        """The client's combination for this slot; None for a client without weights, or with only zeros."""
         row = {name: weight for name, weight in self.weights.get(client.id, {}).items() if weight}
         if not row:
             return None
@@ -68,7 +68,7 @@ class Peers(AlloyStrategy[OptionsT]):
 
     @property
     def known(self) -> Bank:
-        """Uploads as they were when the round began: what arrives meanwhile changes no client's combination."""
+        """Uploads as they were when the round began; later arrivals change no client's combination."""
         if self._known is None:
             self._known = self.uploads.snapshot()
         return self._known
@@ -78,7 +78,7 @@ class Peers(AlloyStrategy[OptionsT]):
         return [steps.initialise(LOCAL, self.seed)]
 
     def send(self) -> steps.Step:
-        """Upload the client's own adapter, which it does not get back."""
+        """Upload the client's own adapter; the server does not send it back."""
         return steps.send(self.training, LOCAL, relative_to_received=False)
 
     def deliver(self, client: Client) -> Brief:
@@ -94,7 +94,7 @@ class Peers(AlloyStrategy[OptionsT]):
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
-        layout = next(iter(self.clients.values())).layout  # one for all, also of clients that are not back yet
+        layout = next(iter(self.clients.values())).layout  # one layout for all, also for clients that are not back yet
         self.uploads.clear()
         for name in state.values["clients"]:
             self.uploads.put_row(name, layout, state.row(f"upload/{name}"))

@@ -1,12 +1,12 @@
-"""Averages that one upload of several cannot take over, coordinate by coordinate or by choice of one upload.
+"""Averages that one upload among several cannot take over, by coordinate or by choosing one upload.
 
 * ``median``: of every number (Yin, Chen, Ramchandran, Bartlett, "Byzantine-Robust Distributed Learning", ICML 2018).
 * ``trimmed``: the mean without the smallest and the largest of every number (same paper, with one liar assumed).
 * ``krum``: the upload with the nearest neighbours (Blanchard et al., "Machine Learning with Adversaries: Byzantine
   Tolerant Gradient Descent", NeurIPS 2017, with one liar assumed).
 
-None looks at example counts: a liar would claim them. Where clients differ as much as here, honest numbers are far
-apart, and what is robust then costs accuracy: see docs/security.md.
+None looks at example counts: a liar could claim any. Personalised clients differ, so honest numbers are far apart and
+robust rules cost accuracy: see docs/security.md.
 """
 
 from __future__ import annotations
