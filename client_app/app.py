@@ -1,7 +1,7 @@
-"""The Flower ClientApp: hands what it is asked to whoever has the client's data.
+"""The Flower ClientApp: passes requests to the process that has the client's data.
 
-That is the owner's own service where node-config names its socket (``site-socket``): this process is a relay then, and
-imports the relay alone. Elsewhere the run brings the code that works on the data (:mod:`client_app.trainer.bundled`).
+If node-config names the socket of the owner's own service (``site-socket``), this process is a relay and imports
+nothing but the relay. Otherwise the run brings the code that works on the data (:mod:`client_app.trainer.bundled`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def plan(message: Message, context: Context) -> Message:
 
 @app.query("counters")
 def counters(message: Message, context: Context) -> Message:
-    """Only read the counters: the last reply of a run is contained in them."""
+    """Only read the counters; they include the last reply of a run."""
     if "site-socket" in context.node_config:
         from client_app.trainer import relay
 

@@ -1,4 +1,4 @@
-"""What a run asks of a client's base model: which one, how it is held, and how it computes."""
+"""Settings of a client's base model: which one, how it is loaded, and how it computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SettingsError(ValueError):
 
     @property
     def told(self) -> str:
-        """The key, which is all that the server gets to know: a value of node-config is the owner's."""
+        """The key only: values of node-config belong to the owner, and the server does not see them."""
         named = _KEY.match(str(self))
         return named.group(1) if named else ""
 
@@ -29,21 +29,21 @@ class ModelSettings:
     base_model: str = ""
     """Hugging Face id (``org/name`` or ``org/name@revision``) or folder; for clients with a ``data-path``."""
     reference_model: str = ""
-    """For ``fedmosaic`` where clients differ in their base model: a small one that all of them compare their data with
-    (hub id or folder). Empty: the base model itself."""
+    """For ``fedmosaic`` with different base models: a small model (hub id or folder) with which all clients compare
+    their data. Empty: the base model itself."""
     task: str = ""
-    """The kind of task, one of docs/data-and-models.md; empty: what the columns are for."""
+    """The kind of task, one of docs/data-and-models.md; empty: found from the columns."""
     labels: str = ""
-    """Comma-separated class names that all clients share: the head is then a part of the adapter. Empty: each client's
-    labels are its own, and so is its head, which never leaves it."""
+    """Comma-separated class names that all clients share; the head is then part of the adapter. Empty: each client has
+    its own labels and its own head, which never leaves it."""
     label_weights: str = "none"
-    """How much examples of each label count in training: ``none`` (all the same), ``balanced`` (every label the same in
-    all, by the client's own training examples), or a number for each label in the order of ``labels``."""
+    """Weight of each label in training: ``none`` (all examples count the same), ``balanced`` (all labels have the same
+    total weight, by the client's own training examples), or a number for each label in the order of ``labels``."""
     preference_beta: float = 0.1
     """Beta of preferences: how closely the model is held to the base model (DPO)."""
     target_modules: str = ""
-    """Comma-separated ends of module names that get LoRA factors, ``all-linear``, or ``language-model``: all that is in
-    no vision or audio tower and no projector. Empty: PEFT's choice for the architecture."""
+    """Modules that get LoRA factors: comma-separated ends of their names, ``all-linear``, or ``language-model`` (all
+    linear modules outside vision and audio towers and projectors). Empty: PEFT's choice for the architecture."""
     model_dtype: str = "auto"
     """Number type of the frozen base: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on GPUs that have it, else
     float32. Adapters are always float32."""
@@ -55,21 +55,21 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     micro_batch_size: int = 0
-    """Examples at most at once; a batch is then accumulated from parts. 0: no bound."""
+    """Largest number of examples at once; larger batches are accumulated from parts. 0: no bound."""
     logits_chunk_mb: int = 32
-    """Logits at most at once in training and evaluation, in MB of float32, where the model's head allows it; 0: no
-    bound."""
+    """Largest amount of logits at once in training and evaluation, in MB of float32, if the model's head allows it; 0:
+    no bound."""
     group_by_length: bool = False
-    """Training batches have texts of similar lengths: of every eight batches, the same examples, sorted."""
+    """Put texts of similar lengths together: the examples of every eight training batches are sorted by length."""
     packing: bool = False
-    """Training texts share rows, each for itself: no time goes into padding. For ``causal-lm``, where the model keeps
-    them apart by their positions; refused elsewhere."""
+    """Pack several training texts into one row, kept apart by their positions, so that no time goes into padding. Only
+    for ``causal-lm`` and models that keep packed texts apart; otherwise refused."""
     max_length: int = 512
-    """Tokens of one example; a longer prompt loses its beginning, a longer text its end."""
+    """Largest number of tokens of one example; a longer prompt loses its beginning, a longer text its end."""
     max_new_tokens: int = 64
-    """Tokens at most of each text that is written in an evaluation."""
+    """Largest number of tokens of each generated text in an evaluation."""
     generate_examples: int = 0
-    """Texts that are written in each evaluation, for exact match and ROUGE-L."""
+    """Number of texts to generate in each evaluation, for exact match and ROUGE-L."""
 
     def __post_init__(self) -> None:
         require_choice("model-dtype", self.model_dtype, ("auto", "float32", "bfloat16"))
@@ -114,12 +114,12 @@ class ModelSettings:
 
 
 def canonical_label(name: str) -> str:
-    """A label as it is compared: NFC, because the same letters can be written in two ways, and no space around."""
+    """A label in the form for comparisons: in NFC (letters can be encoded in two ways), without surrounding space."""
     return unicodedata.normalize("NFC", name).strip().strip("\ufeff")
 
 
 def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the choices."""
+    """Refuse a value that is not among the choices."""
     if value not in choices:
         raise SettingsError(f"{key} = {value!r}, expected one of {', '.join(choices)}")
 

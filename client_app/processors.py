@@ -1,4 +1,4 @@
-"""How many threads a client computes with on a CPU: as its owner says, or its share of the machine's cores."""
+"""The number of threads of a client on a CPU: the owner's choice, or the client's share of the cores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _REMEMBERED = "torch-threads"
 def threads_for(asked: int, state_dir: Path) -> int:
     """Threads of a client.
 
-    Sums are added in another order with other threads, so a client keeps the number that it had: what was found first
-    stands in its state directory, until the machine has other cores.
+    Another number of threads adds numbers in another order. So a client keeps its first number, stored in its state
+    directory, until the machine's cores change.
 
     Args:
         asked: node-config's ``torch-threads``; 0: the cores, divided by the clients on this machine.

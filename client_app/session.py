@@ -1,4 +1,4 @@
-"""Carries out what the server asks a client for; the only way there is, in the ClientApp's process or in the trainer.
+"""Carries out a server's requests at a client, in the ClientApp's process or in the trainer.
 
 An executor keeps the base model and the data between requests, as long as settings and data files
 stay the same.
@@ -53,7 +53,7 @@ class Executor:
     """One client's base model and data; holds those of one run's settings at a time.
 
     Args:
-        mode: whose code this is, which registrations say.
+        mode: whose code this is; registrations say it.
     """
 
     def __init__(self, mode: report_pb2.TrainerMode = report_pb2.TRAINER_MODE_BUNDLED) -> None:
@@ -73,7 +73,7 @@ class Executor:
         return found
 
     def describe(self, settings: Settings) -> report_pb2.Registration:
-        """What :meth:`register` would tell, for the owner's eyes: nothing leaves, and nothing is on record."""
+        """What :meth:`register` would report, for the owner: nothing leaves the client and nothing is recorded."""
         found = _registration(settings, *self._load(settings))
         found.trainer = self.mode
         budget = _budget(settings)
@@ -88,7 +88,7 @@ class Executor:
     ) -> tuple[report_pb2.Report, dict[str, bytes]]:
         """Run a plan; the report and the uploads by slot. All changes to slots become visible together, or none.
 
-        The model is left as it was loaded; after an error it is not trusted any more, and loaded again next time.
+        Afterwards the model is as it was loaded. After an error it is loaded again next time.
         """
         record = Record(settings.state_dir, settings.client_id)
         try:
@@ -142,7 +142,7 @@ class Executor:
         return *answer, interpreter.layouts
 
     def evict(self) -> None:
-        """Let go of model and data, on the GPU too."""
+        """Release model and data, on the GPU, too."""
         self._key, self._held = None, None
         gc.collect()  # modules and their hooks refer to each other
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
@@ -173,7 +173,7 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
         {name: len(task.splits.get("test", ())) for name, task in data.each_task.items()},
         {name: task.generate_examples for name, task in data.each_task.items()},
     )
-    # What its owner lets no plan look at, the server shall not plan with.
+    # The server should not plan with data that the owner's policy hides.
     held_out = [len(task.splits.get("validation", ())) for task in data.each_task.values()]
     unused = {"validation"} if any(0 < count < settings.policy.min_examples for count in held_out) else set()
     return report_pb2.Registration(

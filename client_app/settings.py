@@ -1,4 +1,4 @@
-"""Who this client is, where it keeps its files, and what the run asks of its model and data."""
+"""A client's settings: who it is, where its files are, and how its model and data are set up."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ C = TypeVar("C")
 
 
 class NodeConfigError(SettingsError):
-    """Node-config lacks a key, or has one that nobody reads. The words name keys and no values: all may be told."""
+    """Node-config lacks a key, or has an unknown one. The message names no values, so the server may see it."""
 
     told = property(str)
 
@@ -56,8 +56,8 @@ class AdapterSettings:
     lora_dropout: float = 0.0
     """Dropout at the adapters' input."""
     lora_blocks: int = 0
-    """Co-LoRA: the last layer of each of this many blocks gets P and Q between A and B, which clients of other
-    architectures share; 0: plain LoRA."""
+    """Co-LoRA: number of blocks. The last layer of each gets P and Q between A and B, which clients with other
+    architectures share, too. 0: plain LoRA."""
     lora_alignment: str = ""
     """Hash of the alignment of A and B that ``fedalloy align`` wrote; empty: drawn from the seed."""
 
@@ -98,7 +98,7 @@ class DataSettings:
     image_column: str = "image"
     """Column of the image."""
     prompt_template: str = "auto"
-    """``auto``: prompts and completions go through the model's chat template where it has one, as user and assistant.
+    """``auto``: if the model has a chat template, prompts and completions go through it as user and assistant.
     ``none``: they are read as they are."""
     split_column: str = ""
     """Column that says train, validation or test. Without it, and without files for each, examples are divided by
@@ -147,11 +147,11 @@ class TrainerSettings:
     """
 
     resident: bool = True
-    """``true``: one process for each client keeps base model and data in memory between messages. ``false``: everything
-    is done in the process that Flower starts for each message, for debuggers; in Flower's simulation engine that is
-    always so."""
+    """``true``: one process for each client keeps base model and data in memory between messages. ``false``: the
+    process that Flower starts for each message does all the work, for debuggers; so it always is in Flower's simulation
+    engine."""
     idle_seconds: float = 300.0
-    """The trainer leaves after this many seconds without a message (and at once when its SuperNode ends)."""
+    """The trainer ends after this many seconds without a message (and at once when its SuperNode ends)."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def node_keys() -> list[str]:
 
 
 def require_node_keys(node: Config, whose: str = "node-config") -> None:
-    """Refuse keys that nobody reads: a misspelt one would leave a client with other data than its owner meant.
+    """Refuse unknown keys: with a misspelt one, a client might use other data than its owner meant.
 
     Raises:
         NodeConfigError: names all of them, each with the nearest known key.
@@ -338,7 +338,7 @@ def _policy(node: Config, run: Config) -> Policy:
 
 
 def _require_accepted(node: Config, run: Config) -> None:
-    """Which file is read, and which of its columns, is the owner's to say, unless it accepts a run's word for it.
+    """Only the owner chooses files and columns, unless it accepts the run's choice.
 
     ``client.accept-keys`` in node-config, and only there, lists the keys that run-config may set, or is ``all``.
     """
@@ -349,8 +349,8 @@ def _require_accepted(node: Config, run: Config) -> None:
             continue
         if not accepted & {key, "all"}:
             raise SettingsError(
-                f"{key} = {run[key]!r} is run-config's, and this client takes it from its own node-config alone; to "
-                f"accept a run's, set client.accept-keys='{key}' there"
+                f"{key} = {run[key]!r} is from run-config, but this client takes it only from its own node-config; to "
+                f"accept a run's value, set client.accept-keys='{key}' there"
             )
 
 

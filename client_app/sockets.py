@@ -1,6 +1,6 @@
 """Kernel counters of the Fleet connection: what TCP really sent and received.
 
-Linux keeps counters per TCP connection and hands them out over netlink (``sock_diag``), without privileges. One segment
+Linux keeps counters per TCP connection and returns them over netlink (``sock_diag``), without privileges. One segment
 of a connection costs ``header_bytes`` on an Ethernet (14) with IPv4 (20) or IPv6 (40) and TCP (20, plus 12 where the
 connection uses timestamps), so ``bytes_sent + header_bytes * segments_out`` is what a packet capture at the sender
 shows, but for the options of the handshake (82 bytes per connection).
@@ -9,8 +9,8 @@ A ClientApp is a process of its own below the SuperNode (``flower-supernode`` > 
 the connection belongs to the SuperNode: it is found through ``/proc``. A ServerApp lives in the network namespace of
 the SuperLink and sees the same connections from the other end. With process isolation in containers the SuperNode is
 no parent process and does not appear in ``/proc``. If a SuperNode and its SuperExec have a network namespace of their
-own, set ``FEDALLOY_FLEET_PORT``: then every connection to that port in the namespace is the SuperNode's. Where none of
-this holds, a reading says ``not_measured`` and why; it never guesses.
+own, set ``FEDALLOY_FLEET_PORT``: then every connection to that port in the namespace is the SuperNode's. Otherwise a
+reading says ``not_measured`` and why; it never guesses.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 FedMosaic's two settings (its reference code; specification section 5.1): ``static``, where every round brings an equal
 share of all of a client's data, and ``dynamic``, where its tasks come one after another, each over its own rounds. A
-task is a group of classes. What has arrived stays: batches are drawn from all of it, what is new or was rarely drawn
-first. Nothing is remembered between rounds: what a client has in round k, and the draws of all rounds before, follow
-from k and the seed, so a resumed run sees what a run that was never stopped sees.
+task is a group of classes. Examples stay once they have arrived: batches are drawn from all of them, and new or rarely
+drawn examples come first. Nothing is stored between rounds: the examples in round k, and the draws of all earlier
+rounds, follow from k and the seed. So a resumed run sees the same examples as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from client_app.data.dataset import ClientData, Dataset
 from client_app.settings import SettingsError
 
 TASKS = 4
-"""Groups of classes that a client's data are divided into, or fewer where it has fewer classes."""
+"""Number of groups of classes in a client's data; fewer if it has fewer classes."""
 SHARPNESS, FADING = 0.125, 0.99
 """An example that was drawn c times has a weight of exp(-c / SHARPNESS); counts fade by this factor at each draw."""
 
@@ -45,14 +45,14 @@ class StreamedDataset(Dataset):
         """Indices ``[batch_size]`` of the ``steps`` batches of a round, drawn from the memory.
 
         The round's examples arrive one by one; after every n / steps of them a batch is drawn, without replacement
-        (with, as long as fewer than ``batch_size`` have arrived). Earlier rounds are drawn again first, as if they had
-        had as many steps, because their draws count.
+        (with, as long as fewer than ``batch_size`` have arrived). Earlier rounds are replayed first, with the same
+        number of steps, because their draws count.
 
         Args:
-            batch_size: of every batch.
-            steps: of every round.
-            round_: which one is wanted, from 1.
-            seed_of_round: what decides a round's draws.
+            batch_size: examples in every batch.
+            steps: batches in every round.
+            round_: the round, from 1.
+            seed_of_round: gives the seed of a round's draws.
         """
         arrivals = self.arrivals.numpy()
         counts, here = np.zeros(len(arrivals)), np.zeros(len(arrivals), dtype=bool)
@@ -84,7 +84,7 @@ def streamed(data: ClientData, arrival: str, rounds: int, seed: int) -> ClientDa
     if type(train) is not Dataset or train.labels.dim() != 1:
         raise SettingsError(
             f"task-arrival = {arrival!r} divides one classification task by its classes; this client's data "
-            f"({data.task}, {data.kind}) cannot be divided so"
+            f"({data.task}, {data.kind}) cannot be divided that way"
         )
     find = arrivals_dynamic if arrival == "dynamic" else arrivals_static
     arrivals = torch.from_numpy(find(train.labels.numpy(), rounds, seed))
@@ -93,7 +93,7 @@ def streamed(data: ClientData, arrival: str, rounds: int, seed: int) -> ClientDa
 
 
 def arrivals_static(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArray[np.int64]:
-    """The round of each example: all of them shuffled, in equal chunks (but for one example), the larger ones first."""
+    """The round of each example: all are shuffled, in equal chunks (but for one example), larger ones first."""
     found = np.empty(len(labels), dtype=np.int64)
     order = np.random.default_rng(seed).permutation(len(labels))
     for number, chunk in enumerate(np.array_split(order, rounds), start=1):

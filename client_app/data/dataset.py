@@ -17,9 +17,9 @@ MIXED = "several tasks"
 class Dataset:
     """One split in memory: model inputs by argument name, each ``[n, ...]``, and labels.
 
-    Labels are integers ``[n]``, or ``[n, L]`` where every token has one (-100: not a target), or what else the kind of
-    task says: numbers ``[n]`` or ``[n, C]``, spans ``[n, A, 2]``. ``kind`` decides the loss and the metrics; see
-    :mod:`client_app.kinds`. Texts are padded on the right to the longest of the split; inputs that are as long as
+    Labels are integers ``[n]``, or ``[n, L]`` if every token has one (-100: not a target). Other kinds of tasks have
+    numbers ``[n]`` or ``[n, C]``, or spans ``[n, A, 2]``. ``kind`` decides the loss and the metrics; see
+    :mod:`client_app.kinds`. Texts are padded on the right to the longest of the split; inputs with the length of
     ``attention_mask`` belong to tokens. ``task`` names one of several tasks of a client. ``rows [n]`` says how many
     rows of an input each example has, where that is not one: patches of images in one long list (Qwen-VL), several
     images.
@@ -45,7 +45,7 @@ class Dataset:
 
     @property
     def lengths(self) -> Tensor | None:
-        """Tokens of each example ``[n]``; None where it has none, or more than one text."""
+        """Token count of each example ``[n]``; None if examples have no tokens, or several texts."""
         return self.inputs[MASK].sum(dim=1) if MASK in self.inputs else None
 
     def by_task(self, indices: Tensor) -> list[Dataset]:
@@ -74,7 +74,7 @@ class Dataset:
 
 
 def _rows_at(tensor: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
-    """The rows of the examples at ``indices``, where example i has ``counts[i]`` of them, one example after another."""
+    """The rows of the examples at ``indices``; example i has ``counts[i]`` rows, and examples follow one another."""
     ends = counts.cumsum(dim=0)
     spans = [torch.arange(int(ends[i] - counts[i]), int(ends[i])) for i in indices.tolist()]
     return tensor[torch.cat(spans)] if spans else tensor[:0]
@@ -117,7 +117,7 @@ class LazyDataset(Dataset):
 
 @dataclass(frozen=True)
 class MixedDataset(Dataset):
-    """One split of a client with several tasks: their examples one after the other, by name of the task.
+    """One split of a client with several tasks: the tasks' examples one after the other, ordered by task name.
 
     A batch has examples of one task only; :meth:`by_task` takes a mixed choice apart. ``labels`` are the numbers of the
     tasks.
@@ -161,14 +161,13 @@ class MixedDataset(Dataset):
 class ClientData:
     """A client's task and its splits; ``"train"``, ``"validation"`` and ``"test"`` are disjoint.
 
-    ``metrics`` are wanted beyond those that logits give at once. Where texts are generated, ``decode`` turns token ids
-    into text, and at most ``generate_examples`` texts of ``max_new_tokens`` tokens are written in an evaluation.
-    ``choices`` are the tokens with which the possible answers begin, where there are only so many: the likeliest of
-    them counts as the model's answer. ``notes`` are findings about the data that contain none of it, for the server's
-    log. ``for_reference`` has splits as the reference model reads them, where that has a tokenizer or processor of its
-    own.
+    ``metrics`` names the metrics to compute beside loss and accuracy. Where texts are generated, ``decode`` turns token
+    ids into text, and at most ``generate_examples`` texts of ``max_new_tokens`` tokens are written in an evaluation.
+    ``choices`` are the first tokens of the possible answers, if these are a fixed set; the likeliest of them counts as
+    the model's answer. ``notes`` are findings about the data that contain none of it, for the server's log.
+    ``for_reference`` has the splits as the reference model reads them, if it has its own tokenizer or processor.
 
-    ``labels`` are the names of its classes in order, ``shared_labels`` the same where the run names them: only those
+    ``labels`` are the names of its classes in order. ``shared_labels`` are the same if the run names them; only those
     may leave the client. ``label_weights [C]`` is how much each counts in training; None: all the same.
 
     ``modalities`` are what the model reads and writes, ``groups`` the parameter groups
@@ -218,7 +217,7 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base model and what of it adapters change.
+    """A frozen base model, and the parts of it that adapters change.
 
     ``targets`` are the names of the linear modules that get LoRA factors, ``heads`` those whose weight and bias are
     trained in full, as differences. ``own_heads`` are trained in full, too, but never leave the client: heads for

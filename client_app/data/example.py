@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Example:
-    """One checked example; what its task does not have is None.
+    """One checked example; fields that its task does not use are None.
 
     ``text`` and ``pair`` for classification; ``prompt`` (None: the text has none) and ``completion``, or ``messages``,
     for generation, or both, where the prompt is for models without a chat template. ``context`` is what a chat template
     gets beside the messages (tools), ``first`` the first message that may be learnt. An image is a path or an encoded
-    file. ``told`` is what only this kind of task has.
+    file. ``told`` holds fields of one kind of task only.
     """
 
     place: str
@@ -35,7 +35,7 @@ class Example:
 
     @property
     def content(self) -> str:
-        """What two copies of one example have in common."""
+        """The content that two copies of one example share."""
         seen = [image_digest(image) for image in self.images]
         # "None" is how texts were divided from the first version on: another word would be another division.
         image = seen if len(seen) > 1 else seen[0] if seen else "None"
@@ -51,7 +51,7 @@ def _digest_of(path: Path, _size: int, _time: int) -> str:
 
 
 def image_digest(image: Path | bytes | None) -> str | None:
-    """SHA-256 of an image's file: a copy under another name, or in another folder, is the same image."""
+    """SHA-256 of an image's file; a copy with another name or in another folder has the same."""
     if isinstance(image, Path):
         stat = image.stat()
         return _digest_of(image, stat.st_size, stat.st_mtime_ns)

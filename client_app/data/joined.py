@@ -1,4 +1,4 @@
-"""Several splits of one client as one: for controls that train on all that a strategy learns from."""
+"""Several splits of one client as one, for controls that train on all examples that a strategy learns from."""
 
 from __future__ import annotations
 

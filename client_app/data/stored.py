@@ -34,18 +34,19 @@ TOKENS, LABELS, LENGTH = "input_ids", "labels", "length"
 ROWS_AT_ONCE = 64
 """Examples of one record batch: what is encoded and not yet written."""
 MAPPED_BYTES = 2**24
-"""Bytes read after which the system gets the file's pages back: until then those that were read count as resident."""
+"""After reading this many bytes, the file's pages are given back to the system; until then they count as resident
+memory."""
 _AROUND = 16
 """Pages that the system maps around one that is read (Linux's fault_around_bytes, 64 KiB)."""
 UNUSED_SECONDS = 30 * 24 * 3600.0
-"""Files that nobody has opened for so long are removed when another is written."""
+"""Files that nobody has opened for this many seconds are removed when another is written."""
 
 Ints = NDArray[np.int32]
 
 
 @dataclass
 class TokenFile:
-    """An Arrow file of examples; ``about`` is what was told when it was written.
+    """An Arrow file of examples; ``about`` is the JSON that was stored with it.
 
     ``lengths [n]`` are tokens of each example; ``columns`` their names; ``extreme`` is the example with the largest
     token.
@@ -173,7 +174,7 @@ def write_tokens(
     write_durably(_beside(path), json.dumps(told, allow_nan=False).encode())
     opened = TokenFile.opened(path)
     if opened is None:
-        raise OSError(f"{path} is not what was written to it")
+        raise OSError(f"{path} does not contain what was written to it")
     return opened
 
 
@@ -230,7 +231,7 @@ class StoredDataset(Dataset):
 
 
 def give_back_memory() -> None:
-    """What was freed goes back to the system, where the C library can be asked for that (glibc)."""
+    """Give freed memory back to the system, if the C library can do that (glibc)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -250,7 +251,7 @@ def _beside(path: Path) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what nobody has used for long; who has it mapped keeps it."""
+    """Remove files that nobody has used for long; a process that has one mapped keeps it."""
     with contextlib.suppress(OSError):
         for told in folder.glob("*.json"):
             if time.time() - told.stat().st_mtime > UNUSED_SECONDS:

@@ -15,7 +15,7 @@ def target_mask(labels: Tensor) -> Tensor:
 
 
 def at_targets(everywhere: Tensor, labels: Tensor) -> Tensor:
-    """Of something at all positions ``[b, L', d]`` what lies before a target, ``[n, d]``, row by row.
+    """Select from values at all positions ``[b, L', d]`` those before a target, ``[n, d]``, row by row.
 
     L' may exceed the L of ``labels [b, L]``: a prefix may have been put before the tokens (images), never after them.
     """

@@ -1,8 +1,8 @@
-"""What of an error leaves the client: its class, a column's name and a line's number. The words stay in its log.
+"""What the server learns of an error: its class, a column's name and a line's number.
 
-An error of the client's data says what was found, and that is data; an error of its files says which there are. The
-server gets neither. What was asked for is the server's own: errors of a plan, of a received adapter and of the owner's
-policy are told in their words, but for what other errors have added to them.
+The whole message stays in the client's log: an error in its data quotes data, and an error in its files names files.
+Errors of a plan, of a received adapter and of the owner's policy are about what the server itself sent. Their messages
+are passed on, without the text that other errors have added.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Handler = Callable[[Message, Context], Message]
 
 
 class ClientError(RuntimeError):
-    """What the server is told of an error: :func:`told`."""
+    """The error that the server gets; its message is :func:`told`."""
 
 
 def told(error: BaseException) -> str:
-    """What the server may know of an error.
+    """The part of an error that the server may know.
 
-    An error class may have ``told``: the words, or the place, that may leave; and ``told_class``, where it stands for
-    an error of another process.
+    An error class may have ``told``, the text that may leave, and ``told_class`` if it stands for an error of another
+    process.
     """
     name = str(getattr(error, "told_class", type(error).__name__))
     words = str(getattr(error, "told", ""))
-    return f"{name}: {words}" if words else f"{name} (the client's log says more)"
+    return f"{name}: {words}" if words else f"{name} (see the client's log)"
 
 
 def private_errors(handler: Handler) -> Handler:
-    """The handler, whose errors are written to the client's log and told as :class:`ClientError`."""
+    """Wrap a handler: its errors go to the client's log, and the server gets a :class:`ClientError`."""
 
     @functools.wraps(handler)
     def guarded(message: Message, context: Context) -> Message:

@@ -1,7 +1,7 @@
 """Noise that only the client can make again, from a secret in its state directory.
 
-A server knows seeds, plans and names, and would subtract any noise that is drawn from them. A plan that is carried out
-again, after a crash, has the same noise, or two answers would tell more than one; any other plan has other noise.
+A server knows seeds, plans and names, and could subtract noise that is drawn from them. A plan that is repeated after a
+crash has the same noise; otherwise two answers would reveal more than one. Any other plan has other noise.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def secret_of(state_dir: Path, client_id: str) -> bytes:
 
 
 def keep_secret(state_dir: Path, client_id: str, words: bytes) -> None:
-    """For a client whose owner needs the same noise in another place: a secret made of ``words``, unless it has one."""
+    """Store a secret made of ``words``, unless the client has one; for an owner who needs the same noise elsewhere."""
     path = state_dir / "secrets" / client_id
     if not path.exists():
         write_durably(path, hashlib.sha256(words + client_id.encode()).digest())
 
 
 def noise_key(secret: bytes, plan: plan_pb2.Plan, index: int) -> bytes:
-    """The key of one step's noise: other for every plan and step, the same when a plan is carried out again."""
+    """The key of one step's noise: different for every plan and step, and the same when a plan is repeated."""
     asked = plan_pb2.Plan()
     asked.CopyFrom(plan)
     asked.ClearField("run_key")  # which is drawn anew for a run that is made again

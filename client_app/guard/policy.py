@@ -1,7 +1,7 @@
-"""What a client lets a server ask of it: its owner's policy, the one place for it, and the refusals.
+"""The owner's policy: what a server may ask of this client, and how it is refused.
 
-The owner's node-config decides (``client.allow-steps``, ...). Where it is silent, run-config, which is the server's,
-can make a bound stricter than the default, never looser.
+The owner's node-config decides (``client.allow-steps``, ...). For a key that it does not set, the server's run-config
+can make the bound stricter than the default, never looser.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Parts = Callable[[str], Sequence[int]]
 
 
 class PolicyError(ValueError):
-    """The plan asks for what this client's owner does not allow; names the key that says so."""
+    """The plan asks for something that this client's owner does not allow; the message names the key."""
 
     @property
     def told(self) -> str:
-        """The server may know what it asked for, and the bound."""
+        """The whole message: the server may know its own request and the bound."""
         return str(self)
 
 
@@ -43,8 +43,8 @@ class Policy:
     max_download_mb: float = 4096.0
     """Bound on all adapters that come with one plan, in megabytes."""
     min_examples: int = 2
-    """Fewest different examples that may be trained on or measured in one step, and by which two measurements of one
-    split in a run may differ where they differ at all: otherwise their difference tells of fewer."""
+    """Fewest different examples that one step may train on or measure. Two different measurements of one split in a run
+    must differ by at least as many examples; otherwise their difference would be about fewer."""
     max_steps: int = 100_000
     """Most training steps in one plan, batches of sketches among them."""
     max_evaluations: int = 5_000
@@ -56,7 +56,7 @@ class Policy:
     max_seconds: float = 86_400.0
     """Longest time that one plan may take."""
     max_run_steps: int = 10_000_000
-    """Most training steps of a run in all its plans, those that were broken off among them."""
+    """Most training steps in all plans of a run, including plans that were broken off."""
     max_run_evaluations: int = 500_000
     """Most evaluations and other passes over a split in a run."""
     max_run_statistics: int = 10_000
@@ -68,9 +68,10 @@ class Policy:
     max_total_upload_mb: float = 0.0
     """Bound on all uploads of all runs together, in megabytes."""
     min_sketch_noise: float = 0.0
-    """Least standard deviation of what is added to every number of a sketch."""
+    """Least standard deviation of the noise in every number of a sketch."""
     private_slots: str = ""
-    """Comma-separated slots that never leave, nor what is made of them; a strategy that sends one is refused."""
+    """Comma-separated slots that never leave the client, nor anything made of them; a strategy that sends one is
+    refused."""
 
     def __post_init__(self) -> None:
         for name in self.allowed:
@@ -93,7 +94,7 @@ class Policy:
         return frozenset(_names(self.private_slots))
 
     def stricter(self, other: Policy) -> Policy:
-        """Of every bound the stricter one of two policies."""
+        """Combine two policies: the stricter one of every bound."""
         found: dict[str, Any] = {}
         for item in fields(self):
             ours, theirs = getattr(self, item.name), getattr(other, item.name)
@@ -109,7 +110,7 @@ class Policy:
         return Policy(**found)
 
     def require_plan(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
-        """Before anything is done: what can be seen of a plan without the client's data.
+        """Check a plan before anything is done, as far as that is possible without the client's data.
 
         Raises:
             PolicyError: it asks for more than the owner allows.
@@ -143,10 +144,10 @@ class Policy:
                 raise PolicyError(f"{who} refuses the plan: its {_key(name)} is {most:g}, and the plan has {found:g}")
 
     def require_scores(self, client_id: str, tests: Mapping[str, int], texts: Mapping[str, int]) -> None:
-        """Every task's scores may leave: what cannot is said when the client registers, not in a round.
+        """Require that every task's scores may leave, so that a client is refused at registration and not in a round.
 
         Args:
-            client_id: whose.
+            client_id: the client.
             tests: test examples by task; a task without any has no scores.
             texts: how many texts a task's scores come from; 0: it writes none.
 
@@ -164,7 +165,7 @@ class Policy:
     def require_examples(
         self, plan: plan_pb2.Plan, size_of: Callable[[str], int], parts_of: Parts | None = None
     ) -> None:
-        """No step that looks at so few examples that its result tells of one.
+        """Refuse a step on so few examples that its result would reveal single ones.
 
         Args:
             plan: what is asked.
@@ -191,7 +192,7 @@ class Policy:
     def require_apart(
         self, plan: plan_pb2.Plan, parts_of: Parts, seen: Mapping[str, Collection[int]]
     ) -> dict[str, list[int]]:
-        """No two measurements of a split whose examples are all but a few the same: their difference tells of those.
+        """Refuse a measurement that differs from an earlier one by a few examples: the difference would reveal them.
 
         Args:
             plan: what is asked.
@@ -217,14 +218,14 @@ class Policy:
                     raise PolicyError(
                         f"client {plan.client_id!r} refuses step {index} ({kind}): {count} examples of {body.split!r}, "
                         f"and this run has measured {near[0]}; its client.min-examples is {self.min_examples}, and the "
-                        f"difference would tell of {abs(near[0] - count)}"
+                        f"difference would reveal {abs(near[0] - count)}"
                     )
                 if count < size:
                     known.add(count)
         return {split: sorted(found)[:_MAX_COUNTS] for split, found in counts.items() if found}
 
     def require_small(self, client_id: str, uploads: Mapping[str, bytes]) -> None:
-        """Bound what leaves.
+        """Bound the size of uploads.
 
         Raises:
             PolicyError: the uploads are larger than ``max_upload_mb``.
@@ -237,7 +238,7 @@ class Policy:
             )
 
     def require_private(self, plan: plan_pb2.Plan, hidden: Collection[str]) -> frozenset[str]:
-        """Follow the private slots through a plan; the slots that hold something of them afterwards.
+        """Follow the private slots through a plan; return the slots that depend on them afterwards.
 
         Args:
             plan: what is asked.
@@ -277,7 +278,7 @@ def _body(step: plan_pb2.Step) -> Any:
 
 
 def tally_of(plan: plan_pb2.Plan) -> dict[str, int]:
-    """What a plan takes of a run's bounds."""
+    """How much of a run's bounds a plan uses."""
     return {
         "steps": sum(map(_training_steps, plan.steps)),
         "evaluations": sum(map(_evaluations, plan.steps)),
@@ -314,15 +315,15 @@ def _slots_of(body: Any) -> Iterator[str]:
 
 
 def shown_of(size: int, asked: int, least: int) -> int:
-    """How many of ``size`` examples a step looks at that asks for so many (0: all).
+    """How many of ``size`` examples a step looks at if it asks for ``asked`` (0: all).
 
-    All of them where it would leave out fewer than ``least``, who would be told by the difference from all.
+    All of them, if it would leave out fewer than ``least``: the difference from all would reveal these.
     """
     return size if not asked or size - asked < least else asked
 
 
 def _examples(body: Any, size: int, least: int) -> int | None:
-    """How many different examples a step looks at, of a split's ``size``; None for one that looks at none."""
+    """How many of a split's ``size`` examples a step looks at; None for a step that looks at none."""
     if isinstance(body, plan_pb2.DistillStep):
         body = body.train
     if isinstance(body, plan_pb2.TrainStep):
@@ -341,7 +342,7 @@ def _examples(body: Any, size: int, least: int) -> int | None:
 
 
 def _flows(kind: str | None, body: Any) -> Iterator[tuple[str, list[str]]]:
-    """From which slots to which one something goes in a step."""
+    """The slots that a step reads from, and the one that it writes to."""
     if kind == "initialise":
         if body.copy_of or not body.keep_existing:
             yield body.slot, [body.copy_of] if body.copy_of else []

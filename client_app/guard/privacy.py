@@ -1,9 +1,9 @@
-"""Record-level differential privacy: what the owner grants, what has been spent of it, and who keeps count.
+"""Record-level differential privacy: the owner's budget, what has been spent of it, and the accounting.
 
-The guarantee is that of DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", 2016): for each training
-example, all that leaves in all runs together is (epsilon, delta)-indistinguishable from what would have left without.
-The budget belongs to a data set and outlives runs, restarts and kills: what a plan may spend is written down before it
-begins, and nothing is ever given back. The accountants are Opacus's.
+The guarantee is that of DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", 2016): everything that leaves,
+in all runs together, is (epsilon, delta)-indistinguishable from what would have left without any one training example.
+The budget belongs to a data set and outlives runs, restarts and kills: a plan's spending is recorded before it begins,
+and is never given back. The accountants are Opacus's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedalloy_adapters.files.sealed_json import sealed, unsealed
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 PRIVATE_STEPS = ("initialise", "train", "merge", "evaluate", "save", "send", "distance")
-"""Kinds of steps that a plan may have: training is private, and the others are made of what it left."""
+"""Kinds of steps that a plan may have: training is private, and the others only use its results."""
 COVERS = (
     "each training example, in all runs together; not how many there are, nor what is measured on held-out examples"
 )
@@ -33,22 +33,23 @@ class PrivacyError(PolicyError):
 
 @dataclass(frozen=True)
 class Privacy:
-    """The owner's word; the field ``max_grad_norm`` is the key ``dp.max-grad-norm``."""
+    """The owner's settings; the field ``max_grad_norm`` is the key ``dp.max-grad-norm``."""
 
     epsilon: float = 0.0
-    """The most that may be spent on these data, ever; 0: no differential privacy."""
+    """Total epsilon that may ever be spent on these data; 0 means no differential privacy."""
     delta: float = 0.0
     """Probability with which the bound may fail; well below one divided by the number of examples."""
     max_grad_norm: float = 1.0
     """Each example's gradient, over all numbers that are trained together, is scaled down to this norm."""
     noise_multiplier: float = 1.0
-    """Standard deviation of the noise, in multiples of that norm: more of it, and the budget lasts longer."""
+    """Standard deviation of the noise, in multiples of that norm; with more noise the budget lasts longer."""
     accountant: str = "rdp"
     """``rdp`` (Renyi) or ``prv`` (privacy random variables; tighter, slower)."""
     data_set: str = ""
-    """Whose budget it is. Empty: by where the data are; the same records in two places need one name."""
+    """Name of the budget. Empty: it is named after the place of the data. Give the same name to the same records in two
+    places."""
     metrics: str = "none"
-    """``none``: no score leaves. ``held-out``: those of validation and test examples do; nothing protects these."""
+    """``none``: no score leaves. ``held-out``: scores of validation and test examples leave, without protection."""
 
     def __post_init__(self) -> None:
         for name, least in (("epsilon", 0), ("delta", 0), ("max_grad_norm", 0), ("noise_multiplier", 0)):
@@ -102,12 +103,12 @@ def spending_of(plan: plan_pb2.Plan, privacy: Privacy, sizes: Sequence[int]) -> 
 
 
 def rate_of(batch_size: int, size: int) -> float:
-    """With which probability each example is in a batch of ``batch_size`` on average."""
+    """The probability of each example to be drawn, for batches of ``batch_size`` on average."""
     return min(1.0, batch_size / size)
 
 
 def require_private_steps(plan: plan_pb2.Plan) -> None:
-    """Refuse what is not private, by its name.
+    """Refuse steps that are not private, by name.
 
     Raises:
         PrivacyError: a step is none of :data:`PRIVATE_STEPS`, or weighs examples by their losses.
@@ -117,7 +118,7 @@ def require_private_steps(plan: plan_pb2.Plan) -> None:
         if kind not in PRIVATE_STEPS:
             raise PrivacyError(
                 f"client {plan.client_id!r} refuses step {index} ({kind}): its examples are under differential privacy "
-                f"(dp.epsilon), for which there are {', '.join(PRIVATE_STEPS)}"
+                f"(dp.epsilon), which allows only {', '.join(PRIVATE_STEPS)}"
             )
         if kind == "train" and step.train.attributed_to:
             raise PrivacyError(f"client {plan.client_id!r} refuses step {index} (train): attributed-to is not private")
@@ -138,7 +139,7 @@ class Budget:
         return self._epsilon(self._read())
 
     def charge(self, more: Sequence[Spending]) -> float:
-        """Write down what is about to be spent; epsilon with it.
+        """Record what is about to be spent; return the epsilon after it.
 
         Raises:
             PrivacyError: it would be more than the owner grants; nothing is written then.
@@ -155,7 +156,7 @@ class Budget:
             epsilon = self._epsilon(history)
             if not epsilon <= self.privacy.epsilon:
                 raise PrivacyError(
-                    f"the privacy budget does not last: epsilon would be {epsilon:.4g} with this plan, and dp.epsilon "
+                    f"the privacy budget is exhausted: epsilon would be {epsilon:.4g} with this plan, and dp.epsilon "
                     f"is {self.privacy.epsilon:g}"
                 )
             if more:
@@ -164,7 +165,7 @@ class Budget:
             return epsilon
 
     def said(self, epsilon: float) -> report_pb2.RecordPrivacy:
-        """What a report and a registration say of it."""
+        """The budget as reports and registrations state it."""
         privacy = self.privacy
         return report_pb2.RecordPrivacy(
             epsilon=epsilon,
@@ -212,6 +213,6 @@ def require_private_run(directory: Path, client_id: str) -> None:
 
 
 def mark_private(directory: Path) -> None:
-    """From now on this run's slots hold nothing else."""
+    """Mark this run's slots: from now on they hold private results only."""
     if not (directory / _MARK).exists():
         write_durably(directory / _MARK, b"")

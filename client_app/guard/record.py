@@ -1,8 +1,8 @@
-"""The client's own record of what left it and what it refused: ``<state-dir>/records/<client-id>.jsonl``, append-only.
+"""The client's own record of what it sent and what it refused: ``<state-dir>/records/<client-id>.jsonl``, append-only.
 
-A line is written, and on the disk, before what it tells of leaves. Each has the SHA-256 of the line before it
-(``previous``), so that a line that is changed or taken out is seen as long as the newest hash is known. A line that a
-kill tore is kept; the next has its hash, too (``torn``), and is chained to the last whole one.
+A line is on the disk before the data that it describes leave. Each has the SHA-256 of the line before it
+(``previous``), so a changed or removed line is noticed as long as the newest hash is known. A line that a kill left
+incomplete stays; the next line has its hash, too (``torn``), and is chained to the last complete line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Record:
         """The hash of the line that was appended last."""
 
     def append(self, event: str, **said: Any) -> None:
-        """One line: ``time``, ``event``, what is ``said`` of it (JSON values), and ``previous``.
+        """Append a line: ``time``, ``event``, the values in ``said`` (JSON), and ``previous``.
 
         Raises:
             OSError: it cannot be written; then nothing may leave.
@@ -59,7 +59,7 @@ class Record:
             self.newest = digest(written)
 
     def last(self) -> str:
-        """The hash of the newest line, whoever appended it; empty without one."""
+        """The hash of the newest line, from whichever process; empty if there is no line."""
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -74,13 +74,13 @@ class Record:
 
 
 def asked(plan: plan_pb2.Plan) -> dict[str, Any]:
-    """What a record says of a plan."""
+    """A plan as a record states it."""
     kinds = [str(step.WhichOneof("kind")) for step in plan.steps]
     return {"run": plan.run_name, "round": plan.round, "steps": kinds}
 
 
 def left(report: report_pb2.Report, uploads: Mapping[str, bytes]) -> dict[str, Any]:
-    """What a record says of an answer: the report with every number in it, and every upload.
+    """An answer as a record states it: the report with all its numbers, and every upload.
 
     ``numbers`` of an upload is the bytes of its encoded numbers, which is what the server's ledger books.
     """
@@ -92,7 +92,7 @@ def left(report: report_pb2.Report, uploads: Mapping[str, bytes]) -> dict[str, A
 
 
 def values_of(message: Message) -> dict[str, Any]:
-    """A message as JSON; what JSON has no number for (infinity) becomes a text."""
+    """A message as JSON; numbers that JSON lacks (infinity) become texts."""
     found: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
     return found
 

@@ -1,4 +1,4 @@
-"""A run's slots are that run's: a plan that only knows its name does not get at them."""
+"""Binds slots to their run: knowing the run's name is not enough to reach them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILE = "run-key.sha256"
 
 
 def require_same_run(directory: Path, plan: plan_pb2.Plan) -> None:
-    """The plan has the key that the first plan under its run's name had.
+    """Require that the plan has the same key as the first plan under its run's name.
 
     Raises:
         PolicyError: it has another one, or none.

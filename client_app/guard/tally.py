@@ -1,7 +1,7 @@
-"""What a server has taken of a client so far, by run and in all: ``<state-dir>/records/<client-id>.tally.json``.
+"""What servers have used of a client's bounds, by run and in all: ``<state-dir>/records/<client-id>.tally.json``.
 
-It is written before the work begins, so that a plan that is killed counts as well; what an answer weighs is added
-before it leaves.
+It is written before the work begins, so that a killed plan counts, too. The size of an answer is added before it
+leaves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedalloy_adapters.files.sealed_json import sealed, unsealed
 from proto.fedalloy.v1 import plan_pb2
 
 _ALL = "all runs"
-"""No run has this name."""
+"""Key of the totals; no run has this name."""
 
 
 class TallyError(ValueError):
@@ -50,7 +50,7 @@ class Tally:
             self._add(plan.run_name, {"upload_bytes": size}, policy)
 
     def of(self, run_name: str = "") -> dict[str, Any]:
-        """What a run has taken; without a name, what all have."""
+        """What a run has used; without a name, all runs."""
         return dict(self._read().get(run_name or _ALL, {}))
 
     def _add(
@@ -91,4 +91,4 @@ class Tally:
         except FileNotFoundError:
             return {}
         except (ValueError, OSError) as error:
-            raise TallyError(f"{self.path} is damaged ({error}); what runs have taken is not known") from None
+            raise TallyError(f"{self.path} is damaged ({error}); it is not known what earlier runs have used") from None

@@ -47,7 +47,7 @@ def kind_of(name: str) -> Kind:
 
 
 def guess_kind(row: Mapping[str, Any], settings: DataSettings) -> Kind | None:
-    """The kind of task that a row's columns are for; None: they are for none."""
+    """The kind of task that a row's columns fit; None if they fit none."""
     return next((kind for kind in KINDS.values() if kind.fits(row, settings)), None)
 
 

@@ -1,4 +1,4 @@
-"""What a kind of task is: its columns, its tensors, its loss, its scores, its head, and how its model is exported.
+"""The contract of a kind of task: its columns, tensors, loss, scores, head, and the export of its model.
 
 A kind is stateless. What it works with comes from outside: a row (:class:`Cells`), the base model's tokenizer
 (:class:`Encoding`), and the model with a mixture active (:class:`Scorer`).
@@ -36,10 +36,10 @@ class Cells(Protocol):
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """What the row has, by column."""
+        """The row's values by column."""
 
     def value(self, column: str) -> Any:
-        """What the row has in a column; missing and null are errors."""
+        """The value in a column; a missing one or null is an error."""
 
     def text(self, column: str) -> str:
         """A text that is not empty."""
@@ -116,7 +116,7 @@ class Scorer(Protocol):
         """Losses at the targets of generated texts, few logits at a time."""
 
     def switched(self, mixture: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Another mixture for a while, without dropout; none: the base model alone."""
+        """Use another mixture inside the block, without dropout; no mixture means the base model alone."""
 
 
 @dataclass(frozen=True)
@@ -133,17 +133,17 @@ class Kind:
     Attributes:
         name: the value of the key ``task``.
         about: its row in the documentation.
-        order: kinds that want less of a row come later where the columns decide the task.
+        order: where the columns decide the task, kinds that need fewer columns come later.
         columns: what one example has.
         auto_model: the class of transformers that loads a base model for it.
         peft_task: the task type of its PEFT adapters; None where PEFT has no class for it.
-        head: ``labels``: a row for each label, shared where the run names the labels. ``common``: one that means the
-            same at every client. Empty: the model has all it needs.
+        head: ``labels``: one row for each label, shared if the run names the labels. ``common``: one head with the same
+            meaning at every client. Empty: the model needs no new head.
         generative: whether a text is written.
         per_token: whether the model's outputs are one for each token ``[b, L, ...]``.
         probabilities: whether outputs are logits of a distribution over the last axis.
-        company: whether an example's loss depends on the others of its batch.
-        own_inputs: inputs that the model does not get.
+        company: whether an example's loss depends on the other examples in its batch.
+        own_inputs: inputs that are for the kind only, not for the model.
         evaluation_batch: examples at once in an evaluation, at most (logits over a vocabulary are large).
         scores: what its examples are scored by beside their loss.
     """
@@ -193,7 +193,7 @@ class Kind:
         raise NotImplementedError
 
     def unlabelled_by(self, settings: DataSettings) -> tuple[str, ...]:
-        """Columns without which a row of a test split has no answer; the first that there is counts."""
+        """Columns that hold the answer of a test row; the first one that exists counts."""
         return (settings.label_column,)
 
     def labels_of(self, example: Example) -> Sequence[str]:
@@ -210,7 +210,7 @@ class Kind:
         """Change a base model's configuration before it is loaded."""
 
     def probe(self, data: Dataset) -> dict[str, Tensor] | None:
-        """Texts ``[n, L]`` by input's name, with which the padding that the model wants is found; None: no need."""
+        """Texts ``[n, L]`` by input name, to find out which padding the model needs; None if that does not matter."""
         return None
 
     def token_ids(self, data: Dataset) -> Sequence[Tensor]:
@@ -225,7 +225,7 @@ class Kind:
         return model.logits(inputs, batch.task, self.read_output, per_token=self.per_token)
 
     def read_output(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What is wanted of a model's output on ``inputs``."""
+        """The part of a model's output on ``inputs`` that this kind uses."""
         found: Tensor = output.logits
         return found
 
@@ -242,7 +242,7 @@ class Kind:
         return self.example_losses(outputs, labels).mean()
 
     def summed_loss(self, outputs: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Sum of a batch's losses, and how many they are."""
+        """Sum of a batch's losses, and their number."""
         return float(self.example_losses(outputs, labels).double().sum()), len(labels)
 
     def targets_in(self, batch: Dataset) -> int:
@@ -250,7 +250,7 @@ class Kind:
         return len(batch)
 
     def weigh(self, data: Dataset, asked: Sequence[float], classes: int) -> Tensor:
-        """How much each class counts in training ``[C]``: as ``asked``, or (nothing asked) so that all count the same.
+        """The weight of each class in training ``[C]``: as ``asked``; if nothing is asked, all classes count the same.
 
         Raises:
             TaskError: this kind has no classes.
@@ -260,7 +260,7 @@ class Kind:
     # --------------------------------------------------------------------------------------------------------- scores
 
     def keep(self, outputs: Tensor, labels: Tensor, batch: Dataset, client: ClientData | None) -> Any:
-        """What :meth:`metrics` wants to know of a batch, on the CPU."""
+        """The values of a batch that :meth:`metrics` needs, on the CPU."""
         return outputs.cpu(), labels.cpu()
 
     def metrics(self, kept: Sequence[Any], client: ClientData | None, *, loss_only: bool = False) -> dict[str, float]:
@@ -268,7 +268,7 @@ class Kind:
         raise NotImplementedError
 
     def whole_loss(self, kept: Sequence[Any]) -> float | None:
-        """The split's loss where it is no sum over batches."""
+        """The split's loss, if it is not a sum over batches."""
         return None
 
 

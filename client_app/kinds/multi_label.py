@@ -1,4 +1,4 @@
-"""Any number of labels for each text: each label is a yes or no of its own."""
+"""Any number of labels for each text: each label is a separate yes or no."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preferences: of two answers the better one. Direct preference optimisation with the base model as the reference.
+"""Preferences between two answers: direct preference optimisation with the base model as the reference.
 
 For a prompt x, the chosen answer y and the rejected answer z, and the model without any adapter as the reference::
 
@@ -127,7 +127,7 @@ class Preferences(Kind):
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How much two texts or conversations begin alike; the space before a word that differs is that word's."""
+    """Length of the common start of two texts or conversations, without a space before the first different word."""
     pairs = enumerate(zip(first, second, strict=False))
     at = next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
     return at - 1 if isinstance(first, str) and at and first[at - 1] == " " else at

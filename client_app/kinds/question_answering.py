@@ -34,8 +34,8 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 class QuestionAnswering(Kind):
     """Outputs ``[b, 2, L]`` (logits of first and last token) against ``labels [b, A, 2]``, the places of A answers.
 
-    The first answer is learnt, any of them is right. ``(0, 0)``: the question has no answer. -100: there is no such
-    answer, or it lies behind what is read of the context, and counts as not found.
+    The first answer is learnt; any of them is right. ``(0, 0)``: the question has no answer. -100: this answer does not
+    exist, or lies beyond the part of the context that is read and counts as not found.
     """
 
     name = "question-answering"
@@ -112,7 +112,7 @@ class QuestionAnswering(Kind):
             whole = bool(touched) and offsets[touched[-1]][1] >= end
             spans.append((touched[0], touched[-1]) if whole else (IGNORED, IGNORED))
         if (IGNORED, IGNORED) in spans:
-            encoding.findings["answers lie behind what is read of their context (max-length)"] += 1
+            encoding.findings["answers lie beyond the part of their context that is read (max-length)"] += 1
         item = {name: list(told[name]) for name in tokenizer.model_input_names if name in told}
         return item | {MASK: [1] * len(inside), IN_CONTEXT: inside}, spans or [(0, 0)]
 

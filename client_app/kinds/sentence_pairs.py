@@ -1,7 +1,7 @@
 """Embeddings of texts that belong together: search, matching, clustering.
 
-A text's embedding is the mean of its tokens' last hidden states, of length one. Of a batch's texts, each anchor is to
-be nearest to its own positive: all other positives, and all negatives, are what it is not to be near to::
+A text's embedding is the mean of its tokens' last hidden states, of length one. In a batch, each anchor should be
+nearest to its own positive, and far from all other positives and all negatives::
 
     loss_i = -log exp(s a_i p_i) / (sum_j exp(s a_i p_j) + sum_j exp(s a_i n_j)),   s = 20
 

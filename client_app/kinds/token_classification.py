@@ -102,9 +102,9 @@ class TokenClassification(Kind):
             if own and labels[tokens[at][2]] == IGNORED:
                 labels[tokens[at][2]] = numbers[tag]
             elif at >= len(tokens):
-                encoding.findings["words lie behind what is read of their text (max-length)"] += 1
+                encoding.findings["words lie beyond the part of their text that is read (max-length)"] += 1
             else:
-                encoding.findings["words have no token of their own, and no label therefore"] += 1
+                encoding.findings["words have no token of their own, and so no label"] += 1
             begin += len(word) + 1
         if all(label == IGNORED for label in labels):
             encoding.refuse(example, "no word has a token of its own within max-length")

@@ -55,7 +55,7 @@ class AlignOptions:
 
 
 Progress = Callable[[str, int, int], None]
-"""Is told what is being done, how much of it is done, and of how much."""
+"""Progress callback: gets what is being done, how much is done, and the total."""
 
 
 def align(
@@ -68,15 +68,15 @@ def align(
 ) -> Path:
     """Align all targets to the pivot and write ``<folder>/<sha256>.safetensors``; the file's name is its hash.
 
-    What was computed of the data is kept beside it every few batches: a run that was stopped goes on from there.
+    Intermediate results are saved beside it every few batches, so that a stopped run continues from there.
 
     Args:
         pivot: usually the smallest model.
         targets: the others.
         data: the same public examples as each model reads them, the pivot's first.
         folder: where the file goes.
-        options: see there.
-        progress: see there.
+        options: see :class:`AlignOptions`.
+        progress: see :data:`Progress`.
 
     Raises:
         AlignmentError: the models do not share the same modules, or split the examples into different tokens.
@@ -120,7 +120,7 @@ def load_alignment(folder: Path, digest: str, layout: Layout) -> Adapter:
         content = path.read_bytes()
     except OSError as error:
         raise AlignmentError(
-            f"no alignment {digest[:80]!r} in {folder} ({error.strerror}): put what `fedalloy align` wrote there"
+            f"no alignment {digest[:80]!r} in {folder} ({error.strerror}): put the file of `fedalloy align` there"
         ) from None
     found = hashlib.sha256(content).hexdigest()
     if found != digest:

@@ -1,9 +1,9 @@
-"""Which module plays which part in a transformer, by name; for Co-LoRA's correspondences and the sketch's gradient.
+"""The role of each module in a transformer, from its name; for Co-LoRA's correspondences and the sketch's gradient.
 
 Families name the same linear layer differently: ``self_attn.q_proj``, ``attention.self.query``, ``attention.q_proj``
-are all a query projection. Layers are numbered by the first number in a module's path. In a model that looks (LLaVA,
-Qwen-VL) or listens, they are the language model's: towers and projectors before it have layers of their own, which no
-other client need have, and FedMosaic's authors leave them out, too.
+are all a query projection. Layers are numbered by the first number in a module's path. In a vision-language (LLaVA,
+Qwen-VL) or audio model, they are those of its language model. The towers and projectors before it have their own
+layers, which other clients may lack, and FedMosaic's authors leave them out, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 class RoleError(ValueError):
-    """A model's modules do not say what is asked; names the module or the finding."""
+    """A module's role cannot be told from its name; the message names the module."""
 
 
 def role_of(module: str) -> str:
@@ -56,7 +56,7 @@ def layer_of(module: str) -> int | None:
 
 
 def outside_towers(modules: Iterable[str]) -> list[str]:
-    """Those of a model's modules that are in no vision or audio tower and no projector; all of a model that is one."""
+    """A model's modules outside vision and audio towers and projectors; all modules if the model is itself a tower."""
     names = list(modules)
     outside = [name for name in names if not _TOWER.fullmatch(name)]
     return outside if any(layer_of(name) is not None for name in outside) else names

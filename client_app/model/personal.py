@@ -54,8 +54,9 @@ class PersonalModel:
     bound). ``packing`` lets training texts share rows, ``label_weights`` says how much each class of a task ``[C]``
     counts in training, ``preference_beta`` is the beta of preferences.
 
-    Where the client's labels are its own, so are its heads: ``own_layout`` is theirs, ``layout`` what the federation
-    knows, and ``whole_layout`` both. Every slot has heads of its own, and a mixture's coefficients apply to them, too.
+    If the client's labels are its own, so are its heads: ``own_layout`` is the heads' layout, ``layout`` the one that
+    the federation knows, and ``whole_layout`` both together. Every slot has its own heads, and a mixture's coefficients
+    apply to them, too.
 
     Args:
         base: the frozen model and what of it adapters change.
@@ -274,7 +275,7 @@ class PersonalModel:
 
     @contextmanager
     def switched(self, mixture: Mixture) -> Iterator[None]:
-        """For a while another mixture, evaluated without dropout; what is trained stays what it was."""
+        """Inside the block use another mixture, without dropout; trainable parameters stay the same."""
         before, was_training = self._mixture, self.module.training
         gates = [parameter for found in self._gates.values() for parameter in found.values()]
         trained = [p for p in (*self.module.parameters(), *gates) if p.requires_grad]

@@ -1,4 +1,4 @@
-"""A peer's adapter, trained with plain PEFT, as what a client's slot starts from."""
+"""A client's slot can start from another adapter, trained with plain PEFT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from fedalloy_adapters.layout import Entry, Factor, Layout
 
 _UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora")
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of ``init_lora_weights`` that also change the base model: the adapter means nothing without that."""
+"""Values of ``init_lora_weights`` (their beginnings) that also change the base model; without that change the adapter
+is useless."""
 
 
 class StartAdapterError(ValueError):

@@ -17,7 +17,7 @@ ABOUT = "about.json"
 
 
 def precision_of(model: PersonalModel) -> str:
-    """Of the frozen base's numbers: an adapter corrects the errors of the base that it was trained on, too."""
+    """The number format of the frozen base; an adapter also corrects rounding errors of its base."""
     quantised = getattr(model.module, "is_loaded_in_4bit", False)
     return "nf4" if quantised else str(model.dtype).removeprefix("torch.")
 

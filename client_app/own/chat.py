@@ -12,7 +12,7 @@ from client_app.own.messages import Turn, text_of
 from client_app.own.reading.text_files import DataError
 
 Span = tuple[int, int]
-"""Where characters that are learnt begin and end."""
+"""Start and end of characters that are learnt."""
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _KNOWN = ("role", "content", "weight")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -46,8 +46,8 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """The conversation's text, and the spans of it that are learnt.
 
-        What is learnt is what generation has to produce after the template's generation prompt, up to the token that
-        ends the answer; of a template with generation markers, what it marks. Answers with weight 0 are not learnt.
+        The model learns what it has to generate after the template's generation prompt, up to the token that ends the
+        answer; if the template has generation markers, the text that it marks. Answers with weight 0 are not learnt.
 
         Args:
             turns: messages, the last is the assistant's.
@@ -84,7 +84,7 @@ class ChatTemplate:
         for turn in found:
             if turn["role"] == "developer" and "developer" not in source:
                 turn["role"] = "system"
-                self.findings["developer messages are system messages, because the chat template knows no other"] += 1
+                self.findings["developer messages are read as system messages"] += 1
             named = tuple(key for key in _REASONING if turn.get(key) is not None)
             for key in turn:
                 if key in _KNOWN or (key in _REASONING and key not in named):
@@ -173,7 +173,7 @@ class ChatTemplate:
             content = turn.get("content")
             parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
             if not all(part.strip() in text for part in parts):
-                self.findings["messages are not, or not wholly, in what the chat template makes of them"] += 1
+                self.findings["messages are missing, in whole or in part, from the chat template's output"] += 1
 
 
 def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:

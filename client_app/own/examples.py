@@ -46,7 +46,7 @@ def guess_kind(row: Mapping[str, Any], settings: DataSettings) -> str:
     ]
     missing = f"{' and '.join(lost)}: there is no such column. Columns" if lost else "columns"
     raise DataError(
-        f"{missing} {', '.join(map(repr, row))} are for no known task; expected text + label, prompt + completion, "
+        f"{missing} {', '.join(map(repr, row))} fit no known task; expected text + label, prompt + completion, "
         "messages, conversations, instruction + output, image + label or image + text, tokens + ner_tags, "
         "question + context + answers, chosen + rejected, or anchor + positive. "
         "Columns with other names: set text-column, label-column, ... in "

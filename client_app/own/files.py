@@ -197,7 +197,7 @@ def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
         raise BaseModelError(
             f"base-model {base.name!r} does not answer as the task {kind.name!r} needs it: {first_line(error)}"
         ) from None
-    note = "this architecture mixes the texts of a batch, or their padding: each text is computed alone"
+    note = "in this architecture texts of a batch, or their padding, affect each other: each text is computed alone"
     return replace(base, padding=found, notes=(*base.notes, note) if found == ALONE else base.notes)
 
 
@@ -256,7 +256,7 @@ def check_images(found: Found, settings: Settings) -> None:
 
 
 def report(found: Found, notes: Sequence[str]) -> str:
-    """What was found, for the client's own eyes: it names labels."""
+    """A report on the data for the client's owner only: it names labels."""
     lines = [f"data: {found.source}", f"task: {found.kind.name}"]
     for name, examples in found.splits.items():
         lines.append(f"{name}: {len(examples)} examples")
@@ -267,7 +267,7 @@ def report(found: Found, notes: Sequence[str]) -> str:
 
 
 def notes_of(found: Found, encoder: Encoder) -> list[str]:
-    """Findings in numbers only: the server reads them. Encode the examples before, so that cut texts are counted."""
+    """Findings in numbers only, because the server reads them. Call this after encoding, to count cut texts."""
     notes = list(found.findings)
     everything = [example for examples in found.splits.values() for example in examples]
     if encoder.truncated:

@@ -19,7 +19,7 @@ from client_app.model.bases.model_folders import FoundModel
 from client_app.own.encoding import Encoder
 
 IN_MEMORY_TOKENS = 2**20
-"""Of a split, padding included, at most; with their mask and their targets that is 25 MB."""
+"""Largest number of tokens of a split in memory, including padding; with mask and targets that is 25 MB."""
 PART = 1000
 """Examples that are encoded at once."""
 _FORMAT = 1
@@ -30,7 +30,7 @@ _TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 def encode_split(
     encoder: Encoder, examples: Sequence[Example], labels: Sequence[str], model: FoundModel, folder: Path
 ) -> Dataset:
-    """One split, in memory where it is small, else from its file in ``folder``, which is made where there is none.
+    """One split: in memory if it is small, else from its file in ``folder``, which is made if missing.
 
     A file is found by its content and by what encodes it. Images stay where they are, and kinds of tasks whose examples
     are not one text with one label, or a text to be written, stay in memory.

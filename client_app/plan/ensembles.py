@@ -1,4 +1,4 @@
-"""Several slots that predict together: who explains which example, and the average of their probabilities."""
+"""Several slots that predict together: which slot explains which example, and the average of their probabilities."""
 
 from __future__ import annotations
 

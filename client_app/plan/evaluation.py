@@ -186,7 +186,7 @@ def first_targets(labels: Tensor) -> Tensor:
 
 
 def likeliest_of(logits: Tensor, labels: Tensor, choices: Sequence[int]) -> int:
-    """How many answers begin as they should, were the model to choose among the first tokens ``choices``.
+    """Number of right answers if the model chooses among the first tokens ``choices``.
 
     Args:
         logits: ``[b, V]`` of each row's first target.

@@ -1,8 +1,8 @@
 """Diagonal Fisher information of slots, from per-example gradients.
 
-Empirical Fisher: the mean over examples of the squared gradient of one example's loss, at that example's own label. The
-square of a batch's mean gradient would be something else. What is reported are sums over modules: a few numbers for
-each, never the diagonal itself.
+Empirical Fisher information is the mean, over examples, of the squared gradient of one example's loss at its own label.
+It is not the square of a batch's mean gradient. Only sums over modules are reported, a few numbers each, never the
+diagonal itself.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherR
         max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
     )
     damping = damping_of(found, step.relative_damping)
-    blind = (found.first + found.second + damping == 0).float()  # neither knows anything: equal precisions
+    blind = (found.first + found.second + damping == 0).float()  # neither has information: equal precisions
     for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
         if slot:
             bench.slots[slot] = Adapter(layout, information + damping + blind)
@@ -218,8 +218,8 @@ def result(
 ) -> report_pb2.FisherResult:
     """What is reported; ``pair`` are the two slots' adapters.
 
-    With damping 0 a number without information has no finite variance: it is left out of the variances of both slots,
-    since leaving it out of one would make that one look certain.
+    With damping 0 a number without information has no finite variance. It is left out for both slots: left out of one
+    only, that slot would look certain.
     """
     layout = pair[0].layout
     first, second, product = (tensor.double() for tensor in (found.first, found.second, found.product))

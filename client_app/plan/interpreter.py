@@ -1,4 +1,4 @@
-"""Carries out a plan, step by step. It knows kinds of steps, and no algorithm.
+"""Carries out a plan, step by step. It knows kinds of steps, but no algorithm.
 
 A new kind of step is a module here with a function ``carry_out(bench, step)``, and a line in :data:`STEPS`.
 """
@@ -73,10 +73,10 @@ class Interpreter:
         data: the client's splits.
         slots: the client's slots, inside a transaction.
         starts: adapters that slots of these names start from when they are created from a seed.
-        policy: what this client lets a plan ask of it.
+        policy: the bounds on what a plan may ask.
         secret: of this client alone; decides noise.
-        tally: of what plans have taken; None: nobody counts.
-        budget: of the training examples' privacy; None: they are not under differential privacy.
+        tally: counts what plans have used; None: nothing is counted.
+        budget: the training examples' privacy budget; None: no differential privacy.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Interpreter:
         self.tally = tally
         self.budget = budget
         self.layouts: dict[bytes, Layout] = {}
-        """Of what the last plan sent, by digest."""
+        """Layouts of the last plan's uploads, by digest."""
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
         """Install what was received, run the steps in order; the report and the uploads by slot.
@@ -158,7 +158,7 @@ class Interpreter:
         return [len(part) for part in parts if len(part)]
 
     def _require_texts(self, plan: plan_pb2.Plan) -> None:
-        """Scores of a few texts tell of them."""
+        """Refuse scores of too few texts, which would reveal them."""
         few = min((c.generate_examples for c in self.data.each_task.values() if c.generate_examples), default=0)
         scored = any(step.HasField("evaluate") and not step.evaluate.loss_only for step in plan.steps)
         if scored and 0 < few < self.policy.min_examples:

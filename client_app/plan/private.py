@@ -1,4 +1,4 @@
-"""DP-SGD: training from which no single example can be told (Abadi et al., 2016; Poisson sampling, flat clipping).
+"""DP-SGD: training that reveals no single example (Abadi et al., 2016; Poisson sampling, flat clipping).
 
 For each step every example is drawn with probability q, each drawn example's gradient g_i over all that is trained is
 clipped, and what the optimiser sees is ::

@@ -1,4 +1,4 @@
-"""How far a plan is, told to whoever listens; and the one place where a plan can be cancelled."""
+"""Progress of a plan, for listeners; also the one place where a plan can be cancelled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OutOfTimeError(ValueError):
 
     @property
     def told(self) -> str:
-        """The server may know the bound."""
+        """The whole message: the server may know the bound."""
         return str(self)
 
 
@@ -51,7 +51,7 @@ def tick(activity: str, done: int = 0, total: int = 0, loss: float | None = None
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Inside the block, ``watcher`` sees every :func:`tick`, too, and has no say."""
+    """Inside the block, ``watcher`` also sees every :func:`tick`, but cannot end the plan."""
     token = _watcher.set(watcher)
     try:
         yield

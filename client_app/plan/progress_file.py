@@ -1,4 +1,4 @@
-"""What a client is at, in a file beside its slots: for whoever sits at that machine. Nothing of it is sent."""
+"""A client's progress, in a file beside its slots, for people at that machine. Nothing of it is sent."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def improvement_weights(own: float, losses: Tensor, moves: Tensor) -> Tensor:
     """Weights ``[M]`` of candidates in proportion to ``max(0, (own - loss) / distance)``; they sum to 1, or are all 0.
 
     Args:
-        own: loss of where one is.
+        own: loss of the client's current model.
         losses: the candidates' ``[M]``.
         moves: candidate minus where one is, ``[M, P]``; one that is no move has weight 0, as one without a finite loss.
     """

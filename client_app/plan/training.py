@@ -38,12 +38,12 @@ class TrainingError(ValueError):
 
     @property
     def told(self) -> str:
-        """The server may know all of it: it is about the plan's own numbers."""
+        """The whole message: it is about the plan's own numbers."""
         return str(self)
 
 
 def set_up_torch(threads: int = 1) -> torch.device:
-    """CUDA where there is one; else the CPU with so many threads. Deterministic on the CPU, for each number of them."""
+    """Use CUDA if available, else the CPU with this many threads; on the CPU results are deterministic."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(threads)
@@ -52,7 +52,7 @@ def set_up_torch(threads: int = 1) -> torch.device:
 
 
 def accelerator() -> str:
-    """The name that all processes have for the GPU that this one works on; empty without one."""
+    """The name of this process's GPU, the same in all processes; empty without a GPU."""
     return f"cuda-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else ""
 
 
@@ -60,7 +60,7 @@ class Teacher(Protocol):
     """A second target for a model in training (:mod:`client_app.plan.distillation`)."""
 
     everywhere: bool
-    """Whether it teaches positions, too, that no label is for."""
+    """Whether it also teaches at positions without a label."""
 
     def outputs(self, batch: Dataset) -> Tensor | None:
         """What the teacher says about a batch; None where nothing is to be learnt from it."""
@@ -224,7 +224,7 @@ def train(
         losses.append(loss)
         if not math.isfinite(loss):
             raise _diverged(f"training loss became {loss} at step {len(losses)} of {step.steps}", step)
-    # What the last step spoilt no later loss would show.
+    # No later loss would show what the last step has spoilt.
     if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
         raise _diverged(f"numbers that are not finite after the last of {step.steps} steps", step)
     model.module.eval()

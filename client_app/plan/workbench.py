@@ -1,4 +1,4 @@
-"""What the steps of one plan work on. A step kind's ``carry_out(bench, step)`` reads it and changes it."""
+"""The shared state of a plan's steps. A step kind's ``carry_out(bench, step)`` reads and changes it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JOINED = "+"
 
 @dataclass
 class Workbench:
-    """One client's model, data and slots, the plan that is carried out, and what its earlier steps left."""
+    """One client's model, data and slots, the current plan, and the results of its earlier steps."""
 
     plan: plan_pb2.Plan
     model: PersonalModel
@@ -70,7 +70,7 @@ class Workbench:
         return self.slots[slot]
 
     def split(self, name: str) -> Dataset:
-        """A split of the client's data, as much of it as has arrived by the plan's round; ``"a+b"`` is two of them.
+        """A split of the client's data, as far as it has arrived by the plan's round; ``"a+b"`` joins two splits.
 
         Raises:
             PlanError: the client has no such split.

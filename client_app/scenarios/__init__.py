@@ -1,4 +1,4 @@
-"""Bundled scenarios: a data set divided among clients that really differ, and the base model that they adapt."""
+"""Built-in scenarios: a data set divided among clients that really differ, and the base model that they adapt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FROM_FILES = (
 
 
 class ScenarioError(ValueError):
-    """No scenario has this name, its data are missing, or it cannot be divided among that many clients."""
+    """There is no such scenario, its data are missing, or it cannot be divided among that many clients."""
 
 
 def load_scenario(

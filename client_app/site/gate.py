@@ -1,4 +1,4 @@
-"""Who gets in: what a site's owner has allowed decides what a job may ask, before anything is loaded for it."""
+"""Checks each job against what the site's owner allows, before anything is loaded for it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class GateError(PolicyError):
 
 @dataclass(frozen=True)
 class Admitted:
-    """A job that may be carried out: for ``plan`` None it is a registration."""
+    """A job that may be carried out; without a ``plan`` it is a registration."""
 
     settings: Settings
     run_name: str
@@ -56,19 +56,19 @@ def admit(site: Site, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Admit
     """Check a job against the site's file.
 
     Args:
-        site: the owner's word.
+        site: the owner's rules.
         job: from a relay, which may be anybody's code.
         blobs: what came with it.
 
     Raises:
-        GateError: it is not for this site's service, or not allowed.
+        GateError: the job is not for this site's service, or not allowed.
         SignatureError: it is not signed by a server that the owner knows.
         SettingsError: the run asks for something else that does not fit.
     """
     asked = job.site
     which = asked.WhichOneof("asked")
     if job.WhichOneof("kind") != "site" or which is None or asked.version != VERSION:
-        raise GateError(f"this site's service speaks version {VERSION}, and was asked in version {asked.version}")
+        raise GateError(f"this site's service speaks version {VERSION}, but the request has version {asked.version}")
     run_config = read_scalars(job.run_config)
     words = asked.plan if which == "plan" else asked.register
     server = "anybody"
@@ -85,7 +85,7 @@ def admit(site: Site, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Admit
 
 
 def settings_of(site: Site, run_config: Mapping[str, Any]) -> Settings:
-    """The client's settings: the site's file, and of run-config what a run decides.
+    """The client's settings: from the site's file, and from run-config the keys that a run decides.
 
     Raises:
         GateError: the run names a base model that the file does not.

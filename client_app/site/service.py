@@ -1,7 +1,7 @@
 """``fedalloy site serve``: the trainer as the owner's own service, alone with the data.
 
-It is started by the owner, from the installed package, and stays: no run brings code to it, and none ends it. Relays
-(:mod:`client_app.trainer.relay`) hand it what came over the network. What it does is said by ``site.toml`` alone.
+The owner starts it from the installed package, and it keeps running: no run brings code to it or ends it. Relays
+(:mod:`client_app.trainer.relay`) pass it what came over the network. Only ``site.toml`` decides what it does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BROKEN = 70
 
 
 class SiteTrainer(Trainer):
-    """The service: a trainer that asks the site's file about every job, and takes its leave from its owner only."""
+    """The service: a trainer that checks every job against the site's file, and that only its owner can end."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(b"", None)
@@ -52,7 +52,7 @@ class SiteTrainer(Trainer):
         return trainer_pb2.GreetResponse(pid=os.getpid(), version=VERSION)
 
     def Retire(self, request: trainer_pb2.RetireRequest, context: Any) -> trainer_pb2.RetireResponse:
-        """Whoever asks is not the owner."""
+        """Refuse: only the owner ends the service."""
         context.abort(grpc.StatusCode.PERMISSION_DENIED, "a site's service ends when its owner ends it")
         raise AssertionError
 
@@ -132,7 +132,8 @@ def serve(site: Site) -> None:
     """Serve until the process is ended.
 
     Raises:
-        SiteFileError: the socket's path does not serve, somebody listens there, or the file says what no client has.
+        SiteFileError: the socket's path cannot be used, somebody listens there, or the file has settings that no client
+            has.
     """
     private_mask()
     _require_sound(site)
@@ -158,7 +159,7 @@ def say(text: str) -> None:
 
 
 def _require_sound(site: Site) -> None:
-    """What would fail at the first plan fails at the start."""
+    """Check at the start what would otherwise fail at the first plan."""
     path = str(site.socket)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH or UNFIT.search(path):
         raise SiteFileError(f"socket = {path!r}, expected at most {MAX_SOCKET_PATH} bytes and none of % ? # ,")

@@ -1,4 +1,4 @@
-"""``site.toml``: what a site lets servers ask of it, read by its own service and by nobody else."""
+"""``site.toml``: what a site allows servers to ask. Only the site's own service reads it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class SiteFileError(ValueError):
-    """``site.toml`` is missing, is not TOML, or says something else than it may."""
+    """``site.toml`` is missing, is not TOML, or has keys or values that are not valid."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What the file says.
+    """The contents of the file.
 
-    ``socket`` is where the service listens; its folder's and its own mode decide who may speak to it: this user, and
-    ``socket_group`` where there is one. ``servers`` has names by fingerprint of the keys whose plans are carried out;
-    empty: anybody's. ``runs`` and ``base_models`` are patterns; no pattern, no run. ``client`` is what node-config
-    would have: the client's id, its data, its policy, its privacy.
+    The service listens at ``socket``. The modes of the socket and its folder decide who may connect: this user, and
+    ``socket_group`` if there is one. ``servers`` has names by the fingerprint of keys whose plans are carried out; if
+    empty, any server's plans are. ``runs`` and ``base_models`` are patterns; without a pattern no run is allowed.
+    ``client`` has what node-config would have: the client's id, data, policy and privacy.
     """
 
     path: Path

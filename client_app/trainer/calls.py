@@ -1,4 +1,4 @@
-"""One job's way over a trainer's socket, from the side that asks; it knows no settings and imports no torch."""
+"""Sends one job over a trainer's socket and reads the answer. It knows no settings and imports no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TrainerError(RuntimeError):
 
 
 class JobFailedError(RuntimeError):
-    """The trainer carried a job out and it ended with an error; here is what may be told of it, its log has the words.
+    """A job ended with an error in the trainer; its log has the full message, and this the part that may be told.
 
     ``told_class`` is the class of the trainer's error.
 
@@ -84,14 +84,14 @@ def ask(
     listen: Listener,
     where: object = "",
 ) -> Outcome:
-    """Hand a job over and take its answer.
+    """Hand over a job and take its answer.
 
     Args:
         stub: of the trainer.
         requests: the job and its blobs.
         timeout: seconds.
-        name: what the job is called in words.
-        listen: told how far it is.
+        name: the job's name for messages.
+        listen: gets the progress.
         where: the trainer's log is.
 
     Raises:
@@ -117,7 +117,7 @@ def ask(
                 listen(name, answer.progress)
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise TrainerError(f"{name} took longer than the message may live; it was given up") from None
+            raise TrainerError(f"{name} took longer than the message's lifetime and was given up") from None
         raise LostError(accepted, f"{error.code().name}: {error.details()}") from None
     raise LostError(accepted, "the trainer ended the call without an outcome")
 
@@ -156,7 +156,7 @@ def read_scalars(scalars: Mapping[str, trainer_pb2.Scalar]) -> dict[str, Any]:
 
 
 def listens(path: Path) -> bool:
-    """Whether a process accepts connections there, without gRPC's patience for those that do not."""
+    """Whether a process accepts connections there; it does not wait as long as gRPC would."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

@@ -1,9 +1,9 @@
 """The ClientApp's side of the resident trainer: find it or start it, hand it one job, take its answer.
 
-Nothing here imports torch. Whoever holds the residence's lock may start a trainer; the lock's descriptor is passed on
-to it, so that there is never a second one, however many ClientApps race and whoever of them is killed. A trainer that
-ends while it carries out a job is replaced and the job done again, once: slots change all together or not at all, and a
-round that was carried out before starts again from the slots before it.
+Nothing here imports torch. The ClientApp that holds the residence's lock may start a trainer, and passes the lock's
+descriptor on to it. So there is never a second trainer, however many ClientApps race or are killed. If a trainer ends
+during a job, it is replaced and the job is repeated once: slots change all together or not at all, and a repeated round
+starts from the slots before it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class TrainerClient:
 
     @contextmanager
     def connect(self) -> Iterator[tuple[TrainerServiceStub, int]]:
-        """A trainer that runs this code, and its process id; it is started if need be, an older one retires first.
+        """A trainer that runs this code, and its process id; it is started if needed, and an older one retires.
 
         Raises:
             TrainerError: it did not start, or not in time.
@@ -196,7 +196,7 @@ def _name(job: trainer_pb2.Job) -> str:
 
 
 def _start(owner: Owner, lock: int) -> subprocess.Popen[bytes]:
-    """A trainer in a session of its own, so that nothing that Flower ends takes it along; it inherits the lock."""
+    """Start a trainer in its own session, so that it does not end with Flower's processes; it inherits the lock."""
     output = log_path()
     try:
         private_folder(output.parent)

@@ -1,7 +1,7 @@
-"""The ClientApp at a site whose owner has installed the trainer: it hands on what came, and the answer.
+"""The ClientApp at a site whose owner runs the trainer as a service: it passes on requests and answers.
 
-It has no data, no settings and no slots. What it adds are the counters of the Fleet connection, which the owner's
-service cannot see.
+It has no data, no settings and no slots. It adds the counters of the Fleet connection, which the owner's service cannot
+see.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOOK_SECONDS = 0.2
 
 
 class SiteError(RuntimeError):
-    """The site's service is not there, speaks another version, or says that it will not or cannot."""
+    """The site's service is not reachable, speaks another version, refuses, or failed."""
 
 
 def register(message: Message, context: Context) -> Message:
@@ -50,7 +50,7 @@ def register(message: Message, context: Context) -> Message:
     job = trainer_pb2.SiteJob(register=bytes_in(message.content, "request"))
     registration = _handed_on(message, context, job, {}, "the registration").registration
     if registration is None:
-        raise SiteError("the site's service answered with something else than a registration")
+        raise SiteError("the site's service answered with something other than a registration")
     registration.wire.CopyFrom(wire)
     return Message(pack("registration", registration), reply_to=message)
 
@@ -62,13 +62,13 @@ def plan(message: Message, context: Context) -> Message:
     request, blobs = unpack(message.content, "plan", plan_pb2.Plan)
     outcome = _handed_on(message, context, job, blobs, "the plan")
     if outcome.report is None:
-        raise SiteError("the site's service answered with something else than a report")
+        raise SiteError("the site's service answered with something other than a report")
     outcome.report.wire.CopyFrom(wire)
     return Message(pack("report", outcome.report, outcome.uploads, beside=request.reads_beside), reply_to=message)
 
 
 def counters(message: Message, context: Context) -> Message:
-    """The counters, which are this side's."""
+    """The counters, which are read in this process."""
     client = str(context.node_config.get("client-id", f"node-{context.node_id}"))
     reading = report_pb2.Counters(version=1, client_id=client, wire=read_fleet_wire())
     return Message(pack("counters", reading), reply_to=message)

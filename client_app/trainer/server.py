@@ -50,7 +50,7 @@ STARTUP_SECONDS = 60.0
 
 @dataclass
 class Task:
-    """A job on its way: what came, what goes back, and whether anybody still waits for it."""
+    """A job in progress: its request, its results, and whether somebody still waits for it."""
 
     job: trainer_pb2.Job
     blobs: dict[str, bytes]
@@ -65,7 +65,7 @@ class Task:
         self.answers.put(None)
 
     def listen(self, activity: str, done: int, total: int) -> None:
-        """Pass progress on: what is new at once, how far it is now and then.
+        """Pass progress on: new work at once, progress within it now and then.
 
         Raises:
             Cancelled: nobody waits any more.
@@ -84,7 +84,7 @@ class Trainer(TrainerServiceServicer):
 
     Args:
         digest: of the code that this process runs.
-        folder: where trainers of this user meet, to take turns on a device; None: this one is alone.
+        folder: shared by this user's trainers, so that they take turns on a device; None: no other trainers.
     """
 
     def __init__(self, digest: bytes, folder: Path | None = None) -> None:
@@ -97,7 +97,7 @@ class Trainer(TrainerServiceServicer):
         self._executor: Executor | None = None
 
     def retire(self) -> None:
-        """Take no more jobs; leave after those that were taken."""
+        """Accept no more jobs; end after those already accepted."""
         with self._admission:
             if not self._retiring:
                 self._retiring = True
@@ -207,7 +207,7 @@ class Trainer(TrainerServiceServicer):
 
 @contextlib.contextmanager
 def turn(folder: Path | None, device: str) -> Iterator[None]:
-    """One job at a time on a device, whichever SuperNode's trainer it is for; the lock ends with its process.
+    """Only one job at a time runs on a device, across all trainers; the lock ends with its process.
 
     Raises:
         Cancelled: nobody waits for this job any more.

@@ -1,4 +1,4 @@
-"""Scores of classifications beyond accuracy: F1, the area under the ROC curve, and how far to trust probabilities."""
+"""Scores of classifications beyond accuracy: F1, the area under the ROC curve, and calibration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def macro_auroc(probabilities: Tensor, labels: Tensor) -> float | None:
 
 
 def area_under_curve(scores: Tensor, right: Tensor) -> float | None:
-    """Area under the ROC curve of ``scores [n]`` for ``right [n]`` (booleans); None where all are right, or none.
+    """Area under the ROC curve of ``scores [n]`` for ``right [n]`` (booleans); None if all are right, or none is.
 
     The share of pairs of a right and a wrong one that the scores put in order, ties being one half (Mann and Whitney
     1947): exact for any scores, where a sigmoid of large logits would make ties.

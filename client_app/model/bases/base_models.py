@@ -1,7 +1,7 @@
 """Any Hugging Face model as a frozen base: found on disk or in the cache, loaded for a kind of task, fingerprinted.
 
-Nothing is downloaded where the cache has it, and nothing at all with ``HF_HUB_OFFLINE=1``. Only safetensors are read,
-and no code that comes with a model is run.
+A model in the cache is not downloaded again, and with ``HF_HUB_OFFLINE=1`` nothing is downloaded. Only safetensors are
+read, and code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def load_base(
         padding_id: the tokenizer's padding token.
 
     Raises:
-        BaseModelError: the model is not for this kind, or has not the modules that are to be adapted.
+        BaseModelError: the model is not for this kind, or lacks modules that are to be adapted.
     """
     model, missing, notes = _loaded(found, kind, settings, labels)
     _set_texts(model, padding_id)
@@ -91,7 +91,7 @@ def load_base(
 def _loaded(
     found: FoundModel, kind: Kind, settings: ModelSettings, labels: Sequence[str]
 ) -> tuple[Any, list[str], list[str]]:
-    """The model with a value for every parameter, which of them the checkpoint lacked, and what is worth a note."""
+    """The model with a value for every parameter, the parameters that the checkpoint lacked, and notes."""
     import transformers
 
     config = load_config(found)

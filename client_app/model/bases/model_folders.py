@@ -1,6 +1,6 @@
 """A base model's folder: found on disk, in a package or in the cache, checked, and fingerprinted.
 
-Nothing is downloaded where the cache has it, and nothing at all with ``HF_HUB_OFFLINE=1``.
+A model in the cache is not downloaded again, and with ``HF_HUB_OFFLINE=1`` nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _PLAIN_WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".npz")
 _SAVED_BY = ("_name_or_path", "_commit_hash", "transformers_version")
-"""What a configuration says of how it was saved; two copies of a model may differ in it."""
+"""Keys of a configuration that tell how it was saved; two copies of a model may differ in them."""
 HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is downloaded while a model is loaded, and no code that comes with it is run."""
 _SHIFTED = ("camembert", "mpnet", "longformer")
@@ -52,10 +52,10 @@ def find_model(name: str, cache_dir: Path) -> FoundModel:
         cache_dir: of the client.
 
     Raises:
-        BaseModelError: it is nowhere, or cannot be read; says what to download.
+        BaseModelError: there is no such model, or it cannot be read; the message says what to download.
     """
     if not name:
-        raise BaseModelError("base-model is not set: data of one's own need a hub id or a folder in run-config")
+        raise BaseModelError("base-model is not set: your own data need a hub id or a folder in run-config")
     path = Path(name).expanduser()
     try:
         if not path.exists():
@@ -96,7 +96,7 @@ def _weights_in(name: str, folder: Path) -> tuple[list[Path], list[str]]:
     """The weights that are read, and the names of other weights that are not: leftovers, or other formats.
 
     Raises:
-        BaseModelError: there is a whole model and another one in shards, and nobody can say which is meant.
+        BaseModelError: there is a whole model and another one in shards, and it is not clear which is meant.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     found = sorted(folder.glob("*.safetensors"))
@@ -114,7 +114,7 @@ def _weights_in(name: str, folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _require_plain(name: str, folder: Path) -> None:
-    """What is read of a folder is what its fingerprint is made of, and nothing beside it.
+    """Require a folder in which the fingerprint covers every file that is read.
 
     Raises:
         BaseModelError: an index names a file that is not a ``*.safetensors`` of this folder, or the folder is an

@@ -15,8 +15,8 @@ Which groups act is decided by the task's declaration, never by what a batch con
 linear module: its output is ``W x`` plus the sum of their updates. For that, every group has a module of its own at
 every place (``shared::multimodal_model.encoder.layer.0...``), a linear map without weights that LoRA is attached to.
 
-Classification reads the mean of the trunk's outputs. A text is generated as a decoder would: text tokens see the image,
-the prompt and what is written already, never what follows, in the text tower and in the trunk.
+Classification reads the mean of the trunk's outputs. Texts are generated as in a decoder: in the text tower and the
+trunk, text tokens see the image, the prompt and the text so far, never what follows.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TaskSpec:
 
 
 class _Branch(nn.Linear):
-    """A linear map that is zero and holds no numbers: where a group's LoRA is attached."""
+    """A zero linear map without numbers, to which a group's LoRA is attached."""
 
     def __init__(self, like: nn.Linear) -> None:
         super().__init__(like.in_features, like.out_features, bias=False, device="meta")

@@ -1,4 +1,4 @@
-"""An answer does not depend on its company: texts are padded so that each gets the answer that it gets alone."""
+"""Pads texts so that each gets the same answer in a batch as alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_padding(
     per_token: bool = False,
     padding_id: int = 0,
 ) -> str:
-    """Where this architecture wants padding, by trying two texts of unequal length together and alone.
+    """Find where this architecture needs padding, by running two texts of unequal length together and alone.
 
     Most models ignore what is behind a text. Some read the last position (XLNet) and want padding before it; some mix
     positions whatever the mask says (FNet, Nystromformer), and compute texts one by one.
@@ -94,7 +94,7 @@ def _of_two_lengths(inputs: Inputs, padding_id: int) -> Inputs:
 
 
 def arranged(inputs: Inputs, padding: str) -> Inputs:
-    """Texts that are padded on the right, padded where the model wants it."""
+    """Move the padding of texts from the right to where the model needs it."""
     if padding != LEFT or MASK not in inputs:
         return inputs
     width = inputs[MASK].shape[1]
@@ -120,7 +120,8 @@ def one_by_one(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
 def set_training(module: nn.Module, training: bool = True) -> None:
     """Training mode for all but batch norms.
 
-    Their running statistics belong to the frozen base, and a batch's own would make an answer depend on its company.
+    Their running statistics belong to the frozen base; with a batch's own statistics an answer would depend on the
+    others in its batch.
     """
     module.train(training)
     for part in module.modules():

@@ -1,8 +1,8 @@
 """A language model's logits where there are targets, and nowhere else.
 
-With today's vocabularies the head is a large part of a step, and logits at all positions take gigabytes. Only positions
-whose next token counts have a loss. So the head sees only their hidden states: a hook picks them just before it, and
-whatever the model does to logits after its head (soft caps, scales) it does to these alone.
+With today's vocabularies the head is a large part of a step, and logits at all positions take gigabytes. But only
+positions before a target have a loss. So a hook selects their hidden states just before the head, and the head and
+everything after it (soft caps, scales) see only these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from client_app.data.targets import at_targets, target_mask
 
 
 class TargetLogits:
-    """How one model's logits are had at targets only.
+    """Computes one model's logits at targets only.
 
     Args:
         module: a model of transformers. One that hides its head, or calls it otherwise than once for each forward pass,

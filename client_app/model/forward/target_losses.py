@@ -31,7 +31,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 class AtTargets:
-    """What a model says at the n targets of one batch: losses, and logits where they are asked for.
+    """A model's output at the n targets of one batch: losses, and logits on request.
 
     Args:
         tokens: the targets ``[n]``.
@@ -65,7 +65,7 @@ class AtTargetsWhole(AtTargets):
 
 
 class TargetLosses:
-    """How one model's losses at targets are had with few logits at a time.
+    """Computes one model's losses at targets with few logits at a time.
 
     Args:
         logits: how its logits at targets are had, and the model.
@@ -193,7 +193,7 @@ def _watched(
 
 @contextmanager
 def _standing_in(body: nn.Module, output: Any) -> Iterator[None]:
-    """For a while ``body`` answers with ``output``, whatever it is asked."""
+    """Inside the block, ``body`` returns ``output`` for any input."""
     body.__dict__["forward"] = lambda *_, **__: output
     try:
         yield

@@ -1,6 +1,6 @@
 """Rows out of whatever the data are in: JSONL, CSV, Parquet, folders of images, Hugging Face data sets.
 
-Every row knows where it stands, because every complaint about it must say so. JSONL and CSV are read line by line here:
+Every row knows its place in the file, so that errors can name it. JSONL and CSV are read line by line here:
 the readers of ``datasets`` guess types over the whole file and cannot name a line. The rest goes through ``datasets``.
 """
 
@@ -25,7 +25,7 @@ _ARROW = (".parquet", ".arrow")
 
 @dataclass(frozen=True)
 class Table:
-    """All rows with the split that each is in, or None where splits are still to be made."""
+    """All rows, each with its split, or None if splits are still to be made."""
 
     rows: Sequence[Row]
     splits: Sequence[str | None]

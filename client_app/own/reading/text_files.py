@@ -1,4 +1,4 @@
-"""JSON and CSV files line by line, so that every row knows its line, and none is swallowed by a quote or a blank."""
+"""JSON and CSV files, read line by line: every row knows its line, and no quote or blank line swallows rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class FileRows:
-    """A file's rows, and what a user should know of how they were read."""
+    """A file's rows, and notes for the user on how they were read."""
 
     rows: Sequence[Row]
     findings: Sequence[str] = ()
@@ -54,7 +54,7 @@ def read_text_file(path: Path, suffix: str) -> FileRows:
     """Rows of a JSON, JSONL, CSV or TSV file, compressed or not.
 
     Raises:
-        DataError: the content is not what the name says; names line and column.
+        DataError: the content does not fit the name's ending; the message names line and column.
     """
     content = _read_bytes(path)
     if suffix in (".csv", ".tsv"):

@@ -35,7 +35,7 @@ def test_an_answer_is_the_tokens_that_it_touches(tmp_path: Path) -> None:
     assert train.inputs["in_context"][0].tolist() == [0, 0, 0, 1, 1, 1, 1, 0]
     _, cut = load_own(settings_of(path, tmp_path, base, {"split_fractions": "1,0,0"}, max_length=6))
     assert cut.splits["train"].labels[0, 0].tolist() == nothing
-    assert any("answers lie behind what is read of their context" in note for note in cut.notes)
+    assert any("answers lie beyond the part of their context that is read" in note for note in cut.notes)
     assert any(note.startswith("6 of 6 texts were cut") for note in cut.notes)
 
 

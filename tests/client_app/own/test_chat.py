@@ -237,7 +237,7 @@ def test_what_a_template_leaves_out_is_told() -> None:
     turns = [{"role": "system", "content": "be brief"}, *TURNS]
     _, learnt, findings = encoded(encoder_of(chat_templates.byte_level(), deaf), {"messages": turns})
     assert learnt == "The answer is four.<|endoftext|>Because.<|endoftext|>"
-    assert findings == ["messages are not, or not wholly, in what the chat template makes of them"]
+    assert findings == ["messages are missing, in whole or in part, from the chat template's output"]
 
 
 def test_a_function_call_of_the_old_form_is_refused_by_its_name() -> None:

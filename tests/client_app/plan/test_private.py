@@ -177,7 +177,7 @@ def test_the_budget_outlives_runs_and_kills_and_is_not_exceeded(bert: Path, tmp_
     assert budget.spent == pytest.approx(epsilon_of([Spending(2.0, 0.25, 2)], 1e-3))
     report, _ = Executor().carry_out(settings, train_plan(run="another"), {})
     assert report.privacy.epsilon == pytest.approx(epsilon_of([Spending(2.0, 0.25, 4)], 1e-3))
-    with pytest.raises(PrivacyError, match=r"does not last: epsilon would be .* and dp\.epsilon is 3"):
+    with pytest.raises(PrivacyError, match=r"is exhausted: epsilon would be .* and dp\.epsilon is 3"):
         Executor().carry_out(settings, train_plan(2, run="another", count=60), {})
     assert budget.spent == pytest.approx(report.privacy.epsilon)  # what was refused is not spent
     paths[0].write_bytes(paths[0].read_bytes().replace(b"0.25", b"0.05"))

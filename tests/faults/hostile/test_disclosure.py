@@ -56,8 +56,8 @@ HERE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the owner's own typo": ({"label-column": "diagnosis"}, {"labels": "q,r"}, "DataError: line 1"),
     "a column that is not there": ({"label-column": "labell"}, {"task": "text-classification"}, "DataError: line 1"),
     "splits in the owner's column": ({"split-column": "diagnosis"}, {}, "DataError: line 1, column 'diagnosis'"),
-    "the owner's file is not there": ({"data-path": "/secret/x.jsonl"}, {}, "DataError (the client's log says more)"),
-    "a base model is not there": ({}, {"base_model": "/secret"}, "BaseModelError (the client's log says more)"),
+    "the owner's file is not there": ({"data-path": "/secret/x.jsonl"}, {}, "DataError (see the client's log)"),
+    "a base model is not there": ({}, {"base_model": "/secret"}, "BaseModelError (see the client's log)"),
     "a value of node-config": ({"max-length": "secret"}, {}, "SettingsError: max-length"),
     "a number of node-config": ({"lora-r": "secret"}, {}, "SettingsError: lora-r"),
     "a number that is none": ({"lora-alpha": float("nan")}, {}, "SettingsError: lora-alpha"),
@@ -110,12 +110,12 @@ def test_what_was_asked_for_is_told_in_words_and_what_others_added_is_not() -> N
     assert told(PlanError("no split 'x'")) == "PlanError: no split 'x'"
     assert told(PlanError("step 1: the label melanoma", told="step 1")) == "PlanError: step 1"
     assert "PAYLOAD" in told(CodecError(next(iter(CodecErrorCode)), "PAYLOAD"))
-    assert told(ValueError("melanoma")) == told(ValueError("x")) == "ValueError (the client's log says more)"
+    assert told(ValueError("melanoma")) == told(ValueError("x")) == "ValueError (see the client's log)"
     assert told(SettingsError("node-config data-path = 'secret' is str")) == "SettingsError: data-path"
     hostile = DataError("/a/b.jsonl, line 3: 'x, line 9, column 'melanoma': y'")
     assert told(hostile) == "DataError: line 3"
     assert told(DataError("/a/b.jsonl, line 3, column 7: not valid JSON")) == "DataError: line 3, column 7"
-    assert told(DataError("no lines")) == "DataError (the client's log says more)"
+    assert told(DataError("no lines")) == "DataError (see the client's log)"
 
 
 def test_a_step_that_fails_for_the_data_says_only_which_one() -> None:
@@ -125,6 +125,4 @@ def test_a_step_that_fails_for_the_data_says_only_which_one() -> None:
     plan = plan_pb2.Plan(version=1, client_id=NAME, round=1, run_name="run", steps=[step])
     with pytest.raises(PlanError, match="there is no model here") as caught:
         Interpreter(NAME, model, EXAMPLES, slots).run(plan, {})
-    assert told(caught.value) == (
-        f"PlanError: client {NAME!r}, step 0 (evaluate): ValueError (the client's log says more)"
-    )
+    assert told(caught.value) == (f"PlanError: client {NAME!r}, step 0 (evaluate): ValueError (see the client's log)")
