@@ -19,8 +19,9 @@ import torch
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate
-from strategies.families.fedavg import average
-from strategies.families.merged_base import MergedBase
+from fedalloy_adapters.bank.store import Bank
+from strategies.families.by_modules import by_modules
+from strategies.families.merged_base import MergedBase, compact, layout_at
 from strategies.framework import About
 
 
@@ -56,8 +57,12 @@ class FedExLoRA(MergedBase[FedExLoRAOptions]):
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """Average the factors; the residual is added to the base."""
-        uploads = list(adapters.values())
-        counts = [1] * len(uploads) if self.options.uniform else list(examples.values())
-        if len(uploads) > 1:
-            self.add(residual(uploads, [count / sum(counts) for count in counts]))
-        return average(uploads, counts)
+        bank = Bank.of(adapters)
+        counts = dict.fromkeys(bank, 1) if self.options.uniform else examples
+        total = sum(counts[name] for name in bank)
+        shares = [counts[name] / total for name in bank]
+        if len(bank) > 1:
+            layout = bank.common_layout(list(bank))
+            ranks = {module: max(rank * (len(bank) - 1), 1) for module, rank in layout.ranks.items()}
+            self.add(by_modules(bank, lambda parts: compact(residual(parts, shares)), layout_at(layout, ranks)))
+        return bank.mean({name: float(counts[name]) for name in bank})

@@ -11,12 +11,13 @@ quantised one either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Layout
 from strategies.families.fedavg import SLOT
-from strategies.families.merged_base import MergedBase, weighted
+from strategies.families.merged_base import MergedBase, exact_sum
 from strategies.framework import About, Brief, Client, steps
 from strategies.framework.options import NoOptions
 
@@ -40,12 +41,13 @@ class FLoRA(MergedBase[NoOptions]):
         return Adapter.initial(client.layout, self.seed)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """No adapter travels down but the stack."""
-        return self._without_global(super().brief(round_, client))
+        """The changed base; uploads are sent whole, and do not start from a received adapter."""
+        brief = super().brief(round_, client)
+        return Brief([_absolute(step) for step in brief.steps], brief.adapters)
 
-    def deliver(self, client: Client) -> Brief:
-        """The stack alone."""
-        return self._without_global(super().deliver(client))
+    def sent(self, client: Client) -> dict[str, Callable[[], Adapter]]:
+        """No adapter travels down but the stack."""
+        return {slot: recipe for slot, recipe in super().sent(client).items() if slot != SLOT}
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """A new adapter, drawn from the seed and the round, on the changed base."""
@@ -54,16 +56,13 @@ class FLoRA(MergedBase[NoOptions]):
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """Add the exact average to the base."""
-        self.add(weighted(list(adapters.values()), list(examples.values())))
+        total = sum(examples.values())
+        bank = Bank.of(adapters)
+        self.add(exact_sum(bank, [examples[name] / total for name in bank]))
         return self.global_model
-
-    def _without_global(self, brief: Brief) -> Brief:
-        sent = {slot: adapter for slot, adapter in brief.adapters.items() if slot != SLOT}
-        return Brief([_absolute(step) for step in brief.steps], sent)
 
 
 def _absolute(step: steps.Step) -> steps.Step:
-    """Send uploads whole: they do not start from a received adapter."""
     if step.HasField("send"):
         step.send.relative_to_received = False
     return step

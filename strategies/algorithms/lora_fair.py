@@ -69,10 +69,13 @@ class LoRAFAIR(Averaging[LoRAFAIROptions]):
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """The averages, and the correction of each B."""
-        merged = Bank.of(adapters).mean(examples)
-        total = sum(examples[name] for name in adapters)
-        shares = [examples[name] / total for name in adapters]
+        bank = Bank.of(adapters)
+        merged = bank.mean(examples)
+        total = sum(examples[name] for name in bank)
+        shares = [examples[name] / total for name in bank]
         for module in merged.layout.lora_modules:
-            pairs = [(found[module, Factor.A], found[module, Factor.B]) for found in adapters.values()]
+            part = merged.layout.select((), [module])  # nothing else of any client's is read
+            parts = [bank.part(name, part) for name in bank]
+            pairs = [(found[module, Factor.A], found[module, Factor.B]) for found in parts]
             merged[module, Factor.B].add_(correction(pairs, shares, self.options.damping).float())
         return merged

@@ -6,17 +6,23 @@ which is exact.
 
 A client adds what it lacks to a *copy* of what it is known to hold, and two names take turns. So nothing is added twice
 if a plan was carried out and its answer was lost.
+
+Updates lie in the run's bank, and uploads are stacked a few modules at a time. What a client lacks is put together when
+its message is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import stack, truncate
+from fedalloy_adapters.bank.store import Bank, Made
 from fedalloy_adapters.layout import Factor, Layout
 from proto.fedalloy.v1 import plan_pb2
+from strategies.families.by_modules import by_modules
 from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, steps
 
@@ -42,7 +48,7 @@ class MergedBase(Averaging[OptionsT]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.updates: list[Adapter] = []
+        self.updates = Bank(self.storage)  # by number; none is changed or taken away
         self.held: dict[str, tuple[int, int]] = {}  # updates in a client's slot, and which of the two names it has
 
     def compatible(self, first: Layout, second: Layout) -> bool:
@@ -57,17 +63,22 @@ class MergedBase(Averaging[OptionsT]):
 
     def add(self, update: Adapter) -> None:
         """Add this to every client's base from the next round on."""
-        self.updates.append(compact(update))
+        self.updates[_name(len(self.updates))] = compact(update)
 
     def brief(self, round_: int, client: Client) -> Brief:
         """FedAvg's round on the changed base."""
-        brief = super().brief(round_, client)
-        return Brief(brief.steps, {**brief.adapters, **self._update(client)})
+        return Brief(super().brief(round_, client).steps, Made(self.sent(client)))
 
     def deliver(self, client: Client) -> Brief:
         """FedAvg's, with the changed base."""
-        brief = super().deliver(client)
-        return Brief(brief.steps, {**brief.adapters, **self._update(client)})
+        return Brief(super().deliver(client).steps, Made(self.sent(client)))
+
+    def sent(self, client: Client) -> dict[str, Callable[[], Adapter]]:
+        """Recipes of what the client is sent, by slot: the adapter, and what its base lacks."""
+        count, _ = self.held.get(client.id, (0, 0))
+        model, missing = self.part_of(client), list(self.updates)[count:]
+        update = {UPDATE: partial(self._together, missing)} if missing else {}
+        return {SLOT: lambda: model, **update}
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Note that the client now holds all updates so far."""
@@ -81,7 +92,7 @@ class MergedBase(Averaging[OptionsT]):
             return []
         terms = [MERGED[name], UPDATE] if count else [UPDATE]
         rank = max(full_ranks(client.layout).values())
-        grown = sum(max(update.layout.ranks.values()) for update in self.updates)
+        grown = sum(max(self.updates.layout_of(update).ranks.values()) for update in self.updates)
         merge = steps.merge(MERGED[1 - name], steps.mixture(*terms), truncate_rank=rank if grown > rank else 0)
         return [merge]
 
@@ -95,37 +106,46 @@ class MergedBase(Averaging[OptionsT]):
 
     def state(self) -> State:
         """The adapter, all updates with their ranks, and who holds which."""
-        tensors = {f"update/{index}": update.vector for index, update in enumerate(self.updates)}
         held = {name: list(pair) for name, pair in self.held.items()}
-        ranks = [update.layout.ranks for update in self.updates]
+        ranks = [self.updates.layout_of(update).ranks for update in self.updates]
         found = super().state()
-        return State(found.tensors | tensors, found.values | {"ranks": ranks, "held": held})
+        found.values |= {"ranks": ranks, "held": held}
+        found.keep("update", self.updates)
+        return found
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
         super().load_state(state)
         self.held = {name: (int(pair[0]), int(pair[1])) for name, pair in state.values["held"].items()}
-        self.updates = [
-            Adapter(_unscaled(self.global_model.layout, ranks), state.tensors[f"update/{index}"])
-            for index, ranks in enumerate(state.values["ranks"])
-        ]
+        self.updates.clear()
+        for name, ranks in zip(map(_name, range(len(state.values["ranks"]))), state.values["ranks"], strict=True):
+            self.updates.put_row(name, _unscaled(self.global_model.layout, ranks), state.row(f"update/{name}"))
 
     def _target(self, client: Client) -> int:
         count, name = self.held.get(client.id, (0, 0))
         return name if count == len(self.updates) else 1 - name
 
-    def _update(self, client: Client) -> dict[str, Adapter]:
-        count, _ = self.held.get(client.id, (0, 0))
-        missing = self.updates[count:]
-        return {UPDATE: compact(stack(missing, [1.0] * len(missing)))} if missing else {}
+    def _together(self, names: Sequence[str]) -> Adapter:
+        return compact(stack([self.updates[name] for name in names], [1.0] * len(names)))
 
 
-def _unscaled(layout: Layout, ranks: dict[str, int]) -> Layout:
+def _name(index: int) -> str:
+    return f"{index:06d}"
+
+
+def _unscaled(layout: Layout, ranks: Mapping[str, int]) -> Layout:
     found = layout.with_ranks(ranks)
     return Layout(found.entries, dict.fromkeys(found.lora_modules, 1.0), found.base_fingerprint)
 
 
-def weighted(adapters: Sequence[Adapter], examples: Sequence[int]) -> Adapter:
-    """The exact average of the deltas, by example counts, as a stack of their ranks."""
-    total = sum(examples)
-    return stack(adapters, [count / total for count in examples])
+def exact_sum(adapters: Bank, coefficients: Sequence[float]) -> Adapter:
+    """The exact weighted sum of the deltas as a stack of their ranks, without ranks that it cannot have."""
+    layouts = [adapters.layout_of(name) for name in adapters]
+    ranks = {module: sum(layout.ranks[module] for layout in layouts) for module in layouts[0].ranks}
+    return by_modules(adapters, lambda parts: compact(stack(parts, list(coefficients))), layout_at(layouts[0], ranks))
+
+
+def layout_at(layout: Layout, ranks: Mapping[str, int]) -> Layout:
+    """The layout of an update with these ranks, once it is :func:`compact`."""
+    full = full_ranks(layout)
+    return _unscaled(layout, {module: min(rank, full[module]) for module, rank in ranks.items()})

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import stack
+from fedalloy_adapters.bank.store import Bank
 from fedalloy_adapters.layout import Factor
 from fedalloy_adapters.parts import layout_of_part
 from strategies import STRATEGIES
 from strategies.algorithms.fedex_lora import residual
-from strategies.families.merged_base import weighted
+from strategies.families import by_modules
+from strategies.families.merged_base import compact, exact_sum
 from strategies.framework.exchange import StrategyError
 from tests.strategies.conftest import client_of, layout_of, random_adapter
 from tests.strategies.fleet import COUNTS, LAYOUT, NAMES, SHARES, Fleet, dense, sent, size, trained
@@ -92,7 +97,7 @@ def test_full_rank_flexlora_is_flora() -> None:
     flex.enrol(client_of("ada", layout_of(rank=5)))
     uploads = dict(zip(NAMES, adapters, strict=True))
     merged = flex.average(uploads, dict(zip(NAMES, COUNTS, strict=True)))  # type: ignore[attr-defined]
-    stack = weighted(adapters, COUNTS)
+    stack = exact_sum(Bank.of(uploads), [count / sum(COUNTS) for count in COUNTS])
     for module in LAYOUT.lora_modules:
         torch.testing.assert_close(dense(merged, module), dense(stack, module), rtol=0, atol=1e-10)
 
@@ -169,3 +174,34 @@ def test_fedsa_keeps_b_and_head_where_they_are() -> None:
             assert torch.equal(saved[who].select([factor]).vector, own[who].select([factor]).vector)
     mean = sum(share * own[who].select([Factor.A]).vector for share, who in zip(SHARES, NAMES, strict=True))
     torch.testing.assert_close(saved["ada"].select([Factor.A]).vector, torch.as_tensor(mean), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex-lora"])
+def test_updates_of_the_base_lie_in_files_and_a_checkpoint_refers_to_them(name: str, tmp_path: Path) -> None:
+    fleet, in_memory = Fleet(name), Fleet(name)
+    fleet.strategy.storage.spill_to(tmp_path / "bank", 0)
+    for _ in range(2):
+        fleet.play(deaf="ben")  # lacks both rounds' updates afterwards
+        in_memory.play(deaf="ben")
+    state = fleet.strategy.state()
+    assert [key for key in state.rows if key.startswith("update/")] == ["update/000000", "update/000001"]
+    other = Fleet(name)
+    other.strategy.storage.spill_to(tmp_path / "other", 0)
+    other.strategy.load_state(state)
+    other.round_ = fleet.round_
+    for who in NAMES:
+        for again in (other, in_memory):
+            expected, found = fleet.brief(who), again.brief(who)
+            assert expected.steps == found.steps
+            assert set(expected.adapters) == set(found.adapters)
+            for slot, adapter in expected.adapters.items():
+                assert torch.equal(adapter.vector, found.adapters[slot].vector)
+    assert "update" in fleet.brief("ben").adapters
+
+
+def test_a_sum_of_a_few_modules_at_a_time_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = Bank.of({who: random_adapter(layout_of(rank=4), seed) for seed, who in enumerate(NAMES)})
+    whole = compact(stack(list(bank.values()), SHARES))
+    monkeypatch.setattr(by_modules, "_TOGETHER", 1)
+    assert torch.equal(exact_sum(bank, SHARES).vector, whole.vector)
+    assert exact_sum(bank, SHARES).layout.digest == whole.layout.digest
