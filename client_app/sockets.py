@@ -22,8 +22,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from client_app.sock_diag import SockDiag, Socket
 from proto.fedalloy.v1 import report_pb2
 
 FLEET_PORT = 9092
@@ -33,7 +33,6 @@ OWN_NAMESPACE = "FEDALLOY_FLEET_PORT"
 _ETHERNET, _IPV4, _IPV6, _TCP, _TCP_TIMESTAMPS = 14, 20, 40, 20, 12
 _ESTABLISHED, _LISTEN = 1, 10  # enum in the kernel's net/tcp_states.h
 _OPTION_TIMESTAMPS = 1  # TCPI_OPT_TIMESTAMPS
-_WANT_TCP_INFO = 1 << 1  # INET_DIAG_INFO is attribute 2
 
 
 class WireError(RuntimeError):
@@ -83,23 +82,18 @@ class Connection:
 
 
 class SocketTable:
-    """This network namespace's TCP sockets. Opening costs about 1 ms, a dump 0.1 ms per socket; use in one thread.
+    """This network namespace's TCP sockets; use in one thread.
 
     Raises:
-        WireError: no ``sock_diag`` here (not Linux, pyroute2 missing, kernel without it).
+        WireError: no ``sock_diag`` here (not Linux, or a kernel without it).
     """
 
     def __init__(self) -> None:
         if not sys.platform.startswith("linux"):
             raise WireError(f"TCP counters need Linux, this is {sys.platform}")
         try:
-            from pyroute2.netlink.diag import DiagSocket  # 0.1 s, and only Linux has it
-        except ImportError as error:
-            raise WireError(f"TCP counters need pyroute2 ({error})") from None
-        try:
-            self._socket = DiagSocket()
-            self._socket.bind()
-        except Exception as error:  # pyroute2 passes errors of several libraries through
+            self._kernel = SockDiag()
+        except OSError as error:
             raise WireError(f"cannot open a sock_diag socket ({error!r})") from None
 
     def __enter__(self) -> SocketTable:
@@ -110,7 +104,7 @@ class SocketTable:
 
     def close(self) -> None:
         """Close the netlink socket."""
-        self._socket.close()
+        self._kernel.close()
 
     def connections(self, local_port: int = 0) -> list[Connection]:
         """Established connections, of one local port or (0) all.
@@ -118,55 +112,62 @@ class SocketTable:
         Raises:
             WireError: the kernel did not answer, or without the counters that are needed.
         """
-        return [_to_connection(row) for row in self._dump(_ESTABLISHED, local_port, _WANT_TCP_INFO)]
+        return [_to_connection(row) for row in self._dump(_ESTABLISHED, local_port)]
+
+    def again(self, connection: Connection) -> Connection | None:
+        """The same connection now, without a look at any other; None where it has ended.
+
+        Raises:
+            WireError: the kernel did not answer.
+        """
+        local = (connection.local_address, connection.local_port)
+        try:
+            row = self._kernel.find(local, (connection.remote_address, connection.remote_port))
+        except OSError as error:
+            raise WireError(f"sock_diag does not answer ({error!r})") from None
+        if row is None or row.state != _ESTABLISHED or row.cookie != connection.cookie:
+            return None
+        return _to_connection(row)
 
     def listeners(self, local_port: int = 0) -> dict[int, int]:
         """Inode to local port of every listening socket."""
-        return {row["idiag_inode"]: row["idiag_sport"] for row in self._dump(_LISTEN, local_port, 0)}
+        return {row.inode: row.local[1] for row in self._dump(_LISTEN, local_port, counters=False)}
 
-    def _dump(self, state: int, local_port: int, extensions: int) -> list[Any]:
-        rows: list[Any] = []
+    def _dump(self, state: int, local_port: int, *, counters: bool = True) -> list[Socket]:
+        rows: list[Socket] = []
         # A dual-stack socket lists its IPv4 peers in the IPv6 table, as ::ffff:a.b.c.d.
         for family in (socket.AF_INET, socket.AF_INET6):
             try:
-                found = self._socket.get_sock_stats(
-                    family=family, states=1 << state, extensions=extensions, sport=local_port
-                )
-            except Exception as error:
+                found = self._kernel.dump(family, state, local_port, counters=counters)
+            except OSError as error:
                 raise WireError(f"sock_diag does not answer ({error!r})") from None
-            # Kernels may treat the filter as a hint.
-            rows += [
-                row
-                for row in found
-                if row["idiag_state"] == state and (not local_port or row["idiag_sport"] == local_port)
-            ]
+            rows += [row for row in found if row.state == state and local_port in (0, row.local[1])]
         return rows
 
 
-def _to_connection(row: Any) -> Connection:
-    info = row.get_attr("INET_DIAG_INFO")
-    try:
-        local, remote = row["idiag_src"], row["idiag_dst"]
-        timestamps = _TCP_TIMESTAMPS if info["tcpi_options"] & _OPTION_TIMESTAMPS else 0
-        return Connection(
-            local_address=_plain(local),
-            local_port=row["idiag_sport"],
-            remote_address=_plain(remote),
-            remote_port=row["idiag_dport"],
-            cookie=row["idiag_cookie"],
-            inode=row["idiag_inode"],
-            header_bytes=_ETHERNET + (_IPV6 if ":" in _plain(remote) else _IPV4) + _TCP + timestamps,
-            bytes_sent=info["tcpi_bytes_sent"],
-            bytes_acked=info["tcpi_bytes_acked"],
-            bytes_received=info["tcpi_bytes_received"],
-            bytes_retransmitted=info["tcpi_bytes_retrans"],
-            segments_out=info["tcpi_segs_out"],
-            segments_in=info["tcpi_segs_in"],
-            data_segments_out=info["tcpi_data_segs_out"],
-            data_segments_in=info["tcpi_data_segs_in"],
-        )
-    except (KeyError, TypeError) as error:  # Linux before 4.19 has no tcpi_bytes_sent
-        raise WireError(f"this kernel's TCP counters lack {error}") from None
+def _to_connection(row: Socket) -> Connection:
+    info = row.counters
+    if info is None:  # Linux before 4.19 has no tcpi_bytes_sent
+        raise WireError("this kernel's TCP counters lack tcpi_bytes_sent")
+    local, remote = _plain(row.local[0]), _plain(row.remote[0])
+    timestamps = _TCP_TIMESTAMPS if info.options & _OPTION_TIMESTAMPS else 0
+    return Connection(
+        local_address=local,
+        local_port=row.local[1],
+        remote_address=remote,
+        remote_port=row.remote[1],
+        cookie=row.cookie,
+        inode=row.inode,
+        header_bytes=_ETHERNET + (_IPV6 if ":" in remote else _IPV4) + _TCP + timestamps,
+        bytes_sent=info.bytes_sent,
+        bytes_acked=info.bytes_acked,
+        bytes_received=info.bytes_received,
+        bytes_retransmitted=info.bytes_retransmitted,
+        segments_out=info.segments_out,
+        segments_in=info.segments_in,
+        data_segments_out=info.data_segments_out,
+        data_segments_in=info.data_segments_in,
+    )
 
 
 def _plain(address: str) -> str:

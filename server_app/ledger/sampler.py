@@ -30,15 +30,18 @@ LONE_CALL_UP, LONE_CALL_DOWN = (300, 1000), 300
 # A TLS handshake, gRPC's settings, activation and the first poll are about 4,100 bytes up and 3,000 down.
 MAX_SETUP = 8000
 MAX_CPU = 0.015
+MOST_LOOKS = 0.2
+"""Of the time of a second at most goes into looks at all connections: beyond that the last one does once more."""
 REMEMBERED = 600
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """What one look at the kernel's table showed."""
+    """What one look at the kernel's table showed; ``of_all``: of all connections, not of one client's alone."""
 
     time: float
     connections: list[Connection]
+    of_all: bool = True
 
 
 @dataclass
@@ -96,6 +99,8 @@ class FleetSampler:
         self._small_calls: Counter[tuple[Key, str, int, int, int, int]] = Counter()
         self._tls: bool | None = None
         self._tls_noted = False
+        self._looks: deque[tuple[float, float]] = deque()  # at all connections, for messages: when, and seconds
+        self._last: _Moment | None = None
 
     def __enter__(self) -> FleetSampler:
         self.start()
@@ -136,12 +141,11 @@ class FleetSampler:
     def push(self, round_: int, client: str, kind: str) -> None:
         """Call this just before a message is pushed to ``client`` (or to a node whose client is not known yet)."""
         self._round = round_
-        with self._look() as moment:
+        with self._look(client) as moment:
             if moment is None:
                 return
             self._under_way[client] += 1
-            for connection in self._of(client, moment):
-                watched = self._watched[_key(connection)]
+            for watched in self._watched_of(client, moment):
                 watched.round, watched.exchange, watched.busy = round_, watched.exchange + 1, False
         self._book(round_, client, "push", kind, moment)
 
@@ -153,7 +157,7 @@ class FleetSampler:
         """
         if reading is not None:
             self.ledger.client_reading(round_, client, reading, kind=kind)
-        with self._look() as moment:
+        with self._look(client) as moment:
             if moment is None:
                 return
             self._under_way[client] -= 1
@@ -167,8 +171,8 @@ class FleetSampler:
                     self._client_of[end.local_address, end.local_port] = client
                 elif arrival is not None:  # of a connection that is there, and no more than it has brought
                     self._client_of.setdefault((end.local_address, end.local_port), client)
-            for connection in self._of(client, moment):
-                self._watched[_key(connection)].busy = False
+            for watched in self._watched_of(client, moment):
+                watched.busy = False
         for arrival in arrivals:
             if arrival is not None:
                 self._book(round_, client, "handler", kind, arrival)
@@ -217,15 +221,45 @@ class FleetSampler:
         return table
 
     @contextmanager
-    def _look(self) -> Iterator[_Moment | None]:
-        """One more sample, now; the lock is held inside. None where nothing can be read."""
+    def _look(self, client: str = "") -> Iterator[_Moment | None]:
+        """One more sample, now; the lock is held inside. None where nothing can be read.
+
+        Of a client whose connections are known only these are read: what a message costs does not grow with the
+        clients. Who else has come or gone is the thread's to see.
+        """
         moment = None
         if self.is_measuring:
             with suppress(WireError):
-                moment = _Moment(time.time(), self._table().connections(self._port or 0))
-                self._observe(moment)
+                moment = self._of_one(client) or self._of_all()
         with self._lock:
             yield moment
+
+    def _of_one(self, client: str) -> _Moment | None:
+        """A look at the client's connections; None where they are not known, or one has ended."""
+        with self._lock:
+            known = [watched.connection for key, watched in self._watched.items() if self._is_of(key, client)]
+        now = time.time()
+        found = [self._table().again(connection) for connection in known]
+        if not found or None in found:
+            return None
+        moment = _Moment(now, [connection for connection in found if connection is not None], of_all=False)
+        self._observe(moment)
+        return moment
+
+    def _of_all(self) -> _Moment:
+        now = time.time()
+        while self._looks and self._looks[0][0] < now - 1:
+            self._looks.popleft()
+        if self._last is not None and sum(seconds for _, seconds in self._looks) > MOST_LOOKS:
+            return self._last
+        started = time.thread_time()
+        moment = self._last = _Moment(now, self._table().connections(self._port or 0))
+        self._observe(moment)
+        self._looks.append((now, time.thread_time() - started))
+        return moment
+
+    def _is_of(self, key: Key, client: str) -> bool:
+        return bool(client) and self._client_of.get(key[:2]) == client
 
     def _book(self, round_: int, client: str, event: str, kind: str, moment: _Moment) -> None:
         connections = self._of(client, moment)
@@ -234,8 +268,13 @@ class FleetSampler:
 
     def _of(self, client: str, moment: _Moment) -> list[Connection]:
         """The client's connections, or all as long as it is not known which are."""
-        mine = [c for c in moment.connections if client and self._client_of.get(_key(c)[:2]) == client]
+        mine = [c for c in moment.connections if self._is_of(_key(c), client)]
         return mine or moment.connections
+
+    def _watched_of(self, client: str, moment: _Moment) -> list[_Watched]:
+        """Of the client's connections those that have not ended since."""
+        keys = map(_key, self._of(client, moment))
+        return [self._watched[key] for key in keys if key in self._watched]
 
     def _observe(self, moment: _Moment) -> None:
         now = moment.time
@@ -254,7 +293,7 @@ class FleetSampler:
                     watched.seen.append((now, connection))
                 elif watched.burst is not None and watched.burst.is_over(now):
                     self._end_burst(key)
-            for key in [key for key in self._watched if key not in current]:
+            for key in [key for key in self._watched if key not in current] if moment.of_all else ():
                 self._end_burst(key)
                 gone.append((now, self._watched.pop(key).connection))
         for when, connection in gone:

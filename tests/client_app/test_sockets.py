@@ -6,12 +6,13 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
 
-from client_app import sockets
+from client_app import sock_diag, sockets
 from client_app.sockets import Connection, SocketTable, WireError
 from proto.fedalloy.v1 import report_pb2
 
@@ -154,26 +155,36 @@ def test_a_port_without_listener_is_not_measured() -> None:
             sockets.server_connections(table, port)
 
 
-def test_without_linux_or_pyroute2_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_linux_or_sock_diag_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
         with pytest.raises(sockets.WireError, match="need Linux, this is darwin"), sockets.SocketTable():
             pass
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setitem(sys.modules, "pyroute2.netlink.diag", None)
-    with pytest.raises(sockets.WireError, match="need pyroute2"), sockets.SocketTable():
+    monkeypatch.setattr(sock_diag, "_PROTOCOL", 999)
+    with pytest.raises(sockets.WireError, match="cannot open a sock_diag socket"), sockets.SocketTable():
         pass
 
 
 def test_a_kernel_without_the_counters_is_not_measured() -> None:
-    class OldKernel(dict[str, object]):
-        def get_attr(self, name: str) -> dict[str, int]:
-            return {"tcpi_options": 1}
-
-    row = OldKernel(idiag_src="10.0.0.1", idiag_dst="10.0.0.2", idiag_sport=1, idiag_dport=2, idiag_cookie=3)
-    row["idiag_inode"] = 4
-    with pytest.raises(WireError, match="lack 'tcpi_bytes_sent'"):
+    row = sock_diag.Socket(socket.AF_INET, 1, ("10.0.0.1", 1), ("10.0.0.2", 2), 3, 4, None)
+    with pytest.raises(WireError, match="lack tcpi_bytes_sent"):
         sockets._to_connection(row)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("host", "bind"), [("127.0.0.1", None), ("127.0.0.1", "::"), ("::1", None)], ids=["ipv4", "ipv4-in-ipv6", "ipv6"]
+)
+def test_one_connection_is_read_alone(host: str, bind: str | None) -> None:
+    with pair(host, bind) as (client, server), SocketTable() as table:
+        before = ends(client)
+        send(client, server, 4000)
+        after = ends(client)
+        assert tuple(table.again(connection) for connection in before) == after
+        assert table.again(replace(before[0], cookie=before[0].cookie + 1)) is None
+    with SocketTable() as table:
+        assert table.again(before[1]) is None
 
 
 @pytest.mark.parametrize(
@@ -204,7 +215,7 @@ def test_a_simulation_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_it_is_cheap() -> None:
     """A request for counters is answered by a fresh process each time."""
-    script = "import sys, client_app.sockets; print(sorted({'torch', 'pyroute2', 'flwr'} & set(sys.modules)))"
+    script = "import sys, client_app.sockets; print(sorted({'torch', 'flwr'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
 

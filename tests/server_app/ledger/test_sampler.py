@@ -25,6 +25,9 @@ class Kernel:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         self.sockets: dict[int, Connection] = {}
+        self.looks: list[str] = []  # "all", or the port of the one that was looked at
+        self.cost = 0.0  # processor seconds of a look at all
+        self.used = 0.0
         monkeypatch.setattr(fleet_sampler, "SocketTable", lambda: self)
         monkeypatch.setattr(fleet_sampler, "server_connections", lambda table, port: table.connections(port))
         monkeypatch.setattr(fleet_sampler, "find_ancestor", lambda program: (7, ["flower-superlink", "--ssl-certfile"]))
@@ -34,8 +37,17 @@ class Kernel:
     def time(self) -> float:
         return self.now
 
+    def thread_time(self) -> float:
+        return self.used
+
     def connections(self, port: int) -> list[Connection]:
+        self.looks.append("all")
+        self.used += self.cost
         return list(self.sockets.values())
+
+    def again(self, connection: Connection) -> Connection | None:
+        self.looks.append(str(connection.remote_port))
+        return next((c for c in self.sockets.values() if c.remote_port == connection.remote_port), None)
 
     def close(self) -> None:
         return None
@@ -135,6 +147,46 @@ def test_sampler_finds_the_moment_of_the_clients_reading(ledger: Ledger, kernel:
     (link,) = ledger.accounts().links
     (moment,) = [row for row in link.at_server if row.event == "handler"]
     assert (moment.bytes_received, moment.bytes_sent) == (5000, 100_000)
+    sampler.stop()
+
+
+def test_a_message_to_a_known_client_looks_at_no_other_connection(ledger: Ledger, kernel: Kernel) -> None:
+    kernel.sockets = {5: at_server(0, 0), 6: at_server(0, 0, port=6)}
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    sampler.push(1, "berlin", "train")
+    kernel.traffic(sampler, 5, 5000, 3000)
+    sampler.reply(1, "berlin", "train", reading(at_client(5000, 3000)))
+    kernel.looks.clear()
+    kernel.traffic(sampler, 6, 400, 90)
+    sampler.push(2, "berlin", "train")
+    (own,) = [look for look in kernel.looks if look != "all"]
+    assert own == str(kernel.sockets[5].remote_port)
+    kernel.sockets[7] = at_server(10, 10, port=7)
+    del kernel.sockets[5]  # it is on another connection now
+    sampler.reply(2, "berlin", "train")
+    assert kernel.looks[-2:] == [own, "all"]
+    pushed = [
+        row for link in ledger.accounts().links for row in link.at_server if (row.event, row.round) == ("push", 2)
+    ]
+    assert [(row.remote_port, row.bytes_received) for row in pushed] == [(int(own), 5000)]
+    sampler.stop()
+
+
+def test_looks_at_all_connections_take_a_share_of_the_time_at_most(ledger: Ledger, kernel: Kernel) -> None:
+    kernel.sockets[5] = at_server(0, 0)
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    kernel.looks.clear()
+    kernel.cost = 0.05
+    for number in range(100):
+        sampler.push(0, f"node {number}", "query")
+        kernel.now += 0.01
+    assert len(kernel.looks) == 5  # a fifth of a second's time, and the one that went beyond it
+    kernel.now += 2
+    del kernel.sockets[5]
+    sampler.push(0, "node 7", "query")
+    assert len(kernel.looks) == 6
     sampler.stop()
 
 
