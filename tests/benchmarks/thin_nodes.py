@@ -10,10 +10,14 @@ first the bundle is built and the nodes register. Columns:
     register, train, deliver   seconds of this app's phases; ``train`` is the second round
     per client                 milliseconds of ``train`` per node; ``stock`` the same of stock Flower
     over stock                 the first over the second
-    CPU                        processor milliseconds per client and message of ServerApp and SuperLink, all phases
+    CPU                        processor milliseconds per client of ServerApp and SuperLink in ``train``, and over stock
     MiB                        peak resident memory of both
 
-Nodes look for messages every three seconds, as stock SuperNodes do; so a round cannot take less than up to that.
+Stock Flower's messages have the adapter as one array, the fewest objects that it can be sent in; with ``--tensors``
+there is a run with an array for each tensor, too, as an ``ArrayRecord`` of a state dict has them.
+
+Nodes look for messages every three seconds, as stock SuperNodes do; so a round cannot take less than up to that. On a
+machine that does other work at the same time, compare processor time.
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from server_app.run.run_directory import RunDirectory
+from tests.benchmarks.thin.answers import layout_of_bytes
 from tests.benchmarks.thin.cluster import ThinCluster
 
+SERVER = ("serverapp", "superlink")
 STOCK = Path(__file__).parent / "thin" / "stock_app"
 
 
@@ -45,8 +51,12 @@ class Row:
     seconds_per_client: float
     stock_seconds_per_client: float
     over_stock: float
-    serverapp_cpu: float
-    superlink_cpu: float
+    over_stock_tensors: float | None
+    cpu: dict[str, float]
+    """Processor seconds per client in ``train``, by process."""
+    stock_cpu: dict[str, float]
+    over_stock_cpu: float
+    """Of SuperLink and ServerApp together."""
     serverapp_mib: int
     superlink_mib: int
     bytes_up: int
@@ -54,7 +64,7 @@ class Row:
     troubles: dict[str, int]
 
 
-def measure(nodes: int, size: int, strategy: str, poll: float) -> Row:
+def measure(nodes: int, size: int, strategy: str, poll: float, with_tensors: bool) -> Row:
     """One case, from an empty database on."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -63,43 +73,50 @@ def measure(nodes: int, size: int, strategy: str, poll: float) -> Row:
                 "strategy": strategy, "num-server-rounds": 2, "min-clients": nodes, "runs-dir": str(folder / "runs"),
                 "run-name": "thin", "startup-timeout": 1200.0, "round-timeout": 1200.0,
             }  # fmt: skip
-            outcome = cluster.run(config, cluster.look)
+            rounds = folder / "runs" / "thin" / "rounds.jsonl"
+            outcome = cluster.run(config, lambda: cluster.mark(rounds))
             if not outcome.completed:
                 raise RuntimeError(f"the run is {outcome.status}:\n{outcome.log.read_text()[-3000:]}")
-            cpu = {name: cluster.cpu_seconds(name) for name in ("serverapp", "superlink")}
+            records = RunDirectory(folder / "runs" / "thin").rounds()
+            second = max(n for n, record in enumerate(records) if record["phase"] == "train")
+            used = cluster.between(second - 1, second)
             peaks = dict(cluster.peaks)
-            stock = stock_seconds(cluster, folder, nodes, size)
+            stock, stock_used = stock_round(cluster, folder / "stock.json", nodes, size, 1)
+            tensors = 2 * len(layout_of_bytes(size).modules)
+            apart = stock_round(cluster, folder / "apart.json", nodes, size, tensors)[0] if with_tensors else None
             done = cluster.stop_nodes()
-        records = RunDirectory(folder / "runs" / "thin").rounds()
     phases = {record["phase"]: record for record in records}  # the last of each
     answered = sum(client["status"] == "ok" for client in phases["train"]["clients"].values())
-    messages = 5 * nodes  # register, two rounds, deliver, counters
     troubles: dict[str, int] = {}
     for process in done:
         for name, count in [*process["failures"].items(), *process["done"].items()]:
             if name not in ("answers", "stored", "bytes up", "bytes down"):
                 troubles[name] = troubles.get(name, 0) + count
-    per_client, stock_per_client = phases["train"]["seconds"] / nodes, stock / nodes
+    seconds = phases["train"]["seconds"]
     return Row(
-        nodes, size, answered, phases["register"]["seconds"], phases["train"]["seconds"], phases["deliver"]["seconds"],
-        per_client, stock_per_client, per_client / stock_per_client,
-        cpu["serverapp"] / messages, cpu["superlink"] / messages, peaks["serverapp"], peaks["superlink"],
+        nodes, size, answered, phases["register"]["seconds"], seconds, phases["deliver"]["seconds"],
+        seconds / nodes, stock / nodes, seconds / stock, seconds / apart if apart else None,
+        {name: used[name] / nodes for name in used}, {name: stock_used[name] / nodes for name in stock_used},
+        sum(used[name] for name in SERVER) / sum(stock_used[name] for name in SERVER),
+        peaks["serverapp"], peaks["superlink"],
         sum(process["done"]["bytes up"] for process in done), sum(process["done"]["bytes down"] for process in done),
         troubles,
     )  # fmt: skip
 
 
-def stock_seconds(cluster: ThinCluster, folder: Path, nodes: int, size: int) -> float:
-    """Seconds of the second round of stock Flower's grid."""
-    result = folder / "stock.json"
-    config = {"result": str(result), "rounds": 2, "nodes": nodes, "bytes": size}
-    outcome = cluster.run(config, app=STOCK)
+def stock_round(
+    cluster: ThinCluster, result: Path, nodes: int, size: int, arrays: int
+) -> tuple[float, dict[str, float]]:
+    """The second round of stock Flower's grid: seconds, and processor seconds by process."""
+    config = {"result": str(result), "rounds": 2, "nodes": nodes, "bytes": size, "arrays": arrays}
+    cluster.marks.clear()
+    outcome = cluster.run(config, lambda: cluster.mark(result), app=STOCK)
     if not outcome.completed:
         raise RuntimeError(f"the stock run is {outcome.status}:\n{outcome.log.read_text()[-3000:]}")
     found = json.loads(result.read_text())
     if found["answered"][-1] != nodes:
         raise RuntimeError(f"stock Flower has {found['answered']} answers, expected {nodes}")
-    return float(found["seconds"][-1])
+    return float(found["seconds"][-1]), cluster.between(0, 1)
 
 
 def main() -> None:
@@ -108,21 +125,23 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, nargs="+", default=[2**16])
     parser.add_argument("--strategy", default="fedavg")
     parser.add_argument("--poll", type=float, default=3.0, help="seconds between a node's looks for messages")
+    parser.add_argument("--tensors", action="store_true", help="compare with an array for each tensor, too")
     parser.add_argument("--json", type=Path, help="where the last row goes, with all rows in it")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     print(f"{'nodes':>6}{'KiB':>6}{'answered':>9}{'register':>9}{'train':>7}{'deliver':>8}{'ms/client':>10}{'stock':>7}"
-          f"{'over':>6}{'CPU app':>8}{'link':>6}{'MiB app':>8}{'link':>6}")  # fmt: skip
+          f"{'over':>6}{'CPU app':>8}{'link':>6}{'over':>6}{'MiB app':>8}{'link':>6}{'tensors':>8}")  # fmt: skip
     rows = []
     for nodes in chosen.nodes:
         for size in chosen.bytes:
-            row = measure(nodes, size, chosen.strategy, chosen.poll)
+            row = measure(nodes, size, chosen.strategy, chosen.poll, chosen.tensors)
             rows.append(row)
             print(
                 f"{row.nodes:6}{row.bytes // 1024:6}{row.answered:9}{row.register:9.1f}{row.train:7.1f}"
                 f"{row.deliver:8.1f}{1000 * row.seconds_per_client:10.1f}{1000 * row.stock_seconds_per_client:7.1f}"
-                f"{row.over_stock:6.2f}{1000 * row.serverapp_cpu:8.1f}{1000 * row.superlink_cpu:6.1f}"
-                f"{row.serverapp_mib:8}{row.superlink_mib:6}"
+                f"{row.over_stock:6.2f}{1000 * row.cpu['serverapp']:8.1f}{1000 * row.cpu['superlink']:6.1f}"
+                f"{row.over_stock_cpu:6.2f}{row.serverapp_mib:8}{row.superlink_mib:6}"
+                f"{'' if row.over_stock_tensors is None else f'{row.over_stock_tensors:.2f}':>8}"
                 f"  {row.troubles or ''}",
                 flush=True,
             )

@@ -52,13 +52,14 @@ class ThinCluster(SuperLink):
         self.crowds: list[subprocess.Popen[str]] = []
         self.peaks: Counter[str] = Counter()
         self.cpu: dict[str, float] = {}
+        self.marks: list[Counter[str]] = []
         self._looked = 0.0
+        self._size = 0
 
     def environment(self) -> dict[str, str]:
         """Flower finds its own programs through PATH."""
         return super().environment() | {
             "FLWR_HOME": str(self.folder / "home"),
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
             "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
         }
 
@@ -130,9 +131,13 @@ class ThinCluster(SuperLink):
 
     def look(self) -> None:
         """Peak memory (resident, in MiB) and processor seconds of SuperLink and ServerApp, a few times a second."""
-        if time.monotonic() - self._looked < 0.3:
+        if time.monotonic() - self._looked < 0.15:
             return
         self._looked = time.monotonic()
+        for number, crowd in enumerate(self.crowds):
+            with contextlib.suppress(psutil.Error):
+                used = psutil.Process(crowd.pid).cpu_times()
+                self.cpu[f"nodes {number}"] = used.user + used.system
         root = psutil.Process(self.children[0].pid)
         with contextlib.suppress(psutil.Error):
             for member in [root, *root.children(recursive=True)]:
@@ -143,6 +148,18 @@ class ThinCluster(SuperLink):
                 memory, used = member.memory_info().rss / MIB, member.cpu_times()
                 self.peaks[name] = max(self.peaks[name], round(memory))
                 self.cpu[f"{name} {member.pid}"] = used.user + used.system
+
+    def mark(self, file: Path) -> None:
+        """:meth:`look`; what each kind of process has used whenever ``file`` has grown, a round being over."""
+        self.look()
+        size = file.stat().st_size if file.exists() else 0
+        if size != self._size:
+            self._size = size
+            self.marks.append(Counter({name: self.cpu_seconds(name) for name in ("serverapp", "superlink", "nodes")}))
+
+    def between(self, first: int, last: int) -> dict[str, float]:
+        """Processor seconds by kind of process, from one mark to another."""
+        return {name: self.marks[last][name] - self.marks[first][name] for name in self.marks[last]}
 
     def cpu_seconds(self, name: str) -> float:
         """Of all processes of this kind so far."""

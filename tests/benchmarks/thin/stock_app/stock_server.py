@@ -36,4 +36,4 @@ def main(grid: Grid, context: Context) -> None:
             reply.content["arrays"].to_numpy_ndarrays()
         found["seconds"].append(time.monotonic() - started)
         found["answered"].append(sum(not reply.has_error() for reply in replies))
-    Path(str(config["result"])).write_text(json.dumps(found))
+        Path(str(config["result"])).write_text(json.dumps(found))
