@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 
 from server_app.run.clients.enrolment import Enrolment
 from server_app.run.messages.exchange import Exchange, Make, Reply, Watch
+from server_app.run.messages.reasons import PASSING
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, Intake
 from strategies.framework.dispatch import register_message
 from strategies.framework.exchange import Client
@@ -269,9 +270,12 @@ def _waiting_for(lost: Iterable[str], waiting: Mapping[str, str], seconds: float
 
 
 def one_reason(reasons: Mapping[str, str]) -> str:
-    """What several clients have failed for, by client, where it is the same for all; else empty."""
+    """What several clients have failed for, by client, where it is the same for all and may not pass; else empty."""
     found = {reason.replace(repr(who), "...") for who, reason in reasons.items()}
-    return found.pop() if len(reasons) > 1 and len(found) == 1 else ""
+    if len(reasons) < 2 or len(found) > 1:
+        return ""
+    reason = found.pop()
+    return "" if reason.startswith(PASSING) else reason
 
 
 def require_all(enrolment: Enrolment, fitting: int) -> None:

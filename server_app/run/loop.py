@@ -36,6 +36,7 @@ from server_app.run.federation import (
     one_reason,
     require_all,
 )
+from server_app.run.known_runs import note_run
 from server_app.run.messages.exchange import Reply
 from server_app.run.messages.late_answers import LateAnswers
 from server_app.run.messages.requests import Requests
@@ -76,6 +77,7 @@ def run(grid: Grid, context: Context) -> RunDirectory:
         name = options.run_name or default_run_name(context.run_config, context.run_id)
         directory = RunDirectory.create(Path(options.runs_dir).expanduser(), name, as_toml(context.run_config))
     name = directory.path.resolve().name
+    note_run(directory.path)
     log(INFO, "FedAlloy run %s in %s", name, directory.path.resolve())
     ledger = directory.path / "ledger.sqlite"
     requests = Requests(name, context.run_config, options.sign_with)
@@ -85,7 +87,6 @@ def run(grid: Grid, context: Context) -> RunDirectory:
             try:
                 whole.run()
             except NotEnoughClientsError as error:
-                log(WARNING, "stopped: %s", error)
                 whole.record("stopped", whole.completed, {}, time.monotonic(), reason=str(error))
                 raise
             finally:

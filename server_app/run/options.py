@@ -200,11 +200,16 @@ def run_on(run_config: RunConfig) -> tuple[str, str]:
     return ("base_model", base) if base else ("scenario", str(run_config.get("scenario", RunOptions.scenario)))
 
 
-def default_run_name(run_config: RunConfig, run_id: int) -> str:
-    """The folder of a run that nobody has named."""
+def plain_run_name(run_config: RunConfig) -> str:
+    """A run by its strategy and what it is on: ``fedmerge-digits``, ``fedmerge-Qwen3-0.6B``."""
     last = run_on(run_config)[1].rstrip("/").rpartition("/")[2]
     about = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:24].strip("-.")
-    return f"{run_config.get('strategy', RunOptions.strategy)}-{about or 'base'}-{run_id}"
+    return f"{run_config.get('strategy', RunOptions.strategy)}-{about or 'base'}"
+
+
+def default_run_name(run_config: RunConfig, run_id: int) -> str:
+    """The folder of a run that nobody has named."""
+    return f"{plain_run_name(run_config)}-{run_id}"
 
 
 def as_toml(run_config: RunConfig) -> str:

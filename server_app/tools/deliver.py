@@ -7,6 +7,7 @@ from pathlib import Path
 from server_app.run.ending.late_delivery import MISSING, last_delivery, wanted_clients
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
+from server_app.tools.demo import why
 
 
 def deliver(run: Path, clients: str, superlink: SuperLink) -> list[str]:
@@ -28,6 +29,5 @@ def deliver(run: Path, clients: str, superlink: SuperLink) -> list[str]:
     config = directory.config() | {"resume": str(run.resolve()), "deliver": clients or MISSING}
     outcome = superlink.run(config)
     if not outcome.completed:
-        said = [record["reason"] for record in directory.rounds() if record["phase"] == "stopped"]
-        raise ClusterError(said[-1] if said else f"the delivery ended as {outcome.status}; see {outcome.log}")
+        raise ClusterError(why(directory.path, outcome))
     return [name for name in wanted if last_delivery(directory).get(name, {}).get("status") == "ok"]

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from server_app.run.run_directory import RunDirectory
+from server_app.tools.bundle.screen import reason_in
 from server_app.tools.cluster.local import LocalCluster, Settings
 from server_app.tools.cluster.superlink import ClusterError, RunOutcome, SuperLink
 from server_app.tools.copy_runs import collect
@@ -167,12 +168,11 @@ def _describe(record: Mapping[str, Any]) -> str:
 
 
 def why(run: Path, outcome: RunOutcome) -> str:
-    """Why a run did not succeed, as far as its folder and what it printed tell."""
+    """Why a run did not succeed, as far as what it printed and its folder tell."""
+    printed = outcome.log.read_text(errors="replace") if outcome.log.exists() else ""
     stopped = [record["reason"] for record in RunDirectory(run).rounds() if record["phase"] == "stopped"]
-    if stopped:
-        return str(stopped[-1])
-    said = [line for line in outcome.log.read_text(errors="replace").splitlines() if "Error" in line]
-    return f"the run ended as {outcome.status}" + (f": {said[-1].strip()}" if said else "")
+    said = [reason_in(printed), *stopped[-1:], f"the run ended as {outcome.status}; log: {outcome.log}"]
+    return next(words for words in map(str, said) if words)
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ def registrations(run: RunDirectory) -> dict[str, dict[str, Any]]:
     return found
 
 
-def last_registrations(runs_dir: Path) -> Mapping[str, Mapping[str, Any]]:
-    """The last registration of each client in any run of a folder."""
+def last_registrations(runs_dir: Path, more: Iterable[Path] = ()) -> Mapping[str, Mapping[str, Any]]:
+    """The last registration of each client in any run of a folder, or in one of ``more`` runs."""
     found: dict[str, dict[str, Any]] = {}
-    runs = [path.parent for path in runs_dir.glob("*/rounds.jsonl")]
+    runs = {path.resolve() for path in (*runs_dir.glob("*"), *more) if (path / "rounds.jsonl").exists()}
     for path in sorted(runs, key=lambda run: (run / "rounds.jsonl").stat().st_mtime):
         found |= registrations(RunDirectory(path))
     return found

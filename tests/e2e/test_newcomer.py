@@ -38,20 +38,24 @@ class Newcomer:
 
     def types(self, *command: str, succeeds: bool = True) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=240
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600
         )
         said = done.stdout + done.stderr
         assert (done.returncode == 0) == succeeds, said
         return said
 
-    def runs(self, name: str, **config: Any) -> str:
-        """``flwr run`` of one round, small; what it streamed."""
+    def config(self, name: str, **config: Any) -> str:
+        """Run-config of one round, small."""
         given = {"run-name": name, "runs-dir": str(self.folder / "runs"), "strategy": "fedavg", "num-server-rounds": 1}
         given |= {"local-steps": 3, "base-model": str(self.folder / "base"), "target-modules": "all-linear"}
         given |= {"evaluate-split": "validation", "round-timeout": 60.0, "startup-timeout": 60.0}
         given |= {key.replace("_", "-"): value for key, value in config.items()}
-        words = " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
-        return self.types("flwr", "run", str(REPOSITORY), "fedalloy", "--stream", "--run-config", words)
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
+
+    def submits(self, config: str, command: tuple[str, ...] = ("fedalloy", "submit"), succeeds: bool = True) -> str:
+        """``fedalloy submit`` or ``flwr run``; what it streamed."""
+        words = (*command, str(REPOSITORY), "fedalloy", "--stream", "--run-config", config)
+        return self.types(*words, succeeds=succeeds)
 
     def clients_file(self, **changes: str) -> None:
         """One table for each site, with paths beside the file."""
@@ -106,23 +110,33 @@ def test_the_way_of_a_newcomer(newcomer: Newcomer) -> None:
     said = newcomer.types("fedalloy", "cluster", "up", "--clients-file", "clients.toml")
     assert "base-model='BASE-MODEL'" in said
 
+    said = newcomer.submits(newcomer.config("typo", lora_r=0), succeeds=False)
+    assert said.splitlines()[-1].endswith("the run failed: lora-r = 0, expected at least 1")
+    assert "Traceback" not in said
+
     shop = (newcomer.folder / "shop.jsonl").read_text()
     (newcomer.folder / "shop.jsonl").write_text('{"messages": "no list"}\n')
-    said = newcomer.runs("refused")
-    assert "2 of 3 sites that are online can take part; refused: shop: DataError" in said
-    assert "or go on without: min-clients=2" in said
-    assert "JobFailedError" not in said
+    said = newcomer.types("fedalloy", "run", newcomer.config("refused"), succeeds=False)
+    assert "error: client 'shop': " in said
+    assert not (newcomer.folder / "runs" / "refused").exists()
+    said = newcomer.submits(newcomer.config("refused"), ("flwr", "run"))  # it ends with 0 whatever becomes of a run
+    last = said.splitlines()[-1]
+    assert "the run stopped: 2 of 3 sites that are online can take part; refused: shop: DataError" in last
+    assert last.endswith("or go on without: min-clients=2")
+    assert all(word not in said for word in ("JobFailedError", "Traceback", "Exit Code"))
     assert not (newcomer.folder / "runs" / "refused" / "summary.json").exists()
 
     (newcomer.folder / "shop.jsonl").write_text(shop)
-    assert "refused" not in newcomer.runs("all")
+    said = newcomer.types("fedalloy", "run", newcomer.config("all"))
+    assert "refused" not in said
+    assert "finished: " in said
     assert set(newcomer.summary("all")["clients"]) == set(SITES)
 
     newcomer.kill_a_site("news")
     said = newcomer.types("fedalloy", "cluster", "status", succeeds=False)
     assert "fedalloy cluster up starts again what has ended" in said
     more = {"num_server_rounds": 2, "resume": str(newcomer.folder / "runs" / "all"), "min_clients": 2}
-    said = newcomer.runs("all", **more)
+    said = newcomer.submits(newcomer.config("all", **more))
     assert newcomer.summary("all")["not_delivered"] == ["news"]
     assert "finished: 2 of 3 sites; without their models: news (fedalloy deliver)" in said
 

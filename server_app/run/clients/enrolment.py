@@ -13,7 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
 from server_app.run.messages.exchange import NODE_UNAVAILABLE
-from server_app.run.messages.reasons import reason_of
+from server_app.run.messages.reasons import SILENT, reason_of
 from server_app.run.resume import SavedClient, registration_of
 from server_app.run.run_directory import RunDirectory
 from strategies import AlloyStrategy
@@ -62,7 +62,7 @@ class Enrolment:
             return None
         try:
             if answer is None:
-                raise BadAnswerError("did not answer in time")
+                raise BadAnswerError(SILENT)
             if answer.has_error():
                 raise BadAnswerError(reason_of(answer.error))
             claimed = claimed_id(answer)

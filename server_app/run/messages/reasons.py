@@ -12,11 +12,16 @@ from strategies.framework.exchange import MAX_REASON
 _RAISED = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>:<'(.*)'>", re.S)
 _CARRIERS = ("ClientError", "JobFailedError", "SiteError")
 """Errors of ours whose words say which error there was; their own class means nothing to a user."""
+SILENT = "did not answer in time"
+LOST = "it did not answer in time, or its answer was lost on the way"
+OFFLINE = "its SuperNode is not online"
+PASSING = (SILENT, LOST, OFFLINE)
+"""What may be otherwise the next time: how such a reason begins."""
 CODES = {
     1: "its ClientApp cannot be loaded: is FedAlloy installed there, for the Python that its SuperNode runs?",
-    3: "its answer was lost on the way",
-    4: "its answer was lost on the way",
-    5: "its SuperNode is not online",
+    3: LOST,
+    4: LOST,
+    5: OFFLINE,
     7: "it got another app than this one",
     8: "its process ended: killed, or out of memory?",
 }
@@ -30,5 +35,5 @@ def reason_of(error: Error) -> str:
         name, words = raised.groups()
         said = words if name in _CARRIERS else f"{name}: {words}" if words else name
     elif words := CODES.get(error.code):
-        said = f"{words} ({said})" if said else words
+        said = f"{words} ({said})" if said and words != LOST else words  # Flower's sentence lists what it may have been
     return one_line(said or f"it gave no reason (Flower's error {error.code})", MAX_REASON)

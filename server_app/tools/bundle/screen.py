@@ -1,23 +1,24 @@
-"""A streamed log without Flower's traceback: one line of ours says why a run ended."""
+"""A streamed log without Flower's traceback: one line says why a run ended.
+
+Where the error is ours, the ServerApp has said so in one line itself (:mod:`server_app.run.ending.failure`).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-_FAILED = re.compile(r"ServerApp raised an exception")
+from server_app.run.ending.failure import FAILED, OURS, STOPPED
+
+_RAISED = re.compile(r"ServerApp raised an exception")
 """What Flower (1.39) writes before the traceback, and "Exit Code: 201" after it; both are the last that a run says."""
+_TOLD = re.compile(rf"^(?:\x1b\[\d+m)?ERROR\b.*?:\s+(?:{FAILED}|{STOPPED})(.*)$", re.M)
 _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):$", re.M)
 _LOGGED = re.compile(r"^(\x1b\[\d+m)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b.*", re.M | re.S)
-_COLOURS = re.compile(r"\x1b\[[\d;]*m")
-_OURS = ("client_app.", "fedalloy_adapters.", "server_app.", "strategies.")
-"""Packages whose errors are in words for people: their class says nothing more."""
-STOPPED = "stopped: "
-"""What a run itself writes when it cannot go on, before it raises."""
 
 
 class Screen:
-    """Passes on what a run says, up to its failure, and then the reason in one line.
+    """Passes on what a run says; of a failure that has a traceback the reason in one line.
 
     Args:
         write: prints text as it is.
@@ -26,9 +27,13 @@ class Screen:
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
         self._rest = ""  # of a line that has not ended
-        self._said = ""  # why the run stopped, in its own words
-        self._kept: list[str] = []  # from the failure on
+        self._kept: list[str] = []  # from the traceback on
         self.failed = False
+
+    @property
+    def kept_back(self) -> bool:
+        """Whether Flower has said more than was passed on."""
+        return bool(self._kept)
 
     def feed(self, text: str) -> None:
         """A piece of the log, which may end within a line."""
@@ -41,27 +46,25 @@ class Screen:
         if self._rest:
             self._line(self._rest)
             self._rest = ""
-        if not self.failed:
+        if not self._kept:
             return
-        kept, self._kept = "".join(self._kept), []
+        kept = "".join(self._kept)
         reason = reason_in(kept)
-        if not reason:
-            self._write(kept)
-        elif reason != self._said:
-            self._write(f"error: {reason}\n")
+        self._write(f"error: {reason}\n" if reason else kept)
 
     def _line(self, line: str) -> None:
-        if self.failed or _FAILED.search(line):
+        if self._kept or _RAISED.search(line):
             self.failed = True
             self._kept.append(line)
             return
-        if STOPPED in line:
-            self._said = _COLOURS.sub("", line.split(STOPPED, 1)[1]).strip()
+        self.failed = self.failed or bool(_TOLD.search(line))
         self._write(line)
 
 
 def reason_in(log: str) -> str:
-    """The words of the last error in a log with a traceback; empty where there is none."""
+    """Why the run failed, by its log: what it says itself, or the words of the last traceback's error; else empty."""
+    if told := _TOLD.findall(log):
+        return str(told[-1]).strip()
     *_, last = _TRACEBACK.split(log)
     if last == log:
         return ""
@@ -70,6 +73,6 @@ def reason_in(log: str) -> str:
     if not raised:
         return ""
     name, _, words = " ".join(raised).partition(": ")
-    if words and name.startswith(_OURS):
+    if words and name.startswith(OURS):
         return words
     return f"{name.rpartition('.')[2]}: {words}" if words else name.rpartition(".")[2]

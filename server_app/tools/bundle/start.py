@@ -53,7 +53,7 @@ def flwr_run(arguments: Sequence[str]) -> None:
         finally:
             screen.end()
             if screen.failed:
-                if not verbose:
+                if screen.kept_back and not verbose:
                     print(f"the run failed; {VERBOSE} shows Flower's own words, too", flush=True)
                 raise SystemExit(1)
 

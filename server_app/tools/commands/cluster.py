@@ -56,6 +56,7 @@ def down(directory: Directory = DIRECTORY) -> None:
 
 def status(directory: Directory = DIRECTORY) -> None:
     """Show what is running."""
+    from server_app.run.known_runs import known_runs
     from server_app.tools.cluster.local import Process, read_state
     from server_app.tools.who import last_registrations, who_table
 
@@ -64,7 +65,7 @@ def status(directory: Directory = DIRECTORY) -> None:
         console.print(f"no cluster was started from {directory}", highlight=False)
         raise typer.Exit(1)
     nodes = state.get("nodes", {})
-    registered = last_registrations(Path(state["runs_dir"]))
+    registered = last_registrations(Path(state["runs_dir"]), known_runs(directory / "homes" / "superlink"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("process", "pid", "state"):
         table.add_column(column, overflow="fold")

@@ -21,6 +21,7 @@ from server_app.tools.commands.arguments import (
 from server_app.tools.commands.terminal import clear_errors, console, errors
 
 if TYPE_CHECKING:
+    from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.compare.statistics import Comparison
 
 
@@ -53,7 +54,7 @@ def demo(
 def submit(context: typer.Context) -> None:
     """Start a run as flwr run does, with its arguments, and a quarter of its bytes of code for each client.
 
-    With --stream, a run that fails says why in one line; --verbose shows Flower's traceback, too.
+    With --stream, a run that fails ends with why, in one line, and exit code 1; --verbose shows all of Flower's words.
     """
     from server_app.tools.bundle.start import flwr_run
 
@@ -74,7 +75,9 @@ def compare(
     first_seed: Annotated[
         int, typer.Option(min=0, help="The first seed; choose settings on other seeds than you report.")
     ] = 0,
-    clients: Annotated[int, typer.Option(min=2, help="How many clients.")] = 4,
+    clients: Annotated[
+        int | None, typer.Option(min=2, help="How many clients; default 4, with --connection all that are online.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Federated rounds.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder of the results; finished runs in it are kept.")] = Path(
         "comparison"
@@ -98,17 +101,18 @@ def compare(
     chosen = range(first_seed, first_seed + seeds)
     with clear_errors():
         extra = parse_run_config(set_) | data_root(data)
+        superlink = SuperLink(connection, out / "logs") if connection else None
         found, failed = run_comparison(
             scenario,
             listed(strategies),
             chosen,
             out,
             console,
-            clients=clients,
+            clients=clients or _how_many(superlink),
             rounds=rounds,
             options=extra,
             place=f"connection {connection}" if connection else "cluster" if cluster else "process",
-            superlink=SuperLink(connection, out / "logs") if connection else None,
+            superlink=superlink,
             workers=jobs,
             nodes=read_clients_file(clients_file) if clients_file else None,
             encodings=listed(encodings),
@@ -116,6 +120,21 @@ def compare(
     _print(found, failed, out)
     if failed:
         raise typer.Exit(1)
+
+
+def _how_many(superlink: SuperLink | None) -> int:
+    """Clients of a comparison that names no number.
+
+    Raises:
+        OptionError: fewer than two SuperNodes are online.
+    """
+    from strategies.framework.options import OptionError
+
+    if superlink is None:
+        return 4
+    if (online := superlink.online()) < 2:
+        raise OptionError(f"--connection {superlink.connection}: SuperNodes online = {online}, expected at least 2")
+    return online
 
 
 def _print(found: Comparison, failed: Mapping[str, str], out: Path) -> None:

@@ -33,7 +33,6 @@ from fedalloy_adapters.wire.codec import Encoding
 from server_app.run.federation import ALL_FOR_ONE, NoClientError
 from server_app.run.options import read_run_options
 from server_app.run.run_directory import RunDirectory
-from server_app.tools.bundle.screen import reason_in
 from server_app.tools.cluster.local import LocalCluster, Settings
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
 from server_app.tools.compare.html import ReportError, as_html
@@ -49,7 +48,7 @@ from server_app.tools.compare.processes import (
 from server_app.tools.compare.progress import HopelessError, Progress
 from server_app.tools.compare.records import as_csv, read_run, remarks
 from server_app.tools.compare.statistics import Comparison, as_markdown, comparison_of
-from server_app.tools.demo import terminate_as_interrupt
+from server_app.tools.demo import terminate_as_interrupt, why
 from strategies import CONTROLS, STRATEGIES, strategy_from_run_config
 from strategies.framework.options import OptionError, require_choice
 
@@ -148,7 +147,8 @@ def compare(
             side_by_side(configs, clients, runs, progress, count, nodes)
         else:
             one_by_one(configs, clients, runs, progress, engine or started)
-    title = f"{'own data' if nodes or 'data-path' in options else scenario}: {clients} clients, {rounds} rounds"
+    own = nodes or "data-path" in options or (superlink is not None and "base-model" in options)
+    title = f"{'own data' if own else scenario}: {clients} clients, {rounds} rounds"
     return _write(out, jobs, chosen, learns, title, progress.failed, console), progress.failed
 
 
@@ -302,11 +302,8 @@ def on_cluster(
 
     outcome = cluster.run({**config, "runs-dir": str(runs.resolve())}, look)
     if not outcome.completed or not is_finished(directory.path):
-        said = [record["reason"] for record in directory.rounds() if record["phase"] == "stopped"]
-        why = said[-1] if said else reason_in(outcome.log.read_text(errors="replace"))
-        if ALL_FOR_ONE in why:
-            raise NoClientError(why)
-        raise ClusterError(why or f"the run ended as {outcome.status}; see {outcome.log}")
+        said = why(directory.path, outcome)
+        raise (NoClientError if ALL_FOR_ONE in said else ClusterError)(said)
 
 
 def _begun(run: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from server_app.run.options import RunOptions
+from server_app.run.options import RunOptions, plain_run_name
+from server_app.tools.bundle.screen import reason_in
 from server_app.tools.cluster.superlink import SuperLink
 from server_app.tools.cluster.validate import check_clients, check_run_config
 from server_app.tools.demo import free_name, why
@@ -36,7 +37,7 @@ def completed(order: Order) -> Order:
     """The order with a name for the run, and the folder that it is written to."""
     config = dict(order.config)
     if "resume" not in config:
-        name = f"{config.get('strategy', RunOptions.strategy)}-{config.get('scenario', RunOptions.scenario)}"
+        name = plain_run_name(config)
         if order.runs is not None:
             config.setdefault("run-name", free_name(order.runs, name))
             config["runs-dir"] = str(order.runs.resolve())
@@ -97,8 +98,8 @@ def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool
             soft_wrap=True,
         )
         outcome = order.superlink.run(order.config)
-        good = outcome.completed
-        return good, f"the run ended as {outcome.status}; log: {outcome.log}"
+        said = "" if outcome.completed else reason_in(outcome.log.read_text(errors="replace"))
+        return outcome.completed, said or f"the run ended as {outcome.status}; log: {outcome.log}"
     with Follower(path, console) as follower:
 
         def asked() -> bool:
@@ -111,4 +112,4 @@ def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool
         if state.state != FINISHED:  # the ServerApp's process is on its way out
             return True, f"finished: {path}"
         return verdict(state)
-    return False, why(path, outcome) if path.exists() else f"the run ended as {outcome.status}; log: {outcome.log}"
+    return False, why(path, outcome)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from server_app.tools.cli import app
 from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, Settings, running, started, stop
-from server_app.tools.cluster.superlink import literal
+from server_app.tools.cluster.superlink import SuperLink, literal
 from server_app.tools.commands.arguments import parse_run_config, read_clients_file
 from server_app.tools.demo import DemoResult, free_name, table
 from server_app.tools.handover.export import ExportError, export_adapter
@@ -68,6 +68,13 @@ def test_errors_are_one_line_and_exit_code_1(arguments: list[str], said: str) ->
     assert result.exit_code == 1
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_comparison_on_a_federation_is_of_all_that_are_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SuperLink, "online", lambda self: 1)
+    result = runner.invoke(app, ["compare", "--connection", "mine"], env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "error: --connection mine: SuperNodes online = 1, expected at least 2" in result.output
 
 
 def test_valid_run_config_is_accepted_and_the_keys_are_listed() -> None:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from server_app.tools.bundle.screen import Screen
+from server_app.run.ending.failure import FAILED, STOPPED
+from server_app.tools.bundle.screen import Screen, reason_in
 
 START = "\x1b[92mINFO\x1b[0m :     FedAlloy run x in /runs/x\n"
-STOPPED = "\x1b[93mWARNING\x1b[0m :  stopped: 1 of at least 2 clients registered\n"
 FAILURE = """\x1b[91mERROR\x1b[0m :     ServerApp raised an exception
 Traceback (most recent call last):
   File "/x/run_serverapp.py", line 260, in run_serverapp
@@ -25,7 +25,7 @@ An unhandled exception occurred in the ServerApp.
 For more information, visit: <https://flower.ai/docs/framework/1.39/en/ref-exit-codes/201.html>
 """
 CASES = {
-    "server_app.run.federation.NotEnoughClientsError: 1 of at least 2 clients registered": "",
+    "server_app.run.federation.NotEnoughClientsError: 1 of 2": "1 of 2",
     "strategies.framework.options.OptionError: seed = -1, expected 0 or more": "seed = -1, expected 0 or more",
     "server_app.x.LongError: found this\nand that": "found this and that",
     "flwr.supercore.exit.AppExitException: gone": "AppExitException: gone",
@@ -47,11 +47,18 @@ def shown(log: str, piece: int) -> tuple[str, bool]:
 @pytest.mark.parametrize("raised", CASES)
 @pytest.mark.parametrize("piece", [7, 10_000])
 def test_a_failure_is_one_line_in_our_words(raised: str, piece: int) -> None:
-    stopped = STOPPED if not CASES[raised] else ""
-    before = START + stopped
-    said, failed = shown(before + FAILURE.format(raised=raised), piece)
+    said, failed = shown(START + FAILURE.format(raised=raised), piece)
     assert failed
-    assert said == before + (f"error: {CASES[raised]}\n" if CASES[raised] else "")
+    assert said == START + f"error: {CASES[raised]}\n"
+    assert reason_in(START + FAILURE.format(raised=raised)) == CASES[raised]
+
+
+@pytest.mark.parametrize("words", [FAILED, STOPPED])
+@pytest.mark.parametrize("stamp", ["", " 2026-11-29 22:40:01,337"])
+def test_what_the_run_has_said_itself_is_passed_on_as_it_is(words: str, stamp: str) -> None:
+    log = f"{START}\x1b[91mERROR{stamp}\x1b[0m:     {words}seed = -1: expected 0 or more\n"
+    assert shown(log, 7) == (log, True)
+    assert reason_in(log) == "seed = -1: expected 0 or more"
 
 
 def test_a_run_that_ends_well_is_as_it_is() -> None:

@@ -29,7 +29,7 @@ def played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
             self: SuperLink, config: Mapping[str, Any], watch: Callable[[], object], stops: Callable[[], bool]
         ) -> RunOutcome:
             made = RunDirectory.create(Path(config["runs-dir"]), config["run-name"], "num-server-rounds = 2\n")
-            (tmp_path / "log").write_text("one line\nValueError: what the ServerApp said\n")
+            (tmp_path / "log").write_text("one line\n")
             try:
                 status = script(made)
             except KeyboardInterrupt:
@@ -57,6 +57,12 @@ def stops_itself(run: RunDirectory) -> str:
     return "finished:failed"
 
 
+def raises(run: RunDirectory) -> str:
+    traceback = "Traceback (most recent call last):\n  File x\nValueError: what the ServerApp said\n"
+    (run.path.parents[1] / "log").write_text(traceback)
+    return "finished:failed"
+
+
 def interrupted(run: RunDirectory) -> str:
     raise KeyboardInterrupt
 
@@ -75,7 +81,7 @@ def test_a_run_that_succeeds_ends_with_0_and_its_scores(played: Callable[..., Re
     ("script", "said"),
     [
         (stops_itself, "1 of at least 2 clients answered"),
-        (lambda run: "finished:failed", "the run ended as finished:failed: ValueError: what the ServerApp said"),
+        (raises, "error: ValueError: what the ServerApp said"),
         (lambda run: "finished:completed", "the run ended as finished:completed"),  # and left no summary
     ],
 )
