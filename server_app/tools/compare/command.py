@@ -147,9 +147,14 @@ def compare(
             side_by_side(configs, clients, runs, progress, count, nodes)
         else:
             one_by_one(configs, clients, runs, progress, engine or started)
-    own = nodes or "data-path" in options or (superlink is not None and "base-model" in options)
-    title = f"{'own data' if own else scenario}: {clients} clients, {rounds} rounds"
+    title = f"{_data(scenario, options, nodes, superlink)}: {clients} clients, {rounds} rounds"
     return _write(out, jobs, chosen, learns, title, progress.failed, console), progress.failed
+
+
+def _data(scenario: str, options: Mapping[str, Any], nodes: Nodes, superlink: SuperLink | None) -> str:
+    """What the clients' data are called: connected clients may have a base model for their own."""
+    own = nodes or "data-path" in options or (superlink is not None and "base-model" in options)
+    return "own data" if own else scenario
 
 
 def _check_place(seeds: Sequence[int], place: str, workers: int, nodes: Nodes, superlink: SuperLink | None) -> None:
