@@ -1,4 +1,4 @@
-"""Kubernetes manifests and systemd units, offline: what they name exists, and what belongs together fits."""
+"""Kubernetes manifests, systemd units and a site's compose file, offline: what they name exists, and fits together."""
 
 from __future__ import annotations
 
@@ -82,3 +82,22 @@ def test_a_unit_starts_what_flower_has_with_options_that_it_knows(path: Path) ->
     )
     assert options <= set(re.findall(r"--[a-z-]+", known.stdout)), path
     assert unit["Install"]["WantedBy"] == "multi-user.target"
+
+
+def test_in_a_sites_containers_data_and_network_never_meet() -> None:
+    services = yaml.safe_load((ROOT / "docker" / "distributed" / "client-site.yaml").read_text())["services"]
+    site = services.pop("site")
+    assert (site["network_mode"], site["user"]) == ("none", "49998:49999")
+    assert "secrets" not in site
+    mounts = {mount["target"]: mount for mount in site["volumes"] if isinstance(mount, dict)}
+    assert set(mounts) == {"/site", "/data", "/models"}
+    assert all(mounts[folder]["read_only"] for folder in ("/data", "/models"))
+    for name, service in services.items():  # of the relay's side
+        assert "user" not in service, name  # the image's, 49999
+        assert service.get("volumes", []) in ([], ["socket:/run/fedalloy"]), name
+    assert [name for name, service in services.items() if "volumes" in service] == ["superexec-clientapp"]
+    program, *words = site["command"]
+    shown = subprocess.run(
+        [str(Path(sys.executable).parent / program), *words[:2], "--help"], capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr

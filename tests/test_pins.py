@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,19 @@ def test_the_image_and_ci_install_from_the_lock() -> None:
     assert "/constraints.txt" in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test </dev/null")
     assert not list(ROOT.glob("docker/**/constraints*.txt")), "one lock"
+
+
+@pytest.mark.parametrize("extras", ["", "privacy", "privacy report"])
+def test_the_image_gets_the_extras_that_it_is_asked_for(extras: str) -> None:
+    """The Dockerfile's own line, as its shell runs it."""
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    (line,) = re.findall(r'(python -c ".*?") > wanted.txt', dockerfile, re.DOTALL)
+    command = line.replace("python", f"'{sys.executable}'", 1)
+    environment = {**os.environ, "EXTRAS": extras}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    optional = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *(item for extra in extras.split() for item in optional[extra])]
+    assert done.stdout.splitlines() == wanted
 
 
 HELD_BACK = re.findall(r"^\| ([\w-]+) \| `([^`]+)` \|", (ROOT / "docs" / "security.md").read_text(), re.MULTILINE)

@@ -16,6 +16,7 @@ from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.example import Example
 from client_app.data.stored import StoredDataset
 from client_app.data.targets import IGNORED
+from client_app.guard.privacy import PrivacyError
 from client_app.kinds import Kind, kind_of
 from client_app.kinds.contract import TaskError
 from client_app.model.bases.base_models import load_base
@@ -126,6 +127,11 @@ def read_own(settings: Settings) -> Found:
     examples = [read_example(row, kind, data) for row in table.rows]
     read = columns_read(kind, data, {name for row in table.rows for name in row.values})
     shared = settings.model.label_names
+    if kind.has_labels and not shared and settings.privacy.epsilon:
+        raise PrivacyError(
+            "dp.epsilon with classes that are found in the examples: how many there are, which the head's size tells, "
+            "would depend on a single one; name them (labels)"
+        )
     labels = _labels(examples, shared, kind) if kind.has_labels else ()
     splits = _divide(examples, table.splits, data)
     found = Found(kind, splits, labels, data.data_path, list(table.findings))

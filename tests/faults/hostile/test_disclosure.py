@@ -61,6 +61,7 @@ HERE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a value of node-config": ({"max-length": "secret"}, {}, "SettingsError: max-length"),
     "a number of node-config": ({"lora-r": "secret"}, {}, "SettingsError: lora-r"),
     "a number that is none": ({"lora-alpha": float("nan")}, {}, "SettingsError: lora-alpha"),
+    "a scaling below zero": ({"lora-alpha": -1.0}, {}, "SettingsError: lora-alpha"),
 }
 
 
