@@ -132,8 +132,8 @@ def test_the_image_gets_the_extras_that_it_is_asked_for(extras: str) -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
     (line,) = re.findall(r'(python -c ".*?") > wanted.txt', dockerfile, re.DOTALL)
     command = line.replace("python", f"'{sys.executable}'", 1)
-    environment = {**os.environ, "EXTRAS": extras}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    given = {**os.environ, "EXTRAS": extras}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=given, capture_output=True, text=True, check=True)
     optional = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"], *(item for extra in extras.split() for item in optional[extra])]
     assert done.stdout.splitlines() == wanted

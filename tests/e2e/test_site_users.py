@@ -109,7 +109,8 @@ def site() -> Iterator[Site]:
     own.mkdir()
     toy_data.write_jsonl(own / "data.jsonl", toy_data.opinions(40, 0))
     (own / "site.toml").write_text(
-        f'socket = "{at}/socket"\nsocket-group = "{RUN}"\nruns = ["study-*"]\nservers = ["any"]\nbase-models = ["{base}"]\n'
+        f'socket = "{at}/socket"\nsocket-group = "{RUN}"\nruns = ["study-*"]\nservers = ["any"]\n'
+        f'base-models = ["{base}"]\n'
         '[client]\nclient-id = "ada"\nstate-dir = "state"\ndata-path = "data.jsonl"\nlabels = "neg,pos"\n'
     )
     for path in (own / "data.jsonl", own / "site.toml", own):
@@ -118,10 +119,8 @@ def site() -> Iterator[Site]:
     at.mkdir()
     os.chown(at, OWNER, RUN)
     at.chmod(0o750)
-    command = as_user(
-        OWNER, sys.executable, "-c", "from server_app.tools.cli import app; app()", "site", "serve", str(own / "site.toml"),
-        network=False,
-    )  # fmt: skip
+    serve = [sys.executable, "-c", "from server_app.tools.cli import app; app()", "site", "serve"]
+    command = as_user(OWNER, *serve, str(own / "site.toml"), network=False)
     process = subprocess.Popen(command, env=environment_of(own), cwd=own)
     try:
         yield Site(own, at / "socket", base, process)

@@ -38,7 +38,8 @@ TRAINING = Training(local_steps=2, batch_size=8, learning_rate=0.1, optimizer="s
 def settings_of(folder: Path, base: Path, rows: list[dict[str, Any]], **node: Any) -> Any:
     toy_data.write_jsonl(folder / "data.jsonl", rows)
     given = {"client-id": "ada", "data-path": str(folder / "data.jsonl"), "base-model": str(base)}
-    given |= {"state-dir": str(folder / "state"), "split-fractions": "0.8,0.1,0.1"} | ({"labels": "neg,pos"} if node else {})
+    given |= {"state-dir": str(folder / "state"), "split-fractions": "0.8,0.1,0.1"}
+    given |= {"labels": "neg,pos"} if node else {}
     given |= {f"dp.{key.replace('_', '-')}": value for key, value in node.items()}
     return read_settings(Context(1, 7, given, RecordDict(), {"lora-r": 2}))
 
@@ -271,10 +272,10 @@ def surprise(correct: int, guesses: int, chance: float) -> float:
 def test_canaries_are_found_without_privacy_and_at_chance_with_it() -> None:
     """Images of noise with random labels: what a model knows of a label, it has from that example alone.
 
-    Each canary has one of two labels by a fair coin, and the guess is the one whose loss has fallen more. If training is
-    epsilon-private by adding or removing an example, it is 2 epsilon-private by exchanging one, and of n guesses no more
-    are correct than of n coins that fall right with probability e^(2 epsilon) / (1 + e^(2 epsilon)) (Steinke et al.,
-    "Privacy Auditing with One (1) Training Run", 2023, theorem 2.1; delta adds about n delta to the probability).
+    Each canary has one of two labels by a fair coin, and the guess is the one whose loss has fallen more. If training
+    is epsilon-private by adding or removing an example, it is 2 epsilon-private by exchanging one, and of n guesses no
+    more are correct than of n coins that fall right with probability e^(2 epsilon) / (1 + e^(2 epsilon)) (Steinke et
+    al., "Privacy Auditing with One (1) Training Run", 2023; delta adds about n delta to the probability).
     """
     torch.set_num_threads(1)
     epsilon, size, runs = 0.25, 40, 2

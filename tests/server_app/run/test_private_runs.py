@@ -1,4 +1,4 @@
-"""Runs whose clients' examples are under differential privacy: what is told of them, at every place where it could be."""
+"""Runs of clients whose examples are under differential privacy: what is told of them, wherever it could be."""
 
 from __future__ import annotations
 
