@@ -270,7 +270,7 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
 
 
 def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepResult, modules: int) -> None:
-    """An evaluation has a loss unless its client's owner withholds it, a replacement an outcome for every rule.
+    """An evaluation has a loss unless its client's owner tells no score, a replacement an outcome for every rule.
 
     Lists with one number per module have one per module, from 0 to ``MAX_SUM``.
     """
@@ -280,9 +280,10 @@ def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepRe
         if found != wanted:
             raise BadAnswerError(f"{where} (replace): reports tasks {str(found)[:200]}, expected {wanted}")
     if kind == "evaluate":
-        _require_metrics(f"{where} (evaluate)", result.evaluate.metrics)
-    if kind == "evaluate" and "loss" not in result.evaluate.metrics and not result.evaluate.withheld:
-        raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
+        metrics = result.evaluate.metrics
+        _require_metrics(f"{where} (evaluate)", metrics)
+        if "loss" not in metrics and not (result.evaluate.withheld and not metrics):
+            raise BadAnswerError(f"{where} (evaluate): no loss under the label {result.evaluate.label!r}")
     if kind not in ("fisher", "distance"):
         return
     _require_lists(where, kind, getattr(result, kind), modules)

@@ -5,6 +5,7 @@ Clients share one model in memory and keep their slots on disk; what a client ru
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flwr.app import ArrayRecord
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.data.dataset import ClientData, Dataset
+from client_app.guard.privacy import PRIVATE_STEPS
 from client_app.model.personal import PersonalModel
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.sketch import ReferenceModel
@@ -74,6 +76,15 @@ class RealNode(FakeNode):
         return report, uploads
 
 
+def said_of_privacy(name: str) -> bool | None:
+    """Whether a strategy works under differential privacy, by docs/site.md; None where it does not say."""
+    page = (Path(__file__).parents[2] / "docs" / "site.md").read_text()
+    (words,) = re.findall(r"So these strategies work: (.*?are refused)\.", page, re.DOTALL)
+    work, refused = (set(re.findall(r"`([a-z-]+)`", part)) & set(STRATEGIES) for part in words.split("says it for"))
+    assert min(len(work), len(refused)) >= 8
+    return True if name in work else False if name in refused else None
+
+
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_two_rounds_with_real_clients(
     name: str, model: PersonalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +114,8 @@ def test_two_rounds_with_real_clients(
     # Every batch is the whole split, so that these are the same loss before and after.
     longer = [train for train in trains if train.steps > 1]
     assert sum(train.last_loss < train.first_loss for train in longer) >= 0.8 * len(longer)
+    asked = {step.WhichOneof("kind") for node in nodes for plan in node.plans for step in plan.steps}
+    assert said_of_privacy(name) in (None, asked <= set(PRIVATE_STEPS)), sorted(map(str, asked))
 
 
 class Huge(FakeNode):

@@ -126,8 +126,8 @@ class Choice:
         self.trained.add(client.id)
         results = [result.evaluate for result in answer.report.results if result.HasField("evaluate")]
         metrics = answer.metrics.get(PERSONAL, {})
-        if not any(found.label == PERSONAL and found.split == SPLIT for found in results):
-            return
+        if not metrics or not any(found.label == PERSONAL and found.split == SPLIT for found in results):
+            return  # it was not asked, or does not tell (its examples are under differential privacy)
         self._evaluated = True
         copied = self._asked.pop(client.id, None)
         if copied:
@@ -207,9 +207,10 @@ class Choice:
 
     def _choose(self, client: Client, answer: Answer) -> dict[str, Any]:
         """What a client is given, and why, for the record."""
-        found = {name: answer.metrics[label_of(name)] for name in CANDIDATES if label_of(name) in answer.metrics}
+        told = {name: answer.metrics.get(label_of(name)) for name in CANDIDATES}
+        found = {name: metrics for name, metrics in told.items() if metrics}
         if not found:
-            return {"given": "merged", "why": "it has no validation examples"}
+            return {"given": "merged", "why": "it has no validation examples, or does not tell its scores"}
         costs = {name: self.cost(values) for name, values in found.items()}
         given = min(costs, key=lambda name: costs[name])  # of equals the first
         validation = {name: dict(values) for name, values in found.items()}

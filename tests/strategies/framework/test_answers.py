@@ -161,6 +161,13 @@ def evidence_reply(spoil: Callable[[report_pb2.Report], object]) -> tuple[Dispat
 
 EVIDENCE: dict[str, tuple[Callable[[report_pb2.Report], object], str]] = {
     "no loss": (lambda r: r.results[0].evaluate.metrics.pop("loss"), "no loss under the label 'search-0.500'"),
+    "other scores, and the loss withheld": (
+        lambda r: (
+            r.results[0].evaluate.metrics.pop("loss")
+            and r.results[0].evaluate.MergeFrom(report_pb2.EvaluateResult(withheld=True, metrics={"accuracy": 0.5}))
+        ),
+        "no loss under the label 'search-0.500'",
+    ),
     "a loss that is no number": (lambda r: r.results[0].evaluate.metrics.update(loss=float("nan")), "finite"),
     "a distance too few": (lambda r: r.results[1].distance.squared.pop(), "numbers in squared, expected one for each"),
     "a distance too many": (lambda r: r.results[1].distance.squared.append(1.0), "numbers in squared"),

@@ -12,6 +12,7 @@ from flwr.app import Error, Message
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.wire.flower_records import REGISTER_TYPE
+from proto.fedalloy.v1 import report_pb2
 from server_app.run.federation import NoClientError, NotEnoughClientsError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes
 from tests.faults.reports import LAYOUT
@@ -45,6 +46,24 @@ def test_by_default_all_that_are_online_must_be_taken_in(tmp_path: Path) -> None
         "right and start again, or go on without: min-clients=2"
     )
     assert run_nodes(tmp_path, NodeGrid(nodes()), min_clients=0, run_name="all").rounds()[-1]["phase"] != "stopped"
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("allowed", ["ada", "ben"]), ("required", ["ada"]), ("forbidden", ["ben"])])
+def test_a_server_may_insist_on_trainers_that_owners_have_installed_or_on_those_of_the_run(
+    mode: str, kept: list[str], tmp_path: Path
+) -> None:
+    class Installed(FakeNode):
+        def registration(self) -> report_pb2.Registration:
+            found = super().registration()
+            found.trainer = report_pb2.TRAINER_MODE_INSTALLED
+            return found
+
+    two = {1: Installed("ada", LAYOUT, 10), 2: FakeNode("ben", LAYOUT, 10)}
+    directory = run_nodes(tmp_path, NodeGrid(two), min_clients=1, site_mode=mode)
+    (clients,) = [record["clients"] for record in directory.rounds() if record["phase"] == "register"]
+    assert sorted(name for name, said in clients.items() if said["status"] == "ok") == kept
+    refused = [said["reason"] for said in clients.values() if said["status"] != "ok"]
+    assert all(f"site-mode is {mode!r}" in reason for reason in refused)
 
 
 def test_a_refusal_is_a_warning_with_a_name_and_stands_in_the_records_and_at_the_end(

@@ -57,6 +57,21 @@ def test_the_best_rounds_model_is_kept_when_the_next_round_begins() -> None:
     assert (choice.best["ada"], choice.rounds["ada"], choice.since) == (1.0, 2, 2)
 
 
+def test_a_client_that_tells_no_score_is_given_what_the_strategy_delivers() -> None:
+    """Its examples are under differential privacy; or it says so, to see what the server makes of it."""
+    choice = choice_of()
+    silent = answer(1.0)
+    silent.metrics["personal"].clear()  # type: ignore[attr-defined]
+    for round_ in (1, 2):
+        assert not copies(plan_of(choice, round_))
+        choice.absorb(round_, ADA, silent)
+        choice.settle()
+    assert (choice.best, choice.rounds) == ({}, {})
+    told = answer(1.0)
+    told = Answer({}, {}, {"held-out merged": {}, "held-out local": {}}, 10, told.report)
+    assert choice._choose(ADA, told)["given"] == "merged"
+
+
 def test_of_a_client_that_gave_no_answer_nobody_knows_what_it_holds() -> None:
     choice = choice_of()
     plan_of(choice, 1)
