@@ -13,6 +13,7 @@ from server_app.run.options import RunOptions
 from strategies import STRATEGIES
 from strategies.framework import Answer
 from strategies.framework.options import OptionError
+from tests.benchmarks.accuracy.poisoning import HOSTILE, Liar
 from tests.server_app.conftest import Runner
 from tests.strategies.conftest import client_of
 from tests.strategies.framework.test_training import LAYOUT
@@ -150,6 +151,22 @@ def test_everybody_is_given_what_is_best_on_its_validation_examples_and_nobody_l
     assert given - {"merged"}, "everybody was given the strategy's model: this tests nothing"
     summary = json.loads((runs["chosen"].path / "summary.json").read_text())
     assert {client: record["choice"]["given"] for client, record in last["chosen"].items()} == summary["given"]
+
+
+def test_a_liar_pushes_nobody_below_local_on_its_validation_examples(run: Runner) -> None:
+    """It has no part in the adapter that a client trains alone, which is one of those that the client chooses from."""
+    given = {"num_server_rounds": 2, "local_steps": 4}
+    chosen = run(4, Liar("flip"), run_name="chosen", deliver_choice="validation", **given).rounds()[-1]["clients"]
+    alone = run(4, strategy="local", run_name="local", **given).rounds()[-1]["clients"]
+    honest = sorted(set(chosen) - {f"client-{HOSTILE}"})
+    assert len(honest) == 3
+    for client in honest:
+        losses = {name: metrics["loss"] for name, metrics in chosen[client]["choice"]["validation"].items()}
+        local = alone[client]["metrics"]["held-out"]["loss"]
+        assert losses["local"] == pytest.approx(local, rel=1e-6)
+        assert losses[chosen[client]["choice"]["given"]] <= local * (1 + 1e-6)
+    assert any(chosen[client]["choice"]["validation"]["merged"]["loss"] > alone[client]["metrics"]["held-out"]["loss"]
+               for client in honest), "the liar does nobody harm: this tests nothing"  # fmt: skip
 
 
 def test_a_run_ends_when_nobody_improves_any_more_unless_its_last_round_is_needed(run: Runner) -> None:
