@@ -1,9 +1,10 @@
 """Encoded texts on disk: one Arrow file for each split, mapped into memory, padded when a batch is made of them.
 
-A file is an Arrow stream (``datasets.Dataset.from_file`` opens one), with a row for each example and a column of
-32-bit numbers for each input that has one number for each token; ``labels`` is such a column where texts are generated.
-What else is known about a split stands in a JSON file beside it, which is written last: a file without it does not
-count. It is written and read with pyarrow alone: importing ``datasets`` takes 70 MB of memory.
+A file is an Arrow stream (``datasets.Dataset.from_file`` opens one), with a row for each text and a column of lists of
+32-bit numbers for each input that has one number for each token; ``labels`` is such a column where each token has one.
+``target`` is what else an example is to be answered with, which is in memory once the file is open. What else is known
+about a split stands in a JSON file beside it, which is written last: a file without it does not count. It is written
+and read with pyarrow alone: importing ``datasets`` takes 70 MB of memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from client_app.data.dataset import MASK, Dataset
 from client_app.data.targets import IGNORED
 from fedalloy_adapters.files.atomic_files import FILE_MODE, private_folder, sync, write_durably
 
-TOKENS, LABELS, LENGTH = "input_ids", "labels", "length"
+TOKENS, LABELS, LENGTH, TARGET = "input_ids", "labels", "length", "target"
 ROWS_AT_ONCE = 64
 """Examples of one record batch: what is encoded and not yet written."""
 MAPPED_BYTES = 2**24
@@ -91,13 +92,19 @@ class TokenFile:
         return found
 
     def column(self, name: str) -> Tensor:
-        """A column that has one number for each example, ``[n]``."""
-        found = torch.empty(int(self._ends[-1]) if len(self._ends) else 0, dtype=torch.long)
-        start = 0
-        for part, end in zip(self._parts, self._ends.tolist(), strict=True):
-            found[start:end] = torch.from_numpy(part[name][0].astype(np.int64))
-            start = end
+        """All numbers of a column, one row after another: ``[n]`` where each row has one."""
+        found = []
+        for part in self._parts:
+            found.append(part[name][0].astype(np.int64))
             self._count(mmap.PAGESIZE * _AROUND)
+        return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.long)
+
+    def lists(self, name: str, filling: int) -> Tensor:
+        """A column of short lists, ``[n, longest]``; what a list lacks is ``filling``."""
+        counts = np.concatenate([np.diff(part[name][1]) for part in self._parts])
+        found = torch.full((len(counts), int(counts.max(initial=0))), filling)
+        there = torch.arange(found.shape[1]) < torch.from_numpy(counts)[:, None]
+        found[there] = self.column(name)
         return found
 
     def _count(self, read: int) -> None:
@@ -132,7 +139,7 @@ def write_tokens(
 
     Args:
         path: of the Arrow file.
-        examples: numbers of each token by column, ``input_ids`` among them; all have the same columns.
+        examples: numbers by column, ``input_ids`` among them; all have the same columns.
         about: called after the last of ``examples``: what :attr:`TokenFile.about` will be, as JSON.
 
     Raises:
@@ -182,7 +189,7 @@ def write_tokens(
 class StoredDataset(Dataset):
     """A split whose texts lie in a file; ``chosen [n]`` are its examples' positions there.
 
-    ``labels`` are the examples' own, ``[n]``; ``[n, 0]`` where texts are generated, whose targets are in the file.
+    ``labels`` are the examples' own, ``[n, ...]``; ``[n, 0]`` where each token has one, which are in the file.
     """
 
     file: TokenFile = field(kw_only=True)
@@ -191,7 +198,7 @@ class StoredDataset(Dataset):
 
     @classmethod
     def of(cls, file: TokenFile, kind: str, labels: Tensor | None = None, padding: int = 0) -> StoredDataset:
-        """All examples of a file; ``labels [n]`` where they are not tokens."""
+        """All examples of a file; ``labels [n, ...]`` where they are not tokens' own."""
         count = len(file.lengths)
         own = torch.empty(count, 0, dtype=torch.long) if labels is None else labels
         return cls({}, own, kind, file=file, chosen=torch.arange(count), padding=padding)
@@ -201,12 +208,16 @@ class StoredDataset(Dataset):
         """See :attr:`Dataset.lengths`."""
         return self.file.lengths[self.chosen]
 
-    def sample(self) -> Dataset:
-        """A few examples: some of the first, the shortest, the longest, and that with the largest token."""
+    def telling(self) -> Tensor:
+        """Positions of a few: some of the first, the shortest, the longest, and that with the largest token."""
         lengths = self.file.lengths[self.chosen]
-        telling = {*range(min(8, len(self))), int(lengths.argmin()), int(lengths.argmax())}
-        telling |= {int(place) for place in (self.chosen == self.file.extreme).nonzero().flatten()}
-        return self.batch(torch.tensor(sorted(telling)))
+        found = {*range(min(8, len(self))), int(lengths.argmin()), int(lengths.argmax())}
+        found |= {int(place) for place in (self.chosen == self.file.extreme).nonzero().flatten()}
+        return torch.tensor(sorted(found))
+
+    def sample(self) -> Dataset:
+        """See :meth:`Dataset.sample`."""
+        return self.batch(self.telling())
 
     def batch(self, indices: Tensor) -> Dataset:
         """See :meth:`Dataset.batch`; padded to the longest of the batch."""
@@ -214,7 +225,7 @@ class StoredDataset(Dataset):
         found = self.file.rows(positions)
         width = max((len(one[TOKENS]) for one in found), default=0)
         inputs = {}
-        for name in [name for name in self.file.columns if found and (name != LABELS or self.labels.dim() == 2)]:
+        for name in [name for name in self.file.columns if found and name != TARGET]:
             filling = {TOKENS: self.padding, LABELS: IGNORED}.get(name, 0)
             padded = torch.full((len(found), width), filling, dtype=torch.long)
             for row, one in enumerate(found):
@@ -228,6 +239,35 @@ class StoredDataset(Dataset):
     def subset(self, indices: Tensor) -> StoredDataset:
         """See :meth:`Dataset.subset`; nothing is read yet."""
         return replace(self, labels=self.labels[indices], chosen=self.chosen[indices])
+
+
+@dataclass(frozen=True)
+class StoredGroups(Dataset):
+    """A split whose examples have ``each`` texts, which follow one another in ``texts``.
+
+    Inputs are ``[n, each, L]``, and called as ``names`` says; where each token has a label, these are inputs, too.
+    """
+
+    texts: StoredDataset = field(kw_only=True)
+    each: int = field(kw_only=True)
+    names: Mapping[str, str] = field(kw_only=True)
+
+    def batch(self, indices: Tensor) -> Dataset:
+        """See :meth:`Dataset.batch`; padded to the longest text of the batch."""
+        rows = (indices[:, None] * self.each + torch.arange(self.each)).flatten()
+        found = self.texts.batch(rows)
+        told = {**found.inputs, LABELS: found.labels}
+        inputs = {own: told[name].reshape(len(indices), self.each, -1) for name, own in self.names.items()}
+        return Dataset(inputs, self.labels[indices], self.kind, self.task)
+
+    def subset(self, indices: Tensor) -> StoredGroups:
+        """See :meth:`Dataset.subset`; nothing is read yet."""
+        rows = (indices[:, None] * self.each + torch.arange(self.each)).flatten()
+        return replace(self, labels=self.labels[indices], texts=self.texts.subset(rows))
+
+    def sample(self) -> Dataset:
+        """See :meth:`Dataset.sample`."""
+        return self.batch((self.texts.telling() // self.each).unique())
 
 
 def give_back_memory() -> None:

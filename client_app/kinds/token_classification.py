@@ -137,7 +137,10 @@ class TokenClassification(Kind):
 
     def weigh(self, data: Dataset, asked: Sequence[float], classes: int) -> Tensor:
         """See :meth:`Kind.weigh`."""
-        counts = torch.bincount(data.labels[data.labels != IGNORED], minlength=classes)
+        counts = torch.zeros(classes, dtype=torch.long)
+        for part in torch.split(torch.arange(len(data)), 1024):  # labels of tokens may lie in a file
+            found = data.batch(part).labels
+            counts += torch.bincount(found[found != IGNORED], minlength=classes)
         return scaled(asked, counts, self.name) if asked else balanced(counts)
 
     def keep(self, outputs: Tensor, labels: Tensor, batch: Dataset, client: ClientData | None) -> Any:

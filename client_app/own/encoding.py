@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,16 +108,16 @@ class Encoder:
             text = f"{asked}{example.completion}"
             spans = [(len(asked), len(text))]
         ids, learnt, beside = self._tokens(example, text, spans, templated=bool(turns))
-        labels = [token if wanted else IGNORED for token, wanted in zip(ids, learnt, strict=True)]
+        labels: list[int] = np.where(learnt, ids, IGNORED).tolist()
         if not turns and self.tokenizer.eos_token_id is not None and ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
             labels.append(self.tokenizer.eos_token_id)
             beside = {name: [*values, 0] for name, values in beside.items()}
-        if all(label == IGNORED for label in labels[1:]):
+        if set(labels[1:]) <= {IGNORED}:
             raise DataError(f"{example.place}: nothing in this conversation is to be learnt")
         if len(ids) > self.max_length:
             ids, labels = self._cut(example, ids, labels)
-        if all(label == IGNORED for label in labels[1:]):
+        if set(labels[1:]) <= {IGNORED}:
             raise DataError(f"{example.place}: nothing is left to learn within {self.max_length} tokens (max-length)")
         return {"input_ids": ids, MASK: [1] * len(ids), **beside, "labels": labels}
 
@@ -163,8 +164,7 @@ class Encoder:
             )
             ids = list(found["input_ids"])
             added = found["special_tokens_mask"] if special else [0] * len(ids)
-            places = zip(found["offset_mapping"], added, strict=True)
-            learnt = [not new and any(_touches(place, span) for span in spans) for place, new in places]
+            learnt = _touched(found["offset_mapping"], added, spans)
             if not templated and added[-1] and ids[-1] == self.tokenizer.eos_token_id:
                 ids, learnt = ids[:-1], learnt[:-1]
         if len(ids) > 1 and special and ids[0] == ids[1] == self.tokenizer.bos_token_id:
@@ -212,11 +212,20 @@ def _with_parts(turns: Sequence[Turn], images: int) -> list[Turn]:
     return list(found)
 
 
-def _touches(place: Span, span: Span) -> bool:
-    """Whether a token has a character of a span; one without characters, whether it begins there."""
-    if place[0] == place[1]:
-        return span[0] <= place[0] < span[1]
-    return max(place[0], span[0]) < min(place[1], span[1])
+def _touched(places: Sequence[Span], added: Sequence[int], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token has a character of a span; one without characters, whether it begins there.
+
+    Args:
+        places: where the tokens' characters begin and end.
+        added: whether a token is none of the text.
+        spans: of characters.
+    """
+    begins, ends = np.array(places, np.int64).reshape(-1, 2).T
+    found = np.zeros(len(begins), bool)
+    for start, end in spans:
+        found |= np.maximum(begins, start) < np.minimum(np.maximum(ends, begins + 1), end)
+    learnt: list[bool] = (found & (np.array(added) == 0)).tolist()
+    return learnt
 
 
 def _expanded(
@@ -336,10 +345,10 @@ def _padded(items: Sequence[Mapping[str, list[int]]], padding: int | None) -> di
     result = {}
     for name in items[0]:
         fill = padding if name in ("input_ids", "labels") and padding is not None else 0
-        tensor = torch.full((len(items), longest), fill, dtype=torch.long)
+        numbers = np.full((len(items), longest), fill, np.int64)
         for row, item in enumerate(items):
-            tensor[row, : len(item[name])] = torch.tensor(item[name], dtype=torch.long)
-        result[name] = tensor
+            numbers[row, : len(item[name])] = item[name]
+        result[name] = torch.from_numpy(numbers)
     return result
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from client_app.data.dataset import Base, ClientData, Dataset
-from client_app.data.example import Example
-from client_app.data.stored import StoredDataset
 from client_app.data.targets import IGNORED
 from client_app.guard.privacy import PrivacyError
 from client_app.kinds import Kind, kind_of
@@ -22,16 +20,19 @@ from client_app.kinds.contract import TaskError
 from client_app.model.bases.base_models import load_base
 from client_app.model.bases.model_folders import BaseModelError, FoundModel, find_model, first_line
 from client_app.model.forward.padding import ALONE, find_padding, inputs_taken
+from client_app.own.checked import Checked, copies_among
 from client_app.own.encoding import Encoder, load_encoder
-from client_app.own.examples import columns_read, guess_kind, read_example
+from client_app.own.examples import columns_read, guess_kind
 from client_app.own.reading.images import frames_in, read_image
 from client_app.own.reading.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
-from client_app.own.reading.text_files import DataError
+from client_app.own.reading.text_files import ChosenRows, DataError, Row
 from client_app.own.stored_splits import encode_split
 from client_app.settings import DataSettings, ModelSettings, Settings
 from fedalloy_adapters.files.atomic_files import write_durably
 
 MIN_EXAMPLES = 3
+_UNLABELLED = {"None", "", "-1"}
+"""What stands for no label in the test splits of benchmarks, as text."""
 _LEAST_TOKENS = 0.5
 """A tokenizer with fewer tokens, as a share of the model's embeddings, is probably another model's."""
 
@@ -41,7 +42,7 @@ class Found:
     """What was found in the data: checked examples by split, the kind of task, and its labels in order."""
 
     kind: Kind
-    splits: dict[str, list[Example]]
+    splits: dict[str, Checked]
     labels: tuple[str, ...]
     source: str
     findings: list[str] = field(default_factory=list)
@@ -56,7 +57,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     """
     cache = settings.state_dir / ".cache"
     found = read_own(settings)
-    chat = any(example.prompt is None for split in found.splits.values() for example in split if example.messages)
+    chat = any(split.chats for split in found.splits.values())
     model = find_model(settings.model.base_model, cache)
     encoder = load_encoder(
         model, found.kind, settings.model.max_length, chat=chat, prompt_template=settings.data.prompt_template
@@ -99,9 +100,8 @@ def _encoded(
             folder = settings.state_dir / ".cache" / "encoded"
             splits[name] = encode_split(encoder, examples, found.labels, model, folder)
         else:
-            splits[name] = encoder.encode(examples, found.labels)
-    samples = {name: split.sample() if isinstance(split, StoredDataset) else split for name, split in splits.items()}
-    return splits, samples
+            splits[name] = encoder.encode(list(examples), found.labels)
+    return splits, {name: split.sample() for name, split in splits.items()}
 
 
 def read_own(settings: Settings) -> Found:
@@ -118,27 +118,27 @@ def read_own(settings: Settings) -> Found:
         from client_app.own.reading.partitions import partition
 
         table = partition(table, data, settings.partition_id, settings.num_partitions)
-    trained = [row for row, split in zip(table.rows, table.splits, strict=True) if split in (None, "train")]
-    if not trained:
+    first = _first_trained(table)
+    if first is None:
         raise DataError(f"{table.rows[0].place}: no row is in split 'train'")
-    kind = kind_of(settings.model.task or guess_kind(trained[0].values, data))
+    kind = kind_of(settings.model.task or guess_kind(first.values, data))
     rows_read = len(table.rows)
-    table = _without_unlabelled(table, kind, data)
-    examples = [read_example(row, kind, data) for row in table.rows]
-    read = columns_read(kind, data, {name for row in table.rows for name in row.values})
+    table = _without_unlabelled(table, first, kind, data)
+    examples = Checked.of(table.rows, kind, data)
+    read = columns_read(kind, data, examples.columns)
     shared = settings.model.label_names
     if kind.has_labels and not shared and settings.privacy.epsilon:
         raise PrivacyError(
             "dp.epsilon with classes that are found in the examples: how many there are, which the head's size tells, "
             "would depend on a single one; name them (labels)"
         )
-    labels = _labels(examples, shared, kind) if kind.has_labels else ()
+    labels = _labels(examples, shared) if kind.has_labels else ()
     splits = _divide(examples, table.splits, data)
     found = Found(kind, splits, labels, data.data_path, list(table.findings))
     kept = sum(len(split) for split in splits.values())
     if kept != rows_read:
         found.findings.append(f"{rows_read} rows were read, {kept} are examples")
-    unread = sorted({name for row in table.rows for name in row.values} - read)
+    unread = sorted(examples.columns - read)
     if unread:
         found.findings.append(f"columns that are not read: {', '.join(map(repr, unread))}")
     return found
@@ -167,7 +167,7 @@ def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, D
     # Nothing of it is adapted, and a quantised weight has no gradient.
     plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
     base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
-    examples = encoder.encode(found.splits["train"], found.labels)
+    examples = encoder.encode(list(found.splits["train"]), found.labels)
     return _checked(base, {"train": examples}), examples
 
 
@@ -267,53 +267,62 @@ def report(found: Found, notes: Sequence[str]) -> str:
     for name, examples in found.splits.items():
         lines.append(f"{name}: {len(examples)} examples")
         if found.labels:
-            counts = Counter(name for example in examples for name in found.kind.labels_of(example))
-            lines.append("    " + ", ".join(f"{label}: {counts[label]}" for label in found.labels))
+            counts = examples.counts()
+            lines.append("    " + ", ".join(f"{label}: {counts.get(label, 0)}" for label in found.labels))
     return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
 
 
 def notes_of(found: Found, encoder: Encoder) -> list[str]:
     """Findings in numbers only, because the server reads them. Call this after encoding, to count cut texts."""
-    notes = list(found.findings)
-    everything = [example for examples in found.splits.values() for example in examples]
+    notes, everything = list(found.findings), sum(map(len, found.splits.values()))
     if encoder.truncated:
-        notes.append(f"{encoder.truncated} of {len(everything)} texts were cut to {encoder.max_length} tokens")
+        notes.append(f"{encoder.truncated} of {everything} texts were cut to {encoder.max_length} tokens")
     told = encoder.findings + encoder.chat.findings if encoder.chat else encoder.findings
     notes += [f"{count} {what}" for what, count in told.items()]
-    copies = len(everything) - len({example.content for example in everything})
+    copies = copies_among(found.splits.values())
     if copies:
-        notes.append(f"{copies} of {len(everything)} examples are copies of others")
-    seen = {example.content for example in found.splits.get("train", [])}
+        notes.append(f"{copies} of {everything} examples are copies of others")
     for name in ("validation", "test"):
-        shared = sum(example.content in seen for example in found.splits.get(name, []))
+        shared = found.splits[name].shared_with(found.splits["train"]) if name in found.splits else 0
         if shared:
             notes.append(f"{shared} examples of {name} are in train, too")
     if found.labels:
-        trained = {name for example in found.splits["train"] for name in found.kind.labels_of(example)}
-        missing = sum(label not in trained for label in found.labels)
+        trained = found.splits["train"].counts()
+        missing = sum(not trained.get(label, 0) for label in found.labels)
         if missing:
             notes.append(f"{missing} of {len(found.labels)} labels have no training example")
     return notes
 
 
-def _without_unlabelled(table: Table, kind: Kind, data: DataSettings) -> Table:
+def _first_trained(table: Table) -> Row | None:
+    """The first row that is trained on."""
+    pairs = zip(table.rows, table.splits, strict=True)
+    return next((row for row, split in pairs if split in (None, "train")), None)
+
+
+def _without_unlabelled(table: Table, first: Row, kind: Kind, data: DataSettings) -> Table:
     """Without test and validation splits of which no row has a label: those of benchmarks, and of competitions.
 
-    What takes their place comes from train, as where nothing is given.
+    What takes their place comes from train, as where nothing is given. ``first`` is the first row of train.
     """
-    columns = kind.unlabelled_by(data)
-    train = [row for row, split in zip(table.rows, table.splits, strict=True) if split in (None, "train")]
-    column = next((name for name in columns if name in train[0].values), "")
-    values = {str(row.values.get(column)) for row in train}
-    missing = {"None", "", *({"-1"} - values)}
-    left_out, findings = set(), list(table.findings)
-    for name in ("validation", "test"):
-        rows = [row for row, split in zip(table.rows, table.splits, strict=True) if split == name]
-        if column and rows and all(str(row.values.get(column)).strip() in missing for row in rows):
-            left_out.add(name)
-            findings.append(f"{len(rows)} rows of {name} have no {column!r} and are left out")
+    column = next((name for name in kind.unlabelled_by(data) if name in first.values), "")
+    held_out = {"validation", "test"} & set(table.splits)
+    if not column or not held_out:
+        return table
+    seen: dict[str, set[str]] = {name: set() for name in held_out}
+    numbered = False
+    for row, split in zip(table.rows, table.splits, strict=True):
+        told = str(row.values.get(column)).strip()
+        if split in held_out:
+            seen[split].add(told if told in _UNLABELLED else "a label")
+        else:
+            numbered |= told == "-1"
+    missing = _UNLABELLED - ({"-1"} if numbered else set())
+    left_out = [name for name in ("validation", "test") if name in held_out and seen[name] <= missing]
+    findings = [f"{table.splits.count(name)} rows of {name} have no {column!r} and are left out" for name in left_out]
     kept = [number for number, split in enumerate(table.splits) if split not in left_out]
-    return Table([table.rows[n] for n in kept], [table.splits[n] for n in kept], findings)
+    rows = ChosenRows.of(table.rows, kept) if left_out else table.rows
+    return Table(rows, [table.splits[n] for n in kept], [*table.findings, *findings])
 
 
 def _split_by_column(table: Table, column: str) -> Table:
@@ -326,22 +335,22 @@ def _split_by_column(table: Table, column: str) -> Table:
     return replace(table, splits=splits)
 
 
-def _labels(examples: Sequence[Example], shared: Sequence[str], kind: Kind) -> tuple[str, ...]:
+def _labels(examples: Checked, shared: Sequence[str]) -> tuple[str, ...]:
     """Class names in order: those that all clients share, else this client's own (numbers by value, then names)."""
-    for example in examples if shared else ():
-        for label in kind.labels_of(example):
-            if label in shared:
-                continue
-            close = difflib.get_close_matches(label, shared, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise DataError(
-                f"{example.place}: label {label!r} is not one of the labels of this run ({', '.join(shared)}){hint}"
-            )
+    unknown = next((number for number, name in enumerate(examples.names) if name not in shared), None)
+    if shared and unknown is not None:
+        label = examples.names[unknown]
+        at = int(np.searchsorted(examples.ends, np.argmax(examples.labels == unknown), side="right"))
+        close = difflib.get_close_matches(label, shared, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise DataError(
+            f"{examples[at].place}: label {label!r} is not one of the labels of this run ({', '.join(shared)}){hint}"
+        )
     if shared:
         return tuple(shared)
-    names = {name for example in examples for name in kind.labels_of(example)}
+    names = examples.names
     if len(names) < 2:
-        only = f"the only label is {names.pop()!r}" if names else "there is no label"
+        only = f"the only label is {names[0]!r}" if names else "there is no label"
         raise DataError(f"{examples[0].place}: {only}, expected at least two")
     return tuple(sorted(names, key=lambda name: (0, int(name), "") if _is_number(name) else (1, 0, name)))
 
@@ -350,32 +359,24 @@ def _is_number(name: str) -> bool:
     return name.lstrip("-").isdecimal() and name.isascii()
 
 
-def _divide(
-    examples: Sequence[Example], given: Sequence[str | None], settings: DataSettings
-) -> dict[str, list[Example]]:
+def _divide(examples: Checked, given: Sequence[str | None], settings: DataSettings) -> dict[str, Checked]:
     """Examples by split, as given; what is not given is taken from train, the same examples whenever they are read."""
     if len(examples) < MIN_EXAMPLES:
         raise DataError(f"{examples[0].place}: {len(examples)} examples, expected at least {MIN_EXAMPLES}")
-    splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
-    for example, split in zip(examples, given, strict=True):
-        splits[split or "train"].append(example)
-    if not splits["train"]:
+    told = np.array([SPLITS.index(split or "train") for split in given])
+    splits = {name: np.flatnonzero(told == number) for number, name in enumerate(SPLITS)}
+    if not len(splits["train"]):
         raise DataError(f"{examples[0].place}: no example is in split 'train'")
     shares = dict(zip(SPLITS, settings.fractions, strict=True))
-    ordered = sorted(splits["train"], key=_order)
+    ordered = splits["train"][np.argsort(examples.digests[splits["train"]], kind="stable")]
     total = len(ordered)
     for name in ("test", "validation"):
-        if splits[name] or not shares[name]:
+        if len(splits[name]) or not shares[name]:
             continue
         count = min(max(1, round(total * shares[name])), len(ordered) - 1)
         cut = len(ordered) - count
-        while cut > 1 and ordered[cut].content == ordered[cut - 1].content:
+        while cut > 1 and examples.digests[ordered[cut]] == examples.digests[ordered[cut - 1]]:
             cut -= 1  # copies of one example stay together
         splits[name], ordered = ordered[cut:], ordered[:cut]
-    chosen = {id(example) for example in ordered}
-    splits["train"] = [example for example in splits["train"] if id(example) in chosen]
-    return {name: found for name, found in splits.items() if found}
-
-
-def _order(example: Example) -> bytes:
-    return hashlib.sha256(example.content.encode()).digest()
+    splits["train"] = np.sort(ordered)
+    return {name: examples.subset(chosen) for name, chosen in splits.items() if len(chosen)}

@@ -11,48 +11,74 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from client_app.data.dataset import MASK, Dataset
 from client_app.data.example import Example
-from client_app.data.stored import LABELS, StoredDataset, TokenFile, write_tokens
+from client_app.data.stored import LABELS, TARGET, StoredDataset, StoredGroups, TokenFile, write_tokens
+from client_app.data.targets import IGNORED
 from client_app.model.bases.model_folders import FoundModel
+from client_app.own.checked import Checked
 from client_app.own.encoding import Encoder
+from client_app.own.reading.text_files import DataError
 
 IN_MEMORY_TOKENS = 2**20
 """Largest number of tokens of a split in memory, including padding; with mask and targets that is 25 MB."""
-PART = 1000
-"""Examples that are encoded at once."""
-_FORMAT = 1
+PART, PART_TOKENS = 1000, 2**17
+"""Largest numbers of examples and of tokens (including padding) that are encoded at once."""
+PAIRED = {"input_ids": "pair_ids", MASK: "pair_mask", LABELS: "pair_labels"}
+"""What inputs of examples with several texts are called, by what a text's own are called."""
+_FORMAT = 2
 """Of the files; another number makes all of them anew."""
 _TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def encode_split(
-    encoder: Encoder, examples: Sequence[Example], labels: Sequence[str], model: FoundModel, folder: Path
+    encoder: Encoder, examples: Checked, labels: Sequence[str], model: FoundModel, folder: Path
 ) -> Dataset:
     """One split: in memory if it is small, else from its file in ``folder``, which is made if missing.
 
-    A file is found by its content and by what encodes it. Images stay where they are, and kinds of tasks whose examples
-    are not one text with one label, or a text to be written, stay in memory.
+    A file is found by its content and by what encodes it. Rows are read, encoded and written a part at a time. Images
+    stay where they are, and inputs that have no number for each token stay in memory.
     """
-    whole = len(examples) * encoder.max_length <= IN_MEMORY_TOKENS or encoder.kind.has_image
-    first = Dataset({}, torch.empty(0)) if whole else _uncounted(encoder, examples[:PART], labels)
-    if whole or not _is_storable(first, encoder) or len(examples) * _width(first) <= IN_MEMORY_TOKENS:
+    if encoder.kind.has_image:
         return encoder.encode(examples, labels)
+    size = max(1, min(PART, PART_TOKENS // encoder.max_length))
+    few = len(examples) * encoder.max_length <= IN_MEMORY_TOKENS
+    first = None if few else _uncounted(encoder, examples[:: -(-len(examples) // size)], labels)
+    if first is None or not _is_storable(first) or len(examples) * _width(first) <= IN_MEMORY_TOKENS:
+        return encoder.encode(list(examples), labels)
     path = folder / f"{_key(encoder, examples, labels, model)}.arrow"
     file = TokenFile.opened(path)
     if file is None:
         before = _told(encoder)
-        parts = (examples[start : start + PART] for start in range(0, len(examples), PART))
         file = write_tokens(
             path,
-            (row for part in parts for row in _rows(encoder.encode(part, labels))),
+            _encoded(encoder, examples, labels, size, _each(first)),
             lambda: {name: count - before.get(name, 0) for name, count in _told(encoder).items()},
         )
     else:
         _tell(encoder, file.about)
-    own = None if first.labels.dim() == 2 else file.column(LABELS)
-    return StoredDataset.of(file, encoder.kind.name, own, encoder.padding_id or 0)
+    kind, padding = encoder.kind.name, encoder.padding_id or 0
+    if _each(first) == 1:
+        own = _targets(file, first.labels) if TARGET in file.columns else None
+        return StoredDataset.of(file, kind, own, padding)
+    texts = StoredDataset.of(file, kind, padding=padding)
+    names = {name: own for name, own in PAIRED.items() if own in first.inputs}
+    none = torch.zeros(len(examples), dtype=first.labels.dtype)
+    return StoredGroups({}, none, kind, texts=texts, each=_each(first), names=names)
+
+
+def _encoded(
+    encoder: Encoder, examples: Checked, labels: Sequence[str], size: int, each: int
+) -> Iterator[dict[str, NDArray[np.int32]]]:
+    """Each text's numbers, encoded ``size`` examples at a time."""
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        split = encoder.encode(part, labels)
+        if _each(split) != each:
+            raise DataError(f"{part[0].place}: {_each(split)} texts, and {each} in the first row, expected as many")
+        yield from _rows(split)
 
 
 def _uncounted(encoder: Encoder, examples: Sequence[Example], labels: Sequence[str]) -> Dataset:
@@ -64,35 +90,65 @@ def _uncounted(encoder: Encoder, examples: Sequence[Example], labels: Sequence[s
     return found
 
 
-def _is_storable(split: Dataset, encoder: Encoder) -> bool:
-    shape = split.inputs[MASK].shape if MASK in split.inputs else None
-    like_tokens = all(tensor.shape == shape and not tensor.is_floating_point() for tensor in split.inputs.values())
-    written = encoder.kind.generative and split.labels.shape == shape
-    plain = split.labels.dim() == 1 and not split.labels.is_floating_point()
-    return type(split) is Dataset and "input_ids" in split.inputs and like_tokens and (written or plain)
+def _is_storable(split: Dataset) -> bool:
+    """Whether all inputs have a number for each token."""
+    mask = split.inputs.get(MASK, split.inputs.get(PAIRED[MASK]))
+    if mask is None or type(split) is not Dataset:
+        return False
+    known = MASK in split.inputs or split.inputs.keys() <= set(PAIRED.values())
+    return known and all(t.shape == mask.shape and not t.is_floating_point() for t in split.inputs.values())
+
+
+def _each(split: Dataset) -> int:
+    """How many texts an example has."""
+    return 1 if MASK in split.inputs else int(split.inputs[PAIRED[MASK]].shape[1])
 
 
 def _width(split: Dataset) -> int:
-    return int(split.inputs[MASK].shape[1])
+    """Of a split's texts, padding included, all those of an example together."""
+    return _each(split) * int((split.inputs[MASK] if MASK in split.inputs else split.inputs[PAIRED[MASK]]).shape[-1])
+
+
+def _texts(split: Dataset) -> dict[str, Tensor]:
+    """The numbers of each text's tokens by column ``[n, L]``, the texts of an example one after another."""
+    if MASK not in split.inputs:
+        return {name: split.inputs[own].flatten(0, 1) for name, own in PAIRED.items() if own in split.inputs}
+    per_token = split.labels.shape == split.inputs[MASK].shape and not split.labels.is_floating_point()
+    return {**split.inputs, **({LABELS: split.labels} if per_token else {})}
 
 
 def _rows(split: Dataset) -> Iterator[dict[str, NDArray[np.int32]]]:
-    """Each example's numbers without padding; the mask, which is all ones, is left out."""
-    columns = {name: tensor for name, tensor in split.inputs.items() if name != MASK}
-    for row, length in enumerate(split.inputs[MASK].sum(dim=1).tolist()):
+    """Each text's numbers without padding; the mask, which is all ones, is left out."""
+    columns, each = _texts(split), _each(split)
+    lengths = columns.pop(MASK).sum(dim=1).tolist()
+    for row, length in enumerate(lengths):
         found = {name: tensor[row, :length].to(torch.int32).numpy() for name, tensor in columns.items()}
-        labels = split.labels[row, :length] if split.labels.dim() == 2 else split.labels[row : row + 1]
-        yield {**found, LABELS: labels.to(torch.int32).numpy()}
+        yield found if LABELS in found or each > 1 else {**found, TARGET: _bits(split.labels[row])}
 
 
-def _key(encoder: Encoder, examples: Sequence[Example], labels: Sequence[str], model: FoundModel) -> str:
+def _bits(label: Tensor) -> NDArray[np.int32]:
+    """An example's label as whole numbers of 32 bits; those of floating-point numbers as they are in memory."""
+    flat = label.reshape(-1)
+    if flat.is_floating_point():
+        return flat.float().view(torch.int32).numpy()
+    return flat.to(torch.int32).numpy()
+
+
+def _targets(file: TokenFile, like: Tensor) -> Tensor:
+    """All labels of a file ``[n, ...]``, of the form of ``like``; where some have more, the others are filled up."""
+    found = file.lists(TARGET, IGNORED)
+    if like.is_floating_point():
+        found = found.to(torch.int32).view(torch.float32).to(like.dtype)
+    return found.reshape(len(found), *([-1] if like.dim() > 1 else []), *like.shape[2:])
+
+
+def _key(encoder: Encoder, examples: Checked, labels: Sequence[str], model: FoundModel) -> str:
     versions = [version(name) for name in ("transformers", "tokenizers")]
     settings = [encoder.kind.name, encoder.max_length, encoder.ask_by_chat, encoder.between, encoder.padding_id]
     digest = hashlib.sha256(repr((_FORMAT, versions, settings, list(labels))).encode())
     for path in sorted(path for pattern in _TOKENIZER_FILES for path in model.folder.glob(pattern)):
         digest.update(f"{path.name}:".encode() + hashlib.sha256(path.read_bytes()).digest())
-    for example in examples:
-        digest.update(hashlib.sha256(example.content.encode()).digest())
+    digest.update(examples.digests.tobytes())
     return digest.hexdigest()[:40]
 
 

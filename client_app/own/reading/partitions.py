@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from client_app.own.reading.readers import Table
-from client_app.own.reading.text_files import DataError
+from client_app.own.reading.text_files import ChosenRows, DataError
 from client_app.settings import DataSettings
 
 SEED = 42
@@ -44,7 +44,7 @@ def partition(table: Table, settings: DataSettings, partition_id: int, num_parti
         raise DataError(f"{what} of {len(table.rows)} rows cannot be made: {error}") from None
     if not chosen:
         raise DataError(f"{what} is empty")
-    return replace(table, rows=[table.rows[i] for i in chosen], splits=[table.splits[i] for i in chosen])
+    return replace(table, rows=ChosenRows.of(table.rows, chosen), splits=[table.splits[i] for i in chosen])
 
 
 def _partitioner(settings: DataSettings, num_partitions: int) -> Any:

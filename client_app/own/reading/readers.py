@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client_app.own.reading.text_files import TEXT_SUFFIXES, DataError, FileRows, Row, read_text_file
+from client_app.own.reading.json_and_csv import read_text_file
+from client_app.own.reading.text_files import (
+    IN_MEMORY_BYTES,
+    TEXT_SUFFIXES,
+    DataError,
+    FileRows,
+    JoinedRows,
+    Row,
+    RowSequence,
+)
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"} | {
@@ -141,13 +150,13 @@ def _read_saved(folder: Path) -> Table:
         raise DataError(f"{folder}: is no data set that datasets can load: {str(error).splitlines()[0]}") from None
     if isinstance(found, datasets.DatasetDict):
         return _of_splits(found, str(folder), folder)
-    rows = list(_dataset_rows(found, str(folder), folder))
+    rows = _dataset_rows(found, str(folder), folder)
     return Table(rows, [None] * len(rows))
 
 
 def _of_splits(found: Mapping[str, Any], name: str, folder: Path) -> Table:
     """Splits by their names (``validation_matched`` is a validation); what has another name is told, not used."""
-    rows: list[Row] = []
+    parts: list[Sequence[Row]] = []
     splits: list[str | None] = []
     findings = []
     for split, part in found.items():
@@ -155,26 +164,26 @@ def _of_splits(found: Mapping[str, Any], name: str, folder: Path) -> Table:
         if known is None:
             findings.append(f"{len(part)} rows of split {str(split)!r} are not used")
             continue
-        new = list(_dataset_rows(part, f"{name}/{split}", folder))
-        rows += new
+        new = _dataset_rows(part, f"{name}/{split}", folder)
+        parts.append(new)
         splits += [known] * len(new)
-    if not rows:
+    if not splits:
         raise DataError(f"data-path {name!r} has the splits {', '.join(map(str, found))}, expected one called train")
-    return Table(rows, splits, findings)
+    return Table(JoinedRows.of(parts), splits, findings)
 
 
 def _table(files: Sequence[tuple[str | None, Path]], cache_dir: Path | None) -> Table:
-    rows: list[Row] = []
+    parts: list[Sequence[Row]] = []
     splits: list[str | None] = []
     findings: list[str] = []
     for split, path in files:
         found = _read_file(path, cache_dir)
         if not found.rows:
             raise DataError(f"{path}: no rows")
-        rows += found.rows
+        parts.append(found.rows)
         splits += [split] * len(found.rows)
         findings += found.findings
-    return Table(rows, splits, findings)
+    return Table(JoinedRows.of(parts), splits, findings)
 
 
 def _format_of(path: Path) -> str | None:
@@ -195,7 +204,7 @@ def _read_file(path: Path, cache_dir: Path | None) -> FileRows:
     return read_text_file(path, suffix)
 
 
-def _read_arrow(path: Path, suffix: str, cache_dir: Path | None) -> list[Row]:
+def _read_arrow(path: Path, suffix: str, cache_dir: Path | None) -> Sequence[Row]:
     import datasets
 
     try:
@@ -206,14 +215,48 @@ def _read_arrow(path: Path, suffix: str, cache_dir: Path | None) -> list[Row]:
     except Exception as error:  # pyarrow's and datasets' have no common class
         cause = error.__cause__ or error
         raise DataError(f"{path}: is not valid {suffix[1:].title()}: {str(cause).splitlines()[0]}") from None
-    return list(_dataset_rows(found, str(path), path.parent))
+    return _dataset_rows(found, str(path), path.parent)
 
 
-def _dataset_rows(found: Any, name: str, folder: Path) -> Iterator[Row]:
+@dataclass(frozen=True)
+class DatasetRows(RowSequence):
+    """Rows of a data set of ``datasets``, which stay in its files; classes by their names, images as they are stored.
+
+    ``named`` and ``lists`` are columns of classes, and of lists of classes, with the classes' names.
+    """
+
+    table: Any
+    name: str
+    folder: Path
+    named: Mapping[str, Sequence[str]]
+    lists: Mapping[str, Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Row]:
+        for position, values in enumerate(self.table):
+            yield self._row(position, values)
+
+    def row(self, position: int) -> Row:
+        """See :meth:`RowSequence.row`."""
+        return self._row(position, self.table[position])
+
+    def _row(self, position: int, values: Mapping[str, Any]) -> Row:
+        for column, names in self.named.items():
+            values = {**values, column: _name(names, values[column])}
+        for column, names in self.lists.items():
+            told = values[column]
+            values = {**values, column: None if told is None else [_name(names, item) for item in told]}
+        return Row(values, f"{self.name}, row {position + 1}", self.folder)
+
+
+def _dataset_rows(found: Any, name: str, folder: Path) -> Sequence[Row]:
+    """The rows of a data set: of a small one in memory."""
     import datasets
 
-    named: dict[str, list[str]] = {}
-    lists: dict[str, list[str]] = {}
+    named: dict[str, Sequence[str]] = {}
+    lists: dict[str, Sequence[str]] = {}
     for column, feature in list((found.features or {}).items()):
         if isinstance(feature, datasets.Image):
             found = found.cast_column(column, datasets.Image(decode=False))
@@ -223,13 +266,8 @@ def _dataset_rows(found: Any, name: str, folder: Path) -> Iterator[Row]:
             named[column] = names
         elif isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
             lists[column] = feature.feature.names
-    for number, values in enumerate(found, start=1):
-        for column, names in named.items():
-            values = {**values, column: _name(names, values[column])}
-        for column, names in lists.items():
-            told = values[column]
-            values = {**values, column: None if told is None else [_name(names, item) for item in told]}
-        yield Row(values, f"{name}, row {number}", folder)
+    rows = DatasetRows(found, name, folder, named, lists)
+    return list(rows) if found.data.nbytes <= IN_MEMORY_BYTES else rows
 
 
 def _name(names: Sequence[str], number: int | None) -> str | None:

@@ -1,24 +1,30 @@
-"""JSON and CSV files, read line by line: every row knows its line, and no quote or blank line swallows rows."""
+"""Text files: their lines, checked, a few in memory at a time; and rows that stay in their file.
+
+A row that stays in its file is read again whenever it is wanted, so that what is large is never in memory as a whole.
+"""
 
 from __future__ import annotations
 
-import csv
+import bisect
 import gzip
-import io
-import json
+import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import tempfile
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NamedTuple, overload
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-_WRAPPED = re.compile(r'[{,]\s*"(?:data|rows|examples|instances)"\s*:\s*\[\s*\{')
-"""An object on one line that is not a row but holds all of them."""
 MAX_LINE = 2**24
 """Bytes of one line or field; a longer one is a file of another format, or a mistake."""
-
+IN_MEMORY_BYTES = 2**23
+"""Files up to this size are kept as rows; those of larger ones are read again when they are wanted."""
+_BLOCK = 2**18
 
 _PLACE = re.compile(r"[^\n]*?, ((?:line|row) \d+(?:, column (?:\d+|'[^']{1,100}'))?)(?=:|,)")
 
@@ -50,244 +56,218 @@ class FileRows:
     findings: Sequence[str] = ()
 
 
-def read_text_file(path: Path, suffix: str) -> FileRows:
-    """Rows of a JSON, JSONL, CSV or TSV file, compressed or not.
+class Line(NamedTuple):
+    """One line without its end, its number from 1, and where its bytes begin and end."""
+
+    number: int
+    start: int
+    end: int
+    text: str
+
+
+class TextLines:
+    """The lines of a UTF-8 text file, as often as they are wanted; a compressed one is unpacked to a nameless file.
 
     Raises:
-        DataError: the content does not fit the name's ending; the message names line and column.
+        DataError: it cannot be opened or unpacked.
     """
-    content = _read_bytes(path)
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows(path, content, suffix)
-    text = "" if suffix == ".jsonl" else "\n".join(line for _, line in _lines(path, content))
-    if text and not _is_one_object_a_line(text):
-        return FileRows(list(_json_elements(path, text)))
-    return _json_rows(path, content)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _opened(path)
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()
+        self._stamp = self._stamped()
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return self._stamp[0]
+
+    def __iter__(self) -> Iterator[Line]:
+        """Every line, checked.
+
+        Raises:
+            DataError: it is no text, or no UTF-8; names line and column.
+        """
+        at, number, rest = self._begin(), 0, b""
+        begin = at
+        while block := self._read(at, _BLOCK):
+            at += len(block)
+            *whole, rest = (rest + block).split(b"\n")
+            for line in whole:
+                number += 1
+                yield self._line(number, begin, line)
+                begin += len(line) + 1
+            if len(rest) > MAX_LINE:
+                raise DataError(f"{self.path}, line {number + 1}: more than {MAX_LINE} bytes, expected at most so many")
+        if rest:
+            yield self._line(number + 1, begin, rest)
+
+    def between(self, start: int, end: int) -> str:
+        """The text of some bytes that were lines before."""
+        return self._read(start, end - start).decode("utf-8")
+
+    def _begin(self) -> int:
+        """Where the text begins, after a byte order mark."""
+        first = self._read(0, 4)
+        if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{self.path}, line 1: the text is UTF-16, expected UTF-8")
+        if first[:2] == b"\x1f\x8b":
+            raise DataError(f"{self.path}, line 1: the file is compressed, but its name does not end in .gz")
+        if first == b"PAR1":
+            raise DataError(f"{self.path}, line 1: the file is Parquet, but its name does not end in .parquet")
+        return 3 if first[:3] == b"\xef\xbb\xbf" else 0
+
+    def _line(self, number: int, start: int, line: bytes) -> Line:
+        if len(line) > MAX_LINE:
+            raise DataError(f"{self.path}, line {number}: {len(line)} bytes, expected at most {MAX_LINE}")
+        if b"\0" in line:
+            where = f"line {number}, column {line.index(0) + 1}"
+            raise DataError(f"{self.path}, {where}: a NUL byte; is this a text file?")
+        try:
+            return Line(number, start, start + len(line), line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.path}, line {number}, column {error.start + 1}: byte 0x{line[error.start]:02x} is not UTF-8"
+            ) from None
+
+    def _read(self, start: int, size: int) -> bytes:
+        with self._lock:
+            if self._stamped() != self._stamp:
+                raise DataError(f"{self.path}: was changed while it was read")
+            self._file.seek(start)
+            return self._file.read(size)
+
+    def _stamped(self) -> tuple[int, int]:
+        stat = os.fstat(self._file.fileno())
+        return stat.st_size, stat.st_mtime_ns
 
 
-def _read_bytes(path: Path) -> bytes:
+def _opened(path: Path) -> IO[bytes]:
     try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
-        return path.read_bytes()
+        if path.suffix.lower() != ".gz":
+            return path.open("rb")
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the lines that are read from it
+        with gzip.open(path) as file:
+            shutil.copyfileobj(file, unpacked, _BLOCK)
+        unpacked.flush()
+        return unpacked
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     except Exception as error:  # zlib's own
         raise DataError(f"{path}: is not valid gzip: {error}") from None
 
 
-def _lines(path: Path, content: bytes) -> Iterator[tuple[int, str]]:
-    """Numbered lines of UTF-8 text, checked."""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}, line 1: the text is UTF-16, expected UTF-8")
-    if content[:2] == b"\x1f\x8b":
-        raise DataError(f"{path}, line 1: the file is compressed, but its name does not end in .gz")
-    if content[:4] == b"PAR1":
-        raise DataError(f"{path}, line 1: the file is Parquet, but its name does not end in .parquet")
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if len(line) > MAX_LINE:
-            raise DataError(f"{path}, line {number}: {len(line)} bytes, expected at most {MAX_LINE}")
-        if b"\0" in line:
-            raise DataError(f"{path}, line {number}, column {line.index(0) + 1}: a NUL byte; is this a text file?")
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}, column {error.start + 1}: byte 0x{line[error.start]:02x} is not UTF-8"
-            ) from None
+class RowSequence(Sequence[Row]):
+    """Rows that are made when they are wanted; a slice of them is a list."""
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Row]: ...
+
+    def __getitem__(self, at: int | slice) -> Row | list[Row]:
+        """One row, or some."""
+        if isinstance(at, slice):
+            return [self.row(position) for position in range(*at.indices(len(self)))]
+        return self.row(range(len(self))[at])
+
+    def row(self, position: int) -> Row:
+        """The row at a position from 0."""
+        raise NotImplementedError
 
 
-def _json_rows(path: Path, content: bytes) -> FileRows:
-    rows, blank = [], 0
-    text = list(_lines(path, content))
-    if text and text[-1][1] == "":
-        text.pop()  # what follows the last line's end
-    for number, line in text:
-        if not line.strip():
-            blank += 1
-            continue
-        place = f"{path}, line {number}"
-        rows.append(Row(_parse_object(place, line), place, path.parent))
-    return FileRows(rows, _blanks(blank))
+@dataclass(frozen=True)
+class StoredRows(RowSequence):
+    """Rows that stay in their file.
 
-
-def _blanks(count: int) -> list[str]:
-    return [f"{count} blank lines were skipped"] if count else []
-
-
-def _is_one_object_a_line(text: str) -> bool:
-    first, *rest = text.strip().split("\n", 1)
-    if rest or not first.startswith("{"):
-        return first.rstrip().startswith("{") and first.rstrip().endswith("}")
-    return _WRAPPED.search(first) is None
-
-
-def _json_elements(path: Path, text: str) -> Iterator[Row]:
-    """Objects of an array, or of the only array of objects in an object (``{"data": [...]}``), with their lines."""
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] == "{":
-        found = _decoder(f"{path}, line 1").decode(text) if _is_json(path, text) else {}
-        lists = [k for k, v in found.items() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
-        if len(lists) != 1:
-            raise DataError(f"{path}: one JSON object with {len(lists)} lists of objects, expected an array of objects")
-        start = text.index("[", text.index(json.dumps(lists[0], ensure_ascii=lists[0] not in text)))
-    if text[start : start + 1] != "[":
-        raise DataError(f"{path}, line 1: expected a JSON array of objects, or one object per line")
-    position, line, counted = start + 1, 1, 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        line, counted = line + text.count("\n", counted, position), position
-        place = f"{path}, line {line}"
-        if text[position : position + 1] == "]":
-            return
-        try:
-            values, position = _decoder(place).raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-        except RecursionError:
-            raise DataError(f"{place}: nested too deeply") from None
-        if not isinstance(values, dict) or not values:
-            raise DataError(f'{place}: a {type(values).__name__}, expected an object like {{"text": ...}}')
-        yield Row(values, place, path.parent)
-
-
-def _is_json(path: Path, text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply") from None
-    return True
-
-
-def _decoder(place: str) -> json.JSONDecoder:
-    """Refuses what is not JSON though Python reads it, and objects in which a name occurs twice."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise DataError(f"{place}: {constant} is not JSON and not a value that can be used")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{place}: column {twice!r} occurs twice")
-        return found
-
-    return json.JSONDecoder(parse_constant=refuse, object_pairs_hook=unique)
-
-
-def _parse_object(place: str, line: str) -> dict[str, Any]:
-    if line.lstrip().startswith("[") and place.endswith("line 1"):
-        raise DataError(
-            f"{place}: a JSON array, expected one object per line; call the file .json, or jq -c '.[]' FILE makes it so"
-        )
-    try:
-        found = _decoder(place).decode(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise DataError(f"{place}: nested too deeply") from None
-    except DataError:
-        raise
-    except ValueError as error:  # an integer with thousands of digits
-        raise DataError(f"{place}: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f'{place}: a {type(found).__name__}, expected an object like {{"text": ...}}')
-    if not found:
-        raise DataError(f"{place}: an object without columns")
-    return found
-
-
-@dataclass
-class _Fields:
-    """Fields of each row with the first and the last of its lines."""
-
-    rows: list[tuple[int, int, list[str]]] = field(default_factory=list)
-
-    @property
-    def longest(self) -> tuple[int, int]:
-        """First and last line of the row with most lines."""
-        return max(((first, last) for first, last, _ in self.rows), key=lambda row: row[1] - row[0], default=(1, 1))
-
-
-def _csv_rows(path: Path, content: bytes, suffix: str) -> FileRows:
-    """A CSV file is read by its quotes (RFC 4180). Where quotes would hide whole rows, a TSV file is read without.
-
-    Raises:
-        DataError: a row is not like the header; or each line of a CSV file is a row by itself, but quotes join some.
+    Args:
+        lines: of the file.
+        parse: makes a row of its text, and the number of its first line.
+        starts: of each row's bytes; ``ends`` and ``numbers`` (of its first line) likewise.
     """
-    text = [line for _, line in _lines(path, content)]
-    delimiter, findings = "," if suffix == ".csv" else "\t", []
-    head = next((line for line in text if line.strip()), "")
-    if suffix == ".csv" and "," not in head and (";" in head or "\t" in head):
-        delimiter = ";" if ";" in head else "\t"
-        findings.append(f"fields are divided by {'semicolons' if delimiter == ';' else 'tabs'}")
-    width = len(head.split(delimiter))
-    plain = _Fields([(n, n, line.rstrip("\r").split(delimiter)) for n, line in enumerate(text, 1) if line.strip()])
-    complete = width > 1 and all(len(fields) == width for _, _, fields in plain.rows)
-    try:
-        found = _by_quotes(path, text, delimiter)
-        first, last = found.longest
-        longer = [row for row in found.rows if row[1] > row[0]]
-        # Doubled quotes, or quotes around most rows, are those of a writer who knew what quotes are for.
-        meant = any('""' in line for begin, end, _ in longer for line in text[begin - 1 : end])
-        meant |= suffix == ".csv" and 2 * len(longer) > len(found.rows)
-        hidden = complete and bool(longer) and not meant
-    except DataError:
-        if suffix != ".tsv" or not complete:
-            raise
-        hidden = True
-    if hidden and suffix == ".csv":
-        raise DataError(
-            f"{path}, line {first}: a quote joins lines {first} to {last} in one row, though each line is a row by "
-            "itself; expected quotes in a text to be doubled"
-        )
-    if hidden:
-        quoted = sum('"' in line for line in text)
-        findings.append(f"quotes are read as they are ({quoted} lines): read as quotes they would join rows")
-        found = plain
-    blank = sum(not line.strip() for line in text[:-1])
-    joined = sum(last > first for first, last, _ in found.rows)
-    findings += [f"{joined} rows have several lines, in quotes"] if joined else _blanks(blank)
-    return FileRows(list(_with_header(path, found, delimiter)), findings)
+
+    lines: TextLines
+    parse: Callable[[str, int], Row]
+    starts: Sequence[int] = field(default_factory=lambda: array("q"))
+    ends: Sequence[int] = field(default_factory=lambda: array("q"))
+    numbers: Sequence[int] = field(default_factory=lambda: array("q"))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def row(self, position: int) -> Row:
+        """See :meth:`RowSequence.row`."""
+        text = self.lines.between(self.starts[position], self.ends[position])
+        return self.parse(text, self.numbers[position])
 
 
-def _by_quotes(path: Path, text: Sequence[str], delimiter: str) -> _Fields:
-    csv.field_size_limit(min(MAX_LINE, sys.maxsize))
-    reader = csv.reader(io.StringIO("\n".join(text), newline=""), delimiter=delimiter, strict=True)
-    found, start = _Fields(), 1
-    try:
-        for fields in reader:
-            if fields:
-                found.rows.append((start, reader.line_num, fields))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {start}: {error}") from None
-    return found
+@dataclass(frozen=True)
+class JoinedRows(RowSequence):
+    """Rows of several files, one file after another."""
+
+    parts: Sequence[Sequence[Row]]
+    ends: Sequence[int]
+
+    @classmethod
+    def of(cls, parts: Sequence[Sequence[Row]]) -> Sequence[Row]:
+        """All rows of all parts."""
+        if all(isinstance(part, list) for part in parts):
+            return [row for part in parts for row in part]
+        ends, total = [], 0
+        for part in parts:
+            total += len(part)
+            ends.append(total)
+        return cls(parts, ends)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for part in self.parts:
+            yield from part
+
+    def row(self, position: int) -> Row:
+        """See :meth:`RowSequence.row`."""
+        number = bisect.bisect_right(self.ends, position)
+        return self.parts[number][position - (self.ends[number - 1] if number else 0)]
 
 
-def _with_header(path: Path, found: _Fields, delimiter: str) -> Iterator[Row]:
-    header: list[str] | None = None
-    for line, _, fields in found.rows:
-        place = f"{path}, line {line}"
-        if header is None:
-            header = [name.strip() for name in fields]
-            for number, name in enumerate(header, start=1):
-                if not name:
-                    raise DataError(f"{place}: field {number} of the header is empty, expected a column's name")
-                if header.count(name) > 1:
-                    raise DataError(f"{place}: column {name!r} occurs twice in the header")
-            continue
-        if len(fields) != len(header):
-            what = {",": "a comma", ";": "a semicolon"}.get(delimiter, "a tab")
-            raise DataError(
-                f"{place}: {len(fields)} fields, expected {len(header)} ({', '.join(header)}); a text with {what} in "
-                "it needs double quotes"
-            )
-        if len(header) > 1 and [name.strip().lstrip("\ufeff") for name in fields] == header:
-            raise DataError(f"{place}: the header once more; expected one file, not several put together")
-        yield Row(dict(zip(header, fields, strict=True)), place, path.parent)
+@dataclass(frozen=True)
+class ChosenRows(RowSequence):
+    """Some rows of a sequence, by their positions in it."""
+
+    rows: Sequence[Row]
+    positions: Sequence[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], positions: Sequence[int]) -> Sequence[Row]:
+        """The rows at these positions, in that order."""
+        return [rows[n] for n in positions] if isinstance(rows, list) else cls(rows, array("q", positions))
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def row(self, position: int) -> Row:
+        """See :meth:`RowSequence.row`."""
+        return self.rows[self.positions[position]]
+
+
+def rows_of(lines: TextLines, found: Iterable[tuple[Line, Row]], parse: Callable[[str, int], Row]) -> Sequence[Row]:
+    """Rows as they are found, of a small file in memory; of a large one where they are.
+
+    Args:
+        lines: of the file.
+        found: each row with the number of its first line, and where its bytes begin and end.
+        parse: makes the same row again.
+    """
+    if lines.size <= IN_MEMORY_BYTES:
+        return [row for _, row in found]
+    starts, ends, numbers = array("q"), array("q"), array("q")
+    for place, _ in found:
+        starts.append(place.start)
+        ends.append(place.end)
+        numbers.append(place.number)
+    return StoredRows(lines, parse, starts, ends, numbers)

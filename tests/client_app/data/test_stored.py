@@ -61,10 +61,13 @@ def test_batches_are_those_of_texts_in_memory(tmp_path: Path) -> None:
 
 
 def test_labels_of_classes_stay_in_memory(tmp_path: Path) -> None:
-    examples = [{"input_ids": [5, 6, 7][: n + 1], "labels": [n]} for n in range(3)]
+    examples = [{"input_ids": [5, 6, 7][: n + 1], "target": [n] * (3 - n)} for n in range(3)]
     file = write_tokens(tmp_path / "train.arrow", examples, dict)
-    split = StoredDataset.of(file, "text-classification", file.column("labels"))
+    labels = file.lists("target", IGNORED)
+    assert labels.tolist() == [[0, 0, 0], [1, 1, IGNORED], [2, IGNORED, IGNORED]]
+    split = StoredDataset.of(file, "text-classification", labels[:, 0])
     assert split.batch(torch.tensor([2, 0])).labels.tolist() == [2, 0]
+    assert split.batch(torch.tensor([2, 0])).inputs.keys() == {"input_ids", MASK}
     assert split.batch(torch.tensor([2, 0])).inputs["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
 
 

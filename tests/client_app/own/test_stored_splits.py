@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +13,62 @@ import torch
 import transformers
 
 from client_app.data.dataset import Dataset
-from client_app.data.stored import StoredDataset
+from client_app.data.stored import StoredDataset, StoredGroups
 from client_app.own import stored_splits
+from client_app.own.checked import Checked
 from client_app.own.encoding import Encoder
-from client_app.own.files import load_own
+from client_app.own.files import load_own, read_own
+from client_app.own.reading import text_files
+from client_app.own.reading.text_files import DataError
+from tests.client_app.kinds import kind_data
 from tests.client_app.own_clients import settings_of
 from tests.toys import tiny_models, toy_data
+
+PROMPTS: list[dict[str, Any]] = [{"prompt": f"{n}" * (n + 1), "completion": "yes"} for n in range(40)]
+TEXTS: list[dict[str, Any]] = [
+    {"text": "very " * n + ("good" if n % 2 else "bad"), "label": ["no", "yes"][n % 2]} for n in range(40)
+]
+CASES: dict[str, list[dict[str, Any]]] = {
+    "causal-lm": PROMPTS,
+    "text-classification": TEXTS,
+    "multi-label-classification": kind_data.several_labels(40),
+    "regression": kind_data.numbers(40),
+    "token-classification": kind_data.tagged_words(40),
+    "question-answering": kind_data.questions(40),
+    "preferences": kind_data.preferred(40),
+    "sentence-pairs": kind_data.pairs(),
+}
 
 
 def same(ours: Dataset, theirs: Dataset) -> bool:
     chosen = torch.tensor([2, 0, 5])
-    found, expected = ours.batch(chosen), theirs.batch(chosen)
-    return torch.equal(found.labels, expected.labels) and all(
-        torch.equal(found.inputs[name], tensor) for name, tensor in expected.inputs.items()
-    )
+    for found, expected in (
+        (ours.batch(chosen), theirs.batch(chosen)),
+        (ours.subset(chosen).batch(torch.tensor([1])), theirs.subset(chosen).batch(torch.tensor([1]))),
+    ):
+        assert found.inputs.keys() == expected.inputs.keys()
+        for name, tensor in expected.inputs.items():
+            used = found.inputs[name]  # several texts of an example may be padded further in memory
+            assert torch.equal(used, tensor[..., : used.shape[-1]]), name
+        assert found.labels.dtype == expected.labels.dtype
+        assert torch.equal(found.labels, expected.labels)
+    return True
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
+@pytest.mark.parametrize("task", CASES)
 def test_a_split_in_a_file_is_the_split_in_memory(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if task == "causal-lm":
+    if task in ("causal-lm", "preferences"):
         tokenizer = tiny_models.character_tokenizer()
         config = tiny_models.llama_config(tokenizer, 32)
         base = tiny_models.save_model(tmp_path / "base", lambda: transformers.LlamaForCausalLM(config), tokenizer)
-        rows: list[dict[str, Any]] = [{"prompt": f"{n}" * (n + 1), "completion": "yes"} for n in range(40)]
     else:
-        base = tiny_models.save_bert(tmp_path / "base", ["good", "bad", "very"])
-        rows = [{"text": "very " * n + ("good" if n % 2 else "bad"), "label": ["no", "yes"][n % 2]} for n in range(40)]
-    path = toy_data.write_jsonl(tmp_path / "x.jsonl", rows)
-    settings = settings_of(path, tmp_path / "state", base, max_length=24)
+        base = tiny_models.save_bert(tmp_path / "base", ["very", *toy_data.VOCABULARY])
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", CASES[task])
+    settings = settings_of(path, tmp_path / "state", base, max_length=24, task=task)
     _, plain = load_own(settings)
-    monkeypatch.setattr(stored_splits, "IN_MEMORY_TOKENS", 100)
+    monkeypatch.setattr(stored_splits, "IN_MEMORY_TOKENS", 20)
     monkeypatch.setattr(stored_splits, "PART", 7)
+    monkeypatch.setattr(text_files, "IN_MEMORY_BYTES", 100)
     _, first = load_own(settings)
     calls: list[int] = []
     encode = Encoder.encode
@@ -51,12 +79,81 @@ def test_a_split_in_a_file_is_the_split_in_memory(task: str, tmp_path: Path, mon
     assert max(calls) <= 7  # the first part, to see what is encoded; the rest is read
     for data in (first, again):
         train = data.splits["train"]
-        assert isinstance(train, StoredDataset)
+        assert isinstance(train, StoredDataset | StoredGroups)
         assert same(train, plain.splits["train"])
-        assert train.lengths is not None
-        assert train.lengths.tolist() == plain.splits["train"].lengths.tolist()  # type: ignore[union-attr]
+        lengths = plain.splits["train"].lengths
+        assert lengths is None or lengths.equal(train.lengths)  # type: ignore[arg-type]
         assert data.notes == plain.notes
-    assert any("were cut to 24 tokens" in note for note in plain.notes)
     files = sorted((tmp_path / "state" / ".cache" / "encoded").glob("*.arrow"))
-    load_own(settings_of(path, tmp_path / "state", base, max_length=23))
+    load_own(settings_of(path, tmp_path / "state", base, max_length=23, task=task))
     assert len(list((tmp_path / "state" / ".cache" / "encoded").glob("*.arrow"))) > len(files)  # other settings
+
+
+def test_texts_that_are_cut_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_models.save_bert(tmp_path / "base", ["good", "bad", "very"])
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", TEXTS)
+    notes = []
+    for few in (stored_splits.IN_MEMORY_TOKENS, 20, 20):
+        monkeypatch.setattr(stored_splits, "IN_MEMORY_TOKENS", few)
+        notes.append(load_own(settings_of(path, tmp_path / "state", base, max_length=24))[1].notes)
+    assert any("18 of 40 texts were cut to 24 tokens" in note for note in notes[0])
+    assert notes[0] == notes[1] == notes[2]
+
+
+def test_rows_with_another_number_of_texts_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_models.save_bert(tmp_path / "base", toy_data.VOCABULARY)
+    rows = [*kind_data.pairs(), *({**row, "negative": "bad film"} for row in kind_data.pairs())]
+    monkeypatch.setattr(stored_splits, "IN_MEMORY_TOKENS", 20)
+    monkeypatch.setattr(stored_splits, "PART", 1)
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match=r"x\.jsonl, line \d+: [23] texts, and [23] in the first row, expected as many"):
+        load_own(settings_of(path, tmp_path / "state", base))
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from client_app.data.stored import give_back_memory
+from client_app.own import stored_splits
+from client_app.own.files import load_own
+from tests.benchmarks.client_step import peak_reset, status_of
+from tests.client_app.own_clients import settings_of
+
+folder, stored_splits.IN_MEMORY_TOKENS = Path(sys.argv[1]), 2**16
+for name in ("few", "many"):
+    give_back_memory()
+    before = peak_reset()
+    _, data = load_own(settings_of(folder / f"{name}.jsonl", folder / name, folder / "base", max_length=64))
+print(status_of("VmHWM") - before, type(data.splits["train"]).__name__)
+"""
+
+
+def test_loading_a_large_file_takes_little_memory(tmp_path: Path) -> None:
+    """60 MB, most of it in a column that is not read: neither the text nor its rows are ever in memory as a whole."""
+    tokenizer = tiny_models.character_tokenizer()
+    config = tiny_models.llama_config(tokenizer, 32)
+    tiny_models.save_model(tmp_path / "base", lambda: transformers.LlamaForCausalLM(config), tokenizer)
+    for name, count in (("few", 40), ("many", 8_000)):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            for number in range(count):
+                row = {"prompt": f"{number:016d}", "completion": "yes", "source": f"{number}" * 2000}
+                file.write(json.dumps(row) + "\n")
+    assert (tmp_path / "many.jsonl").stat().st_size > 60e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    grown, kind = done.stdout.split()[-2:]
+    assert kind == "StoredDataset"
+    assert int(grown) < 40e6
+
+
+def test_examples_are_read_from_their_rows_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "IN_MEMORY_BYTES", 100)
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", TEXTS)
+    split = read_own(settings_of(path, tmp_path)).splits["train"]
+    assert isinstance(split, Checked)
+    assert split[3].text == list(split)[3].text == split[2:5][1].text
+    path.write_text(path.read_text().replace("very", "much"))
+    with pytest.raises(DataError, match="was changed while it was read"):
+        split[3]
