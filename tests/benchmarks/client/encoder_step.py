@@ -34,7 +34,7 @@ from client_app.model.personal import PersonalModel
 from client_app.model_settings import ModelSettings
 from client_app.own.encoding import load_encoder
 from client_app.own.examples import Example
-from client_app.plan.training import train
+from client_app.plan.training import set_up_torch, train
 from fedalloy_adapters.adapter import Adapter
 from proto.fedalloy.v1 import plan_pb2
 
@@ -133,6 +133,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         torch.set_num_threads(1)
+        if arguments.one[1] == "fedalloy":
+            set_up_torch(1)  # deterministic, as a client's trainer is
         base, data = CASES[arguments.one[0]](arguments.steps)
         times: list[float] = []
         loss = (ours if arguments.one[1] == "fedalloy" else theirs)(base, data, times)

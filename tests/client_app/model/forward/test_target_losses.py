@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data.dataset import MASK, Base
-from client_app.data.targets import mean_of, means_of
+from client_app.data.targets import at_targets, mean_of, means_of, target_mask, token_losses
 from client_app.kinds import example_losses, mean_loss
 from client_app.model.forward.target_logits import TargetLogits
 from client_app.model.forward.target_losses import AtTargetsWhole, TargetLosses
 from client_app.model.personal import PersonalModel
 from fedalloy_adapters.adapter import Adapter
 from tests.client_app.model.forward.test_target_logits import CONFIGS, SIZES, Hidden, Twice, batch, built, head_rows
-from tests.toys import tiny_models
+from tests.client_app.own_clients import loaded, settings_of
+from tests.toys import tiny_models, toy_data
 
 TWO_AT_ONCE = 2 * 4 * 50
 
@@ -53,6 +55,27 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str) -> None:
     torch.testing.assert_close(means_of(found, labels), example_losses("causal-lm", logits, labels), rtol=1e-5, atol=0)
     torch.testing.assert_close(gradients(module), gradients(plain), rtol=1e-4, atol=1e-6)
     assert not losses.reason
+
+
+@pytest.mark.parametrize("save", [tiny_models.save_llava, tiny_models.save_gemma3])
+def test_a_model_of_images_and_texts_has_one_logit_at_a_time(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = toy_data.write_captions(tmp_path / "data", 4, 0)
+    model, data = loaded(settings_of(path, tmp_path, save(tmp_path / "base"), target_modules="q_proj"))
+    batch = data.splits["train"].batch(torch.arange(2))
+    inputs, parameters = model.inputs(batch.inputs), list(model.trainable("local", model.layout).values())
+    model.target_losses.chunk_bytes = 1
+    model.at_targets(inputs, batch.labels)  # the first time it tries
+    rows = head_rows(model.module)
+    found = model.at_targets(inputs, batch.labels).losses()
+    assert rows == [0, *([1] * len(found))], model.target_losses.reason
+    expected = token_losses(
+        at_targets(model.logits(inputs), batch.labels), batch.labels[:, 1:][target_mask(batch.labels)]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    ours, whole = (torch.autograd.grad(losses.sum(), parameters) for losses in (found, expected))
+    assert max(float(gradient.abs().max()) for gradient in whole) > 1e-4
+    for one, other in zip(ours, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_tokens_loss_is_weighed_as_its_gradient_is() -> None:
