@@ -31,7 +31,7 @@ LONE_CALL_UP, LONE_CALL_DOWN = (300, 1000), 300
 MAX_SETUP = 8000
 MAX_CPU = 0.015
 MOST_LOOKS = 0.2
-"""Of the time of a second at most goes into looks at all connections: beyond that the last one does once more."""
+"""Of the time of a second at most goes into looks at all connections: beyond that what was seen last has to do."""
 REMEMBERED = 600
 
 
@@ -100,7 +100,6 @@ class FleetSampler:
         self._tls: bool | None = None
         self._tls_noted = False
         self._looks: deque[tuple[float, float]] = deque()  # at all connections, for messages: when, and seconds
-        self._last: _Moment | None = None
 
     def __enter__(self) -> FleetSampler:
         self.start()
@@ -250,10 +249,11 @@ class FleetSampler:
         now = time.time()
         while self._looks and self._looks[0][0] < now - 1:
             self._looks.popleft()
-        if self._last is not None and sum(seconds for _, seconds in self._looks) > MOST_LOOKS:
-            return self._last
+        if sum(seconds for _, seconds in self._looks) > MOST_LOOKS:
+            with self._lock:  # counters never fall: of each connection the newest that anybody has seen
+                return _Moment(now, [watched.connection for watched in self._watched.values()])
         started = time.thread_time()
-        moment = self._last = _Moment(now, self._table().connections(self._port or 0))
+        moment = _Moment(now, self._table().connections(self._port or 0))
         self._observe(moment)
         self._looks.append((now, time.thread_time() - started))
         return moment

@@ -183,6 +183,8 @@ def test_looks_at_all_connections_take_a_share_of_the_time_at_most(ledger: Ledge
         sampler.push(0, f"node {number}", "query")
         kernel.now += 0.01
     assert len(kernel.looks) == 5  # a fifth of a second's time, and the one that went beyond it
+    pushes = [row.time for row in ledger.accounts().readings if row.event == "push"]
+    assert pushes == [pytest.approx(1000 + number / 100) for number in range(100)]  # each has its own moment
     kernel.now += 2
     del kernel.sockets[5]
     sampler.push(0, "node 7", "query")
