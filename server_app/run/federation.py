@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -26,7 +26,7 @@ from strategies.framework.exchange import Client
 
 Say = Callable[[str], None]
 LOOK_SECONDS = 1.0
-LOOKS_SHARE = 0.2
+LOOKS_SHARE = 0.1
 """Of the time at most goes into asking the SuperLink, which does nothing else meanwhile, whether there is news."""
 MOST_PAUSE_SECONDS = 3.0
 """As long as Flower's own grid waits between two looks."""
@@ -207,9 +207,10 @@ class Federation:
                     name = overdue or names.get(message_id, "somebody")
                     self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
 
-    def push(self, message: Message) -> str | None:
-        """The message's id; None where the SuperLink did not take it: the node went away in between."""
-        return next((message_id for message_id in self.grid.push_messages([message]) if message_id), None)
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        """The messages' ids; None where the SuperLink did not take one: its node went away in between."""
+        found = [message_id or None for message_id in self.grid.push_messages(messages)]
+        return found or [None] * len(messages)  # of what it finds too large it says nothing
 
     def overdue(self, message_id: str, client_id: str) -> None:
         """Nobody waits for the answer to this any more; it is taken off the SuperLink when it comes."""

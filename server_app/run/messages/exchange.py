@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +13,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
+from fedalloy_adapters.wire.flower_records import blobs_in
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, error_reply
 
 NODE_UNAVAILABLE, APP_STOPPED = 5, 8
@@ -22,7 +23,9 @@ ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
 Make = Callable[[], Message]
 """Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
 AT_ONCE = 4
-"""Messages that are pushed side by side; each is held in memory until the SuperLink has all of it."""
+"""Pushes side by side; what they push is held in memory until the SuperLink has all of it."""
+BATCH, BATCH_BYTES = 4, 2**20
+"""Messages of one push, whose announcement is one call, and bytes of their adapters (one alone may be larger)."""
 
 
 class Watch(Protocol):
@@ -53,8 +56,8 @@ class Sender(Protocol):
 
     grid: Grid
 
-    def push(self, message: Message) -> str | None:
-        """Send it; its id, or None where its node went away in between."""
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        """Send them; their ids, or None where a message's node went away in between."""
 
     def overdue(self, message_id: str, client_id: str) -> None:
         """Nobody waits for the answer to this message any more."""
@@ -66,7 +69,7 @@ class Sender(Protocol):
 class Exchange:
     """Who is asked, who is waited for, and who is lost, by client.
 
-    Messages are made in the order of ``makes``, one when there is room for it. They are pushed by threads where the
+    Messages are made in the order of ``makes``, a few when there is room for them. They are pushed by threads where the
     grid is Flower's ``HttpGrid``; any other hands them over in this process, and does so before replies are looked for.
     """
 
@@ -79,7 +82,7 @@ class Exchange:
         self.started = time.monotonic()
         self._attempts = dict.fromkeys(makes, 0)
         self._queue = deque(makes)
-        self._pushes: dict[Future[str | None], tuple[str, Message]] = {}
+        self._pushes: dict[Future[list[str | None]], dict[str, Message]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE) if isinstance(federation.grid, HttpGrid) else None
 
     @property
@@ -91,14 +94,24 @@ class Exchange:
         """Make and push what there is room for; book what has been pushed."""
         self._book([push for push in self._pushes if push.done()])
         while self._queue and len(self._pushes) < AT_ONCE:
+            batch = self._batch()
+            messages = list(batch.values())
+            if self._pool is not None:
+                self._pushes[self._pool.submit(self.federation.push, messages)] = batch
+            else:
+                self._pushed(batch, self.federation.push(messages))
+
+    def _batch(self) -> dict[str, Message]:
+        """The next messages, by client: one at least, and no more than fit (:data:`BATCH`)."""
+        batch: dict[str, Message] = {}
+        size, most = 0, BATCH if self._pool is not None else 1
+        while self._queue and len(batch) < most and size < BATCH_BYTES and self._queue[0] not in batch:
             client_id = self._queue.popleft()
             self._attempts[client_id] += 1
-            message = self.makes[client_id]()
+            batch[client_id] = message = self.makes[client_id]()
+            size += sum(map(len, blobs_in(message.content).values()))
             self.watch.pushing(client_id)
-            if self._pool is not None:
-                self._pushes[self._pool.submit(self.federation.push, message)] = (client_id, message)
-            else:
-                self._pushed(client_id, message, self.federation.push(message))
+        return batch
 
     def taken(self, reply: Message, again: Callable[[str, Message], bool]) -> Reply | None:
         """A reply to one of :attr:`waiting`; None where its client is to be asked again, at once if ``again`` is so."""
@@ -139,19 +152,19 @@ class Exchange:
             self.federation.overdue(message_id, client_id)
             yield self._reply(client_id, None)
 
-    def _book(self, ended: list[Future[str | None]]) -> None:
+    def _book(self, ended: list[Future[list[str | None]]]) -> None:
         for push in ended:
-            client_id, message = self._pushes.pop(push)
-            self._pushed(client_id, message, push.result())
+            self._pushed(self._pushes.pop(push), push.result())
 
-    def _pushed(self, client_id: str, message: Message, message_id: str | None) -> None:
-        self.watch.pushed(client_id, message)
-        if message_id is not None:
-            self.waiting[message_id] = client_id
-            return
-        reason = "the SuperLink did not take the message for this node"
-        self.lost[client_id] = error_reply("", NODE_UNAVAILABLE, reason)
-        self.federation.gone(client_id)
+    def _pushed(self, batch: Mapping[str, Message], message_ids: Sequence[str | None]) -> None:
+        for (client_id, message), message_id in zip(batch.items(), message_ids, strict=True):
+            self.watch.pushed(client_id, message)
+            if message_id is not None:
+                self.waiting[message_id] = client_id
+                continue
+            reason = "the SuperLink did not take the message for this node"
+            self.lost[client_id] = error_reply("", NODE_UNAVAILABLE, reason)
+            self.federation.gone(client_id)
 
     def _reply(self, client_id: str, message: Message | None) -> Reply:
         return Reply(client_id, message, time.monotonic() - self.started, self._attempts[client_id])
