@@ -30,6 +30,8 @@ class Measured:
     """Of the ServerApp for each further byte: digest, decoding, one pass of a merge at a third of memory speed."""
     pieces: int = 3
     """Flower's objects in a message whose adapters lie beside it; 6 where they are arrays (above 4 MiB)."""
+    together: int = 4
+    """Messages that are announced in one call where they are small, of 256 KiB and less; fewer up to 1 MiB."""
     poll: float = 3.0
     """Seconds between a stock SuperNode's looks for messages."""
     heartbeat: float = 21.0
@@ -57,9 +59,10 @@ class Round:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def calls_of_a_client(pieces: int) -> int:
+def calls_of_a_client(size: int, measured: Measured) -> float:
     """Calls for a message and its answer: either is announced, pushed, found, pulled and confirmed."""
-    return 2 * (1 + pieces + 1 + pieces + 1)
+    together = max(1, min(measured.together, math.ceil(MIB / max(size, 1))))
+    return 2 * (measured.pieces + 1 + measured.pieces + 1) + 1 + 1 / together
 
 
 def load_of_looks(clients: int, measured: Measured) -> float:
@@ -76,7 +79,7 @@ def round_of(clients: int, fraction: float, size: int, measured: Measured, rows_
     """One SuperLink; ``rows_kept``: the strategy keeps every client's last upload."""
     asked = math.ceil(fraction * clients)
     left = 1 - load_of_looks(clients, measured)
-    work = asked * calls_of_a_client(measured.pieces) * measured.call_cpu
+    work = asked * calls_of_a_client(size, measured) * measured.call_cpu
     seconds = {
         "SuperLink": work / left if left > 0 else math.inf,
         "ServerApp": asked * (measured.app_cpu + 2 * size * measured.app_cpu_byte),

@@ -175,7 +175,7 @@ class ThinCluster(SuperLink):
         return child
 
     def _wait_for(self, port: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # a busy machine
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
