@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_comparison_on_a_federation_that_runs(
     out = tmp_path / "comparison"
     done = types("compare", "digits", "--connection", CONNECTION, *ASKED, "--out", str(out))
     assert done.exit_code == 0, done.output
-    assert "fedavg, seed 0: finished, accuracy 0." in done.output
+    assert re.search(r"fedavg, seed 0: finished, \d+ s.*, accuracy 0\.", done.output), done.output
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["strategy"], row["client"]) for row in rows} == {
@@ -38,6 +39,5 @@ def test_a_comparison_on_a_federation_that_runs(
     assert all(int(row["up_wire_bytes"]) > 0 for row in rows if row["phase"] == "train")
     assert "fedavg" in (out / "report.html").read_text()
     said = types("cluster", "status", "--dir", str(cluster.directory)).output
-    lines = [line for line in said.splitlines() if line.startswith(cluster.settings.client_ids) and "ago" in line]
-    assert len(lines) == 3, said
-    assert all("image-classification" in line for line in lines), said
+    for client in cluster.settings.client_ids:  # the task may be folded
+        assert re.search(rf"^{client} +\d+ +same +\d+ +image.* ago *$", said, re.M), said
