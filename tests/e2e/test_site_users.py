@@ -95,7 +95,7 @@ def site() -> Iterator[Site]:
     folder = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
     folder.chmod(0o755)
     tried = subprocess.run(
-        as_user(OWNER, sys.executable, "-c", "import torch, proto.fedalloy", network=False),
+        as_user(OWNER, sys.executable, "-c", "from proto.fedalloy.v1 import plan_pb2", network=False),
         env=environment_of(folder),
         capture_output=True,
         text=True,
@@ -148,6 +148,7 @@ def attempts(site: Site, user: int) -> dict[str, object]:
     return found
 
 
+@pytest.mark.timeout(3 * SECONDS)
 def test_what_a_run_brings_gets_at_nothing_but_the_socket(site: Site) -> None:
     until = time.monotonic() + SECONDS
     while not site.socket.exists():

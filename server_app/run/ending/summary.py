@@ -111,7 +111,7 @@ def _privacy(summary: Mapping[str, Any]) -> str:
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
-    """Mean and worst accuracy; where clients have none (texts), mean exact match and perplexity."""
+    """Mean and worst accuracy; where clients have none (texts), mean exact match and perplexity, else mean loss."""
     if summary.get("mean_accuracy") is not None:
         missing = summary.get("without_accuracy") or []
         words = f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"
@@ -123,7 +123,12 @@ def _scores(summary: Mapping[str, Any]) -> str:
             answers = sum(metrics.get("answers", 0) for metrics in summary["clients"].values())
             counted = f" of {answers:.0f} answers" if answers and name == "exact_match" else ""
             found.append(f"mean {name.replace('_', ' ')} {sum(values) / len(values):.3f}{counted}")
-    return ", ".join(found) or "no client was delivered its model"
+    losses = [metrics["loss"] for metrics in summary["clients"].values() if "loss" in metrics]
+    if not found and losses:
+        found.append(f"mean loss {sum(losses) / len(losses):.3f}")
+    return ", ".join(found) or (
+        "no client tells a score" if summary["clients"] else "no client was delivered its model"
+    )
 
 
 def git_commit() -> str | None:
