@@ -9,6 +9,8 @@ from server_app.run.options import RunOptions, default_run_name
 def test_accuracies_or_what_the_texts_have_or_that_nobody_is_there() -> None:
     nobody = {"mean_accuracy": None, "worst_accuracy": None, "clients": {}}
     assert headline(nobody) == "no client was delivered its model"
+    assert headline(nobody | {"clients": {"a": {}, "b": {}}}) == "no client tells a score"
+    assert headline(nobody | {"clients": {"a": {"loss": 1.0}, "b": {"loss": 2.0}}}) == "mean loss 1.500"
     texts = nobody | {"clients": {"a": {"exact_match": 1.0, "perplexity": 2.0}, "b": {"perplexity": 4.0}}}
     assert headline(texts) == "mean exact match 1.000, mean perplexity 3.000"
     assert headline(texts | {"mean_accuracy": 0.75, "worst_accuracy": 0.5}) == "mean accuracy 0.750, worst 0.500"
