@@ -1,4 +1,4 @@
-"""The Flower ServerApp: reads run-config, runs the federation, leaves a run directory."""
+"""The Flower ServerApp: reads run-config, runs the federation, and writes a run directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one gRPC call costs on the wire beyond its protobuf, from the lone small calls that the sampler saw."""
+"""The cost of one gRPC call on the wire beyond its protobuf, from the lone small calls that the sampler saw."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CallCost:
 
     @property
     def poll(self) -> tuple[float, float]:
-        """Bytes up and down of one poll that brings nothing."""
+        """Bytes up and down of one poll without a message."""
         return self.call[0] + POLL_PROTO[0], self.call[1] + POLL_PROTO[1]
 
 
@@ -39,12 +39,13 @@ class _LoneCall:
 def call_cost(rows: Sequence[SmallCallRow], keys: Collection[Key], ping: int) -> CallCost | None:
     """The median lone poll of the connections ``keys``.
 
-    Without one, of all clients; without any, the cheapest lone heartbeat (some carry a timeout as well); None when
-    there was no lone call at all. gRPC sends HTTP/2 pings after a pause; they travel in segments of their own.
+    Without such a poll, the median over all clients; without any poll, the cheapest lone heartbeat (some carry a
+    timeout as well); None if there was no lone call at all. gRPC sends HTTP/2 pings after a pause; they travel in
+    segments of their own.
 
     Args:
-        rows: of all connections.
-        keys: one client's.
+        rows: small calls of all connections.
+        keys: connections of one client.
         ping: bytes of a ping, with what TLS adds.
     """
     calls = [call for row in rows if (call := _lone_call(row, ping)) is not None]

@@ -1,9 +1,9 @@
-"""TCP connections of a run, from what both ends read of them: bytes that crossed, per round, either way.
+"""TCP connections of a run, from the counters at both ends: bytes per round in each direction.
 
 One connection has two ends. The client's readings (taken when a message has arrived) and the server's are joined by
 address and port; behind address translation they cannot be, and then the client's end counts alone, from its first
-reading on. Each direction is counted at its sender; the receiver's end is shown beside it. A connection has
-one claimant, and who says that it sent more than the server has received is not believed: the server's end counts.
+reading on. Each direction is counted at its sender; the receiver's end is shown beside it. A connection belongs to one
+client at most. If a client claims to have sent more than the server has received, the server's end counts.
 
 * up: from one arrival at the client to the next belongs to the message that arrived (its answer travels in between);
   before the first, to the first; after the last, what the server received from there on belongs to the last.
@@ -25,11 +25,12 @@ from server_app.ledger.rows import ConnectionRow, Key, ReadingRow, Sample
 
 OTHER = "(other)"  # connections of SuperNodes that this run's clients cannot be matched with
 Claim = tuple[str, Key]
-"""A client, and the address, port and cookie of the connection that it says it has."""
+"""A client, and the address, port and cookie of the connection that it claims."""
 MAX_HEADER = 134
 """Bytes: Ethernet 14, IP and TCP 60 each at most."""
 LOST_SEGMENTS = 100
-"""So many more than every second segment may be lost before a client's count of segments is not believed."""
+"""A client's count of segments is rejected if more segments than every second one, plus this many, are missing at the
+server."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What stock Flower 1.39 puts on the Fleet connection for one message: which calls, how many protobuf bytes.
+"""What stock Flower 1.39 sends on the Fleet connection for one message: which calls, and how many protobuf bytes.
 
 A SuperNode asks for messages (``PullMessages``), fetches each object of the one it gets (``PullObject``) and confirms
 it (``ConfirmMessageReceived``); an answer goes out as ``PushMessages`` and one ``PushObject`` per object, after which

@@ -2,9 +2,9 @@
 
 Bytes per round come from the connections of :mod:`server_app.ledger.connections`.
 
-Reconciliation: categories are obtained without looking at the total, and ``unexplained`` is the counter minus all of
-them; nothing is scaled to fit, and it may be negative. One number is read off the total, and it is a whole one: how
-many polls and heartbeats fell between the calls of a message.
+Reconciliation: each category is measured without looking at the total. ``unexplained`` is the counter minus all of
+    them; nothing is scaled to fit, so it may be negative. Only one number is derived from the total, an integer: how
+    many polls and heartbeats fell between the calls of a message.
 
 * Headers, acknowledgements and retransmissions are counters of their own.
 * Polling, heartbeats, pings and connection setup are what the counters did while no message was under way, and in
@@ -42,7 +42,7 @@ BUNDLE_CALLS = 2
 POLL_INTERVAL = 3.0  # seconds; Flower's SuperNode, after a poll that brought nothing
 
 SKETCH = "sketch"
-"""Kind of a tensor that is no adapter: what a client says of its data's gradient."""
+"""Kind of a tensor that is no adapter: a sketch of the gradient on a client's data."""
 CATEGORIES = (
     "tensors",
     "sketches",
@@ -149,7 +149,7 @@ class Accounts:
         return totals
 
     def not_measured(self) -> dict[str, str]:
-        """Who could not read the wire when asked last, and why; the server is ``server``.
+        """Who could not read the wire at the last reading, and why; the server's name is ``server``.
 
         A reading in between that found no connection, as while one is being made again, loses nothing: counters only
         grow, and what a connection that broke had counted last is lost with any reading.

@@ -1,4 +1,4 @@
-"""The round loop's one way to the ledger: what is about to be sent, what arrived, and the totals at the end."""
+"""The round loop's interface to the ledger: messages before they are sent, answers, and the totals at the end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class WireLog:
         reading: report_pb2.WireReading | None = None,
         asked: Dispatch | None = None,
     ) -> None:
-        """Call when ``client`` has answered, or (None) will not any more; ``asked`` says what the answer carries."""
+        """Call when ``client`` has answered, or (with None) will not answer; ``asked`` says what the answer carries."""
         if message is not None:
             sizes = asked.upload_bytes if asked is not None else {}
             sketches = asked.sketches if asked is not None else frozenset()
@@ -100,7 +100,7 @@ class WireLog:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """What SQLite says of a disk that is full names no file.
+    """Name the file in errors: SQLite's error for a full disk does not.
 
     Raises:
         LedgerError: the ledger cannot be written.
@@ -129,5 +129,5 @@ class Booking:
         self.wire.pushed(self.round, client_id, self.kind, message, self.tensors.get(client_id, {}))
 
     def lost(self, client_id: str, message: Message) -> None:
-        """Flower says that the client is gone."""
+        """Flower reports that the client is gone."""
         self.wire.arrived(self.round, client_id, self.kind, message)

@@ -178,7 +178,7 @@ class FleetSampler:
         self._book(round_, client, "reply", kind, moment)
 
     def rename(self, old: str, new: str) -> None:
-        """A client has told its name; renames it in the ledger as well."""
+        """A client's name is known now; also renames it in the ledger."""
         with self._lock:
             self._client_of = {key: new if name == old else name for key, name in self._client_of.items()}
             if old in self._under_way:

@@ -23,8 +23,8 @@ Tables (times are seconds since the epoch, bytes are bytes):
 * ``small_call(address, port, cookie, phase, up, down, data_in, data_out, count)``: histogram of lone small calls: phase
   ``poll`` (the SuperNode was idle) or ``heartbeat`` (it was busy with a message, and then does not poll).
 
-Every call commits (write-ahead log, no fsync per commit), so a kill at any moment leaves a readable ledger; one writer,
-any number of readers. The arithmetic is in :mod:`server_app.ledger.connections` and
+Every call commits (write-ahead log, no fsync per commit), so a kill at any moment leaves a readable ledger. There may
+be one writer and any number of readers. The arithmetic is in :mod:`server_app.ledger.connections` and
 :mod:`server_app.ledger.reconciliation`.
 """
 
@@ -234,7 +234,7 @@ class Ledger:
         self._reading("server", event, round_, client, kind, when, not_measured, connections)
 
     def activity(self, rows: Sequence[tuple[Any, ...]], small_calls: Sequence[tuple[Any, ...]]) -> None:
-        """Add up what the sampler saw since it last said so; rows as in the tables."""
+        """Add what the sampler saw since its last call; rows as in the tables."""
         with self._lock, _Transaction(self._db):
             self._db.executemany(
                 "INSERT INTO activity VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
@@ -255,14 +255,14 @@ class Ledger:
         self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def rename(self, old: str, new: str) -> None:
-        """A client has told its name: what was booked on ``old`` (its node, say) is booked on ``new``."""
+        """A client's name is known now: move what was booked on ``old`` (for example its node) to ``new``."""
         with self._lock, _Transaction(self._db):
             for table in ("tensor", "encoded", "message", "reading"):
                 self._db.execute(f"UPDATE {table} SET client = ? WHERE client = ?", (new, old))
             self._db.execute("UPDATE OR REPLACE bundle SET client = ? WHERE client = ?", (new, old))
 
     def close(self) -> None:
-        """Close the file; nothing is lost without it."""
+        """Close the file; nothing is lost if this is not called."""
         with self._lock:
             self._db.close()
 

@@ -1,7 +1,7 @@
-"""One phase of a round: every client is sent its brief, answers are read as they arrive and absorbed when all are here.
+"""One phase of a round: send every client its brief, read answers as they arrive, and absorb them when all are here.
 
-Nothing that grows with the clients stays in memory meanwhile: of a message that has been sent only what its answer must
-look like, and answers lie in the run's bank.
+Memory does not grow with the number of clients meanwhile: of a sent message only the form of its answer is kept, and
+answers are in the run's bank.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ INFO, WARNING = 20, 30
 
 
 class Asking:
-    """Who was asked what in one phase, and what came of it.
+    """What each client was asked in one phase, and the outcome.
 
     Args:
         run: whose clients are asked.
         phase: ``"train"`` or ``"deliver"``.
         round_: its number.
-        briefs: what each client is sent and asked.
-        needed: usable answers without which clients that went away are waited for.
+        briefs: what each client is sent and asked to do.
+        needed: clients that went away are waited for until there are this many usable answers.
     """
 
     def __init__(self, run: Run, phase: str, round_: int, briefs: Mapping[Client, Brief], needed: int) -> None:
@@ -113,7 +113,7 @@ class Asking:
         return message
 
     def _again(self, client_id: str, reply: Message) -> bool:
-        """A client that has lost what it held (its disk, or a round whose answer did not arrive) gets all of it."""
+        """A client that has lost what it held (its disk, or a round whose answer did not arrive) is sent everything."""
         lost = client_status.has_lost_reference(reply) and self.run.holdings.forget(client_id)
         self._whole.update({client_id} if lost else ())
         return lost
@@ -122,7 +122,7 @@ class Asking:
         return client_status.usable(self.records) >= self.needed
 
     def _patience(self) -> float:
-        """Seconds that those who have not answered still have.
+        """Seconds left for the clients that have not answered.
 
         A client that lies about nothing but answers at once moves the median by one place: most must have answered.
         """
@@ -142,7 +142,7 @@ class Asking:
             self.run.late.expect(self.round, client.id, dispatch)
         self.records[client.id] = record = self._read(client, dispatch, reply)
         if client.id in self._whole:
-            record["sent_whole"] = True  # it did not hold what the server thought
+            record["sent_whole"] = True  # it did not hold what the server assumed
         is_good = record["status"] == OK
         (self.run.holdings.answered if is_good else self.run.holdings.forget)(client.id)
         if is_good:

@@ -1,6 +1,6 @@
-"""How often, and on what, clients evaluate while a run goes on: on validation examples, where they have some.
+"""How often clients evaluate during a run, and on which examples: on validation examples, if they have any.
 
-The test split is for what is delivered: whoever looks at it in every round chooses by it.
+The test split is for delivered models only: looking at it in every round would mean choosing by it.
 """
 
 from __future__ import annotations

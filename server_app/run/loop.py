@@ -62,12 +62,13 @@ INFO, WARNING = 20, 30
 
 
 def run(grid: Grid, context: Context) -> RunDirectory:
-    """Run what run-config says, from the start or (``resume``) from the last complete round; the finished directory.
+    """Carry out a run, from the start or (``resume``) from its last complete round; returns its directory.
 
     Raises:
         OptionError: run-config is not valid.
-        RunDirectoryError: the run directory exists, cannot be written, or is not one that can be continued.
-        NotEnoughClientsError: fewer than ``min-clients`` registered, are here or answered; everything so far is saved.
+        RunDirectoryError: the run directory exists, cannot be written, or cannot be continued.
+        NotEnoughClientsError: fewer than ``min-clients`` clients registered, are here or answered; everything so far is
+            saved.
     """
     options = read_run_options(context.run_config)
     strategy = strategy_from_run_config(context.run_config)
@@ -134,7 +135,7 @@ class Run:
         self._registered: dict[str, ClientRecord] = {}
 
     def run(self) -> None:
-        """From the first message, or the last complete round, to the summary."""
+        """Run from the first message, or the last complete round, to the summary."""
         checkpoint = checkpoint_of(self.directory) if self.options.resume else None
         if checkpoint is not None:
             self._continue_from(checkpoint)
@@ -162,7 +163,7 @@ class Run:
         self.choice = Choice(self.options, self.strategy, checkpoint.run.get("choice"))
         record = checkpoint.run["record"]
         self.held_out = HeldOut(self.directory.rounds())
-        if self.options.deliver:  # what the run has done stays done
+        if self.options.deliver:  # completed rounds stay
             return
         if record not in self.directory.rounds():  # a kill between checkpoint and record
             self.directory.append_round(record)
@@ -202,7 +203,7 @@ class Run:
             self._checkpoint(0, record)
 
     def _arrived(self, reply: Reply, client: Client | None) -> None:
-        """A node has said who it is, at the start or while a round runs."""
+        """A node has registered, at the start or during a round."""
         reading = client.registration.wire if client is not None else None
         self.wire.arrived(self.round_now, reply.client_id, "query", reply.message, reading)
         if client is None:
@@ -249,7 +250,7 @@ class Run:
         wanted = named(present, self.options.clients)
         if not wanted:
             here = ", ".join(client.id for client in present)
-            raise NotEnoughClientsError(f"clients = {self.options.clients!r} names none of those that are here: {here}")
+            raise NotEnoughClientsError(f"clients = {self.options.clients!r} fits none of the clients here: {here}")
         everyone = self.strategy.needs_everyone(round_)
         due = wanted if everyone else self.strikes.due(round_, wanted, self.options.least)
         chosen = self._sample(round_, due)
@@ -266,7 +267,7 @@ class Run:
             if reason:
                 raise NoClientError(
                     f"round {round_}: none of {len(records)} clients could, all for one reason: {reason}. The round "
-                    f"does not count; when that is put right, {self.directory.how_to_resume}"
+                    f"does not count; when this is fixed, {self.directory.how_to_resume}"
                 )
             raise NotEnoughClientsError(
                 f"round {round_}: {answered} of at least {self.options.least} clients gave a usable answer; "
@@ -287,14 +288,14 @@ class Run:
         self.choice.absorb(round_, client, answer)
 
     def _settle(self, round_: int) -> dict[str, Any]:
-        """Merge; what the server would not take from a client it does not make itself: then the last state stays."""
+        """Merge. If the result has numbers that the server would refuse from a client, the last state stays."""
         settled = dict(self.strategy.settle(round_))
         reason = unsound(self.strategy.state())
         before = self.directory.newest_checkpoint() if reason is not None else None
         if reason is None or before is None:
             return settled
         log(WARNING, "round %d is not merged: %s", round_, reason)
-        Holdings(self.strategy.storage).take_from(before.state)  # clients hold what this round has sent them
+        Holdings(self.strategy.storage).take_from(before.state)  # clients still hold what this round has sent them
         self.strategy.load_state(before.state)
         return settled | {round_record.UNSOUND: reason}
 
@@ -346,7 +347,7 @@ class Run:
         return record
 
     def _tell(self, record: dict[str, Any]) -> None:
-        """First to the run's files, then to its trackers."""
+        """Report to the run's files first, then to its trackers."""
         self.directory.append_round(record)
         if self.options.trackers:
             self.trackers.take(record, self.wire.ledger.by_client())

@@ -1,4 +1,4 @@
-"""What a run is at, in ``progress.json`` of its folder: who was asked, who has answered. For ``fedalloy watch``.
+"""A run's progress, in ``progress.json`` of its folder, for ``fedalloy watch``: who was asked and has answered.
 
 Flower's Fleet link has no message that a client could send while it works: a SuperNode answers one message at a time.
 So the server knows phases and finished clients; steps and losses within a round are in the clients' own folders
@@ -34,7 +34,7 @@ class Progress:
         self._write()
 
     def answered(self, client_id: str, record: Mapping[str, Any]) -> None:
-        """What became of one of them."""
+        """One of them has answered, or failed."""
         losses = [loss for loss in record.get("train_loss", ()) if loss is not None]
         said = {"status": record["status"], "seconds": record.get("seconds")}
         self._found["clients"][client_id] = said | ({"loss": losses[-1]} if losses else {})
@@ -42,7 +42,7 @@ class Progress:
             self._write()
 
     def remove(self) -> None:
-        """The run does nothing any more."""
+        """The run has ended."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 

@@ -32,10 +32,11 @@ _FREE_PREFIXES = ("trainer.", "client.")
 
 
 def open_again(path: Path, run_config: RunConfig, options: RunOptions) -> RunDirectory:
-    """The folder of a run that goes on: after its last complete round, with more rounds, or to deliver models.
+    """Open the folder of a run to continue: after its last complete round, with more rounds, or to deliver models.
 
     Raises:
-        RunDirectoryError: there is no run, it is finished and nothing more is asked for, or it began otherwise.
+        RunDirectoryError: there is no run, it is finished and nothing more is asked for, or it began with other
+            settings.
     """
     directory = RunDirectory.open(path)
     before = int(directory.config().get("num-server-rounds", RunOptions.num_server_rounds))
@@ -57,7 +58,7 @@ def open_again(path: Path, run_config: RunConfig, options: RunOptions) -> RunDir
 
 
 def checkpoint_of(directory: RunDirectory) -> Checkpoint | None:
-    """The state to go on from; None where the run has not begun.
+    """The state to continue from; None if the run has not begun.
 
     Raises:
         RunDirectoryError: none is whole, and clients are ahead of a start.
@@ -72,7 +73,7 @@ def checkpoint_of(directory: RunDirectory) -> Checkpoint | None:
 
 
 def require_same_config(directory: RunDirectory, run_config: RunConfig, free: Collection[str] = ()) -> None:
-    """The run goes on as it began.
+    """Require the run-config that the run began with.
 
     Raises:
         RunDirectoryError: names the keys that differ, and the file that has the right ones.
@@ -91,7 +92,7 @@ def require_same_config(directory: RunDirectory, run_config: RunConfig, free: Co
 
 
 def code_versions() -> dict[str, str]:
-    """What decides numbers beside the run-config: the app's source, Python, and the libraries that compute."""
+    """Everything besides run-config that decides numbers: the app's source, Python, and the libraries that compute."""
     found = {"fedalloy": source_digest((*PACKAGES, "server_app", "strategies")), "python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -100,7 +101,7 @@ def code_versions() -> dict[str, str]:
 
 
 def changed_code(before: Mapping[str, str] | None) -> dict[str, str]:
-    """What a run goes on with that is not what it had, in words, by name; nothing where it is not known."""
+    """Versions that differ from the run's earlier ones, in words; none if the earlier ones are not known."""
     if before is None:
         return {}
     now = code_versions()
@@ -128,7 +129,7 @@ def clients_to_json(clients: Mapping[str, Client], keys: Mapping[str, bytes]) ->
 
 
 def registration_of(client: Client) -> bytes:
-    """What a run keeps of what a client said of itself: all but its counters."""
+    """The part of a client's registration that a run keeps: all but its counters."""
     said = report_pb2.Registration()
     said.CopyFrom(client.registration)
     said.ClearField("wire")

@@ -39,7 +39,7 @@ RESUMABLE_PHASES = ("train", "deliver", "counters")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is on disk after a round: the strategy's state, and what the run itself must know to go on (JSON values)."""
+    """What is on disk after a round: the strategy's state, and what the run itself needs to continue (JSON values)."""
 
     round: int
     state: State
@@ -62,7 +62,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, runs_dir: Path, name: str, config: str) -> RunDirectory:
-        """A new folder with its configuration: all of it appears at once, so of two that are made at once one is."""
+        """Make a new folder with its configuration. It appears all at once, so only one of two processes succeeds."""
         path = runs_dir / name
         staged = runs_dir / f".{name}-{secrets.token_hex(4)}"
         resume = f"resume = {toml_string(str(path.resolve()))}\n"
@@ -102,7 +102,7 @@ class RunDirectory:
         return (self.path / "summary.json").exists()
 
     def extend(self, rounds: int) -> None:
-        """The run shall have so many rounds: its configuration says so, and it is not finished any more."""
+        """Give the run this many rounds, in its configuration, too; it is no longer finished."""
         try:
             for name in ("resume.toml", "config.toml"):
                 lines = (self.path / name).read_text("utf-8").splitlines()
@@ -115,19 +115,19 @@ class RunDirectory:
 
     @property
     def how_to_resume(self) -> str:
-        """What a user does to continue the run."""
+        """How a user continues the run."""
         return f"continue it with: flwr run . <connection> --run-config {self.path.resolve() / 'resume.toml'}"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else writes here meanwhile.
+        """Lock the folder: no other process writes here meanwhile.
 
         Raises:
-            RunDirectoryError: another process does, for example the run that is to be resumed: it still lives.
+            RunDirectoryError: another process does, for example because the run to be resumed is still running.
         """
         with ExitStack() as stack:
             try:
-                for _ in range(TRIES - 1):  # whoever asks whether it is held (fedalloy watch) holds it for a moment
+                for _ in range(TRIES - 1):  # a process that tests the lock (fedalloy watch) holds it for a moment
                     try:
                         stack.enter_context(locked(self.path / ".lock", wait=False))
                         break
@@ -144,7 +144,7 @@ class RunDirectory:
             yield
 
     def run_key(self) -> bytes:
-        """What proves to clients that a plan is of this run: drawn when the run begins, and kept for its resumption."""
+        """The key that proves to clients that a plan belongs to this run; drawn at its beginning, kept for resuming."""
         path = self.path / "run.key"
         try:
             if not path.exists():
@@ -180,7 +180,7 @@ class RunDirectory:
             raise RunDirectoryError(_explain(self.path, error)) from error
 
     def rounds(self) -> list[dict[str, Any]]:
-        """All records that count: torn lines are left out, and what a resumed run has done again counts once."""
+        """All valid records: torn lines are left out, and what a resumed run has repeated counts once."""
         path = self.path / "rounds.jsonl"
         if not path.exists():
             return []
@@ -205,7 +205,7 @@ class RunDirectory:
     ) -> None:
         """The strategy's state after a round, as ``checkpoints/round-0005/``.
 
-        All but the last ``keep`` and that of the round ``pinned`` are removed.
+        All checkpoints except the last ``keep`` and that of the round ``pinned`` are removed.
         """
         folder = self.path / "checkpoints"
         final = folder / f"round-{round_:04d}"
@@ -237,7 +237,7 @@ class RunDirectory:
         return self._first_whole(reversed(self._checkpoints()))
 
     def checkpoint(self, round_: int) -> Checkpoint | None:
-        """That of after a round, or None where it is not here or torn."""
+        """The checkpoint after a round, or None if it is missing or torn."""
         return self._first_whole([self.path / "checkpoints" / f"round-{round_:04d}"])
 
     def _first_whole(self, folders: Iterable[Path]) -> Checkpoint | None:
@@ -262,7 +262,7 @@ class RunDirectory:
         return [path for _, path in sorted(found)]
 
     def save_registration(self, client_id: str, data: bytes) -> None:
-        """What a client said of itself: a resumed run knows it before it is back."""
+        """Save a client's registration, so that a resumed run knows it before the client is back."""
         path = self.path / "registrations" / f"{client_id}.pb"
         try:
             if not path.exists() or path.read_bytes() != data:

@@ -1,7 +1,7 @@
-"""Experiment trackers: what ``rounds.jsonl`` has, told to TensorBoard, MLflow, Weights & Biases or trackio, too.
+"""Experiment trackers: passes the numbers of ``rounds.jsonl`` to TensorBoard, MLflow, Weights & Biases or trackio.
 
-A tracker is a :class:`Sink`. Each has a thread of its own, so that one that hangs, fails or is not installed costs the
-run nothing but a line in its log. The files of the run stay the truth: what a tracker misses is in them.
+A tracker is a :class:`Sink`. Each has its own thread, so one that hangs, fails or is not installed costs the run only a
+line in its log. The run's files are complete: they have what a tracker misses.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from flwr.common.logger import log
 
 WARNING = 30
 WAITING = 1000
-"""Records at most that wait for a slow tracker; what is beyond it misses."""
+"""Largest number of records that wait for a slow tracker; it misses further ones."""
 CLOSING_SECONDS = 20.0
-"""For which the end of a run waits for all trackers together."""
+"""Seconds that the end of a run waits for all trackers together."""
 
 
 class Sink(Protocol):
-    """Where numbers go."""
+    """A tracker that takes numbers."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name, at a round."""
+        """Write numbers by name, for a round."""
 
     def close(self) -> None:
-        """No more come."""
+        """Nothing more is written."""
 
 
 class _TensorBoard:
@@ -117,7 +117,7 @@ OPENERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Sink]] = {
 
 
 class Trackers:
-    """Those of one run; a context manager around it.
+    """The trackers of one run; a context manager around it.
 
     Args:
         names: comma-separated, of :data:`OPENERS`; empty: nothing is started.
@@ -147,10 +147,10 @@ class Trackers:
         for name, thread in self._threads.items():
             thread.join(left / len(self._threads))
             if thread.is_alive():
-                log(WARNING, "tracker %s has not finished; rounds.jsonl has what it may lack", name)
+                log(WARNING, "tracker %s has not finished; rounds.jsonl has what may be missing there", name)
 
     def take(self, record: Mapping[str, Any], sizes: Mapping[tuple[str, str], int]) -> None:
-        """Tell a record of ``rounds.jsonl``; ``sizes`` are bytes so far by client and direction."""
+        """Pass on a record of ``rounds.jsonl``; ``sizes`` are bytes so far by client and direction."""
         if not self._queues or record["phase"] not in ("train", "deliver"):
             return
         values = dict(values_of(record, sizes))
@@ -181,7 +181,7 @@ def _work(name: str, queue: Queue[tuple[int, dict[str, float]] | None], folder: 
     except ModuleNotFoundError as error:
         log(WARNING, "tracker %s is not installed (%s): pip install 'fedalloy[%s]'", name, error, name)
     except Exception as error:
-        log(WARNING, "tracker %s failed and is told nothing more: %s: %s", name, type(error).__name__, error)
+        log(WARNING, "tracker %s failed and gets no more numbers: %s: %s", name, type(error).__name__, error)
 
 
 def values_of(record: Mapping[str, Any], sizes: Mapping[tuple[str, str], int]) -> Iterator[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""Brings runs from a cluster's own storage (a container's volume) to a folder of the user's."""
+"""Copies runs from a cluster's own storage (a container's volume) to a user's folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CollectError(ToolError):
 def collect(run: Path, destination: Path) -> Path:
     """Copy a run directory into ``destination``, again if it was copied before; returns the copy.
 
-    Who may change owners (root in a container) gives the copy to the owner of ``destination``.
+    If this process may change owners (root in a container), the copy belongs to the owner of ``destination``.
 
     Raises:
         CollectError: another run has this name there, or it cannot be written.
@@ -35,7 +35,7 @@ def collect(run: Path, destination: Path) -> Path:
 
 
 def _copy(run: Path, target: Path) -> None:
-    """Overlay; of a run that goes on, files may vanish meanwhile (old checkpoints)."""
+    """Copy over existing files; files of a running run may vanish meanwhile (old checkpoints)."""
     for stale in target.rglob("*.sqlite-*"):  # SQLite would replay an older copy's log into the new one
         stale.unlink()
     try:

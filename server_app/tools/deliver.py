@@ -11,12 +11,12 @@ from server_app.tools.demo import why
 
 
 def deliver(run: Path, clients: str, superlink: SuperLink) -> list[str]:
-    """Deliver the models of a finished run; the ids of those that have theirs now.
+    """Deliver the models of a finished run; returns the ids of the clients that have theirs now.
 
     Args:
         run: the run's folder on the server.
         clients: ids, comma-separated; ``all``, or empty for those without.
-        superlink: to which their SuperNodes are connected.
+        superlink: the one to which their SuperNodes are connected.
 
     Raises:
         RunDirectoryError: no such run or client, or the run is not finished.

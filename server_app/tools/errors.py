@@ -1,7 +1,7 @@
-"""What the tools raise for a user to read."""
+"""The base class of errors that a user reads."""
 
 from __future__ import annotations
 
 
 class ToolError(RuntimeError):
-    """Something that the user can put right; its text is one sentence, and a command ends with it and exit code 1."""
+    """An error that the user can fix. Its text is one sentence; a command prints it and ends with exit code 1."""

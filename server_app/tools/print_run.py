@@ -1,4 +1,4 @@
-"""``fedalloy report RUN``: who took part, all clients' models next to each other, and the weights that merged them."""
+"""``fedalloy report RUN``: the participants, all clients' models side by side, and the weights that merged them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from server_app.tools.who import registrations, who_table
 from strategies.framework import round_record
 
 METRICS = ("accuracy", "exact_match", "perplexity", "loss")
-"""The first of these that a run has is what models are compared by."""
+"""Models are compared by the first of these that a run has."""
 HIDDEN = ("answers",)
 """Counts behind other metrics, which have a line of their own."""
 MOMENTS = {
     "raw": "the federated adapter's weight before it is cut to 0 ... 1",
     "a": "expected error of the federated adapter",
     "b": "of the local one",
-    "c": "what the two errors have in common",
+    "c": "mean inner product of the two errors",
     "D": "a + b - 2c: what a wrong weight costs",
     "q": "distance between the two adapters",
 }
@@ -32,11 +32,11 @@ MOMENTS = {
 
 
 def report_of(run_dir: Path, metric: str = "") -> dict[str, Any]:
-    """What ``report`` shows, as JSON values.
+    """The contents of ``report``, as JSON values.
 
     Raises:
-        RunDirectoryError: there is no run here, no client has evaluated a model yet, or none has this metric; names
-            those that there are.
+        RunDirectoryError: there is no run here, no client has evaluated a model yet, or none has this metric; the
+            message names the known metrics.
     """
     run = RunDirectory(run_dir)
     records = run.rounds()
@@ -148,7 +148,7 @@ def _looked_at(found: Mapping[str, Any]) -> str:
 
 
 def _notes(found: Mapping[str, Any]) -> Iterator[str]:
-    """What the table does not say."""
+    """Notes below the table."""
     own = {name: (said.get("evaluated", {}), said.get("metrics", {})) for name, said in found["clients"].items()}
     counts = [f"{name} {of[PERSONAL]['examples']}" for name, (of, _) in own.items() if PERSONAL in of]
     if counts:

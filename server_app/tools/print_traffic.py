@@ -1,4 +1,4 @@
-"""Prints a run's ledger: who sent how much in which round, at both ends of the wire, and where every byte went."""
+"""Prints a run's ledger: bytes by client and round at both ends of the wire, and what every byte was for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server_app.ledger.store import Ledger
 
 
 def print_traffic(run_dir: Path, console: Console) -> None:
-    """The traffic of the run in ``run_dir``; also of a run that is going on or was killed.
+    """The traffic of the run in ``run_dir``, which may also be running or killed.
 
     Raises:
         LedgerError: the folder has no readable ledger; names it.
@@ -108,8 +108,8 @@ def _print_notes(accounts: Accounts, console: Console) -> None:
     told += [f"round {last}: the clients' last counters"] if delivery is not None and last > delivery else []
     console.print(f"{'; '.join(told)}.", highlight=False)
     console.print(
-        "tensor: encoded numbers; message: what Flower makes of them; wire: as the sender's kernel counts it; other "
-        "end: as the receiver's does, read at other moments.",
+        "tensor: encoded numbers; message: Flower's messages; wire: counted by the sender's kernel; other "
+        "end: counted by the receiver's, read at other moments.",
         highlight=False,
     )
     if any(row.client == OTHER for row in accounts.rows()):

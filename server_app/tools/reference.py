@@ -1,4 +1,4 @@
-"""What is generated from the code: run-config in pyproject.toml, and the tables of ``docs/``.
+"""Generates text from the code: run-config in pyproject.toml, and the tables of ``docs/``.
 
 Those are ``docs/options.md``, ``docs/strategies.md``, and the kinds of tasks in ``docs/data-and-models.md``.
 

@@ -1,4 +1,4 @@
-"""Who is who in a federation: client, node, key, task, base model, and when each was last seen."""
+"""The clients of a federation: id, node, key, task, base model, and when each was last seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server_app.run.run_directory import RunDirectory
 
 
 def registrations(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """What each client of a run said of itself, or why it was refused, by its name.
+    """Each client's registration in a run, or why it was refused, by name.
 
     ``run`` is the run's; ``seen`` the time (ISO 8601, UTC) of its last answer that counted, where there is one.
     """

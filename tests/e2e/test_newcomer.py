@@ -135,7 +135,7 @@ def test_the_way_of_a_newcomer(newcomer: Newcomer) -> None:
 
     newcomer.kill_a_site("news")
     said = newcomer.types("fedalloy", "cluster", "status", succeeds=False)
-    assert "fedalloy cluster up starts again what has ended" in said
+    assert "fedalloy cluster up restarts what has ended" in said
     more = {"num_server_rounds": 2, "resume": str(newcomer.folder / "runs" / "all"), "min_clients": 2}
     said = newcomer.submits(newcomer.config("all", **more))
     assert newcomer.summary("all")["not_delivered"] == ["news"]

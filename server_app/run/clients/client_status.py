@@ -1,4 +1,4 @@
-"""What becomes of a client in a phase, by name: the ``status`` in ``rounds.jsonl``, and its line in the log."""
+"""The outcome of a client in a phase: the ``status`` in ``rounds.jsonl``, and its line in the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OK = "ok"
 REJECTED = "rejected"
 """An answer came and was refused: not what was asked for, for another round, not finite, too far, twice, ..."""
 FAILED = "failed"
-"""The client said that it could not, or its process ended more than once."""
+"""The client reported a failure, or its process ended more than once."""
 LATE = "late"
 """No answer came in time; one that comes later is counted in ``late_answers`` of a later record, and not used."""
 LEFT = "left"
@@ -48,7 +48,7 @@ def usable(records: Mapping[str, ClientRecord]) -> int:
 
 
 def of_registration(client: Client, key: str, seconds: float) -> ClientRecord:
-    """Who is who: what a client said of itself, its node, and what its key is registered as."""
+    """A client's identity: its registration, its node, and the name under which its key is registered."""
     said = client.registration
     record: ClientRecord = {
         "status": OK,
@@ -66,7 +66,7 @@ def of_registration(client: Client, key: str, seconds: float) -> ClientRecord:
 
 
 def privacy_of(said: report_pb2.RecordPrivacy) -> dict[str, Any]:
-    """What a client says of the privacy of its training examples."""
+    """What a client reports about the privacy of its training examples."""
     return {
         "epsilon": round(said.epsilon, 6),
         "delta": said.delta,
@@ -80,7 +80,7 @@ def of_silence(waited: float, timeout: float, quorum: int = 0) -> ClientRecord:
     """No answer within ``round-timeout``, or within less: a quorum (``cut_off``) or ``grace-ratio`` ended the round."""
     record: ClientRecord = {"status": LATE, "reason": f"no answer within {min(waited, timeout):.0f} s"}
     if waited < timeout and quorum:
-        record |= {"reason": f"{record['reason']}, when the quorum's grace had passed", "cut_off": True}
+        record |= {"reason": f"{record['reason']}, when the quorum's grace period ended", "cut_off": True}
     elif waited < timeout:
         record["reason"] += ", when most had long answered (grace-ratio)"
     return record
@@ -93,12 +93,12 @@ def of_error(message: Message) -> ClientRecord:
 
 
 def has_lost_reference(message: Message) -> bool:
-    """The client does not hold what it was sent a difference from; it keeps nothing of that plan."""
+    """The client does not hold the adapter from which it was sent a difference; it keeps nothing of that plan."""
     return message.has_error() and CodecErrorCode.UNKNOWN_REFERENCE in (message.error.reason or "")
 
 
 def of_answer(answer: Answer, residuals: Mapping[str, float] | None = None) -> ClientRecord:
-    """What a good answer says of itself; with the norms of what encodings have dropped so far, both ways."""
+    """The record of a good answer, including the norms of what encodings have dropped so far in both directions."""
     results = answer.report.results
     trains = [r.distill.train if r.HasField("distill") else r.train for r in results if _trains(r)]
     record: ClientRecord = {
@@ -130,7 +130,7 @@ def _seconds(answer: Answer, kinds: Collection[str]) -> float:
 
 
 def times_of(record: ClientRecord) -> dict[str, float]:
-    """Seconds of training, evaluation and statistics; a client's word, so together at most what its answer took."""
+    """Seconds of training, evaluation and statistics, as the client reports; in sum at most what its answer took."""
     left, found = float(record.get("seconds", 0.0)), {}
     for what in ("train", *SPENT):
         found[what] = min(float(record.get(f"{what}_seconds", 0.0)), left)
@@ -139,12 +139,12 @@ def times_of(record: ClientRecord) -> dict[str, float]:
 
 
 def clipped(answer: Answer) -> dict[str, float]:
-    """The norms that were too long, by slot."""
+    """The norms of updates that were too long, by slot."""
     return {slot: round(norm, 6) for slot, norm in answer.clipped.items()}
 
 
 def clipped_line(record: ClientRecord) -> str:
-    """They in words."""
+    """These norms in words."""
     return ", ".join(f"{slot} clipped from norm {norm:g}" for slot, norm in record["clipped"].items())
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a run: registrations are read, ids are kept for their owners, newcomers are enrolled."""
+"""The participants of a run: reads registrations, keeps ids for their owners, enrols newcomers."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ INFO, WARNING = 20, 30
 
 
 class Enrolment:
-    """The clients of one run, by id, and those that may not take part; ``site_mode`` is the option."""
+    """The clients of one run by id, and those that were refused; ``site_mode`` is the option."""
 
     def __init__(self, strategy: AlloyStrategy[Any], directory: RunDirectory, site_mode: str = "allowed") -> None:
         self.strategy = strategy
         self.site_mode = site_mode
         self.directory = directory
         self.clients: dict[str, Client] = {}
-        """Those that the strategy has taken in."""
+        """Clients that the strategy has enrolled."""
         self.newcomers: dict[str, Client] = {}
-        """Those that have registered since newcomers were enrolled last."""
+        """Clients that have registered since the last enrolment of newcomers."""
         self.refused: dict[str, str] = {}
-        """Reasons by client id; by the name of its key, or else by node, where it could not say."""
+        """Reasons of refusals by client id; if the id is not known, by the name of the client's key or by node."""
         self.away: dict[str, str] = {}
-        """Nodes that went away as they were asked who they are, and how that was seen: they are absent, not refused."""
+        """Nodes that went away while they were asked to register, with the sign of it; they are absent, not refused."""
         self.names: dict[str, str] = {}
-        """What the key of each client's node is registered as with the SuperLink; empty where it has no name."""
+        """The name under which the SuperLink knows the key of each client's node; empty if it has none."""
         self._labels: dict[int, str] = {}
         self._said: set[str] = set()
         self.keys: dict[str, bytes] = {}
         """The public key of each id's owner."""
 
     def welcome(self, who: str, node: NodeInfo, answer: Message | None, online: Collection[int]) -> Client | None:
-        """Read a registration: a newcomer, a client that is back at another node, or (None) nobody, or a refusal.
+        """Read a registration: a newcomer, or a client that is back at another node; None if there is neither.
 
         Args:
             who: the node's name in refusals.
-            node: which was asked.
-            answer: None where none came in time.
+            node: the node that was asked.
+            answer: the registration; None if none came in time.
             online: ids of the nodes that are online.
         """
         claimed = ""
@@ -81,11 +81,11 @@ class Enrolment:
         return admitted
 
     def forgive(self, node_id: int) -> None:
-        """The node has something else to say than what it was refused for."""
+        """Forget why the node was refused; it registers again."""
         self.refused.pop(self._labels.pop(node_id, ""), None)
 
     def restore(self, saved: Iterable[SavedClient]) -> None:
-        """Enrol a resumed run's clients, in the order in which they were enrolled first, back or not."""
+        """Enrol a resumed run's clients in their original order, whether they are back or not."""
         for known in saved:
             came = self.newcomers.pop(known.client.id, None)
             if came is not None and came.layout.digest != known.client.layout.digest:
@@ -97,7 +97,7 @@ class Enrolment:
             self.clients[client.id] = client
 
     def enrol_newcomers(self) -> None:
-        """In order of votes and id, not of arrival; what they registered is kept for a resumed run."""
+        """Enrol newcomers in order of votes and id, not of arrival; their registrations are kept for a resumed run."""
         newcomers = list(self.newcomers.values())
         self.newcomers.clear()
         for client, refused in self.strategy.take_in(newcomers):
@@ -105,7 +105,7 @@ class Enrolment:
                 log(WARNING, "%s counts for %d examples, not %d", client.id, client.examples, client.claimed)
             if refused is not None:
                 self._refuse(client.id, refused)
-                self.keys.pop(client.id, None)  # who is refused does not keep the id from its owner
+                self.keys.pop(client.id, None)  # a refused client does not keep the id from its owner
                 continue
             self.directory.save_registration(client.id, registration_of(client))
             self.clients[client.id] = client
@@ -115,17 +115,17 @@ class Enrolment:
                 log(INFO, "%s", said)
 
     def why_refused(self) -> str:
-        """Who was refused, and why, in one line."""
+        """The refused clients with reasons, in one line."""
         return "; ".join(f"{who}: {why}" for who, why in self.refused.items())
 
     def why_missing(self) -> str:
-        """Who was refused or went away, and why, in one line."""
+        """The clients that were refused or went away, with reasons, in one line."""
         return "; ".join(f"{who}: {why}" for who, why in {**self.away, **self.refused}.items())
 
     def _admit(self, client: Client, node: NodeInfo, online: Collection[int]) -> Client:
-        """A node registered under a name with the SuperLink may use that id only; an id belongs to one node.
+        """Check a client's id: a node that the SuperLink knows by name may use only that id; an id belongs to one node.
 
-        Where nodes have no keys, a restarted one is a new one: it gets its id back when the old one is gone.
+        Without keys a restarted node is a new node: it gets its id back when the old one is gone.
         """
         if node.name and node.name != client.id:
             raise BadAnswerError(
@@ -135,7 +135,7 @@ class Enrolment:
         if self.site_mode != "allowed" and installed != (self.site_mode == "required"):
             whose = "its owner has installed" if installed else "the run brings"
             raise BadAnswerError(
-                f"client {client.id!r} has a trainer that {whose}, and site-mode is {self.site_mode!r}"
+                f"client {client.id!r} has a trainer that {whose}, but site-mode is {self.site_mode!r}"
             )
         holder = self.clients.get(client.id) or self.newcomers.get(client.id)
         key = self.keys.get(client.id) or node.public_key

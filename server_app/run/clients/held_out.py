@@ -1,4 +1,4 @@
-"""How good clients' models are on their validation examples, state by state: which is the best, and who has lost.
+"""The clients' scores on their validation examples after each round: which state is best, and which clients got worse.
 
 State s is what a run has after s rounds. In round r clients evaluate the model that the round begins with, which is of
 state r - 1; a delivery evaluates the last one. Nothing here looks at the test split, on which delivered models are
@@ -20,12 +20,13 @@ LABEL, SPLIT, PERSONAL = "held-out", "validation", "personal"
 MARGIN = 0.02
 """Share by which a loss must be higher to count as worse: validation examples are few."""
 LEARNED = 0.05
-"""A model whose accuracy is so much above the first one's has learned, whatever its loss: it may only be too sure."""
+"""A model whose accuracy is this much above the first one's has learned, whatever its loss: it may only be
+overconfident."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model: mean loss, and accuracy where its task has one."""
+    """One model's score: mean loss, and accuracy if its task has one."""
 
     loss: float
     accuracy: float | None = None
@@ -38,7 +39,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Fall:
-    """What a client has lost: the score of its first model, of that of the best state, and the one it has now."""
+    """A client that got worse: the scores of its first model, of its model of the best state, and of its model now."""
 
     first: Score
     now: Score | None
@@ -46,7 +47,7 @@ class Fall:
     best_state: int | None
 
     def words(self, rounds: int) -> str:
-        """In one line, after so many rounds."""
+        """One line about it, after this many rounds."""
         now = "not finite" if self.now is None else f"{self.now.loss:.3g}"
         said = f"validation loss {now} after {_rounds(rounds)}, {self.first.loss:.3g} before training"
         if self.best is not None and self.best_state:
@@ -82,14 +83,14 @@ class HeldOut:
                 self.take(record["round"], record["clients"])
 
     def take(self, round_: int, clients: Mapping[str, Mapping[str, Any]]) -> None:
-        """What clients said in a round of the models that it began with."""
+        """Take in the clients' scores in a round, of the models that it began with."""
         for name, said in clients.items():
             if said.get("evaluated", {}).get(PERSONAL, {}).get("split") == SPLIT:
                 self._scores.setdefault(name, {})[round_ - 1] = Score.of(said["metrics"][PERSONAL])
 
     @property
     def best_state(self) -> int | None:
-        """The state whose models are best on the average, each against its client's first one; None: nothing is known.
+        """The state whose models are best on average, each against its client's first one; None if nothing is known.
 
         Only states count that at least half as many clients have evaluated as any; of equal ones the earlier.
         """
@@ -103,10 +104,10 @@ class HeldOut:
         return min(means, key=lambda state: (means[state], state), default=None)
 
     def fallen(self, client: str, now: Score | None, best_state: int | None = None) -> Fall | None:
-        """What the client has lost with the model that scores ``now`` (None: its loss is not finite); None: nothing.
+        """How the client got worse with a model that scores ``now`` (None: its loss is not finite); None if it did not.
 
-        It has, where its loss is above that of its first model, or where more than half of what the best state had
-        gained is gone.
+        A client got worse if its loss is above that of its first model, or if more than half of the best state's gain
+        is gone.
         """
         scores = self._scores.get(client)
         if not scores:
@@ -127,7 +128,7 @@ class HeldOut:
         return fall
 
     def fallen_in(self, state: int) -> dict[str, Fall]:
-        """Clients that have lost with the model of a state, by name."""
+        """Clients that got worse with the model of a state, by name."""
         found = {name: self.fallen(name, scores[state]) for name, scores in self._scores.items() if state in scores}
         return {name: fall for name, fall in sorted(found.items()) if fall is not None}
 

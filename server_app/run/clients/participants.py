@@ -26,11 +26,12 @@ def choose(
 
     Args:
         kind: ``"random"``, ``"round-robin"`` or ``"fastest"``.
-        clients: who is here, in order of id.
-        count: of a round; of the first one where the cohort grows.
+        clients: the clients that are here, in order of id.
+        count: clients per round; of the first round if the cohort grows.
         round_: from 1.
-        seed: of the run; decides what is random.
-        seconds: how long each client's last answer took. One that never answered counts as fast: it is to be tried.
+        seed: the run's seed; decides what is random.
+        seconds: how long each client's last answer took. A client that never answered counts as fast, so that it is
+            tried.
     """
     if kind == "fastest":
         count = min(len(clients), count * 2 ** min(round_ - 1, 32))

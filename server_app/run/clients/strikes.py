@@ -1,4 +1,4 @@
-"""Clients that were silent or refused several times in a row are asked in fewer rounds, until one answer counts."""
+"""Clients that were silent or refused several times in a row are asked less often, until one answer counts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from server_app.run.clients.client_status import LATE, OK, REJECTED, RESTED, Cli
 from strategies.framework.exchange import Client
 
 LONGEST_REST = 16
-"""Rounds."""
+"""Longest rest of a client, in rounds."""
 
 
 class Strikes:
     """How often each client has failed in a row, and in which round it is asked again.
 
     The first rest is one round, each further one twice as long, at most :data:`LONGEST_REST`. An answer that counts
-    clears all. A client that says that it failed, or whose node is gone, costs no wait and gets no strike; nor does one
-    that a quorum did not wait for: it may only be slow.
+    clears all. A client that reports a failure, or whose node is gone, costs no waiting and gets no strike. Nor does a
+    client that a quorum did not wait for: it may only be slow.
 
     Args:
         allowed: rounds in a row without a usable answer before a client rests; 0: none ever rests.
@@ -28,14 +28,14 @@ class Strikes:
         self._in_a_row = {name: (int(count), int(again)) for name, (count, again) in (saved or {}).items()}
 
     def due(self, round_: int, clients: list[Client], least: int) -> list[Client]:
-        """Who may be asked, in the order of ``clients``: ``least`` at least, those first whose rest is over soonest."""
+        """Clients that may be asked, in order; at least ``least``, if need be those whose rest ends soonest."""
         resting = sorted((self._again(client.id), client.id) for client in clients if self._again(client.id) > round_)
         needed = max(0, least - (len(clients) - len(resting)))
         left_out = {name for _, name in resting[needed:]}
         return [client for client in clients if client.id not in left_out]
 
     def resting(self, clients: Sequence[Client], due: Sequence[Client]) -> dict[str, ClientRecord]:
-        """Records of those who are here and are not asked."""
+        """Records of the clients that are here and are not asked."""
         asked = {client.id for client in due}
         return {
             client.id: {
@@ -48,7 +48,7 @@ class Strikes:
         }
 
     def book(self, round_: int, records: Mapping[str, ClientRecord]) -> None:
-        """What became of those who were asked in a round."""
+        """Note the outcomes of the clients that were asked in a round."""
         for name, record in records.items():
             if record["status"] == OK:
                 self._in_a_row.pop(name, None)

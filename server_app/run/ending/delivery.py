@@ -1,4 +1,4 @@
-"""Hands out models at the end: the last state's, or, to a client that has lost with it, those of the best state."""
+"""Delivers models at the end: those of the last state, or of the best state to clients that got worse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Delivery:
 
     @property
     def diverged(self) -> dict[str, dict[str, Any]]:
-        """For ``summary.json``: what clients have lost, and of which round the model is that they were given."""
+        """For ``summary.json``: the clients that got worse, and the round of the model that they were given."""
         return {
             name: fall.record() | {"delivered_round": self.records[name].get("state")}
             for name, fall in sorted(self.fallen.items())
@@ -37,13 +37,13 @@ class Delivery:
 
 
 def hand_out(run: Run, round_: int, clients: Sequence[Client], needed: int) -> Delivery:
-    """Every client its model, evaluated on the validation examples, too; who has lost falls back (``on-divergence``).
+    """Deliver every client's model, and evaluate it; clients that got worse fall back (``on-divergence``).
 
     Args:
-        run: whose state is handed out.
-        round_: the number of the plans: one more than the rounds that the state has.
-        clients: who is here.
-        needed: usable answers without which clients that went away are waited for.
+        run: the run whose state is delivered.
+        round_: the number of the plans: the state's rounds plus one.
+        clients: the clients that are here.
+        needed: clients that went away are waited for until there are this many usable answers.
     """
     found = _ask(run, round_, clients, needed)
     best = run.held_out.best_state
@@ -83,17 +83,17 @@ def _fall(run: Run, client: Client, found: Delivery, best: int | None) -> Fall |
 
 
 def _fall_back(run: Run, best: int, clients: Sequence[Client], found: Delivery) -> None:
-    """Give these clients the models of the state ``best``, where it is still on the disk and knows them."""
+    """Give these clients their models of the state ``best``, if it is still on the disk and has them."""
     before, last = run.directory.checkpoint(best), run.directory.newest_checkpoint()
     if before is None or last is None:
-        log(WARNING, "the state after round %d is not on the disk any more: the last models stay", best)
+        log(WARNING, "the state after round %d is no longer on the disk: the last models stay", best)
         return
     known = {entry["id"] for entry in before.run.get("clients", ())}
     back = [client for client in clients if client.id in known]
     names = ", ".join(client.id for client in back)
     log(
         WARNING,
-        "given the models of after round %d instead: %s (on-divergence='last' leaves the last ones)",
+        "given the models after round %d instead: %s (on-divergence='last' leaves the last ones)",
         best,
         names,
     )

@@ -1,4 +1,4 @@
-"""The last question of a run: what the clients' kernels counted."""
+"""The last messages of a run: they ask for the clients' kernel counters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def last_counters(run: Run, round_: int) -> None:
-    """The counters in a reply were read before it was sent, so the last reply needs one more question."""
+    """Ask for the counters once more: those in a reply were read before it was sent, so they miss the reply itself."""
     started = time.monotonic()
     if not run.wire.is_measuring:
         return

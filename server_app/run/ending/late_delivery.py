@@ -1,4 +1,4 @@
-"""Models for clients that were absent when a run delivered: nothing is trained, the last state is handed out again."""
+"""Delivers models to clients that were absent at a run's end: nothing is trained, the last state is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL, MISSING = "all", "missing"
 
 
 def wanted_clients(deliver: str, directory: RunDirectory) -> list[str]:
-    """Ids of the clients that are to get their models: named ones, ``all``, or (``missing``) those without.
+    """Ids of the clients that should get their models: named ones, ``all``, or (``missing``) those without one.
 
     Raises:
         RunDirectoryError: the run is not finished, or has no such client; names those that it has.
@@ -46,7 +46,7 @@ def wanted_clients(deliver: str, directory: RunDirectory) -> list[str]:
 
 
 def last_delivery(directory: RunDirectory) -> Mapping[str, ClientRecord]:
-    """What became of each client when models were delivered."""
+    """Each client's outcome when models were delivered."""
     found = [record["clients"] for record in directory.rounds() if record["phase"] == "deliver"]
     return found[-1] if found else {}
 
@@ -83,7 +83,7 @@ def deliver_late(run: Run) -> None:
 
 
 def _wait_for(run: Run, wanted: list[str], round_: int) -> list[Client]:
-    """Those of the wanted clients that come within ``startup-timeout``; does not wait longer than for the last one."""
+    """The wanted clients that come within ``startup-timeout``; the wait ends when all are here."""
     started, next_word = time.monotonic(), 0.0
     while True:
         here = [client for client in run.gather(round_) if client.id in wanted]

@@ -1,4 +1,4 @@
-"""What ``summary.json`` says of a finished run."""
+"""The contents of ``summary.json`` for a finished run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import flwr
 from server_app.run.options import RunOptions
 
 COUNTS = ("examples", "answers")
-"""What a client's metrics have beside metrics."""
+"""Keys of a client's metrics that are no metrics."""
 Totals = tuple[dict[str, dict[str, int | None]], float | None]
 
 
@@ -77,12 +77,12 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def _diverged(summary: Mapping[str, Any]) -> str:
-    """Who has a model that became worse, and of which round the one is that it was given."""
+    """The clients whose models became worse, and the round of the model that each was given."""
     found = []
     for name, lost in summary.get("diverged", {}).items():
         now = "not finite" if lost["loss"] is None else f"{lost['loss']:.3g}"
         words = f"{name} (validation loss {now}, {lost['first_loss']:.3g} before training; "
-        found.append(f"{words}it has the model of after round {lost['delivered_round']})")
+        found.append(f"{words}it has the model after round {lost['delivered_round']})")
     return f"; became worse: {', '.join(found)}" if found else ""
 
 

@@ -1,8 +1,7 @@
-"""Answers that a round did not wait for: they count in the next one, where the strategy says how much.
+"""Answers that a round did not wait for: they count in the next one with the weight that the strategy gives them.
 
-For a strategy that gives them no weight nothing is kept of what was asked. An answer is used once, in the round in
-which it arrives, and not where its client has answered that round, too. What is on its way when a run is
-killed is lost.
+If the strategy gives them no weight, nothing is kept. An answer is used once, in the round in which it arrives, unless
+its client has also answered that round. Answers on their way when a run is killed are lost.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from strategies.framework.flower import AlloyStrategy
 
 
 class LateAnswers:
-    """What the clients that did not answer in time were asked, and what they have answered since."""
+    """The requests to clients that did not answer in time, and the answers that came since."""
 
     def __init__(self, strategy: AlloyStrategy[Any]) -> None:
         self.strategy = strategy
@@ -48,7 +47,7 @@ class LateAnswers:
         return True
 
     def due(self, round_: int, answered: set[str]) -> dict[str, tuple[Client, Answer, float]]:
-        """What has arrived, with its weight, by client; those who have answered this round, too, are left out."""
+        """Answers that have arrived, with their weights, by client, except for clients that answered this round."""
         here, self._here = dict(sorted(self._here.items())), {}
         found = {}
         for client_id, (asked, answer) in here.items():

@@ -1,4 +1,4 @@
-"""Replies off the SuperLink: each within a bound on its size, and none waiting for somebody else's upload.
+"""Takes replies off the SuperLink. Each has a bound on its size, and none waits for another client's upload.
 
 Flower 1.39 pulls replies one after the other (``HttpGrid.pull_messages``). A client is heard as soon as its message is
 announced, and the pull then waits until all objects of that message have been uploaded, for as long as one more comes
@@ -10,7 +10,7 @@ and its size is known before it is put together, which is still Flower's work. O
 A client's objects are pulled a few at a time, so that one that sends thousands holds nobody up. Of each node one upload
 may be unfinished; another one that has not ended is given up, so what is kept here does not grow with the rounds.
 
-The SuperLink itself, through which all this has come, has Flower's bounds and no others.
+The SuperLink itself has only Flower's own bounds.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ from fedalloy_adapters.wire.wire_counts import TooManyError, require_few
 FAILED, MESSAGE_UNAVAILABLE = 2, 3
 """Flower's error codes for a client that could not, and for an answer that was lost between SuperLink and ServerApp."""
 REFUSED = 1413
-"""No code of Flower's: an answer that was not put together, because it is too large."""
+"""Our own code, not Flower's: an answer that was not assembled because it is too large."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError, HTTPStatusError)
-"""What Flower raises when it assembles a message whose parts a client has made up, or what the SuperLink fails with,
-for example when parts are nested more than a hundred deep."""
+"""Errors of Flower when it assembles a message with parts that a client has made up, or of the SuperLink, for example
+for parts that are nested more than a hundred deep."""
 MAX_LISTING_BYTES = 2**20
-"""Bytes of everything that only lists a message's parts; parsed, it takes tens of times as much memory."""
+"""Largest size of everything that only lists a message's parts, in bytes; parsed, it takes tens of times as much
+memory."""
 MAX_ANNOUNCEMENT_BYTES = 16 * 2**20
 """Bytes of a SuperLink response that is not an object: lists of nodes and messages, and a client's errors."""
 MAX_OBJECTS = 10_000
@@ -121,10 +122,10 @@ class _Upload:
 
 
 class Intake:
-    """The one place that takes replies off the SuperLink.
+    """The only place that takes replies off the SuperLink.
 
     Args:
-        grid: Flower's. What is not its ``HttpGrid`` (simulation) hands over whole messages, and is asked for them.
+        grid: Flower's. Other grids than ``HttpGrid`` (a simulation) are asked for whole messages.
         say: called with progress messages.
     """
 
@@ -146,10 +147,10 @@ class Intake:
     def pull(self, ids: list[str]) -> Iterator[Message]:
         """Yield replies to these messages that are complete, or (:data:`REFUSED`, :data:`FAILED`) cannot be accepted.
 
-        A look asks for at most :data:`WINDOW` messages, those first that were asked for longest ago: its cost does not
-        grow with those who are silent. Objects of a few replies are fetched side by side, and no more of them before
-        the first is taken. Each is yielded once. One whose objects are not all here stays: it comes with a later call,
-        or not at all. Of each node only one stays, that whose message comes first in ``ids``.
+        A look asks for at most :data:`WINDOW` messages, starting with those that were asked for longest ago, so its
+        cost does not grow with silent clients. Objects of a few replies are fetched side by side, and no more of them
+        before the first is taken. Each is yielded once. One whose objects are not all here stays: it comes with a later
+        call, or not at all. Of each node only one stays, that whose message comes first in ``ids``.
         """
         if not isinstance(self.grid, HttpGrid):
             for start in range(0, len(ids), BATCH):
@@ -310,7 +311,7 @@ def _unreadable(error: Exception) -> str:
 
 
 def error_reply(message_id: str, code: int, reason: str) -> Message:
-    """An answer that nobody sent, as the SuperLink makes them."""
+    """An error reply that no client sent, in the form of the SuperLink's own."""
     return make_message(
         Metadata(
             run_id=0,

@@ -1,4 +1,4 @@
-"""What clients are asked, as they may want it: with the run's name, and signed by a key that their owners know."""
+"""Messages to clients with what their owners may require: the run's name, and a signature with a key that they know."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from strategies.framework.options import OptionError
 
 
 class Requests:
-    """Makes them for one run.
+    """Makes the messages of one run.
 
     Args:
         run_name: the run's.

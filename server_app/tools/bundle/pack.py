@@ -2,8 +2,8 @@
 
 Flower builds a bundle with uncompressed members and sends it to every client once per run. Its SuperLink and its
 SuperNodes unpack any ZIP. So this one has the same sources, byte for byte, as one archive that is compressed as a whole
-(LZMA; files of one project say much the same), and a few lines that unpack it beside themselves before the first
-import (:mod:`server_app.tools.bundle.shipped`). Nothing is stripped: on a client's disk lie the files of the
+(LZMA, because files of one project have much in common), and a few lines that unpack it beside themselves before the
+first import (:mod:`server_app.tools.bundle.shipped`). Nothing is stripped: on a client's disk lie the files of the
 repository, with comments, and their digests are those of the repository. Members compressed one by one would need no
 such lines, and would be two thirds larger.
 

@@ -1,4 +1,4 @@
-"""``flwr run`` as it is, but for the bundle that it sends, and for how a failed run is told.
+"""``flwr run`` with two changes: the bundle that it sends, and the message for a failed run.
 
     python -m server_app.tools.bundle.start . my-superlink --stream      # what `fedalloy submit` does
 

@@ -1,4 +1,4 @@
-"""Certificates and SuperNode keys for a local cluster, made on the spot; private files are the owner's alone."""
+"""Makes certificates and SuperNode keys; only their owner can read private files."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ def make_client_key(folder: Path, client_id: str) -> tuple[Path, Path]:
 
 
 def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], renew: Iterable[str] = ()) -> list[str]:
-    """What a federation needs and ``folder`` lacks; returns a line for everything that was made.
+    """Make what a federation needs and ``folder`` lacks; returns a line for everything that was made.
 
     ``public/`` gets ``ca.crt`` and ``<client-id>.pub`` and may be shown to anybody, ``server/`` ``server.pem`` and
     ``server.key``, ``clients/<client-id>/`` the private key ``<client-id>``. Every private file has a folder of its
     own, so that each machine can be given its folder and no other.
 
     Args:
-        folder: made if needed; what is there stays. A client with a public key has its pair, wherever the private one
-            has been taken.
-        hosts: names and addresses of the server; what its certificate lacks is an error. A renewed certificate keeps
-            the names that the old one had.
+        folder: made if needed; existing files stay. A client with a public key has its pair, wherever the private key
+            is now.
+        hosts: names and addresses of the server; it is an error if its certificate lacks one. A renewed certificate
+            keeps the old names.
         clients: client ids.
         renew: make these anew: ids of clients, or ``server`` (every client then needs the new ``ca.crt``).
 

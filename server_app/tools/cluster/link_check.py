@@ -1,6 +1,6 @@
-"""Why does my SuperNode not get in? Looks at the key and at the SuperLink's port, and says what to do.
+"""Finds out why a SuperNode cannot connect: checks the key and the SuperLink's port, and says what to do.
 
-Flower's SuperNode retries a link that fails for ever and says little; this looks once, with the same files.
+Flower's SuperNode retries a failing link forever and says little; this tries once, with the same files.
 """
 
 from __future__ import annotations

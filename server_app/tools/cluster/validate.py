@@ -1,4 +1,4 @@
-"""What would go wrong in a run, found before it: run-config, each client's keys, data, model, and three batches."""
+"""Finds problems before a run: checks run-config, each client's keys, data and model, and trains three batches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_clients(
 
 
 def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
-    """Load what the client would load, and train its model on three batches; what was found."""
+    """Load what the client would load, and train its model on three batches; returns what was found."""
     import torch
     from flwr.app import Context, RecordDict
 

@@ -26,7 +26,7 @@ def up(
     http_port: Annotated[int, typer.Option(help="Port for flwr run; 0 chooses one.")] = 0,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Start a SuperLink and SuperNodes with TLS and keys, and leave them running; or start again what has ended."""
+    """Start a SuperLink and SuperNodes with TLS and keys, and leave them running; or restart those that have ended."""
     from server_app.tools.cluster.local import LocalCluster, Settings, running
     from server_app.tools.cluster.restart import restart_ended
 
@@ -86,5 +86,5 @@ def status(directory: Directory = DIRECTORY) -> None:
     console.print(f"SuperNodes connect to {state['host']}:{state['fleet_port']}", highlight=False)
     console.print(f"flwr connects to 127.0.0.1:{state['http_port']}", highlight=False)
     if not alive:
-        console.print("fedalloy cluster up starts again what has ended", highlight=False)
+        console.print("fedalloy cluster up restarts what has ended", highlight=False)
         raise typer.Exit(1)

@@ -52,7 +52,7 @@ def demo(
 
 
 def submit(context: typer.Context) -> None:
-    """Start a run as flwr run does, with its arguments, and a quarter of its bytes of code for each client.
+    """Start a run like flwr run, with the same arguments, but send each client a quarter of the bytes of code.
 
     With --stream, a run that fails ends with why, in one line, and exit code 1; --verbose shows all of Flower's words.
     """
@@ -94,7 +94,7 @@ def compare(
         str, typer.Option(help="Comma-separated, as uplink-encoding: the strategies at each of these, too.")
     ] = "",
 ) -> None:
-    """Which strategy for these clients, at what cost; by default in this process, without a network."""
+    """Find out which strategy suits these clients and at what cost; by default in this process, without a network."""
     from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.compare.command import compare as run_comparison
 
@@ -138,7 +138,7 @@ def _how_many(superlink: SuperLink | None) -> int:
 
 
 def _print(found: Comparison, failed: Mapping[str, str], out: Path) -> None:
-    """The table of what was found, and why runs failed."""
+    """Print the table of results, and why runs failed."""
     from server_app.tools.compare.html import verdict
     from server_app.tools.compare.statistics import explanation, terminal_table
 

@@ -19,7 +19,7 @@ def certificates(
     renew: Annotated[str, typer.Option(help="Client ids, or server, comma-separated: make new keys for these.")] = "",
     owner: Annotated[int, typer.Option(help="User id of the files' owner (needs root).")] = -1,
 ) -> None:
-    """Make what a federation lacks: certificate authority, server certificate, a key pair for each client."""
+    """Make missing files of a federation: certificate authority, server certificate, and a key pair for each client."""
     from server_app.tools.cluster.certificates import make_missing
 
     with clear_errors():
@@ -35,7 +35,7 @@ def register(
     connection: Connection,
     remembered: Annotated[Path, typer.Option(help="Where to remember what was registered.")],
 ) -> None:
-    """Let the SuperLink accept the keys of a folder and no others."""
+    """Let the SuperLink accept the keys in a folder, and no others."""
     from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.cluster.supernode_keys import register_clients
 
@@ -49,7 +49,7 @@ def check(
     root_certificates: Annotated[Path | None, typer.Option(help="As for flower-supernode; none: no TLS.")] = None,
     key: Annotated[Path | None, typer.Option(help="The SuperNode's private key.")] = None,
 ) -> None:
-    """Say why a SuperNode on this machine does not get in, and what to do."""
+    """Say why a SuperNode on this machine cannot connect, and what to do."""
     from server_app.tools.cluster.link_check import check_key, check_link, check_registered
 
     with clear_errors():

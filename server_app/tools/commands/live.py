@@ -32,7 +32,7 @@ def run(
     check: Annotated[bool, typer.Option(help="Try clients' data, model and one batch before the start.")] = True,
     on_interrupt: Annotated[str, typer.Option(help="At Ctrl-C: ask, stop or leave; without a terminal stop.")] = "ask",
 ) -> None:
-    """Check everything, start a run, show how it goes on; exit code 0 only if it succeeded."""
+    """Check everything, start a run and show its progress; exit code 0 only if it succeeded."""
     from server_app.tools.demo import terminate_as_interrupt
     from server_app.tools.live import start
     from strategies.framework.options import require_choice
@@ -44,7 +44,7 @@ def run(
         wish = on_interrupt if on_interrupt != "ask" or console.is_terminal else "stop"
         if wish == "ask":
             try:
-                wish = "stop" if typer.confirm("Stop the run? (no: it goes on without this command)") else "leave"
+                wish = "stop" if typer.confirm("Stop the run? (no: it continues without this command)") else "leave"
             except (typer.Abort, KeyboardInterrupt, EOFError):
                 wish = "leave"
         left = wish == "leave"
@@ -68,7 +68,7 @@ def run(
             with terminate_as_interrupt():
                 good, said = start.run(order, console, stops)
         except KeyboardInterrupt:
-            how = f"it goes on: fedalloy watch {path}" if left else "it was told to stop"
+            how = f"it continues: fedalloy watch {path}" if left else "it was told to stop"
             errors.print(f"interrupted; {how}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
     _end(good, said)
@@ -98,14 +98,14 @@ def _order(
 
 
 def watch(run: RunDirectory) -> None:
-    """Show how a run goes on, until it ends; exit code 0 only if it succeeded. Ctrl-C leaves it running."""
+    """Show a run's progress until it ends; exit code 0 only if it succeeded. Ctrl-C leaves it running."""
     from server_app.tools.live.follow import watch as follow
 
     with clear_errors():
         try:
             good, said = follow(run, console)
         except KeyboardInterrupt:
-            errors.print("no longer watching; the run goes on", highlight=False)
+            errors.print("no longer watching; the run continues", highlight=False)
             raise typer.Exit(130) from None
     _end(good, said)
 

@@ -17,7 +17,7 @@ from server_app.tools.commands.terminal import clear_errors, console, errors
 def options(
     run_config: Annotated[str, typer.Argument(help="Run-config to check, as for flwr run, or a part of a key.")] = "",
 ) -> None:
-    """Explain run-config keys (all, or those with a word in them), or check some; clients' part is for validate."""
+    """Explain run-config keys (all, or those that contain a word), or check some; validate checks clients."""
     from server_app.run.options import OPTIONS, known_keys
     from server_app.tools.cluster.validate import check_run_config
     from server_app.tools.reference import options_of

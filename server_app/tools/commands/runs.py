@@ -30,7 +30,7 @@ def report(
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write every client's metrics by round as CSV instead.")] = None,
 ) -> None:
-    """Who took part, all clients' models next to each other, and the weights that merged them."""
+    """Show the participants, all clients' models side by side, and the weights that merged them."""
     from server_app.tools.compare.html import ReportError
     from server_app.tools.errors import ToolError
     from server_app.tools.live.page import write_csv, write_page
@@ -61,7 +61,7 @@ def export(
     every: Annotated[bool, typer.Option("--all", help="All clients of this machine, a folder for each.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --as merged.")] = False,
 ) -> None:
-    """Write a client's personal model to a folder of its own: an adapter, a whole model, or a form for a server."""
+    """Write a client's personal model to a new folder: an adapter, a whole model, or a form for a model server."""
     from server_app.tools.handover.export import FORMS, ExportError, export_adapter, export_all
     from strategies.framework.options import require_choice
 
@@ -83,7 +83,7 @@ def export(
 
 def deliver(
     run: RunDirectory,
-    client: Annotated[str, typer.Argument(help="Client ids, comma-separated, or all; default: those without.")] = "",
+    client: Annotated[str, typer.Argument(help="Comma-separated ids, or all; default: those without.")] = "",
     connection: Annotated[str, typer.Option(help="A flwr connection; default: the cluster of fedalloy cluster.")] = "",
     directory: Annotated[Path, typer.Option("--dir", help="That cluster's folder.")] = DIRECTORY,
 ) -> None:
@@ -102,7 +102,7 @@ def collect(
     runs: Annotated[Path, typer.Argument(help="Where a cluster keeps its runs.")],
     destination: Annotated[Path, typer.Argument(help="A folder of yours.")],
 ) -> None:
-    """Copy all runs from a cluster's own storage to a folder; the copies belong to the folder's owner."""
+    """Copy all runs from a cluster's storage to a folder; the copies belong to the folder's owner."""
     from server_app.tools.copy_runs import collect_all
 
     with clear_errors():

@@ -16,11 +16,11 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's file, site.toml.")]
 
 
 class SiteCommandError(ToolError):
-    """The site's file, its record or a key is not as expected; says how."""
+    """The site's file, its record or a key is not as expected; the message says how."""
 
 
 def serve(site_file: SiteFile) -> None:
-    """Be the trainer of this site's client: an own service, which asks the file alone what it may do."""
+    """Serve this site's client as the owner's own trainer; only the site's file decides what it may do."""
     from client_app.site.service import serve as serve_site
     from client_app.site.site_file import SiteFileError, read_site
 
@@ -35,7 +35,7 @@ def audit(
     record: Annotated[Path, typer.Argument(help="site.toml, or a record (records/<client-id>.jsonl).")],
     expect: Annotated[str, typer.Option(help="A hash that was noted earlier: some line must have it.")] = "",
 ) -> None:
-    """Verify the record of what left and what was refused, and add it up by run."""
+    """Verify the record of what was sent and refused, and add it up by run."""
     from client_app.site.audit import AuditError, audit
     from client_app.site.site_file import SiteFileError, read_site
 
@@ -56,12 +56,12 @@ def audit(
             counts = (run.plans, run.refused, run.numbers, run.uploads, run.reports)
             table.add_row(name or "(none)", *(f"{count:,}" for count in counts), epsilon)
         console.print(table)
-        console.print("numbers, uploads and reports in bytes; numbers are what the ledger books as tensors, upwards")
+        console.print("numbers, uploads and reports in bytes; numbers are what the server's ledger books as tensors up")
         for name, run in found.runs.items():
             for key, value in run.ignored.items():
                 console.print(f"{name}: asked for {key} = {value}; the site's file decides that", markup=False)
         for number in found.torn:
-            console.print(f"line {number} was torn by a kill, and is in the chain as it is")
+            console.print(f"line {number} was left incomplete by a kill; the chain includes it as it is")
         console.print(f"{found.lines} lines, newest {found.newest}", highlight=False, soft_wrap=True)
         if found.problems:
             raise SiteCommandError("; ".join(found.problems))
@@ -74,7 +74,7 @@ def show(
         str, typer.Argument(help="Run-config of the run, as for flwr run: strategy='fedmerge' ...")
     ] = "",
 ) -> None:
-    """Say in words what a run would ask of this site, and what the site's file allows of it."""
+    """Explain what a run would ask of this site, and what the site's file allows."""
     from client_app.site.site_file import SiteFileError, read_site
     from server_app.tools.site.show import ShowError, words_of
 
@@ -87,7 +87,7 @@ def show(
 
 
 def key(file: Annotated[Path, typer.Argument(help="The private key; <file>.pub becomes the public one.")]) -> None:
-    """Make a key that signs what a server asks (sign-with), or show the fingerprint of one that is there."""
+    """Make a key for a server to sign its messages with (sign-with), or show the fingerprint of an existing one."""
     from fedalloy_adapters.files.atomic_files import write_durably
     from fedalloy_adapters.wire.signing import SignatureError, fingerprint_of, new_key
 

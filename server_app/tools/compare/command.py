@@ -161,10 +161,10 @@ def _check_place(seeds: Sequence[int], place: str, workers: int, nodes: Nodes, s
     if not seeds:
         raise OptionError("--seeds: no seed is left, expected at least one")
     if superlink is not None and nodes:
-        raise OptionError("--connection with --clients-file: clients that are connected have node-config of their own")
+        raise OptionError("--connection with --clients-file: connected clients have their own node-config")
     if place != "process" and workers > 1:
         where = "--cluster" if place == "cluster" else "--connection"
-        raise OptionError(f"--jobs = {workers} with {where}: a cluster has one SuperNode for each client, expected 1")
+        raise OptionError(f"--jobs = {workers} with {where}: a cluster has one SuperNode per client, expected 1")
 
 
 def _chosen(strategies: Sequence[str], encodings: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -235,7 +235,7 @@ def jobs_of(
 
 
 def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: Nodes) -> None:
-    """What would otherwise show when every client has failed, or not at all.
+    """Check what would otherwise show only when every client has failed, or not at all.
 
     Raises:
         OptionError: a key is the comparison's own; there are no data, or for fewer clients, or all would have the same.
@@ -336,7 +336,7 @@ def _folder(out: Path, job: Job) -> Path:
     for key in sorted({*before, *common}):
         if before.get(key) != common.get(key):
             raise OptionError(
-                f"--out {out} is of a comparison with {_said(key, before)}, this one has {_said(key, common)}; "
+                f"--out {out} has a comparison with {_said(key, before)}, this one has {_said(key, common)}; "
                 "expected the same, or another folder"
             )
     return out / "runs"
@@ -344,12 +344,12 @@ def _folder(out: Path, job: Job) -> Path:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Two at once would clear away each other's unfinished runs. The lock goes with the process, however that ends."""
+    """Lock the folder until this process ends: two comparisons would remove each other's unfinished runs."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(out / ".lock", wait=False))
         except BlockingIOError:
-            raise OptionError(f"--out {out}: another comparison is at work there, expected none") from None
+            raise OptionError(f"--out {out}: another comparison is running there, expected none") from None
         yield
 
 
@@ -374,7 +374,7 @@ def _started(place: str, clients: int, nodes: Nodes, runs: Path, console: Consol
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Flower's log would tear the progress bars; what clients did is in each run's rounds.jsonl."""
+    """Silence Flower's log, which would break the progress bars; each run's rounds.jsonl has what clients did."""
     logger = logging.getLogger("flwr")
     before, once = logger.level, errors_once(logger)
     try:

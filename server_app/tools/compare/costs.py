@@ -1,4 +1,4 @@
-"""Figures of what a comparison cost: bytes by kind and direction with their reconciliation, and slowest clients."""
+"""Figures of a comparison's costs: bytes by kind and direction with their reconciliation, and slowest clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bytes_by_kind(found: Comparison, runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def reconciliation(runs: Sequence[FinishedRun]) -> str:
-    """How much of the wire's bytes nothing explains; that it was not measured where it was not."""
+    """The unexplained share of the wire's bytes, or a note that the wire was not measured."""
     shares = [(run.unexplained, run) for run in runs if run.unexplained is not None]
     if not shares:
         return (
@@ -41,13 +41,13 @@ def reconciliation(runs: Sequence[FinishedRun]) -> str:
     worst, run = max(shares, key=lambda item: item[0])
     kept = "" if len(shares) == len(runs) else f" (of the {len(shares)} of {len(runs)} runs that measured it)"
     return (
-        f"Every kind is counted or measured by itself; what is left of the wire's counters is unexplained: at most "
+        f"Every kind is counted or measured by itself; the rest of the wire's counters is unexplained: at most "
         f"{100 * worst:.2f} % of a run's bytes in one direction ({run.strategy}, seed {run.seed}){kept}."
     )
 
 
 def slowest(found: Comparison, rows: Sequence[Row]) -> str:
-    """What every round waited for: its slowest client, in the first seed."""
+    """The slowest client of every round, in the first seed."""
     import plotly.graph_objects as go
 
     rows = [row for row in rows if row.phase in WORK]

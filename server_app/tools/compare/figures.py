@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
-"""Heads and rows."""
+"""Column heads and rows."""
 # Okabe and Ito's colours, which the colour-blind can tell apart; the last is grey, for what is not to stand out.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a300", "#7f7f7f")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -26,7 +26,7 @@ def figure(chart: Any, caption: str, said: str, table: Table, height: int, note:
     Args:
         chart: of plotly.
         caption: its title.
-        said: what can be seen, for those who cannot see it, too.
+        said: what the figure shows, also for readers who cannot see it.
         table: its numbers.
         height: in pixels.
         note: more text.

@@ -64,7 +64,7 @@ addEventListener('afterprint', () => { closed.forEach(d => d.open = false); pain
 
 
 FEW = 12
-"""So few scores, one for each client and seed, or one seed, decide nothing."""
+"""With at most this many scores (one per client and seed), or one seed, nothing is decided."""
 
 
 class ReportError(RuntimeError):
@@ -110,13 +110,13 @@ def as_html(found: Comparison, runs: Sequence[FinishedRun], title: str, failed: 
 
 
 def at_a_glance(found: Comparison, runs: Sequence[FinishedRun], failed: Mapping[str, str]) -> list[str]:
-    """What the numbers say, in sentences, and what has to be known of the runs."""
+    """The results in sentences, and remarks on the runs."""
     measured = [reconciliation(runs)] if any(run.unexplained is not None for run in runs) else []
     return [*verdict(found), *measured, *remarks(runs, failed)]
 
 
 def verdict(found: Comparison) -> list[str]:
-    """What the numbers say, in sentences."""
+    """The results in sentences."""
     ranked = [line for line in found.ranked() if not math.isnan(line.mean.value)]
     if not ranked:
         return []
@@ -147,7 +147,7 @@ def verdict(found: Comparison) -> list[str]:
             if local is None or found.sign * (line.mean.value - local.mean.value) >= 0
         ]
         if front:
-            said.append(f"No other is better for at most as many {what}, cheapest first: {', '.join(front)}.")
+            said.append(f"Not beaten by others with at most as many {what}, cheapest first: {', '.join(front)}.")
     return said
 
 

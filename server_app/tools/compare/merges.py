@@ -1,7 +1,7 @@
 """Figures of what was merged: weights by round, Potara's endpoints, TAP's replacements, FedMosaic's relevance.
 
-They read what strategies put into ``settled`` of their rounds' records, in the first seed. Anything that maps clients
-to rows of numbers there is a matrix; nothing here asks for a strategy's name.
+They read the ``settled`` values in the round records of the first seed. Whatever maps clients to rows of numbers is
+drawn as a matrix; nothing here depends on a strategy's name.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _by_round(run: FinishedRun, key: str) -> list[tuple[int, Any]]:
 
 
 def _entropy(strategy: str, run: FinishedRun) -> list[str]:
-    """How near to uniform the relevance is."""
+    """A figure of how close to uniform the relevance is."""
     import plotly.graph_objects as go
 
     found = _by_round(run, round_record.ENTROPY)

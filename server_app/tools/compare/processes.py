@@ -1,4 +1,4 @@
-"""Runs in processes of their own, several at a time: what ``fedalloy compare --jobs`` is made of.
+"""Runs in separate processes, several at a time, for ``fedalloy compare --jobs``.
 
 A worker is a Python process with one torch thread that carries out one run after the other by
 :mod:`server_app.tools.compare.in_process_grid`. Parent and worker exchange JSON over a pipe: a run-config one way,
@@ -33,7 +33,7 @@ Nodes = Mapping[str, Mapping[str, Any]]
 
 
 class Watch(Protocol):
-    """Hears of runs, by their place in the list."""
+    """Called about runs, by their place in the list."""
 
     def started(self, index: int) -> None:
         """A run begins."""
@@ -42,31 +42,31 @@ class Watch(Protocol):
         """One of its clients has answered."""
 
     def ended(self, index: int, why: str) -> None:
-        """It has ended; ``why`` it failed, or empty."""
+        """It has ended; ``why`` says why it failed, or is empty."""
 
 
 class NotWorthError(RuntimeError):
-    """A run would give what another one gives."""
+    """A run would give the same result as another one."""
 
 
 def require_worth(config: Config, runs: Path) -> None:
-    """A head cannot be fitted again where the clients of a comparison have none.
+    """Refuse a run that re-fits heads if the clients of a comparison have none.
 
     Raises:
-        NotWorthError: the run would be another one's; says which.
+        NotWorthError: the run would equal another one; the message says which.
     """
     if config["strategy"] != "fedavg-head":
         return
     for path in runs.glob("*/registrations/*.pb"):
         said = report_pb2.Registration.FromString(path.read_bytes())
         if not Layout.from_proto(said.layout).head_modules:
-            raise NotWorthError("it would be fedavg: the clients' models have no head to fit again")
+            raise NotWorthError("it would equal fedavg: the clients' models have no head to re-fit")
 
 
 def in_process(
     config: Config, clients: int, runs: Path, answered: Callable[[], None], nodes: Nodes | None = None
 ) -> None:
-    """The engine without a network: the wire is not measured, all else is as it would be.
+    """The engine without a network: the wire is not measured, everything else is the same.
 
     ``nodes`` is more node-config for each client, by its id.
     """
@@ -125,7 +125,7 @@ def side_by_side(
                 except (EOFError, OSError):  # nothing more will come
                     process.join()
                     del busy[ready]
-                    watch.ended(index, f"its process ended with exit code {process.exitcode} (killed? no memory left?)")
+                    watch.ended(index, f"its process ended with exit code {process.exitcode} (killed? out of memory?)")
                     continue
                 if said == "answered":
                     watch.answered(index)

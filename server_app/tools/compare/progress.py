@@ -1,4 +1,4 @@
-"""What a comparison says while it runs: how many runs there are, how each ended, and when all will be done."""
+"""A comparison's progress messages: the number of runs, how each ended, and the expected time left."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Job(Protocol):
 
 
 class HopelessError(RuntimeError):
-    """The first run has failed at every client for one reason: so will the others."""
+    """The first run has failed at every client for one reason, so the others would fail, too."""
 
 
 class Progress:
@@ -72,7 +72,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self.bars.stop()
         if kind is KeyboardInterrupt:
-            self.console.print("stopped; the same command goes on with what is missing", highlight=False)
+            self.console.print("stopped; the same command continues with the missing runs", highlight=False)
 
     def started(self, index: int) -> None:
         """A run begins."""
@@ -109,7 +109,7 @@ class Progress:
             raise HopelessError
 
     def _expected(self) -> str:
-        """How many runs are left, and how long they will take by those that were."""
+        """The number of runs left, and how long they will take at the present speed."""
         left = len(self.missing) - len(self.ends)
         seconds = left * sum(self.ends) / len(self.ends) / min(self.workers, max(left, 1))
         return (

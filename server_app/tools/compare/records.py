@@ -1,4 +1,4 @@
-"""What finished runs of a comparison left on disk: rows of numbers, what was merged, where the bytes went."""
+"""Reads finished runs of a comparison from disk: rows of numbers, merge weights, and bytes by kind."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_run(strategy: str, seed: int, run: Path) -> FinishedRun:
 
 
 def remarks(runs: Sequence[FinishedRun], failed: Mapping[str, str]) -> list[str]:
-    """What has to be known of single runs: which were interrupted, which failed (by name) and why."""
+    """Remarks on single runs: which were interrupted, and which failed (by name) and why."""
     resumed = [f"{r.strategy} (seed {r.seed})" for r in runs if any(c["phase"] == "resumed" for c in r.rounds)]
     said = [f"Interrupted and resumed, so that some bytes were sent twice: {', '.join(resumed)}."] if resumed else []
     return said + [f"Failed: {name}: {why}" for name, why in failed.items()]

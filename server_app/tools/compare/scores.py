@@ -1,4 +1,4 @@
-"""Figures of how well clients are served: means and worst clients, who gains and loses, what it costs, curves."""
+"""Figures of the clients' scores: means and worst clients, gains and losses, costs, and curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server_app.tools.compare.figures import COLOURS, DASHES, OUTLINED, ROLES, T
 from server_app.tools.compare.statistics import COSTS, Comparison, Line, Row, Scores, gains_over
 
 SHOWN = 6
-"""So many of the best strategies have a curve at first; the others' are a click on their names away."""
+"""This many of the best strategies show their curve at first; the others' appear by a click on their names."""
 PLACES = ("top center", "bottom center", "middle right", "middle left")
 """Of a label at its point, the best first."""
 LABELLED = 12
@@ -251,8 +251,8 @@ def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]
         [line.strategy, f"{cost(line):.3f}", f"{line.mean.value:.3f}", "yes" if line in front else ""] for line in lines
     ]
     said = (
-        f"Mean {found.metric} against {what}, a point for each strategy. On the line, the Pareto front, are those that "
-        f"no other one beats for at most as much: {', '.join(line.strategy for line in front)}."
+        f"Mean {found.metric} against {what}, a point for each strategy. The line is the Pareto front: those that "
+        f"no other one beats at the same or lower cost: {', '.join(line.strategy for line in front)}."
     )
     table: Table = (["strategy", axis, f"mean {found.metric}", "on the front"], body)
     return figure(chart, f"{found.metric.capitalize()} against {what}", said, table, 480)

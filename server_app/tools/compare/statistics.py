@@ -1,4 +1,4 @@
-"""What runs of several strategies say about each other: means, worst clients, intervals, paired differences."""
+"""Statistics over runs of several strategies: means, worst clients, intervals, paired differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.table import Table
 
 RESAMPLES = 10_000
 METRICS = {"accuracy": 1, "exact_match": 1, "score": 1, "loss": -1}
-"""The first that all final models have is compared; 1: more is better. For ``score`` see :func:`with_score`."""
+"""Metrics in order of preference: the first one that all final models have is compared. 1: more is better. For
+``score`` see :func:`with_score`."""
 WORK = ("train", "deliver")
 """Phases of a run in which clients work; registration and the last look at counters cost bytes, too."""
 Scores = dict[tuple[int, str], float]
@@ -80,12 +81,12 @@ class Line:
 
     @property
     def unserved(self) -> int:
-        """Of how many seeds there is no score."""
+        """Number of seeds without a score."""
         return self.seeds - len({seed for seed, _ in self.scores})
 
     @property
     def label(self) -> str:
-        """Its name, with what it is there for, and of how many seeds it is if not of all."""
+        """Its name with its role, and the number of seeds if some are missing."""
         some = f"{self.seeds - self.unserved} of {self.seeds} seeds" if self.unserved else ""
         said = "; ".join(part for part in (self.role, some) if part)
         return f"{self.strategy} ({said})" if said else self.strategy
@@ -95,7 +96,7 @@ COSTS: Mapping[str, Callable[[Line], float]] = {
     "bytes": lambda line: line.megabytes["up"] + line.megabytes["down"],
     "seconds": lambda line: line.seconds,
 }
-"""What a strategy costs: megabytes up and down together, and seconds."""
+"""A strategy's cost: megabytes up and down together, and seconds."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Comparison:
         )
 
     def cheapest(self, cost: Callable[[Line], float]) -> list[Line]:
-        """The Pareto front, cheapest first: strategies that no other one beats for at most their cost."""
+        """The Pareto front, cheapest first: strategies that no other one beats at the same or lower cost."""
         front: list[Line] = []
         for line in sorted(self.ranked(), key=cost):  # of equal cost, the best first
             score = self.sign * line.mean.value
@@ -240,7 +241,7 @@ def paired(scores: Scores, reference: Scores, sign: int = 1) -> Paired:
 
 
 def as_markdown(found: Comparison, title: str, remarks: Sequence[str] = ()) -> str:
-    """The table, with what its numbers are below, and what else is to be said of the runs."""
+    """The table, with an explanation of its numbers and remarks on the runs below."""
     heads, body = cells_of(found)
     text = [f"# {title}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     text += [f"| {' | '.join(cells)} |" for cells in body]
@@ -301,8 +302,8 @@ def explanation(found: Comparison, brief: bool = False) -> list[str]:
     )
     lines = {
         "metric": f"* {found.metric}{which} of each client's personal model on its own data after the last round.",
-        "intervals": f"* In brackets 95 % bootstrap intervals ({RESAMPLES:,} resamples of seeds, and of clients). They "
-        "know the variation that few seeds show, and no more.",
+        "intervals": f"* In brackets 95 % bootstrap intervals ({RESAMPLES:,} resamples of seeds, and of clients). "
+        "They show only the variation of these few seeds.",
         "decile": f"* Worst decile: mean of the worst tenth of all clients and seeds, rounded up ({count} of {total}). "
         "Its interval, left out for fewer than 3, cannot reach beyond the worst that was seen.",
         "against": "* Against: mean of the differences, client by client of the same seed; positive is better "
@@ -311,11 +312,11 @@ def explanation(found: Comparison, brief: bool = False) -> list[str]:
         "costs": f"* MB: {level}, everything from registration on, all clients, mean over seeds. Seconds: {waited}, "
         "summed over rounds, median over seeds.",
         "learns": "* Learns from: the examples that decide a client's model, by training or by choosing weights or "
-        "models. What chooses on validation examples has seen more than `local`; `local-all` trains on them, too.",
-        "controls": "* Controls say what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
+        "models. A choice on validation examples has seen more than `local`; `local-all` trains on them, too.",
+        "controls": "* Controls show what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
         "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-all` (local training on training and "
         "validation examples), `local-twice` (two local runs of one client, "
-        "averaged). A gain by merging counts only beyond them.",
+        "averaged). A gain by merging counts only if it is larger than theirs.",
     }
     if brief:
         del lines["intervals"]

@@ -1,6 +1,6 @@
 """The model card of an export, in the form of the Hugging Face hub: what it is, what it was made from, how to load it.
 
-It says how many examples of which kind the client has, and nothing of what is in them.
+It tells the number and kind of the client's examples, but nothing of their content.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def write_card(personal: Personal, folder: Path, what: str, kind: str, **more: o
     Args:
         personal: the client's model.
         folder: of the export.
-        what: it is, in words.
+        what: what the export is, in words.
         kind: a key of :data:`LOADING`.
-        more: what the line that loads it needs.
+        more: values for the line that loads it.
     """
     about = personal.about
     base = base_name(personal)
@@ -59,14 +59,14 @@ def write_card(personal: Personal, folder: Path, what: str, kind: str, **more: o
 
 
 def base_name(personal: Personal) -> str:
-    """The base model's name; of a folder of this machine the last part, because the rest is nobody else's matter."""
+    """The base model's name; for a folder only its last part, because the rest of the path is private."""
     config = json.loads((personal.folder / "adapter_config.json").read_text())
     name = str(config.get("base_model_name_or_path", ""))
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def licence_of_base(personal: Personal) -> str:
-    """What the base model's own card says of its licence; empty where it has none, or says nothing."""
+    """The licence in the base model's own card; empty if there is none."""
     try:
         text = (personal.base / "README.md").read_text(errors="replace")
     except (ExportError, OSError):
@@ -78,7 +78,7 @@ def licence_of_base(personal: Personal) -> str:
 
 def _data(about: Mapping[str, Any]) -> Iterator[str]:
     tasks = about.get("tasks", {})
-    yield "The client's own, which this folder holds nothing of." if tasks else "Not known."
+    yield "The client's own data; this folder contains none of them." if tasks else "Not known."
     for name, kind in tasks.items():
         yield f"* task `{name}`: {kind}"
     if about.get("examples"):
@@ -86,7 +86,7 @@ def _data(about: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _training(personal: Personal) -> Iterator[str]:
-    """How it came about, where the server's files are on this machine."""
+    """How the model was trained, if the server's files are on this machine."""
     run = RunDirectory(personal.run)
     try:
         config = run.config()
@@ -117,6 +117,6 @@ def _by_round(personal: Personal) -> Iterator[str]:
     if rows:
         yield "## Metrics by round"
         yield ""
-        yield "Of the model that the client had when the round began."
+        yield "Metrics of the model that the client had when the round began."
         yield ""
         yield from ["| round | metrics |", "|---|---|", *rows]

@@ -1,4 +1,4 @@
-"""A client's personal model out of a run: ``fedalloy export RUN CLIENT DEST --as peft|merged|vllm|gguf|hub``.
+"""Exports a client's personal model from a run: ``fedalloy export RUN CLIENT DEST --as peft|merged|vllm|gguf|hub``.
 
 A form is a function in :data:`FORMS`: it fills a new folder from the client's files.
 """
@@ -35,7 +35,7 @@ def export_adapter(
         client_id: one of its clients.
         destination: a folder that does not exist yet, or is empty.
         form: a key of :data:`FORMS`.
-        say: told what a user should know of the result.
+        say: called with what a user should know about the result.
 
     Raises:
         ExportError: no such run or client, no personal model yet, not in this form, or the destination is not empty.
@@ -141,7 +141,7 @@ def _merge(personal: Personal, folder: Path, say: Say) -> None:
 
     require_one(personal, "merged")
     if personal.task not in KINDS:
-        raise ExportError("this model cannot be merged: its client did not say its one task")
+        raise ExportError("this model cannot be merged: its client has not one known task")
     transformers: Any = importlib.import_module("transformers")
     kind = KINDS[personal.task]
     auto = getattr(transformers, kind.auto_model)

@@ -15,7 +15,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class ExportError(ToolError):
-    """There is nothing to export, or the destination is taken; the message names what there is."""
+    """There is nothing to export, or the destination exists; the message names what there is."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def is_in_parts(folder: Path) -> bool:
 
 
 def require_one(personal: Personal, form: str) -> None:
-    """Refuse what is no single adapter.
+    """Refuse a model that is not a single adapter.
 
     Raises:
         ExportError: it is in parts.

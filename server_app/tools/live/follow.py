@@ -1,4 +1,4 @@
-"""Follow a run on a console: a table that is drawn anew in a terminal, plain lines as things happen elsewhere."""
+"""Follow a run on a console: a live table in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_SECONDS = 1.0
 
 
 class Follower:
-    """Shows how one run goes on; :meth:`look` may be called as often as one likes."""
+    """Shows the progress of one run; :meth:`look` may be called at any time."""
 
     def __init__(self, path: Path, console: Console) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class Follower:
         self.pause()
 
     def pause(self) -> None:
-        """Leave the terminal to somebody else."""
+        """Release the terminal."""
         if self._live is not None:
             self._live.stop()
 
@@ -49,7 +49,7 @@ class Follower:
             self._live.start()
 
     def look(self, *, now: bool = False) -> RunState | None:
-        """Show what is new; how the run stands, or None where its folder is not there (yet)."""
+        """Show what is new; returns the run's state, or None if its folder does not exist (yet)."""
         if not now and time.monotonic() - self._last < LOOK_SECONDS:
             return self.state
         self._last = time.monotonic()
@@ -72,7 +72,7 @@ def verdict(state: RunState) -> tuple[bool, str]:
         return True, f"finished: {scores(state.summary)}"
     if state.state == STOPPED:
         return False, f"stopped: {state.why}"
-    return False, f"{headline(state)}; nobody is carrying it out. {RunDirectory(state.path).how_to_resume}"
+    return False, f"{headline(state)}; no process is carrying it out. {RunDirectory(state.path).how_to_resume}"
 
 
 def watch(

@@ -14,7 +14,7 @@ from server_app.tools.live.table import clock
 
 
 def runs_in(folder: Path) -> Iterator[RunState]:
-    """The runs of a folder, the oldest first; what is none is passed over.
+    """The runs of a folder, oldest first; other files are skipped.
 
     Raises:
         RunDirectoryError: the folder is not there.
@@ -30,7 +30,7 @@ def runs_in(folder: Path) -> Iterator[RunState]:
 
 
 def as_row(run: RunState) -> dict[str, Any]:
-    """What the list says of one run."""
+    """One run as a row of the list."""
     trained = [int(record["round"]) for record in run.records if record["phase"] == "train"]
     wire: Mapping[str, Mapping[str, Any]] = run.summary.get("bytes", {})
     moved = [sizes.get("wire") or sizes.get("message") for sizes in wire.values()]

@@ -1,4 +1,4 @@
-"""``fedalloy run``: everything that can be checked is checked, the run is started and followed, its end is told."""
+"""``fedalloy run``: checks everything that can be checked, starts the run, follows it, and reports its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server_app.tools.live.state import FINISHED
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be run where.
+    """What to run, and where.
 
     ``runs`` is the folder of runs as this machine sees it, None where it does not. ``clients`` has node-config by
     client id of those whose files are on this machine: they are tried first.
@@ -79,7 +79,7 @@ def checked(order: Order, console: Console) -> Iterator[str]:
 
 
 def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool, str]:
-    """Start a completed order and follow it to its end; whether it succeeded, and what to say of it.
+    """Start a completed order and follow it to its end; returns whether it succeeded, and a message.
 
     Args:
         order: see :func:`completed`.
@@ -93,7 +93,7 @@ def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool
     path = run_path(order)
     if path is None:
         console.print(
-            "the run's folder is not on this machine (--runs-dir): what it prints is in the log, nothing more is shown",
+            "the run's folder is not on this machine (--runs-dir): its output is in the log, and no progress is shown",
             highlight=False,
             soft_wrap=True,
         )

@@ -1,4 +1,4 @@
-"""How a run stands, read from its folder alone: finished, going on, or left; who is at what; bytes; expected end."""
+"""A run's state, read from its folder alone: finished, running or stopped; progress, bytes, expected end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from server_app.run.run_directory import RunDirectory, RunDirectoryError
 
 FINISHED, RUNNING, STOPPED, BEGUN = "finished", "running", "stopped", "interrupted"
 STALE_SECONDS = 600.0
-"""A client's note that is older is of a process that has gone."""
+"""Age in seconds above which a client's progress file belongs to an ended process."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run as a table of at most 80 columns, and as plain lines for what is no terminal."""
+"""A run as a table of at most 80 columns, and as plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server_app.tools.live.state import FINISHED, RUNNING, ClientState, RunState
 
 WIDTH = 80
 SHOWN = 30
-"""Clients at most, those at work first: a screen holds no more."""
+"""Largest number of clients shown, those at work first: a screen holds no more."""
 _WORDS = {
     "register": "clients register", "waiting": "waiting for clients", "train": "training", "deliver": "delivery",
     "counters": "last counters", "resumed": "resumed", "stopped": "stopped", "": "starting",
@@ -21,7 +21,7 @@ _WORDS = {
 
 
 def as_table(run: RunState) -> RenderableType:
-    """Who is at what, how far, at which loss and score, with how many bytes so far."""
+    """Each client's step, progress, loss, score and bytes so far."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("client", width=16, no_wrap=True, overflow="ellipsis")
     table.add_column("state", width=16, no_wrap=True, overflow="ellipsis")
@@ -57,7 +57,7 @@ def headline(run: RunState) -> str:
 
 
 def line_of(record: Mapping[str, Any], rounds: int) -> str:
-    """A phase that is over: who answered, the mean score, who did not and how."""
+    """One line for a finished phase: how many answered, the mean score, and who did not answer and why."""
     clients = record["clients"]
     what = f"round {record['round']}/{rounds}" if record["phase"] == "train" else _WORDS.get(record["phase"], "")
     good = [client for client in clients.values() if client["status"] == "ok"]

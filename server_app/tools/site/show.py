@@ -1,8 +1,7 @@
-"""``fedalloy site show``: what a run would ask of a site, in words, and what the site's file says to it.
+"""``fedalloy site show``: explains what a run would ask of a site, and what the site's file allows.
 
 The strategy is played on this machine, round by round, with this site's client and two that look like it. Nobody
-answers, so what a strategy asks only after certain answers is not seen; the site's file decides about that when it is
-asked.
+answers, so requests that depend on answers do not appear; the site's file decides about them when they come.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ _WORDS = {
     "initialise": "makes adapters from a seed, or copies of them",
     "train": "trains adapters on your examples",
     "merge": "adds adapters up on your machine",
-    "evaluate": "measures a model on your examples and tells the scores",
+    "evaluate": "measures a model on your examples and reports the scores",
     "save": "keeps a model on your machine",
     "send": "uploads an adapter",
-    "fisher": "tells sums of squared gradients of single examples",
-    "distance": "tells how far two adapters are from each other",
-    "sketch": "uploads a gradient on your examples, with noise where it says so",
-    "select": "tells the loss of several adapters on your examples, and takes the better",
-    "gram": "uploads second moments of what the model sees of your examples",
+    "fisher": "reports sums of squared gradients of single examples",
+    "distance": "reports how far two adapters are from each other",
+    "sketch": "uploads a gradient on your examples, with noise if the strategy asks for it",
+    "select": "reports the loss of several adapters on your examples, and takes the better ones",
+    "gram": "uploads second moments of the model's inputs on your examples",
     "attribute": "divides your examples among adapters by their losses",
-    "replace": "copies parts of adapters where your examples' losses ask for it",
-    "distill": "trains an adapter on your examples, and on what another one says of them",
+    "replace": "copies parts of adapters, depending on losses on your examples",
+    "distill": "trains an adapter on your examples and on another adapter's answers to them",
 }
 
 
@@ -46,7 +45,7 @@ class ShowError(ToolError):
 
 
 def words_of(site: Site, run_config: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for the owner.
+    """The explanation for the owner, line by line.
 
     Args:
         site: the owner's file.
@@ -76,11 +75,11 @@ def words_of(site: Site, run_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _about(site: Site, registration: report_pb2.Registration) -> Iterator[str]:
-    who = ", ".join(site.servers.values()) or "anybody who can open its socket: nobody's signature is asked for"
+    who = ", ".join(site.servers.values()) or "anybody who can open its socket: no signature is required"
     yield f"Client {site.client_id!r} serves runs named {', '.join(site.runs)}, for {who}."
     for task in registration.tasks:
         counts = ", ".join(f"{count} {split}" for split, count in sorted(task.examples.items()))
-        yield f"It would tell that it has {task.kind} with {counts} examples, and {len(task.notes)} notes on them:"
+        yield f"It would report that it has {task.kind} with {counts} examples, and {len(task.notes)} notes on them:"
         yield from (f"  {one_line(note)}" for note in task.notes)
 
 

@@ -54,7 +54,7 @@ def test_words_that_are_cut_off_are_told(tmp_path: Path) -> None:
     path = toy_data.write_jsonl(tmp_path / "x.jsonl", TAGGED)
     base = tiny_models.save_bert(tmp_path / "bert", toy_data.VOCABULARY)
     _, data = load_own(settings_of(path, tmp_path, base, max_length=4))
-    assert "6 words lie behind what is read of their text (max-length)" in data.notes
+    assert "6 words lie beyond the part of their text that is read (max-length)" in data.notes
 
 
 def test_tags_by_number_have_the_names_of_their_feature(tmp_path: Path) -> None:

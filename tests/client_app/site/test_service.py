@@ -126,7 +126,7 @@ def test_a_hostile_client_app_speaks_to_the_socket_itself(start: Start) -> None:
             return ask(stub, requests_of(job, blobs), 60.0, "it", lambda name, progress: None)
 
         for job in (trainer_pb2.Job(register=trainer_pb2.RegisterJob()), trainer_pb2.Job(plan=plan_of())):
-            with pytest.raises(JobFailedError, match="speaks version 1, and was asked in version 0"):
+            with pytest.raises(JobFailedError, match="speaks version 1, but the request has version 0"):
                 tell(job, {})
         words = plan_pb2.RegisterRequest(version=1, run_name="study-1").SerializeToString()
         job = trainer_pb2.Job(site=trainer_pb2.SiteJob(version=1, register=words))

@@ -67,7 +67,7 @@ def test_large_adapters_are_arrays_whoever_reads_what() -> None:
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [("text", "found str"), (bytes(MAX_BESIDE_BYTES + 1), "expected arrays"), (b"2", "there twice")],
+    [("text", "found str"), (bytes(MAX_BESIDE_BYTES + 1), "expected arrays"), (b"2", "occurs twice")],
 )
 def test_adapters_beside_the_message_that_are_refused(value: Any, reason: str) -> None:
     records = pack("plan", PLAN, {"global": b"1"})

@@ -62,7 +62,7 @@ def test_metrics_can_be_chosen_and_models_that_became_worse_are_named(tmp_path: 
     with pytest.raises(RunDirectoryError, match="no metric 'chrf'; it has loss"):
         report_of(directory.path, "chrf")
     assert "became worse: ada: validation loss 117, " in printed(directory.path, "loss")
-    assert "the model of after round 3" in printed(directory.path)
+    assert "the model after round 3" in printed(directory.path)
 
 
 def test_how_long_ago() -> None:

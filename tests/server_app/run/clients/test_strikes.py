@@ -46,7 +46,7 @@ def test_who_is_slower_than_a_quorum_gets_no_strike() -> None:
     for round_ in range(1, 6):
         strikes.book(round_, {"a": of_silence(20.0, 60.0, quorum=2), "b": of_silence(60.5, 60.0, quorum=2)})
     assert set(strikes.saved()) == {"b"}
-    assert of_silence(20.0, 60.0, quorum=2)["reason"] == "no answer within 20 s, when the quorum's grace had passed"
+    assert of_silence(20.0, 60.0, quorum=2)["reason"] == "no answer within 20 s, when the quorum's grace period ended"
     early = of_silence(20.0, 60.0)
     assert early == {"status": LATE, "reason": "no answer within 20 s, when most had long answered (grace-ratio)"}
     assert of_silence(60.5, 60.0) == {"status": LATE, "reason": "no answer within 60 s"}

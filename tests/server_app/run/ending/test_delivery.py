@@ -54,7 +54,7 @@ def test_clients_get_the_models_of_the_best_round_and_the_last_line_says_so(
         "[train 5] ada began this round with a worse model: validation loss 117 after 4 rounds" in m for m in said
     )
     assert "became worse: ada (validation loss 177, " in said[-1]
-    assert "it has the model of after round 3)" in said[-1]
+    assert "it has the model after round 3)" in said[-1]
     assert summary(directory)["diverged"]["ben"]["delivered_round"] == 3
     assert summary(directory)["clients"]["cyd"]["loss"] == 0.0
     assert {float(node.saved.vector.mean()) for node in found.nodes.values() if node.saved} == {TARGET}

@@ -207,7 +207,7 @@ def test_a_head_that_is_not_there_is_not_fitted_again(tmp_path: Path) -> None:
         if head:
             require_worth(config, tmp_path)
     require_worth({"strategy": "fedavg"}, tmp_path)
-    with pytest.raises(NotWorthError, match="it would be fedavg"):
+    with pytest.raises(NotWorthError, match="it would equal fedavg"):
         require_worth(config, tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_clients_of_ones_own_are_compared(tmp_path: Path, alone: None, monkeypat
 
 def test_two_comparisons_do_not_work_in_one_folder(tmp_path: Path, alone: None) -> None:
     def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
-        with pytest.raises(OptionError, match="another comparison is at work there"):
+        with pytest.raises(OptionError, match="another comparison is running there"):
             compare("digits", [], [0], tmp_path, console(tmp_path / "said"), engine=engine)
         raise RuntimeError("refused, as expected")
 

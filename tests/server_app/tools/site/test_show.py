@@ -43,7 +43,7 @@ def test_what_fedmerge_would_ask_is_allowed_here(folder: Path) -> None:
 
 def test_what_potara_would_ask_is_refused_by_the_kind_of_step(folder: Path) -> None:
     words = shown(folder, "strategy='potara' num-server-rounds=3")
-    assert "fisher, 1 times: it tells sums of squared gradients of single examples" in words
+    assert "fisher, 1 times: it reports sums of squared gradients of single examples" in words
     assert "refuses step" in words
     assert "and not distance" in words
 
