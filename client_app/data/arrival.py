@@ -1,10 +1,10 @@
 """Training data that arrives over the rounds, and the replay memory that batches are then drawn from.
 
 FedMosaic's two settings (its reference code; specification section 5.1): ``static``, where every round brings an equal
-share of all of a client's data, and ``dynamic``, where its tasks come one after another, each over its own rounds. A
-task is a group of classes. Examples stay once they have arrived: batches are drawn from all of them, and new or rarely
-drawn examples come first. Nothing is stored between rounds: the examples in round k, and the draws of all earlier
-rounds, follow from k and the seed. So a resumed run sees the same examples as an uninterrupted one.
+share of all of a client's data, and ``dynamic``, where its groups of classes (FedMosaic's tasks) come one after
+another, each over its own rounds. Examples stay once they have arrived: batches are drawn from all of them, and new or
+rarely drawn examples come first. Nothing is stored between rounds: the examples in round k, and the draws of all
+earlier rounds, follow from k and the seed. So a resumed run sees the same examples as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from client_app.data.dataset import ClientData, Dataset
 from client_app.settings import SettingsError
 
-TASKS = 4
+GROUPS = 4
 """Number of groups of classes in a client's data; fewer if it has fewer classes."""
 SHARPNESS, FADING = 0.125, 0.99
 """An example that was drawn c times has a weight of exp(-c / SHARPNESS); counts fade by this factor at each draw."""
@@ -75,7 +75,7 @@ def streamed(data: ClientData, arrival: str, rounds: int, seed: int) -> ClientDa
         data: of one task whose examples have classes.
         arrival: ``static`` or ``dynamic``.
         rounds: of the run.
-        seed: decides the order of tasks and examples.
+        seed: decides the order of groups and examples.
 
     Raises:
         SettingsError: there are several tasks already, or no classes.
@@ -102,27 +102,27 @@ def arrivals_static(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArra
 
 
 def arrivals_dynamic(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArray[np.int64]:
-    """The round of each example: tasks one after another, each shuffled and over an equal part of the rounds.
+    """The round of each example: groups of classes in turn, each shuffled and over an equal part of the rounds.
 
-    With R = ``rounds`` / tasks, a round brings 1 / R of a task; where R is no whole number, some bring the end of one
+    With R = ``rounds`` / groups, a round brings 1 / R of a group; where R is no whole number, some bring the end of one
     and the beginning of the next.
     """
     chance = np.random.default_rng(seed)
     found = np.empty(len(labels), dtype=np.int64)
-    tasks = tasks_of(labels, seed)
-    count = int(tasks.max()) + 1
-    for task in range(count):
-        order = chance.permutation(np.flatnonzero(tasks == task))
+    groups = class_groups(labels, seed)
+    count = int(groups.max()) + 1
+    for group in range(count):
+        order = chance.permutation(np.flatnonzero(groups == group))
         # In whole numbers: 0.1 * 30 is more than 3 in floating point.
-        found[order] = (task * len(order) + np.arange(len(order))) * rounds // (count * len(order)) + 1
+        found[order] = (group * len(order) + np.arange(len(order))) * rounds // (count * len(order)) + 1
     return found
 
 
-def tasks_of(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """The task of each example, from 0: classes in random order, divided into at most :data:`TASKS` groups."""
-    classes = np.random.default_rng((TASKS, seed)).permutation(np.unique(labels))
+def class_groups(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """The group of each example, from 0: classes in random order, divided into at most :data:`GROUPS` groups."""
+    classes = np.random.default_rng((GROUPS, seed)).permutation(np.unique(labels))
     found = np.empty(len(labels), dtype=np.int64)
-    for number, group in enumerate(np.array_split(classes, min(TASKS, len(classes)))):
+    for number, group in enumerate(np.array_split(classes, min(GROUPS, len(classes)))):
         found[np.isin(labels, group)] = number
     return found
 

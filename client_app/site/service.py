@@ -26,7 +26,7 @@ from client_app.site.gate import VERSION, admit, settings_of
 from client_app.site.site_file import Site, SiteFileError
 from client_app.trainer.address import MAX_SOCKET_PATH, UNFIT, inode_of
 from client_app.trainer.calls import in_pieces, listens
-from client_app.trainer.server import Task, Trainer, private_server
+from client_app.trainer.server import PendingJob, Trainer, private_server
 from fedalloy_adapters.files.atomic_files import locked, private_folder, private_mask
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2, trainer_pb2
@@ -56,7 +56,7 @@ class SiteTrainer(Trainer):
         context.abort(grpc.StatusCode.PERMISSION_DENIED, "a site's service ends when its owner ends it")
         raise AssertionError
 
-    def receive(self, requests: Iterable[trainer_pb2.RunRequest], context: Any) -> Task:
+    def receive(self, requests: Iterable[trainer_pb2.RunRequest], context: Any) -> PendingJob:
         """The job and its blobs, up to the owner's bound on what comes with a plan."""
         most = (self._bound_mb() or float("inf")) * 10**6
         return super().receive(_bounded(requests, most, context), context)
@@ -64,22 +64,23 @@ class SiteTrainer(Trainer):
     def work(self) -> None:
         """Carry out jobs until the process ends."""
         while True:
-            task = self._tasks.get()
-            if task is None:
+            pending = self._pending.get()
+            if pending is None:
                 return
-            if not self._carry_out(task):
+            if not self._carry_out(pending):
                 return
-            del task
+            del pending
 
-    def _carry_out(self, task: Task) -> bool:
-        sound = super()._carry_out(task)
-        say(f"{task.job.site.WhichOneof('asked') or 'something else'}; newest line of the record: {self.record.last()}")
+    def _carry_out(self, pending: PendingJob) -> bool:
+        sound = super()._carry_out(pending)
+        asked = pending.job.site.WhichOneof("asked") or "something else"
+        say(f"{asked}; newest line of the record: {self.record.last()}")
         return sound
 
-    def _outcome(self, task: Task) -> Iterator[trainer_pb2.RunResponse]:
-        job = task.job
+    def _outcome(self, pending: PendingJob) -> Iterator[trainer_pb2.RunResponse]:
+        job = pending.job
         try:
-            admitted = admit(self.site, job, task.blobs)
+            admitted = admit(self.site, job, pending.blobs)
         except Exception as error:
             kind = job.site.WhichOneof("asked") or "nothing"
             self.record.append("refused", **self._claimed(job), asked=kind, error=one_line(told(error), 500))
@@ -93,7 +94,7 @@ class SiteTrainer(Trainer):
         if admitted.plan is None:
             yield trainer_pb2.RunResponse(registration=executor.register(admitted.settings, admitted.run_name))
             return
-        report, uploads = executor.carry_out(admitted.settings, admitted.plan, task.blobs)
+        report, uploads = executor.carry_out(admitted.settings, admitted.plan, pending.blobs)
         for chunk in in_pieces(uploads):
             yield trainer_pb2.RunResponse(chunk=chunk)
         yield trainer_pb2.RunResponse(report=report)

@@ -49,7 +49,7 @@ STARTUP_SECONDS = 60.0
 
 
 @dataclass
-class Task:
+class PendingJob:
     """A job in progress: its request, its results, and whether somebody still waits for it."""
 
     job: trainer_pb2.Job
@@ -90,7 +90,7 @@ class Trainer(TrainerServiceServicer):
     def __init__(self, digest: bytes, folder: Path | None = None) -> None:
         self.digest = digest
         self._folder = folder
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[PendingJob | None] = queue.SimpleQueue()
         self._admission = threading.Lock()
         self._retiring = False
         self._idle_seconds = STARTUP_SECONDS
@@ -101,7 +101,7 @@ class Trainer(TrainerServiceServicer):
         with self._admission:
             if not self._retiring:
                 self._retiring = True
-                self._tasks.put(None)
+                self._pending.put(None)
 
     # gRPC's threads
 
@@ -118,18 +118,18 @@ class Trainer(TrainerServiceServicer):
         self, request_iterator: Iterable[trainer_pb2.RunRequest], context: Any
     ) -> Iterator[trainer_pb2.RunResponse]:
         """See ``trainer.proto``."""
-        task = self.receive(request_iterator, context)
+        pending = self.receive(request_iterator, context)
         with self._admission:
             if self._retiring:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "this trainer retires")
-            self._tasks.put(task)
-        if not context.add_callback(task.cancel):
-            task.cancel()
+            self._pending.put(pending)
+        if not context.add_callback(pending.cancel):
+            pending.cancel()
         yield trainer_pb2.RunResponse(progress=trainer_pb2.Progress(activity="accepted"))
-        while (answer := task.answers.get()) is not None:
+        while (answer := pending.answers.get()) is not None:
             yield answer
 
-    def receive(self, requests: Iterable[trainer_pb2.RunRequest], context: Any) -> Task:
+    def receive(self, requests: Iterable[trainer_pb2.RunRequest], context: Any) -> PendingJob:
         """The job and its blobs."""
         job = trainer_pb2.Job()
         pieces: dict[str, list[bytes]] = {}
@@ -138,7 +138,7 @@ class Trainer(TrainerServiceServicer):
                 job = request.job
             else:
                 pieces.setdefault(request.chunk.slot, []).append(request.chunk.data)
-        return Task(job, {slot: b"".join(found) for slot, found in pieces.items()})
+        return PendingJob(job, {slot: b"".join(found) for slot, found in pieces.items()})
 
     # The main thread
 
@@ -146,35 +146,35 @@ class Trainer(TrainerServiceServicer):
         """Carry out jobs until there is a reason to leave."""
         while True:
             try:
-                task = self._tasks.get(timeout=self._idle_seconds)
+                pending = self._pending.get(timeout=self._idle_seconds)
             except queue.Empty:
                 if self._close_the_door():
                     return
                 continue
-            if task is None:
+            if pending is None:
                 return
-            self._idle_seconds = task.job.idle_seconds
-            if not self._carry_out(task):
+            self._idle_seconds = pending.job.idle_seconds
+            if not self._carry_out(pending):
                 self.retire()
                 return
-            del task  # and its blobs
+            del pending  # and its blobs
 
-    def _carry_out(self, task: Task) -> bool:
+    def _carry_out(self, pending: PendingJob) -> bool:
         """One job; whether this process can be trusted with another one."""
-        if task.cancelled.is_set():
+        if pending.cancelled.is_set():
             return True
         sound = True
         try:
-            with listening(task.listen), turn(self._folder, self._accelerator()):
-                for answer in self._outcome(task):
-                    task.answers.put(answer)
+            with listening(pending.listen), turn(self._folder, self._accelerator()):
+                for answer in self._outcome(pending):
+                    pending.answers.put(answer)
         except Exception as error:
             sound = _is_sound(error)
             if not isinstance(error, Cancelled):
                 traceback.print_exc()
             failure = trainer_pb2.Failure(error=type(error).__name__, message=told(error))  # the words are in the log
-            task.answers.put(trainer_pb2.RunResponse(failure=failure))
-        task.answers.put(None)
+            pending.answers.put(trainer_pb2.RunResponse(failure=failure))
+        pending.answers.put(None)
         return sound
 
     def _accelerator(self) -> str:
@@ -182,18 +182,18 @@ class Trainer(TrainerServiceServicer):
 
         return accelerator()
 
-    def _outcome(self, task: Task) -> Iterator[trainer_pb2.RunResponse]:
+    def _outcome(self, pending: PendingJob) -> Iterator[trainer_pb2.RunResponse]:
         if self._executor is None:
             from client_app.session import Executor  # seconds of imports
 
             self._executor = Executor()
-        settings = read_settings(context_of(task.job))
+        settings = read_settings(context_of(pending.job))
         threads = threads_for(settings.torch_threads, settings.state_dir)
         settings = replace(settings, torch_threads=threads)
-        if task.job.WhichOneof("kind") == "register":
+        if pending.job.WhichOneof("kind") == "register":
             yield trainer_pb2.RunResponse(registration=self._executor.register(settings))
             return
-        report, uploads = self._executor.carry_out(settings, task.job.plan, task.blobs)
+        report, uploads = self._executor.carry_out(settings, pending.job.plan, pending.blobs)
         for chunk in in_pieces(uploads):
             yield trainer_pb2.RunResponse(chunk=chunk)
         yield trainer_pb2.RunResponse(report=report)
@@ -201,7 +201,7 @@ class Trainer(TrainerServiceServicer):
     def _close_the_door(self) -> bool:
         """Idle: take no more jobs, unless one has just come."""
         with self._admission:
-            self._retiring = self._tasks.empty()
+            self._retiring = self._pending.empty()
             return self._retiring
 
 

@@ -120,7 +120,7 @@ WIDTHS = (128, 1024, 2048, 6144)
 
 
 @dataclass(frozen=True)
-class Row:
+class Defaults:
     """For some kinds: learning rates below the first of :data:`WIDTHS`, from each on; examples of a step; and why."""
 
     kinds: tuple[str, ...]
@@ -130,32 +130,32 @@ class Row:
 
 
 TABLE = (
-    Row(
+    Defaults(
         ("causal-lm", "image-text-to-text"),
         (5e-3, 1e-3, 5e-4, 2e-4, 1e-4),
         8,
         "QLoRA (Dettmers et al. 2023) trains models of 7B and 13B at 2e-4, of 33B and 65B at 1e-4; narrower ones take "
         "more. Long texts make small batches.",
     ),
-    Row(
+    Defaults(
         ("preferences",),
         (5e-4, 5e-5, 2e-5, 1e-5, 5e-6),
         8,
         "Preferences move a model that can already write, at a tenth of the rate or less (Zephyr's DPO: 5e-6 at 7B).",
     ),
-    Row(
+    Defaults(
         ("image-classification", "image-text-classification"),
         (5e-3, 2e-3, 1e-3, 5e-4, 2e-4),
         32,
         "PEFT's example trains ViT-base at 5e-3 with batches of 128; smaller batches take less.",
     ),
-    Row(
+    Defaults(
         ("sentence-pairs",),
         (5e-3, 5e-4, 3e-4, 2e-4, 1e-4),
         32,
         "The other examples of a batch are what a text is told from: a small batch teaches little.",
     ),
-    Row(
+    Defaults(
         (),
         (5e-3, 5e-4, 3e-4, 2e-4, 1e-4),
         16,

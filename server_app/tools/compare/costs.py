@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from server_app.tools.compare.figures import COLOURS, OUTLINED, Table, figure, heights
 from server_app.tools.compare.records import DIRECTIONS, FinishedRun
-from server_app.tools.compare.statistics import WORK, Comparison, Row
+from server_app.tools.compare.statistics import WORK, Comparison, Observation
 
 # Kinds of the ledger that one colour stands for; `fedalloy traffic RUN` has each of them.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -46,7 +46,7 @@ def reconciliation(runs: Sequence[FinishedRun]) -> str:
     )
 
 
-def slowest(found: Comparison, rows: Sequence[Row]) -> str:
+def slowest(found: Comparison, rows: Sequence[Observation]) -> str:
     """The slowest client of every round, in the first seed."""
     import plotly.graph_objects as go
 

@@ -13,7 +13,7 @@ from typing import Any
 from server_app.ledger.reconciliation import SKETCH, Accounts
 from server_app.ledger.store import Ledger
 from server_app.run.run_directory import RunDirectory
-from server_app.tools.compare.statistics import Row, with_score
+from server_app.tools.compare.statistics import Observation, with_score
 
 LEVELS = ("tensor", "message", "wire")
 DIRECTIONS = ("up", "down")
@@ -34,7 +34,7 @@ class FinishedRun:
 
     strategy: str
     seed: int
-    rows: Sequence[Row]
+    rows: Sequence[Observation]
     rounds: Sequence[Mapping[str, Any]]
     kinds: Mapping[str, Mapping[str, int]]
     unexplained: float | None
@@ -75,7 +75,7 @@ def kinds_of(accounts: Accounts) -> dict[str, dict[str, int]]:
     return found
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[Observation]) -> str:
     """One line for each client, seed, strategy and round; empty where something was not measured."""
     metrics = sorted({name for row in rows for name in row.metrics})
     counts = [f"{direction}_{level}" for direction in DIRECTIONS for level in LEVELS]
@@ -90,7 +90,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], accounts: Accounts) -> Iterator[Row]:
+def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], accounts: Accounts) -> Iterator[Observation]:
     """Registration, rounds as the clients evaluated what they were sent, the delivery, and the last counters."""
     counted = defaultdict[tuple[int, str], dict[str, int | None]](dict)
     for item in accounts.rows():
@@ -104,7 +104,7 @@ def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], account
             seconds = (
                 answer.get("seconds", 0.0) if networked else answer.get("client_seconds", answer.get("seconds", 0.0))
             )
-            yield Row(
+            yield Observation(
                 strategy,
                 seed,
                 client,

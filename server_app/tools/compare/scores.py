@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from fedalloy_adapters.wire.codec import Encoding
 from server_app.tools.compare.figures import COLOURS, DASHES, OUTLINED, ROLES, Table, figure, heights, ticks
-from server_app.tools.compare.statistics import COSTS, Comparison, Line, Row, Scores, gains_over
+from server_app.tools.compare.statistics import COSTS, Comparison, Line, Observation, Scores, gains_over
 
 SHOWN = 6
 """This many of the best strategies show their curve at first; the others' appear by a click on their names."""
@@ -106,7 +106,7 @@ def by_encoding(found: Comparison) -> list[str]:
     return [figure(chart, f"{found.metric.capitalize()} against bytes, by encoding", said, table, 460)]
 
 
-def curves(found: Comparison, rows: Sequence[Row]) -> str:
+def curves(found: Comparison, rows: Sequence[Observation]) -> str:
     """Mean of the clients' models after every round."""
     import plotly.graph_objects as go
 

@@ -24,7 +24,7 @@ Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Row:
+class Observation:
     """What one client did in one round of one run; ``metrics`` are those of its personal model."""
 
     strategy: str
@@ -130,7 +130,7 @@ class Comparison:
 
 
 def comparison_of(
-    rows: Sequence[Row],
+    rows: Sequence[Observation],
     strategies: Sequence[str],
     references: Sequence[str],
     controls: Sequence[str] = (),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client_app.data.arrival import StreamedDataset, arrivals_dynamic, arrivals_static, streamed, tasks_of
+from client_app.data.arrival import StreamedDataset, arrivals_dynamic, arrivals_static, class_groups, streamed
 from client_app.data.dataset import ClientData, Dataset
 from client_app.settings import SettingsError
 
@@ -51,7 +51,7 @@ def test_static_chunks_are_equal() -> None:
 
 @pytest.mark.parametrize("rounds", [4, 8, 6, 3])
 def test_tasks_come_one_after_another_in_slices_that_partition_them(rounds: int) -> None:
-    tasks, found = tasks_of(LABELS, 5), arrivals_dynamic(LABELS, rounds, 5)
+    tasks, found = class_groups(LABELS, 5), arrivals_dynamic(LABELS, rounds, 5)
     assert sorted(set(tasks)) == [0, 1, 2, 3]
     for task in range(4):
         mine = found[tasks == task]

@@ -24,7 +24,7 @@ from client_app.session import Executor
 from client_app.settings import read_settings
 from client_app.trainer.address import Owner, Residence, TrainerError
 from client_app.trainer.client import JobFailedError, TrainerClient
-from client_app.trainer.server import Task, Trainer, turn
+from client_app.trainer.server import PendingJob, Trainer, turn
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from strategies.framework.steps import Training, evaluate, initialise, mixture, send, train
 from tests.client_app.trainer.conftest import PATIENCE, owners, pid_of, trainers_of, wait_until
@@ -206,12 +206,12 @@ def test_after_an_error_that_may_have_broken_the_process_it_leaves(home: Path, e
     job = trainer_pb2.Job(register=trainer_pb2.RegisterJob(), idle_seconds=0.01)
     job.node_config["partition-id"].integer = 0
     job.node_config["num-partitions"].integer = 1
-    tasks = [Task(job, {}), Task(job, {})]
-    for task in tasks:
-        trainer._tasks.put(task)
+    jobs = [PendingJob(job, {}), PendingJob(job, {})]
+    for job_ in jobs:
+        trainer._pending.put(job_)
     trainer.work()
-    assert tasks[0].answers.get_nowait().failure.error == type(error).__name__  # type: ignore[union-attr]
-    assert tasks[1].answers.empty() is not stays
+    assert jobs[0].answers.get_nowait().failure.error == type(error).__name__  # type: ignore[union-attr]
+    assert jobs[1].answers.empty() is not stays
 
 
 def test_trainers_that_share_a_device_take_turns(tmp_path: Path) -> None:

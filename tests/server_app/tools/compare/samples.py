@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server_app.tools.compare.records import FinishedRun
-from server_app.tools.compare.statistics import Comparison, Row, comparison_of
+from server_app.tools.compare.statistics import Comparison, Observation, comparison_of
 
 SCORES: Mapping[str, tuple[float, ...]] = {
     "local": (0.5, 0.7, 0.9),
@@ -20,10 +20,10 @@ CLIENTS = ("client-0", "client-1", "client-2")
 ROUNDS = ((1, "train", 0.5), (2, "train", 0.8), (3, "deliver", 1.0))
 
 
-def rows_of(wire: int | None = 3_000_000, metric: str = "accuracy", sign: int = 1) -> list[Row]:
+def rows_of(wire: int | None = 3_000_000, metric: str = "accuracy", sign: int = 1) -> list[Observation]:
     """Two seeds of each strategy: every client takes as many seconds as its place, and sends the same bytes."""
     return [
-        Row(
+        Observation(
             strategy,
             seed,
             CLIENTS[index],
@@ -49,13 +49,13 @@ def rows_of(wire: int | None = 3_000_000, metric: str = "accuracy", sign: int = 
     ]
 
 
-def compared(rows: list[Row] | None = None) -> Comparison:
+def compared(rows: list[Observation] | None = None) -> Comparison:
     """All strategies of the rows."""
     rows = rows_of() if rows is None else rows
     return comparison_of(rows, list(SCORES), ("local", "fedavg"), CONTROLS)
 
 
-def runs_of(rows: list[Row], wired: bool = True) -> list[FinishedRun]:
+def runs_of(rows: list[Observation], wired: bool = True) -> list[FinishedRun]:
     """The rows' runs; ``rival`` has merged in every way that there is."""
     kinds: dict[str, dict[str, int]] = {
         "up": {"tensors": 3_600_000, "sketches": 0, "message framing": 5_400_000},

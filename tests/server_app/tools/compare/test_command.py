@@ -19,7 +19,7 @@ from server_app.tools.compare import command as module
 from server_app.tools.compare.command import compare, in_process, jobs_of, on_cluster
 from server_app.tools.compare.processes import NotWorthError, require_worth
 from server_app.tools.compare.records import FinishedRun
-from server_app.tools.compare.statistics import Row
+from server_app.tools.compare.statistics import Observation
 from strategies import STRATEGIES
 from strategies.framework.options import OptionError
 from tests.strategies.conftest import layout_of
@@ -214,7 +214,7 @@ def test_a_head_that_is_not_there_is_not_fitted_again(tmp_path: Path) -> None:
 def without_ledger(strategy: str, seed: int, run: Path) -> FinishedRun:
     (record,) = rounds = RunDirectory(run).rounds()
     rows = [
-        Row(strategy, seed, client, 3, "deliver", "ok", answer["metrics"]["personal"], 1.0, 0.0)
+        Observation(strategy, seed, client, 3, "deliver", "ok", answer["metrics"]["personal"], 1.0, 0.0)
         for client, answer in record["clients"].items()
     ]
     return FinishedRun(strategy, seed, rows, rounds, {"up": {}, "down": {}}, None)

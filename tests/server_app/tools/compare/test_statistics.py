@@ -18,7 +18,7 @@ from server_app.tools.compare.merges import matrix_of
 from server_app.tools.compare.scores import PLACES, _places, by_encoding
 from server_app.tools.compare.statistics import (
     METRICS,
-    Row,
+    Observation,
     Scores,
     as_markdown,
     comparison_of,
@@ -65,7 +65,7 @@ def test_a_client_that_failed_at_the_end_is_left_out_of_its_pair() -> None:
     rows = [
         row
         if (row.strategy, row.client, row.phase) != ("rival", "client-2", "deliver")
-        else Row("rival", row.seed, row.client, 3, "deliver", "late", {}, 9.0, 0.0)
+        else Observation("rival", row.seed, row.client, 3, "deliver", "late", {}, 9.0, 0.0)
         for row in rows_of()
     ]
     rival = compared(rows).lines[2]
@@ -97,7 +97,7 @@ def test_seconds_are_those_of_the_median_seed() -> None:
 
 def test_where_less_is_better_so_are_differences() -> None:
     rows = [
-        Row(r.strategy, r.seed, r.client, r.round, r.phase, r.status, {"loss": r.metrics["accuracy"]}, 1, 1)
+        Observation(r.strategy, r.seed, r.client, r.round, r.phase, r.status, {"loss": r.metrics["accuracy"]}, 1, 1)
         for r in rows_of()
     ]
     found = compared(rows)
