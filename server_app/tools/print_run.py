@@ -179,7 +179,7 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         now = "not finite" if lost["loss"] is None else f"{lost['loss']:.3g}"
         yield (
             f"became worse: {name}: validation loss {now}, {lost['first_loss']:.3g} before training; it has the model "
-            f"of after round {lost['delivered_round']}"
+            f"after round {lost['delivered_round']}"
         )
 
 

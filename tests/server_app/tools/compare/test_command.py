@@ -314,7 +314,7 @@ def test_clients_of_ones_own_are_compared(tmp_path: Path, alone: None, monkeypat
     assert set(failed.values()) == {"RuntimeError: out of luck"}
     assert not found.lines
     assert not (tmp_path / "table.md").exists()  # of nothing
-    with pytest.raises(OptionError, match="is of a comparison with clients = "):
+    with pytest.raises(OptionError, match="has a comparison with clients = "):
         compare("digits", [], [0], tmp_path, console(tmp_path / "said"), clients=3)
 
 
