@@ -27,12 +27,12 @@ from strategies.framework.exchange import Client
 Say = Callable[[str], None]
 LOOK_SECONDS = 1.0
 LOOKS_SHARE = 0.1
-"""Of the time at most goes into asking the SuperLink, which does nothing else meanwhile, whether there is news."""
+"""Largest share of the time for polling the SuperLink, which does nothing else meanwhile."""
 MOST_PAUSE_SECONDS = 3.0
 """As long as Flower's own grid waits between two looks."""
 SAY_SECONDS = 10.0
 ALL_FOR_ONE = "all for one reason: "
-"""In the words of a :class:`NoClientError`; what reads them in a record knows it by this."""
+"""Part of a :class:`NoClientError`'s message, by which readers of a record recognise it."""
 
 
 class NotEnoughClientsError(RuntimeError):
@@ -40,7 +40,7 @@ class NotEnoughClientsError(RuntimeError):
 
 
 class NoClientError(NotEnoughClientsError):
-    """Every client failed, and all for the same reason: what fails them will fail another run, too."""
+    """Every client failed for the same reason, which would make another run fail, too."""
 
 
 class Federation:
@@ -50,8 +50,8 @@ class Federation:
         grid: Flower's.
         poll_interval: seconds between looks for replies.
         say: called with progress messages.
-        arrived: called with every answer to a registration, and with the client that it describes (None: refused).
-        enrolment: reads what they say, and knows the clients.
+        arrived: called with every answer to a registration, and the client that it describes (None: refused).
+        enrolment: reads registrations, and knows the clients.
         request: makes the content of the message that asks who a client is.
     """
 
@@ -74,7 +74,7 @@ class Federation:
         self.late: Callable[[str, Message], bool] = lambda client_id, reply: False  # takes a late answer
         self.overdue_answers: dict[str, int] = {}
         self._nodes: dict[int, NodeInfo] = {}
-        self._seen: dict[int, NodeInfo] = {}  # those that have gone, too: a refusal names them
+        self._seen: dict[int, NodeInfo] = {}  # including those that have gone, because a refusal names them
         self._asked: set[int] = set()
         self._asking: dict[str, tuple[int, float]] = {}
         self._overdue: dict[str, str] = {}
@@ -83,7 +83,7 @@ class Federation:
     # ------------------------------------------------------------------------------------------------- who is there
 
     def wait_for_nodes(self, minimum: int, timeout: float) -> list[NodeInfo]:
-        """Nodes that are online, once there are ``minimum``; a message every few seconds while waiting.
+        """Wait until at least ``minimum`` nodes are online; says so every few seconds.
 
         Raises:
             NotEnoughClientsError: the time ran out.
@@ -106,10 +106,10 @@ class Federation:
             time.sleep(max(self.poll_interval, 0.2))
 
     def register(self, minimum: int, timeout: float, watch: Watch) -> None:
-        """Ask every online node who it is, and wait for the answers; at least ``minimum`` must register.
+        """Ask every online node to register, and wait for the answers; at least ``minimum`` must register.
 
-        Clients that may take part are newcomers of the enrolment afterwards; errors, bad registrations and ids that
-        belong to somebody else are its refusals.
+        Afterwards the enrolment has clients that may take part as newcomers; errors, bad registrations and ids of other
+        owners are its refusals.
 
         Raises:
             NotEnoughClientsError: fewer than ``minimum`` registered; names what went wrong.
@@ -133,7 +133,7 @@ class Federation:
             )
 
     def present(self, watch: Watch) -> list[Client]:
-        """Enrolled clients whose nodes are online now, in order of id; unknown nodes are asked who they are."""
+        """Enrolled clients whose nodes are online now, in order of id; unknown nodes are asked to register."""
         self._look_around(watch, now=True)
         for _ in self._pull({}):
             pass
@@ -169,7 +169,7 @@ class Federation:
                 next_pull = time.monotonic() + _pause(self.poll_interval, self.intake.asking_seconds)
             now = time.monotonic()
             ends = min(ends, now + patience())
-            next_pull = min(next_pull, max(ends, now))  # what came in time is seen
+            next_pull = min(next_pull, max(ends, now))  # so that answers in time are seen
             if now > ends:
                 break
             self._look_around(watch)
@@ -183,19 +183,19 @@ class Federation:
         yield from exchange.left()
 
     def _pull(self, waiting: Mapping[str, str]) -> Iterator[Message]:
-        """Replies to these messages (to clients by id); others are dealt with here, each message is answered once."""
+        """Replies to these messages, by client id. Other replies are handled here; each message is answered once."""
         ids, names = dict.fromkeys([*waiting, *self._asking, *self._overdue]), dict(waiting)
         for reply in self.intake.pull(list(ids)):
             message_id = reply.metadata.reply_to_message_id
             if message_id in self._asking:
                 node_id, asked = self._asking.pop(message_id)
                 if reply.has_error() and reply.error.code == MESSAGE_UNAVAILABLE:
-                    self._asked.discard(node_id)  # its answer was lost: asked again at the next look
+                    self._asked.discard(node_id)  # its answer was lost: it is asked again at the next look
                 else:
                     self._welcome(node_id, Reply(f"node {node_id}", reply, time.monotonic() - asked))
             elif message_id in waiting:
                 yield reply
-            else:  # too late, or once more: taken off the SuperLink, and told
+            else:  # late or repeated: taken off the SuperLink and reported
                 overdue = self._overdue.pop(message_id, None)
                 if overdue is not None and overdue.startswith("node ") and not reply.has_error():
                     # Slow to say who it is, and welcome from the next round on.
@@ -213,11 +213,11 @@ class Federation:
         return found or [None] * len(messages)  # of what it finds too large it says nothing
 
     def overdue(self, message_id: str, client_id: str) -> None:
-        """Nobody waits for the answer to this any more; it is taken off the SuperLink when it comes."""
+        """Stop waiting for the answer to this message; it is taken off the SuperLink when it comes."""
         self._overdue[message_id] = client_id
 
     def gone(self, client_id: str) -> None:
-        """The client is not there until the next look says that it is back."""
+        """Note that the client is gone, until a later look finds it back."""
         self._nodes.pop(self._node_of(client_id), None)
 
     def is_online(self, client_id: str) -> bool:
@@ -229,7 +229,7 @@ class Federation:
         return client.node_id if client else int(client_id.removeprefix("node "))
 
     def _look_around(self, watch: Watch, *, now: bool = False) -> None:
-        """Which nodes are online; those never seen before are asked who they are, and answer while others train."""
+        """Look which nodes are online. New ones are asked to register, and answer while others train."""
         if not now and time.monotonic() < self._look_at:
             return
         started = time.monotonic()
@@ -237,7 +237,7 @@ class Federation:
         self._look_at = time.monotonic() + _pause(LOOK_SECONDS, time.monotonic() - started)
         self._seen |= self._nodes
         held = {client.node_id for client in [*self.enrolment.clients.values(), *self.enrolment.newcomers.values()]}
-        self._asked &= set(self._nodes) | held  # one that left without being taken in is asked when it is back
+        self._asked &= set(self._nodes) | held  # a node that left before it was enrolled is asked again when it is back
         for node_id in sorted(set(self._nodes) - self._asked - held):
             self._asked.add(node_id)
             message = register_message(node_id, 3600, self.request())
@@ -258,12 +258,12 @@ class Federation:
 
 
 def _waiting_for(lost: Iterable[str], waiting: Mapping[str, str], seconds: float, enough: bool) -> str:
-    """What is waited for while clients have gone, and for how long."""
+    """Say what the run waits for while clients are gone, and for how long."""
     gone, at_work = ", ".join(lost), len(waiting)
     if not waiting:
         return f"waiting for {gone} to come back, at most {seconds:.0f} s more: too few answered without"
     if enough:
-        return f"{gone} went away; the run goes on without when the other {at_work} have answered"
+        return f"{gone} went away; the run goes on without {gone} when the other {at_work} have answered"
     return (
         f"{gone} went away; waiting for the other {at_work}, at most {seconds:.0f} s more, and for {gone} where too "
         "few answer"
@@ -280,10 +280,10 @@ def one_reason(reasons: Mapping[str, str]) -> str:
 
 
 def require_all(enrolment: Enrolment, fitting: int) -> None:
-    """Nobody who is online may have been refused.
+    """Require that no online client was refused.
 
     Raises:
-        NotEnoughClientsError: who was, why, and how to go on without.
+        NotEnoughClientsError: the message names the refused clients, the reasons, and how to go on without them.
     """
     if enrolment.refused:
         raise NotEnoughClientsError(
@@ -293,5 +293,5 @@ def require_all(enrolment: Enrolment, fitting: int) -> None:
 
 
 def _pause(least: float, took: float) -> float:
-    """Seconds until the next look, where the last one took so many: a busy SuperLink is asked less often."""
+    """Seconds until the next look, from the duration of the last one: a busy SuperLink is asked less often."""
     return max(least, min(took / LOOKS_SHARE, MOST_PAUSE_SECONDS))

@@ -35,11 +35,12 @@ class RunOptions:
     run_name: str = ""
     """Folder below ``runs-dir``. Empty: strategy, scenario and Flower's run id."""
     resume: str = ""
-    """Folder of a run (``runs/<name>``): it goes on after its last complete round; a finished one with more
-    ``num-server-rounds``. All else that decides numbers must be as it was; ``runs/<name>/resume.toml`` has it all."""
+    """Folder of a run (``runs/<name>``) to continue after its last complete round; a finished run with more
+    ``num-server-rounds``. All other keys that decide numbers must be as before; ``runs/<name>/resume.toml`` has
+    them."""
     deliver: str = ""
-    """With ``resume``, of a finished run: nothing is trained; ``missing`` (clients that were absent), ``all`` or named
-    clients, comma-separated, get their models. ``fedalloy deliver`` sets it."""
+    """With ``resume`` of a finished run: train nothing, and deliver models to ``missing`` clients (those that were
+    absent), to ``all``, or to comma-separated ids. ``fedalloy deliver`` sets it."""
     runs_dir: str = "runs"
     """Where the server keeps runs, one folder each."""
     scenario: str = "digits"
@@ -52,67 +53,68 @@ class RunOptions:
     seed: int = 0
     """Decides initial adapters, sampling and the order of the data. The same seed gives the same numbers on a CPU."""
     min_clients: int = 0
-    """The run starts when this many clients have registered, and a round settles only with as many answers. 0: all
-    SuperNodes that are online as the run starts must be taken in, two at least; a round settles with two answers."""
+    """The run starts when this many clients have registered, and a round settles only with this many answers. 0: all
+    SuperNodes that are online at the start must be enrolled, at least two; a round settles with two answers."""
     fraction_clients: float = 1.0
-    """Share of the registered clients that is asked in each round."""
+    """Share of the registered clients that each round asks."""
     participants: str = "random"
-    """Who is asked where ``fraction-clients`` is below 1: ``random``, ``round-robin``, or ``fastest``: those that
-    answered soonest so far, twice as many in each round until all are in."""
+    """Choice of clients if ``fraction-clients`` is below 1: ``random``, ``round-robin``, or ``fastest``: those that
+    have answered soonest so far, twice as many in each round until all take part."""
     clients: str = ""
-    """Names of clients that get a plan, or patterns like ``site-*``, with commas between. Empty: all."""
+    """Comma-separated names of clients that take part, or patterns like ``site-*``. Empty: all."""
     site_mode: str = "allowed"
-    """Clients whose owner has installed the trainer (``fedalloy site serve``), so that no code of the run sees their
-    data: ``allowed``, ``required`` (others are refused) or ``forbidden``."""
+    """Whether clients may have their owner's own trainer (``fedalloy site serve``), so that no code of the run sees
+    their data: ``allowed``, ``required`` (others are refused) or ``forbidden``."""
     sign_with: str = ""
-    """File, on the server, of a private key in PEM that signs what clients are asked: sites may take plans of known
+    """File on the server with a private key (PEM) that signs messages to clients, for sites that accept plans of known
     servers only. Empty: nothing is signed."""
     quorum: int = 0
-    """The round ends when so many clients have answered and ``grace`` seconds have passed since; answers that come
-    later count for nothing (but see ``fedavg.late-weight``). 0: it waits for all, at most ``round-timeout`` seconds."""
+    """The round ends ``grace`` seconds after this many clients have answered. Later answers do not count (but see
+    ``fedavg.late-weight``). 0: it waits for all, at most ``round-timeout`` seconds."""
     grace: float = 10.0
-    """Seconds for the others once there is a ``quorum``, or once ``grace-ratio`` says so: at least these."""
+    """Least number of seconds for the other clients once there is a ``quorum``, or once ``grace-ratio`` applies."""
     grace_ratio: float = 0.0
-    """When ``min-clients`` and more than half of those asked have answered, the others have this many times the median
-    answer's time since the round began. Who is later counts as late (see ``strikes``). 0: all have ``round-timeout``,
-    because an honest client may be slow; with clients of like speed, 10 keeps a silent one from costing that."""
+    """When ``min-clients`` clients and more than half of those asked have answered, the others have this many times the
+    median answer time, counted from the start of the round. Then they count as late (see ``strikes``). 0: all have
+    ``round-timeout``, because an honest client may be slow. With clients of similar speed, 10 avoids that a silent
+    client costs the whole ``round-timeout``."""
     round_timeout: float = 600.0
     """Seconds after which a round goes on without the clients that have not answered."""
     strikes: int = 3
-    """A client that was late or rejected so often in a row is not asked in the next round, and if it fails again not in
-    the next two, four, ... (16 at most); one usable answer clears that. 0: everybody is asked always."""
+    """A client that was late or rejected this often in a row is not asked in the next round; if it fails again, not in
+    the next two, four, ... (at most 16). One usable answer clears this. 0: all clients are always asked."""
     startup_timeout: float = 300.0
     """Seconds to wait for ``min-clients`` to register."""
     poll_interval: float = 0.1
     """Seconds between two looks for answers."""
     evaluate_every: int = 1
-    """Clients evaluate their models in the first round and every so many; at the end always."""
+    """Clients evaluate their models in the first round and in every n-th one, and always at the end."""
     evaluate_examples: int = 256
-    """Examples of each task at most in a round's evaluation, the same ones in every round; 0: all. The models that are
-    delivered at the end are evaluated on all."""
+    """Largest number of examples of each task in a round's evaluation, the same ones in every round; 0: all. Delivered
+    models are evaluated on all examples."""
     on_divergence: str = "best"
-    """What is delivered to a client whose model is worse on its validation examples than before training, or has lost
-    more than half of what it had gained: ``best``, its model of the round that was best for all, or ``last``."""
+    """What a client gets if its model is worse on its validation examples than before training, or has lost more than
+    half of its gain: ``best``, its model of the round that was best for all clients, or ``last``."""
     trackers: str = ""
-    """Experiment trackers that are told each round's numbers, comma-separated: ``tensorboard``, ``mlflow``, ``wandb``,
-    ``trackio``. Each is an extra of the same name at the server, and one that fails harms no run."""
+    """Comma-separated experiment trackers that get each round's numbers: ``tensorboard``, ``mlflow``, ``wandb``,
+    ``trackio``. Each is an extra of the same name to install at the server. A failing tracker does not stop the run."""
     deliver_choice: str = "merged"
-    """What a client is given at the end: ``merged``, what the strategy makes for it; ``validation``: of that, its model
-    of its own best round, the global adapter and one that it trains alone, the best on its validation examples. The
-    last doubles the local work."""
+    """What a client gets at the end: ``merged``: the strategy's model; ``validation``: the best on its validation
+    examples of the strategy's model, its model of its own best round, the global adapter, and an adapter that it trains
+    alone. The latter doubles the local work."""
     choice_metric: str = "loss"
-    """What ``deliver-choice`` and ``patience`` go by: ``loss``, or ``accuracy`` where the task has one."""
+    """The metric of ``deliver-choice`` and ``patience``: ``loss``, or ``accuracy`` if the task has one."""
     patience: int = 0
-    """The run ends early when for so many rounds no client's model has become better on its validation examples. 0: it
-    has all its rounds."""
+    """The run ends early when no client's model has improved on its validation examples for this many rounds. 0: it
+    never ends early."""
     bank_memory_mb: float = 1024.0
-    """Megabytes of clients' adapters that the server keeps in memory; what is beyond is in files of the run folder."""
+    """Megabytes of clients' adapters that the server keeps in memory; the others are in files of the run's folder."""
     keep_checkpoints: int = 2
-    """Checkpoints kept on disk, the newest ones; clients keep as many earlier states of their slots."""
+    """Number of newest checkpoints kept on disk; clients keep as many earlier states of their slots."""
 
     @property
     def least(self) -> int:
-        """Clients without which nothing starts or settles."""
+        """Least number of clients for a start, and of answers for a round."""
         return 1 if self.deliver else self.min_clients or 2
 
     def __post_init__(self) -> None:
@@ -195,7 +197,7 @@ def problems(run_config: RunConfig) -> list[str]:
 
 
 def run_on(run_config: RunConfig) -> tuple[str, str]:
-    """What a run is on: ``("scenario", its name)``, or ``("base_model", its name)`` with clients' own data."""
+    """What a run trains on: ``("scenario", its name)``, or ``("base_model", its name)`` with clients' own data."""
     base = str(run_config.get("base-model", ""))
     return ("base_model", base) if base else ("scenario", str(run_config.get("scenario", RunOptions.scenario)))
 
@@ -208,7 +210,7 @@ def plain_run_name(run_config: RunConfig) -> str:
 
 
 def default_run_name(run_config: RunConfig, run_id: int) -> str:
-    """The folder of a run that nobody has named."""
+    """The folder of a run without a name."""
     return f"{plain_run_name(run_config)}-{run_id}"
 
 

@@ -31,7 +31,7 @@ SCENARIO_CONFIG: Mapping[str, Any] = {"scenario": "digits"}
 
 @dataclass(frozen=True)
 class DemoResult:
-    """One strategy's run: its folder, its ``summary.json`` where it finished, and why not where it did not."""
+    """One strategy's run: its folder, and its ``summary.json`` or the reason why it did not finish."""
 
     strategy: str
     run: Path

@@ -1,18 +1,18 @@
-"""Which model a client is given at the end: by its own validation examples, among what the run has made for it.
+"""Chooses which of its models a client gets at the end, by the client's own validation examples.
 
-With ``deliver-choice = "validation"`` a round's brief is added to, and no strategy knows of it: the personal model that
-the client has as the round begins, which every round evaluates on validation examples, is kept, and the server says in
-the next round whether it was the best so far; and the client trains an adapter alone. When models are delivered, each
-client evaluates
+With ``deliver-choice = "validation"`` every brief gets more steps, which no strategy knows of. The client keeps its
+personal model of the beginning of the round, which every round evaluates on validation examples, and the server says in
+the next round whether it was the best so far. The client also trains an adapter alone. At delivery each client
+evaluates
 
 * ``merged``: what the strategy delivers,
 * ``best``: the personal model of its best round,
-* ``global``: the adapter that it was sent last, where the strategy's model is more than that,
-* ``local``: the adapter that it has trained alone, with as many steps as ``local`` has,
+* ``global``: the adapter that it was sent last, if the strategy's model is more than that,
+* ``local``: the adapter that it has trained alone, with as many steps as the strategy ``local``,
 
-and is given the best of them by ``choice-metric``; of equals the first in this order. Without validation examples it is
-given ``merged``. So nobody is worse off than alone, beyond what chance on the validation examples allows. (Choosing per
-client between a global and a local model by validation: Marfoq et al., and Mansour et al., "Three Approaches for
+and gets the best of them by ``choice-metric``; among equals the first in this order. A client without validation
+examples gets ``merged``. So no client is worse off than alone, except by chance on its validation examples. (Choosing
+per client between a global and a local model by validation: Marfoq et al., and Mansour et al., "Three Approaches for
 Personalization with Applications to Federated Learning", 2020, section 3.)
 """
 
@@ -64,9 +64,9 @@ class Choice:
         self.strategy = strategy
         saved = saved or {}
         self.best: dict[str, float] = dict(saved.get("best", {}))
-        """Each client's best cost so far."""
+        """Each client's lowest cost so far."""
         self.rounds: dict[str, int] = dict(saved.get("rounds", {}))
-        """The round of that, by client."""
+        """The round of the lowest cost, by client."""
         self.kept: set[str] = set(saved.get("kept", ()))
         """Clients whose best model is in their slot."""
         self.pending: set[str] = set(saved.get("pending", ()))
@@ -122,7 +122,7 @@ class Choice:
         return replace(brief, steps=plan)
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """What a client has found."""
+        """Take in a client's validation results."""
         self.trained.add(client.id)
         results = [result.evaluate for result in answer.report.results if result.HasField("evaluate")]
         metrics = answer.metrics.get(PERSONAL, {})
@@ -143,7 +143,7 @@ class Choice:
             (self.pending.add if better else self.pending.discard)(client.id)
 
     def settle(self) -> None:
-        """The round is over. Of who was asked and gave no usable answer nobody knows what it holds."""
+        """End the round. It is not known what a client holds that was asked and gave no usable answer."""
         for name in self._asked:
             self.kept.discard(name)
             self.pending.discard(name)
@@ -153,7 +153,7 @@ class Choice:
         self._asked, self._improved, self._evaluated = {}, False, False
 
     def cost(self, metrics: Mapping[str, float]) -> float:
-        """What is to be small: the loss, or minus the accuracy, where equal accuracies are told apart by the loss."""
+        """The cost to minimise: the loss, or minus the accuracy with the loss as the tie-breaker."""
         if self.options.choice_metric == "accuracy" and "accuracy" in metrics:
             return -metrics["accuracy"] + 1e-9 * min(metrics["loss"], 1e6)
         return metrics["loss"]
@@ -182,7 +182,7 @@ class Choice:
         return replace(brief, steps=[*plan, *more])
 
     def give(self, run: Run, round_: int, clients: Sequence[Client], found: Delivery) -> None:
-        """Give clients what is best for them, where that is not what they have been given already."""
+        """Give clients their best models, unless they have them already."""
         again: dict[Client, Brief] = {}
         for client in clients if self.chooses else ():
             if client.id not in found.answers:
@@ -206,7 +206,7 @@ class Choice:
             found.records[name]["choice"] |= {"given": "merged", "failed": records[name].get("reason", "")}
 
     def _choose(self, client: Client, answer: Answer) -> dict[str, Any]:
-        """What a client is given, and why, for the record."""
+        """The client's best model, and the reason, for the record."""
         told = {name: answer.metrics.get(label_of(name)) for name in CANDIDATES}
         found = {name: metrics for name, metrics in told.items() if metrics}
         if not found:
@@ -229,7 +229,7 @@ class Choice:
 
 
 def label_of(candidate: str) -> str:
-    """Under which a candidate's validation results are reported."""
+    """The label of a candidate's validation results."""
     return f"{LABEL} {candidate}"
 
 

@@ -1,4 +1,4 @@
-"""One exchange of messages: a few are on their way to the SuperLink at any time, the others are not made yet."""
+"""One exchange of messages: only a few are on their way to the SuperLink at any time; the others are not made yet."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fedalloy_adapters.wire.flower_records import blobs_in
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, error_reply
 
 NODE_UNAVAILABLE, APP_STOPPED = 5, 8
-"""Flower's error codes for a client that is gone, and for one whose process ended (facts of 1.39)."""
+"""Flower's (1.39) error codes for a client that is gone, and for one whose process ended."""
 ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
-"""How often a client is asked at most, by error."""
+"""Largest number of times that a client is asked, by error."""
 Make = Callable[[], Message]
-"""Makes a client's message, again where it is asked again: messages that wait to be sent would cost memory."""
+"""Makes a client's message, again each time it is asked: stored messages would cost memory."""
 AT_ONCE = 4
 """Pushes side by side; what they push is held in memory until the SuperLink has all of it."""
 BATCH, BATCH_BYTES = 4, 2**20
@@ -29,7 +29,7 @@ BATCH, BATCH_BYTES = 4, 2**20
 
 
 class Watch(Protocol):
-    """Is told just before and just after each message is pushed, and of replies that are not handed on."""
+    """Called just before and just after each message is pushed, and for replies that are not handed on."""
 
     def pushing(self, client_id: str) -> None:
         """A message is about to be pushed."""
@@ -43,7 +43,7 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of one message: the reply, or None when the time ran out; ``attempts`` times it was sent."""
+    """The outcome of one message: the reply, or None if the time ran out. It was sent ``attempts`` times."""
 
     client_id: str
     message: Message | None
@@ -52,7 +52,7 @@ class Reply:
 
 
 class Sender(Protocol):
-    """Where messages go, and what it is told about clients; :class:`server_app.run.federation.Federation`."""
+    """Where messages go, and who hears about clients; :class:`server_app.run.federation.Federation`."""
 
     grid: Grid
 
@@ -67,7 +67,7 @@ class Sender(Protocol):
 
 
 class Exchange:
-    """Who is asked, who is waited for, and who is lost, by client.
+    """The state of an exchange by client: still to be asked, waited for, or lost.
 
     Messages are made in the order of ``makes``, a few when there is room for them. They are pushed by threads where the
     grid is Flower's ``HttpGrid``; any other hands them over in this process, and does so before replies are looked for.
@@ -114,7 +114,7 @@ class Exchange:
         return batch
 
     def taken(self, reply: Message, again: Callable[[str, Message], bool]) -> Reply | None:
-        """A reply to one of :attr:`waiting`; None where its client is to be asked again, at once if ``again`` is so."""
+        """Take a reply to one of :attr:`waiting`; None if its client is to be asked again (at once if ``again``)."""
         client_id = self.waiting.pop(reply.metadata.reply_to_message_id)
         if again(client_id, reply):
             self.watch.lost(client_id, reply)
@@ -133,14 +133,14 @@ class Exchange:
         self._queue.append(client_id)
 
     def wait(self, seconds: float) -> None:
-        """Until there is something to do: a push has ended, or so much time is over."""
+        """Wait until a push has ended, or the time is over."""
         if self._pushes:
             wait(self._pushes, timeout=seconds, return_when=FIRST_COMPLETED)
         elif not self._queue and (self.waiting or self.lost):
             time.sleep(seconds)
 
     def left(self) -> Iterator[Reply]:
-        """The end: clients that are lost, that were never asked, and that have not answered."""
+        """At the end: clients that are lost, were never asked, or have not answered."""
         if self._pool is not None:
             self._pool.shutdown()
         self._book(list(self._pushes))

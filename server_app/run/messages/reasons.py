@@ -1,4 +1,4 @@
-"""Why a client could not, in words for people: Flower's classes and numbers are taken off, ours are said first."""
+"""Why a client failed, in plain words: without Flower's classes and error numbers, and with our own error first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from strategies.framework.exchange import MAX_REASON
 
 _RAISED = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>:<'(.*)'>", re.S)
 _CARRIERS = ("ClientError", "JobFailedError", "SiteError")
-"""Errors of ours whose words say which error there was; their own class means nothing to a user."""
+"""Our errors whose message names the original error; their own class means nothing to a user."""
 SILENT = "did not answer in time"
 LOST = "it did not answer in time, or its answer was lost on the way"
 OFFLINE = "its SuperNode is not online"
@@ -29,7 +29,7 @@ CODES = {
 
 
 def reason_of(error: Error) -> str:
-    """One line: what a client or the SuperLink says in an error reply."""
+    """The reason in an error reply of a client or the SuperLink, in one line."""
     said = str(error.reason or "")
     if raised := _RAISED.fullmatch(said.strip()):
         name, words = raised.groups()
