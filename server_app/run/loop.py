@@ -67,8 +67,7 @@ def run(grid: Grid, context: Context) -> RunDirectory:
     Raises:
         OptionError: run-config is not valid.
         RunDirectoryError: the run directory exists, cannot be written, or cannot be continued.
-        NotEnoughClientsError: fewer than ``min-clients`` clients registered, are here or answered; everything so far is
-            saved.
+        NotEnoughClientsError: fewer than ``min-clients`` registered, are here or answered; everything so far is saved.
     """
     options = read_run_options(context.run_config)
     strategy = strategy_from_run_config(context.run_config)

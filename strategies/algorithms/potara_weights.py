@@ -70,11 +70,6 @@ def closed_form(a: float, b: float, c: float = 0.0, denominator: float | None = 
     return Weight(value, raw, a, b, c, distance, "" if value == raw else "clipped")
 
 
-def error_of(weight: float, a: float, b: float, c: float) -> float:
-    """``V(w)``: mean squared error of the merge."""
-    return weight**2 * a + (1 - weight) ** 2 * b + 2 * weight * (1 - weight) * c
-
-
 def fisher_weight(variance_fed: float, variance_local: float, covariance: float = 0.0) -> Weight:
     """The weight from traces of damped inverse Fisher information; the covariance is bounded by both variances.
 

@@ -15,7 +15,6 @@ from strategies.algorithms.potara_weights import (
     Evidence,
     best_of,
     closed_form,
-    error_of,
     fisher_weight,
     grid,
     heterogeneity,
@@ -27,6 +26,11 @@ from strategies.algorithms.potara_weights import (
 
 positive = st.floats(1e-6, 1e6)
 share = st.floats(-0.999, 0.999)
+
+
+def error_of(weight: float, a: float, b: float, c: float) -> float:
+    """``V(w)``: mean squared error of the merge."""
+    return weight**2 * a + (1 - weight) ** 2 * b + 2 * weight * (1 - weight) * c
 
 
 # ---------------------------------------------------------------------------------------------------------- closed form
