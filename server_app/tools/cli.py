@@ -99,7 +99,9 @@ for title, commands in GROUPS.items():
         app.add_typer(cluster_app, name="cluster", rich_help_panel="Your own federation")
 for command in CLUSTER_COMMANDS:
     cluster_app.command()(command)
-site_app = typer.Typer(help="A site under its owner's control: its own trainer, policy, record.", no_args_is_help=True)
-app.add_typer(site_app, name="site")
+site_app = typer.Typer(
+    cls=Suggesting, help="A site under its owner's control: its own trainer, policy, record.", no_args_is_help=True
+)
+app.add_typer(site_app, name="site", rich_help_panel="Your own federation")
 for command in SITE_COMMANDS:
     site_app.command()(command)

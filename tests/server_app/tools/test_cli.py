@@ -31,11 +31,17 @@ def test_help_fits_80_columns_and_names_every_command() -> None:
     assert all(len(line) <= 80 for line in shown.splitlines())
     for command in ("demo", "compare", "cluster", "traffic", "export", "options", "--version", "Look at a run"):
         assert command in shown
+    assert "─ Commands ─" not in shown  # each has a group
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["comapre"], "did you mean 'compare'?"), (["cluster", "stats"], "did you mean 'status'?"), (["x"], "there are")],
+    [
+        (["comapre"], "did you mean 'compare'?"),
+        (["cluster", "stats"], "did you mean 'status'?"),
+        (["site", "sho"], "mean 'show'?"),
+        (["x"], "there are"),
+    ],
 )
 def test_a_command_that_does_not_exist_is_told_the_nearest(words: list[str], said: str) -> None:
     result = runner.invoke(app, words, env={"COLUMNS": "200"})
