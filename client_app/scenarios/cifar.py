@@ -11,6 +11,10 @@ With fewer clients than twenty, the other shards are left out, and a client's ow
 the one, half the other, so that with eight clients nobody shares both with anybody. The larger ViT is the one in
 ``data-root``; the smaller one is made from it once, by distillation on public images (PACS, and the first images of
 each class, which no client has), and kept.
+
+``cifar100-groups`` is FedMerge's: four groups of sixteen classes, of which neighbours share eight. Eight clients have
+the classes of one group, two clients each; with more, the others have half of theirs from one group and half from
+another, which shares none with it.
 """
 
 from __future__ import annotations
@@ -48,6 +52,12 @@ PUBLIC = 20
 """Images of each class that no client of ``mixed-arch`` has."""
 MIXED_TRAIN, MIXED_TEST = 12, 30
 """Images of each class that a client of ``mixed-arch`` trains on (as many for validation) and is tested on."""
+OVERLAPPING = tuple(tuple(range(8 * group, 8 * group + 16)) for group in range(4))
+"""Places of the classes of each group of ``cifar100-groups`` in an order that the seed draws."""
+GROUP_OF = tuple((client % 4,) for client in range(8)) + tuple((first, (first + 2) % 4) for first in range(4))
+"""The groups of each of its clients."""
+GROUP_IMAGES = {"train": 64, "validation": 64, "test": 96}
+"""Images of each of its clients, evenly from its classes."""
 MIXED_CLIENTS = GROUPS * ((100 - PUBLIC) // (2 * MIXED_TRAIN))
 
 
@@ -141,6 +151,41 @@ def dirichlet_shards(
         shards = [[np.concatenate([cut[s] for cut in found]) for s in range(SHARDS)] for found in parts]
         if min(len(s) for s in shards[0]) * VALIDATION >= SMALLEST and min(len(s) for s in shards[1]) >= SMALLEST:
             return [chance.permutation(shard) for shard in shards[0]], shards[1]
+
+
+def load_groups(settings: Settings, root: Path) -> tuple[Base, ClientData]:
+    """A client of ``cifar100-groups``."""
+    found = read_arrays(root / IMAGES)
+    names = label_names(found)
+    chosen = group_images(found["y_train"], found["y_test"], settings.partition_id, settings.seed)
+    data = ClientData("cifar100", "image-classification", _splits(found, chosen), metrics=("f1",))
+    return vision_base(_sharing_labels(settings, names), root, names), data
+
+
+def group_images(
+    train: NDArray[np.uint8], test: NDArray[np.uint8], client: int, seed: int
+) -> dict[str, tuple[str, NDArray[np.int64]]]:
+    """The source and the image numbers of each split of a client of ``cifar100-groups``.
+
+    Clients take turns in a shuffled list of each class's images, training and validation in one, test in another.
+    """
+    order = np.random.default_rng((len(GROUP_OF), seed)).permutation(len(np.unique(train)))
+    own: dict[str, list[NDArray[np.int64]]] = {name: [] for name in GROUP_IMAGES}
+    for place in [place for group in GROUP_OF[client] for place in OVERLAPPING[group]]:
+        label, starts = np.unique(train)[order[place]], {"train": 0, "test": 0}
+        pools = {
+            source: np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
+            for source, labels in (("train", train), ("test", test))
+        }
+        for other, groups in enumerate(GROUP_OF[: client + 1]):
+            if not any(place in OVERLAPPING[group] for group in groups):
+                continue
+            for name, images in GROUP_IMAGES.items():
+                source, count = "test" if name == "test" else "train", images // (16 * len(groups))
+                if other == client:
+                    own[name].append(pools[source][starts[source] : starts[source] + count])
+                starts[source] += count
+    return {name: ("test" if name == "test" else "train", np.concatenate(parts)) for name, parts in own.items()}
 
 
 def load_mixed(settings: Settings, root: Path) -> tuple[Base, ClientData]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from client_app.data.dataset import Base, ClientData
-from client_app.scenarios import ScenarioError, cifar, instruct, multi_modal, texts
+from client_app.scenarios import ScenarioError, cifar, described, instruct, multi_modal, texts
 from client_app.settings import Settings
 
 PACS_TRAIN, PACS_TEST = 100, 300
@@ -78,6 +78,7 @@ def _pacs(settings: Settings, root: Path) -> tuple[Base, ClientData]:
 
 SCENARIOS: Mapping[str, Scenario] = {
     "cifar100-20": Scenario(cifar.load_dirichlet, cifar.SHARDS),
+    "cifar100-groups": Scenario(cifar.load_groups, len(cifar.GROUP_OF)),
     "mixed-arch": Scenario(cifar.load_mixed, cifar.MIXED_CLIENTS),
     "multi-modal": Scenario(multi_modal.load_client, len(multi_modal.CLIENTS)),
     "text-8": Scenario(texts.load_text_task, len(texts.TEXT_TASKS)),
@@ -86,5 +87,9 @@ SCENARIOS: Mapping[str, Scenario] = {
     **{
         name: Scenario(partial(instruct.load_client, clients), len(clients.tasks))
         for name, clients in instruct.SETS.items()
+    },
+    **{
+        name: Scenario(partial(described.load_client, clients), len(clients.tasks))
+        for name, clients in described.SETS.items()
     },
 }

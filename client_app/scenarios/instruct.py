@@ -104,7 +104,7 @@ def load_client(clients: Clients, settings: Settings, root: Path) -> tuple[Base,
     number = settings.partition_id
     task = clients.tasks[number]
     question = QUESTIONS[task]
-    rows = _own_rows(clients, number, settings.seed, root)
+    rows = own_rows(clients, number, settings.seed, root)
     kind = KINDS["causal-lm"]
     found = find_model(settings.model.base_model or DEFAULT_BASE, settings.state_dir / ".cache")
     encoder = load_encoder(found, kind, settings.model.max_length, chat=True)
@@ -123,7 +123,7 @@ def load_client(clients: Clients, settings: Settings, root: Path) -> tuple[Base,
     )
 
 
-def _own_rows(clients: Clients, number: int, seed: int, root: Path) -> dict[str, list[dict[str, Any]]]:
+def own_rows(clients: Clients, number: int, seed: int, root: Path) -> dict[str, list[dict[str, Any]]]:
     """A client's rows by split. Clients of one task take turns in the same shuffled lists.
 
     Test texts do not depend on the seed.

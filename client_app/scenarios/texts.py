@@ -102,16 +102,36 @@ def load_text_task(settings: Settings, root: Path) -> tuple[Base, ClientData]:
         "validation": train[TEXT_TRAIN:],
         "test": drawn(tested, TEXT_TEST, np.random.default_rng(settings.partition_id)),
     }
+    return described_client(task, TEXT_TASKS, chosen, settings)
+
+
+def described_client(
+    task: str,
+    described: Mapping[str, Sequence[str]],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Settings,
+) -> tuple[Base, ClientData]:
+    """A client that scores its texts against descriptions of its task's labels.
+
+    Args:
+        task: the client's.
+        described: descriptions of the labels 0, 1, ... of every task that clients have.
+        rows: texts with their numbers of labels (``x``, ``y``) by split.
+        settings: of the client.
+
+    Raises:
+        ScenarioError: there is no base model.
+    """
     kind = KINDS["text-classification"]
     found = find_model(settings.model.base_model or _minilm(), settings.state_dir / ".cache")
     encoder = load_encoder(found, kind, min(settings.model.max_length, TEXT_TOKENS))
-    numbers = [str(number) for number in range(len(TEXT_TASKS[task]))]
+    numbers = [str(number) for number in range(len(described[task]))]
     splits = {
         name: encoder.encode([Example(task, text=row["x"], label=str(row["y"])) for row in part], numbers)
-        for name, part in chosen.items()
+        for name, part in rows.items()
     }
     named = {name: replace(split, task=task) for name, split in splits.items()}
-    return _described(found, encoder), ClientData(task, kind.name, named, metrics=("f1",))
+    return _described(found, encoder, described), ClientData(task, kind.name, named, metrics=("f1",))
 
 
 def load_prompts(settings: Settings, root: Path) -> tuple[Base, ClientData]:
@@ -196,11 +216,11 @@ def drawn(rows: Sequence[dict[str, Any]], count: int, chance: np.random.Generato
     return [rows[index] for index in chance.permutation(len(rows))[:count]]
 
 
-def _described(found: FoundModel, encoder: Encoder) -> Base:
+def _described(found: FoundModel, encoder: Encoder, described: Mapping[str, Sequence[str]]) -> Base:
     bert = load_body(found)
     descriptions = {
         task: encoder.encode([Example(task, text=text, label="0") for text in texts], ["0"]).inputs
-        for task, texts in TEXT_TASKS.items()
+        for task, texts in described.items()
     }
     model = DescribedLabels(bert, descriptions).requires_grad_(False).eval()
     targets = modules_ending_with(model, ("query", "value"))

@@ -63,6 +63,24 @@ def test_shards_of_cifar_are_disjoint_and_a_clients_splits_are_alike() -> None:
     assert not all(np.array_equal(a, b) for a, b in zip(shards, other, strict=True))
 
 
+def test_clients_of_groups_share_no_image_and_mixtures_have_half_of_each_group() -> None:
+    train, test = np.repeat(np.arange(40), 100), np.repeat(np.arange(40), 50)
+    everybody = [cifar.group_images(train, test, client, 3) for client in range(len(cifar.GROUP_OF))]
+    for source, splits in (("train", ("train", "validation")), ("test", ("test",))):
+        numbers = np.concatenate([found[name][1] for found in everybody for name in splits])
+        assert len(np.unique(numbers)) == len(numbers), source
+    classes = [set(train[found["train"][1]].tolist()) for found in everybody]
+    for client, found in enumerate(everybody):
+        assert {name: len(numbers) for name, (_, numbers) in found.items()} == cifar.GROUP_IMAGES
+        assert set(test[found["test"][1]].tolist()) == classes[client]
+        groups = cifar.GROUP_OF[client]
+        assert classes[client] == set().union(*(classes[group] for group in groups)), client
+        assert [len(classes[client] & classes[group]) for group in groups] == [16] * len(groups)
+    assert len(classes[0] & classes[1]) == 8
+    other = cifar.group_images(train, test, 0, 4)["train"][1]
+    assert not np.array_equal(other, everybody[0]["train"][1])
+
+
 def test_clients_of_cifar_share_the_head(root: Path, tmp_path: Path) -> None:
     base, data = load_files("cifar100-20", settings_for(tmp_path, 3, 20))
     alone = load_files("cifar100-20", settings_for(tmp_path, 3, 4))[1]

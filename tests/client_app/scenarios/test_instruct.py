@@ -45,7 +45,7 @@ def settings_of(state: Path, root: Path, base: Path | str, client: int, clients:
 
 def rows_of(name: str, root: Path, seed: int = 0) -> list[dict[str, list[str]]]:
     clients = instruct.SETS[name]
-    found = [instruct._own_rows(clients, number, seed, root) for number in range(len(clients.tasks))]
+    found = [instruct.own_rows(clients, number, seed, root) for number in range(len(clients.tasks))]
     return [{split: [row["x"] for row in part] for split, part in rows.items()} for rows in found]
 
 
@@ -113,4 +113,4 @@ def test_a_task_with_too_few_texts_is_named(tmp_path: Path) -> None:
         with gzip.open(tmp_path / "text" / f"{task}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     with pytest.raises(ScenarioError, match="task 'sst2' has 0 train texts left for client 0, expected 64"):
-        instruct._own_rows(instruct.SETS["instruct-6"], 0, 0, tmp_path)
+        instruct.own_rows(instruct.SETS["instruct-6"], 0, 0, tmp_path)
