@@ -1,0 +1,125 @@
+"""What an experiment is made of: where it runs, its arms, what it searches, and the claims that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Config = Mapping[str, Any]
+"""Run-config."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One setting of the dial: a scenario, the clients of it that take part, of how many it is divided among.
+
+    ``about`` says in words how alike these clients are. ``groups`` has, for each of them, which others are like it:
+    what an oracle knows.
+    """
+
+    scenario: str
+    clients: tuple[int, ...]
+    of: int
+    about: str
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model with the places, the run-config and the two learning rates that suit it."""
+
+    places: Mapping[str, Place]
+    config: Config
+    rates: tuple[float, float]
+    model: Config = field(default_factory=dict)
+    """Run-config that suits this model and no other: left out where the command line names another one."""
+    by_dial: Mapping[str, Config] = field(default_factory=dict)
+    """Run-config of single settings of the dial."""
+    own_model: bool = False
+    """Whether the scenarios read ``base-model``, so that the command line may name another one."""
+    needs_data: bool = True
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: a strategy with its settings.
+
+    ``other`` is the method's second setting, which the search tries beside the first; an arm without one tries a third
+    learning rate instead. ``apart`` are groups of clients (by their place in the list) that run without each other.
+    ``oracle``: relevance is known from the place's groups instead of measured. ``like``: the arm whose settings it has
+    without a search of its own, because it trains on the examples that the search looks at. ``bases``: where it runs;
+    everywhere where empty.
+    """
+
+    name: str
+    strategy: str
+    config: Config = field(default_factory=dict)
+    other: Config = field(default_factory=dict)
+    role: str = ""
+    oracle: bool = False
+    like: str = ""
+    bases: tuple[str, ...] = ()
+    apart: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed: ``arm`` is better than all of ``against``, or as good within ``within`` (of the metric).
+
+    Arms are named as in the table; ``potara/searched`` is a model that the arm's runs measured beside their own.
+    ``clients``: those that it is about, by their place in the list; all where empty. ``bases``: where it can be told;
+    everywhere where empty.
+    """
+
+    text: str
+    arm: str
+    against: tuple[str, ...]
+    within: float = 0.0
+    clients: tuple[int, ...] = ()
+    bases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One method's.
+
+    Args:
+        name: of the command, and of the file of results.
+        title: of the table.
+        bases: by name, the one that runs by default first.
+        arms: by name.
+        claims: that the table answers.
+        search_dial: the setting of the dial at which settings are chosen, for each base.
+        shrunk: what was made smaller than in the papers and in the design, in words.
+    """
+
+    name: str
+    title: str
+    bases: Mapping[str, Base]
+    arms: Sequence[Arm]
+    claims: Sequence[Claim]
+    search_dial: str
+    shrunk: str
+
+    def arm(self, name: str) -> Arm:
+        """The arm with this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {arm.name: arm for arm in self.arms}[name]
+
+
+CONTROLS = (
+    Arm("local", "local", role="reference"),
+    Arm("fedavg", "fedavg", role="reference"),
+    Arm("fedavg-tuned", "fedavg-tuned", role="control"),
+    Arm("local-twice", "local-twice", role="control"),
+    Arm("local-all", "local-all", role="control", like="local"),
+)
+"""In every experiment. ``local-all`` trains on validation examples, too."""
+HEAD = Arm("fedavg-head", "fedavg-head", role="control")
+"""Where the model has a head to fit again."""
+QUIET: Config = {"evaluate-every": 1000, "evaluate-examples": 2}
+"""Rounds look at next to nothing: the delivered model is scored once, and that is what counts."""

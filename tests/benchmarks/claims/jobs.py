@@ -1,0 +1,177 @@
+"""Which runs an experiment wants next: first a search of settings for each arm, the same budget for all, then tests.
+
+The search is on seeds from 100 on, by the mean loss of delivered models on *validation* examples, at one setting of the
+dial. Each arm has three tries: both learning rates; then, at the better one, the method's other setting. An arm without
+another setting tries a third rate beyond the better one. What wins is what seeds 0, 1 and 2 are tested with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from tests.benchmarks.claims.designs import QUIET, Arm, Base, Claim, Config, Experiment, Place
+from tests.benchmarks.claims.found import Line
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    experiment: str
+    base: str
+    dial: str
+    place: Place
+    arm: Arm
+    seed: int
+    split: str
+    setting: tuple[tuple[str, Any], ...]
+    config: tuple[tuple[str, Any], ...]
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides the run but its seed: who is where, and what they are told."""
+        place = [self.place.scenario, self.place.clients, self.place.of]
+        told = [self.base, place, self.arm.apart, self.arm.oracle and self.place.groups, self.split]
+        text = json.dumps([told, sorted(self.config)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """As :func:`tests.benchmarks.claims.found.done` has it."""
+        return self.digest, self.seed
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder, and to be read by people."""
+        return f"{self.arm.name}-{self.dial}-seed{self.seed}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An experiment on one base model, as the command line asks for it.
+
+    Args:
+        experiment: which one.
+        base: name of one of its bases; the design is that one's.
+        model: another base model in its place: hub id or folder; empty: the design's.
+        seeds: that are tested.
+        search_seeds: that settings are chosen on.
+        dials: settings of the dial; empty: all.
+        arms: by name; empty: all.
+        more: run-config that replaces the design's.
+    """
+
+    experiment: Experiment
+    base: str
+    model: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    search_seeds: tuple[int, ...] = (100,)
+    dials: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ()
+    more: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def design(self) -> Base:
+        """Of the base."""
+        return self.experiment.bases[self.base]
+
+    @property
+    def base_name(self) -> str:
+        """In lines and tables: no folder of this machine."""
+        return self.model.rstrip("/").rpartition("/")[2] or self.base
+
+    @property
+    def claims(self) -> list[Claim]:
+        """Those that can be told on this base."""
+        return [claim for claim in self.experiment.claims if not claim.bases or self.base in claim.bases]
+
+    @property
+    def method(self) -> str:
+        """The arm that all others are compared with."""
+        return self.claims[0].arm
+
+    @property
+    def chosen_arms(self) -> list[Arm]:
+        """Those asked for."""
+        there = [arm for arm in self.experiment.arms if not arm.bases or self.base in arm.bases]
+        return [arm for arm in there if not self.arms or arm.name in self.arms]
+
+    @property
+    def chosen_dials(self) -> list[str]:
+        """Those asked for."""
+        return [dial for dial in self.design.places if not self.dials or dial in self.dials]
+
+    def job(self, arm: Arm, dial: str, seed: int, split: str, setting: Config) -> Job:
+        """One run of it."""
+        design = self.design
+        config: dict[str, Any] = dict(QUIET) | dict(design.config)
+        config |= ({} if self.model else dict(design.model)) | dict(design.by_dial.get(dial, {}))
+        config |= {**arm.config, **dict(self.more), **setting, "strategy": arm.strategy, "evaluate-split": split}
+        place = design.places[dial]
+        told = tuple(sorted(config.items()))
+        return Job(
+            self.experiment.name, self.base_name, dial, place, arm, seed, split, tuple(sorted(setting.items())), told
+        )
+
+    def searches(self, arm: Arm, lines: Sequence[Line]) -> list[Config]:
+        """Settings that an arm tries, as far as they are known: the third depends on the first two."""
+        low, high = self.design.rates
+        tried: list[Config] = [{"learning-rate": low}, {"learning-rate": high}]
+        losses = [self._searched(arm, setting, lines) for setting in tried]
+        if None in losses:
+            return tried
+        best = min(range(2), key=lambda index: losses[index] or 0.0)
+        rate = (low, high)[best]
+        beyond = float(f"{(low * low / high, high * high / low)[best]:.3g}")
+        return [*tried, {"learning-rate": rate, **arm.other} if arm.other else {"learning-rate": beyond}]
+
+    def setting(self, arm: Arm, lines: Sequence[Line]) -> Config | None:
+        """What the search has chosen; None before it is over."""
+        arm = self.experiment.arm(arm.like) if arm.like else arm
+        tried = self.searches(arm, lines)
+        found = {index: self._searched(arm, setting, lines) for index, setting in enumerate(tried)}
+        known = {index: loss for index, loss in found.items() if loss is not None}
+        return tried[min(known, key=lambda index: known[index])] if len(known) == 3 else None
+
+    def search_jobs(self, arm: Arm, setting: Config) -> list[Job]:
+        """One setting on every search seed."""
+        dial = self.experiment.search_dial if self.experiment.search_dial in self.design.places else ""
+        dial = dial or next(iter(self.design.places))
+        return [self.job(arm, dial, seed, "validation", setting) for seed in self.search_seeds]
+
+    def test_jobs(self, lines: Sequence[Line]) -> Iterator[Job]:
+        """What is reported, seed by seed, of arms whose search is over."""
+        for seed in self.seeds:
+            for dial in self.chosen_dials:
+                for arm in self.chosen_arms:
+                    setting = self.setting(arm, lines)
+                    if setting is not None:
+                        yield self.job(arm, dial, seed, "test", setting)
+
+    def next_jobs(self, lines: Sequence[Line]) -> list[Job]:
+        """Runs that can begin now, in order; none: all is done."""
+        there = {(line["digest"], line["seed"]) for line in lines}
+        searches = [
+            job for arm in self.chosen_arms if not arm.like for setting in self.searches(arm, lines)
+            for job in self.search_jobs(arm, setting)
+        ]  # fmt: skip
+        found = {job.key: job for job in [*searches, *self.test_jobs(lines)] if job.key not in there}
+        return list(found.values())
+
+    def _searched(self, arm: Arm, setting: Config, lines: Sequence[Line]) -> float | None:
+        """Mean validation loss of a setting; None until all of its runs are there. One that broke down is infinite."""
+        jobs = {job.key for job in self.search_jobs(arm, setting)}
+        own = [line for line in lines if (line["digest"], line["seed"]) in jobs]
+        if {(line["digest"], line["seed"]) for line in own} != jobs:
+            return None
+        return fmean(_loss(line) for line in own)
+
+
+def _loss(line: Mapping[str, Any]) -> float:
+    found = line["metrics"].get("loss")
+    return float("inf") if found is None else float(found)

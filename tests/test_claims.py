@@ -1,0 +1,141 @@
+"""The benchmark of claims: what it searches and when, what counts as finished, and what a verdict needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from client_app.scenarios import FROM_FILES, NAMES
+from server_app.run.options import read_run_options
+from strategies import strategy_from_run_config
+from tests.benchmarks.claims import found
+from tests.benchmarks.claims.__main__ import EXPERIMENTS
+from tests.benchmarks.claims.designs import Arm, Base, Claim, Experiment, Place
+from tests.benchmarks.claims.jobs import Job, Wanted
+from tests.benchmarks.claims.pictures import picture
+from tests.benchmarks.claims.tables import OPEN, SEEN, of_dial, page, verdict
+
+TOY = Experiment(
+    name="toy",
+    title="Toy",
+    bases={"tiny": Base({"here": Place("digits", (0, 1), 4, "two clients")}, {"num-server-rounds": 2}, (1e-3, 4e-3))},
+    arms=(Arm("m", "potara", other={"potara.damping": 0.5}), Arm("c", "local"), Arm("all", "local-all", like="c")),
+    claims=(Claim("better", "m", ("c",)), Claim("as good", "m", ("m/searched",), within=0.1)),
+    search_dial="here",
+    shrunk="all of it",
+)
+
+
+def lines_of(job: Job, losses: Sequence[float]) -> list[dict[str, Any]]:
+    """As a run of this job would leave them."""
+    about = {key: getattr(job, key) for key in ("experiment", "base", "dial", "seed", "split", "digest")}
+    numbers = {"train_steps": 2, "looks": 4, "bytes": {"up": 1000, "down": 2000}, "clients": len(losses)}
+    return [
+        {
+            **about, **numbers, "arm": job.arm.name, "client": f"client-{number}", "setting": dict(job.setting),
+            "metrics": {"loss": loss, "accuracy": 1 - loss}, "models": {"searched": {"loss": loss + 0.01}},
+        }
+        for number, loss in enumerate(losses)
+    ]  # fmt: skip
+
+
+def played(asked: Wanted, losses: dict[str, float]) -> tuple[list[dict[str, Any]], list[Job]]:
+    """All runs in the order that the benchmark wants them; a higher learning rate loses less."""
+    lines: list[dict[str, Any]] = []
+    order: list[Job] = []
+    while waiting := asked.next_jobs(lines):
+        job = waiting[0]
+        loss = losses[job.arm.name] - float(dict(job.setting)["learning-rate"])
+        lines += lines_of(job, [loss, loss + 0.001 * job.seed])
+        order.append(job)
+    return lines, order
+
+
+def test_every_arm_has_three_tries_on_validation_and_what_wins_is_tested() -> None:
+    asked = Wanted(TOY, "tiny")
+    _, order = played(asked, {"m": 0.5, "c": 0.6, "all": 0.7})
+    tries = {name: [dict(job.setting) for job in order if job.split == "validation" and job.arm.name == name]
+             for name in ("m", "c", "all")}  # fmt: skip
+    assert tries["m"] == [
+        {"learning-rate": 1e-3}, {"learning-rate": 4e-3}, {"learning-rate": 4e-3, "potara.damping": 0.5}
+    ]  # fmt: skip
+    assert [one["learning-rate"] for one in tries["c"]] == [1e-3, 4e-3, 0.016]
+    assert tries["all"] == []
+    assert all(job.seed >= 100 for job in order if job.split == "validation")
+    tested = [job for job in order if job.split == "test"]
+    assert {(job.arm.name, job.seed) for job in tested} == {(n, s) for n in ("m", "c", "all") for s in (0, 1, 2)}
+    assert {dict(job.setting)["learning-rate"] for job in tested if job.arm.name in ("c", "all")} == {0.016}
+
+
+def test_a_verdict_needs_three_seeds_and_an_interval_above_zero() -> None:
+    asked = Wanted(TOY, "tiny")
+    lines, _ = played(asked, {"m": 0.5, "c": 0.9, "all": 0.7})
+    better, as_good = TOY.claims
+    whole = of_dial(asked, lines, "here")
+    found_better, found_as_good = (verdict(asked, claim, whole, "here") for claim in (better, as_good))
+    assert found_better is not None
+    assert found_better.word == SEEN
+    assert found_better.gain.low > 0
+    assert found_as_good is not None
+    assert found_as_good.word == SEEN
+    two = [line for line in lines if line["seed"] != 2]
+    few = verdict(asked, better, of_dial(asked, two, "here"), "here")
+    assert few is not None
+    assert few.word == OPEN
+    worse = verdict(asked, Claim("worse", "c", ("m",)), whole, "here")
+    assert worse is not None
+    assert worse.word == "not seen"
+    assert "| better | **seen**" in page(asked, lines)
+    shown = ElementTree.fromstring(picture(asked, lines))
+    assert len(shown.findall("{http://www.w3.org/2000/svg}circle")) == 2
+
+
+def test_a_line_that_was_cut_off_is_no_run_and_goes_with_the_next(tmp_path: Path) -> None:
+    job = Wanted(TOY, "tiny").next_jobs([])[0]
+    lines, path = lines_of(job, [0.1, 0.2]), tmp_path / "toy.jsonl"
+    found.append(path, lines)
+    assert found.read(path) == lines
+    path.write_text(path.read_text()[:-20])
+    assert found.read(path) == [], "one of two clients is no run"
+    found.append(path, lines)
+    assert found.read(path)[-2:] == lines
+    assert [json.loads(line)["client"] for line in path.read_text().splitlines()][-2:] == ["client-0", "client-1"]
+
+
+def test_a_changed_setting_is_another_run() -> None:
+    asked, changed = Wanted(TOY, "tiny"), Wanted(TOY, "tiny", more=(("batch-size", 3),))
+    arm = TOY.arms[0]
+    jobs = [one.job(arm, "here", 0, "test", {"learning-rate": 1e-3}) for one in (asked, changed)]
+    assert jobs[0].digest != jobs[1].digest
+    assert jobs[0].digest == asked.job(arm, "here", 1, "test", {"learning-rate": 1e-3}).digest
+
+
+@pytest.mark.parametrize(
+    "asked", [Wanted(e, base) for e in EXPERIMENTS.values() for base in e.bases], ids=lambda a: f"{a.method}-{a.base}"
+)
+def test_designs_have_scenarios_clients_and_run_config_that_there_are(asked: Wanted) -> None:
+    names = {arm.name for arm in asked.chosen_arms}
+    for dial, place in asked.design.places.items():
+        assert place.scenario in (*NAMES, *FROM_FILES)
+        assert max(place.clients) < place.of
+        assert not place.groups or len(place.groups) == len(place.clients)
+        for arm in asked.chosen_arms:
+            for setting in ({"learning-rate": 1e-3}, {"learning-rate": 1e-3, **arm.other}):
+                config = dict(asked.job(arm, dial, 0, "test", setting).config)
+                read_run_options(config)
+                strategy_from_run_config(config)
+    for claim in asked.claims:
+        assert {name.partition("/")[0] for name in (claim.arm, *claim.against)} <= names, claim.text
+
+
+def test_committed_lines_are_whole_runs_of_experiments_that_there_are() -> None:
+    for path in found.FOLDER.glob("*.jsonl"):
+        text = [line for line in path.read_text().splitlines() if line]
+        assert path.stem in EXPERIMENTS
+        assert len(found.read(path)) == len(text)
+        assert all(json.loads(line)["seed"] >= 100 for line in text if json.loads(line)["split"] == "validation")
