@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -76,36 +77,49 @@ def wanted(given: argparse.Namespace) -> Wanted:
     )  # fmt: skip
 
 
-def run_missing(asked: Wanted, given: argparse.Namespace) -> None:
-    """Run what is missing, ``--jobs`` at a time; every run's lines are on disk before the next one begins."""
+def run_missing(asked: Wanted, given: argparse.Namespace) -> int:
+    """Run what is missing, ``--jobs`` at a time; every run's lines are on disk before the next one begins.
+
+    Returns how many runs failed: each is said, does not stop the others, and is tried again the next time.
+    """
     path, until = given.found / f"{asked.experiment.name}.jsonl", time.monotonic() + 60 * given.minutes
     if asked.design.needs_data and given.data is None:
         raise SystemExit(f"the scenarios of {asked.base!r} read their data from a folder: expected --data FOLDER")
     given.cache.mkdir(parents=True, exist_ok=True)
+    failed = 0
     with tempfile.TemporaryDirectory() as name:
         for job, lines in _results(asked, given, path, Path(name), until):
+            if isinstance(lines, Exception):
+                failed += 1
+                print(f"FAILED {job.split} {job.name} {dict(job.setting)}: {type(lines).__name__}: {lines}", flush=True)
+                continue
             found.append(path, lines)
             losses = " ".join(f"{line['metrics'].get('loss', float('nan')):.3f}" for line in lines)
             print(f"{job.split} {job.name} {dict(job.setting)}: {losses} ({lines[0]['run_cpu_seconds']} s)", flush=True)
+    return failed
 
 
 def _results(
     asked: Wanted, given: argparse.Namespace, path: Path, folder: Path, until: float
-) -> Iterator[tuple[Job, list[found.Line]]]:
+) -> Iterator[tuple[Job, list[found.Line] | Exception]]:
     fresh = multiprocessing.get_context("spawn")  # torch has threads, which a fork would lose
     data = given.data.resolve() if given.data else None
     with ProcessPoolExecutor(given.jobs, fresh, _begin, (folder, given.cache.resolve())) as pool:
         busy: dict[Future[list[found.Line]], Job] = {}
+        begun: set[tuple[str, int]] = set()
         while True:
-            going = {job.key for job in busy.values()}
-            waiting = [job for job in asked.next_jobs(found.read(path)) if job.key not in going]
+            waiting = [job for job in asked.next_jobs(found.read(path)) if job.key not in begun]
             while waiting and len(busy) < given.jobs and time.monotonic() < until:
                 job = waiting.pop(0)
+                begun.add(job.key)
                 busy[pool.submit(_work, job, folder, data, asked.model)] = job
             if not busy:
                 return
             for ended in wait(busy, return_when=FIRST_COMPLETED).done:
-                yield busy.pop(ended), ended.result()
+                error = ended.exception()
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                yield busy.pop(ended), ended.result() if error is None else error
 
 
 def _begin(folder: Path, cache: Path) -> None:
@@ -124,18 +138,18 @@ def _work(job: Job, folder: Path, data: Path | None, model: str) -> list[found.L
     return carry_out(job, folder / f"worker-{multiprocessing.current_process().pid}", data, model)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """See the module's docstring."""
+def main(arguments: list[str] | None = None) -> int:
+    """See the module's docstring; 1 where a run failed."""
     given = parse(arguments)
     asked = wanted(given)
-    if not given.table and given.picture is None:
-        run_missing(asked, given)
+    failed = 0 if given.table or given.picture is not None else run_missing(asked, given)
     lines = found.read(given.found / f"{asked.experiment.name}.jsonl")
     if given.picture is not None:
         path = given.picture / f"claims-{asked.experiment.name}-{asked.base_name}.svg"
         path.write_text(picture(asked, lines))
     Console(width=10_000, highlight=False, markup=False, soft_wrap=True).print(page(asked, lines))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -119,7 +119,5 @@ CONTROLS = (
     Arm("local-all", "local-all", role="control", like="local"),
 )
 """In every experiment. ``local-all`` trains on validation examples, too."""
-HEAD = Arm("fedavg-head", "fedavg-head", role="control")
-"""Where the model has a head to fit again."""
 QUIET: Config = {"evaluate-every": 1000, "evaluate-examples": 2}
 """Rounds look at next to nothing: the delivered model is scored once, and that is what counts."""

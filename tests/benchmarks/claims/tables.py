@@ -81,7 +81,13 @@ def table(asked: Wanted, lines: Sequence[Line], found: Mapping[str, Sequence[Lin
     for name in names:
         own, arm = scores(found, name, "loss"), name.partition("/")[0]
         gain = paired(scores(found, first, "loss"), own, SIGNS["loss"]) if name != first and first in found else None
-        cells = [f"`{name}`", "", interval_of(own), interval_of(scores(found, name, score))]
+        role = asked.experiment.arm(arm).role if name == arm else ""
+        cells = [
+            f"`{name}` ({role})" if role else f"`{name}`",
+            "",
+            interval_of(own),
+            interval_of(scores(found, name, score)),
+        ]
         cells.append(f"{shown(gain.mean)} ({gain.better}/{gain.worse})" if gain is not None else "")
         if name == arm:
             cells[1] = in_words(asked.setting(asked.experiment.arm(arm), lines) or {})
@@ -98,9 +104,9 @@ def verdict(
 ) -> Verdict | None:
     """On a claim; None where an arm has no scores.
 
-    Better: *seen* where the interval against every one of ``against`` is above zero, *not seen* where one is below a
-    hundredth of it or the mean gain is not positive. As good: seen where the interval is within ``within``, not seen
-    where it is outside. Otherwise, and with less than three seeds, it cannot be told.
+    Better: *seen* where the interval against every one of ``against`` is above zero, *not seen* where a mean gain is
+    not. As good: seen where all intervals are above minus ``within``, not seen where one is below it. Otherwise, and
+    with less than three seeds, it cannot be told.
     """
     place = asked.design.places[dial]
     clients = [f"client-{place.clients[index]}" for index in claim.clients if index < len(place.clients)]
