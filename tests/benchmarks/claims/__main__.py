@@ -25,16 +25,10 @@ from rich.console import Console
 
 from server_app.tools.commands.arguments import parse_run_config
 from tests.benchmarks.claims import found
-from tests.benchmarks.claims.designs import Experiment
-from tests.benchmarks.claims.fedmerge import FEDMERGE
-from tests.benchmarks.claims.fedmosaic import FEDMOSAIC
+from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
 from tests.benchmarks.claims.pictures import picture
-from tests.benchmarks.claims.potara import POTARA
 from tests.benchmarks.claims.tables import page
-from tests.benchmarks.claims.tap import TAP
-
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (POTARA, FEDMERGE, FEDMOSAIC, TAP)}
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:

@@ -14,8 +14,8 @@ from client_app.scenarios import FROM_FILES, NAMES
 from server_app.run.options import read_run_options
 from strategies import strategy_from_run_config
 from tests.benchmarks.claims import found
-from tests.benchmarks.claims.__main__ import EXPERIMENTS
 from tests.benchmarks.claims.designs import Arm, Base, Claim, Experiment, Place
+from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
 from tests.benchmarks.claims.pictures import picture
 from tests.benchmarks.claims.tables import OPEN, SEEN, of_dial, page, verdict
