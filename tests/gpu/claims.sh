@@ -4,9 +4,10 @@
 #     tests/gpu/claims.sh MODEL DATA OUT [more options of tests.benchmarks.claims]
 #
 # MODEL: hub id or folder of an instruction-tuned language model; DATA: folder of the scenarios' texts; OUT: folder of the
-# finished runs, one line for each client. A second call goes on where the first one stopped.
+# finished runs, one line for each client. A second call goes on where the first one stopped. No run begins after nine minutes.
 set -eu
-model=$1 data=$2 out=$3
+model=$1 data=$(realpath "$2") out=$(realpath -m "$3")
+if [ -d "$model" ]; then model=$(realpath "$model"); fi
 shift 3
 cd "$(dirname "$0")/../.."
 for experiment in potara fedmosaic; do
