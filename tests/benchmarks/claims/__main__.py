@@ -29,6 +29,7 @@ from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
 from tests.benchmarks.claims.pictures import picture
 from tests.benchmarks.claims.tables import page
+from tests.benchmarks.claims.workers import begin, work
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
@@ -98,7 +99,7 @@ def _results(
 ) -> Iterator[tuple[Job, list[found.Line] | Exception]]:
     fresh = multiprocessing.get_context("spawn")  # torch has threads, which a fork would lose
     data = given.data.resolve() if given.data else None
-    with ProcessPoolExecutor(given.jobs, fresh, _begin, (folder, given.cache.resolve())) as pool:
+    with ProcessPoolExecutor(given.jobs, fresh, begin, (folder, given.cache.resolve())) as pool:
         busy: dict[Future[list[found.Line]], Job] = {}
         begun: set[tuple[str, int]] = set()
         while True:
@@ -106,7 +107,7 @@ def _results(
             while waiting and len(busy) < given.jobs and time.monotonic() < until:
                 job = waiting.pop(0)
                 begun.add(job.key)
-                busy[pool.submit(_work, job, folder, data, asked.model)] = job
+                busy[pool.submit(work, job, folder, data, asked.model)] = job
             if not busy:
                 return
             for ended in wait(busy, return_when=FIRST_COMPLETED).done:
@@ -114,22 +115,6 @@ def _results(
                 if error is not None and not isinstance(error, Exception):
                     raise error
                 yield busy.pop(ended), ended.result() if error is None else error
-
-
-def _begin(folder: Path, cache: Path) -> None:
-    """A worker's start: one thread, a folder of its own, and the cache of base models that all share."""
-    import torch
-
-    torch.set_num_threads(1)
-    own = folder / f"worker-{multiprocessing.current_process().pid}"
-    own.mkdir()
-    (own / ".cache").symlink_to(cache)
-
-
-def _work(job: Job, folder: Path, data: Path | None, model: str) -> list[found.Line]:
-    from tests.benchmarks.claims.runs import carry_out
-
-    return carry_out(job, folder / f"worker-{multiprocessing.current_process().pid}", data, model)
 
 
 def main(arguments: list[str] | None = None) -> int:
