@@ -10,9 +10,9 @@ if TYPE_CHECKING:  # the names of scenarios are in every command's help, which t
 
 NAMES = ("digits", "digits-mixed", "digits-multimodal")
 FROM_FILES = (
-    *("cifar100-20", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs", "instruct-6", "instruct-6-same"),
-    *("instruct-6-family", "instruct-6-unrelated", "instruct-6-unequal", "instruct-12"),
-    *("cifar100-groups", "text-6", "text-6-same", "text-6-family", "text-6-unrelated", "text-6-unequal", "text-12"),
+    *("cifar100-20", "cifar100-groups", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs"),
+    *("instruct-6", "instruct-6-same", "instruct-6-family", "instruct-6-unrelated", "instruct-6-unequal"),
+    *("instruct-12", "text-6", "text-6-same", "text-6-family", "text-6-unrelated", "text-6-unequal", "text-12"),
 )
 """Benchmarks with data in a folder that the user names; see ``client_app.scenarios.files``."""
 
