@@ -46,7 +46,7 @@ class Policy:
     """Fewest different examples that one step may train on or measure. Two different measurements of one split in a run
     must differ by at least as many examples; otherwise their difference would be about fewer."""
     max_steps: int = 100_000
-    """Most training steps in one plan, batches of sketches among them."""
+    """Most training steps in one plan, batches of sketches among them; sharpness-aware ones count twice."""
     max_evaluations: int = 5_000
     """Most passes over a split in one plan: evaluations, candidates of selections, attributions."""
     max_slots: int = 1_000
@@ -287,7 +287,9 @@ def tally_of(plan: plan_pb2.Plan) -> dict[str, int]:
 
 
 def _training_steps(step: plan_pb2.Step) -> int:
-    return int(step.train.steps + step.distill.train.steps + step.sketch.batches)
+    """Passes forward and backward; a sharpness-aware step has two."""
+    trains = (step.train, step.distill.train)
+    return int(sum(body.steps * (2 if body.sharpness_radius else 1) for body in trains) + step.sketch.batches)
 
 
 def _evaluations(step: plan_pb2.Step) -> int:
@@ -360,4 +362,4 @@ def _flows(kind: str | None, body: Any) -> Iterator[tuple[str, list[str]]]:
             yield slot, [body.proximal.slot]
     elif kind == "distill":
         for slot in body.train.slots:
-            yield slot, [body.train.proximal.slot, *(term.slot for term in body.teacher.terms)]
+            yield slot, [body.train.proximal.slot, body.teacher.shares, *(term.slot for term in body.teacher.terms)]

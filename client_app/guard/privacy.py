@@ -111,7 +111,7 @@ def require_private_steps(plan: plan_pb2.Plan) -> None:
     """Refuse steps that are not private, by name.
 
     Raises:
-        PrivacyError: a step is none of :data:`PRIVATE_STEPS`, or weighs examples by their losses.
+        PrivacyError: a step is none of :data:`PRIVATE_STEPS`, weighs examples by their losses, or is sharpness-aware.
     """
     for index, step in enumerate(plan.steps):
         kind = step.WhichOneof("kind")
@@ -122,6 +122,10 @@ def require_private_steps(plan: plan_pb2.Plan) -> None:
             )
         if kind == "train" and step.train.attributed_to:
             raise PrivacyError(f"client {plan.client_id!r} refuses step {index} (train): attributed-to is not private")
+        if kind == "train" and step.train.sharpness_radius:  # it looks at each batch twice
+            raise PrivacyError(
+                f"client {plan.client_id!r} refuses step {index} (train): sharpness-aware is not private"
+            )
 
 
 class Budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ def carry_out(bench: Workbench, step: plan_pb2.AttributeStep) -> report_pb2.Attr
     return report_pb2.AttributeResult(examples=len(data))
 
 
-def forward_of(bench: Workbench, mixture: plan_pb2.Mixture) -> Callable[[Dataset], Tensor]:
-    """What gives an ensemble's logits for a batch.
+def forward_of(bench: Workbench, mixture: plan_pb2.Mixture, *, everywhere: bool = False) -> Callable[[Dataset], Tensor]:
+    """What gives an ensemble's logits for a batch (``everywhere`` as for :func:`client_app.plan.training.logits_of`).
 
     Raises:
         EnsembleError: the shares do not fit the slots, or the task's answers are no distribution.
@@ -55,7 +56,7 @@ def forward_of(bench: Workbench, mixture: plan_pb2.Mixture) -> Callable[[Dataset
     if any(coefficient != 1.0 for coefficient in coefficients):
         raise PlanError("an ensemble's coefficients are 1: its shares say how much each slot counts")
     shares = shares_of(bench.slots[mixture.shares], _loaded(bench, slots))
-    return lambda batch: log_probabilities(bench.model, slots, shares, batch)
+    return partial(log_probabilities, bench.model, slots, shares, everywhere=everywhere)
 
 
 def equal_shares(model: PersonalModel, slots: Sequence[str]) -> Adapter:
@@ -103,12 +104,14 @@ def attribute(model: PersonalModel, slots: Sequence[str], shares: Tensor, data: 
 
 
 @torch.no_grad()
-def log_probabilities(model: PersonalModel, slots: Sequence[str], shares: Tensor, batch: Dataset) -> Tensor:
+def log_probabilities(
+    model: PersonalModel, slots: Sequence[str], shares: Tensor, batch: Dataset, *, everywhere: bool = False
+) -> Tensor:
     """``log sum_c share_c softmax(logits_c)``: logits of the average of the slots' probabilities."""
     parts = []
     for slot, share in zip(slots, (shares / shares.sum()).clamp_min(1e-30).log().tolist(), strict=True):
         model.activate({slot: 1.0})
-        parts.append(logits_of(model, batch).float().log_softmax(dim=-1) + share)
+        parts.append(logits_of(model, batch, everywhere=everywhere).float().log_softmax(dim=-1) + share)
     return torch.logsumexp(torch.stack(parts), dim=0)
 
 

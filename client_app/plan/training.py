@@ -25,6 +25,7 @@ from client_app.plan.optimizers import optimizer_of, restore, state_of
 from client_app.plan.progress import tick
 from client_app.plan.schedules import rate_of
 from client_app.plan.seeds import batches, by_length, seed_of_step
+from client_app.plan.sharpness import at_the_top, require_radius
 from client_app.plan.task_losses import TaskLosses
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
@@ -63,12 +64,14 @@ class Teacher(Protocol):
 
     everywhere: bool
     """Whether it also teaches at positions without a label."""
+    label_weight: float
+    """The weight of the labels' own loss beside the teacher's."""
 
     def outputs(self, batch: Dataset) -> Tensor | None:
         """What the teacher says about a batch; None where nothing is to be learnt from it."""
 
-    def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor) -> Tensor:
-        """Weighted distance of the student's logits from the teacher's outputs."""
+    def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor, *, counted: bool = True) -> Tensor:
+        """Weighted distance of the student's logits from the teacher's outputs; reported where it is counted."""
 
 
 def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | None = None) -> report_pb2.TrainResult:
@@ -83,6 +86,7 @@ def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | Non
             f"{step.steps} steps of {step.batch_size} examples at learning rate {step.learning_rate:g}; "
             "expected at least one of each and a positive rate"
         )
+    require_radius(step)
     data = bench.split(step.split)
     if step.HasField("fold"):
         data = bench.fold(data, step.fold, step.split)
@@ -217,7 +221,7 @@ def train(
     for indices in _drawn(model, step, data, seed, order):
         tick("train", len(losses), step.steps, losses[-1] if losses else None)
         optimiser.zero_grad()
-        loss, found = objective.backward(indices)
+        loss, found = objective.gradients(indices)
         by_task.add(found)
         if step.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(parameters.values(), step.max_grad_norm)
@@ -271,7 +275,17 @@ class _Objective:
     teacher: Teacher | None
     example_weights: Tensor | None
 
-    def backward(self, indices: Tensor) -> tuple[float, dict[str, tuple[int, float]]]:
+    def gradients(self, indices: Tensor) -> tuple[float, dict[str, tuple[int, float]]]:
+        """One batch's gradients, and what :meth:`backward` returns at the numbers as they are."""
+        if not self.step.sharpness_radius:
+            return self.backward(indices)
+        with at_the_top(self.parameters.values(), self.step.sharpness_radius, self.model.device) as top:
+            found = self.backward(indices)
+            top.climb()
+            self.backward(indices, counted=False)
+        return found
+
+    def backward(self, indices: Tensor, *, counted: bool = True) -> tuple[float, dict[str, tuple[int, float]]]:
         """Add one batch's gradients, micro-batch by micro-batch; its loss, and examples and mean loss by task."""
         loss, found = 0.0, dict[str, tuple[int, float]]()
         chunks = torch.split(indices, self.model.micro_batch or len(indices))
@@ -289,10 +303,12 @@ class _Objective:
             if len(parts) > 1:  # gradients of the parts add up to that of the whole batch
                 objective = objective * (in_batch * in_task)
             loss += float(objective.detach())
+            if self.teacher is not None and self.teacher.label_weight != 1.0:
+                objective = objective * self.teacher.label_weight
             if self.anchor is not None and position == 0:
                 objective = objective + self.step.proximal.mu / 2 * self._distance(self.anchor)
             if self.teacher is not None and logits is not None and taught is not None:
-                objective = objective + self.teacher.loss(part, logits, taught) * in_task
+                objective = objective + self.teacher.loss(part, logits, taught, counted=counted) * in_task
             objective.backward()  # type: ignore[no-untyped-call]
         return loss, found
 

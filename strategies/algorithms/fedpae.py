@@ -3,132 +3,23 @@ r"""FedPAE: every client trains alone, and predicts with an ensemble of its own 
 Mueller, Street, Baek, Lin, Yang, Huang, "FedPAE: Peer-Adaptive Ensemble Learning for Asynchronous and
 Model-Heterogeneous Federated Learning", 2024 (arXiv 2410.14075); only its abstract was available: models travel once,
 from peer to peer, and each client chooses its ensemble on validation data. In the paper a genetic search chooses
-members for strength and diversity. Here all adapters that a client is sent are candidates, and their shares are the
-maximum-likelihood mixture of their predictions on its held-out examples, found by ``passes`` steps of expectation
-maximisation from equal shares:
-
-.. math:: q_{sc} \propto \pi_c e^{-\ell(h_c(x_s), y_s)}, \qquad \pi_c = mean_s q_{sc}
-
-The client predicts :math:`\sum_c \pi_c softmax(logits_c)`. Candidates are the ``peers`` whose deltas have the highest
-cosine with its own. Others' adapters are tried with the client's own head where its labels are its own. Without
-validation examples the shares come from training examples, which favours the client's own adapter.
+members for strength and diversity. Here all adapters that a client is sent are members, with the shares :math:`\pi_c`
+of :mod:`strategies.families.nearest_peers`. The client predicts :math:`\sum_c \pi_c softmax(logits_c)`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.algebra import gram
-from fedalloy_adapters.bank.store import Bank, Made
-from strategies.framework import About, AlloyStrategy, Answer, Brief, Client, State, steps
-from strategies.framework.options import require_range
-
-LOCAL, SHARES = "local", "shares"
+from proto.fedalloy.v1 import plan_pb2
+from strategies.families.nearest_peers import SHARES, NearestPeers, NearestPeersOptions
+from strategies.framework import About, steps
 
 
-@dataclass(frozen=True)
-class FedPAEOptions:
-    """How many other adapters a client tries, and for how long."""
-
-    peers: int = 3
-    """Number of other clients' adapters that a client is sent, once."""
-    passes: int = 5
-    """Passes over the held-out examples that find the shares."""
-
-    def __post_init__(self) -> None:
-        require_range("peers", self.peers, 1, 64)
-        require_range("passes", self.passes, 1, 100)
-
-
-class FedPAE(AlloyStrategy[FedPAEOptions]):
+class FedPAE(NearestPeers[NearestPeersOptions]):
     """Local training, then an ensemble of peers."""
 
     name = "fedpae"
     about = About("its own and its peers' adapters, predictions averaged by shares", travels="P up, M P down, once")
-    may_end_early = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.uploads = Bank(self.storage)
-        self.nearest: dict[str, list[str]] = {}
-        self.arrived: set[str] = set()
-
-    @property
-    def learns_from(self) -> tuple[str, ...]:
-        """Validation examples decide the shares."""
-        return ("train", "validation")
-
-    def needs_everyone(self, round_: int) -> bool:
-        """Local rounds cost no bytes, and every peer's adapter is wanted."""
-        return True
-
-    def brief(self, round_: int, client: Client) -> Brief:
-        """Train alone; upload in the last round."""
-        mix = steps.mixture(LOCAL)
-        plan = [
-            steps.initialise(LOCAL, self.seed, keep_existing=round_ > 1),
-            steps.evaluate(self.training, mix),
-            steps.train(self.training, mix, [LOCAL]),
-        ]
-        if round_ >= self.rounds:  # if the number of rounds is not known, every round may be the last
-            plan.append(steps.send(self.training, LOCAL, relative_to_received=False))
-        return Brief(plan)
-
-    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep what was uploaded."""
-        if LOCAL in answer.adapters:
-            self.uploads[client.id] = answer.adapters[LOCAL]
-            self.arrived.add(client.id)
-
-    def settle(self, round_: int) -> dict[str, Any]:
-        """Find each client's nearest peers, in the last round."""
-        record = {"merged": len(self.arrived)}
-        self.arrived = set()
-        self._find_peers()
-        return record
-
-    def deliver(self, client: Client) -> Brief:
+    def model(self, slots: list[str]) -> plan_pb2.Mixture:
         """The ensemble."""
-        peers = Made(
-            {f"peer-{index}": partial(self._of, peer) for index, peer in enumerate(self.nearest.get(client.id, []))}
-        )
-        slots = [LOCAL, *peers]
-        model = steps.ensemble(slots, SHARES) if peers else steps.mixture(LOCAL)
-        learn = steps.attribute(slots, SHARES, split="validation" if client.held_out else "train")
-        heads = [steps.initialise(LOCAL, self.seed), *(steps.copy(slot, LOCAL) for slot in peers)]
-        plan = [*heads, *[learn] * (self.options.passes if peers else 0)]
-        return Brief([*plan, steps.save(model), steps.evaluate(self.training, model)], peers)
-
-    def state(self) -> State:
-        """The uploads; peers follow from them."""
-        state = State({}, {"clients": list(self.uploads)})
-        state.keep("upload", self.uploads)
-        return state
-
-    def load_state(self, state: State) -> None:
-        """Continue from saved numbers; clients are enrolled before."""
-        layout = next(iter(self.clients.values())).layout
-        self.uploads.clear()
-        for name in state.values["clients"]:
-            self.uploads.put_row(name, layout, state.row(f"upload/{name}"))
-        self._find_peers()
-
-    def _of(self, peer: str) -> Adapter:
-        return self.uploads[peer]
-
-    def _find_peers(self) -> None:
-        self.nearest = {}
-        names = sorted(self.uploads)
-        if not names:
-            return
-        inner = gram([self.uploads[name] for name in names])
-        for row, name in enumerate(names):
-            cosine = {
-                peer: float(inner[row, column] / (inner[row, row] * inner[column, column]).sqrt().clamp_min(1e-30))
-                for column, peer in enumerate(names)
-                if peer != name
-            }
-            self.nearest[name] = sorted(cosine, key=lambda peer: (-cosine[peer], peer))[: self.options.peers]
+        return steps.ensemble(slots, SHARES)

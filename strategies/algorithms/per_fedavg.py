@@ -15,6 +15,7 @@ Reptile (Nichol, Achiam, Schulman, 2018) would move w to where all steps end: wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from proto.fedalloy.v1 import plan_pb2
 from strategies.families.fedavg import SLOT, Averaging
@@ -36,29 +37,34 @@ class PerFedAvgOptions:
         require_range("turns", self.turns, 1, 1000)
 
 
-class PerFedAvg(Averaging[PerFedAvgOptions]):
-    """One start for all clients, and a few steps of each client's own."""
+TurnsT = TypeVar("TurnsT", bound=PerFedAvgOptions)
+"""Options that say how many turns there are."""
 
-    name = "per-fedavg"
-    about = About("FedAvg's adapter, trained so that few steps of its own on it go far")
+
+class Adapting(Averaging[TurnsT]):
+    """One start for all clients, and a few steps of each client's own."""
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate the received global adapter; adapt and move it, turn by turn; send it."""
         plan = [steps.evaluate(self.training, steps.mixture(SLOT))]
-        for adapting, moving in self.shares(self.local_steps(client)):
-            plan += [self._copy(ADAPTED, SLOT), *self._adapt(adapting), *self._move(moving)]
+        for share in self.shares(self.local_steps(client)):
+            plan += self.turn(*share)
         return Brief([*plan, steps.send(self.training, SLOT)], {SLOT: self.part_of(client)})
 
     def deliver(self, client: Client) -> Brief:
         """Adapt once more, with the steps of a turn."""
         mix = self.personal(client)
         count = self.shares(self.local_steps(client))[0][0]
-        plan = [self._copy(ADAPTED, SLOT), *self._adapt(count), steps.save(mix), steps.evaluate(self.training, mix)]
+        plan = [self.copied(ADAPTED, SLOT), *self.adapt(count), steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {SLOT: self.part_of(client)})
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
         """The adapted one."""
         return steps.mixture(ADAPTED)
+
+    def turn(self, adapting: int, moving: int) -> list[steps.Step]:
+        """One turn, of so many steps of either kind."""
+        return [self.copied(ADAPTED, SLOT), *self.adapt(adapting), *self._move(moving)]
 
     def shares(self, total: int) -> list[tuple[int, int]]:
         """Divide steps among turns, and each turn's among the two kinds; a single step is of the second kind."""
@@ -66,15 +72,23 @@ class PerFedAvg(Averaging[PerFedAvgOptions]):
         counts = [total * (turn + 1) // turns - total * turn // turns for turn in range(turns)]
         return [(count // 2, count - count // 2) for count in counts]
 
-    def _adapt(self, count: int) -> list[steps.Step]:
+    def adapt(self, count: int) -> list[steps.Step]:
+        """Steps of the client's own, from the global adapter."""
         return [steps.train(self.training, steps.mixture(ADAPTED), [ADAPTED], steps=count)] if count else []
 
     def _move(self, count: int) -> list[steps.Step]:
         """The global adapter moves by what the steps from the adapted one on move."""
         ahead = steps.train(self.training, steps.mixture(AHEAD), [AHEAD], steps=count)
         moved = steps.mixture(SLOT, AHEAD, ADAPTED, coefficients=[1.0, 1.0, -1.0])
-        return [self._copy(AHEAD, ADAPTED), ahead, steps.merge(SLOT, moved, space="factor")]
+        return [self.copied(AHEAD, ADAPTED), ahead, steps.merge(SLOT, moved, space="factor")]
 
-    def _copy(self, slot: str, source: str) -> steps.Step:
+    def copied(self, slot: str, source: str) -> steps.Step:
         """A copy made by a merge step: copy steps at the start of a plan run before the global adapter is installed."""
         return steps.merge(slot, steps.mixture(source), space="factor")
+
+
+class PerFedAvg(Adapting[PerFedAvgOptions]):
+    """FedAvg over such starts."""
+
+    name = "per-fedavg"
+    about = About("FedAvg's adapter, trained so that few steps of its own on it go far")

@@ -57,6 +57,15 @@ class Gossip(AlloyStrategy[GossipT]):
     def mixing(self, links: Tensor) -> Tensor:
         """The mixing matrix P ``[N, N]``: ``links[i, j]`` is 1 where j sends to i, and on the diagonal."""
 
+    def links(self, drawn: Tensor) -> Tensor:
+        """Who sends to whom, from what was drawn."""
+        return drawn
+
+    @property
+    def turns(self) -> int:
+        """How often adapters are mixed after a round."""
+        return 1
+
     def part(self, layout: Layout) -> Layout:
         """What travels; here everything."""
         return layout
@@ -87,13 +96,13 @@ class Gossip(AlloyStrategy[GossipT]):
         names = sorted(arrived)
         if not names:
             return {"merged": 0}
-        links = links_between(len(names), self.options.neighbours, f"{self.seed}:{round_}")
-        matrix = self.mixing(links)
+        links = self.links(links_between(len(names), self.options.neighbours, f"{self.seed}:{round_}"))
+        matrix = torch.linalg.matrix_power(self.mixing(links), self.turns)
         weights = matrix @ torch.tensor([self.push.get(name, 1.0) for name in names], dtype=torch.float64)
         for name, row, weight in zip(names, matrix, weights.tolist(), strict=True):
             (self.mixed[name],) = arrived.combine(names, row[None])
             self.push[name] = weight
-        crossing = int(links.sum()) - len(names)
+        crossing = (int(links.sum()) - len(names)) * self.turns
         return {"merged": len(names), "peer_numbers": crossing * arrived.layout_of(names[0]).size}
 
     def deliver(self, client: Client) -> Brief:

@@ -50,6 +50,11 @@ def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
     )
 
 
+def each_gated(gates: Mapping[str, str]) -> plan_pb2.Mixture:
+    """``sum of sigmoid(g) slot`` for each module; ``gates`` says which slot holds the gates g of which."""
+    return plan_pb2.Mixture(terms=[plan_pb2.Term(slot=s, gate=plan_pb2.Gate(slot=g)) for s, g in gates.items()])
+
+
 def part(factors: Iterable[Factor] = (), modules: Iterable[str] = (), *, without_basis: bool = False) -> plan_pb2.Part:
     """The tensors with these factors and modules; an empty list does not restrict."""
     numbers = [factor_to_proto(factor) for factor in factors]
@@ -99,13 +104,15 @@ def train(
     keep_on_divergence: bool = False,
     attributed_to: str = "",
     split: str = "train",
+    sharpness_radius: float = 0.0,
 ) -> Step:
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
     ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
     learning rate of tensors with a factor. ``draw`` decides batches and dropout, ``draw_after_replace`` instead where a
     replace step has copied something; the losses of tasks are kept as ``record``, for such steps. ``attributed_to``
-    weighs examples by how much of them :func:`attribute` gave to that slot. Without ``steps`` there are as many as the
+    weighs examples by how much of them :func:`attribute` gave to that slot. With a ``sharpness_radius`` steps are
+    sharpness-aware, and take twice as long. Without ``steps`` there are as many as the
     run says: under ``local-epochs`` they are counted when the client's message is made
     (:func:`strategies.framework.training.counted`).
     """
@@ -122,6 +129,7 @@ def train(
         record_batch_share=record_batch_share,
         keep_on_divergence=keep_on_divergence,
         attributed_to=attributed_to,
+        sharpness_radius=sharpness_radius,
         **_optimising(training, learning_rate, rate_scales or {}),
     )
     if proximal is not None and proximal[1] > 0:
@@ -210,16 +218,18 @@ def distill(
     losses: Mapping[str, str] | None = None,
     temperature: float = 1.0,
     reduction: str = "per-position-mean",
+    label_weight: float = 1.0,
 ) -> Step:
     """The train step ``step`` with the teacher's outputs as a second target.
 
     Args:
         step: what is trained, and how.
-        teacher: frozen.
+        teacher: frozen; a mixture or an :func:`ensemble`.
         weights: of the distance from the teacher, by task.
         losses: ``"kl"`` (the default) or ``"mse"`` by task.
         temperature: of both softmaxes.
         reduction: ``"per-position-mean"``, or ``"first-dim"``: the sum over all positions.
+        label_weight: of the labels' loss; 0: the outputs are the only target.
     """
     kinds = {"kl": plan_pb2.DISTILL_LOSS_KL, "mse": plan_pb2.DISTILL_LOSS_MSE}
     reductions = {
@@ -233,6 +243,8 @@ def distill(
     found = plan_pb2.DistillStep(
         train=step.train, teacher=teacher, temperature=temperature, reduction=reductions[reduction], tasks=tasks
     )
+    if label_weight != 1.0:
+        found.label_weight = label_weight
     return Step(distill=found)
 
 

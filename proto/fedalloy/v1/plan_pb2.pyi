@@ -199,7 +199,7 @@ class Draw(_message.Message):
     def __init__(self, as_step: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
-    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to", "optimizer", "momentum", "keep_optimizer", "warmup_steps", "schedule_done", "schedule_total")
+    __slots__ = ("mixture", "slots", "part", "proximal", "steps", "batch_size", "learning_rate", "schedule", "weight_decay", "max_grad_norm", "split", "fold", "rate_scales", "draw", "draw_after_replace", "record", "record_batch_share", "keep_on_divergence", "attributed_to", "optimizer", "momentum", "keep_optimizer", "warmup_steps", "schedule_done", "schedule_total", "sharpness_radius")
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +225,7 @@ class TrainStep(_message.Message):
     WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_DONE_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SHARPNESS_RADIUS_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     slots: _containers.RepeatedScalarFieldContainer[str]
     part: Part
@@ -250,7 +251,8 @@ class TrainStep(_message.Message):
     warmup_steps: int
     schedule_done: int
     schedule_total: int
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, str]] = ..., momentum: _Optional[float] = ..., keep_optimizer: _Optional[bool] = ..., warmup_steps: _Optional[int] = ..., schedule_done: _Optional[int] = ..., schedule_total: _Optional[int] = ...) -> None: ...
+    sharpness_radius: float
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., slots: _Optional[_Iterable[str]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., proximal: _Optional[_Union[Proximal, _Mapping]] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, str]] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., split: _Optional[str] = ..., fold: _Optional[_Union[Fold, _Mapping]] = ..., rate_scales: _Optional[_Iterable[_Union[RateScale, _Mapping]]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., draw_after_replace: _Optional[_Union[Draw, _Mapping]] = ..., record: _Optional[str] = ..., record_batch_share: _Optional[bool] = ..., keep_on_divergence: _Optional[bool] = ..., attributed_to: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, str]] = ..., momentum: _Optional[float] = ..., keep_optimizer: _Optional[bool] = ..., warmup_steps: _Optional[int] = ..., schedule_done: _Optional[int] = ..., schedule_total: _Optional[int] = ..., sharpness_radius: _Optional[float] = ...) -> None: ...
 
 class MergeStep(_message.Message):
     __slots__ = ("target", "mixture", "space", "truncate_rank", "own_heads_only")
@@ -319,18 +321,20 @@ class TaskDistillation(_message.Message):
     def __init__(self, task: _Optional[str] = ..., weight: _Optional[float] = ..., loss: _Optional[_Union[DistillLoss, str]] = ...) -> None: ...
 
 class DistillStep(_message.Message):
-    __slots__ = ("train", "teacher", "temperature", "reduction", "tasks")
+    __slots__ = ("train", "teacher", "temperature", "reduction", "tasks", "label_weight")
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     train: TrainStep
     teacher: Mixture
     temperature: float
     reduction: DistillReduction
     tasks: _containers.RepeatedCompositeFieldContainer[TaskDistillation]
-    def __init__(self, train: _Optional[_Union[TrainStep, _Mapping]] = ..., teacher: _Optional[_Union[Mixture, _Mapping]] = ..., temperature: _Optional[float] = ..., reduction: _Optional[_Union[DistillReduction, str]] = ..., tasks: _Optional[_Iterable[_Union[TaskDistillation, _Mapping]]] = ...) -> None: ...
+    label_weight: float
+    def __init__(self, train: _Optional[_Union[TrainStep, _Mapping]] = ..., teacher: _Optional[_Union[Mixture, _Mapping]] = ..., temperature: _Optional[float] = ..., reduction: _Optional[_Union[DistillReduction, str]] = ..., tasks: _Optional[_Iterable[_Union[TaskDistillation, _Mapping]]] = ..., label_weight: _Optional[float] = ...) -> None: ...
 
 class SketchStep(_message.Message):
     __slots__ = ("slot", "split", "batches", "batch_size", "gradient", "rows", "row_count", "noise", "noise_on_gradients", "new_weight", "encoding")

@@ -63,6 +63,12 @@ BOUNDS: dict[str, tuple[Policy, plan_pb2.Plan, dict[str, bytes], str]] = {
         {},
         "max-steps",
     ),
+    "steps that look twice": (
+        Policy(max_steps=19),
+        plan_of(steps.train(TRAINING, MIX, ["local"], sharpness_radius=0.1)),
+        {},
+        "max-steps is 19, .* has 20",
+    ),
     "evaluations": (
         Policy(max_evaluations=2),
         plan_of(steps.evaluate(TRAINING, MIX), steps.select("local", ["a", "b"], "best", split="train")),
@@ -129,6 +135,10 @@ DETOURS: dict[str, list[plan_pb2.Step]] = {
     "a pull to it": [TRAINED, send("x")],
     "what it taught": [
         steps.distill(steps.train(TRAINING, steps.mixture("x"), ["x"]), steps.mixture("local"), {}),
+        send("x"),
+    ],
+    "how much each of its teachers counts": [
+        steps.distill(steps.train(TRAINING, steps.mixture("x"), ["x"]), steps.ensemble(["global"], "local"), {}),
         send("x"),
     ],
     "what is known of it": [

@@ -9,18 +9,18 @@ import torch
 
 from client_app.data.dataset import Dataset
 from client_app.data.targets import at_targets
-from client_app.model.personal import PersonalModel
 from client_app.plan import training
 from client_app.plan.distillation import MixtureTeacher, divergence
 from client_app.plan.interpreter import PlanError
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.layout import Entry, Factor, Layout
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.algorithms.tap import Tap, TapOptions
 from strategies.framework import steps
 from strategies.framework.exchange import Client
 from strategies.framework.steps import Training
 from tests.client_app.plan.tap_toys import LOCAL, SAME, W, X, train
-from tests.toys.multi_task_toys import SPECS, ToyClient, base_of
+from tests.toys.multi_task_toys import ToyClient
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_the_distance_is_over_what_is_to_be_written() -> None:
     for reduction, found in expected.items():
         step = distil(3.0, reduction=reduction)[1].distill
         step.tasks.add(task="answer", weight=3.0, loss=plan_pb2.DISTILL_LOSS_KL)
-        teaches = MixtureTeacher(PersonalModel(base_of([SPECS["answer"]]), 2, 4.0), {W: 1.0}, step, "")
+        teaches = MixtureTeacher(lambda _: teacher, step, "")
         pair = (student, teacher) if teaches.everywhere else (at_targets(student, labels), at_targets(teacher, labels))
         torch.testing.assert_close(teaches.loss(batch, *pair), 3.0 * found)
         assert teaches.divergences() == {"answer": pytest.approx(float(found))}
@@ -107,11 +107,14 @@ def test_a_tasks_distance_counts_in_full_however_few_its_examples(client: ToyCli
         """Distance with a slope of one for every trained number."""
 
         everywhere = False
+        label_weight = 1.0
 
         def outputs(self, batch: Dataset) -> torch.Tensor:
             return torch.zeros(())
 
-        def loss(self, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        def loss(
+            self, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor, *, counted: bool = True
+        ) -> torch.Tensor:
             return torch.stack([parameter.sum() for parameter in parameters.values()]).sum()
 
     model, data = client.model, client.data.splits["train"]
@@ -131,9 +134,11 @@ def test_a_tasks_distance_counts_in_full_however_few_its_examples(client: ToyCli
 def test_no_gradient_reaches_a_teacher(client: ToyClient, monkeypatch: pytest.MonkeyPatch) -> None:  # T15
     original, seen = MixtureTeacher.loss, []
 
-    def listen(self: MixtureTeacher, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    def listen(
+        self: MixtureTeacher, batch: Dataset, logits: torch.Tensor, outputs: torch.Tensor, **more: bool
+    ) -> torch.Tensor:
         seen.append((outputs.requires_grad, logits.requires_grad))
-        return original(self, batch, logits, outputs)
+        return original(self, batch, logits, outputs, **more)
 
     monkeypatch.setattr(MixtureTeacher, "loss", listen)
     client.run(1, distil(1.0), {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)})
@@ -182,3 +187,62 @@ def test_a_last_step_that_leaves_no_numbers_is_a_divergence(client: ToyClient) -
 def test_a_slot_cannot_teach_itself(client: ToyClient) -> None:
     with pytest.raises(PlanError, match="cannot be its own teacher"):
         client.run(1, distil(1.0, teacher=X))
+
+
+def test_labels_of_weight_zero_teach_nothing_and_are_reported_all_the_same(tmp_path: Path) -> None:
+    """Clients whose labels differ end with the same numbers; without label weight 0 they do not."""
+    found: dict[float, list[torch.Tensor]] = {0.0: [], 1.0: []}
+    losses = set()
+    for weight, ends in found.items():
+        for shift in (0, 1):
+            client = ToyClient(tmp_path / f"{weight}-{shift}", tasks=("digit",))
+            for split in client.data.splits.values():
+                split.labels[:] = (split.labels + shift) % 2
+            teacher = {W: Adapter(client.model.layout, client.model.initial(5).vector + 0.1)}
+            student = steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)
+            step = steps.distill(student, steps.mixture(W), {"digit": 1.0}, label_weight=weight)
+            ends.append(client.run(1, [steps.initialise(X, 5), step], teacher)[X].vector)
+            losses.add(client.report.results[1].distill.train.first_loss)
+    assert torch.equal(*found[0.0])
+    assert not torch.equal(*found[1.0])
+    assert min(losses) > 0
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
+def test_a_label_weight_that_is_none_is_refused(client: ToyClient, weight: float) -> None:
+    start, step = distil(1.0)
+    step.distill.label_weight = weight
+    with pytest.raises(PlanError, match=r"label weight .*, expected a finite number"):
+        client.run(1, [start, step], {W: client.model.initial(5)})
+
+
+def test_an_ensemble_teaches_as_its_members_do_one_by_one(tmp_path: Path) -> None:
+    """The gradient of KL from the average is the average of the gradients of KL from each member."""
+    client = ToyClient(tmp_path / "a", tasks=("digit",))
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(3, 4, 5, generator=generator)
+    shares = torch.tensor([0.2, 0.5, 0.3])
+    average = (shares[:, None, None] * logits.softmax(-1)).sum(0).log()
+    gradients = []
+    for teachers, weights in (([average], [1.0]), (list(logits), shares.tolist())):
+        student = torch.zeros(4, 5, requires_grad=True)
+        kl = plan_pb2.DISTILL_LOSS_KL
+        pairs = zip(weights, teachers, strict=True)
+        torch.stack([w * divergence(t, student, kl).sum() for w, t in pairs]).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append(student.grad)
+    torch.testing.assert_close(*gradients)
+
+    # In a plan: the teacher with one member that has all the share is that member.
+    model = client.model
+    received = {W: Adapter(model.layout, model.initial(5).vector + 0.1), "other": model.initial(9)}
+    student_step = steps.train(LOCAL, steps.mixture(X), [X], draw=SAME)
+    entry = Layout((Entry("shares", Factor.GATE, (2,)),), {}, model.layout.base_fingerprint)
+    ends = []
+    for teacher in (steps.mixture(W), steps.ensemble([W, "other"], "shares")):
+        one = ToyClient(tmp_path / f"b{len(ends)}", tasks=("digit",))
+        step = steps.distill(student_step, teacher, {"digit": 3.0}, label_weight=0.0)
+        extra = {"shares": Adapter(entry, torch.tensor([1.0, 0.0]))}
+        ends.append(one.run(1, [steps.initialise(X, 5), step], received | extra)[X].vector)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+    assert not torch.equal(ends[0], model.initial(5).vector)

@@ -15,7 +15,16 @@ from flwr.app import Context, RecordDict
 from torch import Tensor
 
 from client_app.data.dataset import Dataset
-from client_app.guard.privacy import Budget, Privacy, PrivacyError, Spending, epsilon_of, rate_of, spending_of
+from client_app.guard.privacy import (
+    Budget,
+    Privacy,
+    PrivacyError,
+    Spending,
+    epsilon_of,
+    rate_of,
+    require_private_steps,
+    spending_of,
+)
 from client_app.model.personal import PersonalModel
 from client_app.plan import private
 from client_app.plan.private import ExampleGradients, PrivateTraining, clipped_sum
@@ -207,6 +216,16 @@ def test_steps_that_are_not_private_are_refused_by_name_before_anything_is_spent
     with pytest.raises(PrivacyError, match=rf"refuses step 4 \({kind}\): its examples are under differential privacy"):
         Executor().carry_out(settings, plan, {})
     assert not (tmp_path / "state" / "privacy").exists()
+
+
+@pytest.mark.parametrize("field", ["sharpness-aware", "attributed-to"])
+def test_training_that_looks_twice_or_weighs_by_losses_is_refused(field: str) -> None:
+    plan = train_plan()
+    require_private_steps(plan)
+    more = {"sharpness_radius": 0.05} if field == "sharpness-aware" else {"attributed_to": "x"}
+    plan.steps.append(steps.train(TRAINING, steps.mixture("x"), ["x"], **more))  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match=rf"refuses step 4 \(train\): {field} is not private"):
+        require_private_steps(plan)
 
 
 def test_slots_from_before_are_not_sent_as_if_they_were_private(bert: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_local_training_is_as_the_run_says(name: str) -> None:
             assert (train.schedule, train.weight_decay, train.max_grad_norm) == (plan_pb2.SCHEDULE_COSINE, 0.5, 2.0)
         if step.HasField("evaluate"):
             assert step.evaluate.split == "validation"
-    divided = name == "per-fedavg"  # among its slots
+    divided = name in ("per-fedavg", "persa-fl")  # among its slots
     assert ({sum(done.values())} if divided else set(done.values())) == {13}
 
 

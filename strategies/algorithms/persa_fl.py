@@ -1,0 +1,103 @@
+r"""PersA-FL: Per-FedAvg, or Moreau envelopes, whose server does not wait for the slow.
+
+Toghani, Lee, Uribe, "PersA-FL: Personalized Asynchronous Federated Learning", 2022 (arXiv 2210.01176); its abstract was
+at hand, the rest is derived from what it builds on. A client works on the adapter :math:`w^{t - \tau}` that it was
+sent; the server adds what the client moved it by to the newest one, :math:`w^{t+1} = w^t + \beta \Delta_i`. What a
+client moves is, in each of several turns,
+
+* ``envelope = "maml"``: Per-FedAvg's step (:mod:`strategies.algorithms.per_fedavg`);
+* ``envelope = "moreau"``: :math:`w \leftarrow w - \nu (w - \tilde w)`, where :math:`\tilde w` has been trained with a
+  pull :math:`\frac{\lambda}{2} \|\tilde w - w\|^2` to w (pFedMe), and is the client's model in the end.
+
+A round ends with run-config's ``quorum``; what is answered later counts in the round in which it arrives, times
+:math:`(1 + \tau)^{-decay}` (FedAsync's polynomial; ``decay = 0`` is the paper's: staleness is only bounded) and by its
+client's share of the examples that arrived. Without a ``quorum`` nobody is late: that is Per-FedAvg, or pFedMe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from strategies.algorithms.per_fedavg import ADAPTED, Adapting, PerFedAvgOptions
+from strategies.families.fedavg import SLOT
+from strategies.framework import About, Answer, Client, steps
+from strategies.framework.options import require_choice, require_range
+
+
+@dataclass(frozen=True)
+class PersAFLOptions(PerFedAvgOptions):
+    """How a client personalises, and what an answer that comes late is worth."""
+
+    envelope: str = "maml"
+    """``"maml"``: few steps on it go far; ``"moreau"``: it is near to every client's own."""
+    pull: float = 0.1
+    """lambda: strength of the pull of a client's own adapter to the global one, with ``"moreau"``."""
+    move: float = 0.5
+    """nu: how far a turn moves the global adapter towards the client's own, with ``"moreau"``."""
+    rate: float = 1.0
+    """beta: what the server multiplies clients' moves with."""
+    decay: float = 0.5
+    """How fast an answer loses weight that comes rounds late; 0: not at all."""
+    staleness: int = 10
+    """Rounds after which an answer counts for nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("envelope", self.envelope, ("maml", "moreau"))
+        require_range("pull", self.pull, 0)
+        require_range("move", self.move, 0, 1)
+        require_range("rate", self.rate, 0, 2)
+        require_range("decay", self.decay, 0, 100)
+        require_range("staleness", self.staleness, 1, 1000)
+
+
+class PersAFL(Adapting[PersAFLOptions]):
+    """One start for all, moved by whatever arrives."""
+
+    name = "persa-fl"
+    about = About(
+        "as per-fedavg (or a copy pulled to it); late answers count for what they moved, less with each round"
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stale: dict[str, float] = {}  # weights of answers to earlier rounds
+
+    def turn(self, adapting: int, moving: int) -> list[steps.Step]:
+        """Per-FedAvg's; or towards the client's own adapter."""
+        if self.options.envelope == "maml":
+            return super().turn(adapting, moving)
+        nu = self.options.move
+        moved = steps.mixture(SLOT, ADAPTED, coefficients=[1 - nu, nu])
+        return [self.copied(ADAPTED, SLOT), *self.adapt(adapting + moving), steps.merge(SLOT, moved, space="factor")]
+
+    def adapt(self, count: int) -> list[steps.Step]:
+        """Plain steps; or with a pull to the global adapter."""
+        if self.options.envelope == "maml" or not count:
+            return super().adapt(count)
+        mix, pull = steps.mixture(ADAPTED), (SLOT, self.options.pull)
+        return [steps.train(self.training, mix, [ADAPTED], steps=count, proximal=pull)]
+
+    def late_weight(self, rounds: int) -> float:
+        """Polynomial in the rounds, up to a bound."""
+        return float((1 + rounds) ** -self.options.decay) if rounds <= self.options.staleness else 0.0
+
+    def absorb(self, round_: int, client: Client, answer: Answer) -> None:
+        """Keep where the newest global adapter is moved to, by what the client has moved its own."""
+        self._keep(client, answer, self.options.rate)
+
+    def absorb_late(self, round_: int, client: Client, answer: Answer, weight: float) -> None:
+        """The same, not as far."""
+        self._keep(client, answer, self.options.rate * weight)
+        self.stale[client.id] = weight
+
+    def settle(self, round_: int) -> dict[str, Any]:
+        """Average; the record shows who was late, and what that counted for."""
+        stale, self.stale = self.stale, {}
+        return super().settle(round_) | ({"late": stale} if stale else {})
+
+    def _keep(self, client: Client, answer: Answer, rate: float) -> None:
+        found, start = answer.adapters[SLOT], answer.received[SLOT]
+        moved = self.part_of(client).vector + rate * (found.vector - start.vector)
+        self.arrived[client.id] = replace(found, vector=moved)
