@@ -68,8 +68,28 @@ The value of the run-config key `strategy`. A new one is one file
 in [strategies/algorithms/](../strategies/algorithms/); [CONTRIBUTING.md](../CONTRIBUTING.md) says how to add it.
 
 P is the whole adapter, P_A and P_B its factors with the head in both. S counts the clients of a round, d the global
-models of FedMerge, C global adapters (`ifca.clusters`, `fedem.learners`), M others' adapters (`fedfomo.candidates`).
-At the end every client is sent its personal model once more, unless it holds it already."""
+models of FedMerge, C global adapters (`ifca.clusters`, `fedem.learners`), M others' adapters (`fedfomo.candidates`,
+`fedpae.peers`, `samerging.peers`). At the end every client is sent its personal model once more, unless it
+holds it already."""
+LEFT_OUT = {
+    "pFedHR": "clients' models cut into blocks and put together anew by the server, which needs public data to "
+    "see which blocks are alike; here all clients of a run have one frozen base",
+    "FedAFD": "a model of the server's own, and public data on which it and the clients teach each other by their "
+    "outputs; here the server has no examples and runs no model",
+    "FedP3": "its layer subsets exist (`fedrep.own`); its pruning changes the base, which here is frozen and "
+    "equal to the bit at all clients",
+    "over-the-air": "a channel that adds up what clients send; here every upload arrives alone, because each client "
+    "gets a merge of its own",
+    "PFL-GAN": "generators that clients train and send, and made-up examples to train on: steps that train another "
+    "model than the base, and examples that are in no split",
+    "FedDM": "made-up examples, optimised until they stand for a client's own, that leave it; they are near to "
+    "data, and no guard here measures how near",
+    "FedGMM": "a mixture of Gaussians over inputs beside FedEM's shares; means and variances of what the model "
+    "sees of examples would leave, for which there is no step, bound or record yet",
+    "peer to peer": "connections between clients; here the server relays (`dfedpgp`, `dfed-sam`), and a record says "
+    "what peers would have moved",
+}
+"""Related methods that are no strategies here, and what each would need."""
 STRATEGIES_END = (
     "[Documentation](index.md) · [Options](options.md) · [Compare strategies](compare.md) · [Results](results/index.md)"
 )
@@ -183,16 +203,19 @@ def strategies_page() -> str:
     for group, (title, introduction) in GROUPS.items():
         lines += ["", f"## {title}", "", introduction, ""]
         lines += [
-            "| strategy | what a client gets | trained | bytes per client and round | options |",
-            "|---|---|---|---|---|",
+            "| strategy | a client gets | try it when; what it costs | trained | bytes per client, round | options |",
+            "|---|---|---|---|---|---|",
         ]
         for name, kind in STRATEGIES.items():
             about = kind.about
             if about.group == group:
                 options = f"[{len(fields(kind.Options))}](options.md#{name})" if fields(kind.Options) else ""
                 path = Path(inspect.getfile(kind)).relative_to(ROOT).as_posix()
-                cells = [f"[`{name}`](../{path}){paper_of(kind)}", about.gives, about.trains, about.travels, options]
+                link = f"[`{name}`](../{path}){paper_of(kind)}"
+                cells = [link, about.gives, about.when, about.trains, about.travels, options]
                 lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Not here", "", "What these relatives would need that adapters and coefficients do not give:", ""]
+    lines += ["| method | would need |", "|---|---|", *(f"| {name} | {needs} |" for name, needs in LEFT_OUT.items())]
     return "\n".join([*lines, "", STRATEGIES_END, ""])
 
 

@@ -44,7 +44,11 @@ class APFL(Averaging[APFLOptions]):
     """One global adapter, and a mixture per client."""
 
     name = "apfl"
-    about = About("a learned mixture of FedAvg's adapter and its own", trains="both, gates")
+    about = About(
+        "a learned mixture of FedAvg's adapter and its own",
+        trains="both, gates",
+        when="it is not known how far a client is from the others; twice FedAvg's steps",
+    )
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The client's own adapter and gates."""

@@ -67,6 +67,7 @@ class COPFL(OwnPart[COPFLOptions]):
         "a global representation, averaged by contribution; its own head (or other modules)",
         trains="head, then the rest",
         travels="the rest up, the rest down",
+        when="labels differ, and some clients' data are worth more to the others than some",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

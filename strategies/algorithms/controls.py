@@ -40,7 +40,11 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
     """FedAvg with heads re-fitted at the end."""
 
     name = "fedavg-head"
-    about = About("FedAvg's adapter, with the head re-fitted on its own data at the end", group="control")
+    about = About(
+        "FedAvg's adapter, with the head re-fitted on its own data at the end",
+        group="control",
+        when="control: is it only the head?",
+    )
 
     def deliver(self, client: Client) -> Brief:
         """The global adapter with a re-fitted head; plain FedAvg where no head is averaged."""
@@ -71,7 +75,10 @@ class FedAvgTuned(Averaging[FedAvgTunedOptions]):
 
     name = "fedavg-tuned"
     about = About(
-        "FedAvg's adapter, then trained on alone", travels="P up, P down in half of the rounds", group="control"
+        "FedAvg's adapter, then trained on alone",
+        travels="P up, P down in half of the rounds",
+        group="control",
+        when="control: is it only a few steps of one's own?",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +128,10 @@ class LocalAll(Local):
 
     name = "local-all"
     about = About(
-        "its own adapter, trained on its validation examples, too; nothing shared", travels="0", group="control"
+        "its own adapter, trained on its validation examples, too; nothing shared",
+        travels="0",
+        group="control",
+        when="control: is it only the validation examples?",
     )
 
     @property
@@ -138,7 +148,13 @@ class LocalTwice(Local):
     """Two local runs, averaged."""
 
     name = "local-twice"
-    about = About("the exact average of two local runs of its own", trains="both", travels="0", group="control")
+    about = About(
+        "the exact average of two local runs of its own",
+        trains="both",
+        travels="0",
+        group="control",
+        when="control: is it only the average of two runs?",
+    )
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate the average of both, train each on."""

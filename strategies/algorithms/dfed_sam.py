@@ -43,7 +43,10 @@ class DFedSAM(Gossip[DFedSAMOptions]):
     """Undirected gossip of flat models."""
 
     name = "dfed-sam"
-    about = About("its adapter, trained for flatness and mixed with a few others'")
+    about = About(
+        "its adapter, trained for flatness and mixed with a few others'",
+        when="a network without a server is to be tried out; every step takes twice the time",
+    )
 
     @property
     def turns(self) -> int:

@@ -36,7 +36,11 @@ class Ditto(Averaging[DittoOptions]):
     """One global adapter, and a pulled one per client."""
 
     name = "ditto"
-    about = About("an adapter of its own, pulled to FedAvg's", trains="both")
+    about = About(
+        "an adapter of its own, pulled to FedAvg's",
+        trains="both",
+        when="clients differ, and robustness or fairness matters; twice FedAvg's steps",
+    )
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The client's own adapter, from the common start."""

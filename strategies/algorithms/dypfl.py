@@ -41,7 +41,11 @@ class DyPFL(Averaging[DyPFLOptions]):
     """One global adapter, one per client, and a choice."""
 
     name = "dypfl"
-    about = About("the best on held-out examples of FedAvg's adapter, its own and their average", trains="both")
+    about = About(
+        "the best on held-out examples of FedAvg's adapter, its own and their average",
+        trains="both",
+        when="some clients gain by personalising and others do not; needs held-out examples; twice FedAvg's steps",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -44,7 +44,11 @@ class FedALT(Peers[FedALTOptions]):
     """The mean of the others' adapters, mixed in by a gate."""
 
     name = "fedalt"
-    about = About("its own adapter and the mean of the others', gated by the input", trains="own, gates")
+    about = About(
+        "its own adapter and the mean of the others', gated by the input",
+        trains="own, gates",
+        when="other clients' knowledge helps for some inputs and harms for others",
+    )
 
     def weigh(self, names: list[str]) -> Tensor:
         """Equal weights for all others; zero for a client that is alone."""

@@ -71,7 +71,10 @@ class FedAMP(Peers[FedAMPOptions]):
     """A pull towards a mixture of similar clients."""
 
     name = "fedamp"
-    about = About("its own adapter, pulled to a mixture of similar clients")
+    about = About(
+        "its own adapter, pulled to a mixture of similar clients",
+        when="clients come in groups of like ones; the server keeps every last adapter",
+    )
 
     def weigh(self, names: list[str]) -> Tensor:
         """Attention by distance."""

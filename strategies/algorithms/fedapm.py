@@ -46,6 +46,7 @@ class FedAPM(OwnPart[FedAPMOptions]):
         "a representation by consensus (ADMM), its own head (or other modules)",
         trains="head, then the rest",
         travels="the rest up, the rest down",
+        when="labels differ and clients drift apart in long rounds; keeps a dual on the client's disk",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

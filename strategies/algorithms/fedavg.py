@@ -67,7 +67,9 @@ class FedAvg(Averaging[FedAvgOptions]):
 
     name = "fedavg"
     about = About(
-        "one global adapter (FedIT; fedavg.space = delta averages deltas exactly and truncates)", group="reference"
+        "one global adapter (FedIT; fedavg.space = delta averages deltas exactly and truncates)",
+        group="reference",
+        when="clients' data are alike, or one model for all is wanted",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

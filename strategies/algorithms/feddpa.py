@@ -53,6 +53,7 @@ class FedDPA(Averaging[FedDPAOptions]):
         "FedAvg's adapter and its own, outputs added",
         trains="both in turn",
         travels="P up, P down (variant f: in half of the rounds)",
+        when="test data are partly unlike a client's training data; twice FedAvg's steps",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -45,6 +45,7 @@ class FedEM(AlloyStrategy[FedEMOptions]):
         "C global adapters, their predictions averaged by shares of its own",
         trains="A, B, head of each",
         travels="C P up, C P down",
+        when="every client's data are a mixture of a few kinds; C times FedAvg's steps, and an ensemble to serve",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

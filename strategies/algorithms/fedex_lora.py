@@ -53,7 +53,11 @@ class FedExLoRA(MergedBase[FedExLoRAOptions]):
     """FedAvg and its residual."""
 
     name = "fedex-lora"
-    about = About("FedAvg's adapter; what that leaves out goes into its base", travels="P up, P + (S - 1) P down")
+    about = About(
+        "FedAvg's adapter; what that leaves out goes into its base",
+        travels="P up, P + (S - 1) P down",
+        when="FedAvg's averaging error matters and few clients take part in a round",
+    )
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """Average the factors; the residual is added to the base."""

@@ -46,7 +46,11 @@ class FedFomo(Peers[FedFomoOptions]):
     """Other clients' adapters, weighed at the client."""
 
     name = "fedfomo"
-    about = About("its own adapter, moved to others' that help on its validation data", travels="P up, M P down")
+    about = About(
+        "its own adapter, moved to others' that help on its validation data",
+        travels="P up, M P down",
+        when="clients have validation examples, and may see single other clients' adapters",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

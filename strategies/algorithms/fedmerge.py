@@ -126,6 +126,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         trains="B, head (A frozen, from the seed)",
         travels="P_B up, P_B down",
         group="main",
+        when="groups of clients exist that nobody knows; d models lie at the server, one travels",
     )
     options: FedMergeOptions
 

@@ -176,6 +176,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         trains="A, B, head, gates (P, Q)",
         travels="P and a sketch up, P down",
         group="main",
+        when="tasks differ or change over time; the server may see a noisy sketch of gradients",
     )
     options: FedMosaicOptions
 

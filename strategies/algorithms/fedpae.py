@@ -18,7 +18,11 @@ class FedPAE(NearestPeers[NearestPeersOptions]):
     """Local training, then an ensemble of peers."""
 
     name = "fedpae"
-    about = About("its own and its peers' adapters, predictions averaged by shares", travels="P up, M P down, once")
+    about = About(
+        "its own and its peers' adapters, predictions averaged by shares",
+        travels="P up, M P down, once",
+        when="one exchange only, and an ensemble may be served; needs held-out examples",
+    )
 
     def model(self, slots: list[str]) -> plan_pb2.Mixture:
         """The ensemble."""

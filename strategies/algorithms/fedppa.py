@@ -45,7 +45,11 @@ class FedPPA(OwnPart[FedPPAOptions]):
     """Each client's own adapter, aligned with the average of all."""
 
     name = "fedppa"
-    about = About("its own adapter, aligned step by step with the average", travels="the rest up, the rest down")
+    about = About(
+        "its own adapter, aligned step by step with the average",
+        travels="the rest up, the rest down",
+        when="labels differ, and a client is to keep its own early in training",
+    )
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The client's own, and a slot for the average, from the common start."""

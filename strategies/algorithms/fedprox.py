@@ -29,7 +29,10 @@ class FedProx(Averaging[FedProxOptions]):
     """FedAvg with a pull towards the received adapter."""
 
     name = "fedprox"
-    about = About("FedAvg's adapter; local training is pulled to it")
+    about = About(
+        "FedAvg's adapter; local training is pulled to it",
+        when="clients make many or unequal steps in a round",
+    )
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
         """Local training with the pull."""

@@ -59,7 +59,10 @@ class FedReMa(Peers[FedReMaOptions]):
     """The average of all clients, with a head averaged over the most relevant ones."""
 
     name = "fedrema"
-    about = About("the average of all, with the head of its most relevant peers")
+    about = About(
+        "the average of all, with the head of its most relevant peers",
+        when="heads tell whose labels are alike; the server keeps every last adapter",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -32,6 +32,7 @@ class FedRep(OwnPart[FedRepOptions]):
         "a global representation, its own head (or other modules)",
         trains="head, then the rest",
         travels="the rest up, the rest down",
+        when="labels differ but what has to be seen in the data is the same",
     )
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:

@@ -18,7 +18,11 @@ class FedSALoRA(PartAverage[NoOptions]):
     """FedAvg of A."""
 
     name = "fedsa-lora"
-    about = About("one global A, its own B and head", travels="A up, A down")
+    about = About(
+        "one global A, its own B and head",
+        travels="A up, A down",
+        when="half of the bytes should do; B is the client's own",
+    )
 
     def shared(self, round_: int, client: Client) -> Part:
         """A."""

@@ -17,7 +17,12 @@ class FFALoRA(PartAverage[NoOptions]):
     """FedAvg of B."""
 
     name = "ffa-lora"
-    about = About("one global B; A is drawn from the seed", trains="B, head", travels="P_B up, P_B down")
+    about = About(
+        "one global B; A is drawn from the seed",
+        trains="B, head",
+        travels="P_B up, P_B down",
+        when="half of the bytes should do; averages of B are exact; differential privacy",
+    )
 
     def shared(self, round_: int, client: Client) -> Part:
         """B and the head."""

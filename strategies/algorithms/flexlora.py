@@ -27,7 +27,10 @@ class FlexLoRA(Averaging[NoOptions]):
     """FedAvg in delta space, with any ranks."""
 
     name = "flexlora"
-    about = About("the exact average, best approximation at its own rank")
+    about = About(
+        "the exact average, best approximation at its own rank",
+        when="ranks differ between clients; merges are exact before they are cut",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

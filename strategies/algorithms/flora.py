@@ -26,7 +26,11 @@ class FLoRA(MergedBase[NoOptions]):
     """Stacking, and starting again."""
 
     name = "flora"
-    about = About("the exact average goes into its base, a fresh adapter each round", travels="P up, S P down")
+    about = About(
+        "the exact average goes into its base, a fresh adapter each round",
+        travels="P up, S P down",
+        when="ranks differ between clients, and the bytes of S adapters are cheap",
+    )
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Ranks and scalings may differ."""

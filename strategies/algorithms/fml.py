@@ -49,7 +49,11 @@ class FML(Averaging[FMLOptions]):
     """One shared adapter, and a private one per client."""
 
     name = "fml"
-    about = About("a private adapter and a global one that teach each other", trains="both")
+    about = About(
+        "a private adapter and a global one that teach each other",
+        trains="both",
+        when="clients want a model that never leaves, beside a shared one; twice FedAvg's steps",
+    )
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
         """The private adapter, from the common start."""

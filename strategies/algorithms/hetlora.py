@@ -41,7 +41,10 @@ class HetLoRA(FlexLoRA):
     """FedAvg of padded factors, at any ranks."""
 
     name = "hetlora"
-    about = About("padded factors averaged by their size, the first ranks of them")
+    about = About(
+        "padded factors averaged by their size, the first ranks of them",
+        when="ranks differ between clients, and the server should do nearly nothing",
+    )
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
         """Pad, weigh by size, average."""

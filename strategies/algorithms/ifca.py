@@ -42,7 +42,11 @@ class IFCA(AlloyStrategy[IFCAOptions]):
     """C global adapters; each client chooses one."""
 
     name = "ifca"
-    about = About("the one of C global adapters that fits its data best", travels="P up, C P down")
+    about = About(
+        "the one of C global adapters that fits its data best",
+        travels="P up, C P down",
+        when="clients fall into C groups; C forward passes over a client's examples in each round",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -19,7 +19,12 @@ class Local(AlloyStrategy[NoOptions]):
     """Every client trains its own adapter and keeps it."""
 
     name = "local"
-    about = About("its own adapter, nothing shared", travels="0", group="reference")
+    about = About(
+        "its own adapter, nothing shared",
+        travels="0",
+        group="reference",
+        when="nothing may leave; what every other one has to beat",
+    )
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Always: nothing is merged."""

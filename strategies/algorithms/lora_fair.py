@@ -55,7 +55,10 @@ class LoRAFAIR(Averaging[LoRAFAIROptions]):
     """FedAvg of the factors, corrected."""
 
     name = "lora-fair"
-    about = About("the average of the factors, B corrected towards the exact average")
+    about = About(
+        "the average of the factors, B corrected towards the exact average",
+        when="FedAvg's averaging error matters, with FedAvg's bytes",
+    )
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Equal layouts: groups are not averaged one by one here."""

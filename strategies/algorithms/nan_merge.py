@@ -35,7 +35,9 @@ class NAN(OneShot[OneShotOptions]):
 
     name = "nan"
     about = About(
-        "one merge of all local adapters at the end, weighted by inverse norms", travels="P up once, P down once"
+        "one merge of all local adapters at the end, weighted by inverse norms",
+        travels="P up once, P down once",
+        when="one exchange only, adapters of very unequal size",
     )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:

@@ -91,4 +91,7 @@ class PerFedAvg(Adapting[PerFedAvgOptions]):
     """FedAvg over such starts."""
 
     name = "per-fedavg"
-    about = About("FedAvg's adapter, trained so that few steps of its own on it go far")
+    about = About(
+        "FedAvg's adapter, trained so that few steps of its own on it go far",
+        when="new clients with few examples are to start well; FedAvg's steps, and a few at delivery",
+    )

@@ -57,7 +57,8 @@ class PersAFL(Adapting[PersAFLOptions]):
 
     name = "persa-fl"
     about = About(
-        "as per-fedavg (or a copy pulled to it); late answers count for what they moved, less with each round"
+        "as per-fedavg (or a copy pulled to it); late answers count for what they moved, less with each round",
+        when="clients are of unequal speed and a round should not wait (with quorum); as per-fedavg",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -63,7 +63,10 @@ class PFedGraph(Peers[PFedGraphOptions]):
     """An average of its own for every client."""
 
     name = "pfedgraph"
-    about = About("an average of its own, by similarity of updates")
+    about = About(
+        "an average of its own, by similarity of updates",
+        when="clients come in groups of like ones, which updates show",
+    )
 
     def weigh(self, names: list[str]) -> Tensor:
         """The graph's rows."""

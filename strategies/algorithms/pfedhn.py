@@ -58,7 +58,10 @@ class PFedHN(AlloyStrategy[PFedHNOptions]):
     """An adapter for each client from one network."""
 
     name = "pfedhn"
-    about = About("an adapter that a network at the server makes from its embedding")
+    about = About(
+        "an adapter that a network at the server makes from its embedding",
+        when="there are many clients, and new ones later, which fit an embedding only",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -58,6 +58,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         "its own merge of a federated and a local adapter, weighted in closed form",
         travels="P up, P down in 2/3 of the rounds, then P down once (potara.merge-at = server: also P up, 2 P down)",
         group="main",
+        when="no held-out examples are there to search weights on; some rounds cost no bytes",
     )
     options: PotaraOptions
     may_end_early = False

@@ -105,6 +105,7 @@ class RegMean(OneShot[RegMeanOptions]):
     about = About(
         "one merge of all local adapters at the end, by regression on the modules' inputs",
         travels="P and d_in (d_in + 1) / 2 for each module up once, P down once",
+        when="one exchange only; bytes and second moments of inputs may leave",
     )
 
     def extra(self, client: Client) -> list[steps.Step]:

@@ -21,7 +21,12 @@ class RoLoRA(PartAverage[NoOptions]):
     """FedAvg of B, then of A, then of B, ..."""
 
     name = "rolora"
-    about = About("rounds average B and A in turn", trains="B, A in turn, head", travels="P_B, P_A in turn, both ways")
+    about = About(
+        "rounds average B and A in turn",
+        trains="B, A in turn, head",
+        travels="P_B, P_A in turn, both ways",
+        when="half of the bytes should do; averages are exact",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

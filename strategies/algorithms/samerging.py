@@ -49,6 +49,7 @@ class SAMerging(NearestPeers[SAMergingOptions]):
         "its own merge of its and its peers' adapters, coefficients learnt from the adapters' predictions",
         trains="A, B, head; coefficients",
         travels="P up, M P down, once",
+        when="one exchange only, and one adapter to serve; needs held-out examples; twice the steps at delivery",
     )
 
     def model(self, slots: list[str]) -> plan_pb2.Mixture:

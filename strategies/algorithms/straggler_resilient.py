@@ -40,6 +40,7 @@ class StragglerResilient(OwnPart[StragglerResilientOptions]):
         "a global representation that the fastest clients begin, its own head (or other modules)",
         trains="head, then the rest",
         travels="the rest up, the rest down, for the fastest at first",
+        when="labels differ, and some clients are much slower than others",
     )
     participants = "fastest"
 

@@ -89,6 +89,7 @@ class Tap(AlloyStrategy[TapOptions]):
         trains="A, B, heads",
         travels="P up, P down; P down once more at the end",
         group="main",
+        when="clients have several tasks or modalities; twice FedAvg's steps",
     )
     options: TapOptions
 

@@ -33,7 +33,11 @@ class TaskArithmetic(OneShot[TaskArithmeticOptions]):
     """A scaled sum."""
 
     name = "task-arithmetic"
-    about = About("the scaled sum of all local adapters at the end", travels="P up once, P down once")
+    about = About(
+        "the scaled sum of all local adapters at the end",
+        travels="P up once, P down once",
+        when="one exchange only, tasks that do not contradict each other",
+    )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:
         """Exact in delta space, then truncated."""

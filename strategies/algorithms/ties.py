@@ -65,7 +65,9 @@ class TIES(OneShot[TIESOptions]):
 
     name = "ties"
     about = About(
-        "one merge of all local adapters at the end: trimmed, signs elected", travels="P up once, P down once"
+        "one merge of all local adapters at the end: trimmed, signs elected",
+        travels="P up once, P down once",
+        when="one exchange only, of adapters whose signs disagree",
     )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:

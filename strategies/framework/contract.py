@@ -42,6 +42,7 @@ class About:
         trains: what a client trains.
         travels: what a client sends up and is sent in a round. P is the whole adapter, P_A and P_B its factors with the
             head in both; S counts the clients of a round.
+        when: the situation in which to try it, and what it costs beyond FedAvg's local work.
         group: the ``"main"`` strategies are explained and measured at length; comparisons always contain the
             ``"reference"`` and the ``"control"`` ones; all others are ``"related"``.
     """
@@ -49,6 +50,7 @@ class About:
     gives: str
     trains: str = "A, B, head"
     travels: str = "P up, P down"
+    when: str = ""
     group: Literal["main", "reference", "related", "control"] = "related"
 
 

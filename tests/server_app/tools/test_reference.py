@@ -109,6 +109,8 @@ def test_pages_have_a_row_for_every_key_and_every_strategy() -> None:
     assert [key for key in known_keys() if f"| `{key}` |" not in options] == []
     assert [name for name in STRATEGIES if f"| [`{name}`](../strategies/" not in strategies] == []
     for name, kind in STRATEGIES.items():
+        assert kind.about.when, f"{name} does not say when to try it"
+        assert f" | {kind.about.when} | " in strategies
         assert (f"(options.md#{name})" in strategies) == bool(dataclasses.fields(kind.Options))
         assert (f"\n## {name}\n" in options) == bool(dataclasses.fields(kind.Options))
 
