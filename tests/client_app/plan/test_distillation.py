@@ -248,3 +248,25 @@ def test_an_ensemble_teaches_as_its_members_do_one_by_one(tmp_path: Path) -> Non
         ends.append(one.run(1, [steps.initialise(X, 5), step], received | extra)[X].vector)
     torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
     assert not torch.equal(ends[0], model.initial(5).vector)
+
+
+def test_coefficients_come_nearer_to_an_ensemble(tmp_path: Path) -> None:
+    """The first batch, which is the whole split, is at the start; the mean over many is nearer to the teacher."""
+    distances = []
+    for count in (1, 40):
+        client = ToyClient(tmp_path / str(count), tasks=("digit",), counts=(9,))
+        layout = client.model.layout
+        entry = Layout((Entry("shares", Factor.GATE, (2,)),), {}, layout.base_fingerprint)
+        received = {
+            W: Adapter(layout, client.model.initial(5).vector + 0.2),
+            "other": Adapter(layout, client.model.initial(9).vector - 0.2),
+            "shares": Adapter(entry, torch.tensor([0.9, 0.1])),
+        }
+        training = replace(LOCAL, local_steps=count, batch_size=32, learning_rate=0.1)
+        gates = {W: "first", "other": "second"}
+        mix, trained = steps.each_gated(gates), list(gates.values())
+        student = steps.train(training, mix, trained, draw=SAME, sharpness_radius=0.05)
+        step = steps.distill(student, steps.ensemble([W, "other"], "shares"), {"digit": 1.0}, label_weight=0.0)
+        client.run(1, [*(steps.initialise_gates(gate, "scalar") for gate in trained), step], received)
+        distances.append(client.report.results[2].distill.divergences["digit"])
+    assert 0 < distances[1] < 0.8 * distances[0]
