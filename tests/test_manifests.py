@@ -27,6 +27,17 @@ def objects(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_manifest_fits_kubernetes_own_schemas(path: Path) -> None:
+    schemas: Any = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    for item in objects(path).values():
+        schemas.validate(item, schemas.latest_version(), strict=True)
+    broken = objects(path)["Deployment"]
+    broken["spec"]["replicaCount"] = 1
+    with pytest.raises(Exception, match="replicaCount"):
+        schemas.validate(broken, schemas.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_a_manifest_holds_together(path: Path) -> None:
     found = objects(path)
     for kind, item in found.items():
