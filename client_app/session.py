@@ -195,6 +195,7 @@ def _registration(settings: Settings, model: PersonalModel, data: ClientData) ->
         device=str(model.device),
         reference=reference.to_proto() if reference is not None else None,
         reads_beside=True,
+        lends_adapter=settings.policy.lend_adapter,
     )
 
 

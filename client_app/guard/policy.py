@@ -16,7 +16,7 @@ STEPS = tuple(field.name for field in plan_pb2.Step.DESCRIPTOR.fields)
 _NOTHING = "none"
 _MAX_COUNTS = 1000
 """Counts of measured examples that are remembered for each split."""
-STATISTICS = ("sketch", "fisher", "gram", "attribute", "select")
+STATISTICS = ("sketch", "fisher", "gram", "attribute", "select", "search")
 """Kinds of steps whose result is about examples, and neither a model nor its score."""
 
 
@@ -72,6 +72,9 @@ class Policy:
     private_slots: str = ""
     """Comma-separated slots that never leave the client, nor anything made of them; a strategy that sends one is
     refused."""
+    lend_adapter: bool = False
+    """Whether clients that never trained may be given this client's adapter (``fedalloy adopt``): it then lies on their
+    machines. The owner's word alone: run-config's does not count."""
 
     def __post_init__(self) -> None:
         for name in self.allowed:
@@ -103,6 +106,8 @@ class Policy:
                 found[item.name] = "" if both == list(STEPS) else ",".join(both) or _NOTHING
             elif item.name == "private_slots":
                 found[item.name] = ",".join(sorted(self.private | other.private))
+            elif item.name == "lend_adapter":
+                found[item.name] = ours and theirs
             elif item.name.startswith("min_"):
                 found[item.name] = max(ours, theirs)
             else:
@@ -130,6 +135,11 @@ class Policy:
                 raise PolicyError(
                     f"{who} refuses step {index} (sketch): noise {step.sketch.noise:g}, its client.min-sketch-noise is "
                     f"{self.min_sketch_noise:g}"
+                )
+            if step.send.for_newcomers and not self.lend_adapter:
+                raise PolicyError(
+                    f"{who} refuses step {index} (send): its adapter is not for clients that never trained "
+                    "(client.lend-adapter)"
                 )
         counts = {
             "max_download_mb": sum(map(len, blobs.values())) / 10**6,
@@ -179,7 +189,12 @@ class Policy:
             kind, body = step.WhichOneof("kind"), _body(step)
             split = body.train.split if kind == "distill" else getattr(body, "split", "")
             sizes: Sequence[int] = [size_of(split)] if split else [0]
-            if parts_of is not None and kind in ("evaluate", "select", "attribute"):  # whose results are by task
+            if parts_of is not None and kind in (
+                "evaluate",
+                "select",
+                "search",
+                "attribute",
+            ):  # whose results are by task
                 sizes = parts_of(body.split)
             for size in sizes:
                 looks_at = _examples(body, size, self.min_examples)
@@ -208,7 +223,7 @@ class Policy:
         counts = {split: set(found) for split, found in seen.items()}
         for index, step in enumerate(plan.steps):
             kind, body = step.WhichOneof("kind"), _body(step)
-            if kind not in ("evaluate", "select", "fisher", "gram"):
+            if kind not in ("evaluate", "select", "search", "fisher", "gram"):
                 continue
             known = counts.setdefault(body.split, set())
             for size in parts_of(body.split):
@@ -293,7 +308,8 @@ def _training_steps(step: plan_pb2.Step) -> int:
 
 
 def _evaluations(step: plan_pb2.Step) -> int:
-    return step.HasField("evaluate") + len(step.select.slots) + len(step.attribute.slots)
+    others = len(step.select.slots) + len(step.attribute.slots) + step.search.evaluations
+    return step.HasField("evaluate") + int(others)
 
 
 def _slots_of(body: Any) -> Iterator[str]:
@@ -334,7 +350,7 @@ def _examples(body: Any, size: int, least: int) -> int | None:
         return min(size, body.steps * body.batch_size) or None  # nothing to do is the plan's own error
     if isinstance(body, plan_pb2.SketchStep):
         return min(size, body.batches * body.batch_size) or None
-    if isinstance(body, plan_pb2.FisherStep | plan_pb2.GramStep | plan_pb2.SelectStep):
+    if isinstance(body, plan_pb2.FisherStep | plan_pb2.GramStep | plan_pb2.SelectStep | plan_pb2.SearchStep):
         return shown_of(size, int(body.samples), least)
     if isinstance(body, plan_pb2.EvaluateStep):
         return shown_of(size, int(body.examples), least) or None  # an empty split is its own error
@@ -353,7 +369,7 @@ def _flows(kind: str | None, body: Any) -> Iterator[tuple[str, list[str]]]:
         yield body.target, [*(term.slot for term in body.mixture.terms), *precisions]
     elif kind == "replace":
         yield body.target, [body.source]
-    elif kind == "select":
+    elif kind in ("select", "search"):
         yield body.target, list(body.slots)
     elif kind == "fisher":
         yield from ((keep, [slot]) for keep, slot in ((body.keep_first, body.first), (body.keep_second, body.second)))

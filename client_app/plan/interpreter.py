@@ -29,6 +29,7 @@ from client_app.plan import (
     merging,
     replacement,
     saving,
+    search,
     selection,
     sending,
     sketch,
@@ -58,6 +59,7 @@ STEPS: dict[str, Callable[[Workbench, Any], Message]] = {
     "select": selection.carry_out,
     "gram": gram.carry_out,
     "attribute": ensembles.carry_out,
+    "search": search.carry_out,
     "replace": replacement.carry_out,
     "distill": distillation.carry_out,
 }

@@ -26,7 +26,7 @@ from server_app.run.ending.choice import Choice
 from server_app.run.ending.delivery import Delivery, hand_out
 from server_app.run.ending.last_counters import last_counters
 from server_app.run.ending.late_delivery import deliver_late
-from server_app.run.ending.summary import headline, summary_of
+from server_app.run.ending.summary import given_in, headline, summary_of
 from server_app.run.evaluations import spared
 from server_app.run.federation import (
     SAY_SECONDS,
@@ -139,7 +139,7 @@ class Run:
         if checkpoint is not None:
             self._continue_from(checkpoint)
         self._register(checkpoint)
-        if self.options.deliver:
+        if self.options.is_over:
             deliver_late(self)
             return
         for round_ in range(self.completed + 1, self.options.num_server_rounds + 1):
@@ -162,7 +162,7 @@ class Run:
         self.choice = Choice(self.options, self.strategy, checkpoint.run.get("choice"))
         record = checkpoint.run["record"]
         self.held_out = HeldOut(self.directory.rounds())
-        if self.options.deliver:  # completed rounds stay
+        if self.options.is_over:  # completed rounds stay
             return
         if record not in self.directory.rounds():  # a kill between checkpoint and record
             self.directory.append_round(record)
@@ -196,7 +196,7 @@ class Run:
         if fitting < self.options.least:
             reasons = self.enrolment.why_missing()
             raise NotEnoughClientsError(f"{fitting} of at least {self.options.least} clients fit. {reasons}")
-        if not self.options.min_clients and not self.options.deliver:
+        if not self.options.min_clients and not self.options.is_over:
             require_all(self.enrolment, fitting)
         if checkpoint is None:
             self._checkpoint(0, record)
@@ -317,8 +317,9 @@ class Run:
 
     def _deliver(self, round_: int) -> Delivery:
         started = time.monotonic()
+        known = set(self.enrolment.clients)
         present = self.gather(round_)
-        found = hand_out(self, round_, present, min(self.options.least, len(present)))
+        found = hand_out(self, round_, present, min(self.options.least, len(present)), known)
         self.record("deliver", round_, found.records | self._absent(present), started)
         return found
 
@@ -390,8 +391,7 @@ class Run:
         away = sorted(set(self.enrolment.away) - set(self.enrolment.clients))
         summary |= {"refused": refused, "absent": away, "not_delivered": missing, "diverged": final.diverged}
         summary |= {"privacy": private} if private else {}
-        given = {name: record["choice"]["given"] for name, record in final.records.items() if "choice" in record}
-        summary |= {"given": given} if given else {}
+        summary |= given_in(final.records)
         self.directory.write_summary(summary)
         log(WARNING if refused or away or missing or final.fallen else INFO, "finished: %s", headline(summary))
 

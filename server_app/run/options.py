@@ -41,6 +41,15 @@ class RunOptions:
     deliver: str = ""
     """With ``resume`` of a finished run: train nothing, and deliver models to ``missing`` clients (those that were
     absent), to ``all``, or to comma-separated ids. ``fedalloy deliver`` sets it."""
+    adopt: str = ""
+    """With ``resume``, of a finished run: clients that never trained, comma-separated, or ``new`` (all online),
+    are given the best sum of the run's models that forward passes find. ``fedalloy adopt`` sets it."""
+    adopt_examples: int = 32
+    """Training examples at most that such a client looks at."""
+    adopt_evaluations: int = 100
+    """Sums at most that it tries, each one pass over these examples."""
+    adopt_sources: int = 20
+    """Adapters at most that it is sent: the run's global models, then those of clients whose owners lend them."""
     runs_dir: str = "runs"
     """Where the server keeps runs, one folder each."""
     scenario: str = "digits"
@@ -113,9 +122,14 @@ class RunOptions:
     """Number of newest checkpoints kept on disk; clients keep as many earlier states of their slots."""
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing is trained any more: models are handed out."""
+        return bool(self.deliver or self.adopt)
+
+    @property
     def least(self) -> int:
         """Least number of clients for a start, and of answers for a round."""
-        return 1 if self.deliver else self.min_clients or 2
+        return 1 if self.is_over else self.min_clients or 2
 
     def __post_init__(self) -> None:
         require_choice("strategy", self.strategy, STRATEGIES)
@@ -145,8 +159,14 @@ class RunOptions:
         require_choice("site-mode", self.site_mode, ("allowed", "required", "forbidden"))
         require_choice("participants", self.participants, ("random", "round-robin", "fastest"))
         require_range("keep-checkpoints", self.keep_checkpoints, 1)
-        if self.deliver and not self.resume:
-            raise OptionError(f"deliver = {self.deliver!r} without resume, expected the folder of a finished run there")
+        require_range("adopt-examples", self.adopt_examples, 1, 2**31 - 1)
+        require_range("adopt-evaluations", self.adopt_evaluations, 1, 2**31 - 1)
+        require_range("adopt-sources", self.adopt_sources, 1, 900)
+        for name, value in (("deliver", self.deliver), ("adopt", self.adopt)):
+            if value and not self.resume:
+                raise OptionError(f"{name} = {value!r} without resume, expected the folder of a finished run there")
+        if self.deliver and self.adopt:
+            raise OptionError(f"deliver = {self.deliver!r} and adopt = {self.adopt!r}, expected one of them")
         if self.fraction_clients == 0:
             raise OptionError("fraction-clients = 0, expected more than 0 and at most 1")
         if self.run_name and not RUN_NAME.fullmatch(self.run_name):

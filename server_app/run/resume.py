@@ -23,8 +23,8 @@ from strategies.framework.exchange import BadAnswerError, Client
 from strategies.framework.options import RunConfig
 
 FREE_KEYS = {
-    "resume", "deliver", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout", "poll-interval",
-    "keep-checkpoints", "on-divergence",
+    "resume", "deliver", "adopt", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout",
+    "poll-interval", "keep-checkpoints", "on-divergence", "adopt-examples", "adopt-evaluations", "adopt-sources",
 }  # fmt: skip
 """Keys that a resumed run may have other values for. Only ``min-clients`` can change what is computed, where
 ``fraction-clients`` is below 1: no round has fewer."""
@@ -40,8 +40,8 @@ def open_again(path: Path, run_config: RunConfig, options: RunOptions) -> RunDir
     """
     directory = RunDirectory.open(path)
     before = int(directory.config().get("num-server-rounds", RunOptions.num_server_rounds))
-    more = options.num_server_rounds if options.num_server_rounds > before and not options.deliver else 0
-    if directory.finished and not more and not options.deliver:
+    more = options.num_server_rounds if options.num_server_rounds > before and not options.is_over else 0
+    if directory.finished and not more and not options.is_over:
         raise RunDirectoryError(
             f"resume: the run in {path} is finished after {before} rounds; to train on, set num-server-rounds to "
             f"more than that; to deliver models to clients that were absent: fedalloy deliver {path}"

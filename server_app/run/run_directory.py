@@ -26,9 +26,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import BankError, FileRow, link
 from fedalloy_adapters.files.atomic_files import locked, open_private, private_folder, sync, write_durably
 from fedalloy_adapters.files.sealed_json import sealed, unsealed
+from fedalloy_adapters.wire.codec import Encoding, encode
 from strategies.framework.exchange import State
 
 _CHECKPOINT = re.compile(r"round-(\d+)")
@@ -281,6 +283,15 @@ class RunDirectory:
             return path.read_bytes()
         except OSError as error:
             raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from None
+
+    def save_adapters(self, folder: Path, adapters: Mapping[str, Adapter]) -> None:
+        """Keep clients' adapters, a file with its layout for each."""
+        try:
+            for client_id, adapter in adapters.items():
+                blob = encode(adapter, Encoding.FP32, include_layout=True).blob
+                write_durably(folder / f"{client_id}.adapter", blob)
+        except OSError as error:
+            raise RunDirectoryError(_explain(self.path, error)) from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json`` (other tools read it)."""

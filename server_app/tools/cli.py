@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start here": (experiments.demo, experiments.compare, options.options, options.validate),
     "Run": (live.run, live.watch, live.runs, experiments.submit),
     "Look at a run": (runs.report, runs.traffic),
-    "Use a run": (runs.export, runs.deliver, runs.collect),
+    "Use a run": (runs.export, runs.deliver, runs.adopt, runs.collect),
     "Your own federation": (federation.certificates, federation.register, federation.check),
     "For some strategies": (alignment.align,),
 }

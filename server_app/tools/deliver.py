@@ -1,10 +1,14 @@
-"""``fedalloy deliver``: models for clients that were absent when a run delivered, through a short run of its own."""
+"""``fedalloy deliver`` and ``adopt``: models after a run's end, through a short run of its own."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from server_app.run.ending.late_delivery import MISSING, last_delivery, wanted_clients
+from server_app.run.ending.adoption import words_of
+from server_app.run.ending.late_delivery import MISSING, NEW, last_delivery, wanted_clients, wanted_newcomers
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
 from server_app.tools.demo import why
@@ -26,8 +30,31 @@ def deliver(run: Path, clients: str, superlink: SuperLink) -> list[str]:
     wanted = wanted_clients(clients or MISSING, directory)
     if not wanted:
         return []
-    config = directory.config() | {"resume": str(run.resolve()), "deliver": clients or MISSING}
-    outcome = superlink.run(config)
+    _run(directory, superlink, {"deliver": clients or MISSING})
+    return [name for name in wanted if last_delivery(directory).get(name, {}).get("status") == "ok"]
+
+
+def adopt(run: Path, clients: str, superlink: SuperLink, options: Mapping[str, Any]) -> dict[str, str]:
+    """Give clients that never trained the best sum of a finished run's models; what each has now, in words, by id.
+
+    Args:
+        run: the run's folder on the server.
+        clients: ids, comma-separated; empty: all that are online and never trained.
+        superlink: to which their SuperNodes are connected.
+        options: run-config's ``adopt-...`` keys, where they are not the run's.
+
+    Raises:
+        RunDirectoryError: no such run, the run is not finished, or one of them trained in it.
+        ClusterError: the adoption failed; says why.
+    """
+    directory = RunDirectory.open(run)
+    wanted_newcomers(clients or NEW, directory)
+    _run(directory, superlink, {"adopt": clients or NEW, **options})
+    summary = json.loads((run / "summary.json").read_text())
+    return {name: words_of(said) for name, said in summary.get("adopted", {}).items()}
+
+
+def _run(directory: RunDirectory, superlink: SuperLink, more: Mapping[str, Any]) -> None:
+    outcome = superlink.run({**directory.config(), "resume": str(directory.path.resolve()), **more})
     if not outcome.completed:
         raise ClusterError(why(directory.path, outcome))
-    return [name for name in wanted if last_delivery(directory).get(name, {}).get("status") == "ok"]

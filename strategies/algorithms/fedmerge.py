@@ -206,6 +206,13 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         plan = [*self._common_start(), steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, self._merge(client))
 
+    def global_models(self, client: Client) -> dict[str, Adapter]:
+        """The d global models; a common A is not in them."""
+        parts = {str(index): Adapter(self._part, theta) for index, theta in enumerate(self.theta)}
+        if self.options.variant != "trained-a":
+            return parts
+        return {name: self._base.with_part(part) for name, part in parts.items()}
+
     def state(self) -> State:
         """Models, logits, and the numbers that are not merged."""
         tensors = {

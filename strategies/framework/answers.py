@@ -267,6 +267,19 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
                 )
         if any(not 0 <= weight <= 1 for weight in result.select.weights):
             raise BadAnswerError(f"{where} (select): weights {list(result.select.weights)}, expected 0 to 1")
+    if kind == "search":
+        for name in ("coefficients", "slot_losses"):
+            numbers = getattr(result.search, name)
+            if len(numbers) != len(step.search.slots):
+                raise BadAnswerError(
+                    f"{where} (search): {len(numbers)} numbers in {name}, expected one for each of "
+                    f"{len(step.search.slots)} slots"
+                )
+        if any(abs(number) > step.search.bound for number in result.search.coefficients):
+            raise BadAnswerError(
+                f"{where} (search): coefficients {list(result.search.coefficients)}, expected at most "
+                f"{step.search.bound:g}"
+            )
 
 
 def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepResult, modules: int) -> None:

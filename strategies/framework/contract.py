@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
+from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Storage
 from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Layout, LayoutError
@@ -276,6 +277,13 @@ class Contract(ABC, Generic[OptionsT]):
     @abstractmethod
     def deliver(self, client: Client) -> Brief:
         """After the last round: install, save and evaluate the client's personal model."""
+
+    def global_models(self, client: Client) -> Mapping[str, Adapter]:
+        """Global models that belong to no client, as this one would be sent them, by name; its own merge is of these.
+
+        A client that never trained is given a sum of them; by default of what it would be delivered.
+        """
+        return {}
 
     @abstractmethod
     def state(self) -> State:

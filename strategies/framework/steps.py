@@ -261,12 +261,13 @@ def send(
     modules: Iterable[str] = (),
     relative_to_received: bool = True,
     without_basis: bool = False,
+    for_newcomers: bool = False,
 ) -> Step:
     """Upload ``slot`` or its ``factors`` and ``modules``, encoded as the run says.
 
     A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
     the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
-    for a slot that does not.
+    for a slot that does not. ``for_newcomers``: it will be given to clients that never trained.
     """
     encoding = Encoding(training.uplink_encoding)
     step = plan_pb2.SendStep(
@@ -274,6 +275,7 @@ def send(
         part=part(factors, modules, without_basis=without_basis),
         encoding=encoding_to_proto(encoding if relative_to_received else encoding.whole),
         relative_to_received=relative_to_received and encoding.is_lossy,
+        for_newcomers=for_newcomers,
     )
     return Step(send=step)
 
@@ -354,6 +356,22 @@ def select(target: str, candidates: Sequence[str], rule: str, *, split: str, sam
     rules = {"best": plan_pb2.SELECT_RULE_BEST, "improvement": plan_pb2.SELECT_RULE_IMPROVEMENT}
     step = plan_pb2.SelectStep(slots=list(candidates), target=target, rule=rules[rule], split=split, samples=samples)
     return Step(select=step)
+
+
+def search(
+    target: str, candidates: Sequence[str], *, split: str, samples: int, evaluations: int, penalty: float, bound: float
+) -> Step:
+    """``target`` becomes the best sum of coefficient times candidate that forward passes find; nothing is trained."""
+    step = plan_pb2.SearchStep(
+        slots=list(candidates),
+        target=target,
+        split=split,
+        samples=samples,
+        evaluations=evaluations,
+        penalty=penalty,
+        bound=bound,
+    )
+    return Step(search=step)
 
 
 def gram(training: Training, slot: str, mix: plan_pb2.Mixture, *, samples: int = 0) -> Step:

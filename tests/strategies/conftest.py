@@ -29,6 +29,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.framework.dispatch import Dispatch
 from strategies.framework.exchange import Answer, Brief, Client
 from strategies.framework.flower import AlloyStrategy
+from tests.strategies.searching import best_alone
 
 Move = Callable[[str, int, Adapter], Adapter]
 """``(client id, round, received adapter) -> trained adapter`` in the same layout."""
@@ -148,17 +149,13 @@ class FakeNode:
     runs: set[str] = field(default_factory=set)
     plans: list[plan_pb2.Plan] = field(default_factory=list)
     saved: Adapter | None = None
+    lends: bool = False
 
     def registration(self) -> report_pb2.Registration:
         task = report_pb2.Task(name="toy", kind="toy", examples={"train": self.examples, "validation": 4, "test": 5})
-        return report_pb2.Registration(
-            version=1,
-            client_id=self.name,
-            base_model="toy",
-            layout=self.layout.to_proto(),
-            tasks=[task],
-            reference=REFERENCE.to_proto(),
-        )
+        layouts = {"layout": self.layout.to_proto(), "reference": REFERENCE.to_proto()}
+        about: dict[str, Any] = {"client_id": self.name, "lends_adapter": self.lends, **layouts}
+        return report_pb2.Registration(version=1, base_model="toy", tasks=[task], **about)
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
         assert plan.client_id == self.name
@@ -254,12 +251,14 @@ class FakeNode:
                 best = min(range(len(losses)), key=lambda index: losses[index])
                 found, target_slot = self.slots[step.select.slots[best]], step.select.target
                 is_best = step.select.rule == plan_pb2.SELECT_RULE_BEST
-                if is_best or losses[best] < self.metrics(self.slots[target_slot])["loss"]:
-                    self.slots[target_slot] = found.clone()
-                    result.select.weights.extend(float(index == best) for index in range(len(losses)))
-                else:
-                    result.select.weights.extend(0.0 for _ in losses)
+                chosen = is_best or losses[best] < self.metrics(self.slots[target_slot])["loss"]
+                self.slots[target_slot] = found.clone() if chosen else self.slots[target_slot]
+                result.select.weights.extend(float(chosen and index == best) for index in range(len(losses)))
                 result.select.losses.extend(losses)
+            case "search":
+                losses_of = {slot: self.metrics(self.slots[slot])["loss"] for slot in step.search.slots}
+                alone = best_alone(step.search, losses_of, self.examples, result.search)
+                self.slots[step.search.target] = self.slots[alone].clone()
             case "merge" if step.merge.own_heads_only:  # these clients have none
                 result.merge.max_rank = max(self.layout.ranks.values())
             case "merge":

@@ -369,16 +369,18 @@ class SaveStep(_message.Message):
     def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ...) -> None: ...
 
 class SendStep(_message.Message):
-    __slots__ = ("slot", "part", "encoding", "relative_to_received")
+    __slots__ = ("slot", "part", "encoding", "relative_to_received", "for_newcomers")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_TO_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    FOR_NEWCOMERS_FIELD_NUMBER: _ClassVar[int]
     slot: str
     part: Part
     encoding: _adapter_pb2.Encoding
     relative_to_received: bool
-    def __init__(self, slot: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ..., relative_to_received: _Optional[bool] = ...) -> None: ...
+    for_newcomers: bool
+    def __init__(self, slot: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., encoding: _Optional[_Union[_adapter_pb2.Encoding, str]] = ..., relative_to_received: _Optional[bool] = ..., for_newcomers: _Optional[bool] = ...) -> None: ...
 
 class FisherStep(_message.Message):
     __slots__ = ("first", "second", "split", "samples", "relative_damping", "in_delta_space", "keep_first", "keep_second", "max_bytes", "more_dampings")
@@ -426,6 +428,24 @@ class SelectStep(_message.Message):
     samples: int
     def __init__(self, slots: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., rule: _Optional[_Union[SelectRule, str]] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ...) -> None: ...
 
+class SearchStep(_message.Message):
+    __slots__ = ("slots", "target", "split", "samples", "evaluations", "penalty", "bound")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    PENALTY_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[str]
+    target: str
+    split: str
+    samples: int
+    evaluations: int
+    penalty: float
+    bound: float
+    def __init__(self, slots: _Optional[_Iterable[str]] = ..., target: _Optional[str] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ..., evaluations: _Optional[int] = ..., penalty: _Optional[float] = ..., bound: _Optional[float] = ...) -> None: ...
+
 class GramStep(_message.Message):
     __slots__ = ("slot", "mixture", "split", "samples", "encoding")
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -451,7 +471,7 @@ class AttributeStep(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[str]] = ..., shares: _Optional[str] = ..., split: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "replace", "distill")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "search", "replace", "distill")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -464,6 +484,7 @@ class Step(_message.Message):
     SELECT_FIELD_NUMBER: _ClassVar[int]
     GRAM_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     DISTILL_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseStep
@@ -478,9 +499,10 @@ class Step(_message.Message):
     select: SelectStep
     gram: GramStep
     attribute: AttributeStep
+    search: SearchStep
     replace: ReplaceStep
     distill: DistillStep
-    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ..., search: _Optional[_Union[SearchStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps", "run_key", "keep_received", "pinned_round", "reads_beside")

@@ -93,7 +93,7 @@ class RecordPrivacy(_message.Message):
     def __init__(self, epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., budget: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., covers: _Optional[str] = ...) -> None: ...
 
 class Registration(_message.Message):
-    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference", "reads_beside", "trainer", "privacy")
+    __slots__ = ("version", "client_id", "base_model", "layout", "tasks", "device", "wire", "reference", "reads_beside", "trainer", "privacy", "lends_adapter")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class Registration(_message.Message):
     READS_BESIDE_FIELD_NUMBER: _ClassVar[int]
     TRAINER_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    LENDS_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     version: int
     client_id: str
     base_model: str
@@ -116,7 +117,8 @@ class Registration(_message.Message):
     reads_beside: bool
     trainer: TrainerMode
     privacy: RecordPrivacy
-    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., reference: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., reads_beside: _Optional[bool] = ..., trainer: _Optional[_Union[TrainerMode, str]] = ..., privacy: _Optional[_Union[RecordPrivacy, _Mapping]] = ...) -> None: ...
+    lends_adapter: bool
+    def __init__(self, version: _Optional[int] = ..., client_id: _Optional[str] = ..., base_model: _Optional[str] = ..., layout: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., device: _Optional[str] = ..., wire: _Optional[_Union[WireReading, _Mapping]] = ..., reference: _Optional[_Union[_adapter_pb2.Layout, _Mapping]] = ..., reads_beside: _Optional[bool] = ..., trainer: _Optional[_Union[TrainerMode, str]] = ..., privacy: _Optional[_Union[RecordPrivacy, _Mapping]] = ..., lends_adapter: _Optional[bool] = ...) -> None: ...
 
 class InitialiseResult(_message.Message):
     __slots__ = ("created",)
@@ -313,6 +315,22 @@ class SelectResult(_message.Message):
     target_loss: float
     def __init__(self, losses: _Optional[_Iterable[float]] = ..., weights: _Optional[_Iterable[float]] = ..., target_loss: _Optional[float] = ...) -> None: ...
 
+class SearchResult(_message.Message):
+    __slots__ = ("coefficients", "loss", "base_loss", "slot_losses", "evaluations", "examples")
+    COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    BASE_LOSS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_LOSSES_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    coefficients: _containers.RepeatedScalarFieldContainer[float]
+    loss: float
+    base_loss: float
+    slot_losses: _containers.RepeatedScalarFieldContainer[float]
+    evaluations: int
+    examples: int
+    def __init__(self, coefficients: _Optional[_Iterable[float]] = ..., loss: _Optional[float] = ..., base_loss: _Optional[float] = ..., slot_losses: _Optional[_Iterable[float]] = ..., evaluations: _Optional[int] = ..., examples: _Optional[int] = ...) -> None: ...
+
 class GramResult(_message.Message):
     __slots__ = ("slot", "examples")
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -328,7 +346,7 @@ class AttributeResult(_message.Message):
     def __init__(self, examples: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "replace", "distill", "seconds")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "search", "replace", "distill", "seconds")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +359,7 @@ class StepResult(_message.Message):
     SELECT_FIELD_NUMBER: _ClassVar[int]
     GRAM_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     DISTILL_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -356,10 +375,11 @@ class StepResult(_message.Message):
     select: SelectResult
     gram: GramResult
     attribute: AttributeResult
+    search: SearchResult
     replace: ReplaceResult
     distill: DistillResult
     seconds: float
-    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ..., search: _Optional[_Union[SearchResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire", "privacy")

@@ -33,7 +33,7 @@ OUTCOMES = (OK, REJECTED, FAILED, LATE, LEFT, ABSENT, RESTED)
 
 SHOWN = 5
 SPENT = {
-    "evaluation": ("evaluate", "select"),
+    "evaluation": ("evaluate", "select", "search"),
     "statistics": ("fisher", "sketch", "gram", "distance", "attribute"),
 }
 """Kinds of steps by what their time is booked as, beside training."""

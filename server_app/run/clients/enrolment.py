@@ -43,6 +43,7 @@ class Enrolment:
         """The name under which the SuperLink knows the key of each client's node; empty if it has none."""
         self._labels: dict[int, str] = {}
         self._said: set[str] = set()
+        self._lends: dict[str, bool] = {}  # what owners said last
         self.keys: dict[str, bytes] = {}
         """The public key of each id's owner."""
 
@@ -79,6 +80,10 @@ class Enrolment:
             self.away.pop(name, None)
         self.names[admitted.id] = node.name
         return admitted
+
+    def lends(self, client: Client) -> bool:
+        """Whether newcomers may be given this client's adapter: its owner's last word."""
+        return self._lends.get(client.id, client.registration.lends_adapter)
 
     def forgive(self, node_id: int) -> None:
         """Forget why the node was refused; it registers again."""
@@ -144,6 +149,7 @@ class Enrolment:
             held = f"node {holder.node_id}" if holder is not None else "a node with another key"
             raise BadAnswerError(f"node {client.node_id} claims client-id {client.id!r}, which {held} holds already")
         self.keys[client.id] = node.public_key
+        self._lends[client.id] = client.registration.lends_adapter
         if client.id not in self.clients:
             self.newcomers[client.id] = client
             return client

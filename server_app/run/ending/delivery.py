@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from flwr.common.logger import log
 from server_app.run.asking import Asking
 from server_app.run.clients.client_status import OK, REJECTED, ClientRecord
 from server_app.run.clients.held_out import LABEL, Fall, Score, with_held_out
+from server_app.run.ending.adoption import adopt
 from strategies.framework.exchange import Answer, Client
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class Delivery:
         }
 
 
-def hand_out(run: Run, round_: int, clients: Sequence[Client], needed: int) -> Delivery:
+def hand_out(
+    run: Run, round_: int, clients: Sequence[Client], needed: int, known: Collection[str] | None = None
+) -> Delivery:
     """Deliver every client's model, and evaluate it; clients that got worse fall back (``on-divergence``).
 
     Args:
@@ -44,8 +47,12 @@ def hand_out(run: Run, round_: int, clients: Sequence[Client], needed: int) -> D
         round_: the number of the plans: the state's rounds plus one.
         clients: the clients that are here.
         needed: clients that went away are waited for until there are this many usable answers.
+        known: ids of those that belong to the run; the others came after its last round and adopt a model, where there
+            is one (:mod:`server_app.run.ending.adoption`). None: all do.
     """
-    found = _ask(run, round_, clients, needed)
+    adopted, records = adopt(run, round_, [c for c in clients if known is not None and c.id not in known])
+    clients = [client for client in clients if client.id not in adopted]
+    found = _ask(run, round_, clients, min(needed, len(clients)))
     best = run.held_out.best_state
     for client in clients:
         fall = _fall(run, client, found, best)
@@ -57,6 +64,12 @@ def hand_out(run: Run, round_: int, clients: Sequence[Client], needed: int) -> D
         _fall_back(run, best, back, found)
         run.round_now = round_
     run.choice.give(run, round_, clients, found)
+    found.answers |= adopted
+    for name, record in records.items():
+        if name in adopted:
+            found.records[name] = record
+        elif name in found.records:  # it was delivered as the others are
+            found.records[name]["not_adopted"] = record.get("reason", record["status"])
     return found
 
 

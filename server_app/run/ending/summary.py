@@ -71,6 +71,13 @@ def with_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def given_in(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Which model clients were given by choice, and what newcomers adopted; nothing of what nobody was."""
+    given = {name: record["choice"]["given"] for name, record in records.items() if "choice" in record}
+    adopted = {name: record["adopted"] for name, record in records.items() if "adopted" in record}
+    return {key: found for key, found in (("given", given), ("adopted", adopted)) if found}
+
+
 def headline(summary: Mapping[str, Any]) -> str:
     """One line: how many sites were delivered their models, which were not and why, and how good the models are."""
     return f"{_sites(summary)}{_scores(summary)}{_diverged(summary)}{_privacy(summary)}"

@@ -98,6 +98,28 @@ def deliver(
     console.print(f"delivered: {', '.join(done)}" if done else "every client has its model already", highlight=False)
 
 
+def adopt(
+    run: RunDirectory,
+    node: Annotated[
+        str, typer.Option(help="Client ids, comma-separated; default: all online that never trained.")
+    ] = "",
+    run_config: Annotated[str, typer.Option(help="adopt-examples, adopt-evaluations, adopt-sources.")] = "",
+    connection: Annotated[str, typer.Option(help="A flwr connection; default: the cluster of fedalloy cluster.")] = "",
+    directory: Annotated[Path, typer.Option("--dir", help="That cluster's folder.")] = DIRECTORY,
+) -> None:
+    """Give clients that never trained the best sum of a run's models, by forward passes alone."""
+    from server_app.tools.cluster.local import LocalCluster, Settings
+    from server_app.tools.cluster.superlink import SuperLink
+    from server_app.tools.commands.arguments import parse_run_config
+    from server_app.tools.deliver import adopt as adopt_models
+
+    here = SuperLink(connection, run / "logs") if connection else LocalCluster(directory, Settings((), run.parent))
+    with clear_errors():
+        found = adopt_models(run, node, here, parse_run_config(run_config))
+    for name, said in found.items():
+        console.print(f"{name}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+
 def collect(
     runs: Annotated[Path, typer.Argument(help="Where a cluster keeps its runs.")],
     destination: Annotated[Path, typer.Argument(help="A folder of yours.")],

@@ -12,6 +12,7 @@ from fedalloy_adapters.files.atomic_files import write_durably
 from server_app.ledger.store import Ledger, LedgerError
 from server_app.run.clients.client_status import times_of
 from server_app.run.clients.held_out import PERSONAL
+from server_app.run.ending.adoption import words_of
 from server_app.tools.compare.figures import COLOURS, DASHES, Table, as_table, figure
 from server_app.tools.compare.html import STYLE, THEME, ReportError
 from server_app.tools.compare.records import as_csv, kinds_of, read_run
@@ -87,12 +88,16 @@ def clients(state: RunState) -> Table:
     names = sorted({key for client in last.values() for key in client["metrics"][PERSONAL] if "/" not in key})
     body = []
     for name, client in sorted(last.items()):
-        choice = client.get("choice", {})
+        choice = client.get("choice") or _adopted(client)
         numbers = [_number(client["metrics"][PERSONAL].get(key)) for key in names]
         body.append([name, examples.get(name, ""), *numbers, choice.get("given", ""), choice.get("why", "")])
     chosen = any(row[-2] for row in body)
     heads = ["client", "training examples", *names, *(["given", "why"] if chosen else [])]
     return heads, [row if chosen else row[:-2] for row in body]
+
+
+def _adopted(client: Mapping[str, Any]) -> dict[str, str]:
+    return {"given": "adopted", "why": words_of(client["adopted"])} if "adopted" in client else {}
 
 
 def curves(records: Sequence[Mapping[str, Any]], metric: str) -> str:

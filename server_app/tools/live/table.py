@@ -17,6 +17,7 @@ SHOWN = 30
 _WORDS = {
     "register": "clients register", "waiting": "waiting for clients", "train": "training", "deliver": "delivery",
     "counters": "last counters", "resumed": "resumed", "stopped": "stopped", "": "starting",
+    "adopt": "newcomers adopt", "lend": "adapters are lent",
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ _WORDS = {
     "distance": "reports how far two adapters are from each other",
     "sketch": "uploads a gradient on your examples, with noise if the strategy asks for it",
     "select": "reports the loss of several adapters on your examples, and takes the better ones",
+    "search": "reports losses of sums of adapters on your examples, and takes the best sum",
     "gram": "uploads second moments of the model's inputs on your examples",
     "attribute": "divides your examples among adapters by their losses",
     "replace": "copies parts of adapters, depending on losses on your examples",

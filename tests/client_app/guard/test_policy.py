@@ -39,6 +39,9 @@ def test_run_config_makes_a_bound_stricter_and_never_looser() -> None:
         assert getattr(policy_of({}, {key: stricter}), name) == stricter
         assert getattr(policy_of({}, {key: looser}), name) == getattr(default, name)
         assert getattr(policy_of({key: looser}, {key: stricter}), name) == looser  # the owner's word
+    assert not policy_of({}, {"client.lend-adapter": True}).lend_adapter  # the owner's word alone
+    assert policy_of({"client.lend-adapter": True}, {"client.lend-adapter": False}).lend_adapter
+    assert not Policy(lend_adapter=True).stricter(Policy()).lend_adapter
     assert policy_of({"client.private-slots": "local"}, {"client.private-slots": ""}).private == {"local"}
     with pytest.raises(SettingsError, match=r"client\.max-steps = -1"):
         policy_of({"client.max-steps": -1}, {})
@@ -53,6 +56,15 @@ def test_the_owner_bounds_which_base_model_a_run_names() -> None:
     for said in (asked, asked | {"client.base-models": "*"}):
         with pytest.raises(SettingsError, match=r"'org/other' is run-config's, .* client\.base-models is Qwen/\*$"):
             policy_of({"client.base-models": "Qwen/*"}, said)
+
+
+def test_an_adapter_is_for_newcomers_only_where_its_owner_lends_it() -> None:
+    mine = plan_of(steps.send(TRAINING, "lent", relative_to_received=False))
+    lent = plan_of(steps.send(TRAINING, "lent", relative_to_received=False, for_newcomers=True))
+    Policy().require_plan(mine, {})
+    Policy(lend_adapter=True).require_plan(lent, {})
+    with pytest.raises(PolicyError, match=r"'ada' refuses step 0 \(send\): .*client\.lend-adapter"):
+        Policy().require_plan(lent, {})
 
 
 BOUNDS: dict[str, tuple[Policy, plan_pb2.Plan, dict[str, bytes], str]] = {
@@ -74,6 +86,12 @@ BOUNDS: dict[str, tuple[Policy, plan_pb2.Plan, dict[str, bytes], str]] = {
         plan_of(steps.evaluate(TRAINING, MIX), steps.select("local", ["a", "b"], "best", split="train")),
         {},
         "max-evaluations is 2, .* has 3",
+    ),
+    "evaluations of a search": (
+        Policy(max_evaluations=29),
+        plan_of(steps.search("found", ["a"], split="train", samples=9, evaluations=30, penalty=0.0, bound=1.0)),
+        {},
+        "max-evaluations is 29, .* has 30",
     ),
     "slots": (Policy(max_slots=2), plan_of(steps.evaluate(TRAINING, MIX)), {"x": b""}, "max-slots is 2, .* has 3"),
     "bytes": (Policy(max_download_mb=0.001), plan_of(), {"x": bytes(1001)}, "max-download-mb is 0.001"),
@@ -102,6 +120,7 @@ FEW: dict[str, plan_pb2.Step] = {
     "fisher": steps.fisher("global", "local", split="train", samples=1, damping=0.1),
     "gram": steps.gram(TRAINING, "gram", MIX, samples=1),
     "select": steps.select("local", ["global"], "best", split="train", samples=1),
+    "search": steps.search("x", ["global"], split="train", samples=1, evaluations=9, penalty=0.0, bound=1.0),
     "sketch": steps.sketch(Training(batch_size=1), "s", batches=1, rows=1),
 }
 
@@ -131,6 +150,10 @@ DETOURS: dict[str, list[plan_pb2.Step]] = {
     ],
     "a copy of a merge": [steps.merge("x", MIX), steps.copy("y", "x"), send("y")],
     "groups of it": [steps.replace("x", "local", {"a": 1.0}, records=("r", "s")), send("x")],
+    "the best sum": [
+        steps.search("x", ["global", "local"], split="train", samples=9, evaluations=9, penalty=0.0, bound=1.0),
+        send("x"),
+    ],
     "the better of two": [steps.select("x", ["global", "local"], "best", split="train"), send("x")],
     "a pull to it": [TRAINED, send("x")],
     "what it taught": [

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from server_app.run.run_directory import RunDirectoryError
 from server_app.tools.cluster.superlink import ClusterError, RunOutcome
-from server_app.tools.deliver import deliver
+from server_app.tools.deliver import adopt, deliver
 from server_app.tools.who import last_registrations, registrations
 from tests.faults.nodes import NodeGrid, run_nodes
+from tests.server_app.run.ending.test_adoption import DAN, finished
 from tests.server_app.run.ending.test_late_delivery import absent_at_the_end
 
 
@@ -39,3 +41,18 @@ def test_deliver_says_who_has_its_model_and_why_not(tmp_path: Path) -> None:
     assert deliver(run.path, "ada,cyd", superlink) == ["ada", "cyd"]
     assert registrations(run)["cyd"]["node"] == "3"
     assert set(last_registrations(tmp_path)) == {"ada", "ben", "cyd"}
+
+
+def test_adopt_says_what_each_newcomer_has_been_given_and_why_not(tmp_path: Path) -> None:
+    grid, run = finished(tmp_path)
+    superlink: Any = InProcess(grid)
+    grid.online.discard(DAN)
+    with pytest.raises(ClusterError, match="nobody is new"):
+        adopt(run.path, "", superlink, {})
+    grid.online.add(DAN)
+    said = adopt(run.path, "dan", superlink, {"adopt-examples": 5})
+    assert list(said) == ["dan"]
+    assert said["dan"].startswith("1 x model delivered; loss ")
+    assert "on 5 examples" in said["dan"]
+    with pytest.raises(RunDirectoryError, match="ada trained in the run"):
+        adopt(run.path, "ada", superlink, {})
