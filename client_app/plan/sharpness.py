@@ -58,8 +58,8 @@ class Top:
 
     @torch.no_grad()
     def descend(self) -> None:
-        """Back to the numbers before, to the bit; gradients stay."""
-        for parameter, numbers in zip(self.parameters, self.before, strict=True):
+        """Back to the numbers before, to the bit, if it has moved; gradients stay."""
+        for parameter, numbers in zip(self.parameters, self.before, strict=bool(self.before)):
             parameter.copy_(numbers)
 
 
@@ -67,5 +67,7 @@ class Top:
 def at_the_top(parameters: Iterable[nn.Parameter], radius: float, device: torch.device) -> Iterator[Top]:
     """Inside the block a first gradient is taken, :meth:`Top.climb` called, and a second gradient taken there."""
     top = Top(parameters, radius, device)
-    yield top
-    top.descend()
+    try:
+        yield top
+    finally:
+        top.descend()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from client_app.plan.names import PlanError
+from client_app.plan.sharpness import at_the_top
 from strategies.framework import steps
 from strategies.framework.steps import Training
 from tests.client_app.plan.tap_toys import LOCAL, SAME, W, X
@@ -78,3 +79,18 @@ def test_what_a_teacher_says_is_counted_once_a_batch(tmp_path: Path) -> None:
 def test_what_is_no_radius_is_refused(tmp_path: Path, radius: float) -> None:
     with pytest.raises(PlanError, match=r"sharpness radius .*, expected a finite number of at least 0"):
         Bench(tmp_path).run(1, steps.initialise("local", 3), train(PLAIN, sharpness_radius=radius))
+
+
+def test_numbers_are_back_after_an_error_at_the_top() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+
+    def fail() -> None:
+        with at_the_top([parameter], 0.5, torch.device("cpu")) as top:
+            top.climb()
+            assert not torch.equal(parameter, torch.ones(3))
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert torch.equal(parameter, torch.ones(3))
