@@ -103,7 +103,8 @@ class RunOptions:
     models are evaluated on all examples."""
     on_divergence: str = "best"
     """What a client gets if its model is worse on its validation examples than before training, or has lost more than
-    half of its gain: ``best``, its model of the round that was best for all clients, or ``last``."""
+    half of its gain: ``best``, its model of the round that was best for all clients, or ``last``. With
+    ``deliver-choice = "validation"`` only a client that could not answer falls back; the others choose."""
     trackers: str = ""
     """Comma-separated experiment trackers that get each round's numbers: ``tensorboard``, ``mlflow``, ``wandb``,
     ``trackio``. Each is an extra of the same name to install at the server. A failing tracker does not stop the run."""

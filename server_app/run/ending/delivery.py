@@ -60,6 +60,8 @@ def hand_out(
             found.fallen[client.id] = fall
             log(WARNING, "%s is worse than it was: %s", client.id, fall.words(round_ - 1))
     back = [client for client in clients if client.id in found.fallen and found.fallen[client.id].is_better_before]
+    if run.choice.chooses:  # who answered chooses itself, among others its best round's model
+        back = [client for client in back if client.id not in found.answers]
     if back and best is not None and run.options.on_divergence == "best":
         _fall_back(run, best, back, found)
         run.round_now = round_
