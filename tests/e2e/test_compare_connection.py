@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def types(*words: str) -> Result:
     return CliRunner().invoke(app, words, env={"COLUMNS": "80"})
 
 
+@pytest.mark.skipif(
+    os.environ.get("FEDALLOY_FAULTS") != "long", reason="several minutes; run it with FEDALLOY_FAULTS=long"
+)
 def test_a_comparison_on_a_federation_that_runs(
     cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
