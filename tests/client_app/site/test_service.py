@@ -220,6 +220,7 @@ def test_the_relay_imports_nothing_of_ours_but_itself(start: Start, tmp_path: Pa
     assert ours == {
         "client_app",
         "client_app.app",
+        "client_app.sock_diag",
         "client_app.sockets",
         "client_app.trainer",
         "client_app.trainer.calls",

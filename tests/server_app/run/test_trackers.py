@@ -102,7 +102,7 @@ def test_one_that_fails_hangs_or_is_missing_leaves_the_others_alone(
     (good,) = [sink for sink in made if type(sink) is Memory]
     assert good.told
     assert any(
-        "tracker tensorboard failed and is told nothing more: ConnectionError: no route" in line for line in said
+        "tracker tensorboard failed and gets no more numbers: ConnectionError: no route" in line for line in said
     )
     assert any("tracker mlflow has not finished" in line for line in said)
     assert any("pip install 'fedalloy[wandb]'" in line for line in said)
