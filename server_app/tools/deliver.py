@@ -11,7 +11,6 @@ from server_app.run.ending.adoption import words_of
 from server_app.run.ending.late_delivery import MISSING, NEW, last_delivery, wanted_clients, wanted_newcomers
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.superlink import ClusterError, SuperLink
-from server_app.tools.demo import why
 
 
 def deliver(run: Path, clients: str, superlink: SuperLink) -> list[str]:
@@ -57,4 +56,4 @@ def adopt(run: Path, clients: str, superlink: SuperLink, options: Mapping[str, A
 def _run(directory: RunDirectory, superlink: SuperLink, more: Mapping[str, Any]) -> None:
     outcome = superlink.run({**directory.config(), "resume": str(directory.path.resolve()), **more})
     if not outcome.completed:
-        raise ClusterError(why(directory.path, outcome))
+        raise ClusterError(outcome.why(directory.path))

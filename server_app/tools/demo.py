@@ -17,9 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from server_app.run.run_directory import RunDirectory
-from server_app.tools.bundle.screen import reason_in
 from server_app.tools.cluster.local import LocalCluster, Settings
-from server_app.tools.cluster.superlink import ClusterError, RunOutcome, SuperLink
+from server_app.tools.cluster.superlink import ClusterError, SuperLink
 from server_app.tools.copy_runs import collect
 
 ROUNDS = 4
@@ -111,7 +110,7 @@ def _run(
     summary = read_summary(run)
     if outcome.completed and summary is not None:
         return DemoResult(strategy, run, summary)
-    return DemoResult(strategy, run, None, why(run, outcome))
+    return DemoResult(strategy, run, None, outcome.why(run))
 
 
 class _Watcher:
@@ -165,14 +164,6 @@ def _describe(record: Mapping[str, Any]) -> str:
     ]
     score = f", accuracy {sum(scores) / len(scores):.3f}" if scores else ""
     return f"{text}: {good}/{len(clients)}{score}" if clients else text
-
-
-def why(run: Path, outcome: RunOutcome) -> str:
-    """Why a run did not succeed, as far as what it printed and its folder tell."""
-    printed = outcome.log.read_text(errors="replace") if outcome.log.exists() else ""
-    stopped = [record["reason"] for record in RunDirectory(run).rounds() if record["phase"] == "stopped"]
-    said = [reason_in(printed), *stopped[-1:], f"the run ended as {outcome.status}; log: {outcome.log}"]
-    return next(words for words in map(str, said) if words)
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
@@ -236,4 +227,4 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-__all__ = ["ClusterError", "DemoResult", "demo", "free_name", "read_summary", "table", "why"]
+__all__ = ["ClusterError", "DemoResult", "demo", "free_name", "read_summary", "table"]

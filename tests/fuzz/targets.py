@@ -215,6 +215,7 @@ def seeds() -> dict[str, list[bytes]]:
         [steps.merge("merged", steps.precision_mixture({"global": "local"}), space="factor")],
         [steps.sketch(training, "sketch", batches=1, rows=2), steps.send(training, "sketch")],
         [steps.select("local", ["global", "local"], "improvement", split="train")],
+        [steps.search("found", ["global", "local"], split="train", samples=2, evaluations=3, penalty=0.05, bound=1.5)],
         [steps.gram(training, "gram", mix), steps.attribute(["global", "local"], "shares")],
         [steps.save(steps.ensemble(["global", "local"], "shares")), steps.merge("local", mix, truncate_rank=2)],
     ]

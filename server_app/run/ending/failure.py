@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fedalloy_adapters.words import one_line
-from server_app.run.federation import NotEnoughClientsError
 
 OURS = ("client_app.", "fedalloy_adapters.", "server_app.", "strategies.")
 """Packages whose errors are in words for people."""
@@ -40,6 +39,9 @@ class _OneLine(logging.Filter):
     """Of the records about one error that is raised, the first becomes one line; the rest are left out."""
 
     def __init__(self, error: Exception) -> None:
+        # Here, because commands that only pass on what others log import this module, and that one imports torch.
+        from server_app.run.federation import NotEnoughClientsError
+
         super().__init__()
         self._error = error
         word = STOPPED if isinstance(error, NotEnoughClientsError) else FAILED

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server_app.tools.bundle.screen import reason_in
 from server_app.tools.errors import ToolError
 
 PACKED = "server_app.tools.bundle.start"
@@ -37,6 +38,20 @@ class RunOutcome:
     def completed(self) -> bool:
         """Whether the ServerApp ended without an error."""
         return self.status == "finished:completed"
+
+    @property
+    def words(self) -> str:
+        """Status and log, in words."""
+        return f"the run ended as {self.status}; log: {self.log}"
+
+    def why(self, run: Path | None = None) -> str:
+        """Why it did not succeed, as far as what it printed tells, and the run's folder where that is at hand."""
+        from server_app.run.run_directory import RunDirectory  # here: it imports torch, and most commands need none
+
+        printed = self.log.read_text(errors="replace") if self.log.exists() else ""
+        records = RunDirectory(run).rounds() if run else []
+        stopped = [str(record["reason"]) for record in records if record["phase"] == "stopped"]
+        return next(said for said in (reason_in(printed), *stopped[-1:], self.words) if said)
 
 
 class SuperLink:

@@ -48,7 +48,7 @@ from server_app.tools.compare.processes import (
 from server_app.tools.compare.progress import HopelessError, Progress
 from server_app.tools.compare.records import as_csv, read_run, remarks
 from server_app.tools.compare.statistics import Comparison, as_markdown, comparison_of
-from server_app.tools.demo import terminate_as_interrupt, why
+from server_app.tools.demo import terminate_as_interrupt
 from strategies import CONTROLS, STRATEGIES, strategy_from_run_config
 from strategies.framework.options import OptionError, require_choice
 
@@ -307,7 +307,7 @@ def on_cluster(
 
     outcome = cluster.run({**config, "runs-dir": str(runs.resolve())}, look)
     if not outcome.completed or not is_finished(directory.path):
-        said = why(directory.path, outcome)
+        said = outcome.why(directory.path)
         raise (NoClientError if ALL_FOR_ONE in said else ClusterError)(said)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from server_app.run.options import RunOptions, plain_run_name
-from server_app.tools.bundle.screen import reason_in
 from server_app.tools.cluster.superlink import SuperLink
 from server_app.tools.cluster.validate import check_clients, check_run_config
-from server_app.tools.demo import free_name, why
+from server_app.tools.demo import free_name
 from server_app.tools.live.follow import Follower, verdict
 from server_app.tools.live.state import FINISHED
 
@@ -98,8 +97,7 @@ def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool
             soft_wrap=True,
         )
         outcome = order.superlink.run(order.config)
-        said = "" if outcome.completed else reason_in(outcome.log.read_text(errors="replace"))
-        return outcome.completed, said or f"the run ended as {outcome.status}; log: {outcome.log}"
+        return outcome.completed, outcome.words if outcome.completed else outcome.why()
     with Follower(path, console) as follower:
 
         def asked() -> bool:
@@ -112,4 +110,4 @@ def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool
         if state.state != FINISHED:  # the ServerApp's process is on its way out
             return True, f"finished: {path}"
         return verdict(state)
-    return False, why(path, outcome)
+    return False, outcome.why(path)

@@ -129,10 +129,9 @@ def test_help_says_what_arguments_are() -> None:
     assert "A run directory." in runner.invoke(app, ["traffic", "--help"]).output
 
 
-def test_no_command_waits_for_torch_before_it_needs_it() -> None:
-    loaded = subprocess.check_output(
-        [sys.executable, "-c", "import sys, server_app.tools.cli; print('torch' in sys.modules)"]
-    )
+@pytest.mark.parametrize("module", ["server_app.tools.cli", "server_app.tools.bundle.start"])
+def test_no_command_waits_for_torch_before_it_needs_it(module: str) -> None:
+    loaded = subprocess.check_output([sys.executable, "-c", f"import sys, {module}; print('torch' in sys.modules)"])
     assert loaded.strip() == b"False"
 
 
