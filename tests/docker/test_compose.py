@@ -205,7 +205,7 @@ def test_own_data_reach_the_container_that_trains_and_no_other(
 ) -> None:
     """The worked example's model and data, mounted as docs/containers.md says."""
     if stack.remaining() < LEFT_FOR_THE_REST:
-        pytest.skip("own data: this machine is slow, and the faults come first within the cap of 12 minutes")
+        pytest.skip("own data: this machine is slow, and the faults come first within the cap of 25 minutes")
     folder = tmp_path_factory.mktemp("own-data")
     three_clients.write(folder / "example")
     (folder / "example" / "base").rename(_made(folder / "models") / "base")
@@ -301,7 +301,7 @@ def trained_again(stack: Stack, name: str, client: str) -> bool:
 def test_subprocess_isolation_counts_the_same_way(stack: Stack) -> None:
     """The lighter overlay, on the same keys and the same database."""
     if stack.remaining() < LEFT_FOR_SUBPROCESSES:
-        pytest.skip("subprocess isolation: this machine is slow, and the cap of 12 minutes is near")
+        pytest.skip("subprocess isolation: this machine is slow, and the cap of 25 minutes is near")
     stack.stop_meters()
     supernodes = [f"supernode-{number}" for number in range(3)]
     stack.compose("stop", *supernodes)  # while they can still say goodbye to their SuperLink
