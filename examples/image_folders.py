@@ -3,8 +3,8 @@
     python -m examples.image_folders orchards
 
 writes ``orchards/{north,south,west}/{green,ripe,rotten}/*.png``, ``orchards/clients.toml`` and a tiny ViT. The orchards
-share their classes (``labels``), so the head is part of the adapter and is merged. With images of your own: replace
-the folders, and ``base-model`` by one such as ``google/vit-base-patch16-224``.
+share their classes (``labels``), so the head is part of the adapter and is merged. To use your own images, replace the
+folders, and set ``base-model`` to a model such as ``google/vit-base-patch16-224``.
 """
 
 from __future__ import annotations

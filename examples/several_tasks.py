@@ -4,8 +4,8 @@
 
 writes for each clinic a TOML file with a table for each of its tasks, the tasks' data, ``clinics/clients.toml``, and
 ``clinics/base``, a tiny FLAVA. Tasks of one name share their head, so the clinics that sort notes agree on the labels.
-``tap``, ``fedavg``, ``potara`` and ``local`` can merge clients whose tasks differ. With data of your own: replace
-the files, and the base model by ``facebook/flava-full@refs/pr/5``.
+``tap``, ``fedavg``, ``potara`` and ``local`` can merge clients whose tasks differ. To use your own data, replace the
+files, and set the base model to ``facebook/flava-full@refs/pr/5``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def notes(chance: random.Random, count: int) -> list[dict[str, str]]:
 
 
 def scans(chance: random.Random, count: int, folder: Path) -> list[dict[str, str]]:
-    """Images beside the file, each with a prompt and what is to be written."""
+    """Images beside the file, each with a prompt and the text to be written."""
     rows = []
     (folder / "images").mkdir()
     for number in range(count):

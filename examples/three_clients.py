@@ -2,8 +2,8 @@
 
     python -m examples.three_clients own
 
-writes ``own/base`` (a Llama of 60,000 random parameters over characters: it knows nothing, which is why a small adapter
-on all its linear layers has to learn everything), ``own/{berlin,paris,rome}.jsonl`` and ``own/clients.toml``.
+writes ``own/base`` (a Llama of 60,000 random parameters over characters; it knows nothing, so a small adapter on all
+its linear layers has to learn everything), ``own/{berlin,paris,rome}.jsonl`` and ``own/clients.toml``.
 """
 
 from __future__ import annotations

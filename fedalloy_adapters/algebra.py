@@ -170,8 +170,7 @@ def stack(adapters: Sequence[Adapter], coefficients: Sequence[Coefficient]) -> A
     """Exact sum in delta space: ``sum_i c_i Delta_i`` as one adapter whose ranks add up and whose scalings are 1.
 
     ``A' = [A_1; A_2; ...]``, ``B' = [c_1 s_1 B_1, c_2 s_2 B_2, ...]`` and ``Q' = [Q_1; Q_2; ...]``, with each P
-    multiplied into its A. Ranks and scalings may differ between the
-    adapters; modules, input and output sizes may not.
+    multiplied into its A. Ranks and scalings may differ between the adapters; modules, input and output sizes may not.
 
     Raises:
         LayoutError: base models, modules or sizes differ, counts differ, a module has only one of its factors, or a
@@ -212,9 +211,9 @@ def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adap
     """Best approximation of every delta at the ranks of ``layout`` (Frobenius norm), in that layout without P.
 
     QR of B and of A transposed, then an SVD of the small core: ``O((d_in + d_out) r^2)``; equal to truncating the SVD
-    of the dense delta (Eckart-Young). Singular values are split evenly between the factors, or, unless ``balanced``,
-    go to B: A then has orthonormal rows. Where the target rank
-    exceeds the adapter's, the rest is zero. Signs and rotations of an SVD are arbitrary: reset optimiser moments.
+    of the dense delta (Eckart-Young). Singular values are split evenly between the factors. Unless ``balanced``, they
+    all go to B, and A has orthonormal rows. If the target rank exceeds the adapter's, the rest is zero. Signs and
+    rotations of an SVD are arbitrary: reset optimiser moments.
 
     Raises:
         LayoutError: ``layout`` has another base model, other modules or other sizes; a delta is not finite.

@@ -2,8 +2,8 @@
 
 "Co-LoRA: Collaborative Model Personalization on Heterogeneous Multi-Modal Clients", ICLR 2026 (arXiv 2506.11024): with
 aligned A and B, P ``[r, r]`` and Q ``[r]`` mean the same in models of any width, depth and family, so
-``sum_j w_j P_j`` is exactly the sum of the updates. A layout's ``shared_names`` says which of its modules corresponds
-to which of another's; nothing else about a model is known here.
+``sum_j w_j P_j`` is exactly the sum of the updates. Modules of two layouts correspond if they have the same name in
+``shared_names``; nothing else about a model is known here.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def layout_of_groups(layout: Layout, groups: Iterable[str]) -> Layout:
 
 
 def group_difference(first: Layout, second: Layout) -> str | None:
-    """Why two clients cannot share the groups that both own, in one line, or None: these must be equal.
+    """Why two clients cannot share the groups that both own (they must be equal), in one line; None if they can.
 
     Raises:
         LayoutError: a group's id is not valid.

@@ -219,7 +219,7 @@ class Layout:
         Args:
             other: what was found.
             part: the other layout need only be contained in this one; missing tensors are no difference.
-            any_rank: ranks, scalings and the order of tensors may differ, as is allowed where deltas are added.
+            any_rank: ranks, scalings and the order of tensors may differ, because deltas can be added all the same.
         """
         if self.base_fingerprint != other.base_fingerprint:
             found, expected = other.base_fingerprint, self.base_fingerprint
@@ -253,7 +253,7 @@ class Layout:
         return "the same tensors in another order"
 
     def describe_difference(self, other: Layout, *, part: bool = False) -> str:
-        """:meth:`difference` for messages, where the layouts are known to differ."""
+        """:meth:`difference` for messages about layouts that are known to differ."""
         return self.difference(other, part=part) or "no difference"
 
     def to_proto(self) -> adapter_pb2.Layout:

@@ -29,7 +29,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 TILE = 16384
-"""Columns of one product; with ``GROUP`` rows of float32, two megabytes: what a core's own cache holds."""
+"""Columns of one product; with ``GROUP`` rows of float32 they take two megabytes, which fit a core's own cache."""
 GROUP = 32
 """Rows of one product."""
 STRIPE = 8
@@ -243,7 +243,7 @@ def squared_norms(rows: Sequence[Row]) -> Tensor:
 def squared_distances(rows: Sequence[Row]) -> Tensor:
     """Squared distances of all pairs ``[N, N]`` float64, symmetric, zero on the diagonal.
 
-    Computed from differences to the first row, so that a large common part costs no digits. Rows count as equal where
+    Computed from differences to the first row, so that a large common part costs no digits. Rows count as equal if
     float32 cannot tell them apart (1e-14 of the squares).
 
     Raises:

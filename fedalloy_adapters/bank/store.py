@@ -2,7 +2,7 @@
 
 A row is written once, when a client's answer is decoded, and never changed: a new upload of the same client is a new
 row. So a holder of a row (a merge that waits to be sent, a checkpoint) can rely on it. The row and its file are freed
-when nobody holds it any more. Rows that a checkpoint keeps are hard links to the same files, not copies.
+when nobody holds it any longer. Rows that a checkpoint keeps are hard links to the same files, not copies.
 
 Rows in files are read, not mapped: pages of a mapping count as memory of the process, and a file that has become
 shorter would be a fatal signal instead of an error.
@@ -94,7 +94,7 @@ StoredRow = MemoryRow | FileRow
 
 
 def tensor_of(row: Row) -> Tensor:
-    """The row as a tensor ``[P]``: its own memory, or what is in its file."""
+    """The row as a tensor ``[P]``: its own memory, or read from its file."""
     if isinstance(row, MemoryRow):
         return row.vector
     found = torch.empty(row.size, dtype=row.dtype)
@@ -167,7 +167,7 @@ class Storage:
             save_file({_NAME: vector.detach().to("cpu").contiguous()}, path)
         except Exception as error:  # safetensors has its own kinds for a full disk
             path.unlink(missing_ok=True)
-            raise BankError(f"cannot write {path} (bank-memory-mb says what stays in memory): {error}") from None
+            raise BankError(f"cannot write {path} (bank-memory-mb bounds what stays in memory): {error}") from None
         return self._owned(path, largest_of(vector))
 
     def adopt(self, row: Row) -> StoredRow:

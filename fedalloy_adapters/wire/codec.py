@@ -77,7 +77,7 @@ class Encoding(enum.StrEnum):
 
     @property
     def whole(self) -> Encoding:
-        """The encoding for an adapter that is no difference: two bits have no zero, and drop too much for good."""
+        """The encoding for an adapter that is not a difference: two bits have no zero, and lose too much for good."""
         return Encoding.INT4 if self is Encoding.INT2 else self
 
 
@@ -141,10 +141,10 @@ def encode(
         adapter: what to send; its numbers are sent as (at most) binary32.
         encoding: how the numbers are stored.
         reference: send the difference from this adapter, which the receiver must hold (same layout).
-        include_layout: leave the layout out where the receiver knows it by its digest.
+        include_layout: whether the blob has the layout; a receiver that knows it by its digest does not need it.
 
     Raises:
-        CodecError: NOT_FINITE for NaN or infinity (also where fp16 would overflow), BAD_LAYOUT for a reference with
+        CodecError: NOT_FINITE for NaN or infinity (also if fp16 would overflow), BAD_LAYOUT for a reference with
             another layout.
     """
     layout = adapter.layout

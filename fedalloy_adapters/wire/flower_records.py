@@ -24,7 +24,7 @@ ARRAY_STYPE = "fedalloy.adapter.v1"
 CONFIG_RECORD = "fedalloy"
 ARRAY_RECORD = "adapters"
 BESIDE = "adapter/"
-"""Prefix of the slot's name, where an adapter is a value of the config record."""
+"""Prefix of the slot's name, if an adapter is a value of the config record."""
 MAX_BESIDE_BYTES = 4 * 2**20
 """Most bytes of a message's adapters that lie beside it: Flower cuts only arrays into pieces of 5 MiB."""
 FORMAT_VERSION = 1

@@ -92,7 +92,7 @@ def require_signed(
     """Check a signature; returns the signer's name.
 
     Args:
-        signature: a serialised ``Signature``; empty where there was none.
+        signature: a serialised ``Signature``; empty if there was none.
         asked: see :func:`signed_words`.
         run_config: the same.
         blobs: the same.

@@ -1,4 +1,4 @@
-"""The number of values in a protobuf message before it is parsed.
+"""Counts the values in a protobuf message before it is parsed.
 
 Parsed, a message takes up to a hundred times as much memory: sixteen megabytes can hold eight million empty strings.
 Here its bytes are walked according to its description, without creating objects, and the walk ends at a bound.
@@ -24,7 +24,7 @@ MAX_DEPTH = 64
 
 
 class TooManyError(ValueError):
-    """A message has more parts than its receiver is willing to look at."""
+    """A message has more values than its receiver accepts."""
 
 
 class _BeyondError(Exception):
@@ -34,7 +34,7 @@ class _BeyondError(Exception):
 def require_few(data: bytes, kind: Any, most: int) -> int:
     """The number of values in a serialised message, including nested ones and those of packed lists.
 
-    Bytes that are no protobuf are left to the parser, and not counted.
+    Bytes that are not protobuf are left to the parser, and not counted.
 
     Raises:
         TooManyError: more than ``most``, or nested too deep.

@@ -7,7 +7,8 @@ frozen, :math:`\alpha` by the gradient of the same loss.
 Here the *deltas* are mixed: a mixture of factors would have cross terms. ``adaptive = true``: each module has one
 coefficient, the sigmoid of a gate. It starts at one half and is trained together with v at its own learning rate
 (:mod:`strategies.families.gates`). (The paper has one coefficient for the whole model, clipped to [0, 1].) ``false``:
-``alpha`` stays. v is trained beside the received w, which is frozen meanwhile; in the paper both move in every step.
+``alpha`` stays fixed. v is trained beside the received w, which is frozen meanwhile; in the paper both move in every
+step.
 Local work is twice FedAvg's.
 """
 
@@ -31,9 +32,9 @@ class APFLOptions:
     adaptive: bool = True
     """Learn the share (one gate for each module); ``false``: it stays ``alpha``."""
     alpha: float = 0.5
-    """The client's own share where it is not adaptive, from 0 (FedAvg's adapter) to 1 (its own)."""
+    """The client's own share if it is not adaptive, from 0 (FedAvg's adapter) to 1 (its own)."""
     gate_rate: float = 0.0
-    """Learning rate of the share where it is adaptive; 0 means 0.1."""
+    """Learning rate of the share if it is adaptive; 0 means 0.1."""
 
     def __post_init__(self) -> None:
         require_range("alpha", self.alpha, 0, 1)
@@ -47,7 +48,7 @@ class APFL(Averaging[APFLOptions]):
     about = About(
         "a learned mixture of FedAvg's adapter and its own",
         trains="both, gates",
-        when="it is not known how far a client is from the others; twice FedAvg's steps",
+        when="nobody knows how far a client is from the others; twice FedAvg's steps",
     )
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:

@@ -1,4 +1,4 @@
-r"""CO-PFL: a shared representation, averaged by what clients contribute, and a part of each client's own.
+r"""CO-PFL: a shared representation, averaged by what clients contribute, and each client's own part.
 
 Xing, Dong, Fan, Zeng, Leung, Deen, Hu, "CO-PFL: Contribution-Oriented Personalized Federated Learning for Heterogeneous
 Networks", 2025 (arXiv 2510.20219). Only its abstract and a summary were available; the formulas are derived from them:
@@ -8,9 +8,9 @@ Networks", 2025 (arXiv 2510.20219). Only its abstract and a summary were availab
 * data score :math:`d_k`: the mean training loss, which tells how far its predictions are from its labels;
 * the client's weight is :math:`\lambda g_k / \sum g + (1 - \lambda) d_k / \sum d`.
 
-A loss counts for at most twice the clients' median: no client gains weight by reporting a large one. In the paper masks
-at the client decide for each number whether it is personal. Here ``own`` names the personal part, as in FedRep, and
-``optimizer-state`` decides about the optimiser's moments.
+A loss counts for at most twice the clients' median: no client gains weight by reporting a large one. In the paper,
+masks at the client decide for each number whether it is personal. Here ``own`` names the personal part, as in FedRep,
+and ``optimizer-state`` decides about the optimiser's moments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from strategies.framework.options import require_range
 
 @dataclass(frozen=True)
 class COPFLOptions(OwnPartOptions):
-    """What is the client's own, and how contributions are measured."""
+    """Which part is the client's own, and how contributions are measured."""
 
     direction_share: float = 0.5
     """Lambda, the share of a weight that comes from the direction of the update; the rest comes from the loss."""
@@ -67,7 +67,7 @@ class COPFL(OwnPart[COPFLOptions]):
         "a global representation, averaged by contribution; its own head (or other modules)",
         trains="head, then the rest",
         travels="the rest up, the rest down",
-        when="labels differ, and some clients' data are worth more to the others than some",
+        when="labels differ, and some clients' data are worth more to the others",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Controls: what merging has to beat. They are in every comparison, whatever it compares.
+"""Controls: the baselines that merging has to beat. Every comparison contains them.
 
 * ``fedavg-head``: FedAvg, and at the end each client re-fits the head on its own data. It shows how much a personal
   model gains from its labels alone.
@@ -61,7 +61,7 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
 
 @dataclass(frozen=True)
 class FedAvgTunedOptions:
-    """When clients start to train alone."""
+    """When clients begin to train alone."""
 
     federated_rounds: int = 0
     """Rounds of FedAvg; 0 means half of the run's rounds."""
@@ -75,7 +75,7 @@ class FedAvgTuned(Averaging[FedAvgTunedOptions]):
 
     name = "fedavg-tuned"
     about = About(
-        "FedAvg's adapter, then trained on alone",
+        "FedAvg's adapter, trained further on its own data",
         travels="P up, P down in half of the rounds",
         group="control",
         when="control: is it only a few steps of one's own?",
@@ -86,7 +86,7 @@ class FedAvgTuned(Averaging[FedAvgTunedOptions]):
         self.tuning: set[str] = set()  # clients that train on alone
 
     def needs_everyone(self, round_: int) -> bool:
-        """In the rounds alone: they cost no bytes."""
+        """In the rounds in which clients train alone: they cost no bytes."""
         return not self._is_federated(round_)
 
     def brief(self, round_: int, client: Client) -> Brief:
@@ -136,16 +136,16 @@ class LocalAll(Local):
 
     @property
     def learns_from(self) -> tuple[str, ...]:
-        """Both."""
+        """Training and validation examples."""
         return ("train", "validation")
 
     def split(self, client: Client) -> str:
-        """Both, where there are both."""
+        """Both splits, if the client has both."""
         return "train+validation" if client.held_out else "train"
 
 
 class LocalTwice(Local):
-    """Two local runs, averaged."""
+    """Two local runs of the same client, averaged."""
 
     name = "local-twice"
     about = About(
@@ -157,7 +157,7 @@ class LocalTwice(Local):
     )
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Evaluate the average of both, train each on."""
+        """Evaluate the average of both, then train each of them further."""
         plan = [steps.initialise(slot, self.seed, keep_existing=round_ > 1) for slot in TWINS]
         plan.append(steps.evaluate(self.training, _average()))
         return Brief([*plan, *(steps.train(self.training, steps.mixture(slot), [slot]) for slot in TWINS)])

@@ -49,7 +49,7 @@ class DARE(OneShot[DAREOptions]):
     about = About(
         "one merge of all local adapters at the end, most numbers dropped at random",
         travels="P up once, P down once",
-        when="one merge at the end, of many adapters that disturb each other",
+        when="there is only one exchange, and many adapters disturb each other",
     )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:

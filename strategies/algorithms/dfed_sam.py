@@ -1,4 +1,4 @@
-r"""DFedSAM: sharpness-aware training, mixed with a few neighbours'.
+r"""DFedSAM: sharpness-aware training; adapters are mixed with those of a few neighbours.
 
 Shi, Shen, Wei, Sun, Yuan, Wang, Tao, "Improving the Model Consistency of Decentralized Federated Learning", ICML 2023
 (arXiv 2302.04083); its abstract and introduction were available. Each local step takes its gradient at
@@ -6,10 +6,10 @@ Shi, Shen, Wei, Sun, Yuan, Wang, Tao, "Improving the Model Consistency of Decent
 .. math:: \theta + \rho \, g / \|g\|, \qquad g = \nabla f_i(\theta; batch),
 
 then neighbours are averaged, :math:`\theta_i \leftarrow \sum_j W_{ij} \theta_j`, with a symmetric W whose rows and
-columns sum to one; ``gossip-steps`` above 1 are the paper's DFedSAM-MGS. Flat minima are to survive that average. Here
-W has Metropolis' weights, :math:`W_{ij} = 1 / (1 + max(d_i, d_j))` with the neighbours' numbers d; links are random,
-both ways, and drawn anew in each round; the server relays (:mod:`strategies.families.gossip`). A step takes twice the
-time of a plain one. ``optimizer`` is the run's (the paper's: SGD with momentum).
+columns sum to one; ``gossip-steps`` above 1 are the paper's DFedSAM-MGS. Flat minima should survive that average. Here
+W has Metropolis weights, :math:`W_{ij} = 1 / (1 + max(d_i, d_j))`, where d counts a client's neighbours; links are
+random, both ways, and drawn anew in each round; the server relays (:mod:`strategies.families.gossip`). A step takes
+twice the time of a plain one. ``optimizer`` is the run's (the paper's: SGD with momentum).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from strategies.framework.options import require_range
 
 @dataclass(frozen=True)
 class DFedSAMOptions(GossipOptions):
-    """How flat, and how often neighbours are averaged."""
+    """How flat the minima are to be, and how often neighbours are averaged."""
 
     rho: float = 0.05
-    """Radius of the sharpness-aware steps (the default of SAM's authors); 0: plain ones."""
+    """Radius of the sharpness-aware steps (the default of SAM's authors); 0 means plain steps."""
     gossip_steps: int = 1
     """How often neighbours are averaged after a round."""
 
@@ -54,7 +54,7 @@ class DFedSAM(Gossip[DFedSAMOptions]):
         return self.options.gossip_steps
 
     def links(self, drawn: Tensor) -> Tensor:
-        """Whoever is sent something sends back."""
+        """Links go both ways: a client that is sent something also sends."""
         return torch.maximum(drawn, drawn.T)
 
     def mixing(self, links: Tensor) -> Tensor:

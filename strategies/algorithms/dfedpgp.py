@@ -29,7 +29,7 @@ class DFedPGP(Gossip[GossipOptions]):
         "a representation mixed with a few others' (directed), its own head",
         trains="head, then the rest",
         travels="the rest up, the rest down",
-        when="a network without a server, links one way, is to be tried out; labels differ",
+        when="a network without a server and with one-way links is to be tried out; labels differ",
     )
 
     def mixing(self, links: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-r"""DyPFL: a client personalises as long as that helps, and is delivered the best of three models.
+r"""DyPFL: a client personalises as long as that helps, and in the end gets the best of three models.
 
 Ma, Lu, Li, Cui, "Personalizing or Not: Dynamically Personalized Federated Learning with Incentives", 2022
-(arXiv 2208.06192). Only its abstract was available; how its parts work is derived from it:
+(arXiv 2208.06192). Only its abstract was available; the details are derived from it:
 
 * Beside FedAvg's adapter every client has its own, pulled towards FedAvg's as in Ditto.
 * The incentive: if a client's own adapter does worse than the global one on held-out examples, the client starts again
   from the global one. So no client is worse off for having personalised.
 * At delivery a client takes the model that does best on held-out examples: the global adapter, its own, or the exact
-  average of both deltas. The personalisation rate is the share of the round's clients that went on with their own.
+  average of both deltas. The personalisation rate is the share of the round's clients that continued with their own.
 
 Held-out examples are the validation examples. A client without any decides on its training examples, which favours its
 own adapter. Local work is twice FedAvg's.
@@ -42,7 +42,7 @@ class DyPFL(Averaging[DyPFLOptions]):
 
     name = "dypfl"
     about = About(
-        "the best on held-out examples of FedAvg's adapter, its own and their average",
+        "FedAvg's adapter, its own or their average: the best on held-out examples",
         trains="both",
         when="some clients gain by personalising and others do not; needs held-out examples; twice FedAvg's steps",
     )
@@ -53,7 +53,7 @@ class DyPFL(Averaging[DyPFLOptions]):
 
     @property
     def learns_from(self) -> tuple[str, ...]:
-        """Validation examples decide."""
+        """Training and validation examples; the latter decide."""
         return ("train", "validation")
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:

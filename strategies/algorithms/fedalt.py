@@ -56,7 +56,7 @@ class FedALT(Peers[FedALTOptions]):
         return others / max(len(names) - 1, 1)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Install the others' mean, evaluate the mixture, train the own adapter and the mixer, send the adapter."""
+        """Install the others' mean, evaluate the mixture, train the client's adapter and the mixer, send the former."""
         mix = steps.gated(LOCAL, REST, GATES)
         rest = self.combined(REST, client)
         plan = [

@@ -33,7 +33,7 @@ class FedAMPOptions:
     """How strongly clients attract each other."""
 
     alpha: float = 0.2
-    """Largest weight of another client; rows are scaled down where the others' weights sum to more than one."""
+    """Largest weight of another client; if the others' weights sum to more than one, they are scaled down."""
     sigma: float = 1.0
     """Reach of the attention, in units of the median squared distance of two clients."""
     pull: float = 0.1
@@ -48,11 +48,11 @@ class FedAMPOptions:
 def attention(vectors: Tensor | Sequence[Row], alpha: float, sigma: float) -> Tensor:
     """``xi [N, N]`` of adapters ``[N, P]``, or of a bank's rows: rows sum to one, nothing is negative.
 
-    ``alpha e^{-x / (sigma m)}`` off the diagonal, x the squared distance and m the median of those that are not 0.
-    Where a row's off-diagonal weights sum to more than one, they are divided by that sum; else the diagonal would be
+    ``alpha e^{-x / (sigma m)}`` off the diagonal, with the squared distance x and the median m of those that are not 0.
+    If a row's off-diagonal weights sum to more than one, they are divided by that sum; otherwise the diagonal would be
     negative.
 
-    Two equal clients, and a different one: similar clients attract each other more.
+    Two equal clients and a different one: similar clients attract each other more.
 
     >>> weights = attention(torch.tensor([[0.0], [0.0], [1.0]]), alpha=0.25, sigma=1.0)
     >>> [round(weight, 3) for weight in weights[0].tolist()]
@@ -73,7 +73,7 @@ class FedAMP(Peers[FedAMPOptions]):
     name = "fedamp"
     about = About(
         "its own adapter, pulled to a mixture of similar clients",
-        when="clients come in groups of like ones; the server keeps every last adapter",
+        when="clients come in groups of similar ones; the server keeps every client's last adapter",
     )
 
     def weigh(self, names: list[str]) -> Tensor:
@@ -81,7 +81,7 @@ class FedAMP(Peers[FedAMPOptions]):
         return attention(self.uploads.rows(names), self.options.alpha, self.options.sigma)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Install the mixture; evaluate the own adapter, train it with the pull towards the mixture, send it."""
+        """Install the mixture; evaluate the client's adapter, train it with the pull to the mixture, send it."""
         mix, cloud = steps.mixture(LOCAL), self.combined(CLOUD, client)
         plan = [
             *self.begin(),

@@ -9,7 +9,7 @@ multiplier :math:`\pi_i` for :math:`u_i = u`, client i minimises in turn over :m
 then :math:`\pi_i \leftarrow \pi_i + \rho (u_i - u)`, and the server :math:`u = \sum_i p_i (u_i + \pi_i / \rho)`. Here
 the dual is scaled, :math:`d_i = \pi_i / \rho`: the two terms are a pull towards :math:`u - d_i` with strength rho. The
 dual stays at the client, which sends :math:`u_i + d_i`. In every round :math:`u_i` starts from u (in the paper from
-itself), so a client that was away for long does not start far off. ``local-steps`` are divided as FedRep's. With AdamW
+itself), so a client that was away for long does not start far off. ``local-steps`` are divided as in FedRep. With AdamW
 the pull counts relative to the loss, as in Ditto. A dual of zero and ``rho = 0`` give FedRep.
 """
 
@@ -28,7 +28,7 @@ DUAL, CENTRE, RECEIVED, SENT = "dual", "centre", "received", "sent"
 
 @dataclass(frozen=True)
 class FedAPMOptions(OwnPartOptions):
-    """What is the client's own, and how strongly the shared part is held together."""
+    """Which part is the client's own, and how strongly the shared part is held together."""
 
     rho: float = 0.1
     """Strength of the pull towards the server's shared part minus the client's dual."""

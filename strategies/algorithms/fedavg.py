@@ -41,7 +41,7 @@ class FedAvgOptions:
 
     robust: str = "none"
     """Replaces the weighted mean of A and of B: ``"median"``, ``"trimmed"`` mean or ``"krum"``. With at least three
-    clients, one of them cannot take these over. They ignore example counts."""
+    clients, a single one cannot control the result. These rules ignore example counts."""
 
     normalise: bool = False
     """Divide each client's update by its optimiser steps before averaging (FedNova): with ``local-epochs`` a client
@@ -69,7 +69,7 @@ class FedAvg(Averaging[FedAvgOptions]):
     about = About(
         "one global adapter (FedIT; fedavg.space = delta averages deltas exactly and truncates)",
         group="reference",
-        when="clients' data are alike, or one model for all is wanted",
+        when="clients' data are alike, or you want one model for all",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ Yang, Long, Shen, Jiang, Blumenstein, "Dual-Personalizing Adapter for Federated 
 u is fixed (``local_share``) in training and at test. The paper also has a weight for each test example, from the
 similarity of its embedding to training examples. It is left out here, because the released code multiplies it with
 another adapter than the text says. The server's mean is weighted by example counts (in the authors' code all clients
-count the same). A client without a local adapter yet has the global one.
+count the same). A client that has no local adapter yet uses the global one.
 """
 
 from __future__ import annotations

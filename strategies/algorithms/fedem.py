@@ -1,4 +1,4 @@
-r"""FedEM: every client's data are a mixture of C distributions; there are C adapters, one for each, which are averaged.
+r"""FedEM: every client's data are a mixture of C distributions, and each distribution has a global adapter.
 
 Marfoq, Neglia, Bellet, Kameni, Vidal, "Federated Multi-Task Learning under a Mixture of Distributions", NeurIPS
 2021. At client k
@@ -45,7 +45,7 @@ class FedEM(AlloyStrategy[FedEMOptions]):
         "C global adapters, their predictions averaged by shares of its own",
         trains="A, B, head of each",
         travels="C P up, C P down",
-        when="every client's data are a mixture of a few kinds; C times FedAvg's steps, and an ensemble to serve",
+        when="every client's data are a mixture of a few kinds; C times FedAvg's steps; an ensemble has to be served",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -54,7 +54,7 @@ class FedExLoRA(MergedBase[FedExLoRAOptions]):
 
     name = "fedex-lora"
     about = About(
-        "FedAvg's adapter; what that leaves out goes into its base",
+        "FedAvg's adapter; the error of that average goes into its base",
         travels="P up, P + (S - 1) P down",
         when="FedAvg's averaging error matters and few clients take part in a round",
     )

@@ -47,7 +47,7 @@ class FedFomo(Peers[FedFomoOptions]):
 
     name = "fedfomo"
     about = About(
-        "its own adapter, moved to others' that help on its validation data",
+        "its own adapter, moved towards others' that help on its validation data",
         travels="P up, M P down",
         when="clients have validation examples, and may see single other clients' adapters",
     )

@@ -13,18 +13,18 @@ The server keeps models :math:`\Theta_1 .. \Theta_d` and logits :math:`W [K, d]`
     \Theta_j \leftarrow \Theta_j - \eta_\Theta \sum_i C_{ij} D_i, \quad C_{ij} = p_i w_{ij} / \sum_l p_l w_{lj}
 
 (w in C from the new W). From the paper, as its summaries and the authors' code show it: the merge, both steps and their
-order, the max-norm step (the code repeats a fixed step until the logits have moved by ``lr-w``; ours is its closed
-form), the column norm, the pull, and no fine-tuning at the end.
+order, the max-norm step (the code repeats a fixed step until the logits have moved by ``lr-w``; ours is the closed form
+of that), the column norm, the pull, and no fine-tuning at the end.
 
 Ours:
 
 * The models are LoRA adapters and heads; the public code merges whole networks. With one frozen LoRA A for all
   (``variant = "frozen-a"``, the default), merging the B's is merging the deltas: exact, rank r, and half the traffic.
   ``"trained-a"`` also trains A and averages it as FedAvg does; ``"factors"`` merges A and B separately, as the code
-  would with any two parameters; their product then has cross terms.
+  would merge any two parameters; their product then has cross terms.
 * ``init = "cluster"``. The code draws d random networks; ``"jitter"`` is the closest to it that keeps a pre-trained
   base.
-* ``w-layers = "*.B"``. The code lets W see the last layer alone: ``"head"``, where clients share one.
+* ``w-layers = "*.B"``. The code lets W see the last layer alone: that is ``"head"``, if clients share one.
 * ``w-step = "maxnorm-per-row"`` and ``"adam"``, ``theta-norm = "none"``, ``min-mass``, the guard against steps that are
   only rounding errors, and clients that are absent or late. (The code takes all clients in every round, and divides by
   zero with one model.)
@@ -89,8 +89,8 @@ class FedMergeOptions:
     """The tensors that W learns from: comma-separated patterns of their names, or ``head`` for the head that clients
     share, whatever its name (the authors' choice)."""
     w_step: str = "maxnorm"
-    """``"maxnorm"``: the largest logit change of the round is ``lr-w``; ``"maxnorm-per-row"``: that of every client;
-    ``"adam"``."""
+    """``"maxnorm"``: the largest logit change of the round is ``lr-w``; ``"maxnorm-per-row"``: the largest change of
+    every client is; or ``"adam"``."""
     w_client_weight: bool = True
     """Weight a client's logit gradient by its share of the examples."""
     theta_norm: str = "column"
@@ -103,8 +103,8 @@ class FedMergeOptions:
     jitter: float = 1e-3
     """Scale of the noise in the random start: jitter / sqrt(d_out) in B."""
     cluster_temperature: float = 0.25
-    """Temperature of the first weights, a softmax over minus the squared distances to the centres, in units of their
-    mean."""
+    """Temperature of the first weights: they are a softmax of the negative squared distances to the centres, in units
+    of the mean distance."""
 
     def __post_init__(self) -> None:
         require_choice("fedmerge.variant", self.variant, ("frozen-a", "trained-a", "factors"))
@@ -126,7 +126,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         trains="B, head (A frozen, from the seed)",
         travels="P_B up, P_B down",
         group="main",
-        when="groups of clients exist that nobody knows; d models lie at the server, one travels",
+        when="clients form groups that nobody knows; d models stay at the server, one travels",
     )
     options: FedMergeOptions
 
@@ -157,7 +157,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         self._add_row(client)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Send the client its merge; it evaluates, trains with the pull, returns it."""
+        """Send the client its merge; the client evaluates it, trains it with the pull, and returns it."""
         mix = steps.mixture(SLOT)
         factors = NOT_A if self.options.variant == "frozen-a" else ()
         return Brief(
@@ -254,7 +254,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         return self.settled == 0 and self.options.init == "cluster" and self.options.models > 1
 
     def _merge(self, client: Client) -> Made:
-        """The client's merge as a recipe, with the models, weights and A of now."""
+        """The client's merge as a recipe, with the current models, weights and A."""
         row = self.rows[client.id]
         theta, logits, part, base = self.theta, self.logits[row : row + 1].clone(), self._part, self._base
 

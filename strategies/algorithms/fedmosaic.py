@@ -20,7 +20,7 @@ Where the paper and the authors' code differ, both are options; the first is the
 ``similarity``              "cosine" of whole sketches (paper); "column-mean" of the columns' cosines (code)
 ``include_self``            false (code); true (the paper's figure)
 ``sketch_row_choice``       "random" (paper); "first" (code)
-``sketch_noise_at``         "upload" only (paper); "gradients", so the moving average has it, too (code)
+``sketch_noise_at``         "upload" only (paper); "gradients", and so in the moving average, too (code)
 ``sketch_gradient``         "exact" (paper); "diagonal", of the last RMS norm's Jacobian (code)
 ``share_conventional_lora`` true (code); false: P and Q alone (paper)
 ==========================  =======================================================================================
@@ -86,7 +86,7 @@ class FedMosaicOptions:
     """See the module's docstring for what the choices mean."""
 
     temperature: float = 0.5
-    """Temperature of the softmax over peers, as the authors have it. Version 0.1.0 had 0.2, which was better on
+    """Temperature of the softmax over peers; the default is the authors'. Version 0.1.0 had 0.2, which was better on
     validation data of ``digits`` with 4 and with 8 clients; with few clients, try that."""
     max_relevance: float = 1.0
     """Largest weight of one peer in a client's global adapter, if the client has enough peers: a liar can make its
@@ -176,7 +176,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         trains="A, B, head, gates (P, Q)",
         travels="P and a sketch up, P down",
         group="main",
-        when="tasks differ or change over time; the server may see a noisy sketch of gradients",
+        when="tasks differ or change over time, and the server may see a noisy sketch of gradients",
     )
     options: FedMosaicOptions
 
@@ -189,7 +189,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         self.alike: dict[str, dict[str, float]] = {}
 
     def enrol(self, client: Client) -> None:
-        """Any architecture, with the same shared tensors and the same reference model."""
+        """Take in a client of any architecture, with the same shared tensors and the same reference model."""
         if client.reference is None:
             raise StrategyError(f"client {client.id!r} has no reference model whose gradient it could sketch")
         if not self.options.share_conventional_lora and shared_layout(client.layout) is None:
@@ -206,7 +206,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         return ours.digest == theirs.digest
 
     def conflict(self, first: Client, second: Client) -> str | None:
-        """As reference models or layouts differ."""
+        """How their reference models or layouts differ, if they do."""
         if first.reference is None or second.reference is None:
             return "no reference model, expected one"
         if first.reference.digest != second.reference.digest:

@@ -50,10 +50,10 @@ def relevance(
         temperature: towards zero the nearest peer takes all, towards infinity all peers are equal.
         peers: ``[N, N]`` bool, who may contribute to whom; the diagonal does not count.
         include_self: a client is one of its own peers, if it has any other.
-        most: a peer's largest weight, where there are enough peers to keep it; see :func:`capped`.
+        most: a peer's largest weight, if there are enough peers for that bound; see :func:`capped`.
 
     Returns:
-        Rows that sum to one, and a row of zeros where a client has no peer.
+        Rows that sum to one, and a row of zeros for a client without peers.
     """
     itself = torch.eye(len(peers), dtype=torch.bool)
     allowed = peers & ~itself

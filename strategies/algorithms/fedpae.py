@@ -21,7 +21,7 @@ class FedPAE(NearestPeers[NearestPeersOptions]):
     about = About(
         "its own and its peers' adapters, predictions averaged by shares",
         travels="P up, M P down, once",
-        when="one exchange only, and an ensemble may be served; needs held-out examples",
+        when="there is only one exchange, and an ensemble can be served; needs held-out examples",
     )
 
     def model(self, slots: list[str]) -> plan_pb2.Mixture:

@@ -10,7 +10,7 @@ into S ``stages``; before stage s
 on the common modules, then all modules are trained. So the pull grows while the client learns, and its knowledge is not
 overwritten at once, as it would be by installing :math:`\bar m`; ``alignment`` is :math:`\eta`. The client's own part
 (``own``) is never aligned. The paper also takes in clients whose architectures differ, and may weigh clients by the
-entropy of their labels; here layouts are equal, label counts do not leave a client, and examples weigh.
+entropy of their labels; here layouts are equal, label counts stay at the client, and clients are weighed by examples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class FedPPAOptions(OwnPartOptions):
-    """What is the client's own, and how the rest is aligned."""
+    """Which part is the client's own, and how the rest is aligned."""
 
     alignment: float = 0.5
     """Eta, how far the last stage of a round moves towards the global adapter: 0 not at all, 1 all the way."""
@@ -48,7 +48,7 @@ class FedPPA(OwnPart[FedPPAOptions]):
     about = About(
         "its own adapter, aligned step by step with the average",
         travels="the rest up, the rest down",
-        when="labels differ, and a client is to keep its own early in training",
+        when="labels differ, and a client should keep its own knowledge early in training",
     )
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:

@@ -1,4 +1,4 @@
-r"""FedProx: FedAvg with a pull to the received adapter during local training.
+r"""FedProx: FedAvg with a pull towards the received adapter during local training.
 
 Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020. The local
 objective is :math:`F_k(\theta) + \mu/2 \|\theta - \theta^t\|^2` over what is trained (A, B, head), in factor space: it
@@ -30,7 +30,7 @@ class FedProx(Averaging[FedProxOptions]):
 
     name = "fedprox"
     about = About(
-        "FedAvg's adapter; local training is pulled to it",
+        "FedAvg's adapter; local training is pulled towards it",
         when="clients make many or unequal steps in a round",
     )
 

@@ -1,7 +1,7 @@
 r"""FedReMa: every client's head is averaged with those of its most relevant peers, the rest with everybody's.
 
 Liang, Zhan, Liu, Zhang, Tan, Chen, "FedReMa: Improving Personalized Federated Learning via Leveraging the Most
-Relevant Clients", ECAI 2024 (arXiv 2411.01825). Only its abstract was available; how its parts work is derived here:
+Relevant Clients", ECAI 2024 (arXiv 2411.01825). Only its abstract was available; the details are derived here:
 
 * Relevance is the similarity of the logits of two classifiers that see the same features z. For standard normal z,
   :math:`E[(W_i z + b_i)^T (W_j z + b_j)] = \langle W_i, W_j \rangle + b_i^T b_j`: the cosine of the heads as vectors.
@@ -61,7 +61,7 @@ class FedReMa(Peers[FedReMaOptions]):
     name = "fedrema"
     about = About(
         "the average of all, with the head of its most relevant peers",
-        when="heads tell whose labels are alike; the server keeps every last adapter",
+        when="heads show whose labels are alike; the server keeps every client's last adapter",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

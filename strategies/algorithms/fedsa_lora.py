@@ -3,7 +3,7 @@ r"""FedSA-LoRA: both factors are trained, A is averaged, B and the head stay at 
 Guo, Zeng, Wang, Fan, Wang, Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025: A
 learns general knowledge, B the client's. The head stays local as in the authors' configuration for GLUE. A client that
 is not sampled keeps its B; a new one starts at B = 0. A is averaged by example counts. Delivery combines the last
-average of A with a B that was trained with the A before it, as the next round would.
+average of A with a B that was trained with the previous A, as the next round would.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FedSALoRA(PartAverage[NoOptions]):
     about = About(
         "one global A, its own B and head",
         travels="A up, A down",
-        when="half of the bytes should do; B is the client's own",
+        when="half of the bytes have to be enough; B is the client's own",
     )
 
     def shared(self, round_: int, client: Client) -> Part:

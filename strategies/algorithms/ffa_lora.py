@@ -21,7 +21,7 @@ class FFALoRA(PartAverage[NoOptions]):
         "one global B; A is drawn from the seed",
         trains="B, head",
         travels="P_B up, P_B down",
-        when="half of the bytes should do; averages of B are exact; differential privacy",
+        when="half of the bytes have to be enough; averages of B are exact; suits differential privacy",
     )
 
     def shared(self, round_: int, client: Client) -> Part:
@@ -29,5 +29,5 @@ class FFALoRA(PartAverage[NoOptions]):
         return Part(NOT_A)
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
-        """A stays."""
+        """Train B and the head; A stays as it is."""
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], factors=NOT_A)]

@@ -44,7 +44,7 @@ class FisherMerge(OneShot[FisherMergeOptions]):
     about = About(
         "one merge of all local adapters at the end, each number weighted by its Fisher information",
         travels="2 P up once, P down once",
-        when="one exchange only, and twice the bytes in it",
+        when="there is only one exchange, and it may have twice the bytes",
     )
 
     def extra(self, client: Client) -> list[steps.Step]:

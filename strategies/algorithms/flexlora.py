@@ -28,7 +28,7 @@ class FlexLoRA(Averaging[NoOptions]):
 
     name = "flexlora"
     about = About(
-        "the exact average, best approximation at its own rank",
+        "the best approximation of the exact average at its own rank",
         when="ranks differ between clients; merges are exact before they are cut",
     )
 
@@ -72,7 +72,7 @@ class FlexLoRA(Averaging[NoOptions]):
         return truncate(self.global_model, client.layout, balanced=False)
 
     def state(self) -> State:
-        """The adapter with its layout, and whether it is an average yet."""
+        """The adapter with its layout, and whether it already is an average."""
         found = super().state()
         return State(found.tensors, found.values | {"averaged": self.averaged})
 

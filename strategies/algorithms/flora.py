@@ -5,8 +5,8 @@ Low-Rank Adaptations", NeurIPS 2024. The server stacks :math:`A' = [A_k], B' = [
 both): :math:`B'A' = \sum_k p_k s_k B_k A_k`, of rank S r, which every client merges into its base; then A is drawn
 again and B is zero. Ranks may differ. S times as much goes down as up.
 
-The base stays as it is on disk (:mod:`strategies.families.merged_base`), so nothing is lost with a
-quantised one either.
+The base stays as it is on disk (:mod:`strategies.families.merged_base`), so nothing is lost with a quantised base,
+either.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FLoRA(MergedBase[NoOptions]):
 
     name = "flora"
     about = About(
-        "the exact average goes into its base, a fresh adapter each round",
+        "the exact average in its base, and a fresh adapter in each round",
         travels="P up, S P down",
         when="ranks differ between clients, and the bytes of S adapters are cheap",
     )
@@ -50,7 +50,7 @@ class FLoRA(MergedBase[NoOptions]):
         return Brief([_absolute(step) for step in brief.steps], brief.adapters)
 
     def sent(self, client: Client) -> dict[str, Callable[[], Adapter]]:
-        """No adapter travels down but the stack."""
+        """Only the stack travels down; the adapter does not."""
         return {slot: recipe for slot, recipe in super().sent(client).items() if slot != SLOT}
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:

@@ -7,9 +7,9 @@ model ("meme") is averaged, the private one never leaves the client:
     L_{private} = \alpha L_{CE} + (1 - \alpha) KL(p_{shared} \| p_{private}), \quad
     L_{shared} = \beta L_{CE} + (1 - \beta) KL(p_{private} \| p_{shared})
 
-The losses are divided by :math:`\alpha` and :math:`\beta`, which AdamW does not notice (clipping of gradients does).
-In the paper both are updated on every batch. Here they alternate ``turns`` times in a round, and each learns from the
-other's latest state. Each makes ``local-steps`` steps in total: twice FedAvg's local work.
+The losses are divided by :math:`\alpha` and :math:`\beta`. This does not affect AdamW, but it does affect the clipping
+of gradients. In the paper both are updated on every batch. Here they alternate ``turns`` times in a round, and each
+learns from the other's latest state. Each makes ``local-steps`` steps in total: twice FedAvg's local work.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ r"""HetLoRA: adapters of different ranks, padded with zeros, averaged by their s
 Cho, Liu, Xu, Fahrezi, Joshi, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024:
 a client of rank r is sent the first r rows of A and columns of B; uploads are padded with zeros to the highest rank,
 and client k counts :math:`\|B_k A_k\|_F / \sum_j \|B_j A_j\|_F` ("sparsity-weighted"). Factors are averaged, so the
-average has cross terms; FlexLoRA averages deltas. Scalings are folded into B before and taken out after. Heads are
-averaged with the same weights. Left out: self-pruning, by which a client lowers its own rank during a run.
+average has cross terms; FlexLoRA averages deltas. Scalings are folded into B before the average and taken out after it.
+Heads are averaged with the same weights. Self-pruning, by which a client lowers its own rank during a run, is left out.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class HetLoRA(FlexLoRA):
 
     name = "hetlora"
     about = About(
-        "padded factors averaged by their size, the first ranks of them",
-        when="ranks differ between clients, and the server should do nearly nothing",
+        "its first ranks of the padded factors' average, weighted by their size",
+        when="ranks differ between clients, and the server should have very little work",
     )
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
@@ -57,7 +57,7 @@ class HetLoRA(FlexLoRA):
         return Adapter(self.global_model.layout, merged.float())
 
     def part_of(self, client: Client) -> Adapter:
-        """The first ranks; before anything is averaged, the usual start."""
+        """The average's first ranks; before there is an average, the usual start."""
         if not self.averaged:
             return Adapter.initial(client.layout, self.seed)
         return fitted(self.global_model, client.layout)

@@ -2,7 +2,7 @@ r"""IFCA: the server has C models; every client trains the one that fits its dat
 
 Ghosh, Chung, Yin, Ramchandran, "An Efficient Framework for Clustered Federated Learning", NeurIPS 2020. Each client
 is sent all :math:`\theta_1 .. \theta_C`, takes :math:`\arg\min_j F_k(\theta_j)`, trains it and returns it; the server
-averages per cluster by example counts. A cluster that nobody chose stays. Down goes C times what goes up.
+averages per cluster by example counts. A cluster that nobody chose stays as it is. C times as much goes down as up.
 
 All start at the base model, where every model has the same loss. So the first round is FedAvg's, and its uploads are
 divided by k-means (factor space) into the first clusters (in the paper: C starts drawn at random). A client chooses by

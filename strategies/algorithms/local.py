@@ -1,7 +1,7 @@
 """Local-only training: every client trains alone, from the same start. Federation has to beat this.
 
-No adapter crosses the network. Each round trains ``local-steps`` steps on the client's own slot, so that a comparison
-at equal rounds is one at equal local work (algorithms/baselines: "Local-only").
+No adapter crosses the network. Each round trains the client's own slot for ``local-steps`` steps, so a comparison at
+equal rounds is one at equal local work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Local(AlloyStrategy[NoOptions]):
         "its own adapter, nothing shared",
         travels="0",
         group="reference",
-        when="nothing may leave; what every other one has to beat",
+        when="nothing may leave the client; every other strategy has to beat this",
     )
 
     def compatible(self, first: Layout, second: Layout) -> bool:

@@ -6,9 +6,9 @@ Bian, Wang, Zhang, Xu, "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation a
 .. math:: X = \arg\min_X \|(\bar B + X) \bar A - \Delta\|_F^2 + \lambda \|X\|_F^2
           = (\Delta - \bar B \bar A) \bar A^T (\bar A \bar A^T + \lambda I)^{-1}
 
-and clients go on from :math:`\bar A, \bar B + X`. The paper finds X by gradient steps on a cosine; squared distance has
-this closed form, which needs only :math:`B_k (A_k \bar A^T)` and no dense delta. :math:`\lambda` is ``damping`` times
-the mean of the diagonal of :math:`\bar A \bar A^T`. Heads are averaged.
+and clients continue from :math:`\bar A, \bar B + X`. The paper finds X by gradient steps on a cosine; the squared
+distance has this closed form, which needs only :math:`B_k (A_k \bar A^T)` and no dense delta. :math:`\lambda` is
+``damping`` times the mean of the diagonal of :math:`\bar A \bar A^T`. Heads are averaged.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LoRAFAIR(Averaging[LoRAFAIROptions]):
         total = sum(examples[name] for name in bank)
         shares = [examples[name] / total for name in bank]
         for module in merged.layout.lora_modules:
-            part = merged.layout.select((), [module])  # nothing else of any client's is read
+            part = merged.layout.select((), [module])  # only this module of each upload is read
             parts = [bank.part(name, part) for name in bank]
             pairs = [(found[module, Factor.A], found[module, Factor.B]) for found in parts]
             merged[module, Factor.B].add_(correction(pairs, shares, self.options.damping).float())

@@ -37,7 +37,7 @@ class NAN(OneShot[OneShotOptions]):
     about = About(
         "one merge of all local adapters at the end, weighted by inverse norms",
         travels="P up once, P down once",
-        when="one exchange only, adapters of very unequal size",
+        when="there is only one exchange, and adapters are of very unequal size",
     )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:

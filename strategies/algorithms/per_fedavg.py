@@ -1,4 +1,4 @@
-r"""Per-FedAvg: a global adapter that a few steps on a client's own data turn into a good personal one.
+r"""Per-FedAvg: a global adapter that becomes a good personal one by a few steps on the client's own data.
 
 Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning
 Approach", NeurIPS 2020, in its first-order form (FO): with the received w, in each of several turns
@@ -7,8 +7,8 @@ Approach", NeurIPS 2020, in its first-order form (FO): with the received w, in e
 
 on batches D and D'. The client's model is :math:`\tilde w`, fine-tuned from the last w. Local work is FedAvg's:
 ``local-steps`` are divided among the turns, and in each turn among the two lines. Several steps may stand for each
-gradient (one in the paper): the second line adds the displacement of the steps that start at :math:`\tilde w`. It is
-the paper's rule with ``optimizer = "sgd"`` and ``max-grad-norm = 0``; AdamW divides each step by the gradient's size.
+gradient (one in the paper): the second line adds the displacement of the steps that start at :math:`\tilde w`. With
+``optimizer = "sgd"`` and ``max-grad-norm = 0`` it is the paper's rule; AdamW divides each step by the gradient's size.
 Reptile (Nichol, Achiam, Schulman, 2018) would move w to where all steps end: with a server rate of one that is FedAvg.
 """
 
@@ -42,7 +42,7 @@ TurnsT = TypeVar("TurnsT", bound=PerFedAvgOptions)
 
 
 class Adapting(Averaging[TurnsT]):
-    """One start for all clients, and a few steps of each client's own."""
+    """One start for all clients, and a few steps by each client on its own data."""
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Evaluate the received global adapter; adapt and move it, turn by turn; send it."""
@@ -59,25 +59,25 @@ class Adapting(Averaging[TurnsT]):
         return Brief(plan, {SLOT: self.part_of(client)})
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
-        """The adapted one."""
+        """The adapted adapter."""
         return steps.mixture(ADAPTED)
 
     def turn(self, adapting: int, moving: int) -> list[steps.Step]:
-        """One turn, of so many steps of either kind."""
+        """One turn, with these numbers of steps of either kind."""
         return [self.copied(ADAPTED, SLOT), *self.adapt(adapting), *self._move(moving)]
 
     def shares(self, total: int) -> list[tuple[int, int]]:
-        """Divide steps among turns, and each turn's among the two kinds; a single step is of the second kind."""
+        """Divide steps among turns, and each turn's steps among the two kinds; a single step is of the second kind."""
         turns = max(1, min(self.options.turns, total // 2))
         counts = [total * (turn + 1) // turns - total * turn // turns for turn in range(turns)]
         return [(count // 2, count - count // 2) for count in counts]
 
     def adapt(self, count: int) -> list[steps.Step]:
-        """Steps of the client's own, from the global adapter."""
+        """Steps that train the client's own adapter, which starts as a copy of the global one."""
         return [steps.train(self.training, steps.mixture(ADAPTED), [ADAPTED], steps=count)] if count else []
 
     def _move(self, count: int) -> list[steps.Step]:
-        """The global adapter moves by what the steps from the adapted one on move."""
+        """Move the global adapter by the displacement of the steps that start at the adapted one."""
         ahead = steps.train(self.training, steps.mixture(AHEAD), [AHEAD], steps=count)
         moved = steps.mixture(SLOT, AHEAD, ADAPTED, coefficients=[1.0, 1.0, -1.0])
         return [self.copied(AHEAD, ADAPTED), ahead, steps.merge(SLOT, moved, space="factor")]
@@ -88,10 +88,10 @@ class Adapting(Averaging[TurnsT]):
 
 
 class PerFedAvg(Adapting[PerFedAvgOptions]):
-    """FedAvg over such starts."""
+    """FedAvg of such starts."""
 
     name = "per-fedavg"
     about = About(
-        "FedAvg's adapter, trained so that few steps of its own on it go far",
-        when="new clients with few examples are to start well; FedAvg's steps, and a few at delivery",
+        "FedAvg's adapter, trained so that a few steps on its own data go far",
+        when="new clients with few examples should start well; FedAvg's steps, and a few at delivery",
     )

@@ -1,17 +1,17 @@
-r"""PersA-FL: Per-FedAvg, or Moreau envelopes, whose server does not wait for the slow.
+r"""PersA-FL: Per-FedAvg, or Moreau envelopes, with a server that does not wait for slow clients.
 
-Toghani, Lee, Uribe, "PersA-FL: Personalized Asynchronous Federated Learning", 2022 (arXiv 2210.01176); its abstract was
-at hand, the rest is derived from what it builds on. A client works on the adapter :math:`w^{t - \tau}` that it was
-sent; the server adds what the client moved it by to the newest one, :math:`w^{t+1} = w^t + \beta \Delta_i`. What a
-client moves is, in each of several turns,
+Toghani, Lee, Uribe, "PersA-FL: Personalized Asynchronous Federated Learning", 2022 (arXiv 2210.01176); only its
+abstract was available, the rest is derived from what it builds on. A client works on the adapter :math:`w^{t - \tau}`
+that it was sent; the server adds the client's displacement of it to the newest adapter,
+:math:`w^{t+1} = w^t + \beta \Delta_i`. In each of several turns, the client moves it by
 
 * ``envelope = "maml"``: Per-FedAvg's step (:mod:`strategies.algorithms.per_fedavg`);
 * ``envelope = "moreau"``: :math:`w \leftarrow w - \nu (w - \tilde w)`, where :math:`\tilde w` has been trained with a
   pull :math:`\frac{\lambda}{2} \|\tilde w - w\|^2` to w (pFedMe), and is the client's model in the end.
 
-A round ends with run-config's ``quorum``; what is answered later counts in the round in which it arrives, times
-:math:`(1 + \tau)^{-decay}` (FedAsync's polynomial; ``decay = 0`` is the paper's: staleness is only bounded) and by its
-client's share of the examples that arrived. Without a ``quorum`` nobody is late: that is Per-FedAvg, or pFedMe.
+A round ends with run-config's ``quorum``; a later answer counts in the round in which it arrives, times
+:math:`(1 + \tau)^{-decay}` (FedAsync's polynomial; ``decay = 0`` is the paper's rule: staleness is only bounded) and by
+its client's share of the examples that arrived. Without a ``quorum`` nobody is late: that is Per-FedAvg, or pFedMe.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from strategies.framework.options import require_choice, require_range
 
 @dataclass(frozen=True)
 class PersAFLOptions(PerFedAvgOptions):
-    """How a client personalises, and what an answer that comes late is worth."""
+    """How a client personalises, and how much a late answer counts."""
 
     envelope: str = "maml"
-    """``"maml"``: few steps on it go far; ``"moreau"``: it is near to every client's own."""
+    """What makes a good global adapter: ``"maml"``: a few steps from it go far; ``"moreau"``: it is close to every
+    client's own adapter."""
     pull: float = 0.1
-    """lambda: strength of the pull of a client's own adapter to the global one, with ``"moreau"``."""
+    """Lambda, the strength of the pull of a client's own adapter towards the global one, with ``"moreau"``."""
     move: float = 0.5
-    """nu: how far a turn moves the global adapter towards the client's own, with ``"moreau"``."""
+    """Nu, how far a turn moves the global adapter towards the client's own, with ``"moreau"``."""
     rate: float = 1.0
-    """beta: what the server multiplies clients' moves with."""
+    """Beta, the server's factor for clients' displacements."""
     decay: float = 0.5
-    """How fast an answer loses weight that comes rounds late; 0: not at all."""
+    """How fast a late answer loses weight with each round of delay; 0: not at all."""
     staleness: int = 10
-    """Rounds after which an answer counts for nothing."""
+    """An answer that is more rounds late than this counts for nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,12 +54,12 @@ class PersAFLOptions(PerFedAvgOptions):
 
 
 class PersAFL(Adapting[PersAFLOptions]):
-    """One start for all, moved by whatever arrives."""
+    """One start for all clients, moved by each answer when it arrives."""
 
     name = "persa-fl"
     about = About(
-        "as per-fedavg (or a copy pulled to it); late answers count for what they moved, less with each round",
-        when="clients are of unequal speed and a round should not wait (with quorum); as per-fedavg",
+        "as per-fedavg (or a copy pulled to it); late answers count, too, but less with each round of delay",
+        when="clients differ in speed and a round should not wait (with quorum); else as per-fedavg",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +67,7 @@ class PersAFL(Adapting[PersAFLOptions]):
         self.stale: dict[str, float] = {}  # weights of answers to earlier rounds
 
     def turn(self, adapting: int, moving: int) -> list[steps.Step]:
-        """Per-FedAvg's; or towards the client's own adapter."""
+        """Per-FedAvg's turn; or a move towards the client's own adapter."""
         if self.options.envelope == "maml":
             return super().turn(adapting, moving)
         nu = self.options.move
@@ -74,27 +75,27 @@ class PersAFL(Adapting[PersAFLOptions]):
         return [self.copied(ADAPTED, SLOT), *self.adapt(adapting + moving), steps.merge(SLOT, moved, space="factor")]
 
     def adapt(self, count: int) -> list[steps.Step]:
-        """Plain steps; or with a pull to the global adapter."""
+        """Plain steps; or steps with a pull towards the global adapter."""
         if self.options.envelope == "maml" or not count:
             return super().adapt(count)
         mix, pull = steps.mixture(ADAPTED), (SLOT, self.options.pull)
         return [steps.train(self.training, mix, [ADAPTED], steps=count, proximal=pull)]
 
     def late_weight(self, rounds: int) -> float:
-        """Polynomial in the rounds, up to a bound."""
+        """A power of the rounds of delay, up to a bound."""
         return float((1 + rounds) ** -self.options.decay) if rounds <= self.options.staleness else 0.0
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep where the newest global adapter is moved to, by what the client has moved its own."""
+        """Keep the newest global adapter plus the client's displacement."""
         self._keep(client, answer, self.options.rate)
 
     def absorb_late(self, round_: int, client: Client, answer: Answer, weight: float) -> None:
-        """The same, not as far."""
+        """The same, with a smaller displacement."""
         self._keep(client, answer, self.options.rate * weight)
         self.stale[client.id] = weight
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Average; the record shows who was late, and what that counted for."""
+        """Average; the record shows who was late, and with which weight."""
         stale, self.stale = self.stale, {}
         return super().settle(round_) | ({"late": stale} if stale else {})
 

@@ -65,7 +65,7 @@ class PFedGraph(Peers[PFedGraphOptions]):
     name = "pfedgraph"
     about = About(
         "an average of its own, by similarity of updates",
-        when="clients come in groups of like ones, which updates show",
+        when="clients come in groups of similar ones, and their updates show it",
     )
 
     def weigh(self, names: list[str]) -> Tensor:

@@ -5,9 +5,9 @@ Shamsian, Navon, Fetaya, Chechik, "Personalized Federated Learning using Hyperne
 and a linear head H for each tensor. It trains to :math:`\theta_k + \Delta_k`, and the server follows the gradient of
 :math:`-\sum_k \langle \theta_k, \Delta_k \rangle` with the sent :math:`\Delta_k` held fixed: heads by a step of
 ``rate`` over the largest eigenvalue of the round's Gram matrix of z (at 1, clients with the same z go to the mean of
-their :math:`\Delta`, clients with orthogonal z each the whole way), each embedding and the body by ``body-rate`` along
-its gradient. Heads start at zero, so all start from the common :math:`\theta^0`. (The paper: SGD for all, a client at a
-time.)
+their :math:`\Delta`, and clients with orthogonal z go the whole way), each embedding and the body by ``body-rate``
+along its gradient. Heads start at zero, so all clients start from the common :math:`\theta^0`. (The paper uses SGD for
+all of these, one client at a time.)
 
 A tensor's head belongs to its base model, name and shape: clients of different ranks or layouts share body, embeddings
 and the heads that they have in common. A client that joins later starts from the mean embedding. Its first answer moves
@@ -43,7 +43,7 @@ class PFedHNOptions:
     hidden: int = 16
     """Width of the hypernetwork's body; the server holds one adapter per unit."""
     rate: float = 1.0
-    """How far the heads follow the clients' training: 1 goes the whole way where clients have nothing in common."""
+    """How far the heads follow the clients' training: 1 goes the whole way for clients that have nothing in common."""
     body_rate: float = 0.1
     """Step length of embeddings and body in a round."""
 
@@ -60,7 +60,7 @@ class PFedHN(AlloyStrategy[PFedHNOptions]):
     name = "pfedhn"
     about = About(
         "an adapter that a network at the server makes from its embedding",
-        when="there are many clients, and new ones later, which fit an embedding only",
+        when="there are many clients, and later new ones, which only fit an embedding",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ Zou, Shisher, Brinton and Tripathi, "Communication-Efficient Personalized Adapta
 2026 (arXiv 2602.18658). Two separate branches from one seeded start:
 
 * *federated*: rounds 1 to ``federated-rounds`` are FedAvg of the factors (FedIT);
-* *local*: in the rounds after, each client trains an adapter that starts from the seed and is never uploaded.
+* *local*: in the rounds after that, each client trains an adapter that starts from the seed and is never uploaded.
 
 In the last round every client holds both and reports, for each, a few numbers per module (traces of its inverse
 Fisher information, distances, losses of mixtures). The server turns them into this client's weight w
@@ -58,7 +58,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         "its own merge of a federated and a local adapter, weighted in closed form",
         travels="P up, P down in 2/3 of the rounds, then P down once (potara.merge-at = server: also P up, 2 P down)",
         group="main",
-        when="no held-out examples are there to search weights on; some rounds cost no bytes",
+        when="there are no held-out examples to search weights on; some rounds cost no bytes",
     )
     options: PotaraOptions
     may_end_early = False
@@ -76,7 +76,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         require_range("potara.local-steps, in all rounds,", self.steps * max(self.rounds, 1), 1, 2**31 - 1)
         self.federated = FedAvg(training=self.training, seed=self.seed, storage=self.storage)
         self.trained: set[str] = set()  # clients whose data are in the federated adapter
-        self.local_rounds: dict[str, int] = {}  # in which the client has trained its own
+        self.local_rounds: dict[str, int] = {}  # rounds in which the client has trained its local adapter
         self.evidence: dict[str, Evidence] = {}  # what clients reported
         self.local = Bank(self.storage)  # of clients that uploaded theirs (merge-at = "server")
         self.weights: dict[str, dict[str, Weight]] = {}
@@ -207,7 +207,7 @@ class Potara(AlloyStrategy[PotaraOptions]):
         for key in [key for key in [*state.tensors, *state.rows] if key.startswith("local/")]:
             name, row = key.removeprefix("local/"), state.row(key)
             like = self.clients.get(name) or next((c for c in self.clients.values() if c.layout.size == row.size), None)
-            if like is not None:  # of a client that is not back, and has a layout of its own, nothing is known
+            if like is not None:  # unknown for a client that has not rejoined and has a layout of its own
                 self.local.put_row(name, like.layout, row)
         self.weights = self._weigh()
 

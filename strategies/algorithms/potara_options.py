@@ -1,4 +1,4 @@
-"""Potara's options, and what follows from them; see :mod:`strategies.algorithms.potara`."""
+"""Potara's options, and properties derived from them; see :mod:`strategies.algorithms.potara`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class PotaraOptions:
     the paper's 300 of 600 steps."""
     weight: str = "client-fisher"
     """How the weight is found; see :mod:`strategies.algorithms.potara_weights`. ``"client-fisher"`` is the paper's
-    closed form, ``"client-fisher-clipped"`` the same with the gradients' correlation. ``"line-search"`` is what the
-    paper compares with, not Potara: it tries mixtures on validation labels."""
+    closed form, ``"client-fisher-clipped"`` the same with the gradients' correlation. ``"line-search"`` is the paper's
+    comparison, not Potara itself: it tries mixtures on validation labels."""
     granularity: str = "scalar"
     """One weight per client, per ``"module"``, or per ``"parameter"`` (Fisher merging, factor space)."""
     space: str = "delta"
@@ -37,8 +37,8 @@ class PotaraOptions:
     merge_at: str = "client"
     """``"client"``, or ``"server"``: then the local adapter is uploaded once and the merge sent down."""
     calibration: str = "validation"
-    """Examples of which split the Fisher information is taken on: ``"validation"``, extra ones as in the paper, or
-    ``"train"``. A client without validation examples takes training examples."""
+    """The split on whose examples the Fisher information is computed: ``"validation"`` (extra examples, as in the
+    paper) or ``"train"``. A client without validation examples takes training examples."""
     fisher_samples: int = 30
     """Largest number of examples for the Fisher information; 30 in the paper."""
     damping: float = 1.0
@@ -49,7 +49,7 @@ class PotaraOptions:
     trace_space: str = "factor"
     """Take variances of the numbers of each ``"factor"``, or of the ``"delta"``."""
     fed_scale: str = "client"
-    """Whether the federated adapter's information is taken for the ``"client"``'s data or for the ``"total"`` data."""
+    """Whether the federated adapter's information stands for the ``"client"``'s data or for the ``"total"`` data."""
     variance: str = "split-half"
     """How ``plugin`` and ``random-effects`` find b: ``"split-half"`` trains two more adapters on half the data
     each, ``"curvature"`` takes the effective dimension over the number of examples."""

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 OUTLYING = 10.0
-"""Factor of the median beyond which a variance is cut: no honest client among a few is so far from the others."""
+"""Variances are cut to this factor times the median: no honest client among a few is so far from the others."""
 IDENTICAL = 1e-6
-"""D below this share of a + b: the two adapters are one, and any weight gives the same model."""
+"""If D is below this share of a + b, the two adapters are the same, and any weight gives the same model."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight and how it came about: ``raw`` before clipping to [0, 1], the moments, a ``flag`` for special cases."""
+    """A weight and its origin: ``raw`` before clipping to [0, 1], the moments, a ``flag`` for special cases."""
 
     value: float
     raw: float
@@ -54,7 +54,7 @@ def closed_form(a: float, b: float, c: float = 0.0, denominator: float | None = 
         denominator: replaces a + b - 2c, if there is another estimate of it.
 
     Returns:
-        Flagged ``"undefined"`` with 0.5 if a moment is not finite or all are 0 without a distance to go by;
+        A weight flagged ``"undefined"`` with 0.5 if a moment is not finite, or if all are 0 and no distance is given;
         ``"identical"`` with 1 if the adapters do not differ; ``"clipped"`` if the raw weight lies outside [0, 1].
     """
     if not all(math.isfinite(number) for number in (a, b, c, denominator or 0.0)):
@@ -160,7 +160,7 @@ def grid(points: int) -> list[float]:
 def best_of(losses: Sequence[float]) -> Weight:
     """Line search: the weight of the smallest loss on an even grid; ties go to the larger weight.
 
-    With exactly three losses (at 0, 1/2 and 1), the vertex of the parabola through them; where it opens downwards, the
+    With exactly three losses (at 0, 1/2 and 1), the vertex of the parabola through them; if it opens downwards, the
     better endpoint.
     """
     weights = grid(len(losses))
@@ -182,8 +182,8 @@ class Evidence:
     """One client's report: each list has one number per module (``losses``: one per point of the grid).
 
     ``b`` is the calibrated mean squared error of the local adapter and ``q`` the squared distance of the two adapters,
-    in the metric of b; ``b`` is empty where the client has too few examples to tell. ``distance`` is the squared
-    distance of the deltas whatever the metric. Variances and covariance are empty where the rule does not use them;
+    in the metric of b; ``b`` is empty if the client has too few examples to estimate it. ``distance`` is the squared
+    distance of the deltas, whatever the metric. Variances and covariance are empty if the rule does not use them;
     ``more`` has these three lists for other dampings.
     """
 
@@ -226,12 +226,12 @@ def weigh(
         evidence: one per client, in the order of the weights.
         mode: the rule.
         module: from this module's numbers alone; None: from the sums over modules.
-        fed_scale: ``"total"`` takes the federated adapter's information for that of all clients' examples.
-        total: examples of all clients that trained the federated adapter, where some of them did not report.
+        fed_scale: ``"total"`` takes the federated adapter's information as that of all clients' examples.
+        total: examples of all clients that trained the federated adapter, in case some of them did not report.
 
     Returns:
-        Weights; flagged ``"identical"`` with 1 where the two adapters do not differ (but in mode "half"), and
-        ``"no-held-out"`` with 0.5 where a line search had no examples to search with.
+        Weights; flagged ``"identical"`` with 1 if the two adapters do not differ (except in mode "half"), and
+        ``"no-held-out"`` with 0.5 if a line search had no examples to search with.
     """
     weights = _weigh(evidence, mode, module, fed_scale, total)
     if mode == "half":

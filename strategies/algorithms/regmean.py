@@ -35,7 +35,7 @@ class RegMeanOptions(OneShotOptions):
     """How the moments are taken and shrunk."""
 
     shrink: float = 0.9
-    """Factor of the moments' off-diagonal numbers; 1: none are shrunk."""
+    """Factor of the moments' off-diagonal numbers; 1 shrinks none."""
     samples: int = 0
     """Largest number of training examples for computing the moments; 0 means all."""
 
@@ -105,7 +105,7 @@ class RegMean(OneShot[RegMeanOptions]):
     about = About(
         "one merge of all local adapters at the end, by regression on the modules' inputs",
         travels="P and d_in (d_in + 1) / 2 for each module up once, P down once",
-        when="one exchange only; bytes and second moments of inputs may leave",
+        when="there is only one exchange, bytes are cheap, and second moments of inputs may leave",
     )
 
     def extra(self, client: Client) -> list[steps.Step]:

@@ -4,7 +4,7 @@ Chen, Guo, Ju, Dalal, Zhu, Khisti, "Robust Federated Finetuning of LLMs via Alte
 2025 (arXiv 2502.01755; parts of it write A and B the other way round). Odd rounds train B, even rounds A; B = 0 at the
 start would give A no gradient. A head is trained and averaged in every round.
 
-A client that answered the round before lacks only what that round averaged; any other is sent everything.
+A client that answered in the round before lacks only what that round averaged; all others are sent everything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RoLoRA(PartAverage[NoOptions]):
         "rounds average B and A in turn",
         trains="B, A in turn, head",
         travels="P_B, P_A in turn, both ways",
-        when="half of the bytes should do; averages are exact",
+        when="half of the bytes have to be enough; averages are exact",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class RoLoRA(PartAverage[NoOptions]):
         return Part()
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
-        """The other factor stays."""
+        """Train the round's factor and the head; the other factor stays."""
         factors = self.shared(round_, client).factors
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], factors=factors)]
 

@@ -8,10 +8,10 @@ summary were available. With experts :math:`\tau_t` and a coefficient for each e
 
 by sharpness-aware steps over :math:`\lambda`. Here every client makes a merge of its own: the experts are its adapter
 and its nearest peers' (:mod:`strategies.families.nearest_peers`), x are its own training examples without their labels,
-and :math:`\alpha` is how much each expert explains of its held-out examples (in the paper every expert teaches on
-its own task's examples, which here are other clients'). On one set of examples the sum is, but for a constant,
-:math:`KL(\sum_t \alpha_t p_t \| p_{\theta_\lambda})`: the ensemble is the teacher. So this is FedPAE's ensemble,
-made into one adapter. :math:`\lambda = sigmoid(g)`, between 0 and 1 and from 0.5 (the paper's has no such bound).
+and :math:`\alpha` is how well each expert explains its held-out examples (in the paper every expert teaches on its own
+task's examples, which here belong to other clients). On one set of examples the sum is, up to a constant,
+:math:`KL(\sum_t \alpha_t p_t \| p_{\theta_\lambda})`: the ensemble is the teacher. So this is FedPAE's ensemble, made
+into one adapter. :math:`\lambda = sigmoid(g)` lies between 0 and 1 and starts at 0.5 (the paper has no such bound).
 Merges are exact; ranks add up.
 """
 
@@ -31,9 +31,9 @@ class SAMergingOptions(NearestPeersOptions):
     """Whose adapters a client merges, and how the coefficients are learnt."""
 
     rho: float = 0.05
-    """Radius of the sharpness-aware steps (the default of SAM's authors); 0: plain ones."""
+    """Radius of the sharpness-aware steps (the default of SAM's authors); 0 means plain steps."""
     gate_rate: float = 0.0
-    """Learning rate of the coefficients' logits; 0: 0.1."""
+    """Learning rate of the coefficients' logits; 0 means 0.1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,14 +42,14 @@ class SAMergingOptions(NearestPeersOptions):
 
 
 class SAMerging(NearestPeers[SAMergingOptions]):
-    """Local training, then a merge of peers that is taught by them."""
+    """Local training, then a merge of peers' adapters that learns from them."""
 
     name = "samerging"
     about = About(
         "its own merge of its and its peers' adapters, coefficients learnt from the adapters' predictions",
         trains="A, B, head; coefficients",
         travels="P up, M P down, once",
-        when="one exchange only, and one adapter to serve; needs held-out examples; twice the steps at delivery",
+        when="there is one exchange, and one adapter to serve; needs held-out examples; twice the steps at delivery",
     )
 
     def model(self, slots: list[str]) -> plan_pb2.Mixture:
@@ -57,7 +57,7 @@ class SAMerging(NearestPeers[SAMergingOptions]):
         return steps.each_gated({slot: _gates_of(slot) for slot in slots})
 
     def learn(self, client: Client, slots: list[str]) -> list[steps.Step]:
-        """Coefficients from one half, then towards the ensemble's predictions."""
+        """Start the coefficients at one half, and train them towards the ensemble's predictions."""
         gates = [_gates_of(slot) for slot in slots]
         step = steps.train(
             self.training,

@@ -2,8 +2,8 @@ r"""Straggler-resilient personalised learning: a common representation, trained 
 
 Tziotis, Shen, Pedarsani, Hassani, Mokhtari, "Straggler-Resilient Personalized Federated Learning", TMLR 2023: FedRep (a
 shared representation, own heads) in which the first rounds ask only the clients that answer soonest. Early rounds are
-far from the optimum, where the examples of a few clients are enough. As accuracy grows the cohort doubles, until all
-take part. So a round takes as long as its slowest participant, and slow clients are waited for only in the last ones.
+far from the optimum, and there the examples of a few clients are enough. As accuracy grows the cohort doubles, until
+all take part. A round takes as long as its slowest participant, so only the last rounds wait for slow clients.
 
 The first cohort is the share ``first`` of the clients; it doubles every round (in the paper when the loss has fallen to
 the cohort's statistical accuracy, which is not known here). Speeds are those of the answers so far. Clients that were
@@ -22,7 +22,7 @@ from strategies.framework.options import require_range
 
 @dataclass(frozen=True)
 class StragglerResilientOptions(OwnPartOptions):
-    """What is the client's own, and who begins."""
+    """Which part is the client's own, and which clients begin."""
 
     first: float = 0.5
     """Share of the clients in the first round's cohort."""
@@ -37,7 +37,7 @@ class StragglerResilient(OwnPart[StragglerResilientOptions]):
 
     name = "straggler-resilient"
     about = About(
-        "a global representation that the fastest clients begin, its own head (or other modules)",
+        "a global representation, begun by the fastest clients; its own head (or other modules)",
         trains="head, then the rest",
         travels="the rest up, the rest down, for the fastest at first",
         when="labels differ, and some clients are much slower than others",
@@ -53,7 +53,7 @@ class StragglerResilient(OwnPart[StragglerResilientOptions]):
         return self.options.first
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep the part, and who has a trained head."""
+        """Keep the part, and remember who has a trained head."""
         super().absorb(round_, client, answer)
         self.trained.add(client.id)
 

@@ -5,9 +5,9 @@ Foundation Models in Federated Learning", 2025 (arXiv 2509.26524). A client has 
 parameter groups (:mod:`fedalloy_adapters.groups`), and task o uses the groups R(o). Only the federated adapter
 W is ever sent.
 
-* *Stage 1*, every round: W is trained and sent. For each task o, where ``h_W[o] + m[o] < h_X[o]`` (recorded training
-  losses, a margin), the groups R(o) of W are copied into the client's personal adapter X. Then X is trained as long as
-  W was, on the same batches, or on others where something was copied. X never influences W or the server.
+* *Stage 1*, every round: W is trained and sent. For each task o with ``h_W[o] + m[o] < h_X[o]`` (recorded training
+  losses h and a margin m), the groups R(o) of W are copied into the client's personal adapter X. Then X is trained as
+  long as W was, on the same batches, or on others if something was copied. X never influences W or the server.
 * *Stage 2*, once, for every client: W, trained on for J steps (:math:`V`), teaches X, trained for J steps with
   :math:`\sum_o (n_o / n) \ell_o + \lambda_o KL_o(V \| X)`.
 
@@ -15,9 +15,9 @@ Defaults are those of our reading of the paper; the authors' code differs, and t
 ``tap.history-norm = "batch-share"`` (a task's loss times its share of the client's data), ``tap.seed-mode =
 "reference"``, ``tap.kd-reduction = "first-dim"`` with ``tap.kd-weights = "text-classification=1,
 image-classification=0.002,causal-lm=0.002,image-text-to-text=0.002"``, ``tap.warm-up-rounds = 20``, and, for
-optimisation itself, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. Here a pass goes over all examples in turn;
-in the authors' code K of them are drawn for each call. J counts optimiser steps; the authors' 50 are micro-batches, of
-which four are accumulated: ``tap.distill-steps = 13``. All of it is a block of run-config in docs/paper-settings.md.
+optimisation itself, ``weight-decay = 0.01`` and ``max-grad-norm = 1``. Here a pass goes over all examples in turn; in
+the authors' code K of them are drawn for each call. J counts optimiser steps; the authors' 50 are micro-batches, and
+four of these are accumulated: ``tap.distill-steps = 13``. docs/paper-settings.md has all of it as run-config.
 
 The rule compares training losses. In the paper few of many clients take part in a round and their data are similar, so
 X is old when it is compared. If every client takes part in every round and has few examples, X memorises them, and its
@@ -128,7 +128,7 @@ class Tap(AlloyStrategy[TapOptions]):
         self.federated.enrol(client)
 
     def brief(self, round_: int, client: Client) -> Brief:
-        """Train W and send it; replace in X where the rule says so; train X."""
+        """Train W and send it; replace groups of X as the rule says; train X."""
         probes = self.options.history == "probe"
         plan = [
             steps.initialise(PERSONAL, self.seed),
@@ -160,14 +160,14 @@ class Tap(AlloyStrategy[TapOptions]):
         return Brief(plan, {GLOBAL: self.federated.part_of(client)})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
-        """Keep W until the round settles, and for the record what was replaced."""
+        """Keep W until the round settles, and keep for the record what was replaced."""
         self.federated.absorb(round_, client, answer)
         for result in answer.report.results:
             if result.WhichOneof("kind") == "replace":
                 self.replacements[client.id] = {task.task: _shown(task) for task in result.replace.tasks}
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Average W; the record has who replaced what, and how often each task's rule has fired so far."""
+        """Average W; the record shows who replaced what, and how often each task's rule has fired so far."""
         found = {name: self.replacements[name] for name in sorted(self.replacements)}
         self.replacements = {}
         fired = [task for tasks in found.values() for task, shown in tasks.items() if shown["replaced"]]
@@ -231,7 +231,7 @@ class Tap(AlloyStrategy[TapOptions]):
         self.totals = {str(task): int(count) for task, count in state.values["replaced"].items()}
 
     def _problem(self, client: Client) -> str:
-        """Why the client's declarations are not good, or nothing."""
+        """What is wrong with the client's declarations; empty if nothing is."""
         odd = {group for task in _tasks(client) for group in _groups(task)} ^ set(groups_of(client.layout))
         if odd:
             return f"has group {min(odd)!r} not both declared by a task and in its adapter"

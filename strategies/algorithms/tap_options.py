@@ -1,4 +1,4 @@
-"""TAP's options, and the tables of numbers by task among them."""
+"""TAP's options, some of which are tables of numbers by task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DELIVERED = {"tap": DISTILLED, "stage1": PERSONAL, "finetuned": FINETUNED, "glob
 
 @dataclass(frozen=True)
 class TapOptions:
-    """Both stages; tables are ``"name=number,..."`` with names of tasks, or of kinds of tasks."""
+    """Options of both stages; tables are ``"name=number,..."`` with names of tasks, or of kinds of tasks."""
 
     margin: float = 0.01
     """Margin m of tasks that ``margins`` does not name; may be ``inf`` (never replace) or ``-inf`` (always)."""
@@ -30,16 +30,16 @@ class TapOptions:
     replace_source: str = "trained"
     """Compare and copy W as ``"trained"`` in this round, or as received (``"global"``)."""
     replace_scope: str = "full"
-    """What is replaced: ``"full"``: all of R(o); ``"exclusive"``: R(o) without groups of a task whose rule does not
-    fire."""
+    """What is replaced: ``"full"``: all groups of R(o); ``"exclusive"``: R(o) without the groups that it shares with a
+    task whose rule does not fire."""
     seed_mode: str = "client"
-    """Seed of batches: one per ``"client"``, or the ``"reference"`` code's: t for all clients, and 2t after a
+    """Seed of batches: one per ``"client"``, or that of the ``"reference"`` code: t for all clients, and 2t after a
     replacement."""
     warm_up_rounds: int = 0
-    """Rounds in which the learning rate rises linearly from a third of its value; 0: none."""
+    """Rounds in which the learning rate rises linearly from a third of its value; 0 means none."""
     weight: str = "total"
-    """A client's weight in a group's average: its ``"total"`` of examples, or those of its tasks that use the group
-    (``"task"``)."""
+    """A client's weight in a group's average: the ``"total"`` of its examples, or the examples of its tasks that use
+    the group (``"task"``)."""
     distill_steps: int = 50
     """J, in optimiser steps; the authors' J of 50 micro-batches, four accumulated, is 13."""
     distill_rate: float = 0.333

@@ -36,7 +36,7 @@ class TaskArithmetic(OneShot[TaskArithmeticOptions]):
     about = About(
         "the scaled sum of all local adapters at the end",
         travels="P up once, P down once",
-        when="one exchange only, tasks that do not contradict each other",
+        when="there is only one exchange, and tasks do not contradict each other",
     )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:

@@ -1,4 +1,4 @@
-r"""TIES: trim each delta, elect a sign for every number, average what agrees with it.
+r"""TIES: trim each delta, elect a sign for every number, and average the numbers that have that sign.
 
 Yadav, Tam, Choshen, Raffel, Bansal, "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023. Per
 dense delta: keep the share ``density`` of the largest magnitudes; the sign of the sum is elected (a sum of zero
@@ -23,7 +23,7 @@ from strategies.framework.options import OptionError, require_range
 
 @dataclass(frozen=True)
 class TIESOptions(OneShotOptions):
-    """How much is trimmed, and what becomes of the rest."""
+    """How much is trimmed, and how the rest is scaled."""
 
     density: float = 0.2
     """Share of each delta's numbers that is kept, the largest ones."""
@@ -67,7 +67,7 @@ class TIES(OneShot[TIESOptions]):
     about = About(
         "one merge of all local adapters at the end: trimmed, signs elected",
         travels="P up once, P down once",
-        when="one exchange only, of adapters whose signs disagree",
+        when="there is only one exchange, and adapters disagree in signs",
     )
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:

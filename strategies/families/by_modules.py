@@ -66,7 +66,7 @@ def in_turns(layout: Layout, count: int) -> list[list[str]]:
 
 
 def exact_average(adapters: Sequence[Adapter] | Bank, coefficients: Sequence[float], rank: int = 0) -> Adapter:
-    """``sum_k c_k Delta_k``, exact up to the truncation to ``rank`` (0: that of the first)."""
+    """``sum_k c_k Delta_k``, exact up to the truncation to ``rank`` (0: the first adapter's rank)."""
     layout = at_rank(adapters, rank)
 
     def merge(parts: list[Adapter]) -> Adapter:
@@ -76,6 +76,6 @@ def exact_average(adapters: Sequence[Adapter] | Bank, coefficients: Sequence[flo
 
 
 def at_rank(adapters: Sequence[Adapter] | Bank, rank: int) -> Layout:
-    """The adapters' layout at another rank (0: their own), which is at most that of all of them stacked."""
+    """The adapters' layout at another rank (0: their own); it is at most the rank of all of them stacked."""
     layout = adapters.layout_of(next(iter(adapters))) if isinstance(adapters, Bank) else adapters[0].layout
     return layout.with_ranks({m: min(rank, r * len(adapters)) for m, r in layout.ranks.items()}) if rank else layout

@@ -1,7 +1,7 @@
 """One global adapter, averaged by example count: what FedAvg and its variants share.
 
 Clients may own different parameter groups (:mod:`fedalloy_adapters.groups`): the server then holds all of them, and
-each group is averaged over those of its owners that took part.
+each group is averaged over those owners that took part.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Averaging(AlloyStrategy[OptionsT]):
         super().__init__(*args, **kwargs)
         self.model: Adapter | None = None
         self.arrived = Bank(self.storage)
-        self.late: dict[str, float] = {}  # weights of the late answers among those
+        self.late: dict[str, float] = {}  # weights of the late ones among the arrived answers
 
     def compatible(self, first: Layout, second: Layout) -> bool:
         """Groups that both have must be equal; a client without groups has one group, its whole adapter."""
@@ -111,7 +111,7 @@ class Averaging(AlloyStrategy[OptionsT]):
 
     @property
     def robust(self) -> str:
-        """What :meth:`average` takes instead of the mean, one of :data:`strategies.families.robust.RULES`."""
+        """What :meth:`average` uses instead of the mean, one of :data:`strategies.families.robust.RULES`."""
         return "none"
 
     @property
@@ -147,7 +147,7 @@ class Averaging(AlloyStrategy[OptionsT]):
         return model if model.layout.digest == client.layout.digest else model.part(client.layout)
 
     def state(self) -> State:
-        """The global adapter's numbers and layout; clients that are not back yet contribute to the layout, too."""
+        """The global adapter's numbers and layout, which also covers clients that have not rejoined yet."""
         layout = self.global_model.layout.to_proto().SerializeToString(deterministic=True)
         return State({"model": self.global_model.vector}, {"layout": layout.hex()})
 

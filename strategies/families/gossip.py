@@ -42,9 +42,9 @@ GossipT = TypeVar("GossipT", bound=GossipOptions)
 class Gossip(AlloyStrategy[GossipT]):
     """Every client has an adapter of its own, mixed with its neighbours' after each round.
 
-    Those that took part in a round are mixed: ``x <- P x`` with the matrix that :meth:`mixing` makes, and the same for
-    the scalars of push-sum, by which a client's adapter is divided before it is used (``z = x / w``). With a matrix
-    whose rows sum to one they stay at one.
+    The adapters of all that took part in a round are mixed: ``x <- P x`` with the matrix of :meth:`mixing`. So are the
+    scalars w of push-sum; a client's adapter is divided by its scalar before it is used (``z = x / w``). If the rows of
+    P sum to one, the scalars stay at one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class Gossip(AlloyStrategy[GossipT]):
         """The mixing matrix P ``[N, N]``: ``links[i, j]`` is 1 where j sends to i, and on the diagonal."""
 
     def links(self, drawn: Tensor) -> Tensor:
-        """Who sends to whom, from what was drawn."""
+        """Who sends to whom, given the random links."""
         return drawn
 
     @property
@@ -121,7 +121,7 @@ class Gossip(AlloyStrategy[GossipT]):
         """Continue from saved numbers; clients are enrolled before."""
         layout = self.part(
             next(iter(self.clients.values())).layout
-        )  # one for all, also of clients that are not back yet
+        )  # all clients share it, also those that have not rejoined yet
         self.push = {name: float(weight) for name, weight in state.values["push"].items()}
         self.mixed.clear()
         for name in self.push:

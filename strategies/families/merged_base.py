@@ -7,8 +7,8 @@ which is exact.
 A client adds what it lacks to a *copy* of what it is known to hold, and two names take turns. So nothing is added twice
 if a plan was carried out and its answer was lost.
 
-Updates lie in the run's bank, and uploads are stacked a few modules at a time. What a client lacks is put together when
-its message is made.
+Updates lie in the run's bank, and uploads are stacked a few modules at a time. The updates that a client lacks are
+combined when its message is made.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ UPDATE = "update"
 
 
 def full_ranks(layout: Layout) -> dict[str, int]:
-    """The rank that a module's delta can have at most, by module."""
+    """The highest rank that each module's delta can have."""
     sizes = {(e.module, e.factor): e.shape for e in layout.entries}
     return {m: min(sizes[m, Factor.A][1], sizes[m, Factor.B][0]) for m in layout.lora_modules}
 
 
 def compact(update: Adapter) -> Adapter:
-    """The same update without ranks that it cannot have."""
+    """The same update, with its ranks cut to what its deltas can have."""
     full = full_ranks(update.layout)
     ranks = {module: min(rank, full[module]) for module, rank in update.layout.ranks.items()}
     return update if ranks == update.layout.ranks else truncate(update, update.layout.with_ranks(ranks))
@@ -48,7 +48,7 @@ class MergedBase(Averaging[OptionsT]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.updates = Bank(self.storage)  # by number; none is changed or taken away
+        self.updates = Bank(self.storage)  # by number; none is changed or removed
         self.held: dict[str, tuple[int, int]] = {}  # updates in a client's slot, and which of the two names it has
 
     def compatible(self, first: Layout, second: Layout) -> bool:
@@ -101,7 +101,7 @@ class MergedBase(Averaging[OptionsT]):
         return steps.mixture(SLOT, MERGED[self._target(client)]) if self.updates else steps.mixture(SLOT)
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
-        """The base stays."""
+        """Train the adapter; the base stays as it is."""
         return [steps.train(self.training, self.personal(client), [SLOT])]
 
     def state(self) -> State:
@@ -139,7 +139,7 @@ def _unscaled(layout: Layout, ranks: Mapping[str, int]) -> Layout:
 
 
 def exact_sum(adapters: Bank, coefficients: Sequence[float]) -> Adapter:
-    """The exact weighted sum of the deltas as a stack of their ranks, without ranks that it cannot have."""
+    """The exact weighted sum of the deltas as a stack of their ranks, cut to what the sum can have."""
     layouts = [adapters.layout_of(name) for name in adapters]
     ranks = {module: sum(layout.ranks[module] for layout in layouts) for module in layouts[0].ranks}
     return by_modules(adapters, lambda parts: compact(stack(parts, list(coefficients))), layout_at(layouts[0], ranks))

@@ -1,13 +1,13 @@
 r"""Strategies that send every client its nearest peers' adapters, once, at the end: local training until then.
 
-A client finds out how much each adapter, its own among them, explains of its held-out examples: ``passes`` steps of
+A client finds out how well each adapter, including its own, explains its held-out examples: ``passes`` steps of
 expectation maximisation from equal shares give the maximum-likelihood mixture of their predictions,
 
 .. math:: q_{sc} \propto \pi_c e^{-\ell(h_c(x_s), y_s)}, \qquad \pi_c = mean_s q_{sc}
 
-Candidates are the ``peers`` whose deltas have the highest cosine with its own. Others' adapters are tried with the
-client's own head where its labels are its own. Without validation examples the shares come from training examples,
-which favours the client's own adapter.
+Candidates are the ``peers`` whose deltas have the highest cosine with its own. If the client's labels are its own, it
+tries the others' adapters with its own head. Without validation examples the shares come from training examples, which
+favours the client's own adapter.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ class NearestPeers(AlloyStrategy[PeersT]):
 
     @abstractmethod
     def model(self, slots: list[str]) -> plan_pb2.Mixture:
-        """The client's model, of its own slot and its peers'."""
+        """The client's model, made of its own slot and its peers' slots."""
 
     def learn(self, client: Client, slots: list[str]) -> list[steps.Step]:
-        """What the client does with the adapters and their shares before it has its model."""
+        """Steps between finding the shares and saving the model, if the strategy needs any."""
         return []
 
     def state(self) -> State:

@@ -25,7 +25,7 @@ from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT,
 from strategies.framework.options import require_range
 
 _COPIES = 6
-"""Largest size of the dense deltas in memory, in bytes."""
+"""How many dense copies of a module's deltas a merge holds at a time, at most."""
 LOCAL, MERGED = "local", "merged"
 Rule = Callable[[str, Tensor], Tensor]
 """``(tensor name, numbers [N, ...]) -> merged [...]``."""
@@ -33,7 +33,7 @@ Rule = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OneShotOptions:
-    """What size the merge has."""
+    """The size of the merge."""
 
     rank: int = 0
     """Rank of the merged adapter; 0 means the rank of the clients' own adapters. It is at most the sum of all clients'
@@ -129,7 +129,7 @@ class OneShot(AlloyStrategy[OptionsT]):
         mix = steps.mixture(LOCAL if self.merged is None else MERGED)
         plan = [steps.initialise(LOCAL, self.seed)]
         if self.merged is not None:
-            # For a head that only the client has: the received adapter replaces the rest.
+            # For a head that only the client has; the received adapter replaces everything else.
             plan.append(steps.copy(MERGED, LOCAL))
         plan += [steps.save(mix), steps.evaluate(self.training, mix)]
         return Brief(plan, {} if self.merged is None else {MERGED: self.merged})

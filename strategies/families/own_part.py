@@ -19,7 +19,7 @@ from strategies.framework.options import require_range
 
 @dataclass(frozen=True)
 class OwnPartOptions:
-    """What is the client's own, and how long it is trained."""
+    """Which part is the client's own, and how long it is trained."""
 
     own: str = "head"
     """The client's own part: ``"head"``, or comma-separated patterns of module names (``"*.layer.3.*,*head"``)."""
@@ -53,12 +53,12 @@ class OwnPart(PartAverage[OwnT]):
         return [*self.train_own(client, own), *self.train_shared(client, shared)]
 
     def train_own(self, client: Client, count: int) -> list[steps.Step]:
-        """Train the own part for so many steps."""
+        """Train the own part for ``count`` steps."""
         own = self.own_modules(client.layout)
         return [steps.train(self.training, steps.mixture(SLOT), [SLOT], modules=own, steps=count)] if count else []
 
     def train_shared(self, client: Client, count: int, pull: tuple[str, float] | None = None) -> list[steps.Step]:
-        """Train the shared part for so many steps; ``pull`` is a slot to pull towards and a strength."""
+        """Train the shared part for ``count`` steps; ``pull`` is a slot to pull towards, and the pull's strength."""
         if not count:
             return []
         part = self.shared(0, client).modules
@@ -76,7 +76,7 @@ class OwnPart(PartAverage[OwnT]):
         """Names of the modules that are the client's own.
 
         Raises:
-            StrategyError: all are, or none is.
+            StrategyError: these are all modules, or none.
         """
         if self.options.own == "head":
             found = list(layout.head_modules)

@@ -39,7 +39,7 @@ class PartAverage(Averaging[OptionsT]):
         raise NotImplementedError
 
     def wanted(self, round_: int, client: Client) -> Part:
-        """What the client is sent before; round 0 is the delivery. Here it is the same in all rounds."""
+        """What the client is sent before it trains; round 0 is the delivery. By default, what it sends."""
         return self.shared(round_, client)
 
     def brief(self, round_: int, client: Client) -> Brief:
@@ -76,6 +76,6 @@ class PartAverage(Averaging[OptionsT]):
         return first.digest == second.digest
 
     def received(self, client: Client, wanted: Part | None = None) -> dict[str, Adapter]:
-        """What the client is sent; None: that of the delivery."""
+        """What the client is sent; without ``wanted``, what the delivery sends."""
         wanted = self.wanted(0, client) if wanted is None else wanted
         return {SLOT: self.global_model.part(wanted.of(client.layout))}

@@ -94,7 +94,7 @@ class Peers(AlloyStrategy[OptionsT]):
 
     def load_state(self, state: State) -> None:
         """Continue from saved numbers; clients are enrolled before."""
-        layout = next(iter(self.clients.values())).layout  # one layout for all, also for clients that are not back yet
+        layout = next(iter(self.clients.values())).layout  # all share it, also clients that are not back yet
         self.uploads.clear()
         for name in state.values["clients"]:
             self.uploads.put_row(name, layout, state.row(f"upload/{name}"))

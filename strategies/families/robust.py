@@ -1,12 +1,12 @@
-"""Averages that one upload among several cannot take over, by coordinate or by choosing one upload.
+"""Averages that one upload among several cannot take over: by coordinate, or by choosing one upload.
 
 * ``median``: of every number (Yin, Chen, Ramchandran, Bartlett, "Byzantine-Robust Distributed Learning", ICML 2018).
 * ``trimmed``: the mean without the smallest and the largest of every number (same paper, with one liar assumed).
 * ``krum``: the upload with the nearest neighbours (Blanchard et al., "Machine Learning with Adversaries: Byzantine
   Tolerant Gradient Descent", NeurIPS 2017, with one liar assumed).
 
-None looks at example counts: a liar could claim any. Personalised clients differ, so honest numbers are far apart and
-robust rules cost accuracy: see docs/security.md.
+None looks at example counts, because a liar could claim any. Personalised clients differ, so honest numbers are far
+apart and robust rules cost accuracy: see docs/failures.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIARS = 1
 
 
 def robust_average(adapters: Sequence[Adapter], rule: str) -> Adapter:
-    """One of :data:`RULES` over adapters of one layout; of fewer than three, their mean.
+    """The average by one of :data:`RULES` of adapters with one layout; with fewer than three, their mean.
 
     Raises:
         ValueError: an unknown rule.

@@ -26,14 +26,14 @@ from strategies.framework.limits import Limits, bounded, require_affordable
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Client ids, run names and slot names become folder names."""
 MAX_SUM = 1e60
-"""No sum of squares or of damped inverses comes near; sums, products and squares of larger numbers would overflow."""
+"""No sum of squares or of damped inverses comes near; sums, products and squares of larger numbers may overflow."""
 MAX_INTEGER = 2**63 - 1
 MAX_COUNTER = 2**50
-"""Bytes or segments of one connection: a petabyte, of which many can be added up."""
+"""Most bytes or segments of one connection: a petabyte, so that many of them can still be added up."""
 MAX_TASKS, MAX_METRICS, MAX_NOTES, MAX_CONNECTIONS = 1000, 1000, 1000, 256
-"""What one client may register, and report of one evaluation: it is written to ``rounds.jsonl`` in every round."""
+"""Most that one client may register, or report about one evaluation: ``rounds.jsonl`` has it in every round."""
 METRIC_NAME = re.compile(r"(?:[\w][\w .&+-]{0,63}/)?[a-z][a-z0-9_]{0,39}(?::[\w][\w .&+-]{0,63})?")
-"""A metric, after the name of its task where there are several: it becomes a column's head and a word in a report."""
+"""A metric's name, after its task's name if there are several tasks: it becomes a column's heading in a report."""
 _RANGES = {
     "accuracy": (0.0, 1.0),
     "f1": (0.0, 1.0),
@@ -65,7 +65,7 @@ def read_client(reply: Message, node_id: int, limits: Limits) -> Client:
 
     Args:
         reply: what the node answered.
-        node_id: who was asked.
+        node_id: the node that was asked.
         limits: the run's.
 
     Raises:
@@ -77,7 +77,7 @@ def read_client(reply: Message, node_id: int, limits: Limits) -> Client:
 
 
 def claimed_id(reply: Message) -> str:
-    """The client id in a registration that may be wrong otherwise; empty where there is none."""
+    """The client id in a registration that may otherwise be wrong; empty if there is none."""
     try:
         said = unpack(reply.content, "registration", report_pb2.Registration)[0].client_id
     except RecordError:
@@ -90,7 +90,7 @@ def read_registration(reply: Message, node_id: int | None = None) -> tuple[repor
 
     Args:
         reply: what the node answered.
-        node_id: who was asked, where that is known: an error that the SuperLink made does not say.
+        node_id: the node that was asked, if known: an error from the SuperLink itself does not name it.
 
     Raises:
         BadAnswerError: the node answered with an error, or its registration is not valid.
@@ -139,7 +139,7 @@ def client_from(registration: report_pb2.Registration, layout: Layout, node_id: 
 
 
 def require_size(layout: Layout) -> None:
-    """A layout is a claim, and the server is about to allocate it.
+    """Check the size that a layout claims, because the server is about to allocate it.
 
     Raises:
         LayoutError: more numbers than any blob can hold.
@@ -224,7 +224,7 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
 
 
 class _References(Mapping[bytes, Adapter]):
-    """What the client may have sent a difference from, by digest; made only for an upload that names one."""
+    """The adapters that an upload may be a difference from, by digest; made only for an upload that names one."""
 
     def __init__(self, dispatch: Dispatch, layout: Layout) -> None:
         self._dispatch, self._layout = dispatch, layout
@@ -250,7 +250,7 @@ def _require_content(reply: Message, who: str) -> None:
 
 
 def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepResult) -> None:
-    """What a result says about its step is what the plan said: the label decides who reads the metrics."""
+    """Require that a result describes its step as the plan did: the label decides who reads the metrics."""
     names = {"evaluate": ("label", "split"), "send": ("slot",), "sketch": ("slot",), "gram": ("slot",)}
     kind = step.WhichOneof("kind") or ""
     for name in names.get(kind, ()):
@@ -283,9 +283,9 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
 
 
 def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepResult, modules: int) -> None:
-    """An evaluation has a loss unless its client's owner tells no score, a replacement an outcome for every rule.
+    """Require a loss of each evaluation, unless the client's owner withholds scores, and an outcome of each rule.
 
-    Lists with one number per module have one per module, from 0 to ``MAX_SUM``.
+    Lists by module must have one number per module, from 0 to ``MAX_SUM``.
     """
     kind = result.WhichOneof("kind") or ""
     if kind == "replace":
@@ -322,7 +322,7 @@ def _require_lists(where: str, kind: str, body: ProtoMessage, modules: int) -> N
 
 
 def _require_metrics(where: str, metrics: Mapping[str, float]) -> None:
-    """Names that can be shown anywhere, and what is known of a metric's range."""
+    """Require names that can be shown anywhere, and numbers in the metric's range, if that is known."""
     if len(metrics) > MAX_METRICS:
         raise BadAnswerError(f"{where}: {len(metrics)} metrics, expected at most {MAX_METRICS}")
     for name in metrics:
@@ -334,9 +334,9 @@ def _require_metrics(where: str, metrics: Mapping[str, float]) -> None:
 
 
 def _require_sane(who: str, message: ProtoMessage) -> None:
-    """No NaN, no infinity, nothing that overflows where it is added up, no integer that a database cannot hold.
+    """Refuse NaN, infinity, numbers that would overflow when added up, and integers that a database cannot hold.
 
-    A socket's cookie is a name, not a number.
+    A socket's cookie is a name, not a number, so it may have any value.
     """
     wire = getattr(message, "wire", None)
     if wire is not None and len(wire.connections) > MAX_CONNECTIONS:

@@ -36,7 +36,7 @@ OptionsT = TypeVar("OptionsT")
 
 @dataclass(frozen=True)
 class About:
-    """What the table of strategies says of one (``docs/strategies.md``), and which group it belongs to.
+    """What the table of strategies (``docs/strategies.md``) says about a strategy, and its group.
 
     Attributes:
         gives: what a client gets.
@@ -57,7 +57,7 @@ class About:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a strategy needs to know of the run; 0 rounds: not known."""
+    """What a strategy needs to know about the run; 0 rounds means that their number is not known."""
 
     seed: int = 0
     num_server_rounds: int = 0
@@ -77,8 +77,8 @@ class Contract(ABC, Generic[OptionsT]):
 
     name: ClassVar[str]
     about: ClassVar[About]
-    may_end_early: ClassVar[bool] = True  # whether its last round is as any other
-    participants: ClassVar[str] = ""  # who is asked, where the method says so; else run-config does
+    may_end_early: ClassVar[bool] = True  # whether its last round is like any other
+    participants: ClassVar[str] = ""  # who is asked, if the method decides that; otherwise run-config does
     Options: ClassVar[type[Any]] = NoOptions  # from the bases: a class variable cannot have a type variable
 
     def __init_subclass__(cls, **more: Any) -> None:
@@ -97,9 +97,9 @@ class Contract(ABC, Generic[OptionsT]):
         self.options: OptionsT = self.Options() if options is None else options
         self.training = training or Training()
         self.seed = seed
-        self.rounds = rounds  # of the whole run, 0 where that is not known
+        self.rounds = rounds  # of the whole run; 0 if not known
         self.limits = Limits()
-        self.storage = storage or Storage()  # of what is kept of its clients
+        self.storage = storage or Storage()  # where the clients' adapters are kept
         self.clients: dict[str, Client] = {}
 
     @classmethod
@@ -123,11 +123,11 @@ class Contract(ABC, Generic[OptionsT]):
 
     @property
     def learns_from(self) -> tuple[str, ...]:
-        """The splits that decide a client's model: whoever is compared with it should have them, too."""
+        """The splits that decide a client's model; whatever it is compared with should have them, too."""
         return ("train",)
 
     def enrol(self, client: Client) -> None:
-        """Take a client in; it may come at any round.
+        """Take a client in; it may join in any round.
 
         Raises:
             StrategyError: its base model, ranks or modules do not fit the clients already enrolled, it has nothing to
@@ -146,10 +146,10 @@ class Contract(ABC, Generic[OptionsT]):
         self.clients[client.id] = client
 
     def take_in(self, newcomers: Iterable[Client]) -> Iterator[tuple[Client, str | None]]:
-        """Enrol newcomers, in order of :meth:`votes` and not of arrival.
+        """Enrol newcomers in the order of :meth:`votes`, not of arrival.
 
         Yields:
-            each one with as many examples as it counts for, and why it is refused (None: it is enrolled).
+            each newcomer, with the number of examples that it counts for, and why it is refused (None: it is enrolled).
         """
         new = {client.id: client for client in newcomers}
         counts = {client.id: client.claimed for client in [*self.clients.values(), *new.values()]}
@@ -164,9 +164,10 @@ class Contract(ABC, Generic[OptionsT]):
             yield client, None
 
     def votes(self, clients: Iterable[Client]) -> dict[str, int]:
-        """How many of these clients each one fits, itself among them, by id: most first, then in order of id.
+        """By id, how many of these clients each one fits, including itself; most first, then in order of id.
 
-        In this order they are enrolled: one client with a layout of its own, however early its id, keeps nobody out.
+        Clients are enrolled in this order. So a client with a layout of its own keeps nobody out, even if its id comes
+        first.
         """
         alike: dict[tuple[bytes, bytes], list[Client]] = {}
         for client in clients:
@@ -186,7 +187,7 @@ class Contract(ABC, Generic[OptionsT]):
             return False
 
     def conflict(self, first: Client, second: Client) -> str | None:
-        """Why the second client cannot take part beside the first, in one line: its layout; or None."""
+        """Why the second client's layout keeps it from taking part beside the first, in one line; None if it fits."""
         if self.compatible(first.layout, second.layout):
             return None
         return self.difference(first.layout, second.layout)
@@ -200,7 +201,7 @@ class Contract(ABC, Generic[OptionsT]):
         return first.describe_difference(second)
 
     def place(self, round_: int) -> tuple[int, int]:
-        """Where a round stands in the learning rate's schedule over the run, and how many rounds that has."""
+        """A round's place in the learning rate's schedule over the run, and the number of rounds in that schedule."""
         return round_, self.rounds
 
     def local_steps(self, client: Client) -> int:
@@ -208,7 +209,7 @@ class Contract(ABC, Generic[OptionsT]):
         return local_steps(self.training_of(client), client.claimed or client.examples)
 
     def training_of(self, client: Client) -> Training:
-        """How this client trains: the run's settings, or its kinds' and its model's where the run leaves that open."""
+        """How this client trains: by the run's settings, or by those of its kinds and model if the run sets none."""
         return settings_for(self.training, client.kinds, client.layout)
 
     def needs_everyone(self, round_: int) -> bool:
@@ -220,7 +221,7 @@ class Contract(ABC, Generic[OptionsT]):
         return configured
 
     def late_weight(self, rounds: int) -> float:
-        """How much an answer counts that comes so many rounds (from 1) too late, beside one in time; by default 0."""
+        """Weight of an answer that comes this many rounds (from 1) late, relative to one in time; by default 0."""
         return 0.0
 
     def absorb_late(self, round_: int, client: Client, answer: Answer, weight: float) -> None:
@@ -240,7 +241,7 @@ class Contract(ABC, Generic[OptionsT]):
     ) -> Dispatch:
         """The client's brief, encoded as the run says; ``run_name`` is the folder of its slots at the client.
 
-        ``train_round`` is where the learning rate's schedule stands, where that is not ``round_``. The client keeps its
+        ``train_round`` is the round for the learning rate's schedule, if it is not ``round_``. The client keeps its
         slots as they were after the round ``pinned``, whatever else it removes.
         """
         place = self.place(train_round or round_)
@@ -279,9 +280,9 @@ class Contract(ABC, Generic[OptionsT]):
         """After the last round: install, save and evaluate the client's personal model."""
 
     def global_models(self, client: Client) -> Mapping[str, Adapter]:
-        """Global models that belong to no client, as this one would be sent them, by name; its own merge is of these.
+        """Global models that belong to no client, by name, as this client would be sent them; its merge is of these.
 
-        A client that never trained is given a sum of them; by default of what it would be delivered.
+        A client that never trained gets a weighted sum of them; if there are none, of what would be delivered to it.
         """
         return {}
 
@@ -295,6 +296,6 @@ class Contract(ABC, Generic[OptionsT]):
 
 
 def _outvoted(votes: Mapping[str, int], client_id: str) -> str:
-    """What a refusal adds where others have more :meth:`Contract.votes`."""
+    """What a refusal adds if other clients have more :meth:`Contract.votes`."""
     fits, most = votes[client_id], max(votes.values())
-    return f"; {fits} of {len(votes)} new clients fit its layout, {most} that of most" if fits < most else ""
+    return f"; {fits} of {len(votes)} new clients fit its layout, {most} fit the most common one" if fits < most else ""

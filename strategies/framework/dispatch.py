@@ -43,11 +43,10 @@ _UPLOADS = ("send", "sketch", "gram")
 class Dispatch:
     """One client's message of one round, and what its answer must look like; ``layout`` is the client's.
 
-    ``received`` has the adapters as the client will decode them, made again when they are asked for; ``expected`` the
-    layout of every upload asked for;
-    ``tensor_bytes`` the encoded numbers alone, by slot, and ``upload_bytes`` those of the uploads asked for;
-    ``sketches`` names the uploads that are sketches; ``residuals`` has the norm of what the encoding has dropped of
-    what was meant, by slot, where the client keeps what it receives; ``sent_as`` the encoding of each slot.
+    By slot: ``received`` has the adapters as the client will decode them, made again at each access; ``expected`` the
+    layout of every upload asked for; ``tensor_bytes`` the bytes of the encoded numbers alone, and ``upload_bytes``
+    those of the uploads; ``residuals`` the norm of what the encoding dropped, if the client keeps what it receives;
+    ``sent_as`` the encoding. ``sketches`` names the uploads that are sketches.
     """
 
     plan: plan_pb2.Plan
@@ -105,7 +104,7 @@ def plan_dispatch(
     pinned: int | None = None,
     beside: bool = False,
 ) -> Dispatch:
-    """Encode one client's round. ``layout`` and ``reference`` are as registered, and need no repeating.
+    """Encode one client's round. The client registered ``layout`` and ``reference``, so they are not sent again.
 
     The client is to keep its slots as they were after the round ``pinned``: the run may return there.
     ``beside``: it has said that it reads small adapters beside the plan.
@@ -113,7 +112,7 @@ def plan_dispatch(
     With a ``holding`` a lossy encoding stores the difference from what the client holds, where that is smaller.
 
     Raises:
-        LayoutError: a sketch is asked of a client that registered no reference model, or of more rows than that has.
+        LayoutError: a sketch is asked of a client without a reference model, or has more rows than that model.
     """
     plan = plan_pb2.Plan(
         version=FORMAT_VERSION,
@@ -194,7 +193,7 @@ def _asked(
 
 
 def _encode(adapter: Adapter, encoding: Encoding, reference: Adapter | None = None, *, include_layout: bool) -> Encoded:
-    """Numbers that fp16 does not have (one client's upload is enough) travel as they are: the run must go on."""
+    """Encode; numbers beyond fp16 travel in fp32, because one client's upload must not stop the run."""
     if reference is None:
         encoding = encoding.whole
     try:
@@ -206,10 +205,10 @@ def _encode(adapter: Adapter, encoding: Encoding, reference: Adapter | None = No
 
 
 def _sendable(adapters: Mapping[str, Adapter], slot: str) -> Adapter:
-    """What is sent, without numbers that the server would refuse in an answer.
+    """The adapter to send, without numbers that the server would refuse in an answer.
 
-    A merge of uploads that keep the bound may leave it (a sum of several, a product of two factors). The client would
-    start from such numbers, and be rejected by name for what it was sent. NaN becomes 0.
+    A merge of uploads within the bound may exceed it (a sum of several, a product of two factors). The client would
+    start from such numbers and be rejected for what it was sent. NaN becomes 0.
     """
     adapter = adapters[slot]
     if largest_of(adapter.vector) <= MAX_NUMBER:  # False for NaN, too
@@ -219,7 +218,7 @@ def _sendable(adapters: Mapping[str, Adapter], slot: str) -> Adapter:
 
 
 def _as_received(adapters: Mapping[str, Adapter], slot: str, encoding: Encoding) -> Adapter:
-    """What the client decodes; where nothing is lost, one copy of the numbers serves all that are sent the same."""
+    """What the client decodes; if the encoding loses nothing, all clients with the same adapter share one copy."""
     adapter = adapters[slot]
     if not encoding.is_lossy and adapter.vector.dtype == torch.float32:
         return adapter

@@ -1,4 +1,4 @@
-"""What a strategy and whoever runs it hand each other: a client, a brief, an answer, a state; and what refuses them."""
+"""What a strategy and its caller exchange: clients, briefs, answers and states, and the errors that refuse them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 MAX_NUMBER = 1e9
-"""No trained adapter comes near; products of larger numbers would overflow in a merge and take the server down."""
+"""No trained adapter comes near this; products of larger numbers would overflow in a merge and stop the server."""
 MAX_REASON = 400
-"""Characters of a reason of ours that may have a stranger's words in it."""
+"""Longest reason, in characters, that may contain a stranger's words."""
 
 
 @dataclass(frozen=True)
 class Client:
     """A registered client. ``examples`` counts its training examples; ``id`` is stable across runs and restarts.
 
-    ``reference`` is the gradient that its sketches are made of, None for a client that cannot make any.
+    ``reference`` is the layout of the gradient that its sketches are made from; None if it cannot make any.
     """
 
     id: str
@@ -38,7 +38,7 @@ class Client:
 
     @property
     def claimed(self) -> int:
-        """Training examples that the client registered with; ``examples`` is what it counts for."""
+        """Training examples that the client registered; ``examples`` is the number that it counts for."""
         return sum(int(task.examples.get("train", 0)) for task in self.registration.tasks)
 
     @property
@@ -48,7 +48,7 @@ class Client:
 
     @property
     def held_out(self) -> int:
-        """Validation examples that the client registered with."""
+        """Validation examples that the client registered."""
         return sum(int(task.examples.get("validation", 0)) for task in self.registration.tasks)
 
 
@@ -56,8 +56,8 @@ class Client:
 class Brief:
     """What one client gets in one round: steps to run, and adapters to install in slots before running them.
 
-    Adapters that are the client's own are recipes (:class:`fedalloy_adapters.bank.store.Made`): they are made when the
-    message is, and again when its answer needs them, so that no round holds one for every client.
+    Adapters for one client alone are recipes (:class:`fedalloy_adapters.bank.store.Made`): they are made with the
+    message, and again when its answer needs them. So a round never holds one for every client.
     """
 
     steps: Sequence[plan_pb2.Step]
@@ -112,7 +112,7 @@ class StrategyError(ValueError):
 class BadAnswerError(ValueError):
     """A client's reply is an error, or is not what the plan asked for.
 
-    The finding may be in a stranger's words and goes to logs: it is cut, and is one line of printable text.
+    The message may contain a stranger's words and goes to logs, so it is cut to one line of printable text.
     """
 
     def __init__(self, message: str) -> None:

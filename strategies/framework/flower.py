@@ -1,9 +1,9 @@
-"""The bridge to Flower: every strategy is a genuine Flower ``Strategy``, too.
+"""The bridge to Flower: every strategy is also a genuine Flower ``Strategy``.
 
 Our own ServerApp runs a strategy by its contract, because Flower's loop can neither resume nor take answers as they
 arrive. Flower's loop runs the same class, by ``strategy.start(grid, initial_arrays=ArrayRecord(), ...)``. There a
-round also delivers, and to a client a delivery is a round of its own: a plan of a round that it knows would start from
-the slots before that round, and throw its training away.
+round also delivers. For the client, each delivery gets a round number of its own: a second plan with the number of the
+round would start from the slots before that round, and discard its training.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Register clients on the first round, then one message per client with its own plan and adapters."""
+        """Register clients in the first round, then send each client one message with its own plan and adapters."""
         if not self.clients:
             self._enrol_all(grid)
         briefs = {client: self.brief(server_round, client) for client in self.clients.values()}

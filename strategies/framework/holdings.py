@@ -1,8 +1,8 @@
-"""What clients hold of what they were sent: the next message is a difference from it (``proto/README.md`` section 8.2).
+"""What clients hold from earlier messages; the next one is a difference from that (``proto/README.md`` section 8.2).
 
 The difference is taken from what the client has *decoded*, so what an encoding drops in one round is part of the next
-round's difference, and errors do not add up: error feedback, without a residual beside it. A client that may not hold
-what is written here gets everything whole.
+round's difference, and errors do not add up: error feedback, without a separate residual. A client that may not hold
+what is noted here gets everything whole.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Holdings:
         self._sent: dict[str, dict[str, str]] = {}
 
     def of(self, client: str) -> Holding:
-        """One client's, for the message that is made for it."""
+        """What one client holds, for its next message."""
         return Holding(self, client)
 
     def held(self, client: str, slot: str) -> Adapter | None:
-        """What the client holds for a slot; None where that is not known."""
+        """What the client holds for a slot; None if that is not known."""
         digest = self._held.get(client, {}).get(slot)
         return None if digest is None else self._bank[digest]
 
@@ -51,18 +51,18 @@ class Holdings:
             self._held[client] = self._held.get(client, {}) | sent
 
     def forget(self, client: str) -> bool:
-        """Nobody knows whether the client holds what it was sent; returns whether it was believed to hold anything."""
+        """Note that what the client holds is unknown; return whether it was believed to hold anything."""
         self._sent.pop(client, None)
         return bool(self._held.pop(client, None))
 
     def tidy(self) -> None:
-        """Let go of what no client holds."""
+        """Drop what no client holds."""
         needed = {digest for table in (self._held, self._sent) for slots in table.values() for digest in slots.values()}
         for digest in [digest for digest in self._bank if digest not in needed]:
             del self._bank[digest]
 
     def add_to(self, state: State) -> None:
-        """Put everything into a strategy's state, between rounds; nothing where nothing is held."""
+        """Put everything into a strategy's state, between rounds; if nothing is held, add nothing."""
         if not self._held:
             return
         layouts = {digest: self._bank.layout_of(digest) for digest in self._bank}
@@ -100,7 +100,7 @@ class Holding:
     _client: str
 
     def reference(self, slot: str, adapter: Adapter) -> Adapter | None:
-        """What a difference of this adapter is taken from; None where there is nothing, or nothing near it."""
+        """The adapter that this one is sent as a difference from; None if there is none, or none close to it."""
         held = self._all.held(self._client, slot)
         if held is None or held.layout.digest != adapter.layout.digest:
             return None

@@ -2,9 +2,9 @@
 
 A bounded norm is the usual first defence against boosted updates (Sun et al., "Can You Really Backdoor Federated
 Learning?", 2019, section 4); the bound on counts keeps a client that lies about its data from outweighing everybody
-else. Both are relative to the round's or the federation's median by default, so wide that honest clients seldom meet
-them; an absolute bound on norms is off, because it depends on the model. The bound on an adapter's size is always on:
-the server allocates the adapter at registration, trusting the client's claim.
+else. By default both are relative to the median of the round or of the federation, and so wide that honest clients
+rarely reach them; an absolute bound on norms is off, because it depends on the model. The bound on an adapter's size is
+always on: the server allocates the adapter at registration, trusting the client's claim.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Cl
 from strategies.framework.options import OptionError, require_choice, require_range
 
 MIN_FOR_MEDIAN = 3
-"""Of fewer numbers the median is one that a liar has a say in."""
+"""With fewer numbers, a single liar can move the median as it likes."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Limits:
     """Bounds against clients that lie."""
 
     max_update_norm: float = 0.0
-    """Largest L2 norm, over all numbers of a slot, of an upload minus what the client was sent for that slot; of the
-    upload itself where it was sent nothing. 0: no bound."""
+    """Largest L2 norm of an update: all numbers of an uploaded slot, minus what the client was sent for that slot (if
+    it was sent anything). 0: no bound."""
     update_norm_action: str = "clip"
     """What happens to a longer update: ``clip`` scales the difference down to the bound, ``reject`` refuses the answer.
     """
     max_update_ratio: float = 3.0
     """An update is scaled down to at most this many times the median of the round's updates of its slot, compared by
-    root mean square, where at least three clients sent that slot; 0: no bound."""
+    root mean square, if at least three clients sent that slot; 0: no bound."""
     max_examples_ratio: float = 10.0
     """A client counts for at most this many times the median number of training examples; 0: no bound."""
     max_adapter_mb: float = 1024.0
-    """A client whose adapter, or the gradient of whose reference model, has more megabytes (10^6 bytes, float32) is
-    refused when it registers: the server holds several of them for each client."""
+    """Largest size of an adapter, and of a reference model's gradient, in megabytes (10^6 bytes, float32). A client
+    with a larger one is refused at registration, because the server holds several of them for each client."""
 
     def __post_init__(self) -> None:
         require_range("max-update-norm", self.max_update_norm, 0)
@@ -59,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Bounded:
-    """Uploads that keep the bound; ``clipped`` has the norm that each clipped one had, by slot."""
+    """Uploads within the bound; ``clipped`` has the original norm of each clipped one, by slot."""
 
     adapters: Mapping[str, Adapter]
     clipped: Mapping[str, float] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def _shortened(adapter: Adapter, update: Tensor, share: float) -> Adapter:
 
 
 def unsound(state: State) -> str | None:
-    """What the server would refuse in an upload, it neither keeps nor sends: the first such tensor, in words."""
+    """The first tensor that the server would refuse in an upload, in words: it must neither be kept nor sent."""
     tensors = ((name, largest_of(tensor)) for name, tensor in state.tensors.items() if tensor.is_floating_point())
     for name, largest in chain(tensors, ((name, row.largest) for name, row in state.rows.items())):
         if not largest <= MAX_NUMBER:  # or it is NaN
@@ -167,7 +167,7 @@ def require_affordable(limits: Limits, client: Client) -> None:
 
 
 def with_bounded_weight(limits: Limits, client: Client, counts: Mapping[str, int]) -> Client:
-    """The client with as many examples as it counts for.
+    """The client, with the number of examples that it counts for.
 
     Args:
         limits: the bounds.

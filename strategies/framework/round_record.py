@@ -1,6 +1,6 @@
 """Keys of what ``settle`` returns: it stands as ``settled`` in ``rounds.jsonl``, and figures and reports read it.
 
-A strategy may record more under names of its own; nothing but a reader of the file looks at that.
+A strategy may record more under names of its own; only readers of the file see that.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Final
 MERGED: Final = "merged"
 """How many clients' answers were merged, an integer."""
 WEIGHTS: Final = "weights"
-"""By client, a list with its weight of each of the server's models; or, where a client's two adapters are merged, a
-mapping with ``weight`` (of the federated one) and what it was made of. Drawn as a heat map."""
+"""By client, a list with the weight of each of the server's models; or, if a client's two adapters are merged, a
+mapping with ``weight`` (of the federated one) and the numbers behind it. Drawn as a heat map."""
 RELATIONS: Final = "relations"
-"""By client, how much each client's last upload counts for it, in order of client ids. Drawn as a heat map."""
+"""By client, the weight of each client's last upload in its merge, in order of client ids. Drawn as a heat map."""
 RELEVANCE: Final = "relevance"
 """By client, how relevant each other client is to it, in order of client ids. Drawn as a heat map."""
 ENTROPY: Final = "entropy"

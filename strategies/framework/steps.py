@@ -29,14 +29,14 @@ def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> p
 
 
 def ensemble(slots: Sequence[str], shares: str) -> plan_pb2.Mixture:
-    """The probabilities that the slots predict, each alone, averaged by what the slot ``shares`` holds."""
+    """The slots' predicted probabilities, each slot alone, averaged with the shares in the slot ``shares``."""
     mix = mixture(*slots)
     mix.shares = shares
     return mix
 
 
 def attribute(slots: Sequence[str], shares: str, *, split: str = "train") -> Step:
-    """Divide every example of a split among ``slots``; ``shares`` holds the means."""
+    """Divide every example of a split among ``slots``; the slot ``shares`` then holds the mean shares."""
     return Step(attribute=plan_pb2.AttributeStep(slots=list(slots), shares=shares, split=split))
 
 
@@ -51,7 +51,7 @@ def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
 
 
 def each_gated(gates: Mapping[str, str]) -> plan_pb2.Mixture:
-    """``sum of sigmoid(g) slot`` for each module; ``gates`` says which slot holds the gates g of which."""
+    """``sum of sigmoid(g) slot`` for each module; ``gates`` maps each slot to the slot that holds its gates g."""
     return plan_pb2.Mixture(terms=[plan_pb2.Term(slot=s, gate=plan_pb2.Gate(slot=g)) for s, g in gates.items()])
 
 
@@ -62,7 +62,7 @@ def part(factors: Iterable[Factor] = (), modules: Iterable[str] = (), *, without
 
 
 def initialise(slot: str, seed: int, *, keep_existing: bool = True, keep_own_heads: bool = False) -> Step:
-    """Create ``slot`` from a seed; ``keep_own_heads``: heads that only the client has stay those of the old one."""
+    """Create ``slot`` from a seed; ``keep_own_heads`` keeps those of the old slot's heads that only the client has."""
     step = plan_pb2.InitialiseStep(slot=slot, seed=seed, keep_existing=keep_existing, keep_own_heads=keep_own_heads)
     return Step(initialise=step)
 
@@ -74,12 +74,12 @@ def initialise_gates(slot: str, kind: str) -> Step:
 
 
 def copy(slot: str, source: str) -> Step:
-    """``slot`` becomes a copy of ``source``; at the start of a plan this happens before received adapters go in."""
+    """``slot`` becomes a copy of ``source``; at the start of a plan, before received adapters are installed."""
     return Step(initialise=plan_pb2.InitialiseStep(slot=slot, copy_of=source))
 
 
 def own_heads(target: str, mix: plan_pb2.Mixture) -> Step:
-    """Where the client's labels are its own: the heads of ``mix`` for ``target``, whose adapter stays as it is."""
+    """If the client's labels are its own, give ``target`` the heads of ``mix``; its adapter stays as it is."""
     step = plan_pb2.MergeStep(target=target, mixture=mix, space=plan_pb2.MERGE_SPACE_DELTA, own_heads_only=True)
     return Step(merge=step)
 
@@ -109,12 +109,11 @@ def train(
     """Optimise ``slots`` inside ``mix``; ``proximal = (slot, mu)`` adds ``mu/2 ||trained - slot||^2``.
 
     ``fold = (i, n)`` trains on part i of n disjoint parts of the training split; ``rate_scales`` multiplies the
-    learning rate of tensors with a factor. ``draw`` decides batches and dropout, ``draw_after_replace`` instead where a
-    replace step has copied something; the losses of tasks are kept as ``record``, for such steps. ``attributed_to``
-    weighs examples by how much of them :func:`attribute` gave to that slot. With a ``sharpness_radius`` steps are
-    sharpness-aware, and take twice as long. Without ``steps`` there are as many as the
-    run says: under ``local-epochs`` they are counted when the client's message is made
-    (:func:`strategies.framework.training.counted`).
+    learning rate of tensors with a factor. ``draw`` decides batches and dropout; ``draw_after_replace`` takes its place
+    if a replace step has copied something. The tasks' losses are kept as ``record``, for such steps. ``attributed_to``
+    weighs each example by the share of it that :func:`attribute` gave to that slot. With a ``sharpness_radius``, steps
+    are sharpness-aware and take twice as long. Without ``steps``, the run decides their number: under ``local-epochs``
+    they are counted when the client's message is made (:func:`strategies.framework.training.counted`).
     """
     step = plan_pb2.TrainStep(
         mixture=mix,
@@ -171,7 +170,7 @@ def evaluate(
 ) -> Step:
     """Metrics of ``mix`` on a split, reported under ``label``; losses of tasks are kept as ``record``.
 
-    ``loss_only``: what decides by the loss alone spares itself the texts that a model would write.
+    ``loss_only`` spares the writing of texts, for decisions by the loss alone.
     """
     step = plan_pb2.EvaluateStep(
         label=label, mixture=mix, split=split or training.evaluate_split, record=record, loss_only=loss_only
@@ -196,7 +195,7 @@ def replace(
         margins: by task; may be infinite.
         records: names of the recorded losses of ``target`` and of ``source``.
         relative: margins are shares of the source's loss.
-        exclusive: leave groups alone that another task uses, whose rule does not fire.
+        exclusive: leave a group alone if another task uses it and that task's rule does not fire.
     """
     rules = [plan_pb2.ReplaceRule(task=task, margin=margin, relative=relative) for task, margin in margins.items()]
     step = plan_pb2.ReplaceStep(

@@ -1,11 +1,11 @@
-"""How clients train: the run's options, and what becomes of them when one client's message is made.
+"""How clients train: the run's options, and how they become settings when one client's message is made.
 
-A strategy's plan does not say how long a client trains under ``local-epochs``, nor where in the run's schedule a round
-stands: neither is the method's matter. Both are filled in here, for every strategy alike.
+A strategy's plan does not say how long a client trains under ``local-epochs``, nor where a round stands in the run's
+schedule: neither belongs to the method. Both are filled in here, in the same way for every strategy.
 
-Who names only a base model and data gets settings by kind of task and by the model's width: a run that sets none of the
-keys in :data:`KEYS`, and no built-in scenario. Kind and width are known when a client has registered, so learning rate
-and batch are filled in as its message is made. Rates follow publications, and were not searched for here.
+A run that names a base model, sets none of the keys in :data:`KEYS` and is no built-in scenario gets settings by kind
+of task and by the model's width. Both are known once a client has registered, so learning rate and batch size are
+filled in when its message is made. The rates follow publications; no search for them was made here.
 """
 
 from __future__ import annotations
@@ -36,49 +36,50 @@ _MOST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Training:
-    """The same for every strategy: how clients train in a round, and how adapters travel."""
+    """How clients train in a round, and how adapters travel; the same for every strategy."""
 
     local_steps: int = 30
     """Optimiser steps in each round."""
     local_epochs: float = 0.0
-    """Passes over its training examples that a client makes in each round, instead of ``local-steps``: who has more
-    data does more work. Half a pass is 0.5; one step at least. 0: ``local-steps``."""
+    """Passes that a client makes over its training examples in each round, instead of ``local-steps``: a client with
+    more data does more work. 0.5 is half a pass; at least one step is made. 0: ``local-steps`` counts."""
     batch_size: int = 16
     """Examples in each step."""
     learning_rate: float = 5e-3
-    """The optimiser's learning rate: where its schedule begins, after the warm-up."""
+    """The optimiser's learning rate at the start of its schedule, after the warm-up."""
     schedule: str = "constant"
     """How the learning rate moves, as in ``transformers.get_scheduler``: ``constant``, ``linear``, ``cosine`` or
     ``polynomial`` (power 2) to zero, ``inverse_sqrt``, or ``cosine_with_restarts`` (three times to zero)."""
     schedule_over: str = "round"
-    """``round``: the schedule begins anew in every round; ``run``: it goes over all rounds of the run, and a client
-    that was not asked finds it where the others are. Training at the delivery has a schedule of its own."""
+    """``round``: the schedule starts again in every round; ``run``: it covers all rounds of the run, and a client that
+    was not asked in some rounds continues where the others are. Training at delivery has a schedule of its own."""
     warmup_steps: int = 0
     """Steps at the beginning of the schedule in which the learning rate rises from zero."""
     warmup_ratio: float = 0.0
-    """Instead of ``warmup-steps``: their share of all steps of the schedule."""
+    """The same as a share of all steps of the schedule, instead of ``warmup-steps``."""
     weight_decay: float = 0.0
     """Weight decay: decoupled for AdamW, a part of the gradient for SGD."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     optimizer: str = "adamw"
-    """``adamw``, or ``sgd``: with it and ``max-grad-norm = 0`` an adapter moves by the sum of its gradients times the
-    rate, and a pull acts as it is written, as FedMerge, Ditto and Reptile (which is FedAvg then) have them."""
+    """``adamw`` or ``sgd``. With ``sgd`` and ``max-grad-norm = 0`` an adapter moves by the sum of its gradients times
+    the rate, and a pull acts as its formula says, as in FedMerge, Ditto and Reptile (which then is FedAvg)."""
     momentum: float = 0.0
-    """Of SGD; 0: plain."""
+    """Momentum of SGD; 0 means none."""
     optimizer_state: str = "fresh"
-    """``fresh`` in every round; ``keep``: a slot's next training goes on from its moments, which stay on the client's
-    disk. Fresh is the default: the moments were not taken on what a round's merge sends, and the papers restart."""
+    """``fresh``: the optimiser starts anew in every round; ``keep``: a slot's next training continues with its moments,
+    which stay on the client's disk. ``fresh`` is the default, because the papers restart, and because the moments
+    belong to the adapter before the merge."""
     training_defaults: str = "auto"
     """``auto``: a run that names a ``base-model`` and sets no learning rate, batch, steps, epochs, schedule, warm-up or
     optimizer gets them by kind of task and size of model (docs/training.md). ``plain``: the defaults here."""
     evaluate_split: str = "test"
-    """On what delivered models are evaluated, once: ``validation`` or ``test``. Rounds look at validation examples, and
-    only at a client without any at these."""
+    """The split on which delivered models are evaluated, once: ``validation`` or ``test``. Rounds evaluate on
+    validation examples; a client without any uses this split in rounds, too."""
     uplink_encoding: str = "fp32"
     """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
-    store the difference from what both ends hold, where there is something; ``int2`` is for differences only, else
-    ``int4`` takes its place."""
+    store the difference from an adapter that both ends hold, if there is one. ``int2`` is for differences only;
+    otherwise ``int4`` takes its place."""
     downlink_encoding: str = "fp32"
     """How adapters travel to clients, in the same way."""
 
@@ -114,14 +115,14 @@ KEYS = (
     *("learning_rate", "batch_size", "local_steps", "local_epochs"),
     *("schedule", "schedule_over", "warmup_steps", "warmup_ratio", "optimizer"),
 )
-"""Fields of :class:`Training` that belong together: who sets one of them gets none from here."""
+"""Fields of :class:`Training` that belong together: a run that sets one of them gets none of these defaults."""
 WIDTHS = (128, 1024, 2048, 6144)
-"""Where a larger model begins, by the median number of inputs of its adapted modules."""
+"""Borders between sizes of models, by the median number of inputs of their adapted modules."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """For some kinds: learning rates below the first of :data:`WIDTHS`, from each on; examples of a step; and why."""
+    """For some kinds: learning rates (below the first of :data:`WIDTHS`, then from each on), batch size, and why."""
 
     kinds: tuple[str, ...]
     rates: tuple[float, float, float, float, float]
@@ -153,7 +154,7 @@ TABLE = (
         ("sentence-pairs",),
         (5e-3, 5e-4, 3e-4, 2e-4, 1e-4),
         32,
-        "The other examples of a batch are what a text is told from: a small batch teaches little.",
+        "A text learns to differ from the other examples of its batch, so a small batch teaches little.",
     ),
     Defaults(
         (),
@@ -166,10 +167,10 @@ TABLE = (
 
 
 def resolved(training: Training, base_model: str) -> Training:
-    """What ``training-defaults = "auto"`` means in this run, and what is the same for all kinds.
+    """What ``training-defaults = "auto"`` means in this run, with the settings that all kinds share.
 
-    One pass over a client's examples in each round, and at least ``local-steps``: a hundred examples would else be a
-    dozen steps. The rate falls over the whole run, because clients go on from each other's work.
+    One pass over a client's examples in each round, and at least ``local-steps``: otherwise a hundred examples would
+    make only a dozen steps. The rate falls over the whole run, because clients continue from each other's work.
     """
     plain = Training()
     untouched = all(getattr(training, name) == getattr(plain, name) for name in KEYS)
@@ -180,9 +181,9 @@ def resolved(training: Training, base_model: str) -> Training:
 
 
 def settings_for(training: Training, kinds: Iterable[str], layout: Layout) -> Training:
-    """``training`` with a client's own rate and batch, where the run leaves them to its kinds of tasks and its model.
+    """``training`` with a client's own rate and batch size, if the run leaves them to its kinds of tasks and its model.
 
-    Of several kinds the most careful one decides.
+    With several kinds, the smallest rate and batch size count.
     """
     if training.training_defaults != "by-kind":
         return training
@@ -200,7 +201,7 @@ def width(layout: Layout) -> int:
 
 
 def settings_words(training: Training, kinds: Iterable[str], layout: Layout) -> str:
-    """One line for the log: what such clients train with; empty where the run has set it."""
+    """One line for the log: the settings of such clients; empty if the run has set them."""
     if training.training_defaults != "by-kind":
         return ""
     kinds = sorted(set(kinds))
@@ -214,7 +215,7 @@ def settings_words(training: Training, kinds: Iterable[str], layout: Layout) -> 
 
 
 def local_steps(training: Training, examples: int) -> int:
-    """Optimiser steps of a client with so many training examples in one round.
+    """Optimiser steps in one round of a client with this many training examples.
 
     >>> local_steps(Training(local_epochs=1.5, batch_size=16), 100)
     11
@@ -234,14 +235,14 @@ def counted(
     rounds: int,
     own: Training | None = None,
 ) -> list[plan_pb2.Step]:
-    """The steps with how long the client trains, and where its learning rate stands in the schedule.
+    """The steps, with the length of the client's training and its learning rate's place in the schedule filled in.
 
     Args:
         steps: of a brief; they are not changed.
         training: the run's options.
-        examples: that the client trains on and validates with: they make its epochs.
-        round_: from 1; one after the last for the delivery, which has a schedule of its own.
-        rounds: of the whole run; 0: not known, and the schedule is the round's.
+        examples: the client's numbers of training and validation examples, which make up its epochs.
+        round_: from 1; the delivery is one after the last, and has a schedule of its own.
+        rounds: of the whole run; 0 if not known: then the schedule is the round's.
         own: ``training`` with the client's own learning rate and batch size; None: they are the run's.
     """
     own = own or training
@@ -266,7 +267,7 @@ def counted(
 
 
 def _make_own(body: plan_pb2.TrainStep, training: Training, own: Training) -> None:
-    """A step of the run's rate or a share of it gets the client's; a rate that a gate has for itself stays."""
+    """Give a step the client's rate, or the same share of it, instead of the run's; a gate's own rate stays."""
     ratio = own.learning_rate / training.learning_rate
     body.learning_rate *= ratio
     for scale in body.rate_scales:
@@ -276,5 +277,5 @@ def _make_own(body: plan_pb2.TrainStep, training: Training, own: Training) -> No
 
 
 def _examples(body: plan_pb2.TrainStep, train: int, validation: int) -> int:
-    """How many examples of the client a train step is about."""
+    """How many of the client's examples a train step uses."""
     return (train + validation * ("validation" in body.split)) // max(1, body.fold.count)

@@ -42,7 +42,7 @@ def test_the_first_client_does_not_decide_for_the_others(tmp_path: Path) -> None
     directory = run_nodes(tmp_path, grid)
     assert registered(directory)["aaa"]["reason"] == (
         "client 'aaa' has rank 2 for 'q_proj', expected 4 (as client 'ada' has); 1 of 3 new clients fit its layout, "
-        "2 that of most"
+        "2 fit the most common one"
     )
     assert statuses(directory) == [{"ada": "ok", "ben": "ok"}] * 2
     without = tensors(run_nodes(tmp_path, NodeGrid(nodes(ada=LAYOUT, ben=LAYOUT)), run_name="without"))
