@@ -128,7 +128,7 @@ class LocalCluster(SuperLink):
         self._write_connection(files)
         self.start_superlink(files)
         count = len(self.settings.client_ids)
-        self.say(f"SuperLink is up ({host}:{self.fleet_port}, TLS); starting {count} SuperNodes, 10 to 20 s if idle")
+        self.say(f"SuperLink is up ({host}:{self.fleet_port}, TLS); starting {count} SuperNodes, 10 to 20 s")
         for index, client_id in enumerate(self.settings.client_ids):
             private, public = make_client_key(self.directory / "keys", client_id)
             said = self.flwr("supernode", "register", str(public), CONNECTION, "--name", client_id, "--format", "json")

@@ -65,7 +65,7 @@ def checked(order: Order, console: Console) -> Iterator[str]:
         yield f"{path} already holds a run; choose another run-name, or continue it with resume"
     for client, line, sound in check_clients(order.clients, config) if order.clients else ():
         if sound:
-            console.print(f"client {client!r}: {line}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"client {client!r}: {_brief(line)}", highlight=False, markup=False, soft_wrap=True)
         else:
             yield f"client {client!r}: {line}"
     online, least = order.superlink.online(), int(config.get("min-clients", 0)) or RunOptions().least
@@ -75,6 +75,12 @@ def checked(order: Order, console: Console) -> Iterator[str]:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _brief(line: str) -> str:
+    """What is said of a client, without the sizes of adapters that ``fedalloy validate`` has."""
+    sizes = ("trainable parameters", "bytes of an adapter")
+    return "; ".join(part for part in line.split("; ") if not any(size in part for size in sizes))
 
 
 def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool, str]:
