@@ -1,7 +1,7 @@
 """Generate the Python code of ``proto/fedalloy/v1/*.proto``.
 
     python proto/generate.py            # rewrite the committed files
-    python proto/generate.py --check    # exit 1 where they differ from the .proto
+    python proto/generate.py --check    # exit 1 if they differ from the .proto files
 
 ``protoc`` comes with grpcio-tools, which is pinned in ``pyproject.toml`` because its version decides which protobuf
 runtimes can load the result. The one edit made to its output: generated modules import each other as
