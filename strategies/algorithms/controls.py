@@ -47,7 +47,7 @@ class FedAvgHead(Averaging[FedAvgHeadOptions]):
     )
 
     def deliver(self, client: Client) -> Brief:
-        """The global adapter with a re-fitted head; plain FedAvg where no head is averaged."""
+        """The global adapter with a re-fitted head; plain FedAvg if no head is averaged."""
         brief = super().deliver(client)
         if not self._head(client):
             return brief

@@ -5,7 +5,7 @@ Li, Hu, Beirami, Smith, "Ditto: Fair and Robust Federated Learning Through Perso
 never leaves the client. ``lambda = 0`` is local training; a large lambda gives the global adapter. Local work is twice
 FedAvg's. A client's own head is not pulled, because it was never averaged.
 
-AdamW normalises the gradient, of which the pull is a part. So ``pull`` is not the paper's :math:`\lambda`: it says how
+AdamW normalises the gradient, including the pull. So ``pull`` is not the paper's :math:`\lambda`: it says how
 much the pull counts relative to the loss. ``optimizer = "sgd"`` with ``max-grad-norm = 0`` is the rule above.
 """
 

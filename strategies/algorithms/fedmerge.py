@@ -142,7 +142,7 @@ class FedMerge(AlloyStrategy[FedMergeOptions]):
         self.mask = torch.zeros(0, dtype=torch.bool)
         self.settled = 0
         self.moved = Bank(self.storage)  # received - returned, of the merged part
-        self.returned = Bank(self.storage)  # whole uploads, where a step needs them
+        self.returned = Bank(self.storage)  # whole uploads, if a step needs them
 
     def enrol(self, client: Client) -> None:
         """A new client's weights are the mean of the others'."""

@@ -148,7 +148,7 @@ def mosaic(
     """One client's global adapter, in the layout of its uploads.
 
     Args:
-        own: the client's last upload; its tensors stay where no peer contributes.
+        own: the client's last upload; tensors to which no peer contributes stay as they are.
         peers: last uploads by client, of any architecture.
         shared: weights of all peers, for P and Q.
         alike: weights of the peers of the client's own architecture, for all other tensors.

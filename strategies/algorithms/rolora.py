@@ -66,7 +66,7 @@ class RoLoRA(PartAverage[NoOptions]):
         return super().settle(round_)
 
     def state(self) -> State:
-        """The adapter, and who holds which of it."""
+        """The adapter, and the last round that each client has carried out."""
         found = super().state()
         return State(found.tensors, found.values | {"settled": self.settled, "seen": dict(self.seen)})
 

@@ -105,7 +105,7 @@ class MergedBase(Averaging[OptionsT]):
         return [steps.train(self.training, self.personal(client), [SLOT])]
 
     def state(self) -> State:
-        """The adapter, all updates with their ranks, and who holds which."""
+        """The adapter, all updates with their ranks, and how many of them each client holds."""
         held = {name: list(pair) for name, pair in self.held.items()}
         ranks = [self.updates.layout_of(update).ranks for update in self.updates]
         found = super().state()

@@ -68,7 +68,7 @@ class PartAverage(Averaging[OptionsT]):
         return [steps.initialise(SLOT, self.seed)]
 
     def average(self, adapters: Mapping[str, Adapter], examples: Mapping[str, int]) -> Adapter:
-        """The part is averaged in factor space: exact where the other factor is common."""
+        """The part is averaged in factor space: this is exact if the other factor is common."""
         return self.global_model.with_part(Bank.of(adapters).mean(examples))
 
     def compatible(self, first: Layout, second: Layout) -> bool:

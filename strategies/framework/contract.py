@@ -70,7 +70,7 @@ class Contract(ABC, Generic[OptionsT]):
     """What every strategy implements; its class is a subclass of ``AlloyStrategy``, which is this and Flower's own.
 
     Subclasses name the dataclass of their options, ``class FedProx(AlloyStrategy[FedProxOptions])``, whose field
-    ``mu_0`` is the key ``<name>.mu-0`` (``NoOptions`` where there are none). They set ``name`` (the run-config value)
+    ``mu_0`` is the key ``<name>.mu-0`` (``NoOptions`` if there are none). They set ``name`` (the run-config value)
     and ``about`` (for the table), and implement :meth:`brief`, :meth:`absorb`, :meth:`settle`, :meth:`deliver`,
     :meth:`state` and :meth:`load_state`. :meth:`enrol` is called once per client, before its first brief.
     """

@@ -109,7 +109,7 @@ def plan_dispatch(
     The client is to keep its slots as they were after the round ``pinned``: the run may return there.
     ``beside``: it has said that it reads small adapters beside the plan.
 
-    With a ``holding`` a lossy encoding stores the difference from what the client holds, where that is smaller.
+    With a ``holding`` a lossy encoding stores the difference from what the client holds, if that is smaller.
 
     Raises:
         LayoutError: a sketch is asked of a client without a reference model, or has more rows than that model.
@@ -158,7 +158,7 @@ class _Sent:
 def _sent(
     adapters: Mapping[str, Adapter], encoding: Encoding, known: Mapping[bytes, Layout], holding: Holding | None
 ) -> _Sent:
-    """Encode ``adapters``: as differences where there is a ``holding``; ``known`` layouts are left out."""
+    """Encode ``adapters``: as differences if there is a ``holding``; ``known`` layouts are left out."""
     down = _Sent()
     for slot, adapter in adapters.items():
         held = holding.reference(slot, adapter) if holding is not None else None
@@ -226,7 +226,7 @@ def _as_received(adapters: Mapping[str, Adapter], slot: str, encoding: Encoding)
 
 
 def register_message(node_id: int, ttl: float | None = None, content: RecordDict | None = None) -> Message:
-    """Ask a node who it is; ``content`` may say for which run."""
+    """Ask a node who it is; ``content`` may name the run."""
     return Message(content or RecordDict(), dst_node_id=node_id, message_type=REGISTER_TYPE, ttl=ttl)
 
 

@@ -69,7 +69,7 @@ class Answer:
     """What one client answered, checked.
 
     ``adapters`` by slot, in the layout that was asked for; ``received`` is what the client started from, after decoding
-    (it differs from what was sent where the encoding is lossy); ``metrics`` by label of the evaluate step; ``clipped``
+    (it differs from what was sent if the encoding is lossy); ``metrics`` by label of the evaluate step; ``clipped``
     has the norms of updates that were longer than ``max-update-norm``, by slot.
     """
 

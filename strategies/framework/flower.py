@@ -69,7 +69,7 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
         return self._messages(briefs, 2 * server_round, self.rounds + 1)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean and worst client accuracy of the personal models (accuracy where the task has one)."""
+        """Mean and worst client accuracy of the personal models (of tasks that have an accuracy)."""
         personal = [answer.metrics["personal"] for answer in self._absorb_all(server_round, replies, absorb=False)]
         scores = [metrics["accuracy"] for metrics in personal if "accuracy" in metrics]
         if not scores:

@@ -195,7 +195,7 @@ def settings_for(training: Training, kinds: Iterable[str], layout: Layout) -> Tr
 
 
 def width(layout: Layout) -> int:
-    """The median number of inputs of the adapted modules; 0 where there are none."""
+    """The median number of inputs of the adapted modules; 0 if there are none."""
     inputs = [entry.shape[1] for entry in layout.entries if entry.factor is Factor.A]
     return int(statistics.median_low(inputs)) if inputs else 0
 

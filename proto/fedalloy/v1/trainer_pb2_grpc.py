@@ -62,8 +62,8 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """Carries out one job: the job, then the blobs in pieces; back come progress and one outcome. Ending the call, or its
-        deadline, cancels the job.
+        """Carries out one job. The request is the job, then the blobs in pieces; the response is progress and one outcome.
+        Ending the call, or its deadline, cancels the job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
