@@ -93,7 +93,7 @@ class ModelSettings:
 
     @property
     def weights_asked(self) -> tuple[float, ...]:
-        """The numbers of ``label-weights``; none where it is a word.
+        """The numbers of ``label-weights``; none if it is a word.
 
         Raises:
             SettingsError: it is neither.
@@ -109,7 +109,7 @@ class ModelSettings:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The labels that all clients share, in order; empty where each has its own."""
+        """The labels that all clients share, in order; empty if each has its own."""
         return tuple(name for name in map(canonical_label, self.labels.split(",")) if name)
 
 

@@ -14,12 +14,12 @@ _REMEMBERED = "torch-threads"
 def threads_for(asked: int, state_dir: Path) -> int:
     """Threads of a client.
 
-    Another number of threads adds numbers in another order. So a client keeps its first number, stored in its state
-    directory, until the machine's cores change.
+    With another number of threads, numbers are added in another order. So a client keeps its first number, stored in
+    its state directory, until the machine's cores change.
 
     Args:
         asked: node-config's ``torch-threads``; 0: the cores, divided by the clients on this machine.
-        state_dir: of the client.
+        state_dir: the client's.
     """
     if asked:
         return asked
@@ -42,7 +42,7 @@ def usable_cores() -> int:
 
 
 def clients_here() -> int:
-    """SuperNodes that run on this machine; 0 where there is none, or no ``/proc``: a simulation, a debugger, a test."""
+    """SuperNodes that run on this machine; 0 if there are none, or no ``/proc`` (a simulation, a debugger, a test)."""
     found: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -54,4 +54,4 @@ def clients_here() -> int:
             found[int(folder.name)] = parent
     return sum(
         parent not in found for parent in found.values()
-    )  # what a SuperNode starts has its arguments for a while
+    )  # a SuperNode's child has the same arguments for a while

@@ -53,7 +53,7 @@ class Executor:
     """One client's base model and data; holds those of one run's settings at a time.
 
     Args:
-        mode: whose code this is; registrations say it.
+        mode: whose code this is; registrations report it.
     """
 
     def __init__(self, mode: report_pb2.TrainerMode = report_pb2.TRAINER_MODE_BUNDLED) -> None:
@@ -63,7 +63,7 @@ class Executor:
         self._held: tuple[PersonalModel, ClientData] | None = None
 
     def register(self, settings: Settings, run_name: str = "") -> report_pb2.Registration:
-        """Who this client is, what its adapters look like, and how many examples it has; its record names the run."""
+        """This client's id, adapter layout and numbers of examples; its record names the run."""
         found = self.describe(settings)
         said = found.SerializeToString(deterministic=True)
         values = values_of(found)
@@ -73,20 +73,20 @@ class Executor:
         return found
 
     def describe(self, settings: Settings) -> report_pb2.Registration:
-        """What :meth:`register` would report, for the owner: nothing leaves the client and nothing is recorded."""
+        """The report of :meth:`register`, for the owner: nothing leaves the client and nothing is recorded."""
         found = _registration(settings, *self._load(settings))
         found.trainer = self.mode
         budget = _budget(settings)
         if budget is not None:
             found.privacy.CopyFrom(budget.said(budget.spent))
             for task in found.tasks:
-                task.ClearField("notes")  # what was found in the examples
+                task.ClearField("notes")  # findings about the examples
         return found
 
     def carry_out(
         self, settings: Settings, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]
     ) -> tuple[report_pb2.Report, dict[str, bytes]]:
-        """Run a plan; the report and the uploads by slot. All changes to slots become visible together, or none.
+        """Run a plan; returns the report and the uploads by slot. Either all changes to slots become visible, or none.
 
         Afterwards the model is as it was loaded. After an error it is loaded again next time.
         """
@@ -117,7 +117,7 @@ class Executor:
             require_same_run(directory, plan)
             pinned = plan.pinned_round if plan.HasField("pinned_round") else None
             with store.transaction(plan.round, pinned) as slots:
-                require_same_run(directory, plan)  # what another process has bound while this one waited
+                require_same_run(directory, plan)  # another process may have bound it while this one waited
                 starts, secret = _starts(settings, model), secret_of(settings.state_dir, who)
                 tally = Tally(settings.state_dir, who)
                 budget = _budget(settings)
@@ -130,7 +130,7 @@ class Executor:
                 bind_run(directory, plan)
             write_about(directory, settings, model, data, answer[0])
             model.unload_all()
-        except (Cancelled, PolicyError):  # between two batches or steps, where the model is sound
+        except (Cancelled, PolicyError):  # raised between two batches or steps, so the model is sound
             model.unload_all()
             raise
         except BaseException:
@@ -138,19 +138,19 @@ class Executor:
             self.evict()
             raise
         if model.device.type == "cuda":
-            torch.cuda.empty_cache()  # between messages, the memory is for whoever else uses this GPU
+            torch.cuda.empty_cache()  # between messages, others on this GPU may use the memory
         return *answer, interpreter.layouts
 
     def evict(self) -> None:
         """Release model and data, on the GPU, too."""
         self._key, self._held = None, None
         gc.collect()  # modules and their hooks refer to each other
-        torch.cuda.empty_cache()  # does nothing where CUDA was not used
+        torch.cuda.empty_cache()  # does nothing if CUDA was not used
 
     def _load(self, settings: Settings) -> tuple[PersonalModel, ClientData]:
         key = (settings, stamp_of(settings))
         if self._held is None or self._key != key:
-            self.evict()  # before the next one: there may not be room for two
+            self.evict()  # before the next one is loaded: there may not be room for two
             tick("loading")
             private_folder(settings.state_dir)  # before libraries make folders in it
             self._held, self._key = _load(settings), key
@@ -221,7 +221,7 @@ def _pack(model: PersonalModel, data: ClientData) -> None:
     """Let training texts share rows.
 
     Raises:
-        SettingsError: data or model are not for that; says why.
+        SettingsError: the data or the model do not allow it; says why.
     """
     reason = "" if data.kind == "causal-lm" and not data.tasks else f"the task is {data.kind}, expected causal-lm"
     if not reason:
@@ -241,7 +241,7 @@ def _pack(model: PersonalModel, data: ClientData) -> None:
 
 
 def _notes_on_logits(model: PersonalModel, data: ClientData) -> list[str]:
-    """What a batch of one shows: whether the model computes more logits than its losses need."""
+    """Try a batch of one example: does the model compute more logits than its losses need?"""
     train = data.splits["train"]
     if data.tasks or not kind_of(data.kind).generative or not len(train):
         return []
@@ -253,7 +253,7 @@ def _notes_on_logits(model: PersonalModel, data: ClientData) -> list[str]:
 
 
 def base_and_data(settings: Settings) -> tuple[Base, ClientData]:
-    """The client's base model and data, as its settings say."""
+    """The client's base model and data, according to its settings."""
     base, data = _read(settings)
     if settings.task_arrival != "all":
         data = streamed(data, settings.task_arrival, settings.rounds, seed_of(settings.seed, settings.client_id))
@@ -284,7 +284,7 @@ def _read(settings: Settings) -> tuple[Base, ClientData]:
 
 
 def _starts(settings: Settings, model: PersonalModel) -> dict[str, Adapter]:
-    """What slots start from where the client was given an adapter."""
+    """The adapters that slots start from, if the client was given one."""
     if not settings.start_adapter:
         return {}
     beside = {**model.heads, **model.drawn}

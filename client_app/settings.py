@@ -76,7 +76,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the client's data are and what their columns are called; keys as in :class:`ModelSettings`."""
+    """Where the client's data are, and the names of their columns; keys as in :class:`ModelSettings`."""
 
     data_path: str = ""
     """File, folder or Hugging Face data set; usually in node-config, because each client has its own."""
@@ -102,7 +102,7 @@ class DataSettings:
     ``none``: they are read as they are."""
     split_column: str = ""
     """Column that says train, validation or test. Without it, and without files for each, examples are divided by
-    ``split-fractions``, the same way whenever they are read."""
+    ``split-fractions``, the same way every time."""
     split_fractions: str = "0.8,0.1,0.1"
     """Shares of train, validation and test."""
     partitioner: str = ""
@@ -143,20 +143,20 @@ class DataSettings:
 class TrainerSettings:
     """A client's resident trainer.
 
-    Run-config has the defaults of a federation; a client's node-config wins, because machine and GPU are its owner's.
+    Run-config has a federation's defaults; a client's node-config wins, because its owner owns the machine and the GPU.
     """
 
     resident: bool = True
     """``true``: one process for each client keeps base model and data in memory between messages. ``false``: the
-    process that Flower starts for each message does all the work, for debuggers; so it always is in Flower's simulation
-    engine."""
+    process that Flower starts for each message does all the work, for debuggers. Flower's simulation engine always
+    works this way."""
     idle_seconds: float = 300.0
     """The trainer ends after this many seconds without a message (and at once when its SuperNode ends)."""
 
 
 @dataclass(frozen=True)
 class ShownSettings:
-    """What a client shows of its work on its own machine."""
+    """A client's progress, shown on its own machine."""
 
     progress_seconds: float = 1.0
     """Seconds between two notes of step and loss in ``progress.json`` beside the client's slots, which ``fedalloy
@@ -168,7 +168,7 @@ class ShownSettings:
 
 
 _OWNERS = ("-path", "-root", "-config", "-column", "-by")
-"""How the keys end that name a file or a column."""
+"""Endings of the keys that name a file or a column."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Settings:
     ``client_id`` is node-config's ``client-id``, else ``client-<partition-id>``, else ``node-<node id>``.
     ``state_dir`` holds all runs of this client: node-config's ``state-dir``, else ``fedalloy`` below ``FLWR_HOME``.
     ``start_adapter`` is a PEFT directory that the slot ``start_slot`` starts from, instead of from zero.
-    ``alignments`` is where alignment files lie: node-config's ``alignments``, else that folder's ``alignments``.
+    ``alignments`` is the folder of alignment files: node-config's ``alignments``, else ``alignments`` in that folder.
     ``task_arrival`` says how training data arrive over the run's ``rounds``; see :mod:`client_app.data.arrival`.
     ``keep_rounds`` is how many earlier states of the slots are kept, as many as the server keeps checkpoints.
     ``torch_threads`` is node-config's ``torch-threads``: threads of arithmetic on a CPU; 0: in a resident trainer the
@@ -227,7 +227,7 @@ NODE_ONLY = (
     *("start-adapter", "start-slot", "alignments", "torch-threads", "client.accept-keys", "client.base-models"),
     "site-socket",
 )
-"""Keys of node-config that are no field of a dataclass here."""
+"""Keys of node-config that are not fields of a dataclass here."""
 
 
 def node_keys() -> list[str]:
@@ -308,7 +308,7 @@ def read_settings(context: Context) -> Settings:
 
 
 def _threads(node: Config) -> int:
-    """Threads of arithmetic on a CPU, which the owner alone says; 0: found out."""
+    """Threads of arithmetic on a CPU, which only the owner sets; 0: found automatically."""
     threads = node.get("torch-threads", 0)
     if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 1024:
         raise NodeConfigError("node-config's torch-threads is not a whole number from 0 (the client's share) to 1024")
@@ -316,7 +316,7 @@ def _threads(node: Config) -> int:
 
 
 def _privacy(node: Config) -> Privacy:
-    """The owner's word alone."""
+    """Privacy settings, which only the owner's node-config has."""
     try:
         return _read(Privacy, node, {}, "dp.")
     except SettingsError:
@@ -326,7 +326,7 @@ def _privacy(node: Config) -> Privacy:
 
 
 def _policy(node: Config, run: Config) -> Policy:
-    """Node-config's policy; where it is silent, of the default and run-config's the stricter one."""
+    """Node-config's policy; for keys that it lacks, the stricter one of the default and run-config's."""
     try:
         own, asked = _read(Policy, node, {}, "client."), _read(Policy, {}, run, "client.")
     except SettingsError:
@@ -338,7 +338,7 @@ def _policy(node: Config, run: Config) -> Policy:
 
 
 def _require_accepted(node: Config, run: Config) -> None:
-    """Only the owner chooses files and columns, unless it accepts the run's choice.
+    """Require that only the owner chooses files and columns, unless it accepts the run's choice.
 
     ``client.accept-keys`` in node-config, and only there, lists the keys that run-config may set, or is ``all``.
     """
@@ -355,9 +355,9 @@ def _require_accepted(node: Config, run: Config) -> None:
 
 
 def _require_base(node: Config, run: Config) -> None:
-    """Which model a run may name is anybody's by default: weights are read from safetensors, and bring no code.
+    """Require a base model that the owner allows: by default any, because safetensors bring no code.
 
-    ``client.base-models`` in node-config, and only there, bounds it: names, or patterns like ``Qwen/*``, with commas.
+    ``client.base-models`` in node-config, and only there, restricts it: names or patterns like ``Qwen/*``, with commas.
     """
     patterns = [name.strip() for name in str(node.get("client.base-models", "")).split(",") if name.strip()]
     asked = str(run.get("base-model", ""))

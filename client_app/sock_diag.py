@@ -1,9 +1,9 @@
-"""The kernel's table of TCP sockets over netlink (``sock_diag``, man page sock_diag(7)), without privileges.
+"""Reads the kernel's table of TCP sockets over netlink (``sock_diag``, man page sock_diag(7)), without privileges.
 
-Spoken directly, with the structures of ``linux/inet_diag.h`` and ``linux/tcp.h``: a library that wraps it takes six
-times as long for a table of forty sockets, and has no question for a single one. A dump walks all of the kernel's
-buckets, which takes milliseconds however few sockets there are; :meth:`SockDiag.find` takes the same time whatever
-there is.
+This module uses the structures of ``linux/inet_diag.h`` and ``linux/tcp.h`` directly: a library that wraps them takes
+six times as long for a table of forty sockets, and cannot ask for a single one. A dump walks all of the kernel's
+buckets, which takes milliseconds however few sockets there are; the time of :meth:`SockDiag.find` does not depend on
+the number of sockets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FOUND_BYTES = 72
 _CODE = struct.Struct("=i")
 _BYTES, _SEGMENTS, _DATA_SEGMENTS, _SENT = (struct.Struct(form) for form in ("=QQ", "=II", "=II", "=QQ"))
 _COUNTERS_BYTES = 216
-"""Of ``tcp_info`` up to ``tcpi_bytes_retrans``, which Linux has since 4.19."""
+"""Bytes of ``tcp_info`` up to ``tcpi_bytes_retrans``, which Linux has had since 4.19."""
 _ANSWER_BYTES = 2**18
 _PATIENCE = 5.0
 
@@ -54,7 +54,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Socket:
-    """One row; ``counters`` is None where none were asked for, or the kernel is too old for them."""
+    """One row; ``counters`` is None if they were not requested, or the kernel is too old for them."""
 
     family: int
     state: int
@@ -78,22 +78,22 @@ class SockDiag:
         self._count = itertools.count(1)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the netlink socket."""
         self._socket.close()
 
     def dump(self, family: int, state: int, local_port: int = 0, *, counters: bool = True) -> list[Socket]:
-        """Sockets of a family in a state, of one local port or (0) all; kernels may take the port as a hint.
+        """Sockets of a family in a state, at one local port or (0) at all; kernels may take the port as a hint.
 
         Raises:
-            OSError: the kernel says no.
+            OSError: the kernel refuses.
         """
         return self._ask(family, 1 << state, (("", local_port), ("", 0)), counters=counters, flags=_DUMP)
 
     def find(self, local: tuple[str, int], remote: tuple[str, int]) -> Socket | None:
-        """The socket between these addresses and ports, with its counters; None where there is none (any more).
+        """The socket between these addresses and ports, with its counters; None if it does not exist (any more).
 
         Raises:
-            OSError: the kernel says no.
+            OSError: the kernel refuses.
         """
         family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
         try:
@@ -116,7 +116,7 @@ class SockDiag:
         while True:
             for kind, sequence, message in _messages(self._socket.recv(_ANSWER_BYTES)):
                 if sequence != number:
-                    continue  # of an answer that came too late
+                    continue  # part of an answer that came too late
                 if kind == _DONE:
                     return found
                 if kind == _ERROR:

@@ -1,9 +1,9 @@
 """Kernel counters of the Fleet connection: what TCP really sent and received.
 
 Linux keeps counters per TCP connection and returns them over netlink (``sock_diag``), without privileges. One segment
-of a connection costs ``header_bytes`` on an Ethernet (14) with IPv4 (20) or IPv6 (40) and TCP (20, plus 12 where the
+of a connection costs ``header_bytes`` on an Ethernet (14) with IPv4 (20) or IPv6 (40) and TCP (20, plus 12 if the
 connection uses timestamps), so ``bytes_sent + header_bytes * segments_out`` is what a packet capture at the sender
-shows, but for the options of the handshake (82 bytes per connection).
+shows, except for the options of the handshake (82 bytes per connection).
 
 A ClientApp is a process of its own below the SuperNode (``flower-supernode`` > ``flower-superexec`` > ClientApp), and
 the connection belongs to the SuperNode: it is found through ``/proc``. A ServerApp lives in the network namespace of
@@ -28,7 +28,7 @@ from proto.fedalloy.v1 import report_pb2
 
 FLEET_PORT = 9092
 OWN_NAMESPACE = "FEDALLOY_FLEET_PORT"
-"""Environment variable: the Fleet port, where the network namespace belongs to one SuperLink or one SuperNode alone."""
+"""Environment variable: the Fleet port, set if the network namespace belongs to a single SuperLink or SuperNode."""
 
 _ETHERNET, _IPV4, _IPV6, _TCP, _TCP_TIMESTAMPS = 14, 20, 40, 20, 12
 _ESTABLISHED, _LISTEN = 1, 10  # enum in the kernel's net/tcp_states.h
@@ -85,7 +85,7 @@ class SocketTable:
     """This network namespace's TCP sockets; use in one thread.
 
     Raises:
-        WireError: no ``sock_diag`` here (not Linux, or a kernel without it).
+        WireError: there is no ``sock_diag`` here (not Linux, or a kernel without it).
     """
 
     def __init__(self) -> None:
@@ -107,15 +107,15 @@ class SocketTable:
         self._kernel.close()
 
     def connections(self, local_port: int = 0) -> list[Connection]:
-        """Established connections, of one local port or (0) all.
+        """Established connections, at one local port or (0) at all.
 
         Raises:
-            WireError: the kernel did not answer, or without the counters that are needed.
+            WireError: the kernel did not answer, or left out the counters that are needed.
         """
         return [_to_connection(row) for row in self._dump(_ESTABLISHED, local_port)]
 
     def again(self, connection: Connection) -> Connection | None:
-        """The same connection now, without a look at any other; None where it has ended.
+        """The same connection now, without reading any other; None if it has ended.
 
         Raises:
             WireError: the kernel did not answer.
@@ -171,7 +171,7 @@ def _to_connection(row: Socket) -> Connection:
 
 
 def _plain(address: str) -> str:
-    """An IPv4 address that travels inside an IPv6 socket, as IPv4."""
+    """An address without IPv6's mapping, if an IPv6 socket carries IPv4."""
     return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
@@ -207,7 +207,7 @@ def find_ancestor(program: str) -> tuple[int, list[str]] | None:
 
 
 def option(arguments: list[str], name: str) -> str | None:
-    """The value of ``--name value`` or ``--name=value``, the last one wins."""
+    """The value of ``--name value`` or ``--name=value``; the last one wins."""
     value = None
     for position, argument in enumerate(arguments):
         if argument == name and position + 1 < len(arguments):
@@ -272,12 +272,12 @@ def read_fleet_wire() -> report_pb2.WireReading:
         if not connections:
             raise WireError(f"flower-supernode (process {pid}) has no established connection to port {port}")
         return reading_of(connections)
-    except Exception as error:  # the wire level is worth less than the round
+    except Exception as error:  # a round matters more than its wire reading
         return _not_measured(error)
 
 
 def _connections_of_namespace() -> list[Connection]:
-    """Established connections from this network namespace to the Fleet port, where that is declared."""
+    """Established connections from this network namespace to the Fleet port, if that is declared."""
     port = _declared_port()
     if port is None:
         raise WireError(
@@ -305,7 +305,7 @@ def _declared_port() -> int | None:
 
 
 def fleet_port() -> int:
-    """The SuperLink's Fleet port: from its command line where it is a parent process, else declared, else the default.
+    """The SuperLink's Fleet port: from its command line if it is a parent process, else declared, else the default.
 
     Raises:
         WireError: the SuperLink only simulates.

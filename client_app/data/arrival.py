@@ -38,14 +38,14 @@ class StreamedDataset(Dataset):
         return StreamedDataset(part.inputs, part.labels, part.kind, part.task, self.arrivals[indices])
 
     def until(self, round_: int) -> StreamedDataset:
-        """What has arrived in this round or before."""
+        """The examples that have arrived by this round."""
         return self.subset((self.arrivals <= round_).nonzero().flatten())
 
     def batches(self, batch_size: int, steps: int, round_: int, seed_of_round: Callable[[int], int]) -> list[Tensor]:
         """Indices ``[batch_size]`` of the ``steps`` batches of a round, drawn from the memory.
 
-        The round's examples arrive one by one; after every n / steps of them a batch is drawn, without replacement
-        (with, as long as fewer than ``batch_size`` have arrived). Earlier rounds are replayed first, with the same
+        The round's examples arrive one by one; after every n / steps of them a batch is drawn without replacement (with
+        replacement while fewer than ``batch_size`` have arrived). Earlier rounds are replayed first, with the same
         number of steps, because their draws count.
 
         Args:
@@ -72,9 +72,9 @@ def streamed(data: ClientData, arrival: str, rounds: int, seed: int) -> ClientDa
     """The client's data with a training split that arrives over the rounds.
 
     Args:
-        data: of one task whose examples have classes.
+        data: has one task, whose examples have classes.
         arrival: ``static`` or ``dynamic``.
-        rounds: of the run.
+        rounds: number of rounds of the run.
         seed: decides the order of groups and examples.
 
     Raises:
@@ -93,7 +93,7 @@ def streamed(data: ClientData, arrival: str, rounds: int, seed: int) -> ClientDa
 
 
 def arrivals_static(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArray[np.int64]:
-    """The round of each example: all are shuffled, in equal chunks (but for one example), larger ones first."""
+    """The round of each example: all are shuffled and cut into chunks whose sizes differ by at most one."""
     found = np.empty(len(labels), dtype=np.int64)
     order = np.random.default_rng(seed).permutation(len(labels))
     for number, chunk in enumerate(np.array_split(order, rounds), start=1):
@@ -102,10 +102,10 @@ def arrivals_static(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArra
 
 
 def arrivals_dynamic(labels: NDArray[np.int64], rounds: int, seed: int) -> NDArray[np.int64]:
-    """The round of each example: groups of classes in turn, each shuffled and over an equal part of the rounds.
+    """The round of each example: the groups take turns; each is shuffled and spread over an equal part of the rounds.
 
-    With R = ``rounds`` / groups, a round brings 1 / R of a group; where R is no whole number, some bring the end of one
-    and the beginning of the next.
+    With R = ``rounds`` / groups, a round brings 1 / R of a group; if R is not a whole number, some rounds bring the end
+    of one group and the beginning of the next.
     """
     chance = np.random.default_rng(seed)
     found = np.empty(len(labels), dtype=np.int64)
@@ -130,7 +130,7 @@ def class_groups(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 def _draw(
     memory: NDArray[np.int64], counts: NDArray[np.float64], size: int, chance: np.random.Generator
 ) -> NDArray[np.int64]:
-    """One batch; changes ``counts`` in place. The largest of weight plus Gumbel noise: draws without replacement."""
+    """Draw a batch by its examples' log weights; changes ``counts``. Adding Gumbel noise draws without replacement."""
     counts *= FADING
     weights = -counts[memory] / SHARPNESS
     if len(memory) >= size:

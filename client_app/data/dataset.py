@@ -21,7 +21,7 @@ class Dataset:
     numbers ``[n]`` or ``[n, C]``, or spans ``[n, A, 2]``. ``kind`` decides the loss and the metrics; see
     :mod:`client_app.kinds`. Texts are padded on the right to the longest of the split; inputs with the length of
     ``attention_mask`` belong to tokens. ``task`` names one of several tasks of a client. ``rows [n]`` says how many
-    rows of an input each example has, where that is not one: patches of images in one long list (Qwen-VL), several
+    rows of an input each example has, if that is not always one: patches of images in one long list (Qwen-VL), several
     images.
     """
 
@@ -53,7 +53,7 @@ class Dataset:
         return [self.batch(indices)]
 
     def sample(self) -> Dataset:
-        """Enough examples to check a model by, in memory: all, where all are."""
+        """Enough examples in memory to check a model with; here, all of them."""
         return self
 
     def subset(self, indices: Tensor) -> Dataset:
@@ -61,7 +61,7 @@ class Dataset:
         return self.batch(indices)
 
     def trimmed(self) -> Dataset:
-        """Without the columns that are padding in every example."""
+        """The same split without the columns that are padding in every example."""
         if MASK not in self.inputs or not len(self):
             return self
         width = self.inputs[MASK].shape[1]
@@ -198,10 +198,10 @@ class ClientData:
 
     @classmethod
     def of_tasks(cls, tasks: Sequence[ClientData]) -> ClientData:
-        """The data of a client with several tasks; a split has those that have it.
+        """The data of a client with several tasks; each of its splits joins those of the tasks that have it.
 
         Raises:
-            ValueError: two tasks have one name, or there is none.
+            ValueError: two tasks have the same name, or there is no task.
         """
         by_name = {data.task: data for data in tasks}
         if not by_name or len(by_name) != len(tasks):
@@ -215,7 +215,7 @@ class ClientData:
 
     @property
     def each_task(self) -> Mapping[str, ClientData]:
-        """The client's tasks by name, be it one or several."""
+        """The client's tasks by name, whether one or several."""
         return self.tasks or {self.task: self}
 
 
@@ -228,8 +228,8 @@ class Base:
     labels that only this client has. ``fingerprint`` is 64 hex digits that all clients of a federation must share,
     except with a strategy that crosses architectures. ``drawn`` are parameters that the checkpoint lacks and nothing
     trains: a personal model brings them along. ``padding`` is where texts are padded
-    (:mod:`client_app.model.forward.padding`), ``notes`` what was found. ``reference`` is the small model that sketches
-    are gradients of, the same for all clients; None: this base model itself.
+    (:mod:`client_app.model.forward.padding`), ``notes`` are findings. ``reference`` is the small model whose gradients
+    make the sketches, the same for all clients; None: this base model itself.
     """
 
     name: str

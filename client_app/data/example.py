@@ -16,9 +16,9 @@ class Example:
     """One checked example; fields that its task does not use are None.
 
     ``text`` and ``pair`` for classification; ``prompt`` (None: the text has none) and ``completion``, or ``messages``,
-    for generation, or both, where the prompt is for models without a chat template. ``context`` is what a chat template
-    gets beside the messages (tools), ``first`` the first message that may be learnt. An image is a path or an encoded
-    file. ``told`` holds fields of one kind of task only.
+    for generation; or both, and then the prompt is for models without a chat template. ``context`` is what a chat
+    template gets beside the messages (tools), ``first`` the first message that may be learnt. An image is a path or an
+    encoded file. ``told`` holds fields of one kind of task only.
     """
 
     place: str
@@ -37,7 +37,7 @@ class Example:
     def content(self) -> str:
         """The content that two copies of one example share."""
         seen = [image_digest(image) for image in self.images]
-        # "None" is how texts were divided from the first version on: another word would be another division.
+        # "None" has been hashed since the first version: another word would divide the same texts differently.
         image = seen if len(seen) > 1 else seen[0] if seen else "None"
         told = [self.text, self.pair, self.label, self.prompt, self.completion, self.messages, image]
         more = [self.context, self.first] if self.context or self.first or self.told else []

@@ -49,7 +49,7 @@ class JoinedDataset(Dataset):
 
 
 def join(splits: Sequence[Dataset]) -> Dataset:
-    """The splits' examples as one split; of a client with several tasks, task by task."""
+    """The splits' examples as one split; task by task if the client has several tasks."""
     found = [split for split in splits if len(split)] or list(splits[:1])
     if any(isinstance(split, MixedDataset) for split in found):
         mixed = [split for split in found if isinstance(split, MixedDataset)]

@@ -2,9 +2,9 @@
 
 A file is an Arrow stream (``datasets.Dataset.from_file`` opens one), with a row for each text and a column of lists of
 32-bit numbers for each input that has one number for each token; ``labels`` is such a column where each token has one.
-``target`` is what else an example is to be answered with, which is in memory once the file is open. What else is known
-about a split stands in a JSON file beside it, which is written last: a file without it does not count. It is written
-and read with pyarrow alone: importing ``datasets`` takes 70 MB of memory.
+Any other answer of an example is in the column ``target``, which is in memory once the file is open. Everything else
+that is known about a split is in a JSON file beside it. That file is written last: without it, the Arrow file does not
+count. Only pyarrow writes and reads the files: importing ``datasets`` takes 70 MB of memory.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fedalloy_adapters.files.atomic_files import FILE_MODE, private_folder, sync
 
 TOKENS, LABELS, LENGTH, TARGET = "input_ids", "labels", "length", "target"
 ROWS_AT_ONCE = 64
-"""Examples of one record batch: what is encoded and not yet written."""
+"""Examples in a record batch, and so the most that are encoded and not yet written."""
 MAPPED_BYTES = 2**24
 """After reading this many bytes, the file's pages are given back to the system; until then they count as resident
 memory."""
 _AROUND = 16
-"""Pages that the system maps around one that is read (Linux's fault_around_bytes, 64 KiB)."""
+"""Pages that the system maps around a page that is read (Linux's fault_around_bytes, 64 KiB)."""
 UNUSED_SECONDS = 30 * 24 * 3600.0
 """Files that nobody has opened for this many seconds are removed when another is written."""
 
@@ -49,8 +49,8 @@ Ints = NDArray[np.int32]
 class TokenFile:
     """An Arrow file of examples; ``about`` is the JSON that was stored with it.
 
-    ``lengths [n]`` are tokens of each example; ``columns`` their names; ``extreme`` is the example with the largest
-    token.
+    ``lengths [n]`` are the examples' numbers of tokens, ``columns`` the names of the columns; ``extreme`` is the
+    position of the example with the largest token id.
     """
 
     path: Path
@@ -100,7 +100,7 @@ class TokenFile:
         return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.long)
 
     def lists(self, name: str, filling: int) -> Tensor:
-        """A column of short lists, ``[n, longest]``; what a list lacks is ``filling``."""
+        """A column of short lists, ``[n, longest]``; shorter lists end in ``filling``."""
         counts = np.concatenate([np.diff(part[name][1]) for part in self._parts])
         found = torch.full((len(counts), int(counts.max(initial=0))), filling)
         there = torch.arange(found.shape[1]) < torch.from_numpy(counts)[:, None]
@@ -108,7 +108,7 @@ class TokenFile:
         return found
 
     def _count(self, read: int) -> None:
-        """Give the file's pages back once enough of them were read; what is read again comes from the file."""
+        """Give the file's pages back once enough of them have been read; later reads get them from the file again."""
         self._read += read
         if self._read >= MAPPED_BYTES and self._pages is not None:
             self._read = 0
@@ -135,10 +135,10 @@ class TokenFile:
 def write_tokens(
     path: Path, examples: Iterable[Mapping[str, Sequence[int] | Ints]], about: Callable[[], Mapping[str, Any]]
 ) -> TokenFile:
-    """Write a split; a few examples are in memory at a time.
+    """Write a split, with only a few examples in memory at a time.
 
     Args:
-        path: of the Arrow file.
+        path: the Arrow file.
         examples: numbers by column, ``input_ids`` among them; all have the same columns.
         about: called after the last of ``examples``: what :attr:`TokenFile.about` will be, as JSON.
 
@@ -189,7 +189,7 @@ def write_tokens(
 class StoredDataset(Dataset):
     """A split whose texts lie in a file; ``chosen [n]`` are its examples' positions there.
 
-    ``labels`` are the examples' own, ``[n, ...]``; ``[n, 0]`` where each token has one, which are in the file.
+    ``labels`` are the examples' own, ``[n, ...]``; ``[n, 0]`` if each token has a label: those are in the file.
     """
 
     file: TokenFile = field(kw_only=True)
@@ -198,7 +198,7 @@ class StoredDataset(Dataset):
 
     @classmethod
     def of(cls, file: TokenFile, kind: str, labels: Tensor | None = None, padding: int = 0) -> StoredDataset:
-        """All examples of a file; ``labels [n, ...]`` where they are not tokens' own."""
+        """All examples of a file; ``labels [n, ...]`` if each example has one, not each token."""
         count = len(file.lengths)
         own = torch.empty(count, 0, dtype=torch.long) if labels is None else labels
         return cls({}, own, kind, file=file, chosen=torch.arange(count), padding=padding)
@@ -209,7 +209,7 @@ class StoredDataset(Dataset):
         return self.file.lengths[self.chosen]
 
     def telling(self) -> Tensor:
-        """Positions of a few: some of the first, the shortest, the longest, and that with the largest token."""
+        """Positions of a few: some of the first, the shortest, the longest, and the one with the largest token."""
         lengths = self.file.lengths[self.chosen]
         found = {*range(min(8, len(self))), int(lengths.argmin()), int(lengths.argmax())}
         found |= {int(place) for place in (self.chosen == self.file.extreme).nonzero().flatten()}
@@ -243,9 +243,9 @@ class StoredDataset(Dataset):
 
 @dataclass(frozen=True)
 class StoredGroups(Dataset):
-    """A split whose examples have ``each`` texts, which follow one another in ``texts``.
+    """A split whose examples have ``each`` texts; an example's texts follow one another in ``texts``.
 
-    Inputs are ``[n, each, L]``, and called as ``names`` says; where each token has a label, these are inputs, too.
+    Inputs are ``[n, each, L]``, with the names in ``names``; if each token has a label, labels are inputs, too.
     """
 
     texts: StoredDataset = field(kw_only=True)
@@ -291,7 +291,7 @@ def _beside(path: Path) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove files that nobody has used for long; a process that has one mapped keeps it."""
+    """Remove files that nobody has used for a long time; a process that has mapped one keeps it."""
     with contextlib.suppress(OSError):
         for told in folder.glob("*.json"):
             if time.time() - told.stat().st_mtime > UNUSED_SECONDS:

@@ -1,4 +1,4 @@
-"""Targets of generated texts: ``labels [b, L]``, where position t predicts the label at t + 1 and -100 is none."""
+"""Targets of generated texts: ``labels [b, L]``, where position t predicts the label at t + 1; -100 is not a target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def target_mask(labels: Tensor) -> Tensor:
 
 
 def at_targets(everywhere: Tensor, labels: Tensor) -> Tensor:
-    """Select from values at all positions ``[b, L', d]`` those before a target, ``[n, d]``, row by row.
+    """Of the values at all positions ``[b, L', d]``, select those before a target: ``[n, d]``, row by row.
 
     L' may exceed the L of ``labels [b, L]``: a prefix may have been put before the tokens (images), never after them.
     """
@@ -28,7 +28,7 @@ def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def by_example(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of target losses and number of targets for each example, ``[b]`` both.
+    """Sum of target losses and number of targets for each example, both ``[b]``.
 
     Args:
         losses: ``[n]``, row by row.

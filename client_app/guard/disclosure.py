@@ -42,7 +42,7 @@ def private_errors(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            in_words = isinstance(error, ValueError)  # ours say what is wrong; of others one needs to see where
+            in_words = isinstance(error, ValueError)  # ours say what is wrong; others need a traceback
             log(ERROR, "%s: %s", type(error).__name__, one_line(error, 2000), exc_info=not in_words)
             failure = ClientError(one_line(told(error), 500))
         raise failure

@@ -54,7 +54,7 @@ def noise_key(secret: bytes, plan: plan_pb2.Plan, index: int) -> bytes:
     """The key of one step's noise: different for every plan and step, and the same when a plan is repeated."""
     asked = plan_pb2.Plan()
     asked.CopyFrom(plan)
-    asked.ClearField("run_key")  # which is drawn anew for a run that is made again
+    asked.ClearField("run_key")  # a run that is repeated draws a new one
     said = asked.SerializeToString(deterministic=True)
     return hmac.digest(secret, index.to_bytes(4, "little") + said, "sha256")
 

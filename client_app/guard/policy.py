@@ -73,8 +73,8 @@ class Policy:
     """Comma-separated slots that never leave the client, nor anything made of them; a strategy that sends one is
     refused."""
     lend_adapter: bool = False
-    """Whether clients that never trained may be given this client's adapter (``fedalloy adopt``): it then lies on their
-    machines. The owner's word alone: run-config's does not count."""
+    """Whether clients that never trained may be given this client's adapter (``fedalloy adopt``): it is then on their
+    machines. Only the owner decides this: run-config cannot set it."""
 
     def __post_init__(self) -> None:
         for name in self.allowed:
@@ -123,7 +123,7 @@ class Policy:
         who = f"client {plan.client_id!r}"
         for index, step in enumerate(plan.steps):
             kind = step.WhichOneof("kind")
-            asked = [kind] if kind != "distill" else [kind, "train"]  # which it contains, with weights that may be 0
+            asked = [kind] if kind != "distill" else [kind, "train"]  # distilling trains, too
             missing = [name for name in asked if name is not None and name not in self.allowed]
             if missing:
                 raise PolicyError(
@@ -180,10 +180,10 @@ class Policy:
         Args:
             plan: what is asked.
             size_of: how many examples a split has now.
-            parts_of: how many of each task, where the client has several.
+            parts_of: how many of each task, if the client has several.
 
         Raises:
-            PolicyError: a step is about fewer than ``min_examples`` examples.
+            PolicyError: a step uses fewer than ``min_examples`` examples.
         """
         for index, step in enumerate(plan.steps):
             kind, body = step.WhichOneof("kind"), _body(step)
@@ -194,7 +194,7 @@ class Policy:
                 "select",
                 "search",
                 "attribute",
-            ):  # whose results are by task
+            ):  # these have results for each task
                 sizes = parts_of(body.split)
             for size in sizes:
                 looks_at = _examples(body, size, self.min_examples)
@@ -270,7 +270,7 @@ class Policy:
                     f"client {plan.client_id!r} refuses step {index} (send): slot {body.slot!r} is private "
                     "(client.private-slots), or made of one that is"
                 )
-            if kind == "sketch":  # its slot keeps what has no noise yet
+            if kind == "sketch":  # its slot keeps the sketch before noise is added
                 found.add(body.slot)
             for target, sources in _flows(kind, body):
                 if set(sources) & found:

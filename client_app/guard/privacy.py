@@ -93,7 +93,7 @@ def epsilon_of(spent: Iterable[Spending], delta: float, accountant: str = "rdp")
 
 
 def spending_of(plan: plan_pb2.Plan, privacy: Privacy, sizes: Sequence[int]) -> list[Spending]:
-    """What a plan may spend; ``sizes`` has how many examples each of its train steps draws from."""
+    """What a plan may spend; ``sizes`` says how many examples each of its train steps draws from."""
     trains = [step.train for step in plan.steps if step.HasField("train")]
     return [
         Spending(privacy.noise_multiplier, rate_of(int(train.batch_size), size), int(train.steps))
@@ -103,7 +103,7 @@ def spending_of(plan: plan_pb2.Plan, privacy: Privacy, sizes: Sequence[int]) -> 
 
 
 def rate_of(batch_size: int, size: int) -> float:
-    """The probability of each example to be drawn, for batches of ``batch_size`` on average."""
+    """The probability that an example is drawn, for batches of ``batch_size`` on average."""
     return min(1.0, batch_size / size)
 
 
@@ -111,7 +111,8 @@ def require_private_steps(plan: plan_pb2.Plan) -> None:
     """Refuse steps that are not private, by name.
 
     Raises:
-        PrivacyError: a step is none of :data:`PRIVATE_STEPS`, weighs examples by their losses, or is sharpness-aware.
+        PrivacyError: a step is not one of :data:`PRIVATE_STEPS`, weighs examples by their losses, or is
+            sharpness-aware.
     """
     for index, step in enumerate(plan.steps):
         kind = step.WhichOneof("kind")

@@ -82,7 +82,7 @@ def asked(plan: plan_pb2.Plan) -> dict[str, Any]:
 def left(report: report_pb2.Report, uploads: Mapping[str, bytes]) -> dict[str, Any]:
     """An answer as a record states it: the report with all its numbers, and every upload.
 
-    ``numbers`` of an upload is the bytes of its encoded numbers, which is what the server's ledger books.
+    An upload's ``numbers`` is how many bytes its encoded numbers take, which is what the server's ledger books.
     """
     said = report.SerializeToString(deterministic=True)
     return {
@@ -98,7 +98,7 @@ def values_of(message: Message) -> dict[str, Any]:
 
 
 def digest(line: bytes) -> str:
-    """SHA-256, as records have it."""
+    """A line's SHA-256, as records write it."""
     return hashlib.sha256(line).hexdigest()
 
 

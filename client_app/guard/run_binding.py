@@ -17,18 +17,18 @@ def require_same_run(directory: Path, plan: plan_pb2.Plan) -> None:
     """Require that the plan has the same key as the first plan under its run's name.
 
     Raises:
-        PolicyError: it has another one, or none.
+        PolicyError: it has another key, or none.
     """
     path = directory / _FILE
     if path.exists() and not hmac.compare_digest(path.read_text(), _digest(plan)):
         raise PolicyError(
-            f"client {plan.client_id!r} has slots of an earlier run {plan.run_name!r}, whose key this plan has not; "
+            f"client {plan.client_id!r} has slots of an earlier run {plan.run_name!r}, and this plan has another key; "
             "choose another run-name, or continue that run with resume"
         )
 
 
 def bind_run(directory: Path, plan: plan_pb2.Plan) -> None:
-    """From now on, plans that name this run need this one's key."""
+    """Require this plan's key of all later plans that name this run."""
     path = directory / _FILE
     if not path.exists():
         write_durably(path, _digest(plan).encode())

@@ -24,14 +24,14 @@ class TallyError(ValueError):
 
 
 class Tally:
-    """One client's; several processes may add to it."""
+    """One client's tally; several processes may add to it."""
 
     def __init__(self, state_dir: Path, client_id: str) -> None:
         self.client_id = client_id
         self.path = state_dir / "records" / f"{client_id}.tally.json"
 
     def begin(self, plan: plan_pb2.Plan, policy: Policy, parts_of: Parts) -> None:
-        """Add what a plan takes.
+        """Add what a plan uses.
 
         Args:
             plan: what is asked.
@@ -39,7 +39,7 @@ class Tally:
             parts_of: how many examples of each task a split has now.
 
         Raises:
-            PolicyError: it would be more than a run may take, or a measurement too near to an earlier one.
+            PolicyError: it would be more than a run may use, or a measurement is too close to an earlier one.
             TallyError: the file is damaged.
         """
         self._add(plan.run_name, tally_of(plan), policy, plan, parts_of)
@@ -91,4 +91,4 @@ class Tally:
         except FileNotFoundError:
             return {}
         except (ValueError, OSError) as error:
-            raise TallyError(f"{self.path} is damaged ({error}); it is not known what earlier runs have used") from None
+            raise TallyError(f"{self.path} is damaged ({error}); what earlier runs have used is not known") from None

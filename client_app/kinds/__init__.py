@@ -39,7 +39,7 @@ def kind_of(name: str) -> Kind:
     """The kind with this name.
 
     Raises:
-        TaskError: there is none; names those that there are.
+        TaskError: there is no such kind; names those that exist.
     """
     if name not in KINDS:
         raise TaskError(f"task {name!r} is unknown, expected one of {', '.join(KINDS)}")
@@ -63,7 +63,7 @@ def mean_loss(kind: str, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def example_losses(kind: str, outputs: Tensor, labels: Tensor) -> Tensor:
-    """One loss for each example ``[b]``; arguments see :func:`mean_loss`."""
+    """One loss for each example ``[b]``; arguments as for :func:`mean_loss`."""
     return kind_of(kind).example_losses(outputs, labels)
 
 

@@ -17,7 +17,7 @@ from client_app.kinds.scores.classes import class_metrics
 from client_app.settings import DataSettings
 
 SCORES = ("f1", "auroc", "ece")
-"""What classifications are scored by beside their loss and accuracy."""
+"""Scores of a classification beside its loss and accuracy."""
 
 
 class Classification(Kind):
@@ -53,7 +53,7 @@ class Classification(Kind):
         return functional.cross_entropy(outputs, labels, reduction="none")
 
     def mean_loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The mean cross-entropy, each example as often as its class counts."""
+        """The mean cross-entropy, each example with the weight of its class."""
         if weights is None:
             return functional.cross_entropy(outputs, labels)
         return (self.example_losses(outputs, labels) * weights.to(outputs)[labels]).mean()
@@ -68,7 +68,7 @@ class Classification(Kind):
         return scaled(asked, counts, self.name) if asked else balanced(counts)
 
     def metrics(self, kept: Sequence[Any], client: ClientData | None, *, loss_only: bool = False) -> dict[str, float]:
-        """Accuracy, and what the client asks for of :func:`class_metrics`."""
+        """Accuracy, and those of :func:`class_metrics` that the client asks for."""
         logits, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
         found = {"accuracy": int((logits.argmax(dim=-1) == labels).sum()) / len(labels)}
         if client is not None and client.metrics and not loss_only:

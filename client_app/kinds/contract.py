@@ -54,7 +54,7 @@ class Cells(Protocol):
         """The row's images: paths or encoded files."""
 
     def written(self) -> dict[str, Any]:
-        """Fields of an example whose text a model is to write, in whatever form the row has it."""
+        """Fields of an example for generation, in whatever form the row has them."""
 
     def turns(self, column: str) -> tuple[Mapping[str, Any], ...]:
         """A list of messages."""
@@ -75,7 +75,7 @@ class Encoding(Protocol):
         """One text, or two, as an encoder reads them; cut to ``max_length``."""
 
     def written_item(self, example: Example) -> Item:
-        """A text that is to be written, with ``labels``: the token where it is learnt, else -100."""
+        """A text for generation, with ``labels``: the token where it is learnt, else -100."""
 
     def padded(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """Inputs ``[n, longest]``, padded on the right; labels with -100."""
@@ -94,7 +94,7 @@ class Scorer(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the base model lies."""
+        """The base model's device."""
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs on the model's device and in its dtype."""
@@ -107,7 +107,7 @@ class Scorer(Protocol):
         *,
         per_token: bool = False,
     ) -> Tensor:
-        """What the model says about a batch, as ``read`` takes it from the model's output."""
+        """The model's answer to a batch: what ``read`` takes from the model's output."""
 
     def target_logits(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> Tensor:
         """Logits ``[n, V]`` at the targets of generated texts."""
@@ -133,19 +133,19 @@ class Kind:
     Attributes:
         name: the value of the key ``task``.
         about: its row in the documentation.
-        order: where the columns decide the task, kinds that need fewer columns come later.
-        columns: what one example has.
+        order: rank when the columns decide the task; kinds that need fewer columns come later.
+        columns: fields of one example.
         auto_model: the class of transformers that loads a base model for it.
         peft_task: the task type of its PEFT adapters; None where PEFT has no class for it.
         head: ``labels``: one row for each label, shared if the run names the labels. ``common``: one head with the same
             meaning at every client. Empty: the model needs no new head.
-        generative: whether a text is written.
-        per_token: whether the model's outputs are one for each token ``[b, L, ...]``.
+        generative: whether the model writes a text.
+        per_token: whether the model has an output for each token ``[b, L, ...]``.
         probabilities: whether outputs are logits of a distribution over the last axis.
         company: whether an example's loss depends on the other examples in its batch.
         own_inputs: inputs that are for the kind only, not for the model.
-        evaluation_batch: examples at once in an evaluation, at most (logits over a vocabulary are large).
-        scores: what its examples are scored by beside their loss.
+        evaluation_batch: most examples at once in an evaluation (logits over a vocabulary are large).
+        scores: its scores beside the loss.
     """
 
     name: ClassVar[str]
@@ -214,13 +214,13 @@ class Kind:
         return None
 
     def token_ids(self, data: Dataset) -> Sequence[Tensor]:
-        """All the token ids that a model of texts is given."""
+        """All token ids that go into a model of texts."""
         return [data.inputs["input_ids"]] if "input_ids" in data.inputs else []
 
     # ------------------------------------------------------------------------------------------- outputs and losses
 
     def outputs(self, model: Scorer, batch: Dataset, *, everywhere: bool = False) -> Tensor:
-        """What the model says about a batch of one task, on its device; ``everywhere`` see generated texts."""
+        """The model's answer to a batch of one task, on its device; for ``everywhere``, see generated texts."""
         inputs = model.inputs(self.model_inputs(batch))
         return model.logits(inputs, batch.task, self.read_output, per_token=self.per_token)
 
@@ -230,7 +230,7 @@ class Kind:
         return found
 
     def model_inputs(self, batch: Dataset) -> dict[str, Tensor]:
-        """The inputs that are the model's."""
+        """The inputs that go to the model."""
         return {name: tensor for name, tensor in batch.inputs.items() if name not in self.own_inputs}
 
     def example_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class Kind:
         raise NotImplementedError
 
     def mean_loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """What training minimises: the mean over a batch's examples, or targets; ``weights`` see :meth:`weigh`."""
+        """What training minimises: the mean over a batch's examples, or targets; for ``weights``, see :meth:`weigh`."""
         return self.example_losses(outputs, labels).mean()
 
     def summed_loss(self, outputs: Tensor, labels: Tensor) -> tuple[float, int]:
@@ -273,7 +273,7 @@ class Kind:
 
 
 def balanced(counts: Tensor) -> Tensor:
-    """Weights ``[C]`` with which every class has the same sum over ``counts [C]`` examples, and the mean weight is 1.
+    """Weights ``[C]`` that give every class the same sum over ``counts [C]`` examples, with a mean weight of 1.
 
     >>> balanced(torch.tensor([6, 2])).tolist()
     [0.6666666865348816, 2.0]

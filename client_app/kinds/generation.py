@@ -18,13 +18,13 @@ CONVERSATIONS, INSTRUCTION, INPUT, OUTPUT, TOOLS, KWARGS = (
 )
 """Columns with fixed names: those of ShareGPT, Alpaca, and TRL."""
 IMAGES = "images"
-"""The column of conversations with images, as TRL calls it; taken where there is no image column."""
+"""The column of conversations with images, as TRL calls it; used if there is no image column."""
 
 
 class Generation(Kind):
     """``labels [b, L]``: position t predicts the label at t + 1, and -100 is not a target.
 
-    Outputs are logits of the n targets alone, ``[n, V]``, or everywhere, ``[b, L, V]``.
+    Outputs are logits at the n targets alone, ``[n, V]``, or at all positions, ``[b, L, V]``.
     """
 
     generative: ClassVar[bool] = True
@@ -70,12 +70,12 @@ class Generation(Kind):
         return mean_of(_at_labels(outputs, labels), labels)
 
     def summed_loss(self, outputs: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Over target tokens."""
+        """The sum over target tokens, and their number."""
         losses, counts = by_example(_at_labels(outputs, labels), labels)
         return float(losses.double().sum()), int(counts.sum())
 
     def targets_in(self, batch: Dataset) -> int:
-        """Target tokens."""
+        """The number of target tokens."""
         return int(target_mask(batch.labels).sum())
 
 

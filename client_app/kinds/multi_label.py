@@ -20,18 +20,19 @@ from client_app.kinds.scores.classes import area_under_curve
 from client_app.settings import DataSettings
 
 MOST_WEIGHT = 100.0
-"""How much more a yes may count than a no, where weights are made from the data."""
+"""The most that a yes may count compared with a no, if weights are made from the data."""
 
 _MOST_AREAS = 300
-"""Labels that are reported one by one; a server takes a thousand metrics."""
+"""The most labels that are reported one by one; a server accepts a thousand metrics."""
 _CALLED = re.compile(r"[\w][\w .&+-]{0,63}")
-"""Names of labels that can be part of a metric's, which a server checks."""
+"""Names of labels that can be part of a metric's name, which a server checks."""
 
 
 class MultiLabel(Kind):
     """``logits [b, C]`` against ``labels [b, C]`` of zeros and ones, by the mean binary cross-entropy over labels.
 
-    Weights are those of yes against no, for each label; balanced, they are the label's share of no over that of yes.
+    A label's weight is that of a yes compared with a no; if balanced, it is the label's share of no divided by that of
+    yes.
     """
 
     name = "multi-label-classification"
@@ -108,7 +109,7 @@ class MultiLabel(Kind):
         return torch.where(yes > 0, (len(data) - yes) / yes.clamp_min(1), 1.0).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
 
     def metrics(self, kept: Sequence[Any], client: ClientData | None, *, loss_only: bool = False) -> dict[str, float]:
-        """A label's own area is called by its number; by its name where the run names the labels and all can be."""
+        """A label's own area is called by the label's number, or by the label if the run names all labels."""
         logits, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
         wanted, answers = labels.bool(), logits > 0
         found = {"accuracy": float((answers == wanted).all(dim=1).double().mean())}

@@ -33,7 +33,7 @@ IDS, MASKS, LABELS = "pair_ids", "pair_mask", "pair_labels"
 class Preferences(Kind):
     """Outputs ``[b, 2]``: rewards of the chosen and of the rejected answer.
 
-    Inputs are ``[n, 2, L]``: token ids, mask, and labels as of generated texts. ``labels [n]`` are zero.
+    Inputs are ``[n, 2, L]``: token ids, mask, and labels as for generated texts. ``labels [n]`` are zero.
     """
 
     name = "preferences"
@@ -73,7 +73,7 @@ class Preferences(Kind):
             first, better, worse = list(better[:shared]), better[shared:], worse[shared:]
         for column, turns in ((CHOSEN, better), (REJECTED, worse)):
             if not turns or turns[-1]["role"] != "assistant":
-                cells.refuse(column, "expected messages that the assistant ends, and that differ from the other answer")
+                cells.refuse(column, "expected messages that end with the assistant's and differ from the other answer")
         return {"first": len(first), "told": {CHOSEN: (*first, *better), REJECTED: (*first, *worse)}}
 
     def columns_read(self, columns: set[str], settings: DataSettings) -> set[str]:

@@ -23,11 +23,11 @@ from client_app.settings import DataSettings
 QUESTION, CONTEXT, ANSWERS = "question", "context", "answers"
 """Columns with fixed names: those of SQuAD."""
 IN_CONTEXT = "in_context"
-"""One for each token of the context, ``[n, L]``: answers are looked for there."""
+"""This input is one at tokens of the context, where answers are looked for, ``[n, L]``."""
 LONGEST_ANSWER = 30
-"""Tokens of an answer, at most; BERT's own bound on SQuAD."""
+"""The most tokens in an answer; BERT's own bound on SQuAD."""
 _OUTSIDE = -1e4
-"""A logit of what is padding: far below all others, and finite."""
+"""The logit of padding: far below all others, and finite."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -121,7 +121,7 @@ class QuestionAnswering(Kind):
         return self.model_inputs(data)
 
     def outputs(self, model: Scorer, batch: Dataset, *, everywhere: bool = False) -> Tensor:
-        """``[b, 2, L]``; padding is no place for an answer."""
+        """``[b, 2, L]``; an answer cannot be in padding."""
         found = super().outputs(model, batch).transpose(1, 2)
         return found.masked_fill(batch.inputs[MASK].to(found.device)[:, None] == 0, _OUTSIDE)
 
@@ -135,7 +135,7 @@ class QuestionAnswering(Kind):
         return losses.mean(dim=1)
 
     def keep(self, outputs: Tensor, labels: Tensor, batch: Dataset, client: ClientData | None) -> Any:
-        """The answer's text for each example, and the texts that are right."""
+        """The answer's text for each example, and the right answers."""
         spans = best_spans(outputs.float().cpu(), batch.inputs[IN_CONTEXT])
         decode = client.decode if client is not None else None
         if decode is None:
@@ -175,7 +175,7 @@ def best_spans(outputs: Tensor, in_context: Tensor) -> Tensor:
 
 
 def word_f1(said: str, right: str) -> float:
-    """F1 of the words that two answers have in common (SQuAD's); without words, whether both have none."""
+    """SQuAD's F1 of the words that two answers share; if one has no words, 1 if the other has none either, else 0."""
     found, expected = Counter(words_of(_plain(said))), Counter(words_of(_plain(right)))
     if not found or not expected:
         return float(found == expected)
@@ -189,7 +189,7 @@ def _plain(text: str) -> str:
 
 
 def _answers(cells: Cells) -> list[tuple[str, int | None]]:
-    """Texts and where they begin, in the forms that SQuAD's files have."""
+    """Texts and where they begin, in the forms that occur in SQuAD's files."""
     value = cells.value(ANSWERS)
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:

@@ -23,7 +23,7 @@ class Regression(Kind):
 
     name = "regression"
     about = About(
-        '`text` (or two), `label` as a number that is no integer; else with `task="regression"`',
+        '`text` (or two), `label` as a number that is not an integer; for integers, set `task="regression"`',
         "mean squared error, Pearson's and Spearman's correlation",
     )
     order = 11
@@ -81,7 +81,7 @@ class Regression(Kind):
         return (outputs - labels.to(outputs)).square()
 
     def metrics(self, kept: Sequence[Any], client: ClientData | None, *, loss_only: bool = False) -> dict[str, float]:
-        """Correlations are left out where all numbers are the same."""
+        """Correlations are left out if all numbers are the same."""
         outputs, labels = (torch.cat(parts).double() for parts in zip(*kept, strict=True))
         found = {"mse": float((outputs - labels).square().mean())}
         if loss_only:

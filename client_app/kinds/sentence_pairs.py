@@ -6,7 +6,7 @@ nearest to its own positive, and far from all other positives and all negatives:
     loss_i = -log exp(s a_i p_i) / (sum_j exp(s a_i p_j) + sum_j exp(s a_i n_j)),   s = 20
 
 (Henderson et al. 2017, section 4.4; van den Oord et al. 2018.) So an example's loss depends on its batch:
-``micro-batch-size`` makes batches smaller here, and each batch a smaller choice.
+``micro-batch-size`` makes batches smaller here, and so gives each anchor fewer texts to choose from.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SentencePairs(Kind):
         count = len(examples[0].told["texts"])
         odd = next((example for example in examples if len(example.told["texts"]) != count), None)
         if odd is not None:
-            encoding.refuse(odd, f"{len(odd.told['texts'])} texts, and {count} in the first row, expected as many")
+            encoding.refuse(odd, f"{len(odd.told['texts'])} texts, expected {count} as in the first row")
         items = [
             encoding.text_item(replace(example, text=text, told={}))
             for example in examples
@@ -117,7 +117,7 @@ class SentencePairs(Kind):
         return torch.cat(parts)
 
     def whole_loss(self, kept: Sequence[Any]) -> float:
-        """The whole split as one batch."""
+        """The loss of the whole split as one batch."""
         outputs, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
         return float(self.example_losses(outputs, labels).double().mean())
 
@@ -135,6 +135,6 @@ class SentencePairs(Kind):
 
 
 def mean_embedding(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Of hidden states ``[n, L, d]`` the mean over tokens (``mask [n, L]``), of length one: ``[n, d]``."""
+    """The mean of hidden states ``[n, L, d]`` over tokens (``mask [n, L]``), scaled to length one: ``[n, d]``."""
     there = mask[..., None].to(hidden)
     return functional.normalize((hidden * there).sum(dim=1) / there.sum(dim=1), dim=-1)

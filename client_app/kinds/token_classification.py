@@ -19,13 +19,14 @@ from client_app.kinds.scores.entities import entity_scores, has_entities
 from client_app.settings import DataSettings
 
 WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "pos_tags", "labels")
-"""Usual names of the columns, where those of the settings are not there."""
+"""Usual names of the columns, used if those of the settings are missing."""
 
 
 class TokenClassification(Kind):
     """``logits [b, L, C]`` against ``labels [b, L]``, by the cross-entropy of each word's first token.
 
-    Words are joined with spaces and read as a text, as they will be in use. -100: not the first token of a word.
+    Words are joined with spaces and read as a text, as they will be when the model is used. -100: not the first token
+    of a word.
     """
 
     name = "token-classification"
@@ -121,24 +122,24 @@ class TokenClassification(Kind):
         return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp_min(1)
 
     def mean_loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Over the words of all texts."""
+        """The mean over the words of all texts."""
         losses = _losses(outputs, labels)
         if weights is not None:
             losses = losses * weights.to(outputs)[labels.clamp_min(0)]
         return losses.sum() / (labels != IGNORED).sum().clamp_min(1)
 
     def summed_loss(self, outputs: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Over words."""
+        """The sum over words, and their number."""
         return float(_losses(outputs, labels).double().sum()), int((labels != IGNORED).sum())
 
     def targets_in(self, batch: Dataset) -> int:
-        """Words."""
+        """The number of words with a label."""
         return int((batch.labels != IGNORED).sum())
 
     def weigh(self, data: Dataset, asked: Sequence[float], classes: int) -> Tensor:
         """See :meth:`Kind.weigh`."""
         counts = torch.zeros(classes, dtype=torch.long)
-        for part in torch.split(torch.arange(len(data)), 1024):  # labels of tokens may lie in a file
+        for part in torch.split(torch.arange(len(data)), 1024):  # labels of tokens may be in a file
             found = data.batch(part).labels
             counts += torch.bincount(found[found != IGNORED], minlength=classes)
         return scaled(asked, counts, self.name) if asked else balanced(counts)

@@ -10,8 +10,8 @@ target's and :math:`x_p` of the pivot's module for the same token:
   ``r x r`` matrix T of :func:`recolouring`; equal to the ``d x d`` form because :math:`B_0 A x` has rank r.
 
 The base models are frozen and adapters take no part, so inputs do not depend on A: one pass over the data for their
-second moments is all of the data that both stages need, and the authors' stochastic epoch becomes an exact objective.
-Models must see the same examples as the same number of tokens.
+second moments is enough for both stages, and the authors' stochastic epoch becomes an exact objective. Models must see
+the same examples as the same number of tokens.
 """
 
 from __future__ import annotations

@@ -30,14 +30,14 @@ class Gate:
 
 
 class GateError(ValueError):
-    """A gate cannot be computed from what the model is given."""
+    """A gate cannot be computed from the model's inputs."""
 
 
 class GateContext:
     """What an input-dependent gate needs to know about the forward pass that it is part of.
 
     Attach it to a model: it sees which tokens are padding, and keeps the gates of the last pass over a whole input, so
-    that generating token by token goes on with the gates of the prompt.
+    that token-by-token generation continues with the prompt's gates.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class GateContext:
         """``sigmoid(mean over tokens of x . gate)``, one for each example: shape ``[b, 1, ..]`` to multiply ``x``.
 
         Args:
-            module: whose gate it is.
+            module: the module that the gate belongs to.
             x: the module's input, ``[b, d_in]`` or ``[b, T, d_in]``.
             gate: ``[d_in]``.
         """
@@ -83,16 +83,16 @@ class GateContext:
 
 
 def _holds_tokens(argument: Any) -> bool:
-    """Whether this argument of a forward pass is a cache with earlier tokens, so that the pass goes on with a text.
+    """Whether this argument of a forward pass is a cache with earlier tokens, so that the pass continues a text.
 
-    A cache is known by its type, for transformers has renamed the argument: it is ``past_key_values`` or
+    A cache is recognised by its type, because transformers has renamed the argument: it is ``past_key_values`` or
     ``cache_params`` up to 5.23, and ``cache`` from 5.24 on.
     """
     if not isinstance(argument, Cache):
         return False
     try:
         return int(argument.get_seq_length()) > 0
-    except ValueError:  # no layer with attention: such layers keep a state and count no tokens
+    except ValueError:  # no attention layers: the other layers keep a state and count no tokens
         return bool(argument.has_previous_state())
 
 
@@ -106,7 +106,7 @@ class ModuleGate:
     context: GateContext
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The coefficient, to multiply the term's output with; ``x`` is the module's input."""
+        """The coefficient that multiplies the term's output; ``x`` is the module's input."""
         if self.parameter.shape == (1,):
             weight = torch.sigmoid(self.parameter)
         else:
@@ -137,7 +137,7 @@ class TermVariant(LoraVariant):
 
 
 def add_factor(layer: LoraLayer, slot: str, factor: Factor, shape: tuple[int, ...]) -> None:
-    """Give a slot P or Q at one of PEFT's layers, zero; PEFT's own bookkeeping then covers it."""
+    """Give a slot P or Q of zeros at one of PEFT's layers; PEFT's own bookkeeping then covers it."""
     name = SHARED_FACTORS[factor]
     if not hasattr(layer, name):
         setattr(layer, name, nn.ParameterDict())

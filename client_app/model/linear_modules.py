@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
-    """Numbers of inputs and outputs of a linear module, GPT-2's ``Conv1D`` included; None for other modules."""
+    """The numbers of inputs and outputs of a linear module, GPT-2's ``Conv1D`` included; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return (module.weight.shape[0], module.weight.shape[1]) if isinstance(module, Conv1D) else None

@@ -38,10 +38,10 @@ class RoleError(ValueError):
 
 
 def role_of(module: str) -> str:
-    """One of ``q, k, v, o, gate, up, down``, or ``qkv`` and ``gate_up`` where a family has fused them.
+    """One of ``q, k, v, o, gate, up, down``, or ``qkv`` and ``gate_up`` if a family has fused them.
 
     Raises:
-        RoleError: the name says none of them.
+        RoleError: the name fits none of them.
     """
     for role, pattern in _PATTERNS:
         if pattern.fullmatch(module):
@@ -104,10 +104,10 @@ def shared_names(targets: Iterable[str], modules: Iterable[str], blocks: int) ->
 
 
 def last_down_projection(model: nn.Module) -> str:
-    """The MLP down-projection of the last layer: what a sketch is the gradient of.
+    """The MLP down-projection of the last layer, whose gradient a sketch is.
 
     Raises:
-        RoleError: there is none by a known name.
+        RoleError: there is none with a known name.
     """
     downs: list[str] = []
     modules = dict(model.named_modules())

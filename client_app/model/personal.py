@@ -59,8 +59,8 @@ class PersonalModel:
     apply to them, too.
 
     Args:
-        base: the frozen model and what of it adapters change.
-        rank: of every LoRA module.
+        base: the frozen model, and the parts of it that adapters change.
+        rank: that of every LoRA module.
         alpha: LoRA's; the scaling is alpha / rank.
         dropout: at the input of A.
         blocks: Co-LoRA's number of blocks: at the last layer of each, the modules get P and Q. 0: plain LoRA.
@@ -111,7 +111,7 @@ class PersonalModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the base model lies."""
+        """The base model's device."""
         return next(self.module.parameters()).device
 
     def align(self, basis: Adapter) -> None:
@@ -126,7 +126,7 @@ class PersonalModel:
         self.basis = basis
 
     def initial(self, seed: int) -> Adapter:
-        """The starting adapter of a seed, with the aligned basis where there is one: the model is the base."""
+        """The starting adapter of a seed, with the aligned basis if there is one; the model still equals the base."""
         adapter = Adapter.initial(self.layout, seed)
         return adapter if self.basis is None else adapter.with_part(self.basis)
 
@@ -223,7 +223,7 @@ class PersonalModel:
         self._mixture = mixture
 
     def for_own_heads(self, coefficient: Coefficient) -> Coefficient:
-        """With coefficients for heads that only this client knows: the mean of those given for modules."""
+        """The same, with coefficients for heads that only this client knows: the mean of those given for modules."""
         if self.own_layout is None or not isinstance(coefficient, Mapping) or not coefficient:
             return coefficient
         mean = sum(coefficient.values()) / len(coefficient)
@@ -239,7 +239,7 @@ class PersonalModel:
         return found
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch's inputs on the base model's device, and those that are not integers in its dtype."""
+        """A batch's inputs on the base model's device; those that are not integers are in its dtype."""
         return {
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.items()
@@ -252,9 +252,9 @@ class PersonalModel:
 
         Args:
             inputs: by argument's name.
-            task: for a model for several tasks, which.
-            read: what is wanted of the model's output on some inputs; its logits.
-            per_token: whether that is one for each token ``[b, L, ...]``, to stand where the tokens stand.
+            task: the name of the task, for a model for several tasks.
+            read: takes the wanted part of the model's output on some inputs; by default its logits.
+            per_token: whether that part has a row for each token, ``[b, L, ...]``, in the tokens' places.
         """
         chosen = {"task": task} if task else {}
 
@@ -270,7 +270,7 @@ class PersonalModel:
         return self._target_logits(lambda: self.logits(inputs, task), labels)
 
     def at_targets(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> AtTargets:
-        """Losses of the targets in ``labels [b, L]``, and logits where they are wanted, with few of them at a time."""
+        """Losses of the targets in ``labels [b, L]``, and logits on request, a few at a time."""
         return self.target_losses(lambda: self.logits(inputs, task), labels)
 
     @contextmanager
@@ -346,7 +346,7 @@ class PersonalModel:
                     add_factor(layers[entry.module], _inner(slot), entry.factor, entry.shape)
             set_training(
                 self.module, self.module.training
-            )  # PEFT's new dropout is in training mode whatever the model is in
+            )  # PEFT's new dropout is in training mode whatever the model's mode
         for key, differences in self._differences.items():
             if key in layout.by_name:
                 zeros = torch.zeros_like(self.heads[key], device=self.device, dtype=torch.float32)

@@ -37,7 +37,7 @@ def read_start_adapter(path: str, layout: Layout, base_heads: Mapping[str, Tenso
 
     Args:
         path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        layout: the client's.
+        layout: the client's layout.
         base_heads: the base model's own heads by entry name, from which PEFT's whole modules are differences.
 
     Raises:
@@ -65,7 +65,7 @@ def read_start_adapter(path: str, layout: Layout, base_heads: Mapping[str, Tenso
         )
     given = _as_adapter(state, config, layout, base_heads, folder)
     start = truncate(stack([given], [1.0]), layout)
-    for module in layout.lora_modules:  # the same rank: its own factors, not a rotation of them
+    for module in layout.lora_modules:  # with the same rank, keep its own factors, not a rotation of them
         if given.layout.ranks[module] == layout.ranks[module]:
             start[module, Factor.A].copy_(given[module, Factor.A])
             ratio = given.layout.scalings[module] / layout.scalings[module]
@@ -80,7 +80,7 @@ def _as_adapter(
     base_heads: Mapping[str, Tensor],
     folder: Path,
 ) -> Adapter:
-    """What is in the folder, at its own ranks, with zeros for what it lacks."""
+    """The folder's adapter at its own ranks, with zeros for what the folder lacks."""
     found = {_entry_name(key): tensor.float() for key, tensor in state.items()}
     for name, tensor in found.items():
         if name not in layout.by_name:

@@ -12,11 +12,11 @@ from client_app.own.messages import Turn, text_of
 from client_app.own.reading.text_files import DataError
 
 Span = tuple[int, int]
-"""Start and end of characters that are learnt."""
+"""Start and end of learnt characters."""
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _KNOWN = ("role", "content", "weight")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of an answer's reasoning: transformers hands one to templates under the names of others, too."""
+"""Names of an answer's reasoning: transformers passes it to templates under all of these names."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """The template itself; all of them where the model has several."""
+        """The template itself; all of them if the model has several."""
         found = self.speaker.chat_template
         return found if isinstance(found, str) else "\n".join(found.values())
 
@@ -47,11 +47,11 @@ class ChatTemplate:
         """The conversation's text, and the spans of it that are learnt.
 
         The model learns what it has to generate after the template's generation prompt, up to the token that ends the
-        answer; if the template has generation markers, the text that it marks. Answers with weight 0 are not learnt.
+        answer; if the template has generation markers, it learns the marked text. Answers with weight 0 are not learnt.
 
         Args:
-            turns: messages, the last is the assistant's.
-            context: what else the template gets, ``tools`` above all.
+            turns: messages; the last one is the assistant's.
+            context: everything else that the template gets, above all ``tools``.
             first: the first message that may be learnt.
             place: the row's, for errors.
 
@@ -61,7 +61,7 @@ class ChatTemplate:
         turns = self._for_template(turns, context)
         try:
             text = self._text(turns, context)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise any error
             raise DataError(f"{place}: the model's chat template refuses this conversation: {error}") from None
         answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
         if _MARKERS.search(self.source):
@@ -97,12 +97,12 @@ class ChatTemplate:
         return found
 
     def _has_reasoning(self, key: str, named: tuple[str, ...]) -> bool:
-        """Whether reasoning under this name is in a last answer's text, where it has values under all of ``named``."""
+        """Whether a last answer's text has the reasoning under this name when it has values under all of ``named``."""
         if (key, named) not in self._reasoned:
             answer = {"role": "assistant", "content": "a", **{name: f"<<{name}>>" for name in named}}
             try:
                 shown = f"<<{key}>>" in self._text([{"role": "user", "content": "q"}, answer], {})
-            except Exception:  # a template that wants more of a conversation; what it names is all there is to go by
+            except Exception:  # a template that needs a longer conversation: look for the key in its source
                 shown = key in self.source
             self._reasoned[key, named] = shown
         return self._reasoned[key, named]
@@ -111,7 +111,7 @@ class ChatTemplate:
         return str(self.speaker.apply_chat_template(list(turns), tokenize=False, **context, **options))
 
     def _span(self, turns: Sequence[Turn], context: Mapping[str, Any], number: int, text: str) -> Span | None:
-        """Where one answer is in the text of the whole conversation; None where the template rewrites it."""
+        """The place of one answer in the text of the whole conversation; None if the template rewrites it."""
         try:
             asked = self._text(turns[:number], context, add_generation_prompt=True) if number else ""
             before = self._text(turns[:number], context) if number else ""
@@ -119,7 +119,7 @@ class ChatTemplate:
         except Exception:  # it accepts the whole conversation, not its beginning
             return None
         start = common_start(text, asked)
-        # A generation prompt may open what an answer then has or not, like <think>; all before it must be there.
+        # A generation prompt may open something that not every answer has, like <think>; all before it must be there.
         if start < len(before) or not text.startswith(before):
             return None
         if text.startswith(after):
@@ -159,7 +159,7 @@ class ChatTemplate:
     def _ended(self, text: str, span: Span, content: str) -> Span:
         """Nothing after the end token is learnt: what follows it are the template's line breaks.
 
-        Where an end is written in plain text, the same; where there is none, line breaks are all that ends the answer.
+        The same if an end is written in plain text; if there is none, only line breaks end the answer.
         """
         start, end = span
         shown = text[start:end].rstrip()

@@ -1,7 +1,7 @@
-"""Examples that were checked once, and are read again from their rows whenever they are wanted.
+"""Examples that were checked once, and are read again from their rows whenever they are needed.
 
-In memory are of each the digest of its content and the numbers of its labels: enough to find copies, to divide the
-examples into splits, and to count.
+Memory holds the digest of each example's content and the numbers of its labels. That is enough to find copies, to
+divide the examples into splits, and to count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from client_app.own.reading.text_files import Row
 from client_app.settings import DataSettings
 
 DIGEST = "S32"
-"""SHA-256, as numpy compares and sorts it."""
+"""A SHA-256 in a form that numpy compares and sorts."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Checked(Sequence[Example]):
     """Examples of one client, or of one of its splits; a slice of them is a list.
 
     Args:
-        rows: that the examples are in.
-        positions: of the examples among the rows, ``[n]``.
-        kind: of the task.
+        rows: the rows that the examples are in.
+        positions: those of the examples among the rows, ``[n]``.
+        kind: the kind of task.
         settings: which columns are read.
         digests: SHA-256 of each example's :attr:`Example.content`, ``[n]``.
-        names: of all labels of the client, in the order in which they appear.
+        names: all labels of the client, in the order in which they appear.
         labels: numbers in ``names`` of the examples' labels, one example after another.
         ends: where each example's labels end, ``[n]``.
-        columns: of all rows.
-        chats: whether there is a conversation that only a chat template can read.
+        columns: the columns of all rows.
+        chats: whether some conversation needs a chat template.
     """
 
     rows: Sequence[Row]

@@ -27,7 +27,7 @@ class Encoder:
     """Turns examples into a :class:`Dataset`; ``truncated`` counts texts that were cut to ``max_length`` tokens.
 
     ``chat`` is the model's chat template; ``ask_by_chat`` says whether prompts and completions go through it, too.
-    ``between`` is put between a prompt and its completion where no template does.
+    ``between`` is put between a prompt and its completion if no template does that.
     """
 
     kind: Kind
@@ -44,7 +44,7 @@ class Encoder:
 
     @property
     def padding_id(self) -> int | None:
-        """The token that fills texts up."""
+        """The token that pads texts."""
         return None if self.tokenizer is None else int(self.tokenizer.pad_token_id)
 
     def decode(self, ids: Tensor) -> str:
@@ -56,7 +56,7 @@ class Encoder:
 
         Args:
             examples: of this encoder's kind.
-            labels: names of the classes, in order; unused where texts are generated.
+            labels: names of the classes, in order; unused if texts are generated.
 
         Raises:
             DataError: an image cannot be read, or a chat template refuses a conversation; names the row.
@@ -84,7 +84,7 @@ class Encoder:
 
     def text_item(self, example: Example) -> dict[str, list[int]]:
         """One text, or two, cut to ``max_length``."""
-        # What a text says is text, also where it has the spelling of a special token: T5 and BART count end tokens.
+        # The spelling of a special token in a text is text, too: T5 and BART count end tokens.
         options: dict[str, Any] = {"split_special_tokens": True}
         told = f"{example.text} {example.pair or ''}"
         if any(token in told for token in self.tokenizer.all_special_tokens):
@@ -98,7 +98,7 @@ class Encoder:
         return found | {MASK: [1] * len(found["input_ids"])}  # some tokenizers give none
 
     def written_item(self, example: Example) -> dict[str, list[int]]:
-        """A text that is to be written, and ``labels``: its tokens where they are learnt, else -100."""
+        """A text for generation, and ``labels``: its tokens where they are learnt, else -100."""
         turns = self._turns(example)
         if turns:
             assert self.chat is not None
@@ -114,7 +114,7 @@ class Encoder:
             labels.append(self.tokenizer.eos_token_id)
             beside = {name: [*values, 0] for name, values in beside.items()}
         if set(labels[1:]) <= {IGNORED}:
-            raise DataError(f"{example.place}: nothing in this conversation is to be learnt")
+            raise DataError(f"{example.place}: there is nothing to learn in this conversation")
         if len(ids) > self.max_length:
             ids, labels = self._cut(example, ids, labels)
         if set(labels[1:]) <= {IGNORED}:
@@ -122,16 +122,16 @@ class Encoder:
         return {"input_ids": ids, MASK: [1] * len(ids), **beside, "labels": labels}
 
     def _image_tokens(self, example: Example) -> str:
-        """What stands for an example's images before its prompt; a prompt that has places for them keeps its own."""
+        """The tokens for an example's images before its prompt; none if the prompt has places for them."""
         token = str(getattr(self.joint, "image_token", None) or "")
         there = (example.prompt or "").count(token) if token else 0
         if there not in (0, len(example.images)):
             raise DataError(f"{example.place}: {there} times {token} in the prompt, and {len(example.images)} images")
-        # A line each: Qwen-VL takes neighbours without anything between them for one image.
+        # One on each line: Qwen-VL reads neighbours with nothing between them as one image.
         return "" if there or not token else "\n".join([token] * len(example.images))
 
     def _turns(self, example: Example) -> Sequence[Turn]:
-        """The conversation that an example is for this model; empty where its texts are read as they are."""
+        """An example as a conversation for this model; empty if its texts are read as they are."""
         turns: Sequence[Turn] = example.messages
         if example.prompt is not None and not (self.chat and self.ask_by_chat):
             return ()
@@ -144,9 +144,9 @@ class Encoder:
     def _tokens(
         self, example: Example, text: str, spans: Sequence[Span], *, templated: bool
     ) -> tuple[list[int], list[bool], dict[str, list[int]]]:
-        """A text's tokens, tokenised as a whole, and whether each is learnt: whether it has a character of a span.
+        """A text's tokens, tokenised as a whole, and whether each is learnt, which means: has a character of a span.
 
-        With images there may be more that the processor says about each token: which are an image's.
+        With images, the processor may say more about each token, such as which ones are an image's.
         """
         special = not templated
         if self.kind.has_image:
@@ -168,7 +168,7 @@ class Encoder:
             if not templated and added[-1] and ids[-1] == self.tokenizer.eos_token_id:
                 ids, learnt = ids[:-1], learnt[:-1]
         if len(ids) > 1 and special and ids[0] == ids[1] == self.tokenizer.bos_token_id:
-            ids, learnt = ids[1:], learnt[1:]  # the text has its own
+            ids, learnt = ids[1:], learnt[1:]  # the text has one of its own
         if self.kind.has_image:
             told = self._with_images(example, text, special=special)
             found, wanted = _expanded(ids, learnt, told.pop("input_ids"), example)
@@ -176,7 +176,7 @@ class Encoder:
         return ids, learnt, {}
 
     def _cut(self, example: Example, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        """The prompt loses its beginning (but for the first token), then the completion its end."""
+        """Cut the beginning of the prompt (except the first token), then the end of the completion."""
         self.truncated += 1
         if self.kind.has_image:
             raise DataError(
@@ -188,19 +188,19 @@ class Encoder:
         return ids[: self.max_length], labels[: self.max_length]
 
     def _with_images(self, example: Example, text: str, *, special: bool) -> dict[str, list[int]]:
-        """The processor's tokens, and the other fields that have a number for each of them."""
+        """The processor's tokens, and the other fields that have a number for each token."""
         try:
             encoded = self.joint(images=_opened(example), text=[text], add_special_tokens=special)
         except DataError:
             raise
-        except Exception as error:  # processors raise what they like
+        except Exception as error:  # processors may raise any error
             raise DataError(f"{example.place}: the model's processor refuses this image and text: {error}") from None
         fields = ["input_ids", *(name for name in encoded if name.endswith("token_type_ids"))]
         return {name: [int(number) for number in encoded[name][0]] for name in fields}
 
 
 def _with_parts(turns: Sequence[Turn], images: int) -> list[Turn]:
-    """Messages as templates of processors want them: lists of parts, the images first where no message has them."""
+    """Messages as templates of processors expect them: lists of parts; images come first if no message places them."""
     found = [dict(turn) for turn in turns]
     for turn in found:
         if isinstance(turn.get("content"), str):
@@ -213,12 +213,12 @@ def _with_parts(turns: Sequence[Turn], images: int) -> list[Turn]:
 
 
 def _touched(places: Sequence[Span], added: Sequence[int], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token has a character of a span; one without characters, whether it begins there.
+    """Whether each token has a character of a span; a token without characters: whether it begins there.
 
     Args:
         places: where the tokens' characters begin and end.
-        added: whether a token is none of the text.
-        spans: of characters.
+        added: whether a token is not part of the text.
+        spans: the spans of characters.
     """
     begins, ends = np.array(places, np.int64).reshape(-1, 2).T
     found = np.zeros(len(begins), bool)
@@ -231,7 +231,7 @@ def _touched(places: Sequence[Span], added: Sequence[int], spans: Sequence[Span]
 def _expanded(
     ids: Sequence[int], learnt: Sequence[bool], with_image: list[int], example: Example
 ) -> tuple[list[int], list[bool]]:
-    """The processor's tokens and whether each is learnt: it has put in those that stand for the image."""
+    """The processor's tokens, with those that it has added for the image, and whether each is learnt."""
     found, at = [], 0
     for token in with_image:
         same = at < len(ids) and token == ids[at]
@@ -249,8 +249,8 @@ def load_encoder(
 
     Args:
         found: the model.
-        kind: of the task.
-        max_length: tokens of one example, at most.
+        kind: the kind of task.
+        max_length: most tokens of one example.
         chat: whether examples are conversations, which need a chat template.
         prompt_template: whether prompts and completions go through it, too (``auto``), or not (``none``).
 
@@ -266,7 +266,7 @@ def load_encoder(
     if kind.has_image and kind.has_text:
         encoder.joint = _load(transformers.AutoProcessor, found, "processor", "processor_config.json")
         missing = [part for part in ("image_processor", "tokenizer") if not hasattr(encoder.joint, part)]
-        if missing:  # transformers' answer for a model of texts alone is its tokenizer
+        if missing:  # transformers returns the tokenizer for a model of texts alone
             raise BaseModelError(
                 f"base-model {found.name!r} has no processor of images and texts (task {kind.name!r}): what it has "
                 f"lacks {' and '.join(missing)}"
@@ -293,7 +293,7 @@ def load_encoder(
 
 
 def _image_processor(found: FoundModel, encoder: Encoder) -> Any:
-    """The model's own; without a file of one its architecture's default, at the model's image size, and a remark."""
+    """The model's own; if it has no file, its architecture's default at the model's image size, with a remark."""
     import transformers
     from transformers.models.auto import image_processing_auto
 
@@ -310,7 +310,7 @@ def _image_processor(found: FoundModel, encoder: Encoder) -> Any:
     height, width = (side, side) if isinstance(side, int) else side
     processor = getattr(transformers, name)(size={"height": height, "width": width})
     encoder.remarks.append(
-        f"base-model {found.name!r} has no preprocessor_config.json: images are prepared as is {config.model_type}'s "
+        f"base-model {found.name!r} has no preprocessor_config.json: images are prepared by {config.model_type}'s "
         f"default, at {height} x {width}"
     )
     return processor
@@ -319,7 +319,7 @@ def _image_processor(found: FoundModel, encoder: Encoder) -> Any:
 def _load(auto: Any, found: FoundModel, what: str, file: str) -> Any:
     try:
         return auto.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers' answers to a missing file are of many classes
+    except Exception as error:  # transformers raises errors of many classes for a missing file
         reason = str(error).strip().splitlines()
         raise BaseModelError(
             f"base-model {found.name!r}: {found.folder} has no {what} that can be loaded (expected {file}): "
@@ -328,7 +328,7 @@ def _load(auto: Any, found: FoundModel, what: str, file: str) -> Any:
 
 
 def _require_padding(tokenizer: Any, config: Any) -> None:
-    """Some padding token that the model has an embedding of; which one does not matter, because the mask hides it."""
+    """Choose some padding token that the model can embed; which one does not matter, because the mask hides it."""
     rows = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
         return

@@ -32,7 +32,7 @@ def guess_kind(row: Mapping[str, Any], settings: DataSettings) -> str:
     """The kind of task that a row's columns are for.
 
     Raises:
-        DataError: they are for none.
+        DataError: they fit no kind.
     """
     kind = kind_for(row, settings)
     if kind is not None:
@@ -64,7 +64,7 @@ class RowCells:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """What the row has, by column."""
+        """The row's values by column."""
         return self.row.values
 
     def value(self, column: str) -> Any:
@@ -92,7 +92,7 @@ class RowCells:
         return read_turns(self.row, column)
 
     def written(self) -> dict[str, Any]:
-        """What a model is to write, and its images."""
+        """The text that the model should write, and its images."""
         found = _to_write(self.row, self.settings)
         parts = image_parts(found.get("messages", ()))
         if self.with_images:
@@ -119,13 +119,13 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
 
 
 def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> set[str]:
-    """Which of the columns of a row :func:`read_example` looks at."""
+    """Which of a row's columns :func:`read_example` looks at."""
     there = set(columns)
     return ({settings.split_column, settings.partition_by} | kind.columns_read(there, settings)) & there
 
 
 def _to_write(row: Row, settings: DataSettings) -> dict[str, Any]:
-    """What a model is to write for a row, and after what: the first of the known forms that it has."""
+    """The text that the model should write for a row, and what comes before it, in the first known form that fits."""
     context, columns = read_context(row), row.values
     for column in (settings.messages_column, CONVERSATIONS):
         if column in columns:
@@ -145,7 +145,7 @@ def _to_write(row: Row, settings: DataSettings) -> dict[str, Any]:
 
 
 def _images_to_write(row: Row, column: str, parts: Sequence[Mapping[str, Any]]) -> tuple[Path | bytes, ...]:
-    """The images of a conversation or prompt: those of the column, or else those that the messages name themselves."""
+    """The images of a conversation or prompt: those of the column, or else those that the messages name."""
     named = [part for part in parts if "image" in part]
     if column not in row.values and IMAGES not in row.values and parts and len(named) == len(parts):
         return tuple(_image(row, part["image"], f"{row.place}, an image of the messages") for part in parts)
@@ -160,7 +160,7 @@ def _label(value: Any, where: str) -> str:
         return str(value).lower()
     if isinstance(value, int):
         return str(value)
-    if isinstance(value, float) and value.is_integer():  # pandas' integers beside a missing one
+    if isinstance(value, float) and value.is_integer():  # pandas turns integers into floats if one is missing
         return str(int(value))
     if not isinstance(value, str):
         raise DataError(f"{where}: {short(value)} is {type(value).__name__}, expected a label (text or integer)")

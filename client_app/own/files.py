@@ -32,9 +32,10 @@ from fedalloy_adapters.files.atomic_files import write_durably
 
 MIN_EXAMPLES = 3
 _UNLABELLED = {"None", "", "-1"}
-"""What stands for no label in the test splits of benchmarks, as text."""
+"""What benchmarks' test splits have instead of a label, as text."""
 _LEAST_TOKENS = 0.5
-"""A tokenizer with fewer tokens, as a share of the model's embeddings, is probably another model's."""
+"""If a tokenizer has a smaller share of tokens than this, compared with the model's embeddings, it is probably not the
+model's."""
 
 
 @dataclass
@@ -49,11 +50,11 @@ class Found:
 
 
 def load_own(settings: Settings) -> tuple[Base, ClientData]:
-    """The base model that run-config names, and this client's data for it; writes ``data-<client-id>.txt``.
+    """The base model that run-config names, and this client's data; also writes ``data-<client-id>.txt``.
 
     Raises:
         DataError: the data are not usable; names file, line and column.
-        BaseModelError: the base model is not here, or not for this task.
+        BaseModelError: the base model is not here, or is not for this task.
     """
     cache = settings.state_dir / ".cache"
     found = read_own(settings)
@@ -93,7 +94,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
 def _encoded(
     encoder: Encoder, found: Found, model: FoundModel, settings: Settings
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """The splits, and of each enough examples to check it by."""
+    """The splits, and enough examples of each to check it with."""
     splits: dict[str, Dataset] = {}
     for name, examples in found.splits.items():
         if settings.task_arrival == "all":
@@ -148,7 +149,7 @@ def label_weights(found: Found, train: Dataset, model: ModelSettings) -> Tensor 
     """How much each class counts in training ``[C]``, as the key ``label-weights`` says; None: all the same.
 
     Raises:
-        DataError: the kind of task has no classes, or there is not a number for each.
+        DataError: the kind of task has no classes, or ``label-weights`` has no number for each.
     """
     if model.label_weights == "none":
         return None
@@ -159,12 +160,12 @@ def label_weights(found: Found, train: Dataset, model: ModelSettings) -> Tensor 
 
 
 def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, Dataset]:
-    """The model that sketches are gradients of, and the training examples as it reads them."""
+    """The model whose gradients make the sketches, and the training examples as it reads them."""
     model = find_model(settings.model.reference_model, settings.state_dir / ".cache")
     encoder = load_encoder(
         model, found.kind, settings.model.max_length, chat=chat, prompt_template=settings.data.prompt_template
     )
-    # Nothing of it is adapted, and a quantised weight has no gradient.
+    # No part of it is adapted, and a quantised weight would have no gradient.
     plain = replace(settings.model, target_modules="all-linear", quantization="none", gradient_checkpointing=False)
     base = load_base(model, found.kind, plain, found.labels, encoder.padding_id)
     examples = encoder.encode(list(found.splits["train"]), found.labels)
@@ -172,9 +173,9 @@ def _reference(found: Found, settings: Settings, *, chat: bool) -> tuple[Base, D
 
 
 def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
-    """The base model with the padding that its architecture wants for these texts.
+    """The base model with the padding that its architecture needs for these texts.
 
-    A tokenizer with more tokens than the model would be an index error, and on a GPU the end of the process.
+    If a tokenizer has more tokens than the model, that is an index error, and on a GPU it ends the process.
     """
     rows, train = _rows_of(base), splits["train"]
     kind = kind_of(train.kind)
@@ -203,12 +204,12 @@ def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
         raise BaseModelError(
             f"base-model {base.name!r} does not answer as the task {kind.name!r} needs it: {first_line(error)}"
         ) from None
-    note = "in this architecture texts of a batch, or their padding, affect each other: each text is computed alone"
+    note = "in this architecture, texts of a batch or their padding affect each other: each text is computed alone"
     return replace(base, padding=found, notes=(*base.notes, note) if found == ALONE else base.notes)
 
 
 def _end_answers(base: Base, encoder: Encoder, train: Dataset) -> None:
-    """Let the model stop writing where the training texts end: at its own end token, and at the template's."""
+    """Make the model stop writing where the training texts end: at its own end token, and at the template's."""
     config: Any = base.model.generation_config
     known = config.eos_token_id
     ends = set(known if isinstance(known, list) else [known]) | {encoder.tokenizer.eos_token_id}
@@ -220,7 +221,7 @@ def _end_answers(base: Base, encoder: Encoder, train: Dataset) -> None:
 
 
 def _rows_of(base: Base) -> int | None:
-    """How many tokens the model has embeddings of; None for models that do not say."""
+    """How many tokens the model can embed; None for models that do not say."""
     try:
         embeddings: Any = base.model.get_input_embeddings()  # type: ignore[operator]
     except (NotImplementedError, AttributeError):
@@ -244,7 +245,7 @@ def tokenizer_notes(encoder: Encoder, base: Base) -> list[str]:
 
 
 def check_images(found: Found, settings: Settings) -> None:
-    """Decode every image once; what is found is remembered until the files change."""
+    """Decode every image once; the result is remembered until the files change."""
     key = hashlib.sha256(repr((settings.data, stamp(settings.data.data_path))).encode()).hexdigest()[:32]
     marker = settings.state_dir / ".cache" / f"images-{key}.checked"
     try:
@@ -262,7 +263,7 @@ def check_images(found: Found, settings: Settings) -> None:
 
 
 def report(found: Found, notes: Sequence[str]) -> str:
-    """A report on the data for the client's owner only: it names labels."""
+    """A report on the data, for the client's owner only, because it names labels."""
     lines = [f"data: {found.source}", f"task: {found.kind.name}"]
     for name, examples in found.splits.items():
         lines.append(f"{name}: {len(examples)} examples")
@@ -301,9 +302,9 @@ def _first_trained(table: Table) -> Row | None:
 
 
 def _without_unlabelled(table: Table, first: Row, kind: Kind, data: DataSettings) -> Table:
-    """Without test and validation splits of which no row has a label: those of benchmarks, and of competitions.
+    """Leave out test and validation splits without any label, as in benchmarks and competitions.
 
-    What takes their place comes from train, as where nothing is given. ``first`` is the first row of train.
+    Their examples then come from train, as if the data had no such split. ``first`` is the first row of train.
     """
     column = next((name for name in kind.unlabelled_by(data) if name in first.values), "")
     held_out = {"validation", "test"} & set(table.splits)
@@ -360,7 +361,7 @@ def _is_number(name: str) -> bool:
 
 
 def _divide(examples: Checked, given: Sequence[str | None], settings: DataSettings) -> dict[str, Checked]:
-    """Examples by split, as given; what is not given is taken from train, the same examples whenever they are read."""
+    """Examples by split, as given; a split that is not given is taken from train, always with the same examples."""
     if len(examples) < MIN_EXAMPLES:
         raise DataError(f"{examples[0].place}: {len(examples)} examples, expected at least {MIN_EXAMPLES}")
     told = np.array([SPLITS.index(split or "train") for split in given])

@@ -23,10 +23,10 @@ _ALPACA = (
 
 
 def read_messages(row: Row, column: str) -> tuple[Turn, ...]:
-    """The conversation in a column of messages, which the assistant ends.
+    """The conversation in a column of messages, which must end with the assistant's.
 
     Raises:
-        DataError: it is none; names the message.
+        DataError: it is not a conversation; names the message.
     """
     turns = _turns(row, column)
     where = f"{row.place}, column {column!r}"
@@ -37,12 +37,12 @@ def read_messages(row: Row, column: str) -> tuple[Turn, ...]:
 
 
 def read_turns(row: Row, column: str) -> tuple[Turn, ...]:
-    """The messages in a column, whoever ends them."""
+    """The messages in a column, whoever wrote the last."""
     return _turns(row, column)
 
 
 def read_prompt_and_completion(row: Row, prompt: str, completion: str) -> tuple[tuple[Turn, ...], int]:
-    """The conversation in two lists of messages (TRL's conversational form), and how many of them are the prompt's."""
+    """The conversation in two lists of messages (TRL's conversational form), and how many messages are the prompt's."""
     asked, answered = _turns(row, prompt), _turns(row, completion)
     _require_end(answered, f"{row.place}, column {completion!r}")
     return (*asked, *answered), len(asked)
@@ -68,7 +68,7 @@ def read_alpaca(row: Row) -> tuple[tuple[Turn, ...], str, str]:
 
 
 def read_context(row: Row) -> dict[str, Any]:
-    """What else a chat template gets for a row: ``tools``, and ``chat_template_kwargs``."""
+    """Everything else that a chat template gets for a row: ``tools``, and ``chat_template_kwargs``."""
     found: dict[str, Any] = {}
     tools = _parsed(row, TOOLS)
     if tools:
@@ -97,7 +97,7 @@ def text_of(turn: Turn) -> str:
 
 
 def image_parts(turns: Sequence[Turn]) -> list[Mapping[str, Any]]:
-    """The messages' places for images, in order; ``image`` is the image where the message itself names it."""
+    """The messages' places for images, in order; ``image`` is the image if the message itself names it."""
     lists = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
     return [part for content in lists for part in content if part.get("type") == "image"]
 

@@ -1,4 +1,4 @@
-"""Splits that are large are encoded once, a part at a time, into a file of the client's state directory."""
+"""Encodes large splits once, a part at a time, into a file in the client's state directory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ IN_MEMORY_TOKENS = 2**20
 PART, PART_TOKENS = 1000, 2**17
 """Largest numbers of examples and of tokens (including padding) that are encoded at once."""
 PAIRED = {"input_ids": "pair_ids", MASK: "pair_mask", LABELS: "pair_labels"}
-"""What inputs of examples with several texts are called, by what a text's own are called."""
+"""Names of the inputs of examples with several texts, by the name that one text's input has."""
 _FORMAT = 2
-"""Of the files; another number makes all of them anew."""
+"""The files' format; with another number, all of them are made again."""
 _TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -38,7 +38,7 @@ def encode_split(
 ) -> Dataset:
     """One split: in memory if it is small, else from its file in ``folder``, which is made if missing.
 
-    A file is found by its content and by what encodes it. Rows are read, encoded and written a part at a time. Images
+    A file is identified by its content and by its encoder. Rows are read, encoded and written a part at a time. Images
     stay where they are, and inputs that have no number for each token stay in memory.
     """
     if encoder.kind.has_image:
@@ -77,12 +77,12 @@ def _encoded(
         part = examples[start : start + size]
         split = encoder.encode(part, labels)
         if _each(split) != each:
-            raise DataError(f"{part[0].place}: {_each(split)} texts, and {each} in the first row, expected as many")
+            raise DataError(f"{part[0].place}: {_each(split)} texts, expected {each} as in the first row")
         yield from _rows(split)
 
 
 def _uncounted(encoder: Encoder, examples: Sequence[Example], labels: Sequence[str]) -> Dataset:
-    """Some examples encoded, of which the encoder's counts know nothing."""
+    """Encode some examples without changing the encoder's counts."""
     before = _told(encoder)
     found = encoder.encode(examples, labels)
     after = _told(encoder)
@@ -105,7 +105,7 @@ def _each(split: Dataset) -> int:
 
 
 def _width(split: Dataset) -> int:
-    """Of a split's texts, padding included, all those of an example together."""
+    """Tokens of an example, all its texts together, with padding."""
     return _each(split) * int((split.inputs[MASK] if MASK in split.inputs else split.inputs[PAIRED[MASK]]).shape[-1])
 
 
@@ -127,7 +127,7 @@ def _rows(split: Dataset) -> Iterator[dict[str, NDArray[np.int32]]]:
 
 
 def _bits(label: Tensor) -> NDArray[np.int32]:
-    """An example's label as whole numbers of 32 bits; those of floating-point numbers as they are in memory."""
+    """An example's label as 32-bit integers; floating-point numbers keep their bits."""
     flat = label.reshape(-1)
     if flat.is_floating_point():
         return flat.float().view(torch.int32).numpy()
@@ -135,7 +135,7 @@ def _bits(label: Tensor) -> NDArray[np.int32]:
 
 
 def _targets(file: TokenFile, like: Tensor) -> Tensor:
-    """All labels of a file ``[n, ...]``, of the form of ``like``; where some have more, the others are filled up."""
+    """All labels of a file ``[n, ...]``, in the form of ``like``; shorter ones are filled up."""
     found = file.lists(TARGET, IGNORED)
     if like.is_floating_point():
         found = found.to(torch.int32).view(torch.float32).to(like.dtype)
@@ -153,13 +153,13 @@ def _key(encoder: Encoder, examples: Checked, labels: Sequence[str], model: Foun
 
 
 def _told(encoder: Encoder) -> dict[str, int]:
-    """What an encoder has counted."""
+    """An encoder's counts."""
     found = {"truncated": encoder.truncated} | {f"text:{what}": n for what, n in encoder.findings.items()}
     return found | {f"chat:{what}": n for what, n in (encoder.chat.findings if encoder.chat else {}).items()}
 
 
 def _tell(encoder: Encoder, counts: Mapping[str, Any]) -> None:
-    """Add to what an encoder has counted."""
+    """Add to an encoder's counts."""
     for name, count in counts.items():
         where, _, what = name.partition(":")
         if where == "truncated":

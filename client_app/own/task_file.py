@@ -13,10 +13,10 @@
     expert = "write"
 
 ``data-path`` in node-config names this file; paths in it are relative to it. A table's name is the task's: clients
-whose tasks have one name share its head, so they must agree on its ``labels``. ``expert`` (by default ``classify`` or
-``write``) says which tasks share an expert's groups. All other keys of a client's data (columns, fractions) may be in a
-table, too. The base model is a FLAVA: a folder, or a hub id such as ``facebook/flava-full@refs/pr/5``, the revision
-that has safetensors.
+whose tasks have the same name share its head, so they must agree on its ``labels``. ``expert`` (by default ``classify``
+or ``write``) says which tasks share an expert's groups. All other keys of a client's data (columns, fractions) may be
+in a table, too. The base model is a FLAVA: a folder, or a hub id such as ``facebook/flava-full@refs/pr/5``, the
+revision that has safetensors.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def is_task_file(data_path: str) -> bool:
 
 
 def stamp_of(settings: Settings) -> object:
-    """What changes when the client's data files do."""
+    """A value that changes when the client's data files do."""
     path = Path(settings.data.data_path).expanduser()
     if not is_task_file(settings.data.data_path):
         return stamp(settings.data.data_path)
@@ -66,7 +66,7 @@ def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
 
     Raises:
         DataError: the file or a task's data are not usable; names the task.
-        BaseModelError: the base model is not here, or is no FLAVA.
+        BaseModelError: the base model is not here, or is not a FLAVA.
     """
     path = Path(settings.data.data_path).expanduser()
     found = find_model(settings.model.base_model, settings.state_dir / ".cache")
@@ -86,7 +86,7 @@ def load_tasks(settings: Settings) -> tuple[Base, ClientData]:
             check_images(read, own)
         encoder = load_encoder(found, read.kind, own.model.max_length)
         outputs = len(read.labels)
-        if writes:  # BERT's tokenizers know no spaces, and end a text with a separator
+        if writes:  # BERT's tokenizers have no spaces, and end a text with a separator
             encoder.between = " "
             encoder.tokenizer.eos_token = encoder.tokenizer.eos_token or encoder.tokenizer.sep_token
             ends = (int(encoder.tokenizer.eos_token_id), int(encoder.padding_id or 0))
@@ -130,7 +130,7 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _own(settings: Settings, path: Path, name: str, table: dict[str, Any]) -> Settings:
-    """The settings of one task: the client's, with what its table says."""
+    """The settings of one task: the client's, changed by the task's table."""
     given = {key.replace("-", "_"): value for key, value in table.items()}
     data = {key: given.pop(key) for key in [field.name for field in fields(DataSettings)] if key in given}
     model = {key: given.pop(key) for key in _MODEL_KEYS if key in given}

@@ -30,7 +30,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 class DistillationError(ValueError):
-    """A distillation step that cannot be carried out."""
+    """A distillation step cannot be carried out."""
 
 
 def carry_out(bench: Workbench, step: plan_pb2.DistillStep) -> report_pb2.DistillResult:
@@ -38,7 +38,7 @@ def carry_out(bench: Workbench, step: plan_pb2.DistillStep) -> report_pb2.Distil
 
     Raises:
         DistillationError: temperature, reduction or a weight is not valid.
-        EnsembleError: the teacher's shares do not fit its slots, or the task's answers are no distribution.
+        EnsembleError: the teacher's shares do not fit its slots, or the task's answers are not a distribution.
         PlanError: a slot would teach itself, or the train step does not fit.
         TrainingError: training diverged.
     """
@@ -67,7 +67,7 @@ def divergence(
 
 
 def _outputs_of(bench: Workbench, step: plan_pb2.DistillStep) -> Callable[[Dataset], Tensor]:
-    """What gives the teacher's logits for a batch, while the model is the student; loads the teacher."""
+    """A function that gives the teacher's logits for a batch while the model is the student; loads the teacher."""
     everywhere = step.reduction == plan_pb2.DISTILL_REDUCTION_EXAMPLE_MEAN
     slots, coefficients = terms_of(step.teacher)
     taught, model = dict(zip(slots, coefficients, strict=True)), bench.model
@@ -90,7 +90,7 @@ class MixtureTeacher:
     Args:
         said: the teacher's logits for a batch, in evaluation mode and without gradients.
         step: weights, losses, temperature and reduction.
-        default_task: the name of the client's only task, whose batches bear none.
+        default_task: the name of the client's only task, whose batches have no name.
 
     Raises:
         DistillationError: temperature, reduction or a weight is not valid.
@@ -133,7 +133,7 @@ class MixtureTeacher:
         return {task: self.sums[task] / self.counts[task] for task in self.sums}
 
     def _reduced(self, batch: Dataset, found: Tensor) -> Tensor:
-        """``[b]``, ``[targets]`` or, everywhere, ``[b, positions]`` to one number."""
+        """Reduce ``[b]``, ``[targets]`` or (everywhere) ``[b, positions]`` to one number."""
         if kind_of(batch.kind).generative and self.everywhere:
             return found[:, -batch.labels.shape[1] :].sum() / len(batch)
         return found.sum() / max(found.numel(), 1)

@@ -24,7 +24,7 @@ _MODULE = "shares"
 
 
 class EnsembleError(ValueError):
-    """Shares do not belong to these slots, or are no shares."""
+    """Shares do not belong to these slots, or are not shares."""
 
 
 def carry_out(bench: Workbench, step: plan_pb2.AttributeStep) -> report_pb2.AttributeResult:
@@ -32,7 +32,7 @@ def carry_out(bench: Workbench, step: plan_pb2.AttributeStep) -> report_pb2.Attr
 
     Raises:
         EnsembleError: the shares do not fit the slots.
-        PlanError: no slot, or one twice.
+        PlanError: there is no slot, or one twice.
     """
     data, slots = bench.split(step.split), _loaded(bench, step.slots)
     shares = bench.held(step.shares) or equal_shares(bench.model, slots)
@@ -43,15 +43,15 @@ def carry_out(bench: Workbench, step: plan_pb2.AttributeStep) -> report_pb2.Attr
 
 
 def forward_of(bench: Workbench, mixture: plan_pb2.Mixture, *, everywhere: bool = False) -> Callable[[Dataset], Tensor]:
-    """What gives an ensemble's logits for a batch (``everywhere`` as for :func:`client_app.plan.training.logits_of`).
+    """A function for an ensemble's logits; ``everywhere`` as for :func:`client_app.plan.training.logits_of`.
 
     Raises:
-        EnsembleError: the shares do not fit the slots, or the task's answers are no distribution.
+        EnsembleError: the shares do not fit the slots, or the task's answers are not a distribution.
         PlanError: a coefficient is not 1, or there is no slot, or one twice.
     """
     for task in bench.data.each_task.values():
         if not kind_of(task.kind).probabilities:
-            raise EnsembleError(f"task {task.task!r}: a {task.kind!r} has no probabilities that could be averaged")
+            raise EnsembleError(f"task {task.task!r}: a {task.kind!r} has no probabilities to average")
     slots, coefficients = terms_of(mixture)
     if any(coefficient != 1.0 for coefficient in coefficients):
         raise PlanError("an ensemble's coefficients are 1: its shares say how much each slot counts")
@@ -116,7 +116,7 @@ def log_probabilities(
 
 
 def _loaded(bench: Workbench, slots: Iterable[str]) -> list[str]:
-    """Slots that the model holds from now on, each once."""
+    """Load these slots into the model, each once."""
     found = list(slots)
     if not found or len(set(found)) < len(found):
         raise PlanError(f"slots {found}, expected at least one and none twice")

@@ -67,15 +67,15 @@ def evaluate(
     """Metrics of a split.
 
     The mean ``loss``, and the scores of the kind of task. Generation: ``loss`` (mean over all target tokens) and
-    ``perplexity``, its exponential; ``accuracy`` where the client has ``choices``; where it asks for texts,
-    ``exact_match``, ``rouge_l`` and ``chrf`` of at most ``generate_examples`` examples (``answers`` says of how many)
-    and ``max_new_tokens`` new tokens each.
+    ``perplexity``, its exponential; ``accuracy`` if the client has ``choices``; if it asks for texts, ``exact_match``,
+    ``rouge_l`` and ``chrf`` over at most ``generate_examples`` examples (``answers`` says how many) with at most
+    ``max_new_tokens`` new tokens each.
 
-    ``forward`` gives the logits of a batch, where they are not simply the model's; it writes no texts, and neither does
-    an evaluation for the ``loss_only``.
+    ``forward`` gives the logits of a batch if they are not simply the model's. With it, or with ``loss_only``, no texts
+    are written.
 
     Raises:
-        TrainingError: there is no example.
+        TrainingError: the split has no example.
     """
     if len(data) == 0:
         raise TrainingError("nothing to evaluate: the split has no example")
@@ -156,7 +156,7 @@ def _batches(model: PersonalModel, data: Dataset) -> Iterator[tuple[Dataset, Ten
 
 
 def _by_length(data: Dataset) -> Tensor:
-    """The examples' order in which batches need the least padding, the longest first: what does not fit fails early."""
+    """The order of examples in which batches need the least padding, longest first: too large a batch fails early."""
     if data.lengths is None:
         return torch.arange(len(data))
     return torch.argsort(data.lengths, descending=True, stable=True)
@@ -180,7 +180,7 @@ def _at_targets(
 
 
 def first_targets(labels: Tensor) -> Tensor:
-    """Of the n targets of ``labels [b, L]``, row by row, the first of each row ``[b]``."""
+    """The position of each row's first target ``[b]`` among all n targets of ``labels [b, L]``, row by row."""
     counts = target_mask(labels).sum(dim=1)
     return counts.cumsum(dim=0) - counts
 
@@ -209,7 +209,7 @@ def write(model: PersonalModel, data: Dataset, client: ClientData, batch_size: i
         width, starts, stops = _last_answers(batch)
         prompts = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros_like(prompts)
-        for row, start in enumerate(starts):  # to the left, where generation begins at the right end
+        for row, start in enumerate(starts):  # moved to the right end, where generation begins
             prompts[row, width - start :] = batch.inputs["input_ids"][row, :start]
             mask[row, width - start :] = 1
             references.append(client.decode(batch.labels[row, start : stops[row]]))
@@ -245,13 +245,13 @@ def _ends_of(module: Any) -> frozenset[int]:
 
 
 def _cut(row: Tensor, ends: frozenset[int]) -> Tensor:
-    """A text up to its own end token: what fills it up to the longest of the batch may be any token."""
+    """A text up to its own end token; what comes after it, up to the longest of the batch, may be any token."""
     first = next((place for place, token in enumerate(row.tolist()) if token in ends), len(row))
     return row[: first + 1]
 
 
 def _last_answers(batch: Dataset) -> tuple[int, list[int], list[int]]:
-    """Longest prompt, and for each example where its last run of targets begins and ends."""
+    """The longest prompt's length, and where each example's last run of targets begins and ends."""
     starts, ends = [], []
     for labels in batch.labels:
         targets = (labels != IGNORED).nonzero().flatten().tolist()

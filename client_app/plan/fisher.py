@@ -32,10 +32,10 @@ DEFAULT_GRADIENT_BYTES = 2**28
 MAX_CHUNK = 32
 """Examples at once, whatever the bound on gradients allows: activations need memory, too."""
 _COPIES = 8
-"""Of a chunk's gradients that are alive at the peak: both slots, as they come, flat, and their squares."""
+"""Copies of a chunk's gradients at the peak of memory: for both slots, as computed, flat, and squared."""
 MAX_DAMPINGS = 64
 MAX_DROPPED = 0.1
-"""Share of examples that may have a gradient that is not finite."""
+"""Largest share of examples whose gradients may be not finite."""
 
 
 class FisherError(ValueError):
@@ -54,10 +54,10 @@ class Moments:
 
 
 def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherResult:
-    """Compare two slots by their Fisher information, and keep the diagonals where the plan says so.
+    """Compare two slots by their Fisher information, and keep the diagonals if the plan says so.
 
     Raises:
-        FisherError: no example, or too many gradients are not finite.
+        FisherError: there is no example, or too many gradients are not finite.
         PlanError: samples or damping make no sense, or a slot has another layout than the client.
     """
     dampings = [step.relative_damping, *step.more_dampings]
@@ -82,7 +82,7 @@ def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherR
         max_bytes=step.max_bytes or DEFAULT_GRADIENT_BYTES,
     )
     damping = damping_of(found, step.relative_damping)
-    blind = (found.first + found.second + damping == 0).float()  # neither has information: equal precisions
+    blind = (found.first + found.second + damping == 0).float()  # without information: equal precisions
     for slot, information in ((step.keep_first, found.first), (step.keep_second, found.second)):
         if slot:
             bench.slots[slot] = Adapter(layout, information + damping + blind)
@@ -101,9 +101,9 @@ def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherR
 
 
 def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Dataset) -> Tensor:
-    """Gradients ``[b, P]``, float32, of each example's loss in the slot's numbers, the slot alone being active.
+    """Gradients ``[b, P]``, float32, of each example's loss by the slot's numbers, with only this slot active.
 
-    By vmap; a model whose code vmap cannot trace goes example by example.
+    Uses vmap; a model whose code vmap cannot trace goes example by example.
     """
     model.activate({slot: 1.0})
     parameters = model.trainable(slot, layout)
@@ -134,7 +134,7 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
 
 
 def _one_by_one(model: PersonalModel, parameters: list[nn.Parameter], batch: Dataset) -> Tensor:
-    """The same without vmap: attention masks of texts decide by their values which kernel to use, which it forbids."""
+    """The same without vmap, which forbids that an attention mask's values choose the kernel."""
     gradients = []
     for index in range(len(batch)):
         one = batch.batch(torch.tensor([index]))
@@ -160,11 +160,11 @@ def moments(
     Args:
         model: with both slots loaded.
         slots: the two slots.
-        layout: their common layout, in whose order the numbers are.
-        data: where examples are drawn from, without replacement.
-        samples: how many at most.
-        seed: decides which.
-        max_bytes: bound on the memory of gradients; one example at a time at least.
+        layout: their common layout, which orders the numbers.
+        data: the examples to draw from, without replacement.
+        samples: the most examples to draw.
+        seed: decides which ones.
+        max_bytes: bound on the memory of gradients; at least one example at a time.
 
     Raises:
         FisherError: no example, or more than a tenth of the gradients are not finite.
@@ -200,7 +200,7 @@ def damping_of(found: Moments, relative: float) -> float:
 
 
 def delta_weights(adapter: Adapter) -> Tensor:
-    """``[P]``, float64: by how much a number's variance moves the delta ``s B A``, to first order.
+    """How much a number's variance moves the delta ``s B A``, to first order: ``[P]``, float64.
 
     ``s^2 ||B[:, p]||^2`` for ``A[p, q]``, ``s^2 ||A[p, :]||^2`` for ``B[o, p]``, 1 for weight and bias.
     """
@@ -216,10 +216,10 @@ def delta_weights(adapter: Adapter) -> Tensor:
 def result(
     pair: tuple[Adapter, ...], found: Moments, damping: float, *, in_delta_space: bool
 ) -> report_pb2.FisherResult:
-    """What is reported; ``pair`` are the two slots' adapters.
+    """The step's result; ``pair`` are the two slots' adapters.
 
-    With damping 0 a number without information has no finite variance. It is left out for both slots: left out of one
-    only, that slot would look certain.
+    With damping 0 a number without information has no finite variance. It is left out for both slots: if it were left
+    out of one only, that slot would look certain.
     """
     layout = pair[0].layout
     first, second, product = (tensor.double() for tensor in (found.first, found.second, found.product))

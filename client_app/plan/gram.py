@@ -36,7 +36,7 @@ def carry_out(bench: Workbench, step: plan_pb2.GramStep) -> report_pb2.GramResul
 
 @torch.no_grad()
 def input_moments(model: PersonalModel, data: Dataset) -> Adapter:
-    """Mean of ``x x^T`` over the inputs of every module of the layout, the active mixture running on ``data``.
+    """The mean of ``x x^T`` over the inputs of each of the layout's modules while the active mixture runs on ``data``.
 
     Padding does not count. Sums run in float64; the result is float32, an upper triangle for each module.
     """

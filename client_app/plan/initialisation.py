@@ -9,7 +9,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 def carry_out(bench: Workbench, step: plan_pb2.InitialiseStep) -> report_pb2.InitialiseResult:
-    """Create the step's slot, unless it exists and is to be kept.
+    """Create the step's slot, unless it exists and should be kept.
 
     Raises:
         PlanError: an unknown kind of gate.

@@ -74,9 +74,9 @@ class Interpreter:
         model: the base model with the client's layout.
         data: the client's splits.
         slots: the client's slots, inside a transaction.
-        starts: adapters that slots of these names start from when they are created from a seed.
+        starts: adapters by slot name; a slot that is created from a seed starts from its adapter.
         policy: the bounds on what a plan may ask.
-        secret: of this client alone; decides noise.
+        secret: known to this client alone; decides noise.
         tally: counts what plans have used; None: nothing is counted.
         budget: the training examples' privacy budget; None: no differential privacy.
     """
@@ -106,7 +106,7 @@ class Interpreter:
         """Layouts of the last plan's uploads, by digest."""
 
     def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
-        """Install what was received, run the steps in order; the report and the uploads by slot.
+        """Install what was received, and run the steps in order; returns the report and the uploads by slot.
 
         Leading ``initialise`` steps run before the received adapters are installed, so that a received part finds its
         slot.
@@ -154,7 +154,7 @@ class Interpreter:
     def _parts_of(self, bench: Workbench, split: str) -> list[int]:
         """How many examples a split has of each task."""
         if not self.data.splits.keys() >= {*split.split(JOINED)}:
-            return [2**31]  # the step will say that there is none
+            return [2**31]  # the step itself will say that there is no such split
         data = bench.split(split)
         parts = data.parts.values() if isinstance(data, MixedDataset) else [data]
         return [len(part) for part in parts if len(part)]
@@ -175,7 +175,7 @@ def _trains(plan: plan_pb2.Plan) -> list[plan_pb2.Step]:
 
 
 def _run_steps(bench: Workbench, blobs: Mapping[str, bytes]) -> list[report_pb2.StepResult]:
-    """Carry out the plan, and install what was received behind its leading ``initialise`` steps."""
+    """Carry out the plan; what was received is installed after its leading ``initialise`` steps."""
     steps, results = bench.plan.steps, list[report_pb2.StepResult]()
     leading = 0
     while leading < len(steps) and steps[leading].WhichOneof("kind") == "initialise":

@@ -60,7 +60,7 @@ def _by_precision(bench: Workbench, step: plan_pb2.MergeStep) -> Adapter:
     slots = [term.slot for term in terms]
     merged = precision_mean([bench.slots[slot] for slot in slots], [bench.slots[term.precision] for term in terms])
     own = bench.model.own_layout
-    if own is None:  # whose numbers have no precisions
+    if own is None:  # own heads have no precisions
         return merged
     heads = [bench.slots.whole(slot).part(own) for slot in slots]
     return joined(merged, weighted_sum(heads, [1 / len(heads)] * len(heads)))

@@ -1,4 +1,4 @@
-"""Mixtures of slots, as a plan writes them: their terms, and the model running one."""
+"""Mixtures of slots as plans write them: their terms, and a model that runs one."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def terms_of(mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient | G
 
 
 def fixed_terms(bench: Workbench, mixture: plan_pb2.Mixture) -> tuple[list[str], list[Coefficient]]:
-    """The same with numbers for gates: what the gates are now.
+    """The same, with the gates' present values as numbers.
 
     Raises:
-        PlanError: the mixture is no sum of adapters with fixed coefficients.
+        PlanError: the mixture is not a sum of adapters with fixed coefficients.
     """
     if mixture.shares:
-        raise PlanError("an ensemble is no sum of adapters")
+        raise PlanError("an ensemble is not a sum of adapters")
     slots, coefficients = terms_of(mixture)
     if looks_at_input(bench.slots, coefficients):
         raise PlanError("gates that look at the input cannot be folded into one adapter")

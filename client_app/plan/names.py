@@ -16,8 +16,8 @@ class PlanError(ValueError):
     """A plan cannot be carried out: an unknown step, a missing slot, or parts that do not fit.
 
     Args:
-        words: of the plan and of slots' names: the server is told them.
-        told: what it is told instead, where the words are more than that.
+        words: the message; the server gets it, so it is about the plan and slots' names only.
+        told: what the server gets instead, if the message says more than that.
     """
 
     def __init__(self, words: str, told: str | None = None) -> None:
@@ -26,7 +26,7 @@ class PlanError(ValueError):
 
 
 def require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
-    """Slot names become folder names and PEFT adapter names: nothing that leaves the folder, no dots.
+    """Check slot names, which become names of folders and of PEFT adapters: no dots, nothing that leaves the folder.
 
     Raises:
         PlanError: a name is not valid.

@@ -1,4 +1,4 @@
-"""Optimisers of train steps, and what is kept of them between two steps of the same slot."""
+"""Optimisers of train steps, and the state that is kept between two steps of the same slot."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedalloy_adapters.factors import factor_from_proto
 from proto.fedalloy.v1 import plan_pb2
 
 _STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
-"""What an optimiser remembers of a parameter; SGD without momentum remembers nothing."""
+"""An optimiser's state for a parameter; SGD without momentum has none."""
 
 
 def optimizer_of(step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or SGD, of parameters by name, each with the learning rate of its factor.
+    """AdamW or SGD for parameters by name, each with the learning rate of its factor.
 
     Raises:
-        PlanError: an unknown optimiser, or a momentum that it has not.
+        PlanError: an unknown optimiser, or a momentum that it does not have.
     """
     groups, rate = _groups(step, parameters), step.learning_rate
     if step.optimizer == plan_pb2.OPTIMIZER_SGD:
@@ -30,19 +30,19 @@ def optimizer_of(step: plan_pb2.TrainStep, parameters: Mapping[str, nn.Parameter
     if step.optimizer not in (plan_pb2.OPTIMIZER_UNSPECIFIED, plan_pb2.OPTIMIZER_ADAMW) or step.momentum:
         known = plan_pb2.Optimizer.keys()
         raise PlanError(f"optimizer {step.optimizer} with momentum {step.momentum:g}, expected one of {known}")
-    # All parameters in one call: the numbers are those of a loop over them, to the bit, which takes longer on CPUs.
+    # All parameters in one call give the same bits as a loop over them, which takes longer on CPUs.
     return torch.optim.AdamW(groups, lr=rate, weight_decay=step.weight_decay, foreach=True)
 
 
 def restore(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]
 ) -> None:
-    """Go on from what :func:`state_of` returned; a parameter that this lacks, or no longer fits, starts fresh.
+    """Go on from what :func:`state_of` returned; a parameter that it lacks or no longer fits starts fresh.
 
     Args:
-        optimizer: of ``parameters``.
-        parameters: by name.
-        kept: by ``<name>/<what>``.
+        optimizer: that of ``parameters``.
+        parameters: the parameters by name.
+        kept: the state by ``<name>/<what>``.
     """
     names = _STATE[type(optimizer)]
     for name, parameter in parameters.items():
@@ -55,7 +55,7 @@ def restore(
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What the optimiser remembers, by ``<name>/<what>``: copies on the CPU, to the bit."""
+    """The optimiser's state by ``<name>/<what>``: exact copies on the CPU."""
     found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for what in _STATE[type(optimizer)]:

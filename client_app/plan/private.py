@@ -1,13 +1,13 @@
 """DP-SGD: training that reveals no single example (Abadi et al., 2016; Poisson sampling, flat clipping).
 
-For each step every example is drawn with probability q, each drawn example's gradient g_i over all that is trained is
-clipped, and what the optimiser sees is ::
+For each step, every example is drawn with probability q. Each drawn example's gradient g_i over all that is trained is
+clipped, and the optimiser gets ::
 
     (sum_i g_i min(1, C / ||g_i||) + sigma C N(0, I)) / (q n)
 
-Examples drawn and noise come from the operating system's randomness, anew for every execution: a plan that is carried
-out twice is two draws, and is charged twice. Per-example gradients of linear layers (LoRA's A and B, heads) are
-Opacus's; where a model's layers cannot be told apart by example, each example goes alone.
+Draws and noise come from the operating system's randomness, anew for every execution: a plan that is carried out twice
+draws twice, and is charged twice. Per-example gradients of linear layers (LoRA's A and B, heads) are Opacus's; if a
+model's layers mix the examples of a batch, each example is computed alone.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 CHUNK = 16
 """Examples whose gradients are held at once."""
 _CLOSE = 1e-3
-"""Relative difference of an example's gradient alone and in company, above which the layers are not trusted."""
+"""If an example's gradient alone and in a batch differ relatively by more than this, the layers are not trusted."""
 Place = tuple[nn.Linear, str, float]
-"""A linear layer, ``weight`` or ``bias``, and what the parameter is multiplied by in it."""
+"""A linear layer, ``weight`` or ``bias``, and the factor on the parameter there."""
 
 
 class PrivateTraining:
-    """How one plan's train steps are carried out where examples are private."""
+    """Carries out one plan's train steps if examples are private."""
 
     def __init__(self, privacy: Privacy, randomness: Callable[[], bytes] = lambda: os.urandom(32)) -> None:
         self.privacy = privacy
@@ -60,10 +60,10 @@ class PrivateTraining:
         anchor: Mapping[str, Tensor] | None = None,
         optimiser: torch.optim.Optimizer | None = None,
     ) -> report_pb2.TrainResult:
-        """As :func:`client_app.plan.training.train`, privately; ``step.max_grad_norm`` does not count.
+        """Like :func:`client_app.plan.training.train`, but private; ``step.max_grad_norm`` has no effect.
 
         Raises:
-            TrainingError: a number that was trained is not finite in the end.
+            TrainingError: at the end, a trained number is not finite.
         """
         started = time.monotonic()
         optimiser = optimizer_of(step, parameters) if optimiser is None else optimiser
@@ -97,9 +97,9 @@ class PrivateTraining:
 
 
 def clipped_sum(gradients: ExampleGradients, data: Dataset, chosen: Tensor, bound: float) -> dict[nn.Parameter, Tensor]:
-    """Sum of the chosen examples' gradients, each scaled to the norm ``bound`` if it is longer; by parameter.
+    """Sums by parameter of the chosen examples' gradients, each scaled to the norm ``bound`` if it is longer.
 
-    A gradient that is not finite counts as none.
+    A gradient that is not finite counts as zero.
     """
     sums = {parameter: torch.zeros_like(parameter) for parameter in gradients.parameters}
     size = min(gradients.model.micro_batch or CHUNK, CHUNK)
@@ -120,7 +120,7 @@ class ExampleGradients:
 
     Args:
         model: with a mixture active.
-        parameters: that are trained.
+        parameters: those that are trained.
     """
 
     def __init__(self, model: PersonalModel, parameters: Sequence[nn.Parameter]) -> None:
@@ -131,7 +131,7 @@ class ExampleGradients:
         self._checked = False
 
     def of(self, batch: Dataset) -> dict[nn.Parameter, Tensor]:
-        """Those of a batch of one task."""
+        """The gradients of a batch of one task."""
         if self.together:
             if not self._checked and len(batch) > 1:
                 self._checked, self.together = True, self._agrees(batch)
@@ -143,7 +143,7 @@ class ExampleGradients:
         return self.one_by_one(batch)
 
     def one_by_one(self, batch: Dataset) -> dict[nn.Parameter, Tensor]:
-        """By autograd, each example alone: what the other way is measured by."""
+        """The same by autograd, each example alone: the reference for the faster way."""
         rows = [self._alone(batch.batch(torch.tensor([index]))) for index in range(len(batch))]
         return {p: torch.stack([row[i] for row in rows]) for i, p in enumerate(self.parameters)}
 
@@ -154,9 +154,9 @@ class ExampleGradients:
         return [torch.zeros_like(p) if g is None else g.float() for p, g in zip(self.parameters, found, strict=True)]
 
     def _agrees(self, batch: Dataset) -> bool:
-        """Whether the first example's gradient is its own: no layer mixes the examples of a batch.
+        """Whether the first example's gradient is the same alone and in the batch, so that no layer mixes examples.
 
-        Without dropout, which is another for an example alone.
+        This is done without dropout, which would differ for an example alone.
         """
         module, first = self.model.module, torch.tensor([0])
         training = module.training
@@ -171,7 +171,7 @@ class ExampleGradients:
         return bool(far.sum().sqrt() <= _CLOSE * norm + 1e-7)
 
     def _in_company(self, batch: Dataset) -> dict[nn.Parameter, Tensor] | None:
-        """By Opacus's rule for linear layers; None where a layer's input has another first dimension."""
+        """By Opacus's rule for linear layers; None if a layer's input has another first dimension."""
         assert self.places is not None
         with _watched(self.places, len(batch)) as found:
             with autocast(self.model.device):
@@ -209,7 +209,7 @@ def places_of(module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[nn.
 
 @contextmanager
 def _watched(places: Mapping[nn.Parameter, Place], size: int) -> Iterator[dict[nn.Parameter, Tensor | None]]:
-    """Inside the block, what backward passes say of each example; None where a layer has no row for each."""
+    """Inside the block, backward passes fill in each example's gradients; None if a layer has no row for each."""
     from opacus.grad_sample.linear import compute_linear_grad_sample
 
     found: dict[nn.Parameter, Tensor | None] = {}

@@ -1,4 +1,4 @@
-"""Progress of a plan, for listeners; also the one place where a plan can be cancelled."""
+"""A plan's progress, for listeners; and the only place where a plan can be cancelled."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Cancelled(RuntimeError):
 
 
 def tick(activity: str, done: int = 0, total: int = 0, loss: float | None = None) -> None:
-    """Say that ``done`` of ``total`` batches are done; loops over batches call it for each.
+    """Report that ``done`` of ``total`` batches are done; loops over batches call it for each one.
 
-    ``loss`` is the last batch's, where there is one.
+    ``loss`` is the last batch's, if it has one.
 
     Raises:
-        Cancelled: the plan is to end here.
+        Cancelled: the plan must end here.
         OutOfTimeError: it is past the bound of :func:`within`.
     """
     bound = _deadline.get()
@@ -71,7 +71,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Inside the block, :func:`tick` ends the plan after so many seconds; 0: no bound."""
+    """Inside the block, :func:`tick` ends the plan after this many seconds; 0: no bound."""
     token = _deadline.set((time.monotonic() + seconds, seconds) if seconds else None)
     try:
         yield

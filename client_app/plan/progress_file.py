@@ -14,7 +14,7 @@ NAME = "progress.json"
 
 
 class ProgressFile:
-    """Rewritten at most every so many seconds; a disk that is full, or not there, changes nothing for the plan."""
+    """Rewrites the file at most every few seconds; the plan goes on even if the disk is full or missing."""
 
     def __init__(self, folder: Path, round_: int, seconds: float) -> None:
         self._path = folder / NAME
@@ -23,7 +23,7 @@ class ProgressFile:
         self._last: tuple[float, str] = (float("-inf"), "")
 
     def __call__(self, activity: str, done: int, total: int, loss: float | None) -> None:
-        """Write, unless the last time was a moment ago."""
+        """Write the file, unless it was written a moment ago."""
         now = time.monotonic()
         if now - self._last[0] < self._seconds:
             return
@@ -41,14 +41,14 @@ class ProgressFile:
             write_lightly(self._path, found)
 
     def remove(self) -> None:
-        """The plan is done."""
+        """Remove the file, because the plan is done."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
 
 @contextmanager
 def shown_in(folder: Path, round_: int, seconds: float) -> Iterator[None]:
-    """Inside the block, ``folder/progress.json`` says how far the plan is; 0 seconds: it does not."""
+    """Inside the block, ``folder/progress.json`` says how far the plan is; with 0 seconds there is no such file."""
     if not seconds:
         yield
         return

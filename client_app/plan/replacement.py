@@ -1,8 +1,8 @@
-"""The margin rule: which parameter groups of one slot are to be replaced by another's, from recorded losses.
+"""The margin rule: recorded losses decide which parameter groups of one slot are replaced by another's.
 
-TAP (arXiv 2509.26524), its rule (1) with a strict inequality: for each task o, groups are replaced where
-``source loss + margin < target loss``. A loss that is not known or not finite is infinite, so a target that was never
-trained, or has diverged, is replaced by any source with a known loss, and a source without one replaces nothing.
+TAP (arXiv 2509.26524), its rule (1) with a strict inequality: for each task o, groups are replaced if
+``source loss + margin < target loss``. A loss that is not known or not finite counts as infinite. So a target that was
+never trained, or has diverged, is replaced by any source with a known loss, and a source without one replaces nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 class ReplacementError(ValueError):
-    """A replace step that does not fit this client."""
+    """A replace step does not fit this client."""
 
 
 def fires(source: float, target: float, margin: float, *, relative: bool = False) -> bool:
-    """Whether a task's groups are to be replaced; see the module's docstring."""
+    """Whether a task's groups should be replaced; see the module's docstring."""
     if not math.isfinite(source) or math.isnan(margin):
         return False
-    if math.isinf(margin):  # a relative one times a loss of zero would be NaN
+    if math.isinf(margin):  # an infinite relative margin times a loss of zero would be NaN
         return margin < 0
     if not math.isfinite(target):
         target = math.inf
@@ -50,7 +50,7 @@ def fired_tasks(
 
 
 def replaced_groups(tasks: Mapping[str, Sequence[str]], fired: Iterable[str], *, exclusive: bool) -> set[str]:
-    """The groups of all tasks that fired; ``exclusive``: without those that another task uses, too.
+    """The groups of all tasks that fired; ``exclusive``: without those that another task also uses.
 
     Args:
         tasks: the groups of every task of the client.
@@ -65,7 +65,7 @@ def replaced_groups(tasks: Mapping[str, Sequence[str]], fired: Iterable[str], *,
 
 
 def replace_groups(target: Adapter, source: Adapter, groups: set[str]) -> tuple[Adapter, int]:
-    """A copy of ``target`` with these groups of ``source``, and how many numbers that changed hands.
+    """A copy of ``target`` with these groups of ``source``, and how many numbers were replaced.
 
     Raises:
         LayoutError: the layouts differ, or lack a group.
@@ -79,11 +79,11 @@ def replace_groups(target: Adapter, source: Adapter, groups: set[str]) -> tuple[
 
 
 def carry_out(bench: Workbench, step: plan_pb2.ReplaceStep) -> report_pb2.ReplaceResult:
-    """Apply a step's rules to the losses that the slots keep, and copy what they ask for.
+    """Apply a step's rules to the slots' recorded losses, and copy the groups that they name.
 
     Raises:
-        LayoutError: a slot has not the client's layout, or a task's groups are not those of the adapter.
-        ReplacementError: a rule is for a task that the client has not.
+        LayoutError: a slot does not have the client's layout, or a task's groups are not those of the adapter.
+        ReplacementError: a rule is for a task that the client does not have.
     """
     slots, tasks = bench.slots, task_groups(bench.data, bench.model.layout)
     unknown = [rule.task for rule in step.rules if rule.task not in tasks]
@@ -93,7 +93,7 @@ def carry_out(bench: Workbench, step: plan_pb2.ReplaceStep) -> report_pb2.Replac
     fired = fired_tasks(step.rules, source, target)
     groups = replaced_groups(tasks, fired, exclusive=step.exclusive)
     replaced, numbers = replace_groups(slots[step.target], slots[step.source], groups)
-    if groups == set(groups_of(bench.model.layout)):  # all of it: own heads belong to what they were trained with
+    if groups == set(groups_of(bench.model.layout)):  # own heads go with a whole adapter
         slots.set_whole(step.target, slots.whole(step.source).clone())
     elif groups:
         slots[step.target] = replaced

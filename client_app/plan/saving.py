@@ -1,4 +1,4 @@
-"""Saves the personal model: as one adapter, or in parts where a mixture is no single adapter."""
+"""Saves the personal model: as one adapter, or in parts if a mixture is not a single adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 def carry_out(bench: Workbench, step: plan_pb2.SaveStep) -> report_pb2.SaveResult:
-    """Have the mixture written to ``adapter/`` when the plan has been carried out."""
+    """Mark the mixture to be written to ``adapter/`` at the end of the plan."""
     slots, terms = terms_of(step.mixture)
     if step.mixture.shares or looks_at_input(bench.slots, terms):
         beside = {term.slot for term in terms if isinstance(term, Gate)} | ({step.mixture.shares} - {""})

@@ -1,4 +1,4 @@
-"""How the learning rate moves over a step's optimiser steps; a schedule may go over many rounds' steps."""
+"""How the learning rate changes over a step's optimiser steps; a schedule may span the steps of many rounds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _MORE: dict[int, dict[str, float]] = {
     plan_pb2.SCHEDULE_POLYNOMIAL: {"lr_end": 0.0, "power": 2.0},
     plan_pb2.SCHEDULE_COSINE_WITH_RESTARTS: {"num_cycles": 3},
 }
-"""What distinguishes these schedules from the linear and the cosine one, whose they are by default."""
+"""Arguments without which these schedules would be the same as the linear and the cosine one."""
 
 
 def rate_of(step: plan_pb2.TrainStep) -> Callable[[int], float]:
-    """What the learning rate is multiplied with, by the number of this step's optimiser steps that are done.
+    """The factor on the learning rate, by the number of optimiser steps that are done in this step.
 
     Raises:
         PlanError: an unknown schedule, or one that ends before this step does.

@@ -4,7 +4,7 @@ The loss is that of the base model with ``sum_j c_j slot_j``, plus a penalty on 
 differentiated, and few examples are enough, because there are only as many unknowns as slots. Huang et al., "LoraHub:
 Efficient Cross-Task Generalization via Dynamic LoRA Composition" (COLM 2024, arXiv 2307.13269, section 3), has the
 penalty (0.05) and the bound (1.5). Three departures: deltas are added, not factors, so that two slots do not make terms
-that neither has; the search starts from the best of what is tried first, not from zero; and coefficients are moved one
+that neither has; the search starts from the best of the first trials, not from zero; and coefficients are moved one
 after another, where the paper has nevergrad's NGOpt, which fails with numpy 2.4 (nevergrad 1.0.12).
 """
 
@@ -24,7 +24,7 @@ from fedalloy_adapters.algebra import stack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 FIRST_STEP, LAST_STEP = 0.5, 1 / 32
-"""By how much a coefficient is moved at first, and at last."""
+"""How far a coefficient is moved at first, and at last."""
 Loss = Callable[[Sequence[float]], float]
 
 
@@ -32,7 +32,7 @@ def carry_out(bench: Workbench, step: plan_pb2.SearchStep) -> report_pb2.SearchR
     """Try sums of the step's slots, and put the best one into the target; the base alone is one of them.
 
     Raises:
-        PlanError: no slot or one twice, or no room to try each slot and the base alone.
+        PlanError: there is no slot or one twice, or too few evaluations to try each slot and the base alone.
     """
     slots = list(step.slots)
     if not slots or len(set(slots)) != len(slots) or step.evaluations < len(slots) + 1:
@@ -71,10 +71,10 @@ class Tried:
     """Sums that were tried, and their losses; a loss that is not finite counts as the largest number.
 
     Args:
-        loss: of coefficients ``[count]``.
+        loss: the function from coefficients ``[count]`` to the loss.
         count: how many slots there are.
         evaluations: how many sums may be tried.
-        penalty: times the sum of absolute values, added where sums are compared.
+        penalty: the factor on the sum of absolute values, which is added when sums are compared.
         bound: the largest absolute value.
     """
 
@@ -92,7 +92,7 @@ class Tried:
 
     @property
     def best(self) -> tuple[float, ...]:
-        """The best of all; of equal ones the first."""
+        """The best of all; the first one of equals."""
         return min(self.losses, key=self.cost_of)
 
     def cost_of(self, coefficients: tuple[float, ...]) -> float:
@@ -100,7 +100,7 @@ class Tried:
         return self.losses[coefficients] + self.penalty * sum(map(abs, coefficients))
 
     def cost(self, coefficients: Sequence[float]) -> float:
-        """Try these within the bound, unless they have been: then they cost no evaluation."""
+        """Try these, cut to the bound; if they have been tried before, that costs no evaluation."""
         inside = tuple(max(-self.bound, min(self.bound, float(number))) for number in coefficients)
         if inside not in self.losses:
             tick("search", len(self.losses), self.evaluations)
@@ -110,7 +110,7 @@ class Tried:
 
 
 def try_first(tried: Tried) -> None:
-    """The base alone, each slot alone, and their mean."""
+    """Try the base alone, each slot alone, and their mean."""
     tried.cost([0.0] * tried.count)
     for alone in _units(tried.count):
         tried.cost(alone)
@@ -151,7 +151,7 @@ def _activate(model: PersonalModel, coefficients: Mapping[str, float]) -> None:
 
 
 def _sum(wholes: Mapping[str, Adapter], coefficients: Sequence[float]) -> Adapter:
-    """The sum of deltas; ranks add up. Slots that count for nothing are left out, but for one."""
+    """The sum of deltas; ranks add up. Slots with coefficient 0 are left out, but at least one stays."""
     found = [(adapter, number) for adapter, number in zip(wholes.values(), coefficients, strict=True) if number]
     found = found or [(next(iter(wholes.values())), 0.0)]
     return stack([adapter for adapter, _ in found], [number for _, number in found])

@@ -1,4 +1,4 @@
-"""What decides the draws of a plan: seeds from names and numbers, and the batches that a seed draws."""
+"""A plan's draws: seeds made from names and numbers, and the batches that a seed draws."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seed_of_step(plan: plan_pb2.Plan, index: int, step: plan_pb2.TrainStep, *, r
     Args:
         plan: the plan that the step belongs to.
         index: its number.
-        step: may ask for the draw of another step, or for a seed.
+        step: may ask for the draws of another step, or name a seed.
         replaced: whether a replace step before it has copied something.
     """
     draw = step.draw_after_replace if replaced and step.HasField("draw_after_replace") else step.draw
@@ -38,11 +38,11 @@ _WINDOW = 8
 
 
 def by_length(drawn: Iterable[Tensor], lengths: Tensor, seed: int) -> Iterator[Tensor]:
-    """Batches of similar lengths: of every eight batches the same examples, divided anew, in random order.
+    """Batches of similar lengths: each eight batches keep their examples, which are divided anew, in random order.
 
     Args:
         drawn: indices ``[b]`` of each batch.
-        lengths: of all examples, ``[n]``.
+        lengths: those of all examples, ``[n]``.
         seed: decides the order of the eight.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def by_length(drawn: Iterable[Tensor], lengths: Tensor, seed: int) -> Iterator[T
 def batches(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Indices ``[b]`` of ``steps`` batches: pass after pass over the examples, each in a new random order.
 
-    The last batch of a pass may be smaller; with fewer examples than ``batch_size`` every batch is all of them.
+    The last batch of a pass may be smaller; with fewer examples than ``batch_size`` every batch has all of them.
     """
     generator = torch.Generator().manual_seed(seed)
     position, order = examples, torch.empty(0, dtype=torch.long)

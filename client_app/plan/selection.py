@@ -17,7 +17,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 def carry_out(bench: Workbench, step: plan_pb2.SelectStep) -> report_pb2.SelectResult:
-    """Evaluate the step's slots, and put what its rule makes of them into the target.
+    """Evaluate the step's slots, combine them by its rule, and put the result into the target.
 
     Raises:
         PlanError: an unknown rule, or no slot.
@@ -49,9 +49,10 @@ def improvement_weights(own: float, losses: Tensor, moves: Tensor) -> Tensor:
     """Weights ``[M]`` of candidates in proportion to ``max(0, (own - loss) / distance)``; they sum to 1, or are all 0.
 
     Args:
-        own: loss of the client's current model.
-        losses: the candidates' ``[M]``.
-        moves: candidate minus where one is, ``[M, P]``; one that is no move has weight 0, as one without a finite loss.
+        own: the loss of the client's current model.
+        losses: the candidates' losses ``[M]``.
+        moves: each candidate minus the current model, ``[M, P]``; with a move of zero, or a loss that is not finite,
+            the weight is 0.
     """
     distances = moves.double().norm(dim=1)
     gains = torch.where(distances > 0, (own - losses).clamp_min(0) / distances.clamp_min(1e-30), 0.0).nan_to_num(

@@ -1,4 +1,4 @@
-"""Sends a slot, or a part of it, to the server; relative to what was received, where the plan says so."""
+"""Sends a slot, or a part of it, to the server; relative to what was received, if the plan says so."""
 
 from __future__ import annotations
 

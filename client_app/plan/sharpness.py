@@ -1,11 +1,11 @@
-"""Sharpness-aware steps: the gradient is taken where the loss is highest near by.
+"""Sharpness-aware steps: the gradient is taken where the loss is highest nearby.
 
 Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021.
 With the gradient g of a batch's loss in all that a step optimises, the optimiser gets the gradient at ::
 
     theta + rho g / ||g||
 
-of the same batch with the same dropout. One more forward and backward pass for every step.
+of the same batch with the same dropout. Each step costs one more forward and backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proto.fedalloy.v1 import plan_pb2
 
 
 def require_radius(step: plan_pb2.TrainStep) -> None:
-    """Refuse what is no radius.
+    """Refuse a radius that is not valid.
 
     Raises:
         PlanError: it is negative or not finite.
@@ -31,7 +31,7 @@ def require_radius(step: plan_pb2.TrainStep) -> None:
 
 
 class Top:
-    """What is trained, and where the random numbers stood when its gradient was begun."""
+    """The trained parameters, and the state of the random numbers before their first gradient."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], radius: float, device: torch.device) -> None:
         self.parameters = list(parameters)
@@ -43,7 +43,7 @@ class Top:
 
     @torch.no_grad()
     def climb(self) -> None:
-        """Move along the gradients that are there, and forget them; the next dropout is the last one again."""
+        """Move along the present gradients, and delete them; the next pass repeats the last pass's dropout."""
         self.before = [parameter.detach().clone() for parameter in self.parameters]
         moved = [parameter for parameter in self.parameters if parameter.grad is not None]
         norms = [parameter.grad.float().norm() for parameter in moved if parameter.grad is not None]
@@ -58,14 +58,14 @@ class Top:
 
     @torch.no_grad()
     def descend(self) -> None:
-        """Back to the numbers before, to the bit, if it has moved; gradients stay."""
+        """Go back to exactly the numbers before, if it has moved; gradients stay."""
         for parameter, numbers in zip(self.parameters, self.before, strict=bool(self.before)):
             parameter.copy_(numbers)
 
 
 @contextmanager
 def at_the_top(parameters: Iterable[nn.Parameter], radius: float, device: torch.device) -> Iterator[Top]:
-    """Inside the block a first gradient is taken, :meth:`Top.climb` called, and a second gradient taken there."""
+    """Inside the block, take a first gradient, call :meth:`Top.climb`, and take a second gradient there."""
     top = Top(parameters, radius, device)
     try:
         yield top

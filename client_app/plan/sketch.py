@@ -1,8 +1,8 @@
 """Sketches: a few rows of the gradient of a small frozen reference model on a client's data, with noise.
 
 RELA of FedMosaic (arXiv 2506.11024) compares clients by the gradient of one weight of a model that all of them hold:
-the MLP down-projection of the last layer, in no vision tower. The reference is the scenario's own, or else the
-client's base model; adapters take no part in it. No clipping, so the noise sanitises, and is not differential privacy.
+the MLP down-projection of the last layer, outside vision towers. The reference is the scenario's own, or else the
+client's base model, without adapters. Nothing is clipped, so the noise sanitises but is not differential privacy.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 
 class SketchError(ValueError):
-    """The reference model has not the parts that a sketch needs, or cannot score this client's labels."""
+    """The reference model lacks the parts that a sketch needs, or cannot score this client's labels."""
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """``state`` is the moving average that the next round goes on from, ``upload`` what the server gets."""
+    """``state`` is the moving average from which the next round goes on; ``upload`` is what the server gets."""
 
     state: Adapter
     upload: Adapter
@@ -65,11 +65,11 @@ def carry_out(bench: Workbench, step: plan_pb2.SketchStep) -> report_pb2.SketchR
 
 
 class ReferenceModel:
-    """The frozen model that sketches are gradients of.
+    """The frozen model whose gradients make the sketches.
 
     Raises:
-        RoleError: it has no MLP down-projection by a known name.
-        SketchError: that is quantised.
+        RoleError: it has no MLP down-projection with a known name.
+        SketchError: the down-projection is quantised.
     """
 
     def __init__(self, personal: PersonalModel) -> None:
@@ -153,7 +153,7 @@ class ReferenceModel:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Adapters off, evaluation mode, and afterwards everything as it was."""
+        """Inside the block, adapters are off and the model is in evaluation mode; afterwards all is as before."""
         training = self.module.training
         if self.personal is not None:
             self.personal.activate({})
@@ -166,7 +166,7 @@ class ReferenceModel:
 
 
 def reference_layout(personal: PersonalModel) -> Layout | None:
-    """The gradient that this client's sketches are made of; None for a model without a known down-projection."""
+    """The layout of the gradient behind this client's sketches; None for a model without a known down-projection."""
     try:
         return ReferenceModel(personal).layout
     except (RoleError, SketchError):
@@ -186,12 +186,12 @@ def take_sketch(
 
     Args:
         reference: the model.
-        step: what is asked.
+        step: the plan's step.
         data: the split.
-        previous: the moving average so far; None, or of another layout, starts a new one.
+        previous: the moving average so far; if it is None or has another layout, a new one starts.
         seed: decides batches.
         common_seed: decides the rows; the same for all clients and rounds.
-        noise: draws what is added.
+        noise: draws the noise that is added.
 
     Raises:
         SketchError: a count is zero, or more rows are asked for than there are.
@@ -222,7 +222,7 @@ def take_sketch(
 
 
 def row_subset(rows: int, kept: int, which: plan_pb2.SketchRows, seed: int) -> Tensor:
-    """Indices ``[kept]`` in rising order; the same for everybody who has the same seed.
+    """Indices ``[kept]`` in rising order; the same for all with the same seed.
 
     Raises:
         SketchError: ``which`` is neither the first rows nor random ones.

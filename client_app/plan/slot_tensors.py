@@ -1,4 +1,4 @@
-"""What a slot's files hold, as tensors that are checked when they are read: a bit that has changed is noticed."""
+"""The tensors in a slot's files. They are checked when they are read, so that a changed bit is noticed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def to_tensors(adapter: Adapter, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Adapter:
-    """What :func:`to_tensors` was given.
+    """The adapter that :func:`to_tensors` was given.
 
     Raises:
-        ValueError, KeyError, DecodeError: these are not what it made.
+        ValueError, KeyError, DecodeError: the tensors are not what it made.
     """
     layout = Layout.from_proto(adapter_pb2.Layout.FromString(bytes(tensors[f"{prefix}layout"].tolist())))
     adapter = Adapter(layout, tensors[f"{prefix}vector"])
@@ -41,22 +41,22 @@ def require_no_more_than(tensors: Mapping[str, torch.Tensor], count: int) -> Non
     """Refuse tensors that nobody reads.
 
     Raises:
-        ValueError: there are not ``count``.
+        ValueError: there are not exactly ``count``.
     """
     if len(tensors) != count:
         raise ValueError(f"{len(tensors)} tensors, expected {count}: a name has changed")
 
 
 def with_digest(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an optimiser leaves, and the digest of it."""
+    """An optimiser's state, with its digest."""
     return {**state, _DIGEST: _digest_of(state)}
 
 
 def without_digest(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What :func:`with_digest` was given.
+    """The state that :func:`with_digest` was given.
 
     Raises:
-        ValueError, KeyError: these are not what it made.
+        ValueError, KeyError: the tensors are not what it made.
     """
     state = {name: tensor for name, tensor in tensors.items() if name != _DIGEST}
     if not torch.equal(tensors[_DIGEST], _digest_of(state)):

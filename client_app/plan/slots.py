@@ -17,10 +17,10 @@ A plan's changes are staged in a folder of their own and become visible by renam
 moment leaves either the old slots or the new ones, and the earlier ones with them. (What a kill leaves between two
 renames is put right when the next plan begins; until then ``adapter/`` may be a plan ahead of ``slots/``, or missing.)
 As many earlier states are kept as the server keeps checkpoints (``keep-checkpoints``), and the one that a plan pins:
-from whichever it resumes, the round after it starts from the slots that it started from the first time. One process at
-a time: Flower may start a second one for the same client, when a resumed run asks while the old one trains; it waits.
-A client whose labels are its own has heads that no plan names and no upload contains. Each slot has heads of its own:
-``slots[name]`` is what the federation knows of a slot, :meth:`SlotStore.whole` has its heads, too.
+whichever checkpoint a run resumes from, the next round starts from the same slots as it did the first time. Only one
+process works at a time: if a resumed run asks while the old one trains, Flower may start a second one, which waits. A
+client whose labels are its own has heads that no plan names and no upload contains. Each slot has heads of its own:
+``slots[name]`` is what the federation knows of a slot; :meth:`SlotStore.whole` has its heads, too.
 ``exact.safetensors`` exists because PEFT stores a head as base plus difference: the difference loses its last bits.
 """
 
@@ -52,7 +52,7 @@ MIXTURE_FILE = "mixture.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 Parts = tuple[Mapping[str, Adapter], Mapping[str, Adapter], Message]
 _BESIDE = ("residual_", "head_", "received_")
-"""Prefixes of what a slot's file has beside its adapter."""
+"""Prefixes for what a slot's file holds beside the adapter."""
 HeadReader = Callable[[], dict[str, torch.Tensor]]
 
 
@@ -64,8 +64,8 @@ class SlotStore:
     """The slots of one client in one run; use inside :meth:`transaction`. ``keep`` earlier states stay on disk.
 
     ``base_heads`` and ``drawn`` give what PEFT directories have beside an adapter: the base model's own heads, which
-    differences are added to, and parameters that its checkpoint lacks. ``own_layout`` is that of the heads that each
-    slot has beside its adapter; None where the client has no labels of its own.
+    differences are added to, and parameters that its checkpoint lacks. ``own_layout`` is the layout of the heads that
+    each slot has beside its adapter; None if the client has no labels of its own.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SlotStore:
         self._personal: Adapter | None = None
         self._parts: Parts | None = None
         self.losses: dict[str, dict[str, float]] = {}
-        """Recorded losses by name of the record and task; finite ones only."""
+        """Recorded losses by name of the record and by task; only finite ones."""
         self.hidden: frozenset[str] = frozenset()
         """Slots that hold something that may not leave; see :meth:`client_app.guard.policy.Policy.require_private`."""
         self._source = directory / "slots"
@@ -148,7 +148,7 @@ class SlotStore:
         self._dirty.add(slot)
 
     def whole(self, slot: str) -> Adapter:
-        """The adapter in a slot with the client's own heads that belong to it; zero ones where it has never had any.
+        """The adapter in a slot with its own heads of this client; heads of zeros if it has never had any.
 
         Raises:
             SlotError: there is no such slot, or its file is damaged.
@@ -162,7 +162,7 @@ class SlotStore:
     def set_whole(self, slot: str, adapter: Adapter, *, keep_own_heads: bool = False) -> None:
         """Put an adapter with or without own heads into a slot.
 
-        Without, those of the slot become zero; with ``keep_own_heads`` they stay, whatever the adapter has.
+        Without own heads, those of the slot become zero; with ``keep_own_heads`` they stay, whatever the adapter has.
         """
         if self.own_layout is not None and _is_update(adapter):
             own = self.own_layout
@@ -175,12 +175,12 @@ class SlotStore:
         self[slot] = adapter
 
     def optimizer(self, slot: str) -> dict[str, torch.Tensor]:
-        """What the optimiser of this slot's last train step that kept it left, by ``<entry>/<what>``; may be empty."""
+        """The optimiser state that this slot's last train step kept, by ``<entry>/<what>``; may be empty."""
         self._open(slot)
         return self._optimizers.get(slot, {})
 
     def set_optimizer(self, slot: str, state: Mapping[str, torch.Tensor]) -> None:
-        """Keep what an optimiser goes on from the next time; nothing: it starts fresh."""
+        """Keep the state from which an optimiser goes on the next time; if empty, it starts fresh."""
         self._optimizers[slot] = dict(state)
         self._dirty.add(slot)
 
@@ -201,7 +201,7 @@ class SlotStore:
 
     def set_received(self, slot: str, adapter: Adapter) -> None:
         """Keep what was received: the next may be a difference from it."""
-        self._received[slot] = adapter.clone()  # the slot may be it, too, and a file has no two names for one memory
+        self._received[slot] = adapter.clone()  # the slot may be the same one, and a file cannot hold one memory twice
         self._dirty.add(slot)
 
     def save_personal(self, adapter: Adapter) -> None:
@@ -209,7 +209,7 @@ class SlotStore:
         self._personal, self._parts = adapter, None
 
     def save_parts(self, slots: Mapping[str, Adapter], gates: Mapping[str, Adapter], mixture: Message) -> bytes:
-        """Write a mixture that is no single adapter to ``adapter/``: one PEFT directory per slot, and the gates."""
+        """Write a mixture that is not a single adapter to ``adapter/``: one PEFT directory per slot, and the gates."""
         self._personal, self._parts = None, (slots, gates, mixture)
         found = b"".join(adapter.digest for adapter in [*slots.values(), *gates.values()])
         return hashlib.sha256(found + mixture.SerializeToString(deterministic=True)).digest()
@@ -258,7 +258,7 @@ class SlotStore:
         private_folder(staged / "slots")
         for slot in self.names():
             if slot in self._dirty:
-                self._open(slot)  # a slot that was replaced unseen keeps what is beside it, and its optimiser
+                self._open(slot)  # a slot that was replaced unread keeps its residual, own heads and optimiser
                 self._write(staged / "slots" / slot, slot)
             else:
                 shutil.copytree(self._source / slot, staged / "slots" / slot, copy_function=_link)
@@ -274,14 +274,14 @@ class SlotStore:
                 )
             elif self._parts is not None:
                 self._write_parts(staged / "adapter", *self._parts)
-            if not self._rename("adapter", ".adapter-old"):  # an empty one says that there was none
+            if not self._rename("adapter", ".adapter-old"):  # an empty folder says that there was none
                 private_folder(self.directory / ".adapter-old")
             os.rename(staged / "adapter", self.directory / "adapter")
         # From here, _recover knows every state that a kill can leave.
         if self._source.name == "slots":
             private_folder(self.directory / "history")
             self._rename("slots", f"history/{_round_of(self._source)}")
-        else:  # a round carried out again: what it started from is in the history and stays there
+        else:  # a repeated round: the slots that it started from are in the history and stay there
             self._rename("slots", ".slots-old")
         os.rename(staged / "slots", self.directory / "slots")
         sync(self.directory)
@@ -324,14 +324,14 @@ class SlotStore:
     def _recover(self) -> None:
         """Undo what a killed process left between two renames of ``_commit``, and throw its unfinished folders away."""
         if (self.directory / ".adapter-old").exists() and any(self.directory.glob(".staged-*/slots")):
-            self._rename("adapter", ".adapter-undone")  # the slots are the old ones: so must the adapter be
+            self._rename("adapter", ".adapter-undone")  # the slots are the old ones, so the adapter must be, too
             self._rename(".adapter-old", "adapter")
             with contextlib.suppress(OSError):  # there was none
                 (self.directory / "adapter").rmdir()
         restored = self._rename(".slots-old", "slots") or (self.directory / "slots").exists()
         if not restored and (history := self._history()):
             self._rename(f"history/{history[-1]}", "slots")
-        # A new client holds no slots, and that is a state which round 1 can start from again.
+        # A new client holds no slots; round 1 can start again from this state, too.
         private_folder(self.directory / "slots")
         self._clean()
 
@@ -341,15 +341,15 @@ class SlotStore:
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
     def _clean(self) -> None:
-        """Remove what is no state any more: unfinished folders, slots of a future that was given up, the oldest."""
-        with contextlib.suppress(SlotError):  # a damaged number is for who wants to read it
+        """Remove unfinished folders, slots of rounds that were given up, and the oldest slots."""
+        with contextlib.suppress(SlotError):  # whoever needs the round's number reports that it is damaged
             now = _round_of(self.directory / "slots")
             earlier = [number for number in self._history() if number < now]
             pinned = [] if self._pinned is None else [number for number in earlier if number <= self._pinned][-1:]
             for number in set(self._history()) - {
                 *earlier[-self.keep :],
                 *pinned,
-            }:  # half removed, it must not be taken for a state
+            }:  # renamed first: a half removed folder must not look like a state
                 self._rename(f"history/{number}", f".stale-{number}")
         for path in self.directory.glob(".*"):
             if path.is_dir():
@@ -357,7 +357,7 @@ class SlotStore:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file that nobody changes in place; a copy where the file system has no links."""
+    """A second name for a file that nobody changes in place; a copy if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -370,7 +370,7 @@ def _is_update(adapter: Adapter) -> bool:
 
 
 def _losses_of(folder: Path) -> dict[str, dict[str, float]]:
-    """Losses that were recorded until a round; :func:`_round_of` has checked the file."""
+    """Losses recorded up to a round; :func:`_round_of` has checked the file."""
     path = folder / "state.json"
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Training losses of each task over one train step, as a report has them."""
+"""Training losses of each task over one train step, for the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TaskLosses:
         self.sums: dict[str, float] = {}
 
     def add(self, found: Mapping[str, tuple[int, float]]) -> None:
-        """One batch: examples and mean loss by task."""
+        """Add one batch: number of examples and mean loss by task."""
         self.batches += 1
         for task, (examples, loss) in found.items():
             self.examples[task] = self.examples.get(task, 0) + examples

@@ -49,7 +49,7 @@ def set_up_torch(threads: int = 1) -> torch.device:
         return torch.device("cuda")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    # Memory is not filled with NaN before it is written, which takes time: nothing reads it before.
+    # Do not fill memory with NaN before it is written: that takes time, and nothing reads it before.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return torch.device("cpu")
 
@@ -68,14 +68,14 @@ class Teacher(Protocol):
     """The weight of the labels' own loss beside the teacher's."""
 
     def outputs(self, batch: Dataset) -> Tensor | None:
-        """What the teacher says about a batch; None where nothing is to be learnt from it."""
+        """The teacher's answer to a batch; None if there is nothing to learn from it."""
 
     def loss(self, batch: Dataset, logits: Tensor, outputs: Tensor, *, counted: bool = True) -> Tensor:
-        """Weighted distance of the student's logits from the teacher's outputs; reported where it is counted."""
+        """Weighted distance of the student's logits from the teacher's outputs; ``counted`` ones are reported."""
 
 
 def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | None = None) -> report_pb2.TrainResult:
-    """Train the step's slots inside its mixture, with a teacher where there is one.
+    """Train the step's slots inside its mixture, with a teacher if there is one.
 
     Raises:
         PlanError: the step's numbers, slots, fold or attribution do not fit.
@@ -123,12 +123,12 @@ def carry_out(bench: Workbench, step: plan_pb2.TrainStep, teacher: Teacher | Non
 
 
 def _kept(bench: Workbench, slots: Iterable[str]) -> dict[str, Tensor]:
-    """What optimisers have left for these slots, by slot, entry name and what it is."""
+    """These slots' optimiser states, by slot, entry name and kind of state."""
     return {f"{slot}:{name}": tensor for slot in slots for name, tensor in bench.slots.optimizer(slot).items()}
 
 
 def _trained(bench: Workbench, step: plan_pb2.TrainStep) -> tuple[dict[str, nn.Parameter], dict[str, Tensor] | None]:
-    """What is optimised, by slot and entry name, and the values that the step pulls it to, if any."""
+    """The trained parameters by slot and entry name, and the values that the step pulls them to, if any."""
     parameters: dict[str, nn.Parameter] = {}
     anchor: dict[str, Tensor] = {}
     for slot in step.slots:
@@ -155,7 +155,7 @@ def _attributed(bench: Workbench, step: plan_pb2.TrainStep) -> Tensor:
     """How much each example counts, by an attribute step before this one."""
     found = bench.attributions.get(step.attributed_to)
     if found is None or step.HasField("fold") or len(found) != len(bench.split(step.split)):
-        raise PlanError(f"the split that is trained on was not attributed to slot {step.attributed_to!r}")
+        raise PlanError(f"the training split was not attributed to slot {step.attributed_to!r}")
     return found
 
 
@@ -173,7 +173,7 @@ def _order(bench: Workbench, step: plan_pb2.TrainStep, data: Dataset) -> list[Te
 
 
 def _name_tasks(result: report_pb2.TrainResult, data: ClientData) -> None:
-    """Batches of a client with one task bear no name."""
+    """Name the only task of a client, because its batches have no task's name."""
     if "" in result.task_losses:
         result.task_losses[data.task].CopyFrom(result.task_losses[""])
         del result.task_losses[""]
@@ -198,17 +198,17 @@ def train(
     Args:
         model: with the mixture active.
         step: hyper-parameters.
-        parameters: what is optimised, by entry name.
+        parameters: those to train, by entry name.
         data: training split.
         seed: decides batches and dropout.
         anchor: the values that ``step.proximal`` pulls to, by entry name.
-        teacher: whose outputs are a second target.
-        example_weights: how much each example of ``data``, which has one task, counts, ``[n]``.
+        teacher: its outputs are a second target.
+        example_weights: how much each example counts, ``[n]``, if ``data`` has one task.
         order: the batches' indices; None: pass after pass over the data, shuffled.
-        optimiser: of the parameters; None: the step's, fresh.
+        optimiser: the parameters' optimiser; None: a fresh one, as the step says.
 
     Raises:
-        TrainingError: the loss, or in the end a number that was trained, became NaN or infinite.
+        TrainingError: the loss, or at the end a trained number, is NaN or infinite.
     """
     started = time.monotonic()
     torch.manual_seed(seed)
@@ -230,7 +230,7 @@ def train(
         losses.append(loss)
         if not math.isfinite(loss):
             raise _diverged(f"training loss became {loss} at step {len(losses)} of {step.steps}", step)
-    # No later loss would show what the last step has spoilt.
+    # No later loss would show that the last step has spoilt a number.
     if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
         raise _diverged(f"numbers that are not finite after the last of {step.steps} steps", step)
     model.module.eval()
@@ -276,7 +276,7 @@ class _Objective:
     example_weights: Tensor | None
 
     def gradients(self, indices: Tensor) -> tuple[float, dict[str, tuple[int, float]]]:
-        """One batch's gradients, and what :meth:`backward` returns at the numbers as they are."""
+        """Compute one batch's gradients; returns what :meth:`backward` returns for the present numbers."""
         if not self.step.sharpness_radius:
             return self.backward(indices)
         with at_the_top(self.parameters.values(), self.step.sharpness_radius, self.model.device) as top:
@@ -286,7 +286,7 @@ class _Objective:
         return found
 
     def backward(self, indices: Tensor, *, counted: bool = True) -> tuple[float, dict[str, tuple[int, float]]]:
-        """Add one batch's gradients, micro-batch by micro-batch; its loss, and examples and mean loss by task."""
+        """Add one batch's gradients by micro-batches; returns its loss, and examples and mean loss by task."""
         loss, found = 0.0, dict[str, tuple[int, float]]()
         chunks = torch.split(indices, self.model.micro_batch or len(indices))
         parts = [part for chosen in chunks for part in self.data.by_task(chosen)]
@@ -313,7 +313,7 @@ class _Objective:
         return loss, found
 
     def _losses(self, part: Dataset, counts: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The task's loss; with a teacher, the logits and what the teacher says, too."""
+        """The task's loss; with a teacher, also the logits and the teacher's outputs."""
         taught = self.teacher.outputs(part) if self.teacher is not None else None
         with autocast(self.model.device):
             logits = None
@@ -322,7 +322,7 @@ class _Objective:
             return batch_loss(self.model, part, logits, counts), logits, taught
 
     def _distance(self, anchor: Mapping[str, Tensor]) -> Tensor:
-        """Squared distance of what is trained from the anchor."""
+        """Squared distance of the trained parameters from the anchor."""
         return torch.stack([(self.parameters[name] - value).square().sum() for name, value in anchor.items()]).sum()
 
 
@@ -338,8 +338,8 @@ def batch_loss(
 
     Args:
         model: with a mixture active.
-        batch: of one task.
-        logits: of the batch (:func:`logits_of`), where they are needed for something else, too.
+        batch: examples of one task.
+        logits: those of the batch (:func:`logits_of`), if they are also needed for something else.
         example_weights: how much each example counts, ``[b]``; None: the mean of :func:`mean_loss`.
     """
     if model.packing and logits is None and example_weights is None:
@@ -359,7 +359,7 @@ def batch_loss(
 
 
 def each_loss(model: PersonalModel, batch: Dataset) -> Tensor:
-    """Each example's own loss, ``[b]``: over its own targets where it has several."""
+    """Each example's own loss, ``[b]``: over its own targets if it has several."""
     labels, kind = batch.labels.to(model.device), kind_of(batch.kind)
     if kind.generative:
         return means_of(model.at_targets(model.inputs(batch.inputs), labels, batch.task).losses(), labels)
@@ -367,20 +367,20 @@ def each_loss(model: PersonalModel, batch: Dataset) -> Tensor:
 
 
 def logits_of(model: PersonalModel, batch: Dataset, *, everywhere: bool = False) -> Tensor:
-    """What the model says about a batch, on its device.
+    """The model's answer to a batch, on its device.
 
-    ``[b, C]``, ``[n, V]`` at the n targets of generated texts, or what else the kind of task says.
+    ``[b, C]``, ``[n, V]`` at the n targets of generated texts, or whatever else the kind of task says.
 
     Args:
         model: with a mixture active.
-        batch: of one task.
+        batch: examples of one task.
         everywhere: ``[b, L, V]`` instead, at targets and elsewhere.
     """
     return kind_of(batch.kind).outputs(model, batch, everywhere=everywhere)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 arithmetic on CUDA; the CPU computes as the numbers are."""
+    """bfloat16 arithmetic on CUDA; the CPU computes in the numbers' own type."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 

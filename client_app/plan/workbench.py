@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from client_app.plan.private import PrivateTraining
 
 JOINED = "+"
-"""Between the names of splits that a step takes together."""
+"""Joins the names of splits that a step uses together."""
 
 
 @dataclass
@@ -38,33 +38,33 @@ class Workbench:
     data: ClientData
     slots: SlotStore
     starts: Mapping[str, Adapter] = field(default_factory=dict)
-    """Adapters that slots of these names start from when they are created from a seed."""
+    """Adapters by slot name; a slot that is created from a seed starts from its adapter."""
     secret: bytes = field(default=b"", repr=False)
-    """Of this client alone; decides noise that the server must not know."""
+    """Known to this client alone; decides noise that the server must not know."""
     received: dict[str, Adapter] = field(default_factory=dict)
     """What the server sent, by slot."""
     uploads: dict[str, bytes] = field(default_factory=dict)
     """What the client sends back, by slot."""
     layouts: dict[bytes, Layout] = field(default_factory=dict)
-    """Of what it sends back, by digest."""
+    """Layouts of what the client sends back, by digest."""
     private: PrivateTraining | None = None
     """How training keeps single examples private; None: not at all."""
     min_examples: int = 0
-    """A step that would leave out fewer examples than this looks at all of them."""
+    """If a step would leave out fewer examples than this, it looks at all of them."""
     attributions: dict[str, Tensor] = field(default_factory=dict)
     """How much of each training example belongs to a slot, ``[n]`` float64, by slot."""
     replaced: bool = False
     """Whether a replace step has copied something."""
     index: int = 0
-    """The number of the step that is carried out."""
+    """The number of the current step."""
 
     @property
     def seed(self) -> int:
-        """Decides the draws of the present step, unless the step says otherwise."""
+        """The seed of the current step's draws, unless the step says otherwise."""
         return seed_of(self.plan.seed, self.plan.client_id, self.plan.round, self.index)
 
     def held(self, slot: str) -> Adapter | None:
-        """The adapter in a slot; None where there is no such slot."""
+        """The adapter in a slot; None if there is no such slot."""
         if slot not in self.slots:
             return None
         return self.slots[slot]
@@ -90,7 +90,7 @@ class Workbench:
         return data.subset(next(batches(len(data), samples, 1, self.seed)))
 
     def shown(self, split: str, examples: int) -> Dataset:
-        """At most so many examples of each of a split's tasks (0: all), the same in every round."""
+        """At most ``examples`` examples of each of a split's tasks (0: all), the same in every round."""
         data = self.split(split)
         seed = seed_of(self.plan.seed, self.plan.client_id, "evaluate", split)
 
@@ -104,7 +104,7 @@ class Workbench:
         return some(data)
 
     def fold(self, data: Dataset, fold: plan_pb2.Fold, split: str) -> Dataset:
-        """One of several parts of a split's data, each example in one of them; the same parts in every round.
+        """One of several disjoint parts of a split's data; the parts are the same in every round.
 
         Raises:
             PlanError: there is no such part, or fewer examples than parts.
@@ -116,7 +116,7 @@ class Workbench:
         return data.subset(order[fold.index :: fold.count])
 
     def require_unsent(self, slot: str) -> None:
-        """Each slot is uploaded once.
+        """Require that a slot is uploaded only once.
 
         Raises:
             PlanError: the slot is in the uploads already.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the names of scenarios are in every command's help, which torch would keep waiting
+if TYPE_CHECKING:  # every command's help has the scenarios' names, and importing torch would delay it
     from client_app.data.dataset import Base, ClientData, Dataset
 
 NAMES = ("digits", "digits-mixed", "digits-multimodal")
@@ -31,7 +31,7 @@ def load_scenario(
         partition_id: this client, from 0.
         num_partitions: how many clients there are.
         seed: decides which examples each client holds.
-        cache_dir: where the base model is kept after it was made once.
+        cache_dir: where the base model is kept once it is made.
 
     Raises:
         ScenarioError: the name is unknown, or the scenario cannot be divided among that many clients.
@@ -55,9 +55,9 @@ def bases_to_align(name: str, cache_dir: Path, folder: str = "") -> tuple[list[B
     """The base models of a scenario with several architectures, the pivot first, and public data to align them on.
 
     Args:
-        name: of the scenario.
-        cache_dir: where base models are kept after they were made once.
-        folder: with the data of those that read files.
+        name: the scenario's name.
+        cache_dir: where base models are kept once they are made.
+        folder: the data of scenarios that read files.
 
     Raises:
         ScenarioError: the scenario has one architecture, or its name is unknown.

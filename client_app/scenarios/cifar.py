@@ -1,20 +1,20 @@
 """Scenarios ``cifar100-20`` and ``mixed-arch``: forty classes of CIFAR-100 that no base model has seen.
 
-Clients of both answer with the same forty labels, so the head is a part of the adapter, and every client's model can be
-tried on every other client's images.
+All clients answer with the same forty labels, so the head is part of the adapter, and every client's model can be tried
+on every other client's images.
 
 ``cifar100-20`` is Potara's setting as far as it is known: a pre-trained ViT and twenty clients whose shares of every
 class are drawn from a Dirichlet distribution; training, validation and test images of a client have the same shares.
-With fewer clients than twenty, the other shards are left out, and a client's own stays what it was.
+With fewer than twenty clients, the other shards are left out, and each client keeps its own.
 
-``mixed-arch`` is FedMosaic's: two architectures, and in each of four groups of ten classes half of the clients have
-the one, half the other, so that with eight clients nobody shares both with anybody. The larger ViT is the one in
+``mixed-arch`` is FedMosaic's setting: there are two architectures, and four groups of ten classes. Half of each group's
+clients have one architecture, half the other, so that of eight clients no two share both. The larger ViT is the one in
 ``data-root``; the smaller one is made from it once, by distillation on public images (PACS, and the first images of
 each class, which no client has), and kept.
 
-``cifar100-groups`` is FedMerge's: four groups of sixteen classes, of which neighbours share eight. Eight clients have
-the classes of one group, two clients each; with more, the others have half of theirs from one group and half from
-another, which shares none with it.
+``cifar100-groups`` is FedMerge's setting: four groups of sixteen classes; neighbouring groups share eight. Eight
+clients have the classes of one group, two clients each; with more, the others have half of their classes from one group
+and half from another that shares none with it.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from client_app.settings import Settings
 IMAGES = Path("vision") / "cifar100_heldout40_mini.npz"
 MODEL = Path("models") / "vit-c100-p8"
 SHARDS, CONCENTRATION = 20, 0.3
-"""Clients of ``cifar100-20``, and Dirichlet's alpha, which Potara's abstract does not give."""
+"""Number of clients of ``cifar100-20``, and Dirichlet's alpha, which Potara's abstract does not give."""
 VALIDATION = 0.4
-"""Of a client's training images."""
+"""Share of a client's training images."""
 SMALLEST = 15
-"""Images of a split that a client has at least."""
+"""Fewest images in a client's split."""
 GROUPS, GROUP_CLASSES = 4, 10
 PUBLIC = 20
 """Images of each class that no client of ``mixed-arch`` has."""
 MIXED_TRAIN, MIXED_TEST = 12, 30
-"""Images of each class that a client of ``mixed-arch`` trains on (as many for validation) and is tested on."""
+"""Training images (and as many for validation) and test images of each class at a client of ``mixed-arch``."""
 OVERLAPPING = tuple(tuple(range(8 * group, 8 * group + 16)) for group in range(4))
-"""Places of the classes of each group of ``cifar100-groups`` in an order that the seed draws."""
+"""The classes of each group of ``cifar100-groups``, by their places in an order that the seed draws."""
 GROUP_OF = tuple((client % 4,) for client in range(8)) + tuple((first, (first + 2) % 4) for first in range(4))
-"""The groups of each of its clients."""
+"""The groups of each client of ``cifar100-groups``."""
 GROUP_IMAGES = {"train": 64, "validation": 64, "test": 96}
-"""Images of each of its clients, evenly from its classes."""
+"""Images of each client of ``cifar100-groups``, evenly from its classes."""
 MIXED_CLIENTS = GROUPS * ((100 - PUBLIC) // (2 * MIXED_TRAIN))
 
 
@@ -87,10 +87,10 @@ class Distilled:
 
 @lru_cache(maxsize=4)
 def read_arrays(path: Path) -> Mapping[str, NDArray[Any]]:
-    """The arrays of an ``.npz`` file, which are not to be changed: they are read once in a process.
+    """The arrays of an ``.npz`` file. They must not be changed, because a process reads them only once.
 
     Raises:
-        ScenarioError: it is not there, or has something else in it.
+        ScenarioError: it is not there, or contains something else.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -100,7 +100,7 @@ def read_arrays(path: Path) -> Mapping[str, NDArray[Any]]:
 
 
 def as_images(pixels: NDArray[np.uint8], labels: Sequence[int], size: int | None = None) -> Dataset:
-    """``pixel_values [n, 3, H, W]`` in [-1, 1]; of another ``size`` where one is given."""
+    """``pixel_values [n, 3, H, W]`` in [-1, 1]; resized if ``size`` is given."""
     tensor: Tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if size is not None:
         tensor = functional.interpolate(tensor, size=(size, size), mode="bilinear", antialias=True)
@@ -113,7 +113,7 @@ def find_vit(settings: Settings, root: Path) -> FoundModel:
 
 
 def vision_base(settings: Settings, root: Path, labels: Sequence[str]) -> Base:
-    """The same, to tell these labels apart."""
+    """The same as a base model with a head for these labels."""
     return load_base(find_vit(settings, root), KINDS["image-classification"], settings.model, labels)
 
 
@@ -136,9 +136,9 @@ def load_dirichlet(settings: Settings, root: Path) -> tuple[Base, ClientData]:
 def dirichlet_shards(
     train: NDArray[np.uint8], test: NDArray[np.uint8], seed: int
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Image numbers of every shard, of the training and the test images: each class is cut by the same proportions.
+    """Image numbers of every shard, of the training and the test images: each class is cut in the same proportions.
 
-    Drawn again until every shard has at least :data:`SMALLEST` images of each split.
+    They are drawn again until every shard has at least :data:`SMALLEST` images of each split.
     """
     chance = np.random.default_rng((SHARDS, seed))
     while True:
@@ -167,7 +167,7 @@ def group_images(
 ) -> dict[str, tuple[str, NDArray[np.int64]]]:
     """The source and the image numbers of each split of a client of ``cifar100-groups``.
 
-    Clients take turns in a shuffled list of each class's images, training and validation in one, test in another.
+    Clients take turns in a shuffled list of each class's images: one list for training and validation, one for test.
     """
     order = np.random.default_rng((len(GROUP_OF), seed)).permutation(len(np.unique(train)))
     own: dict[str, list[NDArray[np.int64]]] = {name: [] for name in GROUP_IMAGES}
@@ -254,7 +254,7 @@ def _public(found: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
 def _splits(
     found: Mapping[str, NDArray[Any]], chosen: Mapping[str, tuple[str, NDArray[np.int64]]]
 ) -> dict[str, Dataset]:
-    """Images with labels 0, 1, ... of the held-out classes; ``chosen`` names the source and its numbers."""
+    """Images with labels 0, 1, ... of the held-out classes; ``chosen`` has the source and the image numbers."""
     originals = np.unique(found["y_train"])
     return {
         name: as_images(
@@ -277,7 +277,7 @@ def _build(recipe: Distilled, classes: int) -> nn.Module:
 
 
 def _distil(recipe: Distilled, folder: Path, root: Path, found: Mapping[str, NDArray[Any]]) -> nn.Module:
-    """A small ViT that answers with the larger one's sixty classes as that does, on public images."""
+    """A small ViT that is trained on public images to give the larger one's answers among its sixty classes."""
     import transformers
 
     teacher: Any = transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32)

@@ -1,8 +1,8 @@
 """Scenarios ``text-6`` to ``text-12``: the clients and texts of ``instruct-*``, with a small encoder as the base.
 
-Who has which task and which texts is as in :mod:`client_app.scenarios.instruct`, name for name (``text-6-same`` has the
-texts of ``instruct-6-same``). How texts are scored is as in ``text-8``: against descriptions of their task's labels, by
-all-MiniLM-L6-v2, so that there are no heads and one adapter serves every task. A step takes a tenth of the language
+Clients have the tasks and texts of :mod:`client_app.scenarios.instruct`, name for name (``text-6-same`` has the texts
+of ``instruct-6-same``). Texts are scored as in ``text-8``: all-MiniLM-L6-v2 compares them with descriptions of their
+task's labels, so that there are no heads and one adapter serves every task. A step takes a tenth of the language
 model's time.
 """
 

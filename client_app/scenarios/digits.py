@@ -1,13 +1,13 @@
 """Scenario ``digits``: scikit-learn's handwritten digits, seen by groups of clients in different ways.
 
-1,797 images of 8x8 pixels are divided once and for all into a public part, which only the base model is pre-trained on
+1,797 images of 8x8 pixels are divided once and for all into a public part, on which only the base model is pre-trained
 (upright, with the usual labels), and pools for training, validation and test. No image is in two of them.
 
-Clients come in groups. A group sees every image through its own transform (upright, rotated, inverted) and writes half
+Clients come in groups. A group sees every image through its own transform (upright, rotated, inverted) and labels half
 of the digits with codes of its own, as two warehouses number their goods differently. Clients of a group can help each
-other; what one group learns about the codes is wrong in the next. Training shards are disjoint, of unequal size, and
-too small to do well alone. Validation and test pools are shared: each client sees all of them in its own group's way,
-so that accuracies of clients are compared on the same images, and a few hundred of them.
+other; what one group learns about its codes is wrong in another. Training shards are disjoint, of unequal size, and too
+small to do well alone. Validation and test pools are shared: each client sees all of them in its own group's way, so
+that clients' accuracies are compared on the same few hundred images.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ CLASSES = 10
 POOLS = {"public": 500, "train": 700, "validation": 150, "test": 447}
 POOL_SEED = 1797
 SHARD_SIZES = (90, 50, 70, 110, 60)
-"""Training examples of clients 0, 1, 2, ..., again from the start after the last; less where the pool is too small.
-Their number has no common factor with the numbers of groups, so every group has clients of all sizes."""
+"""Training examples of clients 0, 1, 2, ..., again from the start after the last; fewer if the pool is too small.
+The number of sizes has no common factor with the numbers of groups, so every group has clients of all sizes."""
 MAX_CLIENTS = 200
-"""With this many clients each has 2 to 5 images: enough to load a server, not to compare strategies."""
+"""With this many clients, each has 2 to 5 images: enough to load a server, not to compare strategies."""
 
 BASE_RECIPE = Recipe(
     name="digits-vit",
@@ -78,7 +78,7 @@ GROUPS = (
 
 
 def group_of(partition_id: int, num_partitions: int, groups: tuple[Group, ...] = GROUPS) -> Group:
-    """The group of a client: groups take turns, and there are as many (2 to 4) as can have two members each."""
+    """The group of a client: groups take turns, and there are as many groups (2 to 4) as can have two members each."""
     return groups[partition_id % group_count(num_partitions)]
 
 
@@ -118,7 +118,7 @@ def load_base(cache_dir: Path) -> Base:
 
 
 def base_fingerprint() -> str:
-    """What identifies the base model to the server, without making or loading it."""
+    """The base model's fingerprint for the server, without making or loading the model."""
     return BASE_RECIPE.fingerprint
 
 
@@ -130,7 +130,7 @@ def public() -> tuple[Tensor, Tensor]:
 
 
 def pools() -> dict[str, NDArray[np.int64]]:
-    """Image numbers by pool; the same for every seed, or a run would be tested on what another base had seen."""
+    """Image numbers by pool; the same for every seed; otherwise a run would be tested on what another base had seen."""
     order = np.random.default_rng(POOL_SEED).permutation(sum(POOLS.values()))
     bounds = np.cumsum(list(POOLS.values()))[:-1]
     return dict(zip(POOLS, np.split(order, bounds), strict=True))

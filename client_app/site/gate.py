@@ -28,13 +28,13 @@ _RUNS = (
     *_NOT_THE_OWNERS,
     *("seed", "scenario", "task-arrival", "num-server-rounds", "keep-checkpoints"),
 )
-"""Keys of run-config that a run decides, because all clients need the same; a site's own file wins."""
+"""Keys that run-config decides, because all clients need the same value; a site's own file wins."""
 _DEFAULTS: Mapping[str, Any] = {
     f"{prefix}{item.name.replace('_', '-')}": item.default
     for prefix, kind in (("", DataSettings), ("client.", Policy), ("trainer.", TrainerSettings))
     for item in fields(kind)
 }
-"""Keys of run-config that clients read elsewhere, and never here."""
+"""Keys of run-config that other clients read, but a site does not."""
 
 
 class GateError(PolicyError):
@@ -57,13 +57,13 @@ def admit(site: Site, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Admit
 
     Args:
         site: the owner's rules.
-        job: from a relay, which may be anybody's code.
-        blobs: what came with it.
+        job: the job from a relay, which may be anybody's code.
+        blobs: the blobs that came with it.
 
     Raises:
         GateError: the job is not for this site's service, or not allowed.
         SignatureError: it is not signed by a server that the owner knows.
-        SettingsError: the run asks for something else that does not fit.
+        SettingsError: something else that the run asks for does not fit.
     """
     asked = job.site
     which = asked.WhichOneof("asked")
@@ -85,7 +85,7 @@ def admit(site: Site, job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Admit
 
 
 def settings_of(site: Site, run_config: Mapping[str, Any]) -> Settings:
-    """The client's settings: from the site's file, and from run-config the keys that a run decides.
+    """The client's settings: from the site's file, plus the run-config keys that a run decides.
 
     Raises:
         GateError: the run names a base model that the file does not.
@@ -110,11 +110,11 @@ def _parsed(words: bytes, which: str) -> plan_pb2.Plan | plan_pb2.RegisterReques
         require_few(words, kind.DESCRIPTOR, MAX_VALUES["plan"])
         return kind.FromString(words)
     except (TooManyError, DecodeError) as error:
-        raise GateError(f"what was asked is no {kind.__name__}: {error}") from None
+        raise GateError(f"the request is not a {kind.__name__}: {error}") from None
 
 
 def _ignored(run_config: Mapping[str, Any], job: trainer_pb2.Job) -> dict[str, Any]:
-    """What a run or a relay would have decided if it could: values that are not the defaults, of keys not read here."""
+    """What a run or a relay tried to decide: values of keys that are not read here, if not the defaults."""
     found = {
         key: one_line(value)
         for key, value in sorted(run_config.items())

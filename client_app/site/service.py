@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from client_app.session import Executor
 
 BROKEN = 70
-"""Exit status after an error that may have broken more than a plan, for whoever starts the service again."""
+"""Exit status after an error that may have broken more than a plan; a supervisor then starts the service again."""
 
 
 class SiteTrainer(Trainer):
-    """The service: a trainer that checks every job against the site's file, and that only its owner can end."""
+    """A trainer that checks every job against the site's file, and that only its owner can end."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(b"", None)
@@ -57,7 +57,7 @@ class SiteTrainer(Trainer):
         raise AssertionError
 
     def receive(self, requests: Iterable[trainer_pb2.RunRequest], context: Any) -> PendingJob:
-        """The job and its blobs, up to the owner's bound on what comes with a plan."""
+        """The job and its blobs, up to the owner's bound on a plan's blobs."""
         most = (self._bound_mb() or float("inf")) * 10**6
         return super().receive(_bounded(requests, most, context), context)
 
@@ -110,7 +110,7 @@ class SiteTrainer(Trainer):
         return float(self.site.client.get("client.max-download-mb", 4096.0))
 
     def _claimed(self, job: trainer_pb2.Job) -> dict[str, Any]:
-        """Of a job that was refused: which run it said that it was."""
+        """The run that a refused job claimed to belong to."""
         from proto.fedalloy.v1 import plan_pb2
 
         kind = plan_pb2.Plan if job.site.WhichOneof("asked") == "plan" else plan_pb2.RegisterRequest
@@ -133,8 +133,7 @@ def serve(site: Site) -> None:
     """Serve until the process is ended.
 
     Raises:
-        SiteFileError: the socket's path cannot be used, somebody listens there, or the file has settings that no client
-            has.
+        SiteFileError: the socket's path cannot be used, somebody listens there, or the file has unknown settings.
     """
     private_mask()
     _require_sound(site)
@@ -155,7 +154,7 @@ def serve(site: Site) -> None:
 
 
 def say(text: str) -> None:
-    """A line of the service's log."""
+    """Write a line to the service's log."""
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
@@ -173,7 +172,7 @@ def _require_sound(site: Site) -> None:
 
 @contextlib.contextmanager
 def _alone(site: Site) -> Iterator[None]:
-    """One service for each client: two would have a budget each."""
+    """Allow one service for each client: two would have separate budgets."""
     try:
         with locked(site.state_dir / f".{site.client_id}.service.lock", wait=False):
             yield
@@ -182,12 +181,12 @@ def _alone(site: Site) -> Iterator[None]:
 
 
 def open_socket(trainer: SiteTrainer, site: Site) -> grpc.Server:
-    """The socket, for this user and the group that the file names."""
+    """Open the socket to this user and the group that the file names."""
     path = site.socket
     if path.exists() or path.is_symlink():
         if not stat.S_ISSOCK(path.lstat().st_mode) or listens(path):
             raise SiteFileError(f"socket = {str(path)!r}: something else is there")
-        path.unlink()  # of a service that was killed: this one holds the lock
+        path.unlink()  # left by a killed service, because this one holds the lock
     if not path.parent.is_dir():
         raise SiteFileError(f"socket = {str(path)!r}: there is no folder {path.parent}")
     server = private_server(trainer, path)

@@ -47,15 +47,15 @@ class Site:
 
     @property
     def state_dir(self) -> Path:
-        """Where it keeps slots, records and budgets."""
+        """The folder of slots, records and budgets."""
         return Path(self.client["state-dir"])
 
 
 def read_site(path: Path) -> Site:
-    """Read the file; what it names by a relative path is relative to it.
+    """Read the file; its relative paths start at its own folder.
 
     Raises:
-        SiteFileError: names the key, the expectation and the finding.
+        SiteFileError: the file is not valid; names the key, what was expected, and what was found.
     """
     try:
         found = tomllib.loads(path.read_text())
@@ -66,7 +66,7 @@ def read_site(path: Path) -> Site:
     where = path.resolve().parent
     _require_known(path, found, _TOP)
     if "socket" not in found:
-        raise SiteFileError(f"{path} has no socket, expected the path at which the service is to listen")
+        raise SiteFileError(f"{path} has no socket, expected the path at which the service should listen")
     client = {key: _beside(where, key, value) for key, value in _table(path, found, "client").items()}
     for prefix, table in (("client.", "policy"), ("dp.", "dp")):
         client |= {f"{prefix}{key}": value for key, value in _table(path, found, table).items()}
@@ -122,7 +122,7 @@ def _texts(path: Path, found: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _beside(where: Path, key: str, value: Any) -> Any:
-    """A path beside the file; a data set or a model may also have a name that is none."""
+    """A path relative to the file; a data set or a model may also have a name that is not a path."""
     if key not in (*_PATHS, "base-model") or not isinstance(value, str):
         return value
     here = where / Path(value).expanduser()

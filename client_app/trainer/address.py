@@ -1,13 +1,13 @@
-"""Where a client's resident trainer lives: whose it is, its socket, its lock, and which code it runs.
+"""The address of a client's resident trainer: its owner, its socket, its lock, and the code that it runs.
 
-A trainer belongs to one SuperNode (its *owner*) and leaves with it. ``<temporary folder>/fedalloy-<uid>/`` (mode 0700)
+A trainer belongs to one SuperNode (its *owner*) and ends with it. ``<temporary folder>/fedalloy-<uid>/`` (mode 0700)
 holds, for an owner with process id P of process namespace N (containers may share the folder) that started at kernel
 tick T::
 
     N-P-T.sock    the socket, mode 0600
     N-P-T.lock    locked (flock) by whoever starts the trainer, and by the trainer as long as it lives
 
-The path is short because a Unix-domain socket's may have no more than 107 bytes. Nothing here imports torch.
+The path is short because a Unix-domain socket's path may have at most 107 bytes. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNFIT = re.compile(r"[%?#,]")
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "flwr", "protobuf", "grpcio")
 PACKAGES = ("proto", "fedalloy_adapters", "client_app")
 MAX_IDLE = 1e6
-"""Seconds; a thread cannot wait for much longer than a century, and for infinity not at all."""
+"""Seconds; a thread cannot wait much longer than a century, and cannot wait for infinity."""
 
 
 def read_trainer_settings(context: Context) -> TrainerSettings:
@@ -79,7 +79,7 @@ class Owner:
         """The inverse of ``str``.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text has another form.
         """
         pid, _, started = text.partition("-")
         return cls(int(pid), int(started))
@@ -94,10 +94,10 @@ class Owner:
 
 
 def find_owner() -> Owner | None:
-    """The SuperNode above this ClientApp, or its SuperExec where that was started apart (process isolation).
+    """The SuperNode above this ClientApp, or its SuperExec if that was started separately (process isolation).
 
-    None where there is neither: Flower's simulation engine, a debugger, a test, or a system without ``/proc``.
-    Nothing would end a trainer there.
+    None if there is neither: in Flower's simulation engine, a debugger, a test, or a system without ``/proc``. Nothing
+    would end a trainer there.
     """
     executor = None
     try:
@@ -149,13 +149,13 @@ class Residence:
 
 
 def temporary_folders() -> list[str]:
-    """Where sockets may lie; the first that serves is used, by every process of this user alike."""
+    """Folders for sockets; all processes of this user take the first that works."""
     return list(dict.fromkeys((tempfile.gettempdir(), "/tmp")))
 
 
 @cache
 def code_digest() -> bytes:
-    """32 bytes that change with the code of the app, the libraries that matter, and the Python that runs them."""
+    """32 bytes that change with the app's code, the relevant libraries, and the Python that runs them."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256(repr((sys.version, sys.executable, str(root))).encode())
     for name in LIBRARIES:
@@ -169,7 +169,7 @@ def code_digest() -> bytes:
 
 @cache
 def source_digest(packages: tuple[str, ...] = PACKAGES) -> str:
-    """SHA-256 of the app's source files, wherever they lie."""
+    """SHA-256 of the app's source files, wherever they are."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for package in packages:
@@ -179,7 +179,7 @@ def source_digest(packages: tuple[str, ...] = PACKAGES) -> str:
 
 
 def inode_of(path: Path) -> int:
-    """The number of the file that is there now; -1 without one."""
+    """The inode of the file that is there now; -1 if there is none."""
     try:
         return path.stat().st_ino
     except OSError:
@@ -221,7 +221,7 @@ def _private_folder(name_length: int) -> Path:
         except OSError as error:
             tried.append(f"{folder}: {error.strerror}")
             continue
-        # /tmp is everybody's: somebody else may have made this folder, or a link of this name, first.
+        # Everybody can write to /tmp: somebody else may have made this folder, or a link of this name, first.
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
             tried.append(
                 f"{folder}: expected a folder of user {os.geteuid()} with mode 700, found "

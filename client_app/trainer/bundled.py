@@ -1,4 +1,4 @@
-"""The ClientApp where the run brings the code that has the data: who am I, carry out this plan, what do counters say.
+"""The ClientApp if the run brings the code that works on the data: it registers, runs plans, and reads counters.
 
 Flower starts a fresh process for every message, so this one stays thin: it reads the counters (first, when they contain
 just this message's download) and leaves the work to the client's resident trainer. Without one (``trainer.resident =
@@ -66,7 +66,7 @@ def counters(message: Message, context: Context) -> Message:
 
 
 def _trainer(message: Message, context: Context) -> TrainerClient | None:
-    """The way to this client's resident trainer; None where the work is to be done in this process."""
+    """The way to this client's resident trainer; None if this process should do the work."""
     if not read_trainer_settings(context).resident:
         return None
     owner = find_owner()

@@ -17,7 +17,7 @@ from proto.fedalloy.v1 import report_pb2, trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
 
 NO_LIMIT = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
-"""gRPC's own limit is 4 MiB; plans and reports may be larger, blobs travel in pieces anyway."""
+"""gRPC's own limit is 4 MiB; plans and reports may be larger, and blobs travel in pieces anyway."""
 CHUNK_BYTES = 2**21
 SAY_SECONDS = 15.0
 
@@ -27,14 +27,14 @@ class TrainerError(RuntimeError):
 
 
 class JobFailedError(RuntimeError):
-    """A job ended with an error in the trainer; its log has the full message, and this the part that may be told.
+    """A job ended with an error in the trainer; its log has the full message, this error the part that may leave.
 
     ``told_class`` is the class of the trainer's error.
 
     Args:
         error: that class.
-        message: what may be told.
-        where: the words are, for whoever is on this machine.
+        message: the part that may leave the client.
+        where: the place of the full message, for people on this machine.
     """
 
     def __init__(self, error: str, message: str, where: object = "") -> None:
@@ -61,7 +61,7 @@ class ProgressLog:
         self.said = time.monotonic()
 
     def __call__(self, job: str, progress: trainer_pb2.Progress) -> None:
-        """Every few seconds, a line."""
+        """Log a line every few seconds."""
         if time.monotonic() - self.said > SAY_SECONDS:
             self.said = time.monotonic()
             log(INFO, "%s: %s %d/%d", job, progress.activity, progress.done, progress.total)
@@ -69,7 +69,7 @@ class ProgressLog:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came back: a registration, or a report with its uploads."""
+    """A job's result: a registration, or a report with its uploads."""
 
     registration: report_pb2.Registration | None
     report: report_pb2.Report | None
@@ -87,12 +87,12 @@ def ask(
     """Hand over a job and take its answer.
 
     Args:
-        stub: of the trainer.
+        stub: the trainer's stub.
         requests: the job and its blobs.
         timeout: seconds.
         name: the job's name for messages.
         listen: gets the progress.
-        where: the trainer's log is.
+        where: the place of the trainer's log.
 
     Raises:
         JobFailedError: it could not be done.
@@ -123,14 +123,14 @@ def ask(
 
 
 def requests_of(job: trainer_pb2.Job, blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.RunRequest]:
-    """A job and its blobs, as they are sent."""
+    """A job and its blobs in the form in which they are sent."""
     yield trainer_pb2.RunRequest(job=job)
     for chunk in in_pieces(blobs):
         yield trainer_pb2.RunRequest(chunk=chunk)
 
 
 def in_pieces(blobs: Mapping[str, bytes]) -> Iterator[trainer_pb2.Chunk]:
-    """Blobs in pieces that gRPC likes."""
+    """Blobs in pieces that gRPC accepts."""
     for slot, blob in blobs.items():
         for start in range(0, max(len(blob), 1), CHUNK_BYTES):
             yield trainer_pb2.Chunk(slot=slot, data=blob[start : start + CHUNK_BYTES])

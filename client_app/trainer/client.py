@@ -53,8 +53,8 @@ class TrainerClient:
 
     Args:
         owner: whose trainer.
-        timeout: seconds for everything that this object is asked to do.
-        listen: told what is done, and how far it is; the default writes to Flower's log now and then.
+        timeout: seconds for everything that this object does.
+        listen: gets the activity and its progress; the default writes to Flower's log now and then.
     """
 
     def __init__(self, owner: Owner, timeout: float, listen: Listener | None = None) -> None:
@@ -107,7 +107,7 @@ class TrainerClient:
 
     @contextmanager
     def connect(self) -> Iterator[tuple[TrainerServiceStub, int]]:
-        """A trainer that runs this code, and its process id; it is started if needed, and an older one retires.
+        """A trainer that runs this code, and its process id; starts it if needed, and retires an older one.
 
         Raises:
             TrainerError: it did not start, or not in time.
@@ -143,7 +143,7 @@ class TrainerClient:
             )
             return greeting
         except grpc.RpcError:
-            return None  # it has just gone, or it hangs: whether somebody else may start is up to the lock
+            return None  # it has just ended, or it hangs: the lock decides whether another may start
 
     def _start_alone(self) -> subprocess.Popen[bytes] | None:
         """Start a trainer, unless one lives or is being started."""
@@ -167,7 +167,7 @@ class TrainerClient:
 
 
 def log_path() -> Path:
-    """Where the trainer's output goes."""
+    """The file for the trainer's output."""
     return default_state_dir() / "trainer.log"
 
 
@@ -208,7 +208,7 @@ def _start(owner: Owner, lock: int) -> subprocess.Popen[bytes]:
             f"the trainer's log {output} cannot be written ({error.strerror}); set FLWR_HOME to a folder of this "
             "SuperNode's own"
         ) from None
-    # -P and PYTHONPATH: the same modules as here, whatever lies in the working directory.
+    # -P and PYTHONPATH: the same modules as here, whatever is in the working directory.
     command = [sys.executable, "-P", "-m", "client_app.trainer.server", "--owner", str(owner), "--lock", str(lock)]
     with file:
         return subprocess.Popen(

@@ -33,10 +33,10 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
 
 VERSION = 1
-"""Of the protocol between a relay and a site's own service: proto/README.md, section 11.1."""
+"""Version of the protocol between a relay and a site's own service: proto/README.md, section 11.1."""
 GREETING_SECONDS = 10.0
 RETURN_SECONDS = 60.0
-"""How long a service that has ended may take until whoever watches over it has started it again."""
+"""How long a supervisor may take to start a service again after it has ended."""
 LOOK_SECONDS = 0.2
 
 
@@ -77,10 +77,10 @@ def counters(message: Message, context: Context) -> Message:
 def _handed_on(
     message: Message, context: Context, asked: trainer_pb2.SiteJob, blobs: Mapping[str, bytes], name: str
 ) -> Outcome:
-    """The service's answer; a job that it did not survive is handed on once more.
+    """The service's answer; if it ends during the job, the job is handed on once more.
 
     Raises:
-        SiteError: its refusal, or there is no service.
+        SiteError: the service refuses, or there is no service.
     """
     asked.version = VERSION
     asked.signature = bytes_in(message.content, "signature")
@@ -123,6 +123,6 @@ def _require_version(stub: TrainerServiceStub) -> None:
         raise LostError(False, f"{error.code().name}: {error.details()}") from None
     if greeting.version != VERSION:
         raise SiteError(
-            f"the site's service speaks version {greeting.version}, the run's app {VERSION}; one of them is to be "
+            f"the site's service speaks version {greeting.version}, the run's app {VERSION}; one of them must be "
             "updated"
         )

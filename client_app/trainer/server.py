@@ -2,10 +2,10 @@
 
 It is started by the first ClientApp that needs it (``client_app.trainer.client``), in a session of its own, and speaks
 ``fedalloy.v1.TrainerService`` on a Unix-domain socket. The main thread carries out one job after the other; gRPC's
-threads only hand jobs over and pass on what comes back. Trainers that share a GPU take turns, job by job. It leaves
-when it has been idle, when its owner has gone, when it is asked to retire, and after an error that may have broken more
-than the plan (CUDA's for example): whoever needs it next starts a new one. It may be killed at any moment, for slots
-change all together or not at all.
+threads only hand jobs over and pass on what comes back. Trainers that share a GPU take turns, job by job. It ends when
+it has been idle, when its owner has ended, when it is asked to retire, and after an error that may have broken more
+than the plan (CUDA's for example). The next ClientApp that needs it starts a new one. It may be killed at any moment,
+because slots change all together or not at all.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 PROGRESS_INTERVAL = 0.5
 STARTUP_SECONDS = 60.0
-"""How long a trainer without any job waits for its first."""
+"""How long a trainer waits for its first job."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class PendingJob:
     _said: float = 0.0
 
     def cancel(self) -> None:
-        """Nobody waits any more."""
+        """Cancel the job: nobody waits for it any more."""
         self.cancelled.set()
         self.answers.put(None)
 
@@ -83,7 +83,7 @@ class Trainer(TrainerServiceServicer):
     """The service, and the loop that does the work.
 
     Args:
-        digest: of the code that this process runs.
+        digest: that of the code that this process runs.
         folder: shared by this user's trainers, so that they take turns on a device; None: no other trainers.
     """
 
@@ -143,7 +143,7 @@ class Trainer(TrainerServiceServicer):
     # The main thread
 
     def work(self) -> None:
-        """Carry out jobs until there is a reason to leave."""
+        """Carry out jobs until there is a reason to end."""
         while True:
             try:
                 pending = self._pending.get(timeout=self._idle_seconds)
@@ -157,10 +157,10 @@ class Trainer(TrainerServiceServicer):
             if not self._carry_out(pending):
                 self.retire()
                 return
-            del pending  # and its blobs
+            del pending  # frees its blobs, too
 
     def _carry_out(self, pending: PendingJob) -> bool:
-        """One job; whether this process can be trusted with another one."""
+        """Carry out a job; returns whether this process can be trusted with another one."""
         if pending.cancelled.is_set():
             return True
         sound = True
@@ -172,7 +172,7 @@ class Trainer(TrainerServiceServicer):
             sound = _is_sound(error)
             if not isinstance(error, Cancelled):
                 traceback.print_exc()
-            failure = trainer_pb2.Failure(error=type(error).__name__, message=told(error))  # the words are in the log
+            failure = trainer_pb2.Failure(error=type(error).__name__, message=told(error))  # the log has it in full
             pending.answers.put(trainer_pb2.RunResponse(failure=failure))
         pending.answers.put(None)
         return sound
@@ -199,7 +199,7 @@ class Trainer(TrainerServiceServicer):
         yield trainer_pb2.RunResponse(report=report)
 
     def _close_the_door(self) -> bool:
-        """Idle: take no more jobs, unless one has just come."""
+        """Take no more jobs because the trainer is idle, unless one has just come."""
         with self._admission:
             self._retiring = self._pending.empty()
             return self._retiring
@@ -207,7 +207,7 @@ class Trainer(TrainerServiceServicer):
 
 @contextlib.contextmanager
 def turn(folder: Path | None, device: str) -> Iterator[None]:
-    """Only one job at a time runs on a device, across all trainers; the lock ends with its process.
+    """Let only one job at a time run on a device, across all trainers; the lock ends with its process.
 
     Raises:
         Cancelled: nobody waits for this job any more.
@@ -237,16 +237,16 @@ def _is_sound(error: Exception) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serve one owner's client until there is a reason to leave."""
+    """Serve one owner's client until there is a reason to end."""
     parser = argparse.ArgumentParser(description="FedAlloy's resident trainer; ClientApps start it.")
     parser.add_argument("--owner", type=Owner.parse, required=True, help="process id and start tick")
     parser.add_argument("--lock", type=int, required=True, help="descriptor of the locked lock file")
     given = parser.parse_args(arguments)
-    os.set_inheritable(given.lock, False)  # held, and not passed on, until this process ends
+    os.set_inheritable(given.lock, False)  # held until this process ends, and not passed on
     private_mask()
     residence = Residence.of(given.owner)
     residence.sweep()
-    residence.socket.unlink(missing_ok=True)  # of a trainer that was killed: this one holds the lock
+    residence.socket.unlink(missing_ok=True)  # left by a killed trainer, because this one holds the lock
     trainer = Trainer(code_digest(), residence.folder)
     server = private_server(trainer, residence.socket)
     server.start()
@@ -272,9 +272,9 @@ def private_server(trainer: TrainerServiceServicer, path: Path) -> grpc.Server:
 
 
 def _watch(trainer: Trainer, residence: Residence, inode: int) -> None:
-    """End this process at once when its owner has gone; let it retire when nobody can find its socket any more."""
+    """End this process at once when its owner has ended; let it retire when nobody can find its socket any more."""
     descriptor = -1
-    with contextlib.suppress(OSError, AttributeError):  # Linux before 5.3, or the owner has gone already
+    with contextlib.suppress(OSError, AttributeError):  # Linux before 5.3, or the owner has ended already
         descriptor = os.pidfd_open(residence.owner.pid)
     while residence.owner.lives:
         if inode_of(residence.socket) != inode:

@@ -11,9 +11,9 @@ ECE_BINS = 15
 def class_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Scores of ``logits [n, C]`` against ``labels [n]``, on the CPU; what cannot be computed is left out.
 
-    ``f1`` see :func:`macro_f1`. ``auroc``: see :func:`macro_auroc`; only where a class tells some examples from others.
-    ``ece``: expected calibration error, the mean distance of the probability of the answer from its accuracy, over 15
-    equal bins (Guo et al. 2017, equation 3). It needs probabilities that are finite.
+    ``f1``: see :func:`macro_f1`. ``auroc``: see :func:`macro_auroc`; only if a class has some of the examples and not
+    all. ``ece``: expected calibration error, the mean distance between the answer's probability and its accuracy, over
+    15 equal bins (Guo et al. 2017, equation 3). It needs finite probabilities.
     """
     found = {"f1": macro_f1(logits.argmax(dim=-1), labels, logits.shape[-1])}
     probabilities = logits.double().softmax(dim=-1)
@@ -24,17 +24,17 @@ def class_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def macro_f1(answers: Tensor, labels: Tensor, classes: int) -> float:
-    """Mean over classes of F1, ``answers`` and ``labels`` ``[n]``; classes that occur in neither do not count."""
+    """The mean F1 over classes, of ``answers [n]`` for ``labels [n]``; classes that occur in neither do not count."""
     from torchmetrics.functional.classification import multiclass_f1_score
 
     return float(multiclass_f1_score(answers, labels, num_classes=max(classes, 2), average="macro"))
 
 
 def macro_auroc(probabilities: Tensor, labels: Tensor) -> float | None:
-    """Mean over classes of the area under the ROC curve, each class against the rest; None where there is none.
+    """The mean area under the ROC curve over classes, each class against the rest; None if no class has a curve.
 
     Classes without an example, or with all of them, have no curve and do not count (torchmetrics' own mean over classes
-    counts them as 0). Two classes have one and the same area.
+    counts them as 0). With two classes, both have the same area.
 
     Args:
         probabilities: ``[n, C]``.
@@ -48,8 +48,8 @@ def macro_auroc(probabilities: Tensor, labels: Tensor) -> float | None:
 def area_under_curve(scores: Tensor, right: Tensor) -> float | None:
     """Area under the ROC curve of ``scores [n]`` for ``right [n]`` (booleans); None if all are right, or none is.
 
-    The share of pairs of a right and a wrong one that the scores put in order, ties being one half (Mann and Whitney
-    1947): exact for any scores, where a sigmoid of large logits would make ties.
+    This is the share of pairs, one right and one wrong, that the scores put in order; a tie counts one half (Mann and
+    Whitney 1947). It is exact for any scores, whereas a sigmoid of large logits would make ties.
     """
     positive = int(right.sum())
     negative = len(right) - positive
@@ -59,7 +59,7 @@ def area_under_curve(scores: Tensor, right: Tensor) -> float | None:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks ``[n]`` of ``values [n]`` from 1, equal values with the mean of theirs.
+    """Ranks ``[n]`` of ``values [n]`` from 1; equal values share the mean of their ranks.
 
     >>> ranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
     [2.5, 1.0, 2.5]

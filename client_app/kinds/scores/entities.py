@@ -1,4 +1,4 @@
-"""Entities in tagged words, and how many of them were found: in IOB or IOBES, read as conlleval reads them."""
+"""Entities in tagged words, and how many of them were found; tags are IOB or IOBES, read as conlleval reads them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def entities_in(tags: Sequence[str]) -> set[Entity]:
 def entity_scores(answers: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
     """Precision, recall and F1 over all entities together (the CoNLL-2000 shared task's; seqeval's by default).
 
-    An entity counts where its type, its first and its last word are right.
+    An entity counts if its type, its first word and its last word are right.
     """
     hits = told = there = 0
     for said, right in zip(answers, wanted, strict=True):

@@ -28,7 +28,7 @@ class Written:
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text; each character with its marks is one where the script puts no spaces between words.
+    """Words of a text; if the script puts no spaces between words, each character with its marks is a word.
 
     A text without letters and digits (``!?``) is taken character by character, so that equal texts have equal words.
     """
@@ -39,9 +39,9 @@ def words_of(text: str) -> list[str]:
 def text_metrics(written: Written) -> dict[str, float]:
     """Scores of texts against their references; canonically equivalent texts (NFC, NFD) are equal.
 
-    ``exact_match`` is the share of texts equal to their reference but for white space around. ``rouge_l`` is the mean
-    F-measure of the longest common subsequence of :func:`words_of`, in lower case (Lin 2004, section 3); ``chrf`` see
-    :func:`chrf`.
+    ``exact_match`` is the share of texts equal to their reference, apart from white space around them. ``rouge_l`` is
+    the mean F-measure of the longest common subsequence of :func:`words_of`, in lower case (Lin 2004, section 3);
+    for ``chrf``, see :func:`chrf`.
     """
     from torchmetrics.functional.text import rouge_score
 
@@ -62,7 +62,7 @@ def text_metrics(written: Written) -> dict[str, float]:
 def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
     """chrF2 over all texts together, from 0 to 1 (Popovic 2015): character n-grams up to 6, recall twice as important.
 
-    Precision and recall are means over the orders that occur, as in sacrebleu: torchmetrics' divide by 6 always, so
+    Precision and recall are means over the orders that occur, as in sacrebleu: torchmetrics always divides by 6, so
     that a right answer of three letters gets a half.
     """
     precisions, recalls = [], []

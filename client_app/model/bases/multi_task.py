@@ -44,19 +44,19 @@ _HEAD_STD = 0.02
 
 
 class MultiTaskError(ValueError):
-    """A task's declaration is not valid, or the model has not the parts that it needs."""
+    """A task's declaration is not valid, or the model lacks the parts that it needs."""
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of a client, as it is declared.
+    """The declaration of one task of a client.
 
     Attributes:
-        name: unique at the client; clients whose tasks have one name share its head.
+        name: unique at the client; clients whose tasks have the same name share its head.
         kind: a key of :data:`client_app.kinds.KINDS`.
-        modalities: of the input, and ``"text"`` where a text is generated: the model reads what it has written.
-        expert: c(o); tasks with one expert share its groups.
-        outputs: classes, or size of the vocabulary.
+        modalities: those of the input, and ``"text"`` if a text is generated: the model reads what it has written.
+        expert: c(o); tasks with the same expert share its groups.
+        outputs: number of classes, or size of the vocabulary.
         pairs: whether the task has ``pair/*`` groups.
     """
 
@@ -121,11 +121,11 @@ class MultiTaskModel(nn.Module):
 
     Args:
         backbone: ``transformers.FlavaModel``; it is changed in place.
-        tasks: the client's.
+        tasks: the client's tasks.
         ends: tokens that end a generated text, and the padding token.
 
     Raises:
-        MultiTaskError: there is no task, two have one name, or the backbone lacks a module.
+        MultiTaskError: there is no task, two have the same name, or the backbone lacks a module.
     """
 
     def __init__(self, backbone: Any, tasks: Sequence[TaskSpec], ends: tuple[int, int] = (0, 0)) -> None:
@@ -158,11 +158,11 @@ class MultiTaskModel(nn.Module):
         """``logits`` ``[b, C]``, or ``[b, L, V]`` where texts are generated.
 
         Args:
-            task: which.
-            pixel_values: ``[b, channels, H, W]``, of tasks that read images.
-            input_ids: ``[b, L]``, of tasks that read or write texts.
+            task: its name.
+            pixel_values: ``[b, channels, H, W]``, for tasks that read images.
+            input_ids: ``[b, L]``, for tasks that read or write texts.
             attention_mask: ``[b, L]``, one where there is a token.
-            _: what else tokenizers and processors make (token types) is not used.
+            _: everything else that tokenizers and processors make (token types) is not used.
         """
         spec = self._begin(task)
         image = self._image(pixel_values) if "image" in spec.modalities else None
@@ -287,7 +287,7 @@ def multi_task_base(
 
 
 def _head(name: str, width: int, outputs: int) -> nn.Linear:
-    """A head from its name alone, so that all owners agree."""
+    """A head that is drawn from its name alone, so that all owners agree."""
     head = nn.Linear(width, outputs)
     seed = int.from_bytes(hashlib.sha256(f"{name}:{outputs}x{width}".encode()).digest()[:7], "little")
     with torch.no_grad():
@@ -297,10 +297,10 @@ def _head(name: str, width: int, outputs: int) -> nn.Linear:
 
 
 def _visible(mask: Tensor, before: int, causal: bool) -> Tensor:
-    """Who sees whom, ``[b, T, T]`` of booleans: ``before`` tokens that are always there, then the text's.
+    """Whether one token sees another, booleans ``[b, T, T]``; ``before`` tokens are always there, the text's follow.
 
-    Where texts are generated (``causal``), a text token sees what is before it, and the tokens before the text see no
-    text.
+    If texts are generated (``causal``), a text token sees itself and what is before it, and the tokens before the text
+    see no text.
     """
     batch, tokens = mask.shape
     keys = torch.cat([mask.new_ones(batch, before), mask], dim=1).bool()
@@ -309,11 +309,11 @@ def _visible(mask: Tensor, before: int, causal: bool) -> Tensor:
         order = torch.arange(before + tokens, device=mask.device).clamp_min(before - 1)
         visible = visible & (order[None, :, None] >= order[None, None, :])
         itself = torch.eye(before + tokens, dtype=torch.bool, device=mask.device)
-        visible = visible | itself  # padding on the left sees nothing else, and a softmax needs something
+        visible = visible | itself  # padding on the left sees nothing else, and a softmax over nothing is NaN
     return visible
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, ``[b, 1, T, T]``."""
+    """The mask that is added to the scores, ``[b, 1, T, T]``."""
     hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return hidden.masked_fill(~visible, torch.finfo(dtype).min)[:, None]

@@ -1,9 +1,9 @@
 """Causal attention for training in bfloat16 on CPUs: the same numbers as PyTorch's, to rounding, in less time.
 
-PyTorch's fused attention for CPUs is quick forwards and slow backwards. This one is made of matrix products over blocks
-of queries and the keys that they may see, so that nothing above the diagonal is computed; keys are not repeated for the
-heads that share them. What is kept for the backward pass is the output and one number for each query, from which a
-block's probabilities are found again (Dao et al. 2022, algorithm 4).
+PyTorch's fused attention for CPUs has a fast forward and a slow backward pass. This one is made of matrix products over
+blocks of queries and the keys that they may see, so that nothing above the diagonal is computed; keys are not repeated
+for the heads that share them. The backward pass keeps the output and one number for each query, and computes a block's
+probabilities again from these (Dao et al. 2022, algorithm 4).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 BLOCK = 64
 """Queries at once: a block's scores stay in the processor's cache."""
 _HIDDEN = -1e30
-"""A score of what must not be seen; not minus infinity, which would make NaN of a row that sees nothing."""
+"""The score of what must not be seen. With minus infinity, a row that sees nothing would become NaN."""
 _MARK = "fedalloy_blocks"
 
 
 def use_blocks(model: nn.Module) -> int:
-    """Let a model's causal attention be computed in blocks where that pays; returns how many modules it has.
+    """Compute a model's causal attention in blocks where that pays; returns how many such modules it has.
 
     It pays for a training step in bfloat16 on a CPU; otherwise, and in modules that give attention anything unusual
-    (dropout, sinks, a mask of scores), PyTorch's own goes on.
+    (dropout, sinks, a mask of scores), PyTorch's own is used.
     """
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
     found = [module for module in model.modules() if getattr(module, "is_causal", False) is True]
@@ -81,8 +81,8 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         query: ``[b, h, L, d]``.
         key: ``[b, g, L, d]``; h is a multiple of g, and neighbouring heads share keys.
         value: as ``key``.
-        mask: whether a query sees a key, ``[b or 1, 1, L, L]``; None: those that are not after it.
-        scale: of scores.
+        mask: whether a query sees a key, ``[b or 1, 1, L, L]``; None: it sees itself and those before it.
+        scale: the factor on scores.
 
     Returns:
         ``[b, h, L, d]``.
@@ -108,7 +108,7 @@ def _spans(mask: Tensor) -> list[tuple[slice, slice]]:
 
 
 class _Blocks(torch.autograd.Function):
-    """See :func:`block_attention`. ``bmm`` sees ``[b g, ...]``, the heads that share keys being more queries."""
+    """See :func:`block_attention`. ``bmm`` gets ``[b g, ...]``: heads that share keys become more queries."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""Several texts in one row, each for itself: no arithmetic for padding.
+"""Several texts in one row that do not see each other: no arithmetic for padding.
 
-Every text keeps its own positions from 0. Models of transformers that get position ids and no mask keep apart what
-begins anew at 0 (``create_causal_mask``; FlashAttention's ranges of lengths). Whether a model does is tried, not
-guessed: :func:`reason_against`.
+Every text keeps its own positions from 0. If a model of transformers gets position ids and no mask, it starts a new
+text at each 0 (``create_causal_mask``; FlashAttention's ranges of lengths). :func:`reason_against` tries whether a
+model does, and does not guess.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from client_app.data.targets import IGNORED
 
 POSITIONS = "position_ids"
 _PROBE = 48
-"""Tokens of a text that is tried, at most."""
+"""The most tokens of a text that is tried."""
 
 
 def packed(batch: Dataset) -> Dataset:
     """A batch of texts in as few rows as their longest allows, ``[r, L]``; the targets are the same.
 
-    Texts are put where they leave the least room, the longest first. What is left of a row is one more text that has
-    no targets. The first token of a text is nobody's target.
+    Texts are put where they leave the least room, the longest first. The rest of a row is one more text, without
+    targets. No token predicts a text's first token.
     """
     lengths = batch.inputs[MASK].sum(dim=1).tolist()
     rows = rows_of(lengths)
@@ -62,7 +62,7 @@ def rows_of(lengths: list[int]) -> list[list[int]]:
 
 
 def reason_against(module: nn.Module, losses_of: Callable[[Dataset], Tensor], texts: Dataset, tolerance: float) -> str:
-    """Why this model cannot have packed texts; empty where it can: losses are the same as without packing.
+    """Why this model cannot have packed texts; empty if it can, because losses are the same as without packing.
 
     Args:
         module: the base model.
@@ -76,7 +76,7 @@ def reason_against(module: nn.Module, losses_of: Callable[[Dataset], Tensor], te
         return "its texts have more than tokens"
     columns = torch.arange(texts.inputs[MASK].shape[1])
     end = texts.inputs[MASK].sum(dim=1)[:, None]
-    both = columns < end.clamp_max(_PROBE)  # the first tokens of two texts, all of them targets: one behind the other
+    both = columns < end.clamp_max(_PROBE)  # the first tokens of two texts, one after the other, all of them targets
     ids = torch.where(both, texts.inputs["input_ids"], 0)
     labels = torch.where(both, texts.inputs["input_ids"], IGNORED)
     plain = Dataset({"input_ids": ids, MASK: both.long()}, labels, texts.kind).trimmed()

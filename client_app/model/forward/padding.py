@@ -13,21 +13,21 @@ from torch.nn import functional
 MASK = "attention_mask"
 RIGHT, LEFT, ALONE = "right", "left", "alone"
 _LONGEST_PROBE = 64
-"""Tokens of a text that is tried, if there are such short ones: a large model reads it on the CPU."""
+"""Tokens of the texts that are tried, if there are texts as short: a large model reads them on the CPU."""
 
 Inputs = Mapping[str, Tensor]
 Read = Callable[[Any, Inputs], Tensor]
-"""Takes what is wanted from a model's output on some inputs."""
+"""Takes the wanted part of a model's output on some inputs."""
 
 
 def logits_in(output: Any, _: Inputs) -> Tensor:
-    """What most tasks want of a model's output."""
+    """The part of a model's output that most tasks want."""
     logits: Tensor = output.logits
     return logits
 
 
 def inputs_taken(module: nn.Module, inputs: Inputs) -> Inputs:
-    """Those inputs that a model's forward pass has arguments for; a tokenizer may give more (token types, a mask)."""
+    """The inputs that a model's forward pass has arguments for; a tokenizer may give more (token types, a mask)."""
     takes = inspect.signature(module.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         return inputs
@@ -45,15 +45,14 @@ def find_padding(
     """Find where this architecture needs padding, by running two texts of unequal length together and alone.
 
     Most models ignore what is behind a text. Some read the last position (XLNet) and want padding before it; some mix
-    positions whatever the mask says (FNet, Nystromformer), and compute texts one by one.
+    positions whatever the mask says (FNet, Nystromformer), and need texts one by one.
 
     Args:
         forward: logits ``[b, C]`` of a batch, as the model computes them.
         inputs: texts by input's name ``[n, L]``, padded on the right, with their mask.
         tolerance: largest difference of logits that rounding explains, as a share of the largest logit.
-        per_token: whether logits are one for each token ``[b, L, C]``; they stand where the texts stand, and padding
-            before a text would move them.
-        padding_id: the token that padding is, for texts that all have the same length: one of them is shortened.
+        per_token: whether there are logits for each token, ``[b, L, C]``; padding before a text would move them.
+        padding_id: the padding token, for texts that all have the same length: one of them is then shortened.
     """
     inputs = _of_two_lengths(inputs, padding_id)
     lengths = inputs[MASK].sum(dim=1)
@@ -76,9 +75,9 @@ def find_padding(
 
 
 def _of_two_lengths(inputs: Inputs, padding_id: int) -> Inputs:
-    """Texts of more than one length: where all have the same, the first of them, and its first half and last token.
+    """Texts of more than one length; if all have the same, the first one, and its first half with its last token.
 
-    Other texts than those at hand may be longer or shorter, and what a model does with them is its architecture's.
+    Later texts may be longer or shorter, and what a model does with those depends on its architecture alone.
     """
     lengths = inputs[MASK].sum(dim=1)
     length = int(lengths[0])
@@ -107,7 +106,7 @@ def arranged(inputs: Inputs, padding: str) -> Inputs:
 
 
 def one_by_one(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-    """Logits of each text without any padding; where they are one for each token, zeros behind a text."""
+    """Logits of each text without any padding; if there are logits for each token, zeros after a text."""
     width, found = inputs[MASK].shape[1], []
     for row, length in enumerate(inputs[MASK].sum(dim=1).tolist()):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
@@ -118,7 +117,7 @@ def one_by_one(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
 
 
 def set_training(module: nn.Module, training: bool = True) -> None:
-    """Training mode for all but batch norms.
+    """Set training mode for everything except batch norms.
 
     Their running statistics belong to the frozen base; with a batch's own statistics an answer would depend on the
     others in its batch.

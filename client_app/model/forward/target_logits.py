@@ -1,4 +1,4 @@
-"""A language model's logits where there are targets, and nowhere else.
+"""A language model's logits at its targets only.
 
 With today's vocabularies the head is a large part of a step, and logits at all positions take gigabytes. But only
 positions before a target have a loss. So a hook selects their hidden states just before the head, and the head and
@@ -19,7 +19,7 @@ class TargetLogits:
     """Computes one model's logits at targets only.
 
     Args:
-        module: a model of transformers. One that hides its head, or calls it otherwise than once for each forward pass,
+        module: a model of transformers. One that hides its head, or does not call it exactly once in each forward pass,
             computes logits everywhere; ``reason`` then says why.
     """
 

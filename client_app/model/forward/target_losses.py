@@ -1,10 +1,10 @@
-"""A language model's losses at its targets, a part of them at a time, so that logits never need much memory.
+"""A language model's losses at its targets, a few at a time, so that logits never need much memory.
 
 The body runs once, and its head is given nothing. Then the model's own forward pass runs again for each chunk of hidden
 states, with a stand-in for the body that answers with the chunk: head, soft caps and scales are the model's own. A
-token's loss depends on its own hidden state only, so the gradient with respect to that is found together with the loss,
-and the backward pass multiplies it: no logits are kept or computed twice. (Fused losses such as Liger's do the same for
-heads that they know; Hsu et al. 2024, section 3.2.)
+token's loss depends on its own hidden state only, so the gradient with respect to that state is computed together with
+the loss, and the backward pass only multiplies it: no logits are kept or computed twice. (Fused losses such as Liger's
+do the same for heads that they know; Hsu et al. 2024, section 3.2.)
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from client_app.model.forward.target_logits import TargetLogits
 
 Forward = Callable[[], Tensor]
 OutputOf = Callable[[Tensor], Any]
-"""What a body gives, made of hidden states."""
+"""Makes a body's output from hidden states."""
 _TRIED = 16
-"""Targets on which the parts of the model are compared with the whole."""
+"""Number of targets on which the model's parts are compared with the whole model."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Largest difference of logits that rounding explains, as a share of the largest; 0.03 for shorter numbers."""
 
@@ -35,9 +35,9 @@ class AtTargets:
 
     Args:
         tokens: the targets ``[n]``.
-        hidden: ``[n, d]``, what the head gets.
-        tail: from some of ``hidden`` to logits, ``[m, d]`` to ``[m, V]``.
-        rows: of ``hidden`` at once, at most.
+        hidden: the head's inputs ``[n, d]``.
+        tail: makes logits ``[m, V]`` of some of ``hidden``, ``[m, d]``.
+        rows: the most rows of ``hidden`` at once.
     """
 
     def __init__(self, tokens: Tensor, hidden: Tensor, tail: Callable[[Tensor], Tensor], rows: int) -> None:
@@ -54,7 +54,7 @@ class AtTargets:
 
 
 class AtTargetsWhole(AtTargets):
-    """The same from logits ``[n, V]`` that exist already."""
+    """The same, from logits ``[n, V]`` that exist already."""
 
     def __init__(self, tokens: Tensor, logits: Tensor) -> None:
         super().__init__(tokens, logits, lambda some: some, len(logits))
@@ -68,8 +68,8 @@ class TargetLosses:
     """Computes one model's losses at targets with few logits at a time.
 
     Args:
-        logits: how its logits at targets are had, and the model.
-        chunk_bytes: of float32 logits at once, at most; 0: all at once.
+        logits: the model, and the way to its logits at targets.
+        chunk_bytes: most bytes of float32 logits at once; 0: all at once.
     """
 
     def __init__(self, logits: TargetLogits, chunk_bytes: int = 0) -> None:
@@ -81,11 +81,11 @@ class TargetLosses:
 
     @property
     def reason(self) -> str:
-        """Why this model computes more logits than it should; empty where it does not."""
+        """Why this model computes more logits than it should; empty if it does not."""
         return self.at_once.reason or self._reason
 
     def __call__(self, forward: Forward, labels: Tensor) -> AtTargets:
-        """What the model says at the targets of ``labels [b, L]``; ``forward`` is its forward pass on the batch."""
+        """The model's answer at the targets of ``labels [b, L]``; ``forward`` is its forward pass on the batch."""
         tokens = labels[:, 1:][target_mask(labels)]
         if not self._tried and len(tokens):
             self._try(forward, labels)
@@ -107,7 +107,7 @@ class TargetLosses:
 
     @torch.no_grad()
     def _try(self, forward: Forward, labels: Tensor) -> None:
-        """Find the body, and see whether head and what follows it give the same from its hidden states alone."""
+        """Find the body, and check that the head and what follows it give the same from its hidden states alone."""
         self._tried = True
         device = labels.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -143,7 +143,7 @@ class TargetLosses:
 
 
 class _Seen:
-    """What was seen in one forward pass: the head's input at targets, and the body that it comes from."""
+    """What was seen in one forward pass: the head's input at targets, and the body that gave it."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -156,9 +156,9 @@ class _Seen:
 def _watched(
     head: nn.Module, seen: _Seen, labels: Tensor, shown: int, whole: nn.Module | None = None
 ) -> Iterator[None]:
-    """Hooks that keep what :class:`_Seen` wants, and give the head the first ``shown`` targets only.
+    """Hooks that fill :class:`_Seen`, and give the head the first ``shown`` targets only.
 
-    The body is looked for in ``whole``: the module that last gave the tensor which the head gets.
+    The body is looked for in ``whole``: it is the module that last gave the head's input.
     """
     given: list[tuple[nn.Module, Callable[[], Tensor | None], OutputOf]] = []
 
@@ -202,7 +202,7 @@ def _standing_in(body: nn.Module, output: Any) -> Iterator[None]:
 
 
 def _hidden_in(output: Any) -> tuple[Tensor | None, OutputOf]:
-    """A module's hidden states, if that is what it gave, and how such an output is made of others."""
+    """A module's hidden states, if that is what it gave, and a function that makes such an output of others."""
     kind = type(output)
     if isinstance(output, ModelOutput):
         return getattr(output, "last_hidden_state", None), lambda hidden: kind(last_hidden_state=hidden)
@@ -213,7 +213,7 @@ def _hidden_in(output: Any) -> tuple[Tensor | None, OutputOf]:
 
 
 class _Losses(torch.autograd.Function):
-    """Cross-entropies ``[n]`` of hidden states ``[n, d]``, a part at a time, their gradients found on the way."""
+    """Cross-entropies ``[n]`` of hidden states ``[n, d]``, a few at a time, together with their gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, tokens: Tensor, tail: Callable[[Tensor], Tensor], rows: int) -> Tensor:

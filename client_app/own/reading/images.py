@@ -1,4 +1,4 @@
-"""Image files to RGB pictures that keep what is in them, and the bounded memory that pictures are read through."""
+"""Image files to RGB pictures that keep what is in them, and the bounded memory for pictures that have been read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from client_app.own.reading.text_files import DataError
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_CACHE_BYTES = 2**28
-"""Bytes of processed images that one split keeps; what is more is decoded again."""
+"""Most bytes of processed images that one split keeps; others are decoded again."""
 _DEPTHS = (8, 10, 12, 14, 16)
 _MAX_SAMPLE_VALUE = 281
-"""The TIFF tag that names the largest value a sample may have."""
+"""The TIFF tag with the largest value that a sample may have."""
 
 
 def read_image(source: Path | bytes, place: str) -> Any:
@@ -53,7 +53,7 @@ def read_image(source: Path | bytes, place: str) -> Any:
         raise
     except _ValueError as error:
         raise DataError(f"{place}: {name} {error}") from None
-    except Exception as error:  # decoders raise what they like
+    except Exception as error:  # decoders may raise any error
         raise DataError(f"{place}: {name} is not an image that can be read: {error}") from None
 
 
@@ -66,7 +66,7 @@ def frames_in(source: Path | bytes) -> int:
 
 
 class _ValueError(ValueError):
-    """The numbers in an image mean nothing; ends a sentence that begins with its name."""
+    """An image's numbers make no sense; the message ends a sentence that begins with the image's name."""
 
 
 def _to_rgb(image: Any) -> Any:
@@ -130,7 +130,7 @@ def _by_profile(image: Any) -> Any:
             return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), wanted, outputMode="RGB")
         if profile:
             return ImageCms.profileToProfile(image, io.BytesIO(profile), wanted, outputMode="RGB")
-    except ImageCms.PyCMSError:  # a profile that is damaged, or of other colours
+    except ImageCms.PyCMSError:  # a profile that is damaged, or for other colours
         pass
     return image.convert("RGB")
 
@@ -144,9 +144,9 @@ class ImageReader:
     """Processed images of a split by position, as tensors; keeps at most :data:`MAX_CACHE_BYTES` of them.
 
     Args:
-        processor: the base model's own.
+        processor: the base model's own processor.
         open_at: decodes the images of the example at a position.
-        nested: whether an example may have several, so that the processor gets a list for each.
+        nested: whether an example may have several images, so that the processor gets a list for each.
     """
 
     def __init__(self, processor: Any, open_at: Callable[[int], Sequence[Any]], *, nested: bool = False) -> None:
@@ -157,7 +157,7 @@ class ImageReader:
         self._bytes = 0
 
     def __call__(self, positions: Sequence[int]) -> Read:
-        """The processor's tensors for the examples at ``positions``; where one has several rows, they follow it."""
+        """The processor's tensors for the examples at ``positions``; an example's rows follow one another."""
         found = [self._one(position) for position in positions]
         if not all(_shapes(one) == _shapes(found[0]) for one in found):
             return self._padded([self.open_at(position) for position in positions])
@@ -166,7 +166,7 @@ class ImageReader:
         return Read(inputs, {name: rows for name, rows in counts.items() if bool((rows != 1).any())})
 
     def _padded(self, images: Sequence[Sequence[Any]]) -> Read:
-        """All at once, so that the processor pads them to the largest."""
+        """All images at once, so that the processor pads them to the largest."""
         inputs, counts = self._processed(images), torch.tensor([len(own) for own in images])
         for name, tensor in inputs.items():
             if len(tensor) not in (len(images), int(counts.sum())):

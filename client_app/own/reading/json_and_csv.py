@@ -57,7 +57,7 @@ def _blanks(count: int) -> list[str]:
 
 
 def _is_one_object_a_line(lines: TextLines) -> bool:
-    """Whether each line is a row; of an empty file, too."""
+    """Whether each line is a row; also true for an empty file."""
     told = (line.text.strip() for line in lines)
     filled = list(itertools.islice((text for text in told if text), 2))
     if not filled:
@@ -109,7 +109,7 @@ def _is_json(path: Path, text: str) -> bool:
 
 
 def _decoder(place: str) -> json.JSONDecoder:
-    """Refuses what is not JSON though Python reads it, and objects in which a name occurs twice."""
+    """A decoder that refuses what Python reads although it is not JSON, and objects in which a name occurs twice."""
 
     def refuse(constant: str) -> NoReturn:
         raise DataError(f"{place}: {constant} is not JSON and not a value that can be used")
@@ -149,7 +149,7 @@ def _parse_object(place: str, line: str) -> dict[str, Any]:
 
 @dataclass
 class _Look:
-    """What a CSV file's lines are like, each by itself: whether all have as many fields, blank ones, quoted ones."""
+    """A CSV file's lines, each by itself: whether all have the same number of fields; how many are blank or quoted."""
 
     delimiter: str
     complete: bool
@@ -168,7 +168,7 @@ class _Fields:
 
 
 def _csv_rows(lines: TextLines, suffix: str) -> FileRows:
-    """A CSV file is read by its quotes (RFC 4180). Where quotes would hide whole rows, a TSV file is read without.
+    """Rows of a CSV file, by its quotes (RFC 4180). If quotes would hide whole rows of a TSV file, they are letters.
 
     Raises:
         DataError: a row is not like the header; or each line of a CSV file is a row by itself, but quotes join some.
@@ -180,7 +180,7 @@ def _csv_rows(lines: TextLines, suffix: str) -> FileRows:
             rows += 1
             if row.last > row.place.number:
                 joined += 1
-                # Doubled quotes, or quotes around most rows, are those of a writer who knew what quotes are for.
+                # If quotes are doubled, or are around most rows, then the writer knew what quotes are for.
                 meant |= row.doubled
                 longest = max(longest, (row.place.number, row.last), key=lambda span: span[1] - span[0])
         meant |= suffix == ".csv" and 2 * joined > rows
@@ -225,7 +225,7 @@ def _by_lines(lines: Iterable[Line], delimiter: str) -> Iterator[_Fields]:
 
 
 def _by_quotes(lines: TextLines, delimiter: str) -> Iterator[_Fields]:
-    """Rows as quotes make them of the lines."""
+    """Rows made of the lines by their quotes."""
     csv.field_size_limit(min(MAX_LINE, sys.maxsize))
     start, end, doubled = -1, 0, False
 
@@ -262,7 +262,7 @@ def _with_header(lines: TextLines, delimiter: str, *, quotes: bool) -> Sequence[
     """The rows below the header.
 
     Raises:
-        DataError: the header has no use, or a row is not like it.
+        DataError: the header cannot be used, or a row does not fit it.
     """
     every = (_by_quotes if quotes else _by_lines)(lines, delimiter)
     first = next(every, None)

@@ -11,11 +11,11 @@ from client_app.own.reading.text_files import ChosenRows, DataError
 from client_app.settings import DataSettings
 
 SEED = 42
-"""Partitions do not depend on the run's seed: what one run tests on must not be trained on in another."""
+"""Partitions do not depend on the run's seed: one run must not train on what another tests on."""
 
 
 def partition(table: Table, settings: DataSettings, partition_id: int, num_partitions: int) -> Table:
-    """The rows of one client; splits that the data have stay as they are.
+    """The rows of one client; existing splits stay as they are.
 
     ``iid``; ``dirichlet``: shares of each value of a column follow a Dirichlet distribution; ``pathological``: a client
     has a few values only; ``natural``: one client for each value (a writer, a site), in order of first appearance.
@@ -48,7 +48,7 @@ def partition(table: Table, settings: DataSettings, partition_id: int, num_parti
 
 
 def _partitioner(settings: DataSettings, num_partitions: int) -> Any:
-    """The partitioner of flwr-datasets, by the column ``value`` where it needs one."""
+    """The partitioner of flwr-datasets; if it needs a column, that is ``value``."""
     try:
         from flwr_datasets import partitioner as partitioners
     except ImportError:
@@ -78,7 +78,7 @@ def _partitioner(settings: DataSettings, num_partitions: int) -> Any:
 
 
 def _values(table: Table, column: str) -> list[str]:
-    """What every row has in the column by which the data are divided."""
+    """Every row's value in the column by which the data are divided."""
     values = []
     for row in table.rows:
         if row.values.get(column) is None:

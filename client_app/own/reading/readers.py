@@ -1,4 +1,4 @@
-"""Rows out of whatever the data are in: JSONL, CSV, Parquet, folders of images, Hugging Face data sets.
+"""Rows of data in any known form: JSONL, CSV, Parquet, folders of images, Hugging Face data sets.
 
 Every row knows its place in the file, so that errors can name it. JSONL and CSV are read line by line here:
 the readers of ``datasets`` guess types over the whole file and cannot name a line. The rest goes through ``datasets``.
@@ -44,8 +44,8 @@ class Table:
 def read_table(path: str, config: str = "", cache_dir: Path | None = None) -> Table:
     """Rows of a file, of several (``part-*.jsonl``), of a folder, or of a hub id.
 
-    A folder has one file or more for each split, images by class, or a data set of ``datasets`` (as ``save_to_disk`` or
-    the hub have it, with a folder or a paragraph of README.md for each configuration).
+    A folder has one file or more for each split, images by class, or a data set of ``datasets`` (as ``save_to_disk``
+    writes it or the hub has it, with a folder or a paragraph of README.md for each configuration).
 
     Raises:
         DataError: there is no such file, or its content is not what its name says.
@@ -74,7 +74,7 @@ def stamp(path: str) -> tuple[tuple[str, int, int], ...]:
 
 
 def _matching(path: str) -> list[Path]:
-    """Files that a pattern names; none where it is no pattern."""
+    """Files that a pattern names; none if it is not a pattern."""
     if not any(sign in path for sign in "*?["):
         return []
     return sorted(Path(found) for found in glob.glob(str(Path(path).expanduser())) if Path(found).is_file())
@@ -85,7 +85,7 @@ def _stem(name: str) -> str:
 
 
 def _read_several(paths: Sequence[Path], cache_dir: Path | None) -> Table:
-    """Files of a pattern: of the splits that they are named after, if all are; else together."""
+    """Files of a pattern: each in the split that it is named after, if all are named so; else together."""
     if all(_stem(path.name) in SPLIT_NAMES for path in paths):
         return _table([(SPLIT_NAMES[_stem(path.name)], path) for path in paths], cache_dir)
     return _table([(None, path) for path in paths], cache_dir)
@@ -120,7 +120,7 @@ def _read_folder(folder: Path, cache_dir: Path | None, config: str = "") -> Tabl
 
 
 def _files_in_card(folder: Path, config: str) -> list[tuple[str | None, Path]]:
-    """What the head of a data set's README.md says of a configuration's files."""
+    """A configuration's files, by the head of a data set's README.md."""
     from huggingface_hub.repocard import metadata_load
 
     try:
@@ -141,13 +141,13 @@ def _files_in_card(folder: Path, config: str) -> list[tuple[str | None, Path]]:
 
 
 def _read_saved(folder: Path) -> Table:
-    """What ``save_to_disk`` of ``datasets`` wrote: Arrow files."""
+    """The rows that ``save_to_disk`` of ``datasets`` wrote, in Arrow files."""
     import datasets
 
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # its errors have no common class
-        raise DataError(f"{folder}: is no data set that datasets can load: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{folder}: is not a data set that datasets can load: {str(error).splitlines()[0]}") from None
     if isinstance(found, datasets.DatasetDict):
         return _of_splits(found, str(folder), folder)
     rows = _dataset_rows(found, str(folder), folder)
@@ -155,7 +155,7 @@ def _read_saved(folder: Path) -> Table:
 
 
 def _of_splits(found: Mapping[str, Any], name: str, folder: Path) -> Table:
-    """Splits by their names (``validation_matched`` is a validation); what has another name is told, not used."""
+    """Splits by their names (``validation_matched`` is a validation split); others are not used, and a note says so."""
     parts: list[Sequence[Row]] = []
     splits: list[str | None] = []
     findings = []
@@ -252,7 +252,7 @@ class DatasetRows(RowSequence):
 
 
 def _dataset_rows(found: Any, name: str, folder: Path) -> Sequence[Row]:
-    """The rows of a data set: of a small one in memory."""
+    """The rows of a data set; in memory if it is small."""
     import datasets
 
     named: dict[str, Sequence[str]] = {}
@@ -271,7 +271,7 @@ def _dataset_rows(found: Any, name: str, folder: Path) -> Sequence[Row]:
 
 
 def _name(names: Sequence[str], number: int | None) -> str | None:
-    """The name of a class; None where its number is none (-1: unlabelled)."""
+    """The name of a class; None if its number is not a class (-1: unlabelled)."""
     return names[number] if number is not None and 0 <= number < len(names) else None
 
 

@@ -1,6 +1,6 @@
 """Text files: their lines, checked, a few in memory at a time; and rows that stay in their file.
 
-A row that stays in its file is read again whenever it is wanted, so that what is large is never in memory as a whole.
+A row that stays in its file is read again whenever it is needed, so that a large file is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import IO, Any, NamedTuple, overload
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 MAX_LINE = 2**24
-"""Bytes of one line or field; a longer one is a file of another format, or a mistake."""
+"""Most bytes of one line or field; a longer one means another file format, or a mistake."""
 IN_MEMORY_BYTES = 2**23
-"""Files up to this size are kept as rows; those of larger ones are read again when they are wanted."""
+"""Rows of files up to this size stay in memory; those of larger files are read again when they are needed."""
 _BLOCK = 2**18
 
 _PLACE = re.compile(r"[^\n]*?, ((?:line|row) \d+(?:, column (?:\d+|'[^']{1,100}'))?)(?=:|,)")
@@ -34,14 +34,14 @@ class DataError(ValueError):
 
     @property
     def told(self) -> str:
-        """Line and column, which are all that the server gets to know."""
+        """Line and column; the server learns nothing else."""
         place = _PLACE.match(str(self))
         return place.group(1) if place else ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values by column, where it stands (``notes.jsonl, line 3``), and the folder it may refer to."""
+    """One row: its values by column, its place (``notes.jsonl, line 3``), and the folder it may refer to."""
 
     values: Mapping[str, Any]
     place: str
@@ -66,7 +66,7 @@ class Line(NamedTuple):
 
 
 class TextLines:
-    """The lines of a UTF-8 text file, as often as they are wanted; a compressed one is unpacked to a nameless file.
+    """The lines of a UTF-8 text file, which can be read again; a compressed file is unpacked to a nameless one.
 
     Raises:
         DataError: it cannot be opened or unpacked.
@@ -88,7 +88,7 @@ class TextLines:
         """Every line, checked.
 
         Raises:
-            DataError: it is no text, or no UTF-8; names line and column.
+            DataError: it is not text, or not UTF-8; names line and column.
         """
         at, number, rest = self._begin(), 0, b""
         begin = at
@@ -100,12 +100,14 @@ class TextLines:
                 yield self._line(number, begin, line)
                 begin += len(line) + 1
             if len(rest) > MAX_LINE:
-                raise DataError(f"{self.path}, line {number + 1}: more than {MAX_LINE} bytes, expected at most so many")
+                raise DataError(
+                    f"{self.path}, line {number + 1}: more than {MAX_LINE} bytes, expected at most {MAX_LINE}"
+                )
         if rest:
             yield self._line(number + 1, begin, rest)
 
     def between(self, start: int, end: int) -> str:
-        """The text of some bytes that were lines before."""
+        """The text of bytes that were read as lines before."""
         return self._read(start, end - start).decode("utf-8")
 
     def _begin(self) -> int:
@@ -155,12 +157,12 @@ def _opened(path: Path) -> IO[bytes]:
         return unpacked
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    except Exception as error:  # zlib's own
+    except Exception as error:  # zlib's own class
         raise DataError(f"{path}: is not valid gzip: {error}") from None
 
 
 class RowSequence(Sequence[Row]):
-    """Rows that are made when they are wanted; a slice of them is a list."""
+    """Rows that are made when they are needed; a slice of them is a list."""
 
     @overload
     def __getitem__(self, at: int) -> Row: ...
@@ -184,9 +186,9 @@ class StoredRows(RowSequence):
     """Rows that stay in their file.
 
     Args:
-        lines: of the file.
-        parse: makes a row of its text, and the number of its first line.
-        starts: of each row's bytes; ``ends`` and ``numbers`` (of its first line) likewise.
+        lines: the file's lines.
+        parse: makes a row of its text and the number of its first line.
+        starts: where each row's bytes begin; ``ends``: where they end; ``numbers``: each row's first line.
     """
 
     lines: TextLines
@@ -256,11 +258,11 @@ class ChosenRows(RowSequence):
 
 
 def rows_of(lines: TextLines, found: Iterable[tuple[Line, Row]], parse: Callable[[str, int], Row]) -> Sequence[Row]:
-    """Rows as they are found, of a small file in memory; of a large one where they are.
+    """Rows as they are found: in memory for a small file; for a large one, in the file.
 
     Args:
-        lines: of the file.
-        found: each row with the number of its first line, and where its bytes begin and end.
+        lines: the file's lines.
+        found: each row with its first line: the line's number, and where the row's bytes begin and end.
         parse: makes the same row again.
     """
     if lines.size <= IN_MEMORY_BYTES:

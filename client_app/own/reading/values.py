@@ -9,7 +9,7 @@ from client_app.own.reading.text_files import DataError, Row
 
 
 def value_in(row: Row, column: str) -> Any:
-    """What a row has in a column.
+    """A row's value in a column.
 
     Raises:
         DataError: no such column, or null.
@@ -51,7 +51,7 @@ def checked_text(value: Any, where: str) -> str:
 
 
 def missing_column(row: Row, column: str, more: str = "") -> DataError:
-    """The error for a column that a row lacks; names one that is called almost so."""
+    """The error for a column that a row lacks; names one with a similar name."""
     close = difflib.get_close_matches(column, row.values, n=1, cutoff=0.6)
     hint = f" (did you mean {close[0]!r}? Then set the name of the column in node-config)" if close else ""
     return DataError(
@@ -60,6 +60,6 @@ def missing_column(row: Row, column: str, more: str = "") -> DataError:
 
 
 def short(value: Any) -> str:
-    """A value as it is shown in an error."""
+    """A value in the form that errors show."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -55,7 +55,7 @@ def test_a_plan_gets_at_the_slots_of_its_own_run_only(where: Context) -> None:
     before = {path: path.read_bytes() for path in settings.run_directory("run").rglob("*") if path.is_file()}
     for key in (b"", b"other"):
         for asked in (plan_of(leave, key=key, round_=2), plan_of(again, key=key, round_=99_999)):
-            with pytest.raises(PolicyError, match="slots of an earlier run 'run', whose key this plan has not"):
+            with pytest.raises(PolicyError, match="slots of an earlier run 'run', and this plan has another key"):
                 executor.carry_out(settings, asked, {})
     assert {path: path.read_bytes() for path in before} == before
     _, uploads = executor.carry_out(settings, plan_of(leave, round_=2), {})

@@ -177,5 +177,5 @@ def test_conversations_that_begin_alike_are_a_preference_from_where_they_differ(
     for example in every:
         assert (example.first, list(example.told["chosen"]), list(example.told["rejected"])) == (1, better, worse)
     same = toy_data.write_jsonl(tmp_path / "y.jsonl", [*rows, {"chosen": better, "rejected": better}])
-    with pytest.raises(DataError, match="line 7, column 'chosen': expected messages that the assistant ends"):
+    with pytest.raises(DataError, match="line 7, column 'chosen': expected messages that end with the assistant's"):
         read_own(settings_of(same, tmp_path))

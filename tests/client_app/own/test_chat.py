@@ -108,7 +108,7 @@ def test_answers_of_weight_zero_are_not_learnt() -> None:
         assert encoded(encoder, {"messages": turns})[1] == "Because.<|im_end|>"
         with pytest.raises(DataError, match=r"message 2, weight: 0\.5, expected 0 \(not learnt\) or 1"):
             encoded(encoder, {"messages": [ASK, {**TURNS[1], "weight": 0.5}]})
-        with pytest.raises(DataError, match="line 1: nothing in this conversation is to be learnt"):
+        with pytest.raises(DataError, match="line 1: there is nothing to learn in this conversation"):
             encoded(encoder, {"messages": [ASK, {**TURNS[1], "weight": 0}]})
 
 

@@ -44,9 +44,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
     base = tiny_models.save_vit(tmp_path / "vit")
     (base / "preprocessor_config.json").unlink()
     _, data, (before, after) = taught(settings_of(folder, tmp_path, base), 20)
-    assert any(
-        "has no preprocessor_config.json: images are prepared as is vit's default, at 16" in n for n in data.notes
-    )
+    assert any("has no preprocessor_config.json: images are prepared by vit's default, at 16" in n for n in data.notes)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 24, "validation": 3, "test": 3}
     assert after < before / 2
     for split in ("train", "val", "test"):

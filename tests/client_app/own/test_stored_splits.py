@@ -105,7 +105,7 @@ def test_rows_with_another_number_of_texts_are_named(tmp_path: Path, monkeypatch
     monkeypatch.setattr(stored_splits, "IN_MEMORY_TOKENS", 20)
     monkeypatch.setattr(stored_splits, "PART", 1)
     path = toy_data.write_jsonl(tmp_path / "x.jsonl", rows)
-    with pytest.raises(DataError, match=r"x\.jsonl, line \d+: [23] texts, and [23] in the first row, expected as many"):
+    with pytest.raises(DataError, match=r"x\.jsonl, line \d+: [23] texts, expected [23] as in the first row"):
         load_own(settings_of(path, tmp_path / "state", base))
 
 

@@ -200,13 +200,13 @@ def test_training_counts_examples_by_what_was_attributed(client: Client) -> None
         (steps.select("a", ["b", "../x"], "best", split="train"), "slot name '../x'"),
         (steps.gram(Training(), "..", steps.mixture("a")), "slot name '..'"),
         (steps.gram(Training(), "g", steps.ensemble(["a", "b"], "c")), "an ensemble can be evaluated and saved, not"),
-        (steps.merge("a", steps.ensemble(["a", "b"], "c")), "an ensemble is no sum of adapters"),
+        (steps.merge("a", steps.ensemble(["a", "b"], "c")), "an ensemble is not a sum of adapters"),
         (steps.evaluate(Training(), steps.ensemble(["a", "b"], "../c")), "slot name '../c'"),
         (steps.evaluate(Training(), steps.ensemble(["a", "b"], "c")), "for 2 slots"),
         (steps.attribute(["a", "a"], "shares"), "expected at least one and none twice"),
         (
             steps.train(Training(), steps.mixture("a"), ["a"], attributed_to="a"),
-            "the split that is trained on was not attributed to slot 'a'",
+            "the training split was not attributed to slot 'a'",
         ),
     ],
 )
