@@ -14,7 +14,7 @@ POLL_PROTO, HEARTBEAT_PROTO = (13, 0), (22, 2)
 
 @dataclass(frozen=True)
 class CallCost:
-    """Bytes up and down of one small gRPC call without its protobuf, and of the pings with a group of calls."""
+    """Bytes up and down of one small gRPC call without its protobuf, and of the pings that go with a group of calls."""
 
     call: tuple[float, float]
     pings: tuple[float, float]

@@ -1,17 +1,17 @@
 """TCP connections of a run, from the counters at both ends: bytes per round in each direction.
 
 One connection has two ends. The client's readings (taken when a message has arrived) and the server's are joined by
-address and port; behind address translation they cannot be, and then the client's end counts alone, from its first
-reading on. Each direction is counted at its sender; the receiver's end is shown beside it. A connection belongs to one
-client at most. If a client claims to have sent more than the server has received, the server's end counts.
+address and port. Behind address translation this is not possible, and only the client's end counts, from its first
+reading on. Each direction is counted at its sender; the receiver's end is shown beside it. A connection belongs to at
+most one client. If a client claims to have sent more than the server has received, the server's end counts.
 
-* up: from one arrival at the client to the next belongs to the message that arrived (its answer travels in between);
-  before the first, to the first; after the last, what the server received from there on belongs to the last.
-* down: from one push to the client to the next belongs to the message that was pushed.
+* up: bytes between two arrivals at the client belong to the earlier message (its answer travels in between); those
+  before the first arrival belong to the first, and what the server received after the last belongs to the last.
+* down: bytes between two pushes to the client belong to the earlier message.
 
-So a sum over rounds is the run's total, by construction. What was sent before the run started is subtracted. Three
+So the sum over rounds is the run's total, by construction. What was sent before the run started is subtracted. Three
 things are not in the kernel's counters of a connection: the server's answer in the handshake (74 bytes), the options of
-the client's part of it (8), and the 12 bytes or more of a selective acknowledgement where segments came out of order.
+the client's part of it (8), and the 12 bytes or more of a selective acknowledgement if segments came out of order.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from itertools import pairwise
 
 from server_app.ledger.rows import ConnectionRow, Key, ReadingRow, Sample
 
-OTHER = "(other)"  # connections of SuperNodes that this run's clients cannot be matched with
+OTHER = "(other)"  # connections of SuperNodes that match none of this run's clients
 Claim = tuple[str, Key]
 """A client, and the address, port and cookie of the connection that it claims."""
 MAX_HEADER = 134
-"""Bytes: Ethernet 14, IP and TCP 60 each at most."""
+"""Bytes: Ethernet 14, and at most 60 each for IP and TCP."""
 LOST_SEGMENTS = 100
-"""A client's count of segments is rejected if more segments than every second one, plus this many, are missing at the
-server."""
+"""A client's count of segments is rejected if it is above twice the server's count plus this."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """One direction of one connection; ``data`` is None where the reader could not tell data segments apart."""
+    """One direction of one connection; ``data`` is None if the reader could not tell data segments apart."""
 
     payload: int = 0
     retransmitted: int = 0
@@ -45,11 +44,11 @@ class Tally:
 
     @property
     def wire(self) -> int:
-        """Bytes as a capture shows them."""
+        """Bytes as a packet capture shows them."""
         return self.payload + self.header * self.segments
 
     def since(self, earlier: Tally) -> Tally:
-        """What was added since ``earlier``."""
+        """The difference from ``earlier``."""
         data = None if self.data is None or earlier.data is None else self.data - earlier.data
         return Tally(
             self.payload - earlier.payload,
@@ -72,7 +71,7 @@ def sent(row: ConnectionRow) -> Tally:
 
 
 def received(row: ConnectionRow) -> Tally:
-    """What the reader of ``row`` received; retransmissions that arrived twice are not in it."""
+    """What the reader of ``row`` received; without retransmissions that arrived twice."""
     return Tally(row.bytes_received, 0, row.segments_in, row.data_segments_in, row.header_bytes)
 
 
@@ -109,7 +108,7 @@ class Link:
             yield last.round, tail, "client"
 
     def _client_base(self, first: Sample) -> Tally:
-        """The client's counters at the start of the run; only the server was looking then."""
+        """The client's counters at the start of the run, when only the server was reading."""
         if not self.at_server:
             return sent(first)
         if self.born:
@@ -119,7 +118,7 @@ class Link:
         return Tally(start.payload + older, older, start.segments, None, start.header)
 
     def up_at_server(self) -> Iterator[tuple[int, Tally]]:
-        """Pieces of what the server received, with their round: cut where the client took its readings."""
+        """Pieces of what the server received, with their round, cut at the moments of the client's readings."""
         yield from self._cut(self.at_server, received, lambda reading: reading.event == "handler")
 
     def down(self) -> Iterator[tuple[int, Tally, str]]:
@@ -131,7 +130,7 @@ class Link:
             yield round_, piece, "server"
 
     def down_at_client(self) -> Iterator[tuple[int, Tally]]:
-        """Pieces of what the client received, with the round of the message that had then arrived."""
+        """Pieces of what the client received, with the round of the message that had just arrived."""
         before: Tally | None = None
         if self.at_server and self.at_client:
             start = sent(self.at_server[0])
@@ -143,9 +142,9 @@ class Link:
             before = received(reading)
 
     def exchanged(self) -> Iterator[tuple[int, tuple[int, int], float]]:
-        """Round, payload bytes up and down, and seconds between two readings of the server; cut at each push.
+        """Round, payload bytes up and down, and seconds between two readings of the server, cut at each push.
 
-        What was sent again is left out.
+        Retransmissions are left out.
         """
 
         def is_push(reading: Sample) -> bool:
@@ -185,7 +184,7 @@ def segments(link: Link, direction: str) -> tuple[int, int, int]:
 
 
 def join(readings: list[ReadingRow], connections: list[ConnectionRow]) -> list[Link]:
-    """The run's connections, with both ends where they can be matched; the server's alone belong to ``OTHER``."""
+    """The run's connections, with both ends if they can be matched; a server's end alone belongs to ``OTHER``."""
     by_seq = {row.seq: row for row in readings}
     at_client: dict[tuple[str, Key], list[Sample]] = defaultdict(list)
     at_server: dict[Key, list[Sample]] = defaultdict(list)
@@ -221,17 +220,17 @@ def join(readings: list[ReadingRow], connections: list[ConnectionRow]) -> list[L
 
 
 def _same(at_client: Sample, at_server: Sample) -> bool:
-    """Whether two ends with the same address and port can be one connection: both got at least what the other had."""
+    """Whether two ends with the same address and port can be one connection: their counters agree."""
     return bool(
         at_client.bytes_acked - 1 <= at_server.bytes_received and at_client.bytes_received <= at_server.bytes_sent
     )
 
 
 def _owners(at_client: Mapping[Claim, list[Sample]], at_server: Mapping[Key, list[Sample]]) -> dict[Claim, Key]:
-    """Which claim the server's end of a connection belongs to, one at most.
+    """The claim that each of the server's ends belongs to, at most one.
 
     Any client can name another's address and port, but it cannot know the counters: the claim whose readings the server
-    has seen exactly wins, then that which is nearest in the end.
+    has seen exactly wins, then the one that is nearest at the end.
     """
     fits: list[tuple[int, int, Claim, Key]] = []
     for claim, rows in at_client.items():
@@ -249,9 +248,9 @@ def _owners(at_client: Mapping[Claim, list[Sample]], at_server: Mapping[Key, lis
 
 
 def _counted(link: Link) -> bool:
-    """Whether the server has counted what the client says it sent; where it has not, its own counters are the link's.
+    """Whether the server has counted what the client says that it sent; if not, the server's own counters are used.
 
-    Acknowledgements may get lost, and a connection may break before all has arrived: then nothing is lost by it.
+    They lose nothing if acknowledgements were lost, or if the connection broke before everything had arrived.
     """
     last, seen = link.at_client[-1], link.at_server[-1]
     grows = all(

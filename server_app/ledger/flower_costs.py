@@ -1,12 +1,12 @@
-"""What stock Flower 1.39 sends on the Fleet connection for one message: which calls, and how many protobuf bytes.
+"""The calls and protobuf bytes that stock Flower 1.39 sends on the Fleet connection for one message.
 
 A SuperNode asks for messages (``PullMessages``), fetches each object of the one it gets (``PullObject``) and confirms
 it (``ConfirmMessageReceived``); an answer goes out as ``PushMessages`` and one ``PushObject`` per object, after which
 the SuperNode asks for the next message at once. Once per run it fetches the run's description and the app bundle.
 Source: ``flwr/supernode/start_client_internal.py`` and ``flwr/client/grpc_rere_client/connection.py``.
 
-The requests and responses are built here from the same message, so sizes are serialised sizes, not estimates. What
-gRPC, HTTP/2 and TLS add is not here: that is measured (:mod:`server_app.ledger.reconciliation`).
+The requests and responses are built here from the same message, so sizes are serialised sizes, not estimates. The bytes
+that gRPC, HTTP/2 and TLS add are not here: they are measured (:mod:`server_app.ledger.reconciliation`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from flwr.proto.run_pb2 import GetRunRequest, GetRunResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.run import Run
 
-# Most that a TLS record holds (RFC 8446, 5.1).
+# The most bytes in a TLS record (RFC 8446, 5.1).
 RECORD_BYTES = 16384
 SESSION_ID_BYTES = 36
 
@@ -62,7 +62,7 @@ class MessageCost:
 
 
 def message_cost(message: Message, direction: str) -> MessageCost:
-    """What carrying ``message`` ``down`` to a SuperNode or ``up`` to the SuperLink costs.
+    """The cost of carrying ``message`` ``down`` to a SuperNode or ``up`` to the SuperLink.
 
     Serialises every object once, which costs as much time as Flower's own push of it.
     """
@@ -142,8 +142,8 @@ def bundle_cost(run: Run, app_directory: Path) -> BundleCost:
 def bundle_size(app_directory: Path) -> int:
     """Bytes of the app bundle that was unpacked to ``app_directory``.
 
-    A packed one (``server_app.tools.bundle``) says it itself, beside the folder of its sources. Flower's own is a ZIP
-    of stored members and their list.
+    A packed bundle (``server_app.tools.bundle``) states its size in a file beside its sources. Flower's own is a ZIP of
+    stored members and their list.
     """
     for folder in (app_directory, app_directory.parent):
         if (said := folder / "fedalloy_bundle" / "size").is_file():

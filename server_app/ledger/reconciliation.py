@@ -1,4 +1,4 @@
-"""The ledger's arithmetic: from counters to bytes per client and round, and from bytes to where they went.
+"""The ledger's arithmetic: makes counters into bytes per client and round, and finds out where the bytes went.
 
 Bytes per round come from the connections of :mod:`server_app.ledger.connections`.
 
@@ -7,13 +7,13 @@ Reconciliation: each category is measured without looking at the total. ``unexpl
     many polls and heartbeats fell between the calls of a message.
 
 * Headers, acknowledgements and retransmissions are counters of their own.
-* Polling, heartbeats, pings and connection setup are what the counters did while no message was under way, and in
-  small lone jumps meanwhile. Larger jumps are never taken for these.
+* Polling, heartbeats, pings and connection setup are the counters' changes while no message was under way, and small
+  lone jumps during one. Larger jumps never count as these.
 * Tensors, message framing, Flower's control messages and the bundle are serialised sizes.
 * A gRPC call's overhead (HTTP/2 headers with the SuperNode's key and signature, frames, TLS record) is the measured
   cost of the lone polls of this run, less their protobuf; so are the pings that gRPC sends when calls begin after a
-  pause. How many calls a message makes, and that a poll follows each answer at once, is known from Flower's source.
-* Only for TLS records beyond a call's first there is a formula: 22 bytes for each 16 KiB.
+  pause. Flower's source says how many calls a message makes, and that a poll follows each answer at once.
+* Only TLS records beyond a call's first have a formula: 22 bytes for each 16 KiB.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from server_app.ledger.rows import (
 FRAME_HEADER, TLS_RECORD = 9, 22  # RFC 9113, 4.1; RFC 8446, 5.2: header 5, content type 1, tag 16
 PING = FRAME_HEADER + 8  # RFC 9113, 6.7
 BUNDLE_CALLS = 2
-POLL_INTERVAL = 3.0  # seconds; Flower's SuperNode, after a poll that brought nothing
+POLL_INTERVAL = 3.0  # seconds until Flower's SuperNode polls again after a poll that brought nothing
 
 SKETCH = "sketch"
-"""Kind of a tensor that is no adapter: a sketch of the gradient on a client's data."""
+"""Kind of a tensor that is not an adapter: a sketch of the gradient on a client's data."""
 CATEGORIES = (
     "tensors",
     "sketches",
@@ -102,8 +102,8 @@ class Accounts:
         links = join(readings, connections)
         own = [link for link in links if link.client != OTHER]
         found = {link.client for link in own}
-        # Somebody else's SuperNodes share the Fleet port. Only where a client of this run could not read its own end,
-        # and nobody hides behind address translation, can what is left over be this run's.
+        # Other SuperNodes may share the Fleet port. The rest may be this run's only if one of its clients could
+        # not read its own end, and none is behind address translation.
         missing = {row.client for row in messages} - found
         self.counts_other = bool(missing) and all(link.at_server for link in own)
         self.links = links if self.counts_other else own
@@ -149,10 +149,10 @@ class Accounts:
         return totals
 
     def not_measured(self) -> dict[str, str]:
-        """Who could not read the wire at the last reading, and why; the server's name is ``server``.
+        """Clients that could not read the wire at the last reading, and why; the server's name is ``server``.
 
-        A reading in between that found no connection, as while one is being made again, loses nothing: counters only
-        grow, and what a connection that broke had counted last is lost with any reading.
+        An earlier reading without a connection (because one was being made again) loses nothing: counters only grow,
+        and the last counts of a broken connection are lost in any case.
         """
         last: dict[str, str] = {}
         for row in self.readings:
@@ -181,11 +181,11 @@ class Accounts:
     # -------------------------------------------------------------------------------------------- where it went
 
     def reconciliation(self) -> dict[str, dict[str, int]]:
-        """Bytes per direction and category, in the order of ``CATEGORIES``; empty where the wire was not measured."""
+        """Bytes per direction and category, in the order of ``CATEGORIES``; empty if the wire was not measured."""
         return {direction: self._reconcile(direction) for direction in ("up", "down")}
 
     def unexplained_fraction(self) -> float | None:
-        """The larger direction's ``|unexplained| / wire``; None where the wire was not measured."""
+        """The larger direction's ``|unexplained| / wire``; None if the wire was not measured."""
         fractions = [
             abs(categories["unexplained"]) / max(1, sum(categories.values()))
             for categories in self.reconciliation().values()
@@ -194,23 +194,23 @@ class Accounts:
         return max(fractions, default=None)
 
     def call_overhead(self, client: str = "") -> CallCost | None:
-        """What one gRPC call costs beyond its protobuf: the median lone poll of ``client``, else of all clients."""
+        """The cost of one gRPC call beyond its protobuf: the median lone poll of ``client``, else of all clients."""
         keys = {link.key for link in self.links if link.client == client and link.at_server}
         return call_cost(self.small_calls, keys, PING + self._record)
 
     @property
     def _record(self) -> int:
-        """What a TLS record adds to its content."""
+        """The bytes that a TLS record adds to its content."""
         return TLS_RECORD if self.meta.get("tls") == "1" else 0
 
     @cached_property
     def _unseen(self) -> dict[str, int]:
         """How many of each client's polls and heartbeats fell between the calls of its messages.
 
-        There the sampler cannot tell them apart. But each adds some 590 bytes up and 90 down, so what is missing from a
-        round, up less down, is a multiple of 500, and pings, which are the same both ways, cancel out. Taken only where
-        that leaves less than half a call in either direction; the remainder, and all of what does not look like that,
-        stays unexplained. A call that ends just behind the boundary of two rounds is one more here and one less there.
+        There the sampler cannot tell them apart. But each adds some 590 bytes up and 90 down. So the bytes that are
+        missing from a round, up minus down, are a multiple of 500; pings are equal both ways and cancel out. The number
+        counts only if less than half a call is left over in either direction; everything else stays unexplained. A
+        call that ends just after the boundary of two rounds is one more in one round and one less in the other.
         """
         by_client = defaultdict[str, list[Link]](list)
         for link in self.links:
@@ -334,7 +334,7 @@ class Accounts:
             elif row.direction == "down" and (client, *what) not in answered:
                 fetched = wire.get((row.round, client, "down"))
                 if fetched is not None and fetched < row.bytes:
-                    continue  # the SuperNode never came for it
+                    continue  # the SuperNode never fetched it
             yield row
 
     def _fetched_bundles(self) -> list[BundleRow]:
@@ -348,7 +348,7 @@ class Accounts:
         again = []
         for row in rows:
             later = [link.at_client[0] for link in self.links if link.client == row.client and link.at_client][1:]
-            for first in later:  # what came before and with the connection's first message, less that message
+            for first in later:  # all bytes up to and with the connection's first message, minus that message
                 arrived = first.bytes_received - sent[row.client, first.round, first.kind]
                 again += [row] if arrived >= row.down else []
         return rows + again

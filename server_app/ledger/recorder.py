@@ -31,7 +31,7 @@ class WireLog:
         self.grid = grid
 
     def __enter__(self) -> WireLog:
-        if isinstance(self.grid, HttpGrid):  # any other has no network, whoever listens on its port
+        if isinstance(self.grid, HttpGrid):  # no other grid has a network, whoever listens on its port
             self.sampler.start()
         else:
             self.sampler.decline("clients in this process have no network")
@@ -53,7 +53,7 @@ class WireLog:
         self.sampler.push(round_, client, kind)
 
     def pushed(self, round_: int, client: str, kind: str, message: Message, tensors: Mapping[str, int]) -> None:
-        """Call when it has been pushed; ``tensors`` are the encoded numbers in it, by encoding."""
+        """Call when a message has been pushed; ``tensors`` are bytes of the encoded numbers in it, by encoding."""
         self.ledger.flower_message(round_, client, "down", kind, message, sum(tensors.values()))
         self.ledger.encoded(round_, client, "down", tensors)
 
@@ -66,7 +66,7 @@ class WireLog:
         reading: report_pb2.WireReading | None = None,
         asked: Dispatch | None = None,
     ) -> None:
-        """Call when ``client`` has answered, or (with None) will not answer; ``asked`` says what the answer carries."""
+        """Call when ``client`` has answered, or (with None) will not answer; ``asked`` describes the answer."""
         if message is not None:
             sizes = asked.upload_bytes if asked is not None else {}
             sketches = asked.sketches if asked is not None else frozenset()
@@ -86,12 +86,12 @@ class WireLog:
             self.ledger.bundle(client, bundle)
 
     def totals(self) -> tuple[dict[str, dict[str, int | None]], float | None]:
-        """Ends the measurement; bytes by direction and level, and the unexplained fraction (None: not measured)."""
+        """End the measurement; returns bytes by direction and level, and the unexplained fraction if measured."""
         self.sampler.stop()
         return self.ledger.totals(), self.ledger.unexplained_fraction()
 
     def _bundle(self) -> BundleCost | None:
-        """None where the grid has no network under it."""
+        """The cost of the app bundle; None if the grid has no network."""
         if not self.is_measuring:
             return None
         # Flower runs the app from the folder that it unpacked the bundle to.
@@ -112,7 +112,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 class Booking:
-    """Books what one exchange pushes: see :class:`server_app.run.federation.Watch`."""
+    """Records what one exchange pushes; see :class:`server_app.run.federation.Watch`."""
 
     def __init__(
         self, wire: WireLog, round_: int, kind: str, tensors: Mapping[str, Mapping[str, int]] | None = None

@@ -1,4 +1,4 @@
-"""Rows of the ledger's tables, as they are read; :mod:`server_app.ledger.store` says what each column means."""
+"""Rows that are read from the ledger's tables; :mod:`server_app.ledger.store` says what each column means."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ReadingRow:
 
 @dataclass(frozen=True)
 class ConnectionRow:
-    """One connection's counters at such a moment."""
+    """One connection's counters at the moment of a reading."""
 
     seq: int
     local_address: str
@@ -104,7 +104,7 @@ class Sample(ConnectionRow):
 
 @dataclass(frozen=True)
 class ActivityRow:
-    """What the server's counters of a connection did between moments, by kind."""
+    """Changes of the server's counters of a connection between readings, by kind."""
 
     round: int
     address: str

@@ -1,8 +1,8 @@
 """Watches the server's end of every Fleet connection while a run goes on.
 
 About ten times a second a thread reads the kernel's counters. Between messages every poll, heartbeat and HTTP/2 ping of
-a SuperNode is a jump of its own, so what they cost is read from the counter instead of assumed, and so is the cost of
-one small gRPC call on these connections. The round loop says when a message is pushed and when an answer is there; the
+a SuperNode is a jump of its own. So their cost is read from the counter and not assumed, and so is the cost of one
+small gRPC call on these connections. The round loop says when a message is pushed and when an answer has come; the
 counters at these moments go into the ledger.
 """
 
@@ -23,7 +23,7 @@ from server_app.ledger.store import Ledger
 Key = tuple[str, int, int]  # the SuperNode's address and port, the socket's cookie
 Change = tuple[int, int, int, int, int, int]  # up, down, segments in, segments out, data segments in and out
 
-# Silence that ends a burst, in seconds: longer than a pause inside a message's calls, shorter than between two polls.
+# Silence that ends a burst, in seconds: longer than a pause between a message's calls, shorter than between two polls.
 GAP = 0.25
 # A lone poll or heartbeat is about 600 bytes up (mostly the SuperNode's key and signature) and 90 down, with its pings.
 LONE_CALL_UP, LONE_CALL_DOWN = (300, 1000), 300
@@ -31,13 +31,13 @@ LONE_CALL_UP, LONE_CALL_DOWN = (300, 1000), 300
 MAX_SETUP = 8000
 MAX_CPU = 0.015
 MOST_LOOKS = 0.2
-"""Of the time of a second at most goes into looks at all connections: beyond that what was seen last has to do."""
+"""The largest share of time for looks at all connections; beyond it, what was seen last is used again."""
 REMEMBERED = 600
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """What one look at the kernel's table showed; ``of_all``: of all connections, not of one client's alone."""
+    """The result of one look at the kernel's table; ``of_all``: it has all connections, not one client's alone."""
 
     time: float
     connections: list[Connection]
@@ -55,7 +55,7 @@ class _Burst:
     last_change: float = 0.0
 
     def is_over(self, now: float) -> bool:
-        """Whether it has been quiet for long enough; a new connection may take its time to say the first byte."""
+        """Whether it has been quiet for long enough; a new connection may take longer to send its first byte."""
         return now - self.last_change >= GAP and not (self.setup and self.change[0] == 0)
 
 
@@ -68,7 +68,7 @@ class _Watched:
     seen: deque[tuple[float, Connection]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     burst: _Burst | None = None
     exchange: int = 0  # messages pushed so far
-    busy: bool = False  # has fetched the last of them and not answered it yet
+    busy: bool = False  # the client has fetched the last of them and not answered it yet
 
 
 class FleetSampler:
@@ -77,7 +77,7 @@ class FleetSampler:
     Args:
         ledger: takes the readings.
         port: the Fleet port; by default found from the SuperLink's command line.
-        interval: seconds between samples; longer where a sample would cost more than 1.5 % of a core.
+        interval: seconds between samples; longer if samples would take more than 1.5 % of a core.
     """
 
     def __init__(self, ledger: Ledger, port: int | None = None, interval: float = 0.1) -> None:
@@ -99,7 +99,7 @@ class FleetSampler:
         self._small_calls: Counter[tuple[Key, str, int, int, int, int]] = Counter()
         self._tls: bool | None = None
         self._tls_noted = False
-        self._looks: deque[tuple[float, float]] = deque()  # at all connections, for messages: when, and seconds
+        self._looks: deque[tuple[float, float]] = deque()  # looks at all connections for messages: when, and how long
 
     def __enter__(self) -> FleetSampler:
         self.start()
@@ -122,7 +122,7 @@ class FleetSampler:
             if superlink is not None:
                 self._tls = "--insecure" not in superlink[1]
             now, connections = time.time(), server_connections(self._table(), self._port)
-        except Exception as error:  # the wire level is worth less than the run
+        except Exception as error:  # the run matters more than its wire level
             self.decline(str(error) or repr(error))
             return
         self.not_measured = ""
@@ -133,7 +133,7 @@ class FleetSampler:
         self._thread.start()
 
     def decline(self, reason: str) -> None:
-        """Measure nothing; the ledger says why."""
+        """Measure nothing, and note the reason in the ledger."""
         self.not_measured = reason
         self.ledger.server_reading(0, "", "start", [], not_measured=reason)
 
@@ -151,8 +151,8 @@ class FleetSampler:
     def reply(self, round_: int, client: str, kind: str, reading: report_pb2.WireReading | None = None) -> None:
         """Call this when an answer (or an error, or nothing in time) ends what :meth:`push` started.
 
-        ``client`` is the name that was given to ``push``. The answer's own reading is booked, and the moment at which
-        the client took it is looked up at this end.
+        ``client`` is the name that was given to ``push``. The answer's own reading is recorded, and this end looks up
+        the moment at which the client took it.
         """
         if reading is not None:
             self.ledger.client_reading(round_, client, reading, kind=kind)
@@ -166,9 +166,9 @@ class FleetSampler:
             for end in reading.connections if reading is not None else ():
                 arrival, exact = self._arrival(end)
                 arrivals.append(arrival)
-                if exact:  # anybody can name an address and port, and nobody knows another's counters
+                if exact:  # anybody can name an address and port, but nobody knows another's counters
                     self._client_of[end.local_address, end.local_port] = client
-                elif arrival is not None:  # of a connection that is there, and no more than it has brought
+                elif arrival is not None:  # the connection exists, and the claim is not more than it has brought
                     self._client_of.setdefault((end.local_address, end.local_port), client)
             for watched in self._watched_of(client, moment):
                 watched.busy = False
@@ -178,7 +178,7 @@ class FleetSampler:
         self._book(round_, client, "reply", kind, moment)
 
     def rename(self, old: str, new: str) -> None:
-        """A client's name is known now; also renames it in the ledger."""
+        """Use a client's name now that it is known; also in the ledger."""
         with self._lock:
             self._client_of = {key: new if name == old else name for key, name in self._client_of.items()}
             if old in self._under_way:
@@ -204,7 +204,7 @@ class FleetSampler:
     def _sample(self) -> None:
         while not self._stop.is_set():
             started = time.thread_time()
-            with suppress(WireError):  # one sample less; the counters lose nothing by it
+            with suppress(WireError):  # one sample less; the counters lose nothing
                 self._observe(_Moment(time.time(), self._table().connections(self._port or 0)))
             cost = time.thread_time() - started
             self.cpu_seconds += cost
@@ -221,10 +221,10 @@ class FleetSampler:
 
     @contextmanager
     def _look(self, client: str = "") -> Iterator[_Moment | None]:
-        """One more sample, now; the lock is held inside. None where nothing can be read.
+        """Take one more sample now; the lock is held inside. None if nothing can be read.
 
-        Of a client whose connections are known only these are read: what a message costs does not grow with the
-        clients. Who else has come or gone is the thread's to see.
+        If a client's connections are known, only these are read, so that a message's cost does not grow with the
+        number of clients. The thread sees which others have come or gone.
         """
         moment = None
         if self.is_measuring:
@@ -234,7 +234,7 @@ class FleetSampler:
             yield moment
 
     def _of_one(self, client: str) -> _Moment | None:
-        """A look at the client's connections; None where they are not known, or one has ended."""
+        """A look at the client's connections; None if they are not known, or one has ended."""
         with self._lock:
             known = [watched.connection for key, watched in self._watched.items() if self._is_of(key, client)]
         now = time.time()
@@ -250,7 +250,7 @@ class FleetSampler:
         while self._looks and self._looks[0][0] < now - 1:
             self._looks.popleft()
         if sum(seconds for _, seconds in self._looks) > MOST_LOOKS:
-            with self._lock:  # counters never fall: of each connection the newest that anybody has seen
+            with self._lock:  # counters never fall: keep the newest values of each connection that any thread has seen
                 return _Moment(now, [watched.connection for watched in self._watched.values()])
         started = time.thread_time()
         moment = _Moment(now, self._table().connections(self._port or 0))
@@ -267,12 +267,12 @@ class FleetSampler:
         self._write_activity()
 
     def _of(self, client: str, moment: _Moment) -> list[Connection]:
-        """The client's connections, or all as long as it is not known which are."""
+        """The client's connections, or all connections while the client's are not known."""
         mine = [c for c in moment.connections if self._is_of(_key(c), client)]
         return mine or moment.connections
 
     def _watched_of(self, client: str, moment: _Moment) -> list[_Watched]:
-        """Of the client's connections those that have not ended since."""
+        """Those of the client's connections that have not ended since."""
         keys = map(_key, self._of(client, moment))
         return [self._watched[key] for key in keys if key in self._watched]
 
@@ -297,7 +297,7 @@ class FleetSampler:
                 self._end_burst(key)
                 gone.append((now, self._watched.pop(key).connection))
         for when, connection in gone:
-            # Its last bytes may be missing, no more than one sample's worth.
+            # Its last bytes may be missing, but no more than since the last sample.
             client = self._client_of.pop((connection.remote_address, connection.remote_port), "")
             self.ledger.server_reading(self._round, client, "gone", [connection], unix_time=when)
 
@@ -319,7 +319,7 @@ class FleetSampler:
         pings = max(up, down) < LONE_CALL_UP[0]
         lone_call = LONE_CALL_UP[0] <= up <= LONE_CALL_UP[1] and down <= LONE_CALL_DOWN and data_in > 0 and data_out > 0
         at_rest = burst.started_idle and not self._is_under_way(key)
-        # Whatever is larger than what it is taken for (an answer after its deadline, a message on a new connection)
+        # Anything larger than what it seems to be (an answer after its deadline, a message on a new connection)
         # must not hide among the polls.
         few_calls = up <= 2 * LONE_CALL_UP[1] and down <= 2 * LONE_CALL_DOWN
         if burst.setup and max(up, down) <= MAX_SETUP:
@@ -339,7 +339,7 @@ class FleetSampler:
             self._tls = up % (PING + TLS_RECORD) == 0
 
     def _is_under_way(self, key: Key) -> bool:
-        """Whether a message is under way on this connection, or on one that might be it."""
+        """Whether a message is under way on this connection, or on one that might be the same."""
         client = self._client_of.get(key[:2])
         known = set(self._client_of.values())
         return any(name == client or name not in known for name in self._under_way)
@@ -347,7 +347,7 @@ class FleetSampler:
     def _arrival(self, end: report_pb2.ConnectionReading) -> tuple[_Moment | None, bool]:
         """The sample in which this end had received and sent exactly what the client had sent and received.
 
-        If none fell into that moment (False): the first in which everything from the client was there.
+        If no sample fell into that moment (False): the first in which everything from the client was there.
         """
         arrived = end.bytes_sent - end.bytes_retransmitted
         for key, watched in self._watched.items():
@@ -381,7 +381,7 @@ def _key(connection: Connection) -> Key:
 
 
 def _change(new: Connection, old: Connection | None) -> Change:
-    """What moved; retransmitted bytes are the wire's business, not a call's."""
+    """The changes between two readings; retransmitted bytes belong to the wire, not to a call."""
     if old is None:
         return (
             new.bytes_received,

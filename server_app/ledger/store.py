@@ -8,7 +8,7 @@ Tables (times are seconds since the epoch, bytes are bytes):
 * ``meta(key, value)``: ``format`` (1), ``run_name``, ``tls`` (1 or 0, when known).
 * ``tensor(round, client, direction, kind, bytes)``: one row per payload; direction is ``up`` or ``down``; kind is the
   message's, or ``sketch``.
-* ``encoded(round, client, direction, encoding, bytes)``: the same bytes by how numbers are stored, sketches in it.
+* ``encoded(round, client, direction, encoding, bytes)``: the same bytes by how numbers are stored, with sketches.
 * ``message(round, client, direction, kind, bytes, objects, calls, control_bytes, tls_records)``: one row per Flower
   message; it took ``calls`` gRPC calls, whose small halves add ``control_bytes`` in the *other* direction, and
   ``tls_records`` TLS records beyond each call's first.
@@ -17,11 +17,11 @@ Tables (times are seconds since the epoch, bytes are bytes):
   ``client`` (event ``handler``: a message had arrived) or ``server`` (``start``, ``push``: about to send a message,
   ``handler``: the moment at which the client took its reading, ``reply``, ``gone``: a connection's last, ``final``).
 * ``connection(seq, local_address, ..., data_segments_in)``: the counters of that moment, per connection.
-* ``activity(round, address, port, cookie, kind, events, up, down, ...)``: what the server's counters did between
-  moments, by :mod:`server_app.ledger.sampler`: kind ``setup``, ``idle`` (polling, heartbeats), ``ping`` or
+* ``activity(round, address, port, cookie, kind, events, up, down, ...)``: changes of the server's counters between
+  readings, by :mod:`server_app.ledger.sampler`: kind ``setup``, ``idle`` (polling, heartbeats), ``ping`` or
   ``burst``.
 * ``small_call(address, port, cookie, phase, up, down, data_in, data_out, count)``: histogram of lone small calls: phase
-  ``poll`` (the SuperNode was idle) or ``heartbeat`` (it was busy with a message, and then does not poll).
+  ``poll`` (the SuperNode was idle) or ``heartbeat`` (it was busy with a message, during which it does not poll).
 
 Every call commits (write-ahead log, no fsync per commit), so a kill at any moment leaves a readable ledger. There may
 be one writer and any number of readers. The arithmetic is in :mod:`server_app.ledger.connections` and
@@ -111,12 +111,12 @@ class Ledger:
     """One run's ledger, for writing and reading. Methods may be called from several threads.
 
     Args:
-        path: the SQLite file; made when it is not there, continued when it is.
+        path: the SQLite file; it is made if missing, else continued.
         run_name: goes into the file; a file of another run is refused.
         read_only: open an existing file without touching it (a running or killed run's).
 
     Raises:
-        LedgerError: not a ledger, another run's, or the folder cannot be written.
+        LedgerError: the file is not a ledger or another run's, or the folder cannot be written.
     """
 
     def __init__(self, path: Path, run_name: str = "", *, read_only: bool = False) -> None:
@@ -126,8 +126,8 @@ class Ledger:
             if read_only and not path.exists():
                 raise LedgerError(f"no ledger at {path}")
             if not read_only:
-                os.close(open_private(path, os.O_RDWR))  # what SQLite makes beside it has the same mode
-            # Where nobody has it open there is no log, and SQLite would have to make one: not in a read-only folder.
+                os.close(open_private(path, os.O_RDWR))  # SQLite's other files get the same mode
+            # If nobody has it open there is no log, and SQLite would make one, which fails in a read-only folder.
             unused = read_only and not path.with_name(f"{path.name}-wal").exists()
             place = f"file:{quote(str(path.resolve()))}" + ("?immutable=1" if unused else "")
             self._db = sqlite3.connect(place, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
@@ -156,11 +156,11 @@ class Ledger:
     # --------------------------------------------------------------------------------------------- writing
 
     def tensor(self, round_: int, client: str, direction: str, kind: str, nbytes: int) -> None:
-        """The algorithm meant to send ``nbytes`` of tensors."""
+        """Record that the algorithm meant to send ``nbytes`` of tensors."""
         self._write("INSERT INTO tensor VALUES (?, ?, ?, ?, ?)", (round_, client, _direction(direction), kind, nbytes))
 
     def encoded(self, round_: int, client: str, direction: str, sizes: Mapping[str, int]) -> None:
-        """Bytes of a message's tensors by their encoding; sketches and moments are in it."""
+        """Record bytes of a message's tensors by their encoding, with sketches and moments."""
         for encoding, nbytes in sizes.items():
             row = (round_, client, _direction(direction), encoding, nbytes)
             self._write("INSERT INTO encoded VALUES (?, ?, ?, ?, ?)", row)
@@ -178,16 +178,16 @@ class Ledger:
         control_bytes: int = 0,
         tls_records: int = 0,
     ) -> None:
-        """Flower serialised ``nbytes`` in ``objects`` for one message; see :func:`message_cost` for the rest."""
+        """Record that Flower serialised ``nbytes`` in ``objects`` for a message; the rest is :func:`message_cost`'s."""
         row = (round_, client, _direction(direction), kind, nbytes, objects, calls, control_bytes, tls_records)
         self._write("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def flower_message(
         self, round_: int, client: str, direction: str, kind: str, message: Message, tensor_bytes: int = 0
     ) -> MessageCost | None:
-        """One message with its tensors: :meth:`tensor` and :meth:`message` with what Flower makes of it.
+        """Record one message with its tensors, by :meth:`tensor` and :meth:`message`; returns Flower's cost for it.
 
-        None, and nothing is booked, for an answer that the SuperLink made up itself (node unavailable, expired).
+        For an answer that the SuperLink made up itself (node unavailable, expired), nothing is recorded: None.
         """
         if direction == "up" and message.metadata.src_node_id == SUPERLINK_NODE_ID:
             return None
@@ -208,13 +208,13 @@ class Ledger:
         return cost
 
     def bundle(self, client: str, cost: BundleCost) -> None:
-        """This client's SuperNode fetched the app bundle and the run's description (once per run)."""
+        """Record that a client's SuperNode fetched the app bundle and the run's description (once per run)."""
         self._write("INSERT OR REPLACE INTO bundle VALUES (?, ?, ?, ?)", (client, cost.up, cost.down, cost.tls_records))
 
     def client_reading(
         self, round_: int, client: str, reading: report_pb2.WireReading, unix_time: float | None = None, kind: str = ""
     ) -> None:
-        """What a client read on its end when the message of ``round_`` had arrived."""
+        """Record a client's reading of its end when the message of ``round_`` had arrived."""
         when = reading.unix_time if unix_time is None else unix_time
         self._reading("client", "handler", round_, client, kind, when, reading.not_measured, reading.connections)
 
@@ -229,12 +229,12 @@ class Ledger:
         unix_time: float | None = None,
         not_measured: str = "",
     ) -> None:
-        """What the server read on its end at ``start``, ``push``, ``handler``, ``reply`` or ``final``."""
+        """Record the server's reading of its end at ``start``, ``push``, ``handler``, ``reply`` or ``final``."""
         when = time.time() if unix_time is None else unix_time
         self._reading("server", event, round_, client, kind, when, not_measured, connections)
 
     def activity(self, rows: Sequence[tuple[Any, ...]], small_calls: Sequence[tuple[Any, ...]]) -> None:
-        """Add what the sampler saw since its last call; rows as in the tables."""
+        """Add what the sampler saw since the last call; rows are as in the tables."""
         with self._lock, _Transaction(self._db):
             self._db.executemany(
                 "INSERT INTO activity VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
@@ -255,7 +255,7 @@ class Ledger:
         self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def rename(self, old: str, new: str) -> None:
-        """A client's name is known now: move what was booked on ``old`` (for example its node) to ``new``."""
+        """Move what is recorded for ``old`` (for example a node) to ``new``, because the client's name is known now."""
         with self._lock, _Transaction(self._db):
             for table in ("tensor", "encoded", "message", "reading"):
                 self._db.execute(f"UPDATE {table} SET client = ? WHERE client = ?", (new, old))
@@ -369,7 +369,7 @@ class _Transaction:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self.db.execute("COMMIT")
-        elif self.db.in_transaction:  # on a full disk SQLite has ended it itself
+        elif self.db.in_transaction:  # on a full disk SQLite has already ended it
             self.db.execute("ROLLBACK")
 
 

@@ -1,7 +1,7 @@
 """One phase of a round: send every client its brief, read answers as they arrive, and absorb them when all are here.
 
-Memory does not grow with the number of clients meanwhile: of a sent message only the form of its answer is kept, and
-answers are in the run's bank.
+Memory does not grow with the number of clients meanwhile: only the form of the expected answer is kept of a sent
+message, and answers are in the run's bank.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Asking:
         run.holdings.tidy()
         for what, seconds in slowest.items():
             run.spent[what] += seconds
-        # When all are here: how long an update may be is a matter of what the others sent.
+        # Only when all are here, because the bound on an update's length depends on the others' updates.
         late = run.late.due(self.round, set(self._answers)) if self.phase == "train" else {}
         answers = self._answers | {name: answer for name, (_, answer, _) in late.items()}
         for name, answer in sorted(within_round(run.strategy.limits, answers).items()):
@@ -109,7 +109,7 @@ class Asking:
         message = dispatch.message(node_id, ttl=run.options.round_timeout + 60)
         run.federation.intake.expect(dispatch.max_answer_bytes)
         self._tensors[client_id] = dispatch.down_by_encoding()
-        self._dispatches[client_id] = replace(dispatch, content=RecordDict())  # sent, the blobs are the SuperLink's
+        self._dispatches[client_id] = replace(dispatch, content=RecordDict())  # the SuperLink has the blobs now
         return message
 
     def _again(self, client_id: str, reply: Message) -> bool:

@@ -14,9 +14,9 @@ from strategies.framework.exchange import Brief, Client
 
 
 def spared(brief: Brief, client: Client, round_: int, options: RunOptions) -> Brief:
-    """A round's brief with the evaluations of personal models that the run wants, on as many examples.
+    """A round's brief with the evaluations of personal models that the options ask for, and on as many examples.
 
-    Evaluations that a strategy learns from bear other labels, or are recorded at the client: they stay as they are.
+    Evaluations that a strategy learns from have other labels, or are recorded at the client: they stay as they are.
     """
     steps = []
     for step in brief.steps:

@@ -3,7 +3,7 @@
 Flower's own loop waits for everybody and polls every three seconds; this one polls shortly, yields each reply when it
 comes, and turns errors, silence and lateness into named outcomes. A reply is matched by the message it answers,
 because an error reply carries no sender. Clients may come, leave and return at any time: nodes that appear while a
-round runs are asked who they are meanwhile, and a client whose process died is asked the same once more.
+round runs are asked to register meanwhile, and a client whose process died is asked once more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOOK_SECONDS = 1.0
 LOOKS_SHARE = 0.1
 """Largest share of the time for polling the SuperLink, which does nothing else meanwhile."""
 MOST_PAUSE_SECONDS = 3.0
-"""As long as Flower's own grid waits between two looks."""
+"""The time that Flower's own grid waits between two looks."""
 SAY_SECONDS = 10.0
 ALL_FOR_ONE = "all for one reason: "
 """Part of a :class:`NoClientError`'s message, by which readers of a record recognise it."""
@@ -47,7 +47,7 @@ class Federation:
     """The clients of one run.
 
     Args:
-        grid: Flower's.
+        grid: Flower's grid.
         poll_interval: seconds between looks for replies.
         say: called with progress messages.
         arrived: called with every answer to a registration, and the client that it describes (None: refused).
@@ -74,7 +74,7 @@ class Federation:
         self.late: Callable[[str, Message], bool] = lambda client_id, reply: False  # takes a late answer
         self.overdue_answers: dict[str, int] = {}
         self._nodes: dict[int, NodeInfo] = {}
-        self._seen: dict[int, NodeInfo] = {}  # including those that have gone, because a refusal names them
+        self._seen: dict[int, NodeInfo] = {}  # including nodes that have gone, because a refusal names them
         self._asked: set[int] = set()
         self._asking: dict[str, tuple[int, float]] = {}
         self._overdue: dict[str, str] = {}
@@ -161,7 +161,7 @@ class Federation:
         next_word, next_pull, ends = started, started, started + timeout
         while exchange.is_open or (exchange.lost and not enough()):
             exchange.push()
-            if time.monotonic() >= next_pull:  # not after each push: a look costs the SuperLink more
+            if time.monotonic() >= next_pull:  # not after each push, because a look costs the SuperLink more
                 for reply in self._pull(exchange.waiting):
                     found = exchange.taken(reply, again)
                     if found is not None:
@@ -195,10 +195,10 @@ class Federation:
                     self._welcome(node_id, Reply(f"node {node_id}", reply, time.monotonic() - asked))
             elif message_id in waiting:
                 yield reply
-            else:  # late or repeated: taken off the SuperLink and reported
+            else:  # a late or repeated reply: taken off the SuperLink and reported
                 overdue = self._overdue.pop(message_id, None)
                 if overdue is not None and overdue.startswith("node ") and not reply.has_error():
-                    # Slow to say who it is, and welcome from the next round on.
+                    # Its registration was late; it takes part from the next round on.
                     self.enrolment.forgive(self._node_of(overdue))
                     self._welcome(self._node_of(overdue), Reply(overdue, reply, 0.0))
                 elif overdue is not None and not reply.has_error() and self.late(overdue, reply):
@@ -208,9 +208,9 @@ class Federation:
                     self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
 
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """The messages' ids; None where the SuperLink did not take one: its node went away in between."""
+        """The messages' ids; None if the SuperLink did not take one because its node went away in between."""
         found = [message_id or None for message_id in self.grid.push_messages(messages)]
-        return found or [None] * len(messages)  # of what it finds too large it says nothing
+        return found or [None] * len(messages)  # it does not report what it finds too large
 
     def overdue(self, message_id: str, client_id: str) -> None:
         """Stop waiting for the answer to this message; it is taken off the SuperLink when it comes."""
@@ -258,7 +258,7 @@ class Federation:
 
 
 def _waiting_for(lost: Iterable[str], waiting: Mapping[str, str], seconds: float, enough: bool) -> str:
-    """Say what the run waits for while clients are gone, and for how long."""
+    """A message that says what the run waits for while clients are gone, and for how long."""
     gone, at_work = ", ".join(lost), len(waiting)
     if not waiting:
         return f"waiting for {gone} to come back, at most {seconds:.0f} s more: too few answered without"
@@ -271,7 +271,7 @@ def _waiting_for(lost: Iterable[str], waiting: Mapping[str, str], seconds: float
 
 
 def one_reason(reasons: Mapping[str, str]) -> str:
-    """What several clients have failed for, by client, where it is the same for all and may not pass; else empty."""
+    """The reason why several clients failed, if it is the same for all and may last; else empty."""
     found = {reason.replace(repr(who), "...") for who, reason in reasons.items()}
     if len(reasons) < 2 or len(found) > 1:
         return ""

@@ -1,7 +1,7 @@
 """Where the runs of a SuperLink are, wherever they were written: a list that its ServerApps keep, for tools beside it.
 
-``<FLWR_HOME>/fedalloy/runs.jsonl`` has the absolute path of each run's folder in a line of its own, the oldest first.
-Without ``FLWR_HOME`` in a ServerApp's environment there is none.
+``<FLWR_HOME>/fedalloy/runs.jsonl`` has the absolute path of each run's folder on a line of its own, the oldest first.
+Without ``FLWR_HOME`` in a ServerApp's environment there is no such file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedalloy_adapters.files.atomic_files import open_private, private_folder
 
 
 def note_run(run: Path) -> None:
-    """Add a run's folder to the list of this process's ``FLWR_HOME``, which nothing depends on."""
+    """Add a run's folder to the list of this process's ``FLWR_HOME``; nothing depends on that list."""
     home = os.environ.get("FLWR_HOME")
     if not home:
         return

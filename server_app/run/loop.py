@@ -127,7 +127,7 @@ class Run:
         self.trackers = Trackers(options.trackers, directory.path, directory.config() if options.trackers else {})
         self.progress = Progress(directory.path, options.num_server_rounds)
         self.completed = 0
-        self.spent: dict[str, float] = defaultdict(float)  # seconds of each phase's slowest client, by what it did
+        self.spent: dict[str, float] = defaultdict(float)  # seconds of each phase's slowest client, by activity
         self.started = time.monotonic()
         self.round_now = 0
         self.answer_seconds: dict[str, float] = {}  # of each client's last answer

@@ -45,11 +45,12 @@ class RunOptions:
     """With ``resume``, of a finished run: clients that never trained, comma-separated, or ``new`` (all online),
     are given the best sum of the run's models that forward passes find. ``fedalloy adopt`` sets it."""
     adopt_examples: int = 32
-    """Training examples at most that such a client looks at."""
+    """Largest number of training examples that such a client looks at."""
     adopt_evaluations: int = 100
-    """Sums at most that it tries, each one pass over these examples."""
+    """Largest number of sums that it tries; each takes one pass over these examples."""
     adopt_sources: int = 20
-    """Adapters at most that it is sent: the run's global models, then those of clients whose owners lend them."""
+    """Largest number of adapters that it is sent: the run's global models, then those of clients whose owners lend
+    them."""
     runs_dir: str = "runs"
     """Where the server keeps runs, one folder each."""
     scenario: str = "digits"
@@ -85,8 +86,8 @@ class RunOptions:
     grace_ratio: float = 0.0
     """When ``min-clients`` clients and more than half of those asked have answered, the others have this many times the
     median answer time, counted from the start of the round. Then they count as late (see ``strikes``). 0: all have
-    ``round-timeout``, because an honest client may be slow. With clients of similar speed, 10 avoids that a silent
-    client costs the whole ``round-timeout``."""
+    ``round-timeout``, because an honest client may be slow. With clients of similar speed, 10 keeps a silent
+    client from costing the whole ``round-timeout``."""
     round_timeout: float = 600.0
     """Seconds after which a round goes on without the clients that have not answered."""
     strikes: int = 3
@@ -189,7 +190,7 @@ OPTIONS: tuple[tuple[str, type[Any]], ...] = (
     ("client.", ShownSettings),
     *((f"{name}.", STRATEGIES[name].Options) for name in sorted(STRATEGIES)),
 )
-"""Every dataclass whose fields are run-config keys, with what the keys begin with: there are no other keys."""
+"""Every dataclass whose fields are run-config keys, with the keys' prefix. There are no other keys."""
 
 
 def known_keys() -> dict[str, Any]:
@@ -209,7 +210,7 @@ def read_run_options(run_config: RunConfig) -> RunOptions:
 
 
 def problems(run_config: RunConfig) -> list[str]:
-    """Everything that is wrong with run-config, one line each; of strategies only the chosen one's values count."""
+    """Everything that is wrong with run-config, one line each; only the chosen strategy's values are checked."""
     chosen = f"{run_config.get('strategy', RunOptions.strategy)}."
     others = {f"{name}." for name in STRATEGIES} - {chosen}
     known = known_keys()
@@ -218,20 +219,20 @@ def problems(run_config: RunConfig) -> list[str]:
 
 
 def run_on(run_config: RunConfig) -> tuple[str, str]:
-    """What a run trains on: ``("scenario", its name)``, or ``("base_model", its name)`` with clients' own data."""
+    """A run's data: ``("scenario", its name)``, or ``("base_model", its name)`` if clients have their own data."""
     base = str(run_config.get("base-model", ""))
     return ("base_model", base) if base else ("scenario", str(run_config.get("scenario", RunOptions.scenario)))
 
 
 def plain_run_name(run_config: RunConfig) -> str:
-    """A run by its strategy and what it is on: ``fedmerge-digits``, ``fedmerge-Qwen3-0.6B``."""
+    """A run's name by its strategy and data: ``fedmerge-digits``, ``fedmerge-Qwen3-0.6B``."""
     last = run_on(run_config)[1].rstrip("/").rpartition("/")[2]
     about = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:24].strip("-.")
     return f"{run_config.get('strategy', RunOptions.strategy)}-{about or 'base'}"
 
 
 def default_run_name(run_config: RunConfig, run_id: int) -> str:
-    """The folder of a run without a name."""
+    """The folder's name for a run without a name."""
     return f"{plain_run_name(run_config)}-{run_id}"
 
 

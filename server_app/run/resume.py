@@ -1,4 +1,4 @@
-"""Continue an unfinished run: its directory must fit what was asked for, and its clients keep their places."""
+"""Continue an unfinished run: its directory must fit the options, and its clients keep their places."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FREE_KEYS = {
     "resume", "deliver", "adopt", "run-name", "runs-dir", "min-clients", "round-timeout", "startup-timeout",
     "poll-interval", "keep-checkpoints", "on-divergence", "adopt-examples", "adopt-evaluations", "adopt-sources",
 }  # fmt: skip
-"""Keys that a resumed run may have other values for. Only ``min-clients`` can change what is computed, where
-``fraction-clients`` is below 1: no round has fewer."""
+"""Keys that may have other values in a resumed run. Of these, only ``min-clients`` can change results, if
+``fraction-clients`` is below 1: no round has fewer clients."""
 _FREE_PREFIXES = ("trainer.", "client.")
 
 
@@ -35,7 +35,7 @@ def open_again(path: Path, run_config: RunConfig, options: RunOptions) -> RunDir
     """Open the folder of a run to continue: after its last complete round, with more rounds, or to deliver models.
 
     Raises:
-        RunDirectoryError: there is no run, it is finished and nothing more is asked for, or it began with other
+        RunDirectoryError: there is no run, it is finished and the options ask for nothing more, or it began with other
             settings.
     """
     directory = RunDirectory.open(path)
@@ -61,7 +61,7 @@ def checkpoint_of(directory: RunDirectory) -> Checkpoint | None:
     """The state to continue from; None if the run has not begun.
 
     Raises:
-        RunDirectoryError: none is whole, and clients are ahead of a start.
+        RunDirectoryError: no checkpoint is whole, and clients are ahead of a start.
     """
     found = directory.newest_checkpoint()
     if found is None and any(record["phase"] == "train" for record in directory.rounds()):
@@ -73,10 +73,10 @@ def checkpoint_of(directory: RunDirectory) -> Checkpoint | None:
 
 
 def require_same_config(directory: RunDirectory, run_config: RunConfig, free: Collection[str] = ()) -> None:
-    """Require the run-config that the run began with.
+    """Require the run-config with which the run began.
 
     Raises:
-        RunDirectoryError: names the keys that differ, and the file that has the right ones.
+        RunDirectoryError: names the keys that differ, and the file with the right values.
     """
     before, defaults = directory.config(), known_keys()
     different = []
@@ -101,7 +101,7 @@ def code_versions() -> dict[str, str]:
 
 
 def changed_code(before: Mapping[str, str] | None) -> dict[str, str]:
-    """Versions that differ from the run's earlier ones, in words; none if the earlier ones are not known."""
+    """Versions that differ from the run's earlier ones, in words; empty if the earlier ones are not known."""
     if before is None:
         return {}
     now = code_versions()
@@ -114,7 +114,7 @@ def changed_code(before: Mapping[str, str] | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class SavedClient:
-    """A client as it was enrolled: ``examples`` as it counts; ``node_id`` 0, it may not be back yet."""
+    """A client as it was enrolled: ``examples`` is the number that counts; ``node_id`` is 0 until it is back."""
 
     client: Client
     key: bytes

@@ -1,9 +1,9 @@
 """A run on disk: ``runs/<name>/{config.toml, rounds.jsonl, checkpoints/round-0005/, summary.json, ledger.sqlite}``.
 
 Everything is valid after a kill at any moment: files are written, flushed and renamed; ``rounds.jsonl`` is appended to
-line by line, and a line that a kill tore is passed over when it is read. A checkpoint names the digest of its numbers;
-one that is torn is passed over, too, and the one before it is used. ``registrations/`` holds what each client said of
-itself, ``resume.toml`` the run-config that continues the run.
+line by line, and readers skip a line that a kill tore. A checkpoint names the digest of its numbers; a torn one is
+skipped, too, and the one before it is used. ``registrations/`` has each client's registration, ``resume.toml`` the
+run-config that continues the run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RESUMABLE_PHASES = ("train", "deliver", "counters")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is on disk after a round: the strategy's state, and what the run itself needs to continue (JSON values)."""
+    """A run on disk after a round: the strategy's state, and the JSON values that the loop needs to continue."""
 
     round: int
     state: State
@@ -72,11 +72,11 @@ class RunDirectory:
         try:
             write_durably(staged / "resume.toml", (without + resume).encode())
             write_durably(staged / "config.toml", config.encode())
-            os.rename(staged, path)  # replaces an empty folder, and no other
+            os.rename(staged, path)  # replaces an empty folder only
             sync(runs_dir)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                held = "a run" if (path / "config.toml").exists() else "files that are no run's"
+                held = "a run" if (path / "config.toml").exists() else "files that are not a run's"
                 raise RunDirectoryError(
                     f"{path} already holds {held}; choose another run-name, or continue a run with resume"
                 ) from None
@@ -104,7 +104,7 @@ class RunDirectory:
         return (self.path / "summary.json").exists()
 
     def extend(self, rounds: int) -> None:
-        """Give the run this many rounds, in its configuration, too; it is no longer finished."""
+        """Give the run this many rounds, also in its configuration; it is then no longer finished."""
         try:
             for name in ("resume.toml", "config.toml"):
                 lines = (self.path / name).read_text("utf-8").splitlines()
@@ -117,7 +117,7 @@ class RunDirectory:
 
     @property
     def how_to_resume(self) -> str:
-        """How a user continues the run."""
+        """The command with which a user continues the run."""
         return f"continue it with: flwr run . <connection> --run-config {self.path.resolve() / 'resume.toml'}"
 
     @contextmanager
@@ -129,7 +129,7 @@ class RunDirectory:
         """
         with ExitStack() as stack:
             try:
-                for _ in range(TRIES - 1):  # a process that tests the lock (fedalloy watch) holds it for a moment
+                for _ in range(TRIES - 1):  # a process that tests the lock (fedalloy watch) holds it briefly
                     try:
                         stack.enter_context(locked(self.path / ".lock", wait=False))
                         break
@@ -173,7 +173,7 @@ class RunDirectory:
             with open(open_private(self.path / "rounds.jsonl", os.O_RDWR | os.O_APPEND), "a+b") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # a kill tore the last line; what follows gets one of its own
+                    if file.read(1) != b"\n":  # a kill tore the last line; begin a new one
                         file.write(b"\n")
                 file.write(line.encode())
                 file.flush()
@@ -182,7 +182,7 @@ class RunDirectory:
             raise RunDirectoryError(_explain(self.path, error)) from error
 
     def rounds(self) -> list[dict[str, Any]]:
-        """All valid records: torn lines are left out, and what a resumed run has repeated counts once."""
+        """All valid records: torn lines are left out, and records that a resumed run has repeated appear once."""
         path = self.path / "rounds.jsonl"
         if not path.exists():
             return []
@@ -235,7 +235,7 @@ class RunDirectory:
             raise RunDirectoryError(f"cannot write the run directory {self.path}: {error}") from error
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None; a torn one is passed over."""
+        """The newest checkpoint that is whole, or None; torn ones are skipped."""
         return self._first_whole(reversed(self._checkpoints()))
 
     def checkpoint(self, round_: int) -> Checkpoint | None:
@@ -273,7 +273,7 @@ class RunDirectory:
             raise RunDirectoryError(_explain(self.path, error)) from error
 
     def registration(self, client_id: str) -> bytes:
-        """What :meth:`save_registration` kept.
+        """The registration that :meth:`save_registration` wrote.
 
         Raises:
             RunDirectoryError: it is not there.
@@ -285,7 +285,7 @@ class RunDirectory:
             raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}") from None
 
     def save_adapters(self, folder: Path, adapters: Mapping[str, Adapter]) -> None:
-        """Keep clients' adapters, a file with its layout for each."""
+        """Write clients' adapters, each to a file with its layout."""
         try:
             for client_id, adapter in adapters.items():
                 blob = encode(adapter, Encoding.FP32, include_layout=True).blob
@@ -302,7 +302,7 @@ class RunDirectory:
 
 
 def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of run-config, whose keys have dots: TOML reads ``a.b = 1`` as a table in a table."""
+    """Keys and values of run-config, whose keys have dots: because TOML reads ``a.b = 1`` as a nested table."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
@@ -311,12 +311,12 @@ def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def toml_string(text: str) -> str:
-    """A TOML basic string on one line; what would end it, or is not printable, is escaped (TOML 1.0, "String")."""
+    """A TOML basic string on one line; characters that would end it or are not printable are escaped (TOML 1.0)."""
     return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text) + '"'
 
 
 def _link_rows(rows: Mapping[str, FileRow], folder: Path) -> dict[str, dict[str, str]]:
-    """Other names for the rows' files, flushed to the disk; file and digest of the numbers by name.
+    """Link the rows' files into ``folder``, flushed to the disk; returns file and digest of the numbers by name.
 
     Raises:
         BankError: a row cannot be read or linked.
@@ -336,7 +336,7 @@ def _link_rows(rows: Mapping[str, FileRow], folder: Path) -> dict[str, dict[str,
 
 
 def _linked_rows(folder: Path, saved: Mapping[str, Mapping[str, str]]) -> dict[str, FileRow]:
-    """What :func:`_link_rows` has written.
+    """The rows that :func:`_link_rows` has linked.
 
     Raises:
         BankError: a file is not there, or is torn.

@@ -1,7 +1,7 @@
 """Experiment trackers: passes the numbers of ``rounds.jsonl`` to TensorBoard, MLflow, Weights & Biases or trackio.
 
 A tracker is a :class:`Sink`. Each has its own thread, so one that hangs, fails or is not installed costs the run only a
-line in its log. The run's files are complete: they have what a tracker misses.
+line in its log. The run's files are complete, whatever a tracker misses.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from flwr.common.logger import log
 
 WARNING = 30
 WAITING = 1000
-"""Largest number of records that wait for a slow tracker; it misses further ones."""
+"""Largest number of records that wait for a slow tracker; it misses any others."""
 CLOSING_SECONDS = 20.0
-"""Seconds that the end of a run waits for all trackers together."""
+"""Seconds that a run waits at its end for all trackers together."""
 
 
 class Sink(Protocol):
@@ -35,7 +35,7 @@ class Sink(Protocol):
         """Write numbers by name, for a round."""
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the tracker."""
 
 
 class _TensorBoard:
@@ -54,10 +54,10 @@ class _TensorBoard:
 
 
 class _MLflow:
-    """``MLFLOW_TRACKING_URI`` says where; without it, into the run's folder."""
+    """Writes to ``MLFLOW_TRACKING_URI``; without it, to the run's folder."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions ask before they write files
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions want this before they write files
         entities: Any = import_module("mlflow.entities")
         tracking: Any = import_module("mlflow.tracking")
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder.resolve() / "mlflow").as_uri()
@@ -72,7 +72,7 @@ class _MLflow:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         found = [self._metric(key, value, now, step) for key, value in values.items()]
-        for start in range(0, len(found), 1000):  # a batch has no more
+        for start in range(0, len(found), 1000):  # MLflow's bound on a batch
             self._client.log_batch(self._run, metrics=found[start : start + 1000])
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class _MLflow:
 
 
 class _Wandb:
-    """``WANDB_API_KEY``, ``WANDB_MODE`` and the like are wandb's own."""
+    """Set up by wandb's own variables: ``WANDB_API_KEY``, ``WANDB_MODE``, ..."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         wandb: Any = import_module("wandb")
@@ -94,7 +94,7 @@ class _Wandb:
 
 
 class _Trackio:
-    """``TRACKIO_DIR`` and the like are trackio's own."""
+    """Set up by trackio's own variables: ``TRACKIO_DIR``, ..."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         trackio: Any = import_module("trackio")
@@ -113,16 +113,16 @@ OPENERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Sink]] = {
     "wandb": _Wandb,
     "trackio": _Trackio,
 }
-"""What opens a tracker: with the run's folder, its name and its run-config."""
+"""Functions that open a tracker for a run's folder, name and run-config."""
 
 
 class Trackers:
     """The trackers of one run; a context manager around it.
 
     Args:
-        names: comma-separated, of :data:`OPENERS`; empty: nothing is started.
-        folder: of the run.
-        config: its run-config.
+        names: comma-separated keys of :data:`OPENERS`; empty: nothing is started.
+        folder: the run's folder.
+        config: the run's configuration.
     """
 
     def __init__(self, names: str, folder: Path, config: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ class Trackers:
                 log(WARNING, "tracker %s has not finished; rounds.jsonl has what may be missing there", name)
 
     def take(self, record: Mapping[str, Any], sizes: Mapping[tuple[str, str], int]) -> None:
-        """Pass on a record of ``rounds.jsonl``; ``sizes`` are bytes so far by client and direction."""
+        """Pass on a record of ``rounds.jsonl``; ``sizes`` has the bytes so far, by client and direction."""
         if not self._queues or record["phase"] not in ("train", "deliver"):
             return
         values = dict(values_of(record, sizes))
@@ -172,7 +172,7 @@ def listed(names: str) -> list[str]:
 
 
 def _work(name: str, queue: Queue[tuple[int, dict[str, float]] | None], folder: Path, config: dict[str, Any]) -> None:
-    """A tracker's life; whatever it raises ends it, and nothing else."""
+    """The work of a tracker's thread; an error ends this tracker and nothing else."""
     try:
         sink = OPENERS[name](folder, folder.resolve().name, config)
         while (item := queue.get()) is not None:
@@ -210,7 +210,7 @@ def values_of(record: Mapping[str, Any], sizes: Mapping[tuple[str, str], int]) -
 
 
 def _numbers(found: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Finite numbers in nested tables and lists, by their path."""
+    """Finite numbers in nested tables and lists, by path."""
     if isinstance(found, Mapping):
         for key, value in found.items():
             yield from _numbers(value, f"{path}/{key}" if path else str(key))

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class AlignCommandError(ToolError):
-    """These models cannot be aligned; says why."""
+    """These models cannot be aligned; the message says why."""
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """What is to be aligned: a scenario's models on its public data, or one's own, the pivot first, on one's own.
+    """The models to align: a scenario's, on its public data; or the user's own, the pivot first, on the user's data.
 
-    ``public`` has node-config's keys, as a client's own data have: ``data-path``, names of columns, ``task``, ...
-    ``data_root`` is the folder of a scenario that reads its data from one.
+    ``public`` has node-config's keys, as for a client's own data: ``data-path``, names of columns, ``task``, ...
+    ``data_root`` is the data folder of a scenario that needs one.
     """
 
     scenario: str = ""
@@ -44,12 +44,12 @@ def align_models(
     state_dir: Path,
     console: Console,
 ) -> Path:
-    """Write ``<state-dir>/alignments/<hash>.safetensors``, with progress; a run that was stopped is continued.
+    """Write ``<state-dir>/alignments/<hash>.safetensors``, with progress; a stopped run is continued.
 
     Raises:
         AlignCommandError: there are fewer than two models, or they have no corresponding modules or tokens.
     """
-    # Torch takes seconds to import, and every command looks at this file for its error.
+    # Torch takes seconds to import, and every command imports this file.
     from client_app.kinds import TaskError
     from client_app.model.alignment import AlignmentError, AlignOptions, align
     from client_app.model.bases.model_folders import BaseModelError
@@ -88,7 +88,7 @@ def align_models(
 
 
 def _own(what: Aligned, state_dir: Path) -> tuple[list[Base], list[Dataset]]:
-    """The models, and all of the public data as each of them reads them, in the same order."""
+    """The models, and all the public data as each of them reads it, in the same order."""
     from flwr.app import Context, RecordDict
 
     from client_app.own.files import load_own

@@ -1,7 +1,7 @@
-"""The ``fedalloy`` command. Everything that is not here is a stock ``flwr`` command.
+"""The ``fedalloy`` command. For everything else there are stock ``flwr`` commands.
 
-A command is a function in a module of :mod:`server_app.tools.commands` and a name in one of the lists here. What is
-slow to import (torch, Flower) is imported inside the function.
+A command is a function in a module of :mod:`server_app.tools.commands` and a name in one of the lists here. Slow
+imports (torch, Flower) are inside the function.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Your own federation": (federation.certificates, federation.register, federation.check),
     "For some strategies": (alignment.align,),
 }
-"""Commands by the title that they stand under in the help."""
+"""Commands by their title in the help."""
 FLOWERS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-"""Everything after this command's name is for Flower's own."""
+"""All arguments of this command go to Flower's own."""
 SITE_COMMANDS: tuple[Callable[..., None], ...] = (site.serve, site.audit, site.show, site.key)
 CLUSTER_COMMANDS: tuple[Callable[..., None], ...] = (cluster.up, cluster.down, cluster.status)
 EXAMPLES = """Every client its own model: personalised federated LoRA on Flower.
@@ -44,7 +44,7 @@ A run is started with fedalloy run, or submit or flwr run; fedalloy options expl
 
 
 class Suggesting(TyperGroup):
-    """A group of commands that names the nearest one where there is none of a name."""
+    """A group of commands; for an unknown command, its error names the nearest one."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -52,7 +52,7 @@ class Suggesting(TyperGroup):
         """The command that the arguments name.
 
         Raises:
-            click.UsageError: there is none; names the nearest.
+            click.UsageError: there is no such command; names the nearest.
         """
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known:
@@ -79,7 +79,7 @@ def main(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Versions of FedAlloy and Flower.")
     ] = False,
 ) -> None:
-    """What all commands have in common: nothing."""
+    """Take the options of ``fedalloy`` itself."""
 
 
 app = typer.Typer(

@@ -50,10 +50,10 @@ def collect_all(runs: Path, destination: Path) -> list[Path]:
     """:meth:`collect` every run below ``runs``.
 
     Raises:
-        CollectError: as above; the others have been copied.
+        CollectError: as for :func:`collect`; the other runs have been copied.
     """
     copies, failed = [], []
-    for config in sorted(runs.glob("[!.]*/config.toml")):  # hidden: begun, and killed before it was a run
+    for config in sorted(runs.glob("[!.]*/config.toml")):  # a hidden folder was killed before it became a run
         try:
             copies.append(collect(config.parent, destination))
         except CollectError as error:

@@ -14,15 +14,15 @@ from server_app.tools.cluster.superlink import ClusterError, SuperLink
 
 
 def deliver(run: Path, clients: str, superlink: SuperLink) -> list[str]:
-    """Deliver the models of a finished run; returns the ids of the clients that have theirs now.
+    """Deliver the models of a finished run; returns the ids of the clients that now have theirs.
 
     Args:
         run: the run's folder on the server.
-        clients: ids, comma-separated; ``all``, or empty for those without.
+        clients: ids, comma-separated; ``all``, or empty for those without a model.
         superlink: the one to which their SuperNodes are connected.
 
     Raises:
-        RunDirectoryError: no such run or client, or the run is not finished.
+        RunDirectoryError: there is no such run or client, or the run is not finished.
         ClusterError: the delivery failed; says why.
     """
     directory = RunDirectory.open(run)
@@ -34,13 +34,13 @@ def deliver(run: Path, clients: str, superlink: SuperLink) -> list[str]:
 
 
 def adopt(run: Path, clients: str, superlink: SuperLink, options: Mapping[str, Any]) -> dict[str, str]:
-    """Give clients that never trained the best sum of a finished run's models; what each has now, in words, by id.
+    """Give clients that never trained the best sum of a finished run's models; returns each one's model in words.
 
     Args:
         run: the run's folder on the server.
         clients: ids, comma-separated; empty: all that are online and never trained.
-        superlink: to which their SuperNodes are connected.
-        options: run-config's ``adopt-...`` keys, where they are not the run's.
+        superlink: the one to which their SuperNodes are connected.
+        options: ``adopt-...`` keys of run-config that differ from the run's.
 
     Raises:
         RunDirectoryError: no such run, the run is not finished, or one of them trained in it.

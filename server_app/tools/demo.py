@@ -51,12 +51,12 @@ def demo(
 ) -> list[DemoResult]:
     """Run every strategy on a cluster and print the table.
 
-    ``connection`` is that of a SuperLink that runs already, with ``runs_dir`` as its ServerApps see it; by default a
-    cluster is started for this and stopped afterwards. Finished runs are copied to ``collect_to``.
+    ``connection`` names a SuperLink that already runs, and ``runs_dir`` is the folder as its ServerApps see it; by
+    default a cluster is started for this and stopped afterwards. Finished runs are copied to ``collect_to``.
 
     Raises:
         ClusterError: the cluster could not be started or reached.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; what was started has been stopped, run directories are left as they are.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; everything started has been stopped, and run directories stay as they are.
     """
     results: list[DemoResult] = []
     with (
@@ -114,7 +114,7 @@ def _run(
 
 
 class _Watcher:
-    """Progress of one run, from the records it appends: a bar in a terminal, plain lines elsewhere."""
+    """Progress of one run, from the records that it appends: a bar in a terminal, plain lines elsewhere."""
 
     def __init__(self, run: Path, strategy: str, rounds: int, console: Console) -> None:
         self.run = RunDirectory(run)
@@ -197,7 +197,7 @@ def table(results: Sequence[DemoResult]) -> Table:
 
 
 def free_name(runs_dir: Path, name: str, *more: Path) -> str:
-    """``name``, or ``name-2``, ``name-3``... where that run exists, there or in one of ``more`` folders."""
+    """``name``, or ``name-2``, ``name-3``... if that run exists, there or in one of ``more`` folders."""
     candidate, count = name, 1
     while any((folder / candidate).exists() for folder in (runs_dir, *more)):
         count += 1
@@ -215,7 +215,7 @@ def _megabytes(value: int | None) -> str:
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that everything is stopped."""
+    """Inside the block, SIGTERM acts like Ctrl-C, so that everything is stopped."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -17,18 +17,18 @@ from server_app.tools.who import registrations, who_table
 from strategies.framework import round_record
 
 METRICS = ("accuracy", "exact_match", "perplexity", "loss")
-"""Models are compared by the first of these that a run has."""
+"""Models are compared by the first of these metrics that a run has."""
 HIDDEN = ("answers",)
-"""Counts behind other metrics, which have a line of their own."""
+"""Counts behind other metrics; they are shown on a line of their own."""
 MOMENTS = {
     "raw": "the federated adapter's weight before it is cut to 0 ... 1",
     "a": "expected error of the federated adapter",
-    "b": "of the local one",
+    "b": "expected error of the local adapter",
     "c": "mean inner product of the two errors",
     "D": "a + b - 2c: what a wrong weight costs",
     "q": "distance between the two adapters",
 }
-"""Potara's numbers, as ``rounds.jsonl`` has them."""
+"""Potara's numbers, by their names in ``rounds.jsonl``."""
 
 
 def report_of(run_dir: Path, metric: str = "") -> dict[str, Any]:
@@ -72,7 +72,7 @@ def print_report(run_dir: Path, console: Console, metric: str = "") -> None:
     """Print :func:`report_of`.
 
     Raises:
-        RunDirectoryError: as there.
+        RunDirectoryError: as for :func:`report_of`.
     """
     found = report_of(run_dir, metric)
     console.print(_title(found), style="bold", highlight=False, markup=False)
@@ -96,7 +96,7 @@ def _last_evaluated(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] |
 
 
 def _models(found: Mapping[str, Any]) -> Table:
-    """A line for each client: its model's metrics, and by one of them the other models that it evaluated."""
+    """A line for each client: its model's metrics, and one metric of the other models that it evaluated."""
     metric, clients = found["metric"], found["clients"]
     said = [client.get("metrics", {}) for client in clients.values()]
     own = list(

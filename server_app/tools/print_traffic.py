@@ -1,4 +1,4 @@
-"""Prints a run's ledger: bytes by client and round at both ends of the wire, and what every byte was for."""
+"""Prints a run's ledger: bytes by client and round at both ends of the wire, and the purpose of every byte."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server_app.ledger.store import Ledger
 
 
 def print_traffic(run_dir: Path, console: Console) -> None:
-    """The traffic of the run in ``run_dir``, which may also be running or killed.
+    """Print the traffic of the run in ``run_dir``, which may also be running or killed.
 
     Raises:
         LedgerError: the folder has no readable ledger; names it.
@@ -36,7 +36,7 @@ def print_traffic(run_dir: Path, console: Console) -> None:
 
 
 def _per_round(rows: list[ClientRound]) -> Table:
-    """Both directions of a client and round below each other: 5 + 16 + 5 + 4 x 11 characters and the gaps."""
+    """A table with both directions of a client and round on two lines: 5 + 16 + 5 + 4 x 11 characters and gaps."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("round", justify="right")
     table.add_column("client", max_width=14, no_wrap=True, overflow="ellipsis")
@@ -113,7 +113,7 @@ def _print_notes(accounts: Accounts, console: Console) -> None:
         highlight=False,
     )
     if any(row.client == OTHER for row in accounts.rows()):
-        console.print(f"{OTHER}: SuperNodes on the Fleet port that no client of this run could be matched with.")
+        console.print(f"{OTHER}: SuperNodes on the Fleet port that match no client of this run.")
     for client in accounts.unjoined():
         console.print(
             f"{client}: the server does not see this client under its own address (address translation?), so only the "

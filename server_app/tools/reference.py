@@ -3,11 +3,11 @@
 Those are ``docs/options.md``, ``docs/strategies.md``, and the kinds of tasks in ``docs/data-and-models.md``.
 
     python -m server_app.tools.reference            # rewrite them; `make docs` does
-    python -m server_app.tools.reference --check    # exit 1 where they differ from the code
+    python -m server_app.tools.reference --check    # exit 1 if they differ from the code
 
-A run-config key is a field of one of the dataclasses in ``server_app.run.options.OPTIONS``: its type and default are
-the field's, its meaning is the string below the field. Flower accepts only keys that stand in pyproject.toml, so they
-are written there, between two markers. A row of the table of strategies is the class attribute ``about``.
+A run-config key is a field of one of the dataclasses in ``server_app.run.options.OPTIONS``: the field gives type and
+default, the string below the field the meaning. Flower accepts only keys that are in pyproject.toml, so they are
+written there, between two markers. A row of the table of strategies is the class attribute ``about``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ LEFT_OUT = {
     "peer to peer": "connections between clients; here the server relays (`dfedpgp`, `dfed-sam`), and a record says "
     "what peers would have moved",
 }
-"""Related methods that are no strategies here, and what each would need."""
+"""Related methods that are not strategies here, and what each would need."""
 STRATEGIES_END = (
     "[Documentation](index.md) · [Options](options.md) · [Compare strategies](compare.md) · [Results](results/index.md)"
 )
@@ -100,10 +100,10 @@ class Option:
     """One run-config key.
 
     Attributes:
-        key: as it is written in run-config.
-        type: in words.
-        default: a value that TOML knows.
-        meaning: Markdown in one line.
+        key: the key in run-config.
+        type: its type, in words.
+        default: a value that TOML can hold.
+        meaning: Markdown on one line.
     """
 
     key: str
@@ -116,7 +116,7 @@ def options_of(kind: type[Any], prefix: str = "") -> list[Option]:
     """The keys of an options dataclass, inherited ones first.
 
     Raises:
-        ValueError: a field has no string below it that says what it means, no default, or a type that run-config lacks.
+        ValueError: a field has no string below it that explains it, no default, or a type that run-config lacks.
     """
     meanings: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -169,10 +169,10 @@ def run_config_toml() -> str:
 
 
 def with_run_config(pyproject: str) -> str:
-    """pyproject.toml with what stands between the markers replaced.
+    """pyproject.toml with new text between the markers.
 
     Raises:
-        ValueError: the markers are not there, once each.
+        ValueError: the markers are not there exactly once each.
     """
     if pyproject.count(BEGIN) != 1 or pyproject.count(END) != 1:
         raise ValueError(f"pyproject.toml: expected one line {BEGIN!r} and one {END!r}")
@@ -220,10 +220,10 @@ def strategies_page() -> str:
 
 
 def with_kinds(page: str) -> str:
-    """``docs/data-and-models.md`` with the table of kinds of tasks, between two markers, replaced.
+    """``docs/data-and-models.md`` with a new table of kinds of tasks between its two markers.
 
     Raises:
-        ValueError: the markers are not there, once each.
+        ValueError: the markers are not there exactly once each.
     """
     if page.count(KINDS_BEGIN) != 1 or page.count(KINDS_END) != 1:
         raise ValueError(f"docs/data-and-models.md: expected one {KINDS_BEGIN!r} and one {KINDS_END!r}")
@@ -237,7 +237,7 @@ def with_kinds(page: str) -> str:
 
 
 def paper_of(kind: type[object]) -> str:
-    """A link to the paper that the file's docstring names first, with a space before; empty where it names none."""
+    """A link to the first paper in the file's docstring, after a space; empty if it names none."""
     module = inspect.getmodule(kind)
     found = re.search(r"arXiv[ :]+(\d{4}\.\d{4,5})", (module.__doc__ or "") if module else "")
     return f" ([paper](https://arxiv.org/abs/{found[1]}))" if found else ""
@@ -249,7 +249,7 @@ def _default(value: bool | float | int | str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """What each generated file should contain."""
+    """The expected text of each generated file."""
     project, tasks = ROOT / "pyproject.toml", ROOT / "docs" / "data-and-models.md"
     return {
         project: with_run_config(project.read_text()),

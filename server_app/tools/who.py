@@ -15,7 +15,7 @@ from server_app.run.run_directory import RunDirectory
 def registrations(run: RunDirectory) -> dict[str, dict[str, Any]]:
     """Each client's registration in a run, or why it was refused, by name.
 
-    ``run`` is the run's; ``seen`` the time (ISO 8601, UTC) of its last answer that counted, where there is one.
+    ``run`` is the run's name; ``seen`` the time (ISO 8601, UTC) of the client's last answer that counted, if any.
     """
     found: dict[str, dict[str, Any]] = {}
     for record in run.rounds():
@@ -38,10 +38,10 @@ def last_registrations(runs_dir: Path, more: Iterable[Path] = ()) -> Mapping[str
 
 
 def who_table(clients: Mapping[str, Mapping[str, Any]], now: datetime | None = None) -> Table:
-    """One line for each client; a key is named where its name is not the client's."""
+    """A table with a line for each client; a key is named if its name is not the client's."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title="Who is who", title_justify="left")
     for column in ("client", "node", "key", "examples", "task", "base model", "seen"):
-        whole = column in ("node", "seen")  # a number in two lines cannot be copied
+        whole = column in ("node", "seen")  # a number on two lines cannot be copied
         table.add_column(column, overflow="fold", no_wrap=whole, justify="right" if column == "examples" else "left")
     for name, said in clients.items():
         key = str(said["key"]) or "none" if "key" in said else ""
@@ -55,7 +55,7 @@ def who_table(clients: Mapping[str, Mapping[str, Any]], now: datetime | None = N
 
 
 def ago(time: str, now: datetime | None = None) -> str:
-    """How long ago something was, in one unit."""
+    """The time since something happened, in one unit."""
     try:
         seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(time)).total_seconds()
     except (ValueError, TypeError):

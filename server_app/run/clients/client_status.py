@@ -36,9 +36,9 @@ SPENT = {
     "evaluation": ("evaluate", "select", "search"),
     "statistics": ("fisher", "sketch", "gram", "distance", "attribute"),
 }
-"""Kinds of steps by what their time is booked as, beside training."""
+"""Kinds of steps by the name under which their time is recorded, beside training."""
 EVALUATED = ("personal", "held-out")
-"""Evaluations whose record says on which split, and on how many examples."""
+"""Evaluations whose record names the split and the number of examples."""
 ClientRecord = dict[str, Any]
 
 
@@ -130,7 +130,7 @@ def _seconds(answer: Answer, kinds: Collection[str]) -> float:
 
 
 def times_of(record: ClientRecord) -> dict[str, float]:
-    """Seconds of training, evaluation and statistics, as the client reports; in sum at most what its answer took."""
+    """Seconds of training, evaluation and statistics, as the client reports, but together at most its answer's time."""
     left, found = float(record.get("seconds", 0.0)), {}
     for what in ("train", *SPENT):
         found[what] = min(float(record.get(f"{what}_seconds", 0.0)), left)

@@ -38,12 +38,12 @@ class Enrolment:
         self.refused: dict[str, str] = {}
         """Reasons of refusals by client id; if the id is not known, by the name of the client's key or by node."""
         self.away: dict[str, str] = {}
-        """Nodes that went away while they were asked to register, with the sign of it; they are absent, not refused."""
+        """Nodes that went away while they were asked to register, and how that showed; they are absent, not refused."""
         self.names: dict[str, str] = {}
         """The name under which the SuperLink knows the key of each client's node; empty if it has none."""
         self._labels: dict[int, str] = {}
         self._said: set[str] = set()
-        self._lends: dict[str, bool] = {}  # what owners said last
+        self._lends: dict[str, bool] = {}  # each owner's last word
         self.keys: dict[str, bytes] = {}
         """The public key of each id's owner."""
 

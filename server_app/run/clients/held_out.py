@@ -1,8 +1,8 @@
 """The clients' scores on their validation examples after each round: which state is best, and which clients got worse.
 
-State s is what a run has after s rounds. In round r clients evaluate the model that the round begins with, which is of
-state r - 1; a delivery evaluates the last one. Nothing here looks at the test split, on which delivered models are
-evaluated once.
+State s is the run's state after s rounds. In round r, clients evaluate the model that the round begins with, which
+belongs to state r - 1; a delivery evaluates the last one. Nothing here looks at the test split, on which delivered
+models are evaluated once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from server_app.run.options import RunOptions
 from strategies.framework.exchange import Brief, Client
 
 LABEL, SPLIT, PERSONAL = "held-out", "validation", "personal"
-"""Of the evaluation that a delivery adds; where it looks; and the label that strategies give a client's own model."""
+"""The label and the split of the evaluation that a delivery adds; and strategies' label for a client's own model."""
 MARGIN = 0.02
 """Share by which a loss must be higher to count as worse: validation examples are few."""
 LEARNED = 0.05
@@ -33,7 +33,7 @@ class Score:
 
     @classmethod
     def of(cls, metrics: Mapping[str, float]) -> Score:
-        """Metrics of one evaluation."""
+        """The score in one evaluation's metrics."""
         return cls(float(metrics["loss"]), metrics.get("accuracy"))
 
 
@@ -73,7 +73,7 @@ class HeldOut:
     """Scores by client and state.
 
     Args:
-        records: of the rounds so far, as in ``rounds.jsonl``.
+        records: those of the rounds so far, as in ``rounds.jsonl``.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -92,7 +92,8 @@ class HeldOut:
     def best_state(self) -> int | None:
         """The state whose models are best on average, each against its client's first one; None if nothing is known.
 
-        Only states count that at least half as many clients have evaluated as any; of equal ones the earlier.
+        A state counts only if at least half as many clients have evaluated it as the state with most; the earlier of
+        equals wins.
         """
         found: dict[int, list[float]] = {}
         for scores in self._scores.values():

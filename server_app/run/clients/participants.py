@@ -1,4 +1,4 @@
-"""Which clients a round asks, where it does not ask all."""
+"""Chooses the clients that a round asks if it does not ask all."""
 
 from __future__ import annotations
 

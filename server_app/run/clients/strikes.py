@@ -15,8 +15,8 @@ class Strikes:
     """How often each client has failed in a row, and in which round it is asked again.
 
     The first rest is one round, each further one twice as long, at most :data:`LONGEST_REST`. An answer that counts
-    clears all. A client that reports a failure, or whose node is gone, costs no waiting and gets no strike. Nor does a
-    client that a quorum did not wait for: it may only be slow.
+    clears all strikes. A client that reports a failure, or whose node is gone, costs no waiting and gets no strike. Nor
+    does a client that a quorum did not wait for: it may only be slow.
 
     Args:
         allowed: rounds in a row without a usable answer before a client rests; 0: none ever rests.

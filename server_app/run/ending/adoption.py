@@ -2,12 +2,12 @@
 
 A newcomer is sent *sources* once: the run's global models, and adapters of clients whose owners lend them
 (``client.lend-adapter``). It looks for the coefficients itself, on a few examples of its own
-(:mod:`client_app.plan.search`), in one message with the saving and the scores. That is the least that can travel: were
-the server to search by losses, the same sources would have to be sent, and a message more for each generation of
-coefficients; were it to send merges instead, one adapter for each that is tried. And no loss of a tried sum leaves the
-client, but those of each source alone and of the best.
+(:mod:`client_app.plan.search`), in one message with the saving and the scores. No other way sends less: if the server
+searched by losses, it would have to send the same sources, and one more message for each generation of coefficients; if
+it sent merges, one adapter for each trial. And the losses of tried sums stay at the client, except those of each source
+alone and of the best sum.
 
-Lenders' adapters are what they were delivered. The server makes them itself where it has all that they consist of; else
+Lenders' adapters are the models that they were delivered. The server makes them itself if it has all their parts; else
 it asks the lenders that are online, once, and keeps what they sent in the run's folder ``lent``.
 """
 
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 INFO, WARNING = 20, 30
 LENT, SOURCE, ADOPTED = "lent", "source", "adopted"
-"""Slots at the clients: what a lender sends, what a newcomer is sent (with a number), and what it makes of that."""
+"""Slots at the clients: a lender's adapter, a newcomer's sources (with a number), and the sum that it chose."""
 PENALTY, BOUND = 0.05, 1.5
-"""LoraHub's: of the coefficients' absolute values, and the largest of these."""
+"""LoraHub's: the penalty on the coefficients' absolute values, and the bound on each of these."""
 _OF_SERVER = {"initialise", "save", "evaluate"}
-"""Steps of a delivery that make nothing out of what only the client has."""
+"""Steps of a delivery that make nothing of data or adapters that only the client has."""
 
 
 def adopt(run: Run, round_: int, newcomers: Sequence[Client]) -> tuple[dict[str, Answer], dict[str, ClientRecord]]:
     """Answers and records of the newcomers for which there are sources; the others are not asked.
 
     Args:
-        run: whose state the sources are of.
+        run: the run whose state gives the sources.
         round_: the number of the plans.
-        newcomers: enrolled, and online.
+        newcomers: clients that are enrolled and online.
     """
     lent = _lent(run, round_, newcomers) if newcomers else {}
     briefs: dict[Client, Brief] = {}
@@ -74,7 +74,7 @@ def adopt(run: Run, round_: int, newcomers: Sequence[Client]) -> tuple[dict[str,
 
 
 def sources_of(run: Run, client: Client, lent: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """At most ``adopt-sources`` different adapters that fit the client, by a name for people: models first."""
+    """At most ``adopt-sources`` different adapters that fit the client, by a readable name: models first."""
     models = {f"model {name}": adapter for name, adapter in _models(run, client).items()}
 
     def draw(name: str) -> bytes:
@@ -92,7 +92,7 @@ def sources_of(run: Run, client: Client, lent: Mapping[str, Adapter]) -> dict[st
 
 
 def words_of(adopted: Mapping[str, Any]) -> str:
-    """What a newcomer was given, in one line."""
+    """A newcomer's model, in one line."""
     parts = [f"{number:.3g} x {name}" for name, number in adopted["coefficients"].items() if number]
     return (
         f"{' + '.join(parts) or 'the base model alone'}; loss {adopted['loss']:.4g} on {adopted['examples']} examples, "
@@ -101,7 +101,7 @@ def words_of(adopted: Mapping[str, Any]) -> str:
 
 
 def _brief(run: Run, client: Client, sources: Sequence[Adapter]) -> Brief:
-    """Look for the best sum, save it, evaluate it."""
+    """The brief: look for the best sum, save it, evaluate it."""
     options, mix = run.options, steps.mixture(ADOPTED)
     slots = {f"{SOURCE}-{index}": adapter for index, adapter in enumerate(sources)}
     parts = [slot for slot, adapter in slots.items() if _is_part(client.layout, adapter.layout)]
@@ -132,7 +132,7 @@ def _told(names: Sequence[str], answer: Answer) -> dict[str, Any]:
 
 
 def _models(run: Run, client: Client) -> Mapping[str, Adapter]:
-    """The strategy's own; else what it would deliver, as one adapter where it is one, or as what is sent for it."""
+    """The strategy's global models; else its delivery, as one adapter if it is one, or as the adapters sent for it."""
     found = run.strategy.global_models(client)
     if found:
         return found
@@ -142,7 +142,7 @@ def _models(run: Run, client: Client) -> Mapping[str, Adapter]:
 
 
 def _fitted(client: Client, adapter: Adapter) -> Adapter | None:
-    """The adapter for this client: of any rank, a part that the seed completes, or of more groups than it has."""
+    """The adapter if it fits: with any rank, as a part that the seed completes, or cut to the client's groups."""
     own, found = client.layout, adapter.layout
     if _is_part(own, found) or own.difference(found, any_rank=True) is None:
         return adapter
@@ -165,7 +165,7 @@ def _lent(run: Run, round_: int, newcomers: Sequence[Client]) -> dict[str, Adapt
     for client in [client for name, client in sorted(run.enrolment.clients.items()) if name not in who]:
         kept = folder / f"{client.id}.adapter"
         if not run.enrolment.lends(client):
-            kept.unlink(missing_ok=True)  # its owner may have lent it once
+            kept.unlink(missing_ok=True)  # its owner may have lent it earlier
             continue
         if client.layout.digest not in wanted:
             continue
@@ -184,7 +184,7 @@ def _lent(run: Run, round_: int, newcomers: Sequence[Client]) -> dict[str, Adapt
 
 
 def _kept(blob: bytes) -> Adapter | None:
-    """What the server has kept of a lender; None where there is nothing whole."""
+    """The lender's adapter that the server has kept; None if there is no whole one."""
     try:
         return decode(blob) if blob else None
     except CodecError:
@@ -192,7 +192,7 @@ def _kept(blob: bytes) -> Adapter | None:
 
 
 def _lending(run: Run, client: Client, brief: Brief) -> Brief | None:
-    """The client's delivery, folded at the client into one adapter of its own layout and sent; None: it is none."""
+    """A brief to fold the client's delivery into one adapter of its own layout and send it; None if impossible."""
     mix, ranks = _delivered(brief.steps), set(client.layout.ranks.values())
     if mix is None or len(ranks) != 1 or client.layout.with_ranks(client.layout.ranks).digest != client.layout.digest:
         return None
@@ -203,7 +203,7 @@ def _lending(run: Run, client: Client, brief: Brief) -> Brief | None:
 
 
 def _made_by_server(brief: Brief) -> Adapter | None:
-    """The delivered model as one adapter, where all of it is sent and nothing is made of what only the client has."""
+    """The delivered model as one adapter, if all of it is sent and nothing in it comes from the client alone."""
     mix = _delivered(brief.steps)
     if mix is None or any(step.WhichOneof("kind") not in _OF_SERVER for step in brief.steps):
         return None
@@ -220,7 +220,7 @@ def _made_by_server(brief: Brief) -> Adapter | None:
 
 
 def _delivered(plan: Iterable[plan_pb2.Step]) -> plan_pb2.Mixture | None:
-    """The mixture that is a client's own, where it is a sum with fixed coefficients."""
+    """The mixture that is the client's own model, if it is a sum with fixed coefficients."""
     for step in plan:
         if step.HasField("evaluate") and step.evaluate.label == PERSONAL:
             mix = step.evaluate.mixture

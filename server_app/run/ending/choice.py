@@ -1,11 +1,11 @@
-"""Chooses which of its models a client gets at the end, by the client's own validation examples.
+"""Chooses which model a client gets at the end, by the client's own validation examples.
 
-With ``deliver-choice = "validation"`` every brief gets more steps, which no strategy knows of. The client keeps its
-personal model of the beginning of the round, which every round evaluates on validation examples, and the server says in
-the next round whether it was the best so far. The client also trains an adapter alone. At delivery each client
+With ``deliver-choice = "validation"`` every brief gets more steps, which no strategy knows about. The client keeps its
+personal model from the beginning of the round, which every round evaluates on validation examples, and the server says
+in the next round whether it was the best so far. The client also trains an adapter alone. At delivery each client
 evaluates
 
-* ``merged``: what the strategy delivers,
+* ``merged``: the model that the strategy delivers,
 * ``best``: the personal model of its best round,
 * ``global``: the adapter that it was sent last, if the strategy's model is more than that,
 * ``local``: the adapter that it has trained alone, with as many steps as the strategy ``local``,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from server_app.run.loop import Run
 
 HELD, BEST, ALONE = "choice-held", "choice-best", "choice-alone"
-"""Slots at the client: the model as the last round began, that of the best round, and the adapter trained alone."""
+"""Slots at the client: the model at the start of the last round, the best round's, and the one trained alone."""
 CANDIDATES = ("merged", "best", "global", "local")
 
 
@@ -44,12 +44,12 @@ class Choice:
     """Watches the clients' validation results over a run; see the module's docstring.
 
     Args:
-        options: of the run; nothing is added to any brief where they ask for neither a choice nor patience.
-        strategy: of the run.
-        saved: what :meth:`saved` returned before the run was interrupted.
+        options: the run's; if they ask for neither a choice nor patience, briefs stay as they are.
+        strategy: the run's strategy.
+        saved: the result of :meth:`saved` before the run was interrupted.
 
     Raises:
-        OptionError: patience is asked for, and the strategy needs its last round.
+        OptionError: the options ask for patience, but the strategy needs its last round.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Choice:
 
     @property
     def chooses(self) -> bool:
-        """Whether clients are given what is best for them."""
+        """Whether clients are given the models that are best for them."""
         return self.options.deliver_choice == "validation"
 
     @property
@@ -127,12 +127,12 @@ class Choice:
         results = [result.evaluate for result in answer.report.results if result.HasField("evaluate")]
         metrics = answer.metrics.get(PERSONAL, {})
         if not metrics or not any(found.label == PERSONAL and found.split == SPLIT for found in results):
-            return  # it was not asked, or does not tell (its examples are under differential privacy)
+            return  # it was not asked, or reports no scores (its examples are under differential privacy)
         self._evaluated = True
         copied = self._asked.pop(client.id, None)
         if copied:
             self.kept.add(client.id)
-        if self.chooses and copied is None:  # a model that cannot be kept
+        if self.chooses and copied is None:  # this model cannot be kept
             return
         cost = self.cost(metrics)
         better = cost < self.best.get(client.id, float("inf"))
@@ -143,7 +143,7 @@ class Choice:
             (self.pending.add if better else self.pending.discard)(client.id)
 
     def settle(self) -> None:
-        """End the round. It is not known what a client holds that was asked and gave no usable answer."""
+        """End the round. If a client was asked and gave no usable answer, the server does not know what it holds."""
         for name in self._asked:
             self.kept.discard(name)
             self.pending.discard(name)
@@ -202,7 +202,7 @@ class Choice:
             metrics = before["metrics"] | records[name]["metrics"]
             found.records[name] = before | {"metrics": metrics}
             found.answers[name] = answer
-        for name in set(records) - set(answers):  # it keeps what it was given first
+        for name in set(records) - set(answers):  # it keeps its first model
             found.records[name]["choice"] |= {"given": "merged", "failed": records[name].get("reason", "")}
 
     def _choose(self, client: Client, answer: Answer) -> dict[str, Any]:
@@ -212,13 +212,13 @@ class Choice:
         if not found:
             return {"given": "merged", "why": "it has no validation examples, or does not tell its scores"}
         costs = {name: self.cost(values) for name, values in found.items()}
-        given = min(costs, key=lambda name: costs[name])  # of equals the first
+        given = min(costs, key=lambda name: costs[name])  # the first of equals
         validation = {name: dict(values) for name, values in found.items()}
         return {"given": given, "why": self._why(given, found, client), "validation": validation}
 
     @property
     def _trains_alone(self) -> bool:
-        """Under strategies that share nothing, what is delivered is that."""
+        """Whether clients train an adapter alone beside the strategy's; one that shares nothing delivers just that."""
         return self.strategy.about.travels != "0"
 
     def _why(self, given: str, found: Mapping[str, Mapping[str, float]], client: Client) -> str:
@@ -234,7 +234,7 @@ def label_of(candidate: str) -> str:
 
 
 def _personal(plan: list[plan_pb2.Step]) -> int | None:
-    """Where in a plan the personal model is evaluated."""
+    """The place in a plan where the personal model is evaluated."""
     found = [index for index, step in enumerate(plan) if step.HasField("evaluate") and step.evaluate.label == PERSONAL]
     return found[0] if found else None
 

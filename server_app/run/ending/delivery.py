@@ -22,7 +22,7 @@ WARNING = 30
 
 @dataclass
 class Delivery:
-    """What came of it, by client."""
+    """The results of a delivery, by client."""
 
     answers: dict[str, Answer] = field(default_factory=dict)
     records: dict[str, ClientRecord] = field(default_factory=dict)
@@ -47,8 +47,8 @@ def hand_out(
         round_: the number of the plans: the state's rounds plus one.
         clients: the clients that are here.
         needed: clients that went away are waited for until there are this many usable answers.
-        known: ids of those that belong to the run; the others came after its last round and adopt a model, where there
-            is one (:mod:`server_app.run.ending.adoption`). None: all do.
+        known: ids of those that belong to the run; the others came after its last round and adopt a model, if there is
+            one (:mod:`server_app.run.ending.adoption`). None: all belong to it.
     """
     adopted, records = adopt(run, round_, [c for c in clients if known is not None and c.id not in known])
     clients = [client for client in clients if client.id not in adopted]
@@ -60,7 +60,7 @@ def hand_out(
             found.fallen[client.id] = fall
             log(WARNING, "%s is worse than it was: %s", client.id, fall.words(round_ - 1))
     back = [client for client in clients if client.id in found.fallen and found.fallen[client.id].is_better_before]
-    if run.choice.chooses:  # who answered chooses itself, among others its best round's model
+    if run.choice.chooses:  # clients that answered choose, also among their best round's models
         back = [client for client in back if client.id not in found.answers]
     if back and best is not None and run.options.on_divergence == "best":
         _fall_back(run, best, back, found)
@@ -70,7 +70,7 @@ def hand_out(
     for name, record in records.items():
         if name in adopted:
             found.records[name] = record
-        elif name in found.records:  # it was delivered as the others are
+        elif name in found.records:  # it was delivered like the others
             found.records[name]["not_adopted"] = record.get("reason", record["status"])
     return found
 

@@ -1,10 +1,10 @@
-"""How a run that failed is told: an error of ours is one line, in its own words.
+"""Reports why a run failed: an error of ours becomes one line, its own message.
 
 Flower (1.39) logs whatever a ServerApp raises with its traceback, and then the process's exit code with a link; ``flwr
-run --stream`` shows both. The words of our errors say what a user can do, so where one of ours is raised, a filter on
-Flower's logger in the ServerApp's process makes one line of these. The error is raised all the same: that is how the
-SuperLink knows that the run failed. Any other error keeps its traceback: it is a defect, and who reports it needs that.
-With ``FLWR_LOG_LEVEL=DEBUG`` at the SuperLink everything is as Flower writes it.
+run --stream`` shows both. The messages of our errors say what a user can do. So if one of ours is raised, a filter on
+Flower's logger in the ServerApp's process turns these records into one line. The error is raised all the same, because
+it tells the SuperLink that the run failed. Any other error keeps its traceback: it is a defect, and a report of it
+needs the traceback. With ``FLWR_LOG_LEVEL=DEBUG`` at the SuperLink, everything is as Flower writes it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from contextlib import contextmanager
 from fedalloy_adapters.words import one_line
 
 OURS = ("client_app.", "fedalloy_adapters.", "server_app.", "strategies.")
-"""Packages whose errors are in words for people."""
+"""Packages whose error messages are for users."""
 FAILED = "the run failed: "
 STOPPED = "the run stopped: "
-"""For want of clients; what was done is saved, and the run can go on."""
+"""There were too few clients; everything done is saved, and the run can go on."""
 MAX_WORDS = 4000
 
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """What is raised here and is ours, Flower logs in one line."""
+    """Inside the block, Flower logs an error of ours in one line."""
     try:
         yield
     except Exception as error:
@@ -36,10 +36,10 @@ def told_in_one_line() -> Iterator[None]:
 
 
 class _OneLine(logging.Filter):
-    """Of the records about one error that is raised, the first becomes one line; the rest are left out."""
+    """Turns the first record about a raised error into one line, and leaves out the others."""
 
     def __init__(self, error: Exception) -> None:
-        # Here, because commands that only pass on what others log import this module, and that one imports torch.
+        # Imported here, because it imports torch, and commands that only pass on logs import this module, too.
         from server_app.run.federation import NotEnoughClientsError
 
         super().__init__()

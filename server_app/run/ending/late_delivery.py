@@ -50,7 +50,7 @@ def wanted_clients(deliver: str, directory: RunDirectory) -> list[str]:
 
 
 def wanted_newcomers(adopt: str, directory: RunDirectory) -> list[str]:
-    """Ids of the clients that are to adopt a model; ``new``: nobody by name.
+    """Ids of the clients that should adopt a model; ``new`` names none of them.
 
     Raises:
         RunDirectoryError: the run is not finished, or one of them has trained in it.
@@ -116,7 +116,7 @@ def deliver_late(run: Run) -> None:
 
 
 def _newcomers(run: Run, round_: int) -> list[Client]:
-    """Who is to adopt a model.
+    """The clients that should adopt a model.
 
     Raises:
         NotEnoughClientsError: none of them is here.

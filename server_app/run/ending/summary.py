@@ -11,7 +11,7 @@ import flwr
 from server_app.run.options import RunOptions
 
 COUNTS = ("examples", "answers")
-"""Keys of a client's metrics that are no metrics."""
+"""Keys among a client's metrics that are not metrics."""
 Totals = tuple[dict[str, dict[str, int | None]], float | None]
 
 
@@ -32,7 +32,7 @@ def summary_of(
         spent: seconds of them that the slowest client of each phase trained (``train``), evaluated (``evaluation``) and
             computed what merges need (``statistics``); the rest is overhead.
         wire: bytes by direction and level, and the unexplained fraction.
-        about: the scenario, or the base model of clients with data of their own.
+        about: the scenario, or the base model if clients have data of their own.
     """
     totals, unexplained = wire
     return with_scores(
@@ -58,7 +58,7 @@ def summary_of(
 
 
 def with_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary with the mean of each metric, and mean and worst accuracy where clients have one."""
+    """The summary with the mean of each metric, and mean and worst accuracy if clients have one."""
     clients = summary["clients"]
     scores = [metrics["accuracy"] for metrics in clients.values() if "accuracy" in metrics]
     names = dict.fromkeys(name for metrics in clients.values() for name in metrics if name not in COUNTS)
@@ -72,7 +72,7 @@ def with_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given_in(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Which model clients were given by choice, and what newcomers adopted; nothing of what nobody was."""
+    """The models that clients were given by choice, and those that newcomers adopted; empty without any."""
     given = {name: record["choice"]["given"] for name, record in records.items() if "choice" in record}
     adopted = {name: record["adopted"] for name, record in records.items() if "adopted" in record}
     return {key: found for key, found in (("given", given), ("adopted", adopted)) if found}
@@ -106,7 +106,7 @@ def _sites(summary: Mapping[str, Any]) -> str:
 
 
 def _privacy(summary: Mapping[str, Any]) -> str:
-    """The worst epsilon, and for how many clients there is one."""
+    """The worst epsilon, and how many clients have one."""
     found = summary.get("privacy", {}).values()
     if not found:
         return ""
@@ -118,7 +118,7 @@ def _privacy(summary: Mapping[str, Any]) -> str:
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
-    """Mean and worst accuracy; where clients have none (texts), mean exact match and perplexity, else mean loss."""
+    """Mean and worst accuracy; if clients have none (texts), mean exact match and perplexity, else mean loss."""
     if summary.get("mean_accuracy") is not None:
         missing = summary.get("without_accuracy") or []
         words = f"mean accuracy {summary['mean_accuracy']:.3f}, worst {summary['worst_accuracy']:.3f}"

@@ -23,9 +23,9 @@ ATTEMPTS = {NODE_UNAVAILABLE: 3, APP_STOPPED: 3, MESSAGE_UNAVAILABLE: 2}
 Make = Callable[[], Message]
 """Makes a client's message, again each time it is asked: stored messages would cost memory."""
 AT_ONCE = 4
-"""Pushes side by side; what they push is held in memory until the SuperLink has all of it."""
+"""Pushes side by side; their messages are held in memory until the SuperLink has all of them."""
 BATCH, BATCH_BYTES = 4, 2**20
-"""Messages of one push, whose announcement is one call, and bytes of their adapters (one alone may be larger)."""
+"""Most messages in one push, which one call announces, and bytes of their adapters (one alone may be larger)."""
 
 
 class Watch(Protocol):
@@ -38,7 +38,7 @@ class Watch(Protocol):
         """It has been pushed."""
 
     def lost(self, client_id: str, message: Message) -> None:
-        """A reply that is no answer: the client may be asked again."""
+        """A reply that is not an answer; the client may be asked again."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Reply:
 
 
 class Sender(Protocol):
-    """Where messages go, and who hears about clients; :class:`server_app.run.federation.Federation`."""
+    """Sends messages and hears about clients; see :class:`server_app.run.federation.Federation`."""
 
     grid: Grid
 
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """Send them; their ids, or None where a message's node went away in between."""
+        """Send the messages; returns their ids, or None for a message whose node went away in between."""
 
     def overdue(self, message_id: str, client_id: str) -> None:
         """Nobody waits for the answer to this message any more."""
@@ -69,15 +69,15 @@ class Sender(Protocol):
 class Exchange:
     """The state of an exchange by client: still to be asked, waited for, or lost.
 
-    Messages are made in the order of ``makes``, a few when there is room for them. They are pushed by threads where the
-    grid is Flower's ``HttpGrid``; any other hands them over in this process, and does so before replies are looked for.
+    Messages are made in the order of ``makes``, a few when there is room for them. If the grid is Flower's
+    ``HttpGrid``, threads push them; any other grid takes them in this process, before the next look for replies.
     """
 
     def __init__(self, federation: Sender, makes: Mapping[str, Make], watch: Watch) -> None:
         self.federation = federation
         self.makes = makes
         self.watch = watch
-        self.waiting: dict[str, str] = {}  # clients by the message that they are to answer
+        self.waiting: dict[str, str] = {}  # clients by the message that they should answer
         self.lost: dict[str, Message] = {}
         self.started = time.monotonic()
         self._attempts = dict.fromkeys(makes, 0)
@@ -87,11 +87,11 @@ class Exchange:
 
     @property
     def is_open(self) -> bool:
-        """Whether a client is still to be asked, or to answer."""
+        """Whether a client must still be asked, or must still answer."""
         return bool(self._queue or self._pushes or self.waiting)
 
     def push(self) -> None:
-        """Make and push what there is room for; book what has been pushed."""
+        """Make and push as many messages as there is room for; record those that have been pushed."""
         self._book([push for push in self._pushes if push.done()])
         while self._queue and len(self._pushes) < AT_ONCE:
             batch = self._batch()
@@ -102,7 +102,7 @@ class Exchange:
                 self._pushed(batch, self.federation.push(messages))
 
     def _batch(self) -> dict[str, Message]:
-        """The next messages, by client: one at least, and no more than fit (:data:`BATCH`)."""
+        """The next messages, by client: at least one, and no more than fit (:data:`BATCH`)."""
         batch: dict[str, Message] = {}
         size, most = 0, BATCH if self._pool is not None else 1
         while self._queue and len(batch) < most and size < BATCH_BYTES and self._queue[0] not in batch:
@@ -114,7 +114,7 @@ class Exchange:
         return batch
 
     def taken(self, reply: Message, again: Callable[[str, Message], bool]) -> Reply | None:
-        """Take a reply to one of :attr:`waiting`; None if its client is to be asked again (at once if ``again``)."""
+        """Take a reply to one of :attr:`waiting`; None if its client is asked again (at once if ``again``)."""
         client_id = self.waiting.pop(reply.metadata.reply_to_message_id)
         if again(client_id, reply):
             self.watch.lost(client_id, reply)
@@ -140,7 +140,7 @@ class Exchange:
             time.sleep(seconds)
 
     def left(self) -> Iterator[Reply]:
-        """At the end: clients that are lost, were never asked, or have not answered."""
+        """At the end, the clients that are lost, were never asked, or have not answered."""
         if self._pool is not None:
             self._pool.shutdown()
         self._book(list(self._pushes))

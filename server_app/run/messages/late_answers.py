@@ -19,7 +19,7 @@ from strategies.framework.flower import AlloyStrategy
 
 
 class LateAnswers:
-    """The requests to clients that did not answer in time, and the answers that came since."""
+    """The requests to clients that did not answer in time, and the answers that have come since."""
 
     def __init__(self, strategy: AlloyStrategy[Any]) -> None:
         self.strategy = strategy
@@ -27,12 +27,12 @@ class LateAnswers:
         self._here: dict[str, tuple[int, Answer]] = {}
 
     def expect(self, round_: int, client_id: str, dispatch: Dispatch) -> None:
-        """The client did not answer this in time; its answer may come yet."""
+        """Expect a late answer of a client that did not answer in time."""
         if self.strategy.late_weight(1) > 0:
             self._asked[client_id] = (round_, dispatch)
 
     def take(self, client_id: str, reply: Message) -> bool:
-        """Whether the reply is a late answer that can be used."""
+        """Keep a reply if it is a late answer that can be used; returns whether it is."""
         round_, dispatch = self._asked.get(client_id, (0, None))
         if dispatch is None or client_id not in self.strategy.clients:
             return False

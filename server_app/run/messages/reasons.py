@@ -16,7 +16,7 @@ SILENT = "did not answer in time"
 LOST = "it did not answer in time, or its answer was lost on the way"
 OFFLINE = "its SuperNode is not online"
 PASSING = (SILENT, LOST, OFFLINE)
-"""What may be otherwise the next time: how such a reason begins."""
+"""Beginnings of reasons that may have passed the next time."""
 CODES = {
     1: "its ClientApp cannot be loaded: is FedAlloy installed there, for the Python that its SuperNode runs?",
     3: LOST,
@@ -35,5 +35,5 @@ def reason_of(error: Error) -> str:
         name, words = raised.groups()
         said = words if name in _CARRIERS else f"{name}: {words}" if words else name
     elif words := CODES.get(error.code):
-        said = f"{words} ({said})" if said and words != LOST else words  # Flower's sentence lists what it may have been
+        said = f"{words} ({said})" if said and words != LOST else words  # Flower's sentence lists possible causes
     return one_line(said or f"it gave no reason (Flower's error {error.code})", MAX_REASON)

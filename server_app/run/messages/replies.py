@@ -1,14 +1,14 @@
 """Takes replies off the SuperLink. Each has a bound on its size, and none waits for another client's upload.
 
 Flower 1.39 pulls replies one after the other (``HttpGrid.pull_messages``). A client is heard as soon as its message is
-announced, and the pull then waits until all objects of that message have been uploaded, for as long as one more comes
-every three minutes. And an array may name the same chunk any number of times, so that a few bytes become gigabytes
-when it is put together (``Array.inflate``). Here a message that is not complete is looked at again at the next pull,
-and its size is known before it is put together, which is still Flower's work. Only the order of the calls is ours:
-``PullMessages``, a ``PullObject`` per object, ``ConfirmMessageReceived``.
+announced, and the pull then waits until all objects of that message have been uploaded, as long as one more comes every
+three minutes. And an array may name the same chunk any number of times, so that a few bytes become gigabytes when it is
+put together (``Array.inflate``). Here, an incomplete message is looked at again at the next pull, and the size of a
+complete one is known before Flower puts it together. Only the order of the calls is ours: ``PullMessages``, a
+``PullObject`` per object, ``ConfirmMessageReceived``.
 
-A client's objects are pulled a few at a time, so that one that sends thousands holds nobody up. Of each node one upload
-may be unfinished; another one that has not ended is given up, so what is kept here does not grow with the rounds.
+A client's objects are pulled a few at a time, so that a client that sends thousands delays nobody. Each node may have
+one unfinished upload; a second one is given up, so memory does not grow with the rounds.
 
 The SuperLink itself has only Flower's own bounds.
 """
@@ -51,39 +51,38 @@ from fedalloy_adapters.wire.flower_records import MAX_MESSAGE_BYTES
 from fedalloy_adapters.wire.wire_counts import TooManyError, require_few
 
 FAILED, MESSAGE_UNAVAILABLE = 2, 3
-"""Flower's error codes for a client that could not, and for an answer that was lost between SuperLink and ServerApp."""
+"""Flower's error codes for a client that failed, and for an answer that was lost between SuperLink and ServerApp."""
 REFUSED = 1413
 """Our own code, not Flower's: an answer that was not assembled because it is too large."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError, HTTPStatusError)
-"""Errors of Flower when it assembles a message with parts that a client has made up, or of the SuperLink, for example
-for parts that are nested more than a hundred deep."""
+"""Errors that Flower raises when it assembles a message with parts that a client has made up; or the SuperLink's, for
+example for parts that are nested more than a hundred deep."""
 MAX_LISTING_BYTES = 2**20
-"""Largest size of everything that only lists a message's parts, in bytes; parsed, it takes tens of times as much
-memory."""
+"""Most bytes of everything that only lists a message's parts; parsed, it takes tens of times as much memory."""
 MAX_ANNOUNCEMENT_BYTES = 16 * 2**20
 """Bytes of a SuperLink response that is not an object: lists of nodes and messages, and a client's errors."""
 MAX_OBJECTS = 10_000
 MAX_ITEMS = 1000
-"""Values in one of Flower's records; ours has one."""
+"""Most values in one of Flower's records; ours have one."""
 OBJECTS_A_TURN = 100
-"""Of one upload, before the others have theirs. Honest answers have fewer: a chunk has 5 MiB."""
+"""Most objects of one upload before it is the others' turn. Honest answers have fewer: a chunk has 5 MiB."""
 WINDOW = 64
-"""Messages that one look asks for."""
+"""Most messages that one look asks for."""
 AT_ONCE = 4
 """Replies whose objects are fetched side by side."""
 BATCH = 8
-"""Messages that a grid without objects is asked for at once: it hands over whole replies."""
+"""Messages that are requested at once from a grid without objects, which hands over whole replies."""
 PAUSE_SECONDS = 1.0
 """Longest pause between two looks for the next object of an upload that has not ended."""
 
 
 class TooLargeError(ValueError):
-    """A message would have more bytes than its sender was asked for."""
+    """A message would have more bytes than its sender may send."""
 
 
 @dataclass
 class _Upload:
-    """A message that has been announced, and what of it is here; ``missing`` has its parts before what they are in."""
+    """An announced message, and its parts so far; ``missing`` lists parts before those that contain them."""
 
     metadata: Metadata
     missing: list[str]
@@ -99,10 +98,10 @@ class _Upload:
         return self.metadata.message_id
 
     def take(self, content: bytes, max_bytes: int) -> None:
-        """One more object.
+        """Add one more object.
 
         Raises:
-            TooLargeError: they are more than ``max_bytes``, or describe more than any answer consists of.
+            TooLargeError: together they have more than ``max_bytes``, or describe more parts than any answer has.
         """
         kind = content[: content.find(b" ")]
         is_listing = kind not in (b"ArrayChunk", b"ConfigRecord")
@@ -125,7 +124,7 @@ class Intake:
     """The only place that takes replies off the SuperLink.
 
     Args:
-        grid: Flower's. Other grids than ``HttpGrid`` (a simulation) are asked for whole messages.
+        grid: Flower's grid. Grids other than ``HttpGrid`` (a simulation) are asked for whole messages.
         say: called with progress messages.
     """
 
@@ -133,7 +132,7 @@ class Intake:
         self.grid = grid
         self.say = say
         self.max_bytes = MAX_MESSAGE_BYTES + MAX_LISTING_BYTES
-        self.asking_seconds = 0.0  # that the SuperLink last took to say which messages have been answered
+        self.asking_seconds = 0.0  # that the SuperLink last needed to say which messages have been answered
         self._uploads: dict[str, _Upload] = {}
         self._one_by_one = False
         self._asked: dict[str, int] = {}  # when each message was asked for last
@@ -141,16 +140,16 @@ class Intake:
         self._pool = ThreadPoolExecutor(AT_ONCE)
 
     def expect(self, max_bytes: int) -> None:
-        """Allow answers of up to ``max_bytes`` from now on, and what Flower writes around them."""
+        """From now on, allow answers of up to ``max_bytes`` (plus what Flower writes around them)."""
         self.max_bytes = max(self.max_bytes, max_bytes + MAX_LISTING_BYTES)
 
     def pull(self, ids: list[str]) -> Iterator[Message]:
         """Yield replies to these messages that are complete, or (:data:`REFUSED`, :data:`FAILED`) cannot be accepted.
 
         A look asks for at most :data:`WINDOW` messages, starting with those that were asked for longest ago, so its
-        cost does not grow with silent clients. Objects of a few replies are fetched side by side, and no more of them
-        before the first is taken. Each is yielded once. One whose objects are not all here stays: it comes with a later
-        call, or not at all. Of each node only one stays, that whose message comes first in ``ids``.
+        cost does not grow with silent clients. Objects of a few replies are fetched side by side, and no others before
+        the first of these is taken. Each reply is yielded once. An incomplete one stays: it comes with a later call, or
+        not at all. Only one stays for each node: the one whose message comes first in ``ids``.
         """
         if not isinstance(self.grid, HttpGrid):
             for start in range(0, len(ids), BATCH):
@@ -171,7 +170,7 @@ class Intake:
                 yield reply
 
     def _window(self, ids: list[str]) -> list[str]:
-        """Which messages to ask for now."""
+        """The messages to ask for now."""
         asked = {name: self._asked.get(name, 0) for name in ids if name not in self._uploads}
         chosen = sorted(asked, key=lambda name: asked[name])[:WINDOW]
         self._turn += 1
@@ -190,10 +189,10 @@ class Intake:
             yield name, upload, found.result()
 
     def _each(self, ids: list[str], take: Callable[[list[str]], Iterable[Message]]) -> list[Message]:
-        """All at once; after one that cannot be read, each alone.
+        """Take all at once; after a message that cannot be read, take each alone.
 
-        It costs all that were taken with it: the SuperLink says that they are not there any more, and their clients
-        are asked again.
+        Such a message costs all that were taken with it: the SuperLink no longer has them, and their clients are asked
+        again.
         """
         if not ids:
             return []
@@ -212,13 +211,13 @@ class Intake:
         return found
 
     def _bound(self, grid: HttpGrid) -> None:
-        """From now on the size of a response is looked at before it is read."""
+        """Check each response's size before it is read, from now on."""
         client = getattr(grid._runtime_client, "_client", None)
         if client is not None and self._require_short not in client.event_hooks["response"]:
             client.event_hooks["response"].append(self._require_short)
 
     def _require_short(self, response: Response) -> None:
-        """One object, or the words of one error, may be as large as gRPC lets a client send: two gigabytes."""
+        """Refuse a long response: without this, one object or error text may have two gigabytes, gRPC's bound."""
         is_object = response.request.url.path.endswith("/pull-object")
         most = self.max_bytes + MAX_LISTING_BYTES if is_object else MAX_ANNOUNCEMENT_BYTES
         size = int(response.headers.get("content-length", 0))
@@ -226,12 +225,12 @@ class Intake:
             raise TooLargeError(f"has a part of {size} bytes, expected at most {most}")
 
     def _announced(self, grid: HttpGrid, ids: list[str]) -> list[Message]:
-        """Asks which of these have been answered; none is complete yet."""
+        """Ask which of these have been answered, and begin their uploads; none is complete yet."""
         started = time.monotonic()
         response = grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=ids))
         self.asking_seconds = time.monotonic() - started
         for bare, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-            # Who it is from and what it answers is what the SuperLink has checked, not what the objects say.
+            # The SuperLink has checked the sender and the question; what the objects say of these does not count.
             metadata = metadata_from_proto(bare.metadata)
             if metadata.reply_to_message_id in ids:
                 parts = islice(iterate_object_tree(tree), MAX_OBJECTS + 1)
@@ -240,7 +239,7 @@ class Intake:
         return []
 
     def _look(self, grid: HttpGrid, upload: _Upload) -> Message | None:
-        """The reply if all of it is here, None if it is worth another look."""
+        """The reply if it is complete; None if another look is needed."""
         if time.monotonic() < upload.look_at:
             return None
         pull = make_pull_object_fn_protobuf(grid._runtime_client.PullObject, grid.node, grid.run.run_id)
@@ -260,7 +259,7 @@ class Intake:
             upload.pause = min(2 * upload.pause or 0.05, PAUSE_SECONDS)
             upload.look_at = time.monotonic() + upload.pause
             return None
-        except ObjectPullError as error:  # the SuperLink has given the upload up
+        except ObjectPullError as error:  # the SuperLink has given up this upload
             reply_to = upload.metadata.reply_to_message_id or ""
             return error_reply(reply_to, MESSAGE_UNAVAILABLE, f"the upload was not finished ({error})")
         except (TooLargeError, TooManyError) as error:
@@ -271,7 +270,7 @@ class Intake:
             return make_message(upload.metadata, error=Error(FAILED, _unreadable(error)))
 
     def _confirm(self, grid: HttpGrid, upload: _Upload) -> None:
-        """The SuperLink may forget it; where it fails at that, the memory is its own."""
+        """Let the SuperLink forget the message; if that fails, the memory is the SuperLink's problem."""
         request = ConfirmMessageReceivedRequest(
             node=grid.node, run_id=grid.run.run_id, message_object_id=upload.message_id
         )
@@ -280,10 +279,10 @@ class Intake:
 
 
 def array_bytes(contents: Mapping[str, bytes]) -> int:
-    """Bytes of the arrays that Flower makes of these objects: a chunk counts as often as an array names it.
+    """The size of the arrays that Flower makes of these objects: a chunk counts as often as an array names it.
 
     Raises:
-        ValueError, LookupError, TypeError: not what Flower writes.
+        ValueError, LookupError, TypeError: the objects are not in Flower's form.
     """
     total = 0
     for content in contents.values():
@@ -295,7 +294,7 @@ def array_bytes(contents: Mapping[str, bytes]) -> int:
 
 
 def _inflated(upload: _Upload) -> Message:
-    """The message; with the metadata that the SuperLink knows."""
+    """The message, with the SuperLink's metadata."""
     found = inflate_object_from_contents(upload.message_id, upload.contents)
     if not isinstance(found, Message):
         raise TypeError(f"{type(found).__name__} instead of a message")

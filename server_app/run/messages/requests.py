@@ -1,4 +1,4 @@
-"""Messages to clients with what their owners may require: the run's name, and a signature with a key that they know."""
+"""Messages to clients with what clients' owners may require: the run's name, and a signature with a known key."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Requests:
     """Makes the messages of one run.
 
     Args:
-        run_name: the run's.
-        run_config: the run's, as clients get it.
+        run_name: the run's name.
+        run_config: the run's configuration, as clients get it.
         key: file of the private key that signs; empty: nothing is signed.
 
     Raises:
@@ -41,7 +41,7 @@ class Requests:
         return self.signed(pack("request", request), "request")
 
     def signed(self, content: RecordDict, key: str) -> RecordDict:
-        """The content, with a signature of what it has under ``key`` and of its blobs."""
+        """The content, with a signature of its record ``key`` and of its blobs."""
         if self.signer is not None:
             made = self.signer.sign(bytes_in(content, key), self.run_config, blobs_in(content))
             content.config_records[CONFIG_RECORD]["signature"] = made

@@ -1,1 +1,1 @@
-"""The app bundle in few bytes: what ``fedalloy submit`` sends where ``flwr run`` sends the sources uncompressed."""
+"""A small app bundle: ``fedalloy submit`` sends it, whereas ``flwr run`` sends the sources uncompressed."""

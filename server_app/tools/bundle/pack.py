@@ -1,15 +1,15 @@
 """A Flower App Bundle whose sources are one compressed member.
 
 Flower builds a bundle with uncompressed members and sends it to every client once per run. Its SuperLink and its
-SuperNodes unpack any ZIP. So this one has the same sources, byte for byte, as one archive that is compressed as a whole
+SuperNodes unpack any ZIP. So this one has the same sources, byte for byte, in one archive that is compressed as a whole
 (LZMA, because files of one project have much in common), and a few lines that unpack it beside themselves before the
-first import (:mod:`server_app.tools.bundle.shipped`). Nothing is stripped: on a client's disk lie the files of the
-repository, with comments, and their digests are those of the repository. Members compressed one by one would need no
-such lines, and would be two thirds larger.
+first import (:mod:`server_app.tools.bundle.shipped`). Nothing is stripped: a client's disk gets the repository's files,
+with comments and the same digests. Members that are compressed one by one would need no such lines, but would be two
+thirds larger.
 
 A bundle has
 
-    pyproject.toml             what Flower reads of it: [project] and [tool.flwr]
+    pyproject.toml             the parts that Flower reads: [project] and [tool.flwr]
     LICENSE
     fedalloy_bundle/           the lines that unpack, and ``size``: how many bytes this bundle has
     fedalloy_bundle/sources    the archive
@@ -31,7 +31,7 @@ from server_app.tools.cluster.superlink import ClusterError
 SHIPPED = Path(__file__).parent / "shipped"
 FOLDER = "fedalloy_bundle"
 DATE = (2024, 10, 1, 0, 0, 0)
-"""Of all members, as Flower has it: the same sources are the same bytes."""
+"""The time of all members, as Flower sets it: the same sources give the same bytes."""
 SIZE_DIGITS = 10
 CONFIG, LICENSE, CONTENT = "pyproject.toml", "LICENSE", ".info/CONTENT"
 
@@ -40,7 +40,7 @@ def packed(plain: bytes) -> bytes:
     """The packed form of a bundle that Flower built; the same bytes for the same bundle and version of Python.
 
     Raises:
-        ClusterError: Flower built something else than expected.
+        ClusterError: Flower built something other than expected.
     """
     with zipfile.ZipFile(io.BytesIO(plain)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -57,7 +57,7 @@ def packed(plain: bytes) -> bytes:
 
 
 def _bundle(members: Mapping[str, bytes], size: int) -> bytes:
-    # The size is in it, stored, in a fixed number of digits: it is the same whatever it says.
+    # The size is stored in a fixed number of digits, so the bundle's size does not depend on it.
     return _zip(members, zipfile.ZIP_LZMA, {f"{FOLDER}/size": f"{size:0{SIZE_DIGITS}d}".encode()})
 
 
@@ -72,7 +72,7 @@ def _zip(members: Mapping[str, bytes], how: int, stored: Mapping[str, bytes] | N
 
 
 def _config(text: str) -> bytes:
-    """What Flower reads of pyproject.toml, with the apps in their new place."""
+    """The parts of pyproject.toml that Flower reads, with the apps in their new place."""
     tables = re.split(r"(?m)^(?=\[)", text)
     wanted = ("[project]", "[tool.flwr.")
     kept = "".join(table for table in tables if table.startswith(wanted))

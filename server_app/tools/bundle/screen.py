@@ -1,6 +1,6 @@
 """A streamed log without Flower's traceback: one line says why a run ended.
 
-Where the error is ours, the ServerApp has said so in one line itself (:mod:`server_app.run.ending.failure`).
+If the error is ours, the ServerApp itself has logged it in one line (:mod:`server_app.run.ending.failure`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from server_app.run.ending.failure import FAILED, OURS, STOPPED
 
 _RAISED = re.compile(r"ServerApp raised an exception")
-"""What Flower (1.39) writes before the traceback, and "Exit Code: 201" after it; both are the last that a run says."""
+"""Flower (1.39) writes this before the traceback, and "Exit Code: 201" after it, both at the end of a run's log."""
 _TOLD = re.compile(rf"^(?:\x1b\[\d+m)?ERROR\b.*?:\s+(?:{FAILED}|{STOPPED})(.*)$", re.M)
 _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):$", re.M)
 _LOGGED = re.compile(r"^(\x1b\[\d+m)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b.*", re.M | re.S)
 
 
 class Screen:
-    """Passes on what a run says; of a failure that has a traceback the reason in one line.
+    """Passes on a run's log; if a failure has a traceback, only its reason, in one line.
 
     Args:
         write: prints text as it is.
@@ -26,23 +26,23 @@ class Screen:
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
-        self._rest = ""  # of a line that has not ended
-        self._kept: list[str] = []  # from the traceback on
+        self._rest = ""  # the part of a line that has not ended
+        self._kept: list[str] = []  # everything from the traceback on
         self.failed = False
 
     @property
     def kept_back(self) -> bool:
-        """Whether Flower has said more than was passed on."""
+        """Whether Flower has written more than was passed on."""
         return bool(self._kept)
 
     def feed(self, text: str) -> None:
-        """A piece of the log, which may end within a line."""
+        """Take a piece of the log, which may end within a line."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._line(line + "\n")
 
     def end(self) -> None:
-        """Nothing more comes: the reason of a failure, unless the run has said it."""
+        """End the log: write the reason of a failure, unless the run has said it."""
         if self._rest:
             self._line(self._rest)
             self._rest = ""
@@ -62,7 +62,7 @@ class Screen:
 
 
 def reason_in(log: str) -> str:
-    """Why the run failed, by its log: what it says itself, or the words of the last traceback's error; else empty."""
+    """Why the run failed, by its log: its own reason, or the message of the last traceback's error; else empty."""
     if told := _TOLD.findall(log):
         return str(told[-1]).strip()
     *_, last = _TRACEBACK.split(log)

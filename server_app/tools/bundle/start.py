@@ -2,9 +2,9 @@
 
     python -m server_app.tools.bundle.start . my-superlink --stream      # what `fedalloy submit` does
 
-Flower 1.39 has no option for these. One name in the module of its command is replaced, the one that builds the bundle
-from a folder, and one in that of its log, which prints; ``tests/server_app/tools/bundle`` sees that they are there and
-are what the command calls.
+Flower 1.39 has no option for these. So two names are replaced: the function that builds the bundle from a folder, in
+the module of Flower's command, and the one that prints, in the module of its log. ``tests/server_app/tools/bundle``
+checks that they exist and that the command calls them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from server_app.tools.bundle.pack import packed
 from server_app.tools.bundle.screen import Screen
 
 COMMAND = "flwr.cli.run.run"
-"""The module; its package has the function under the same name."""
+"""The module; its package has a function with the same name."""
 LOG = "flwr.cli.log"
 VERBOSE = "--verbose"
-"""Prints Flower's own words about a failure, too: a traceback, and its exit code."""
+"""Also prints Flower's own messages about a failure: a traceback, and its exit code."""
 
 
 def flwr_run(arguments: Sequence[str]) -> None:
     """Carry out ``flwr run`` with these arguments and a packed bundle; ends the process as ``flwr`` does.
 
-    Where the log is streamed and says that the run failed, the exit code is 1.
+    If the log is streamed and says that the run failed, the exit code is 1.
     """
     from flwr.cli.app import app
 

@@ -1,4 +1,4 @@
-"""Makes certificates and SuperNode keys; only their owner can read private files."""
+"""Makes certificates and SuperNode keys; only the files' owner can read the private ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from server_app.tools.errors import ToolError
 
 VALID = timedelta(days=825)
-"""Longest lifetime that common TLS clients accept of a server certificate."""
+"""Longest lifetime of a server certificate that common TLS clients accept."""
 _CLOCK_SKEW = timedelta(minutes=5)
 
 
@@ -106,11 +106,11 @@ def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], ren
 
     Raises:
         CertificateError: the server's certificate does not name a host; an unknown name to renew; a client id that is
-            no file name.
+            not a file name.
     """
     public, server = folder / "public", folder / "server"
     clients, renew, hosts = list(clients), set(renew), set(hosts)
-    from strategies.framework.answers import CLIENT_ID  # with it comes Flower
+    from strategies.framework.answers import CLIENT_ID  # this also imports Flower
 
     if bad := [name for name in clients if not CLIENT_ID.fullmatch(name)]:
         raise CertificateError(f"client id {bad[0]!r}, expected letters, digits and ._- only, 64 at most")
@@ -127,7 +127,7 @@ def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], ren
             f"the server's certificate in {server} does not name {', '.join(sorted(missing))}; "
             "renew 'server', and give every client the new ca.crt"
         )
-    if made or not (public / "ca.crt").exists():  # not there: stopped in between
+    if made or not (public / "ca.crt").exists():  # missing if an earlier call was stopped
         public.mkdir(parents=True, exist_ok=True)
         _write(public / "ca.crt", (server / "ca.crt").read_bytes(), 0o644)
     for client_id in known:

@@ -33,17 +33,17 @@ class LinkError(ToolError):
 
 
 def advice(log: str) -> str:
-    """What to do about the last refusal in a SuperNode's log; empty where the log says nothing that is known."""
+    """What to do about the last refusal in a SuperNode's log; empty if the log has no known reason."""
     found = [(log.rfind(words), what) for words, what in _REFUSALS.items() if words in log]
     return max(found)[1] if found else ""
 
 
 def check_link(address: str, authority: Path | None, timeout: float = 10.0) -> str:
-    """Connect to a SuperLink's Fleet port once, as a SuperNode would; one line that says what is there.
+    """Connect to a SuperLink's Fleet port once, as a SuperNode would; returns a line that says what is there.
 
     Args:
         address: ``host:port``.
-        authority: what the SuperNode gets as ``--root-certificates``; None: ``--insecure``.
+        authority: the SuperNode's ``--root-certificates``; None: ``--insecure``.
         timeout: seconds.
 
     Raises:
@@ -58,7 +58,7 @@ def check_link(address: str, authority: Path | None, timeout: float = 10.0) -> s
             context = ssl.create_default_context(cafile=str(authority))
         except OSError as error:
             raise LinkError(
-                f"{authority} is no certificate: {error.strerror or error}; get the server's ca.crt"
+                f"{authority} is not a certificate: {error.strerror or error}; get the server's ca.crt"
             ) from None
     try:
         with socket.create_connection((host, int(port)), timeout) as plain:
@@ -76,15 +76,15 @@ def check_link(address: str, authority: Path | None, timeout: float = 10.0) -> s
         ) from None
     except OSError as error:
         raise LinkError(
-            f"nobody answers at {address} ({error.strerror or error}): is the SuperLink up, and this its Fleet port?"
+            f"nobody answers at {address} ({error.strerror or error}): is the SuperLink up, and is this its Fleet port?"
         ) from None
 
 
 def check_key(key: Path) -> str:
-    """A SuperNode's private key: readable by its owner only, and of the kind that Flower takes.
+    """Check that only the owner can read a SuperNode's private key, and that Flower accepts its kind.
 
     Raises:
-        LinkError: it is not.
+        LinkError: it is not so.
     """
     try:
         mode, data = stat.S_IMODE(key.stat().st_mode), key.read_bytes()
@@ -106,17 +106,17 @@ def check_key(key: Path) -> str:
             "certificates"
         ) from None
     if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise LinkError(f"{key} is no elliptic-curve key, which Flower needs: make one with fedalloy certificates")
-    return f"{key}: a private key, the owner's alone"
+        raise LinkError(f"{key} is not an elliptic-curve key, which Flower needs: make one with fedalloy certificates")
+    return f"{key}: a private key that only its owner can read"
 
 
 def check_registered(address: str, authority: Path | None, key: Path, timeout: float = 10.0) -> str:
     """Ask the SuperLink whether it knows a key that :func:`check_key` has accepted; nothing changes there.
 
-    A SuperNode's first request, with a heartbeat interval that is none: the key is looked up first (Flower 1.39).
+    This sends a SuperNode's first request with an invalid heartbeat interval: Flower 1.39 looks up the key first.
 
     Raises:
-        LinkError: it does not, or the clocks of both ends differ.
+        LinkError: it does not know the key, or the clocks of both ends differ.
     """
     import grpc
     from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor

@@ -1,8 +1,8 @@
 """A local cluster of stock Flower processes: one SuperLink and N SuperNodes, TLS and SuperNode authentication on.
 
-``<directory>/`` holds ``cluster.json`` (what runs, so that another command can stop it), ``certificates/``, ``keys/``,
-``logs/``, one ``FLWR_HOME`` per process in ``homes/``, and ``flwr-home/config.toml`` with the connection ``fedalloy``
-that stock ``flwr`` commands use.
+``<directory>/`` holds ``cluster.json`` (the processes, so that another command can stop them), ``certificates/``,
+``keys/``, ``logs/``, one ``FLWR_HOME`` per process in ``homes/``, and ``flwr-home/config.toml`` with the connection
+``fedalloy`` that stock ``flwr`` commands use.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 class Process:
     """A process that the cluster started; pid and start time name it, so a recycled pid is never touched.
 
-    ``started`` is what :func:`started` says.
+    ``started`` is the result of :func:`started`.
     """
 
     name: str
@@ -54,19 +54,19 @@ class Process:
 
 
 def started(process: psutil.Process) -> float:
-    """When a process started, in seconds: on Linux since the machine did, which no change of the clock moves.
+    """When a process started, in seconds; on Linux since the boot, so that changes of the clock do not matter.
 
-    Linux gives the time of the boot in whole seconds of the wall clock, so that a start in wall-clock time moves by a
-    whole second when the clock is corrected by a little.
+    Linux gives the boot time in whole seconds of the wall clock. So a start in wall-clock time changes by
+    a whole second when the clock is corrected by a little.
     """
     return process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to start. Ports of 0 are chosen; ``prefixes`` put a command before a process's own (by process name).
+    """What to start. A port of 0 is chosen; ``prefixes`` are put before a process's own command (by process name).
 
-    ``node_config`` has more keys for clients, by their ids.
+    ``node_config`` has more keys for clients, by client id.
     """
 
     client_ids: tuple[str, ...]
@@ -109,7 +109,7 @@ class LocalCluster(SuperLink):
         """
         if running(self.directory):
             raise ClusterError(
-                f"a cluster is running from {self.directory}; fedalloy cluster up restarts what of it has ended, "
+                f"a cluster is running from {self.directory}; fedalloy cluster up restarts its ended processes, "
                 "fedalloy cluster down stops it"
             )
         private_folder(self.directory)
@@ -164,7 +164,7 @@ class LocalCluster(SuperLink):
             f"client-id='{client_id}' partition-id={index} num-partitions={len(self.settings.client_ids)} "
             f"state-dir='{self.settings.runs_dir.resolve()}' client.accept-keys='all'"
         )
-        # Said, and not left to be found out: SuperNodes come and go, and a run should give the same numbers again.
+        # Set here, and not found by the client: SuperNodes come and go, and a run should give the same numbers again.
         threads = max(1, usable_cores() // len(self.settings.client_ids))
         more = {"torch-threads": threads} | dict(self.settings.node_config.get(client_id, {}))
         node_config += "".join(f" {option}={literal(value)}" for option, value in more.items())
@@ -273,7 +273,7 @@ class LocalCluster(SuperLink):
         """Wait until every SuperNode is online.
 
         Raises:
-            ClusterError: one ended, or they are not within ``startup_timeout``.
+            ClusterError: one ended, or they are not online within ``startup_timeout``.
         """
         deadline = time.monotonic() + self.settings.startup_timeout
         wanted, online, said = len(self.settings.client_ids), 0, 0
@@ -302,7 +302,7 @@ class LocalCluster(SuperLink):
 
 
 def read_state(directory: Path) -> dict[str, Any] | None:
-    """``cluster.json``, or None where no cluster was started."""
+    """``cluster.json``, or None if no cluster was started."""
     try:
         found: dict[str, Any] = json.loads((directory / "cluster.json").read_text())
         return found
@@ -326,7 +326,7 @@ def stop(directory: Path, more: Sequence[Process] = ()) -> int:
 
 
 def _end(processes: Sequence[Process]) -> int:
-    """SIGTERM to processes and all their descendants, SIGKILL to what is left; returns how many there were."""
+    """Send SIGTERM to processes and all their descendants, then SIGKILL to those left; returns how many there were."""
     roots = [alive for process in processes if (alive := process.find()) is not None]
     family: list[psutil.Process] = []
     for root in roots:
@@ -343,10 +343,10 @@ def _end(processes: Sequence[Process]) -> int:
 
 
 def _free_port(host: str, port: int, purpose: str) -> int:
-    """``port`` if it is free, a free one for 0.
+    """``port`` if it is free; a free one for 0.
 
     Raises:
-        ClusterError: the port is taken; names the process that holds it where that can be read.
+        ClusterError: the port is taken; names the process that holds it, if that can be read.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""SuperNodes of a local cluster that have ended, started again as they were, or with other node-config."""
+"""Restarts SuperNodes of a local cluster that have ended, as they were or with other node-config."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from server_app.tools.cluster.superlink import ClusterError
 
 
 def restart_ended(directory: Path, say: Say, node_config: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
-    """Start the SuperNodes of a running cluster again that have ended; returns their processes' names.
+    """Restart the SuperNodes of a running cluster that have ended; returns their processes' names.
 
-    ``node_config`` replaces what they were started with.
+    ``node_config`` replaces the node-config that they were started with.
 
     Raises:
-        ClusterError: all of it runs, or the SuperLink has ended, which alone knows the clients' keys.
+        ClusterError: all of it runs; or the SuperLink has ended, and only it knew the clients' keys.
     """
     state = read_state(directory) or {"processes": [], "client_ids": []}
     processes = [Process(**item) for item in state["processes"]]

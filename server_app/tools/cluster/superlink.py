@@ -17,9 +17,9 @@ from server_app.tools.bundle.screen import reason_in
 from server_app.tools.errors import ToolError
 
 PACKED = "server_app.tools.bundle.start"
-"""The module that is ``fedalloy submit``."""
+"""The module behind ``fedalloy submit``."""
 TRIES = 60
-"""Looks at a run's status, a second apart, while the SuperLink does not answer."""
+"""Number of tries to get a run's status, a second apart, while the SuperLink does not answer."""
 
 
 class ClusterError(ToolError):
@@ -45,8 +45,8 @@ class RunOutcome:
         return f"the run ended as {self.status}; log: {self.log}"
 
     def why(self, run: Path | None = None) -> str:
-        """Why it did not succeed, as far as what it printed tells, and the run's folder where that is at hand."""
-        from server_app.run.run_directory import RunDirectory  # here: it imports torch, and most commands need none
+        """Why it did not succeed, as far as its output says, and the run's folder if this machine has it."""
+        from server_app.run.run_directory import RunDirectory  # imports torch, which most commands do not need
 
         printed = self.log.read_text(errors="replace") if self.log.exists() else ""
         records = RunDirectory(run).rounds() if run else []
@@ -59,7 +59,7 @@ class SuperLink:
 
     Args:
         connection: its name in ``$FLWR_HOME/config.toml``.
-        logs: a folder for what runs print.
+        logs: a folder for the output of runs.
     """
 
     def __init__(self, connection: str, logs: Path) -> None:
@@ -79,7 +79,7 @@ class SuperLink:
     ) -> RunOutcome:
         """``fedalloy submit`` with these run-config keys; ``watch`` is called a few times a second while it runs.
 
-        ``app`` is the folder of another Flower app than this one, which ``flwr run`` starts.
+        ``app`` is the folder of another Flower app; ``flwr run`` then starts that one.
 
         Flower's exit code says nothing about the run, and its stream of messages breaks when the SuperLink restarts,
         which a run may survive; so the status decides. When this is interrupted, the run is stopped if ``stops()``.
@@ -109,7 +109,7 @@ class SuperLink:
                 watch()
                 return RunOutcome(run_id, status, log)
             except KeyboardInterrupt:
-                if stops():  # it would go on without this command
+                if stops():  # otherwise the run would go on without this command
                     with contextlib.suppress(ClusterError):
                         self.flwr("stop", _run_id(log), self.connection)
                 raise
@@ -163,7 +163,7 @@ def app_directory() -> Path:
 
 
 def last_words(text: str) -> str:
-    """The last line that says something, without the box that Flower draws around errors."""
+    """The last line with a message, without the box that Flower draws around errors."""
     lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
     said = [line for line in lines if line and line != "Error"]
     return said[-1] if said else "it said nothing"
@@ -178,7 +178,7 @@ def _run_id(log: Path) -> str:
 
 
 def literal(value: object) -> str:
-    """A run-config value as ``flwr run --run-config`` reads it.
+    """A run-config value in the form that ``flwr run --run-config`` reads.
 
     Raises:
         ClusterError: there is no way to write it.

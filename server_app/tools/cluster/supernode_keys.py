@@ -1,8 +1,9 @@
-"""Which client keys a SuperLink accepts: one per client id, kept equal to a folder of public keys.
+"""Keeps the keys that a SuperLink accepts equal to a folder of public keys, one per client id.
 
-``<folder>/<client-id>.pub`` may join as ``<client-id>``; a client whose file changes gets its old key refused, one
-whose file is gone is refused altogether. What was registered is remembered in a JSON file, because Flower's list of
-SuperNodes shows neither names nor keys; keep it where the SuperLink keeps its database, so that both are lost together.
+``<folder>/<client-id>.pub`` may join as ``<client-id>``. If a client's file changes, its old key is
+refused; if the file is gone, the client is refused. The registered keys are remembered in a JSON file, because Flower's
+list of SuperNodes shows neither names nor keys; keep it beside the SuperLink's database, so that both are lost
+together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from server_app.tools.cluster.superlink import ClusterError, SuperLink
 
 
 def register_clients(superlink: SuperLink, folder: Path, remembered: Path) -> Iterator[str]:
-    """Make the SuperLink's clients those of ``folder``; yields a line for every change.
+    """Make the SuperLink accept exactly the clients of ``folder``; yields a line for every change.
 
     Raises:
         ClusterError: the SuperLink refused a key; the message has its reason.
@@ -46,10 +47,10 @@ def _remember(path: Path, known: dict[str, dict[str, str]]) -> None:
 
 
 def node_id_of(said: str) -> str:
-    """The node id in what ``flwr supernode register --format json`` printed.
+    """The node id in the output of ``flwr supernode register --format json``.
 
     Raises:
-        ClusterError: there is none.
+        ClusterError: it has none.
     """
     try:
         return str(json.loads(said[said.index("{") :])["node-id"])

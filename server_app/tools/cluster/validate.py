@@ -13,11 +13,11 @@ from fedalloy_adapters.words import one_line
 
 MEGABYTE = 10**6
 STATES = 16
-"""Bytes of each trained number: itself, its gradient, and AdamW's two moments, in float32."""
+"""Bytes for each trained number: the number, its gradient, and AdamW's two moments, in float32."""
 
 
 def check_run_config(run_config: Mapping[str, Any]) -> list[str]:
-    """Everything that is wrong with run-config, one line each; empty where it is valid."""
+    """Everything that is wrong with run-config, one line each; empty if it is valid."""
     from server_app.run.options import problems
     from strategies import strategy_from_run_config
     from strategies.framework.options import OptionError
@@ -33,11 +33,11 @@ def check_run_config(run_config: Mapping[str, Any]) -> list[str]:
 def check_clients(
     clients: Mapping[str, Mapping[str, Any]], run_config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, bool]]:
-    """Client by client: its id, a line, and whether it could take part.
+    """Check clients one by one; yields each one's id, a line, and whether it could take part.
 
     Args:
-        clients: node-config by client id, paths on this machine.
-        run_config: of the run.
+        clients: node-config by client id, with paths on this machine.
+        run_config: the run's configuration.
     """
     with tempfile.TemporaryDirectory(prefix="fedalloy-validate-") as folder:
         for number, (client, table) in enumerate(clients.items()):
@@ -45,12 +45,12 @@ def check_clients(
             node = {**numbered, "state-dir": folder, **table}
             try:
                 yield client, _tried(node, run_config), True
-            except ValueError as error:  # all that the client's own checks raise
+            except ValueError as error:  # the client's own checks raise no others
                 yield client, one_line(error, 500), False
 
 
 def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
-    """Load what the client would load, and train its model on three batches; returns what was found."""
+    """Load what the client would load, and train its model on three batches; returns the findings."""
     import torch
     from flwr.app import Context, RecordDict
 
@@ -86,7 +86,7 @@ def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
             f"{', '.join(kinds)}; {counts}" + (f"; {tokens:,} tokens" if tokens else ""),
             f"{model.layout.size:,} trainable parameters; bytes of an adapter: {sizes}",
             f"memory at least {weights + trained:.1f} MB (base {weights:.1f}, training {trained:.1f}), and "
-            f"{peak / MEGABYTE:.1f} MB more at most in three batches",
+            f"at most {peak / MEGABYTE:.1f} MB more in three batches",
             f"a step of {size} examples takes {seconds:.3g} s, at learning-rate {training.learning_rate:g}",
             *data.notes,
         ]
@@ -94,7 +94,7 @@ def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
 
 
 def _step(model: Any, train: Any, training: Any) -> tuple[float, int]:
-    """Seconds of the quickest of three training steps, and bytes of memory that they took beyond what was held."""
+    """Seconds of the fastest of three training steps, and bytes of memory that the steps took in addition."""
     import torch
 
     from client_app.plan.training import train as optimise
@@ -127,7 +127,7 @@ def _step(model: Any, train: Any, training: Any) -> tuple[float, int]:
 
 
 def _peak() -> int:
-    """Most bytes that this process has had so far: on its GPU, else of resident memory."""
+    """The most bytes that this process has had so far: on its GPU, else of resident memory."""
     import torch
 
     if torch.cuda.is_available():

@@ -23,7 +23,7 @@ def align(
     orthonormal_b: Annotated[bool, typer.Option(help="Make B's columns orthonormal at the end.")] = False,
     state_dir: Annotated[Path, typer.Option(help="The clients' state-dir.")] = Path("runs"),
 ) -> None:
-    """Align the frozen A and B of different architectures; run it again to go on where it was stopped."""
+    """Align the frozen A and B of different architectures; if stopped, run it again to continue."""
     from server_app.tools.align import Aligned, align_models
 
     with clear_errors():

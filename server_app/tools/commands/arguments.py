@@ -1,4 +1,4 @@
-"""Options that several commands have, and how their text is read."""
+"""Options that several commands have, and functions that read their text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ RunDirectory = Annotated[Path, typer.Argument(help="A run directory.")]
 Connection = Annotated[str, typer.Argument(help="A flwr connection to the SuperLink.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder with the data of scenarios on real data.")]
 OWN_FILES = ("state-dir", "alignments", "start-adapter", "data-root")
-"""Keys of node-config that are paths of this machine."""
+"""Keys of node-config that are paths on this machine."""
 PATH_KEYS = (*OWN_FILES, "data-path", "base-model", "reference-model")
-"""And those that may be names of the Hugging Face hub."""
+"""Keys that may be such paths, or names on the Hugging Face hub."""
 MoreRunConfig = Annotated[str, typer.Option("--set", help="More run-config, as for flwr run.")]
 
 
@@ -24,7 +24,7 @@ def read_clients_file(path: Path) -> dict[str, dict[str, Any]]:
     """Node-config by client id, from a TOML file with one table for each client; its relative paths made absolute.
 
     Raises:
-        OptionError: the file cannot be read, or has something else in it; names every key that nobody reads.
+        OptionError: the file cannot be read, or contains something else; names every unknown key.
     """
     from client_app.settings import SettingsError, require_node_keys
     from strategies.framework.options import OptionError
@@ -71,7 +71,7 @@ def parse_run_config(text: str) -> dict[str, Any]:
 
     pair = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")
     try:
-        if left := pair.sub("", text).strip():  # Flower's own reader passes over what it does not understand
+        if left := pair.sub("", text).strip():  # Flower's own reader skips what it does not understand
             raise ValueError(f"{left!r} is not a key=value pair")
         return tomllib.loads("\n".join(f'"{key}" = {value}' for key, value in pair.findall(text)))
     except ValueError as error:

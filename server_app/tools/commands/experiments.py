@@ -54,7 +54,7 @@ def demo(
 def submit(context: typer.Context) -> None:
     """Start a run like flwr run, with the same arguments, but send each client a quarter of the bytes of code.
 
-    With --stream, a run that fails ends with why, in one line, and exit code 1; --verbose shows all of Flower's words.
+    With --stream, a run that fails ends with the reason in one line, and exit code 1; --verbose shows all of Flower's.
     """
     from server_app.tools.bundle.start import flwr_run
 
@@ -123,7 +123,7 @@ def compare(
 
 
 def _how_many(superlink: SuperLink | None) -> int:
-    """Clients of a comparison that names no number.
+    """The number of clients of a comparison that does not set it.
 
     Raises:
         OptionError: fewer than two SuperNodes are online.

@@ -1,4 +1,4 @@
-"""Commands that start runs and look at those that go on."""
+"""Commands that start runs and show running ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(
     connection: Annotated[str, typer.Option(help="A flwr connection; default: the cluster of fedalloy cluster.")] = "",
     directory: Directory = DIRECTORY,
     runs_dir: Annotated[
-        Path | None, typer.Option(help="With --connection: the folder of runs, where this machine has it.")
+        Path | None, typer.Option(help="With --connection: the folder of runs, if this machine has it.")
     ] = None,
     clients_file: Annotated[
         Path | None, typer.Option(help="TOML: clients whose files are on this machine, which are tried first.")
@@ -81,7 +81,7 @@ def _order(
     runs_dir: Path | None,
     clients: Mapping[str, Mapping[str, Any]],
 ) -> Order:
-    """What to start: with the connection's SuperLink, else on the cluster that was started from ``directory``."""
+    """The order: on the connection's SuperLink, else on the cluster that was started from ``directory``."""
     from server_app.tools.cluster.local import LocalCluster, Settings, read_state
     from server_app.tools.cluster.superlink import ClusterError, SuperLink
     from server_app.tools.live.start import Order

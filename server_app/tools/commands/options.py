@@ -37,7 +37,7 @@ def options(
 
 
 def literal_of(value: object) -> str:
-    """A default as TOML has it."""
+    """A default in TOML."""
     from server_app.run.options import as_toml
 
     return as_toml({"x": value}).removeprefix("x = ").rstrip()  # type: ignore[dict-item]

@@ -1,4 +1,4 @@
-"""Commands that show runs, and take things out of them."""
+"""Commands that show runs, and use their models and files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def traffic(run: RunDirectory) -> None:
 
 def report(
     run: RunDirectory,
-    metric: Annotated[str, typer.Option(help="Compare models by this one, for example loss.")] = "",
+    metric: Annotated[str, typer.Option(help="Compare models by this metric, for example loss.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON object.")] = False,
     page: Annotated[
         Path | None, typer.Option(help="Write a page with curves, weights, bytes and times instead.")
@@ -83,7 +83,7 @@ def export(
 
 def deliver(
     run: RunDirectory,
-    client: Annotated[str, typer.Argument(help="Comma-separated ids, or all; default: those without.")] = "",
+    client: Annotated[str, typer.Argument(help="Comma-separated ids, or all; default: those without a model.")] = "",
     connection: Annotated[str, typer.Option(help="A flwr connection; default: the cluster of fedalloy cluster.")] = "",
     directory: Annotated[Path, typer.Option("--dir", help="That cluster's folder.")] = DIRECTORY,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands of a site's owner: the service that has the data, its record, what a strategy would ask, a server's key."""
+"""Commands for a site's owner: the service with the data, its record, a strategy's requests, a server's key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SiteFile = Annotated[Path, typer.Argument(help="The site's file, site.toml.")]
 
 
 class SiteCommandError(ToolError):
-    """The site's file, its record or a key is not as expected; the message says how."""
+    """The site's file, its record or a key is not as expected; the message says what is wrong."""
 
 
 def serve(site_file: SiteFile) -> None:

@@ -1,4 +1,4 @@
-"""Where commands print, and how they end."""
+"""The consoles of commands, and the way that commands end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ errors = Console(stderr=True)
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Our own errors are one line and exit code 1; Ctrl-C is exit code 130."""
+    """Turn our own errors into one line and exit code 1, and Ctrl-C into exit code 130."""
     from server_app.run.run_directory import RunDirectoryError
     from strategies.framework.options import OptionError
 

@@ -1,9 +1,9 @@
 """``fedalloy compare``: strategies over the same clients, data, base model, local work and seeds; a folder of results.
 
-    OUT/runs/<strategy>-seed0-<digest>/   every run as any other, kept: a finished one is not run again
-    OUT/comparison.json                   what all of them have in common; another comparison needs another folder
+    OUT/runs/<strategy>-seed0-<digest>/   the folder of each run; a finished one is not run again
+    OUT/comparison.json                   what all runs have in common; another comparison needs another folder
     OUT/results.csv                       client x seed x strategy x round
-    OUT/table.md, OUT/report.html         what they say
+    OUT/table.md, OUT/report.html         the results
 
 The digest names the run's configuration, so a changed setting is another run. The controls of
 :mod:`strategies.algorithms.controls`, ``local`` and ``fedavg`` are always among the strategies.
@@ -54,7 +54,7 @@ from strategies.framework.options import OptionError, require_choice
 
 REFERENCES = ("local", "fedavg")
 EVERY = "all"
-"""Stands for every strategy that there is."""
+"""Means every strategy."""
 OWN = {
     "strategy": "--strategies",
     "scenario": "the argument SCENARIO",
@@ -65,14 +65,14 @@ OWN = {
     "runs-dir": "--out",
     "resume": "the same command again, which goes on where it stopped",
 }
-"""Run-config that a comparison sets, and how it is told what to."""
+"""Run-config that a comparison sets, and the option or command that decides it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a comparison; ``place`` is where it is carried out, which decides what of its bytes is measured.
+    """One run of a comparison; ``place`` is where it is carried out, which decides which bytes are measured.
 
-    ``nodes``: clients of the user's own, by their ids.
+    ``nodes``: the user's own clients, by client id.
     """
 
     strategy: str
@@ -83,7 +83,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The run's folder: strategy, seed, and a digest of everything that the run is told."""
+        """The run's folder: strategy, seed, and a digest of all its settings."""
         told = [self.place, dict(self.config), *([self.nodes] if self.nodes else [])]
         text = json.dumps(told, sort_keys=True)
         return f"{self.strategy}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -106,20 +106,20 @@ def compare(
     encodings: Sequence[str] = (),
     superlink: SuperLink | None = None,
 ) -> tuple[Comparison, dict[str, str]]:
-    """Run what has not been run, and write the folder; returns the comparison, and by run name why runs failed.
+    """Carry out the missing runs, and write the folder; returns the comparison, and by run name why runs failed.
 
     Finished runs of other strategies or seeds in the folder are compared, too.
 
-    Options of one strategy (``fedmerge.models``) go to that one only: another one's runs do not change with them.
-    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes, started for this and stopped after.
-    ``workers`` is how many runs go on side by side, each in its own process. ``nodes`` has each client's node-config
-    by its id, with the place of its data; without it ``clients`` share the scenario's. The ``strategies`` also run
-    with each of the ``encodings``, both ways, as lines of their own (``fedavg-int4``). A ``superlink`` that already
-    runs on this machine carries out the runs with the clients that are connected to it.
+    Options of one strategy (``fedmerge.models``) go to that strategy only; the others' runs do not change with them.
+    ``place`` is ``"process"``, or ``"cluster"``: a SuperLink and SuperNodes that are started for this and stopped
+    afterwards. ``workers`` is the number of runs side by side, each in its own process. ``nodes`` has each client's
+    node-config by its id, with the place of its data; without it, ``clients`` share the scenario's data. The
+    ``strategies`` also run with each of the ``encodings`` in both directions, as lines of their own (``fedavg-int4``).
+    If a ``superlink`` is given, which already runs on this machine, it carries out the runs with its connected clients.
 
     Raises:
         OptionError: a strategy, scenario or key is unknown, a value is not valid, ``out`` cannot be written or has
-            another comparison in it; nothing has been run.
+            another comparison in it. Nothing has been run then.
     """
     nodes, options = nodes or {}, options or {}
     _check_place(seeds, place, workers, nodes, superlink)
@@ -127,7 +127,7 @@ def compare(
     clients = len(nodes) or clients
     _check_data(scenario, clients, options, nodes)
     jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options, place, nodes, encoded))
-    for config in (options, *(job.config for job in jobs)):  # options of a strategy that does not run, too
+    for config in (options, *(job.config for job in jobs)):  # checks options of strategies that do not run, too
         read_run_options(config)
     learns = {job.strategy: _learns_from(job) for job in jobs}
     runs = _folder(out, jobs[0])
@@ -152,7 +152,7 @@ def compare(
 
 
 def _data(scenario: str, options: Mapping[str, Any], nodes: Nodes, superlink: SuperLink | None) -> str:
-    """What the clients' data are called: connected clients may have a base model for their own."""
+    """The name of the clients' data; connected clients have data of their own if a base model is set."""
     own = nodes or "data-path" in options or (superlink is not None and "base-model" in options)
     return "own data" if own else scenario
 
@@ -168,7 +168,7 @@ def _check_place(seeds: Sequence[int], place: str, workers: int, nodes: Nodes, s
 
 
 def _chosen(strategies: Sequence[str], encodings: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """All strategies that run, each once, and those that were asked for with each of the encodings."""
+    """All strategies that run, each once, and the requested ones with each of the encodings."""
     if EVERY in strategies:
         strategies = [*strategies, *STRATEGIES]
     chosen = [name for name in dict.fromkeys([*REFERENCES, *strategies, *CONTROLS]) if name != EVERY]
@@ -189,7 +189,7 @@ def _write(
     failed: Mapping[str, str],
     console: Console,
 ) -> Comparison:
-    """Compare the folder's finished runs; write table, report and results, unless there are none."""
+    """Compare the folder's finished runs; write table, report and results, if there are any."""
     runs = out / "runs"
     finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
     finished += [read_run(strategy, seed, run) for (strategy, seed), run in _earlier(runs, jobs).items()]
@@ -220,9 +220,9 @@ def jobs_of(
     nodes: Nodes | None = None,
     encoded: Sequence[tuple[str, str]] = (),
 ) -> Iterator[Job]:
-    """Every run, seed by seed: a comparison that is interrupted has all strategies of the first seeds.
+    """Every run, seed by seed: an interrupted comparison has all strategies of the first seeds.
 
-    ``encoded`` has strategies with encodings beside them, of which each is a run more.
+    ``encoded`` has pairs of strategy and encoding; each adds a run.
     """
     for seed in seeds:
         for strategy, encoding in (*((name, "") for name in strategies), *encoded):
@@ -235,10 +235,10 @@ def jobs_of(
 
 
 def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: Nodes) -> None:
-    """Check what would otherwise show only when every client has failed, or not at all.
+    """Check for faults that would otherwise show only when every client has failed, or not at all.
 
     Raises:
-        OptionError: a key is the comparison's own; there are no data, or for fewer clients, or all would have the same.
+        OptionError: the comparison sets a key itself; there are no data, too few for the clients, or the same for all.
     """
     require_choice("SCENARIO", scenario, (*NAMES, *FROM_FILES))
     for key, instead in OWN.items():
@@ -266,14 +266,14 @@ def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: 
 
 
 def _learns_from(job: Job) -> tuple[str, ...]:
-    """The splits that decide a client's model: where clients are given what is best for them, validation is one."""
+    """The splits that decide a client's model; validation is one if clients get the model that is best for them."""
     found = strategy_from_run_config(job.config).learns_from
     chooses = job.config.get("deliver-choice") == "validation"
     return (*found, "validation") if chooses and "validation" not in found else found
 
 
 def _earlier(runs: Path, jobs: Sequence[Job]) -> dict[tuple[str, int], Path]:
-    """Finished runs of strategies and seeds that are not among the jobs; of several the newest."""
+    """Finished runs of strategies and seeds that are not among the jobs; the newest of several."""
     asked, found = {(job.strategy, job.seed) for job in jobs}, {}
     for summary in sorted(runs.glob("*/summary.json"), key=lambda path: path.stat().st_mtime):
         named = re.fullmatch(r"(.+)-seed(\d+)-[0-9a-f]{8}", summary.parent.name)
@@ -290,11 +290,11 @@ def is_finished(run: Path) -> bool:
 def on_cluster(
     cluster: SuperLink, config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]
 ) -> None:
-    """The engine on real Flower processes, with every byte on the wire.
+    """The engine with real Flower processes, which measures every byte on the wire.
 
     Raises:
         ClusterError: the run did not end well; its last records are in its folder.
-        NoClientError: no client could, all for one reason, which other runs will have, too.
+        NoClientError: all clients failed for the same reason, for which other runs would fail, too.
     """
     require_worth(config, runs)
     directory, seen = RunDirectory(runs / str(config["run-name"])), [0]
@@ -312,7 +312,7 @@ def on_cluster(
 
 
 def _begun(run: Path) -> dict[str, Any]:
-    """Run-config that continues an interrupted run after its last complete round; without one it begins anew."""
+    """Run-config that continues an interrupted run after its last complete round; empty if there is none."""
     if RunDirectory(run).newest_checkpoint() is not None:
         return {"resume": str(run.resolve())}
     shutil.rmtree(run, ignore_errors=True)
@@ -320,7 +320,7 @@ def _begun(run: Path) -> dict[str, Any]:
 
 
 def _folder(out: Path, job: Job) -> Path:
-    """Make ``out/runs``, and remember what all runs have in common; a folder of other runs is refused."""
+    """Make ``out/runs``, and note what all runs have in common; a folder of other runs is refused."""
     own = tuple(f"{name}." for name in STRATEGIES)
     common = {key: value for key, value in job.config.items() if not key.startswith(own)}
     common = {key: common[key] for key in sorted(common) if key not in ("strategy", "seed")} | {"place": job.place}

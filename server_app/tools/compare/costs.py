@@ -9,7 +9,7 @@ from server_app.tools.compare.figures import COLOURS, OUTLINED, Table, figure, h
 from server_app.tools.compare.records import DIRECTIONS, FinishedRun
 from server_app.tools.compare.statistics import WORK, Comparison, Observation
 
-# Kinds of the ledger that one colour stands for; `fedalloy traffic RUN` has each of them.
+# The ledger's kinds behind each colour; `fedalloy traffic RUN` shows each kind.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "tensors": ("tensors",),
     "sketches": ("sketches",),

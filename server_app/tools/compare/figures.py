@@ -1,4 +1,4 @@
-"""What every figure of a comparison's report has: a caption, a text, a chart, and its numbers as a table."""
+"""Parts of every figure in a comparison's report: a caption, a text, a chart, and its numbers as a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
 """Column heads and rows."""
-# Okabe and Ito's colours, which the colour-blind can tell apart; the last is grey, for what is not to stand out.
+# Okabe and Ito's colours, which the colour-blind can tell apart; the last one is grey, for lines in the background.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a300", "#7f7f7f")
 DASHES = ("solid", "dash", "dot", "dashdot")
 ROLES = {"": ("#0072b2", "circle"), "reference": ("#d55e00", "square"), "control": ("#7f7f7f", "diamond")}
@@ -17,16 +17,16 @@ ROLES = {"": ("#0072b2", "circle"), "reference": ("#d55e00", "square"), "control
 OUTLINED = {"color": "#ffffff", "shadow": "0 0 2px #000, 0 0 3px #000, 0 0 3px #000"}
 """Font of numbers that can be read on every colour of a scale."""
 READABLE = 26
-"""Pixels that a row of text needs."""
+"""Height of a row of text, in pixels."""
 
 
 def figure(chart: Any, caption: str, said: str, table: Table, height: int, note: str = "") -> str:
     """One figure.
 
     Args:
-        chart: of plotly.
+        chart: plotly's chart.
         caption: its title.
-        said: what the figure shows, also for readers who cannot see it.
+        said: a description, also for readers who cannot see the figure.
         table: its numbers.
         height: in pixels.
         note: more text.
@@ -52,7 +52,7 @@ def figure(chart: Any, caption: str, said: str, table: Table, height: int, note:
 
 
 def as_table(table: Table) -> str:
-    """A table that scrolls where the page is narrow; intervals stand small below their numbers."""
+    """A table that scrolls if the page is narrow; intervals are in small print below their numbers."""
     heads, body = table
     top = "".join(f'<th scope="col">{html.escape(str(head))}</th>' for head in heads)
     lines = []

@@ -1,4 +1,4 @@
-"""``report.html`` of a comparison: one file that needs no network; figures have a text and their numbers as a table."""
+"""``report.html`` of a comparison: one file that needs no network; figures have a text and a table of their numbers."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ addEventListener('afterprint', () => { closed.forEach(d => d.open = false); pain
 
 
 FEW = 12
-"""With at most this many scores (one per client and seed), or one seed, nothing is decided."""
+"""With at most this many scores (one per client and seed), or only one seed, the report warns against a choice."""
 
 
 class ReportError(RuntimeError):
-    """The library that draws is not installed."""
+    """The drawing library is not installed."""
 
 
 def as_html(found: Comparison, runs: Sequence[FinishedRun], title: str, failed: Mapping[str, str] | None = None) -> str:
@@ -76,9 +76,9 @@ def as_html(found: Comparison, runs: Sequence[FinishedRun], title: str, failed: 
 
     Args:
         found: the comparison.
-        runs: what it is of.
-        title: of the page.
-        failed: why runs failed, by their names.
+        runs: the compared runs.
+        title: the page's title.
+        failed: why runs failed, by run name.
 
     Raises:
         ReportError: plotly is not installed.

@@ -1,7 +1,8 @@
 """A whole federation in one process: Flower's Grid interface on one side, the real ClientApp on the other.
 
-No network, no process starts: the same messages, handlers, slots on disk and round loop as a deployment, so strategies
-can be tried in seconds. Each message is answered when it is pulled. The wire is not measured, since there is none.
+There is no network and no new process, but the messages, handlers, slots on disk and round loop are those of a
+deployment. So strategies can be tried in seconds. Each message is answered when it is pulled. There is no wire to
+measure.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from flwr.supercore.task_identity import TaskIdentity
 from client_app.guard.noise import keep_secret
 
 FIRST_NODE = 2
-"""Node 1 is the SuperLink: what it answers the ledger does not book as a client's."""
+"""Node 1 is the SuperLink; the ledger does not record its answers as a client's."""
 Tamper = Callable[[int, Message, Message | None], Message | None]
 
 
 class InProcessGrid(Grid):
-    """A grid whose nodes are calls of the ClientApp.
+    """A grid whose nodes are direct calls of the ClientApp.
 
     Args:
-        clients: how many nodes; they are numbered from ``FIRST_NODE``, and have the partitions from 0.
+        clients: number of nodes; node ids start at ``FIRST_NODE``, partitions at 0.
         state_dir: where clients keep their slots.
-        run_config: of the clients.
-        node_config: more of it for the client with an index.
+        run_config: the clients' run-config.
+        node_config: gives more node-config for the client with an index.
         tamper: may replace a reply, or drop it by returning None.
     """
 
@@ -48,15 +49,15 @@ class InProcessGrid(Grid):
         self.tamper = tamper
         self.queue: dict[str, Message] = {}
         self.count = 0
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # what Flower's process start sets
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1  # as Flower does at a process start
 
     def context(self, node_id: int) -> Context:
-        """What Flower would hand to a node's ClientApp."""
+        """The context that Flower would give to a node's ClientApp."""
         index = node_id - FIRST_NODE
         node: dict[str, Any] = {"partition-id": index, "num-partitions": self.clients, "state-dir": str(self.state_dir)}
-        node["client.accept-keys"] = "all"  # who starts this owns the clients, too
+        node["client.accept-keys"] = "all"  # the user who starts this also owns the clients
         node |= self.node_config(index)
-        # Nothing is hidden from whoever owns both sides, and a run gives the same numbers again.
+        # One user owns both sides, so nothing must be hidden, and a run gives the same numbers again.
         keep_secret(Path(str(node["state-dir"])), str(node.get("client-id", f"client-{index}")), b"in one process")
         return Context(
             run_id=1,
@@ -88,7 +89,7 @@ class InProcessGrid(Grid):
         return [NodeInfo(node_id=node_id) for node_id in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Number the messages, and keep them until their answers are asked for."""
+        """Number the messages, and keep them until their answers are pulled."""
         names = []
         for message in messages:
             self.count += 1
@@ -100,7 +101,7 @@ class InProcessGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Answer them now."""
+        """Answer these messages now."""
         replies = []
         for name in list(message_ids):
             message = self.queue.pop(name, None)
@@ -118,12 +119,12 @@ class InProcessGrid(Grid):
         return self.pull_messages(list(self.push_messages(messages)))
 
     def answer(self, message: Message) -> Message:
-        """What the node answers; an exception becomes an error reply, as in Flower's ClientApp process."""
+        """The node's answer; an exception becomes an error reply, as in Flower's ClientApp process."""
         from client_app.app import app
         from client_app.guard.disclosure import ClientError
 
         node_id = message.metadata.dst_node_id
         try:
             return app(message, self.context(node_id))
-        except ClientError as error:  # whose words are in the log, which is this terminal
+        except ClientError as error:  # its message is in the log, which is this terminal
             return Message(Error(code=2, reason=f"{type(error)}:<'{error}'>"), reply_to=message)

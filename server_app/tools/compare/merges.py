@@ -1,7 +1,7 @@
-"""Figures of what was merged: weights by round, Potara's endpoints, TAP's replacements, FedMosaic's relevance.
+"""Figures of merges: weights by round, Potara's endpoints, TAP's replacements, FedMosaic's relevance.
 
-They read the ``settled`` values in the round records of the first seed. Whatever maps clients to rows of numbers is
-drawn as a matrix; nothing here depends on a strategy's name.
+They read the ``settled`` values in the round records of the first seed. Every value that maps clients to rows of
+numbers is drawn as a matrix; nothing here depends on a strategy's name.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from strategies.framework import round_record
 
 MODELS = round_record.WEIGHTS
 MATRICES = (MODELS, round_record.RELATIONS, round_record.RELEVANCE)
-"""What ``settled`` calls rows of weights: of models at the server, or (the others) of clients."""
+"""Names of rows of weights in ``settled``: of the server's models, or (the others) of clients."""
 ENDPOINTS = ("local", "half", "federated")
-"""Labels of evaluations beside the personal model's, where a merge has two ends."""
+"""Labels of evaluations beside the personal model's, if a merge has two ends."""
 ENDS = ["federated", "local"]
 Matrix = dict[str, list[float]]
 """Rows by client."""
 
 
 def merges(runs: Sequence[FinishedRun], metric: str) -> list[str]:
-    """All of them, by strategy."""
+    """All figures of merges, by strategy."""
     first: dict[str, FinishedRun] = {}
     for run in runs:
         first.setdefault(run.strategy, run)
@@ -77,7 +77,7 @@ def _matrix(strategy: str, kind: str, shown: Sequence[tuple[int, Matrix]], run: 
 
 
 def matrix_of(rows: Any) -> Matrix:
-    """Rows of weights; of a strategy that records more for a client, its one weight and the rest."""
+    """Rows of weights; if a strategy records more for a client, the row is its one weight and the rest."""
     found: Matrix = {}
     for client, row in rows.items() if isinstance(rows, Mapping) else ():
         if isinstance(row, Mapping) and isinstance(row.get("weight"), int | float):
@@ -88,12 +88,12 @@ def matrix_of(rows: Any) -> Matrix:
 
 
 def _by_round(run: FinishedRun, key: str) -> list[tuple[int, Any]]:
-    """What a strategy recorded under this key, with the number of the round."""
+    """A strategy's records under this key, with the number of the round."""
     return [(r["round"], r["settled"][key]) for r in run.rounds if key in r.get("settled", {})]
 
 
 def _entropy(strategy: str, run: FinishedRun) -> list[str]:
-    """A figure of how close to uniform the relevance is."""
+    """A figure that shows how close to uniform the relevance is."""
     import plotly.graph_objects as go
 
     found = _by_round(run, round_record.ENTROPY)
@@ -166,7 +166,7 @@ def _endpoints(strategy: str, run: FinishedRun, metric: str) -> list[str]:
 
 
 def _search(strategy: str, run: FinishedRun) -> list[str]:
-    """Loss on held-out examples along the line between both ends."""
+    """A figure of the loss on held-out examples along the line between both ends."""
     import plotly.graph_objects as go
 
     shown = {
@@ -207,7 +207,7 @@ def _search(strategy: str, run: FinishedRun) -> list[str]:
 
 
 def _weights(run: FinishedRun) -> dict[str, float]:
-    """The last weight of each client, where there is one."""
+    """The last weight of each client that has one."""
     return {
         client: float(row["weight"])
         for r in run.rounds
@@ -217,7 +217,7 @@ def _weights(run: FinishedRun) -> dict[str, float]:
 
 
 def _replacements(strategy: str, run: FinishedRun) -> list[str]:
-    """How many clients' groups were replaced in each round, by task."""
+    """A figure of how many clients' groups were replaced in each round, by task."""
     import plotly.graph_objects as go
 
     found = _by_round(run, round_record.REPLACEMENTS)

@@ -27,7 +27,7 @@ from server_app.tools.compare.in_process_grid import InProcessGrid
 
 Config = Mapping[str, Any]
 Engine = Callable[[Config, int, Path, Callable[[], None]], None]
-"""``(run-config, clients, runs folder, call after every answer)``: carries out one run, or raises."""
+"""Carries out one run, or raises: ``(run-config, clients, runs folder, call after every answer)``."""
 Nodes = Mapping[str, Mapping[str, Any]]
 """Node-config by client id."""
 
@@ -42,11 +42,11 @@ class Watch(Protocol):
         """One of its clients has answered."""
 
     def ended(self, index: int, why: str) -> None:
-        """It has ended; ``why`` says why it failed, or is empty."""
+        """A run has ended; ``why`` says why it failed, or is empty."""
 
 
 class NotWorthError(RuntimeError):
-    """A run would give the same result as another one."""
+    """The result of a run would equal that of another one."""
 
 
 def require_worth(config: Config, runs: Path) -> None:
@@ -68,7 +68,7 @@ def in_process(
 ) -> None:
     """The engine without a network: the wire is not measured, everything else is the same.
 
-    ``nodes`` is more node-config for each client, by its id.
+    ``nodes`` has more node-config for each client, by client id.
     """
     from server_app.run.loop import run
 
@@ -85,7 +85,7 @@ def in_process(
 
 
 def one_by_one(configs: Sequence[Config], clients: int, runs: Path, watch: Watch, engine: Engine) -> None:
-    """Carry out runs in this process, in order; one that fails does not keep the others from being tried."""
+    """Carry out runs in this process, in order; if one fails, the others are still tried."""
     for index, config in enumerate(configs):
         watch.started(index)
         watch.ended(index, _attempt(engine, config, clients, runs, lambda index=index: watch.answered(index)))  # type: ignore[misc]
@@ -100,9 +100,9 @@ def side_by_side(
     nodes: Nodes | None = None,
     work: Callable[..., None] | None = None,
 ) -> None:
-    """Carry out runs in ``count`` processes, started in order; likewise. Leaving this ends the processes.
+    """The same in ``count`` processes, with runs started in order. The processes end with this function.
 
-    ``nodes`` are those of :func:`in_process`; ``work`` is what a worker does, by default that, run by run.
+    ``nodes`` is as for :func:`in_process`; ``work`` is a worker's function, by default one that calls it for each run.
     """
     waiting = list(enumerate(configs))[::-1]
     busy: dict[Connection, tuple[int, SpawnProcess]] = {}
@@ -134,22 +134,22 @@ def side_by_side(
                     watch.ended(index, why)
     finally:
         for process in started:
-            process.kill()  # what it was at is begun anew the next time
+            process.kill()  # its run begins anew the next time
             process.join()
 
 
 def _start(work: Callable[..., None], clients: int, runs: Path, nodes: Nodes | None) -> tuple[Connection, SpawnProcess]:
-    # spawn: torch and gRPC have threads, which a fork would lose.
+    # spawn, because torch and gRPC have threads, which a fork would lose.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, clients, runs, nodes), daemon=True)
     process.start()
-    theirs.close()  # or its end would not be seen
+    theirs.close()  # otherwise the worker's end would not be noticed
     return ours, process
 
 
 def _work(connection: Connection, clients: int, runs: Path, nodes: Nodes | None) -> None:
-    """A worker's life."""
+    """A worker's main function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent as well, which ends this process
     errors_once(logging.getLogger("flwr"))
     import torch
@@ -167,7 +167,7 @@ def _work(connection: Connection, clients: int, runs: Path, nodes: Nodes | None)
 
 
 class _Once(logging.Filter):
-    """Each error in one line, without its traceback, and only the first time that it is said."""
+    """Lets each error through in one line, without its traceback, and only the first time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class _Once(logging.Filter):
 
 
 def errors_once(logger: logging.Logger) -> logging.Filter:
-    """Let a logger say errors only, each in one line and once: all clients of all runs may have the same."""
+    """Make a logger print errors only, each in one line and once: all clients of all runs may have the same."""
     once = _Once()
     logger.setLevel(logging.ERROR)
     logger.addFilter(once)

@@ -22,11 +22,11 @@ class Job(Protocol):
 
     @property
     def strategy(self) -> str:
-        """Its name."""
+        """The strategy's name."""
 
     @property
     def seed(self) -> int:
-        """Of the run."""
+        """The run's seed."""
 
     @property
     def name(self) -> str:
@@ -34,11 +34,11 @@ class Job(Protocol):
 
 
 class HopelessError(RuntimeError):
-    """The first run has failed at every client for one reason, so the others would fail, too."""
+    """In the first run, every client failed for the same reason, so the other runs would fail, too."""
 
 
 class Progress:
-    """Live progress: in a terminal a bar for all runs and one for each that is going on; a line as each ends."""
+    """Live progress: in a terminal, a bar for all runs and one for each running one; and a line when a run ends."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class Progress:
         self.bars.advance(self.tasks[index][0])
 
     def ended(self, index: int, why: str) -> None:
-        """It has ended; ``why`` it failed, or empty.
+        """A run has ended; ``why`` says why it failed, or is empty.
 
         Raises:
-            HopelessError: no other run is worth a try.
+            HopelessError: no other run is worth trying.
         """
         job, (task, started) = self.missing[index], self.tasks.pop(index)
         skipped = why.startswith(f"{NotWorthError.__name__}: ")

@@ -26,10 +26,10 @@ class FinishedRun:
     Args:
         strategy: its name.
         seed: its seed.
-        rows: a row for each client and round, and the delivery.
+        rows: a row for each client and round, and for the delivery.
         rounds: its records, as in ``rounds.jsonl``.
-        kinds: bytes of all clients by direction and kind, at the lowest level that was measured: they add up to it.
-        unexplained: the share of the wire's bytes that nothing explains; None where the wire was not measured.
+        kinds: bytes of all clients by direction and kind; they add up to the lowest level that was measured.
+        unexplained: the unexplained share of the wire's bytes; None if the wire was not measured.
     """
 
     strategy: str
@@ -54,14 +54,14 @@ def read_run(strategy: str, seed: int, run: Path) -> FinishedRun:
 
 
 def remarks(runs: Sequence[FinishedRun], failed: Mapping[str, str]) -> list[str]:
-    """Remarks on single runs: which were interrupted, and which failed (by name) and why."""
+    """Remarks on single runs: those that were interrupted, and those that failed (by name) and why."""
     resumed = [f"{r.strategy} (seed {r.seed})" for r in runs if any(c["phase"] == "resumed" for c in r.rounds)]
     said = [f"Interrupted and resumed, so that some bytes were sent twice: {', '.join(resumed)}."] if resumed else []
     return said + [f"Failed: {name}: {why}" for name, why in failed.items()]
 
 
 def kinds_of(accounts: Accounts) -> dict[str, dict[str, int]]:
-    """The wire's reconciliation; without a wire, what Flower serialised: tensors, sketches and what is around them."""
+    """The wire's reconciliation; without a wire, Flower's serialised bytes: tensors, sketches, the rest."""
     found = accounts.reconciliation()
     for direction in DIRECTIONS:
         if found[direction]:
@@ -91,13 +91,13 @@ def as_csv(rows: Sequence[Observation]) -> str:
 
 
 def _rows(strategy: str, seed: int, rounds: Sequence[Mapping[str, Any]], accounts: Accounts) -> Iterator[Observation]:
-    """Registration, rounds as the clients evaluated what they were sent, the delivery, and the last counters."""
+    """Rows of the registration, the rounds (with evaluations of the received models), delivery and last counters."""
     counted = defaultdict[tuple[int, str], dict[str, int | None]](dict)
     for item in accounts.rows():
         counted[item.round, item.client] |= {f"{item.direction}_{level}": getattr(item, level) for level in LEVELS}
     networked = any(accounts.reconciliation().values())
     for record in rounds:
-        if record["phase"] == "register" and record["round"] > 0:  # by a resumed run, again
+        if record["phase"] == "register" and record["round"] > 0:  # repeated by a resumed run
             continue
         for client, answer in record.get("clients", {}).items():
             # In one process a client's answer also waits for the clients before it; its own time does not.

@@ -11,15 +11,15 @@ from server_app.tools.compare.figures import COLOURS, DASHES, OUTLINED, ROLES, T
 from server_app.tools.compare.statistics import COSTS, Comparison, Line, Observation, Scores, gains_over
 
 SHOWN = 6
-"""This many of the best strategies show their curve at first; the others' appear by a click on their names."""
+"""This many of the best strategies show their curves at first; the others appear after a click on their names."""
 PLACES = ("top center", "bottom center", "middle right", "middle left")
-"""Of a label at its point, the best first."""
+"""Places of a label at its point, the best first."""
 LABELLED = 12
-"""Up to this many points, every point has its name."""
+"""With at most this many points, every point has a label."""
 
 
 def means(found: Comparison) -> str:
-    """Mean and worst decile with intervals."""
+    """A figure of the mean and the worst decile, with intervals."""
     import plotly.graph_objects as go
 
     lines = found.ranked()
@@ -65,7 +65,7 @@ def costs(found: Comparison) -> list[str]:
 
 
 def by_encoding(found: Comparison) -> list[str]:
-    """The metric against bytes, a line for each strategy through its encodings; nothing where none were compared."""
+    """The metric against bytes, a line through the encodings of each strategy; nothing if none were compared."""
     import plotly.graph_objects as go
 
     cost = COSTS["bytes"]
@@ -107,7 +107,7 @@ def by_encoding(found: Comparison) -> list[str]:
 
 
 def curves(found: Comparison, rows: Sequence[Observation]) -> str:
-    """Mean of the clients' models after every round."""
+    """A figure of the mean over the clients' models after every round."""
     import plotly.graph_objects as go
 
     chart, body = go.Figure(), []
@@ -121,7 +121,7 @@ def curves(found: Comparison, rows: Sequence[Observation]) -> str:
         scores = [sum(by_round[r]) / len(by_round[r]) for r in rounds]
         plain += not line.role
         chart.add_scatter(
-            # The model that a round begins with: the last point is what is delivered.
+            # These are the models that rounds begin with; the last point is the delivered one.
             x=[r - 1 for r in rounds],
             y=scores,
             mode="lines+markers",
@@ -200,13 +200,13 @@ def _map(found: Comparison, reference: str) -> str:
 
 
 def _natural(client: str) -> tuple[str, int]:
-    """client-10 after client-9."""
+    """A sort key that puts client-10 after client-9."""
     name = client.rstrip("0123456789")
     return name, int(client[len(name) :] or -1)
 
 
 def _places(points: Sequence[tuple[str, float, float]]) -> dict[str, str]:
-    """Where the label of each point (name, cost, metric) goes: no two that are close on the same side."""
+    """The place of each point's label (name, cost, metric), so that close points have theirs on different sides."""
     if not points:
         return {}
     smallest = min((x for _, x, _ in points if x > 0), default=1.0)
@@ -251,7 +251,7 @@ def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]
         [line.strategy, f"{cost(line):.3f}", f"{line.mean.value:.3f}", "yes" if line in front else ""] for line in lines
     ]
     said = (
-        f"Mean {found.metric} against {what}, a point for each strategy. The line is the Pareto front: those that "
+        f"Mean {found.metric} against {what}, a point for each strategy. The line is the Pareto front: strategies that "
         f"no other one beats at the same or lower cost: {', '.join(line.strategy for line in front)}."
     )
     table: Table = (["strategy", axis, f"mean {found.metric}", "on the front"], body)

@@ -14,18 +14,18 @@ from rich.table import Table
 
 RESAMPLES = 10_000
 METRICS = {"accuracy": 1, "exact_match": 1, "score": 1, "loss": -1}
-"""Metrics in order of preference: the first one that all final models have is compared. 1: more is better. For
-``score`` see :func:`with_score`."""
+"""Metrics in order of preference: the first one that all final models have is compared; 1 means more is better. For
+``score``, see :func:`with_score`."""
 WORK = ("train", "deliver")
 """Phases of a run in which clients work; registration and the last look at counters cost bytes, too."""
 Scores = dict[tuple[int, str], float]
-"""By seed and client."""
+"""Scores by seed and client."""
 Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one client did in one round of one run; ``metrics`` are those of its personal model."""
+    """One client's results in one round of one run; ``metrics`` are those of its personal model."""
 
     strategy: str
     seed: int
@@ -41,7 +41,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % bootstrap interval, as :func:`interval` finds it."""
+    """A number with its 95 % bootstrap interval, from :func:`interval`."""
 
     value: float
     low: float
@@ -60,11 +60,11 @@ class Paired:
 
 @dataclass(frozen=True)
 class Line:
-    """One strategy: final scores, and what they cost (sums over clients; bytes: means over seeds, seconds: medians).
+    """One strategy: final scores and costs (sums over clients; bytes: means over seeds, seconds: medians).
 
     ``role`` is ``reference``, ``control`` or empty. ``beyond`` are the differences to the control with the best mean;
-    None for references and controls. ``seeds`` is how many the comparison has, ``learns_from`` the splits of a client's
-    data that its model depends on, empty where that is not known.
+    None for references and controls. ``seeds`` is the number of seeds in the comparison, ``learns_from`` the splits of
+    a client's data that its model depends on, empty if not known.
     """
 
     strategy: str
@@ -86,7 +86,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """Its name with its role, and the number of seeds if some are missing."""
+        """The strategy's name with its role, and the number of seeds if some are missing."""
         some = f"{self.seeds - self.unserved} of {self.seeds} seeds" if self.unserved else ""
         said = "; ".join(part for part in (self.role, some) if part)
         return f"{self.strategy} ({said})" if said else self.strategy
@@ -101,7 +101,7 @@ COSTS: Mapping[str, Callable[[Line], float]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """All strategies by one metric; ``best_control`` is the control that merging has to beat, empty without one."""
+    """All strategies by one metric; ``best_control`` is the control that merging must beat, empty without one."""
 
     metric: str
     level: str
@@ -122,7 +122,7 @@ class Comparison:
     def cheapest(self, cost: Callable[[Line], float]) -> list[Line]:
         """The Pareto front, cheapest first: strategies that no other one beats at the same or lower cost."""
         front: list[Line] = []
-        for line in sorted(self.ranked(), key=cost):  # of equal cost, the best first
+        for line in sorted(self.ranked(), key=cost):  # at equal cost, the best first
             score = self.sign * line.mean.value
             if not math.isnan(score) and (not front or score > self.sign * front[-1].mean.value):
                 front.append(line)
@@ -138,7 +138,7 @@ def comparison_of(
 ) -> Comparison:
     """Compare final models, in the order of ``strategies``; ``learns_from`` has the splits that each depends on.
 
-    Bytes are those of the lowest level that was measured in every run: the wire, else serialised messages.
+    Bytes are counted at the lowest level that was measured in every run: the wire, else serialised messages.
     """
     final = [row for row in rows if row.phase == "deliver" and row.status == "ok"]
     metric = next((name for name in METRICS if all(name in row.metrics for row in final)), "loss")
@@ -180,7 +180,7 @@ def comparison_of(
 
 
 def with_score(metrics: Mapping[str, float]) -> dict[str, float]:
-    """With ``score``, the mean over tasks (``task/metric``) of accuracy, or of exact match for texts, if there are."""
+    """The metrics with ``score``: the mean over tasks (``task/metric``) of accuracy, or of exact match for texts."""
     tasks = sorted({task for task, slash, _ in (name.partition("/") for name in metrics) if slash})
     found = [metrics.get(f"{task}/accuracy", metrics.get(f"{task}/exact_match")) for task in tasks]
     known = [value for value in found if value is not None]
@@ -190,13 +190,13 @@ def with_score(metrics: Mapping[str, float]) -> dict[str, float]:
 def interval(scores: Scores, statistic: Callable[[Numbers, Numbers], Numbers] | None = None) -> Interval:
     """A statistic (the mean) of scores with its percentile bootstrap interval; NaN without scores.
 
-    Seeds are drawn with replacement, and clients, and a score counts as often as its seed was drawn times as often as
-    its client was (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007): what the scores of one client
-    have in common in all seeds, or those of one seed, is no independent evidence.
+    Seeds and clients are each drawn with replacement, and a score's weight is how often its seed was drawn times how
+    often its client was (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007): the scores of one client
+    over all seeds, or of one seed over all clients, are not independent evidence.
 
     Args:
-        scores: by seed and client; some may be missing.
-        statistic: of the scores and their weights (resamples x scores); a number for each resample.
+        scores: scores by seed and client; some may be missing.
+        statistic: makes a number for each resample from the scores and their weights (resamples x scores).
     """
     if not scores:
         return Interval(math.nan, math.nan, math.nan)
@@ -206,7 +206,7 @@ def interval(scores: Scores, statistic: Callable[[Numbers, Numbers], Numbers] | 
     for kept in zip(*scores, strict=True):  # the seeds of the scores, then their clients
         names, places = np.unique(np.asarray(kept), return_inverse=True)
         weights *= generator.multinomial(len(names), [1 / len(names)] * len(names), RESAMPLES)[:, places]
-    weights = weights[weights.any(axis=1)]  # where scores are missing a resample may be without any
+    weights = weights[weights.any(axis=1)]  # if scores are missing, a resample may have none
     low, high = np.percentile(take(values, weights), [2.5, 97.5])
     return Interval(float(take(values, np.ones((1, len(scores))))[0]), float(low), float(high))
 
@@ -214,7 +214,7 @@ def interval(scores: Scores, statistic: Callable[[Numbers, Numbers], Numbers] | 
 def worst_decile(scores: Scores, sign: int = 1) -> Interval:
     """The mean of the worst tenth of all clients and seeds, rounded up; ``sign`` -1: high is bad.
 
-    Of one or two scores, which resamples can hardly change, there is no interval.
+    One or two scores have no interval, because resamples can hardly change them.
     """
 
     def take(values: Numbers, weights: Numbers) -> Numbers:
@@ -234,7 +234,7 @@ def gains_over(scores: Scores, reference: Scores, sign: int = 1) -> Scores:
 
 
 def paired(scores: Scores, reference: Scores, sign: int = 1) -> Paired:
-    """What :func:`gains_over` finds, in numbers."""
+    """Summary numbers of :func:`gains_over`."""
     gains = gains_over(scores, reference, sign)
     better, worse = (sum(side * gain > 0 for gain in gains.values()) for side in (1, -1))
     return Paired(interval(gains), better, worse, len(gains) - better - worse)
@@ -249,7 +249,7 @@ def as_markdown(found: Comparison, title: str, remarks: Sequence[str] = ()) -> s
 
 
 def terminal_table(found: Comparison) -> Table:
-    """The table's essence, in 80 columns."""
+    """The most important columns of the table, in 80 characters."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     references = list(found.lines[0].against) if found.lines else []
     heads = [found.metric, "worst", *(f"vs {name}" for name in references), "vs control"]
@@ -289,10 +289,10 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def explanation(found: Comparison, brief: bool = False) -> list[str]:
-    """What the table's numbers are, a line for each; ``brief``: of a table without intervals."""
+    """Explains the table's numbers, a line for each; ``brief``: for a table without intervals."""
     which = " (less is better)" if found.sign < 0 else ""
     if found.metric == "score":
-        which = " (mean over a client's tasks of accuracy, or of exact match where texts are written)"
+        which = " (mean over a client's tasks of accuracy, or of exact match if texts are written)"
     wired = found.level == "wire"
     total = max((len(line.scores) for line in found.lines), default=0)
     count = math.ceil(total / 10)
@@ -332,7 +332,7 @@ def _shown(found: Interval) -> str:
 
 
 def difference(found: Paired) -> str:
-    """Mean, interval, and how many are better and worse."""
+    """Mean, interval, and numbers of better and worse pairs."""
     mean = found.mean
     if math.isnan(mean.value):
         return "-"

@@ -1,6 +1,6 @@
-"""The model card of an export, in the form of the Hugging Face hub: what it is, what it was made from, how to load it.
+"""The model card of an export, in the form of the Hugging Face hub: what it is, how it was made, how to load it.
 
-It tells the number and kind of the client's examples, but nothing of their content.
+It has the number and kind of the client's examples, but nothing of their content.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LOADING = {
 
 
 def write_card(personal: Personal, folder: Path, what: str, kind: str, **more: object) -> None:
-    """``README.md`` and ``metrics.json``.
+    """Write ``README.md`` and ``metrics.json``.
 
     Args:
         personal: the client's model.
-        folder: of the export.
-        what: what the export is, in words.
+        folder: the export's folder.
+        what: the kind of export, in words.
         kind: a key of :data:`LOADING`.
         more: values for the line that loads it.
     """

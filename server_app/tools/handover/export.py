@@ -38,7 +38,8 @@ def export_adapter(
         say: called with what a user should know about the result.
 
     Raises:
-        ExportError: no such run or client, no personal model yet, not in this form, or the destination is not empty.
+        ExportError: there is no such run or client, or no personal model yet; the model does not fit this form; or the
+            destination is not empty.
     """
     personal = find(run, client_id)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -60,10 +61,10 @@ def export_adapter(
 
 
 def export_all(run: Path, destination: Path, form: str = "peft", say: Say = lambda text: None) -> list[Path]:
-    """Every client's model on this machine, each in a folder of its name; all of them or none.
+    """Write the models of all clients on this machine, each to a folder with the client's name; all of them or none.
 
     Raises:
-        ExportError: as :func:`export_adapter`, for any of them.
+        ExportError: as for :func:`export_adapter`, for any of them.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ExportError(f"{destination} exists and is not an empty folder")
@@ -96,7 +97,7 @@ def export_all(run: Path, destination: Path, form: str = "peft", say: Say = lamb
 
 
 def _peft(personal: Personal, folder: Path, say: Say) -> None:
-    """What ``PeftModel.from_pretrained`` loads; where it :func:`is_in_parts`, each folder in it."""
+    """A folder for ``PeftModel.from_pretrained``; if the model :func:`is_in_parts`, each folder in it is one."""
     if is_in_parts(personal.folder):
         shutil.copytree(personal.folder, folder, dirs_exist_ok=True)
         say(
@@ -141,7 +142,7 @@ def _merge(personal: Personal, folder: Path, say: Say) -> None:
 
     require_one(personal, "merged")
     if personal.task not in KINDS:
-        raise ExportError("this model cannot be merged: its client has not one known task")
+        raise ExportError("this model cannot be merged: its client does not have exactly one known task")
     transformers: Any = importlib.import_module("transformers")
     kind = KINDS[personal.task]
     auto = getattr(transformers, kind.auto_model)
@@ -164,14 +165,14 @@ def _vllm(personal: Personal, folder: Path, say: Say) -> None:
 
 
 def _gguf(personal: Personal, folder: Path, say: Say) -> None:
-    """One file for llama.cpp, by its own converter."""
+    """One file for llama.cpp, made by its own converter."""
     require_one(personal, "gguf")
     write_gguf(lambda merged: _merge(personal, merged, say), folder)
     write_card(personal, folder, "model for llama.cpp", "gguf")
 
 
 def _hub(personal: Personal, folder: Path, say: Say) -> None:
-    """A folder to upload: as ``peft``, without a path of this machine in it."""
+    """A folder to upload: like ``peft``, but without paths of this machine."""
     require_one(personal, "hub")
     _peft(personal, folder, say)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -179,8 +180,8 @@ def _hub(personal: Personal, folder: Path, say: Say) -> None:
         config["base_model_name_or_path"] = base_name(personal)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         say(
-            f"its base model is a folder of this machine, here named {base_name(personal)!r}: write the name that it "
-            "has on the hub into adapter_config.json and README.md before you upload"
+            f"its base model is a folder on this machine, here named {base_name(personal)!r}: write its hub name "
+            "into adapter_config.json and README.md before you upload"
         )
     say(f"nothing was uploaded: hf upload NAMESPACE/NAME {folder.name.removeprefix('.').rsplit('-', 1)[0]}")
 
@@ -207,7 +208,7 @@ def _labels_in(personal: Personal) -> int:
 
 
 def _tokenizer(personal: Personal, folder: Path, say: Say) -> None:
-    """The base model's tokenizer and processors, as their own library writes them."""
+    """Write the base model's tokenizer and processors in their own library's form."""
     from client_app.kinds import KINDS
 
     kind = KINDS.get(personal.task)

@@ -1,4 +1,4 @@
-"""A client's personal model on its disk, as an export finds it."""
+"""A client's personal model on its disk, for exports."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class ExportError(ToolError):
-    """There is nothing to export, or the destination exists; the message names what there is."""
+    """There is nothing to export, or the destination exists; the message names what exists."""
 
 
 @dataclass(frozen=True)
 class Personal:
-    """A client's personal model: its PEFT directory, and what its client wrote about it."""
+    """A client's personal model: its PEFT directory, and the client's notes about it."""
 
     folder: Path
     about: Mapping[str, Any]
@@ -32,7 +32,7 @@ class Personal:
 
     @property
     def task(self) -> str:
-        """The kind of its task; empty where it has several, or is older than ``about.json``."""
+        """The kind of its task; empty if it has several, or is older than ``about.json``."""
         kinds = set(self.about.get("tasks", {}).values())
         return str(kinds.pop()) if len(kinds) == 1 else ""
 
@@ -63,7 +63,8 @@ class Personal:
 def is_in_parts(folder: Path) -> bool:
     """Whether a personal model could not become one adapter, because its coefficients depend on the input.
 
-    It is then a PEFT directory per slot, ``gates.safetensors``, and ``mixture.json``, which says how they add up.
+    It then consists of a PEFT directory per slot, ``gates.safetensors``, and ``mixture.json``, which says how they add
+    up.
     """
     return (folder / MIXTURE_FILE).is_file()
 
@@ -78,7 +79,7 @@ def require_one(personal: Personal, form: str) -> None:
         parts = sorted(path.name for path in personal.folder.iterdir() if path.is_dir())
         raise ExportError(
             f"client {personal.about.get('client', '?')!r} cannot be exported as {form}: its model adds up "
-            f"{', '.join(parts)} with coefficients that depend on the input, which {form} has no place for; "
+            f"{', '.join(parts)} with coefficients that depend on the input, which {form} cannot hold; "
             "--as peft writes the parts"
         )
 
@@ -102,7 +103,7 @@ def find(run: Path, client_id: str) -> Personal:
     """One client's model.
 
     Raises:
-        ExportError: no such run or client, or no personal model yet.
+        ExportError: there is no such run or client, or no personal model yet.
     """
     known = clients_of(run)
     if client_id not in known:

@@ -17,7 +17,7 @@ from server_app.tools.handover.personal import FILES, ExportError, Personal, req
 
 CONVERTER = "convert_hf_to_gguf.py"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``vllm serve --max-lora-rank`` takes."""
+"""Values that ``vllm serve --max-lora-rank`` accepts."""
 
 
 def folded(state: Mapping[str, Tensor], scalings: Mapping[str, float], rank: int) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def folded(state: Mapping[str, Tensor], scalings: Mapping[str, float], rank: int
 
     Args:
         state: ``...<module>.lora_A.weight`` ``[r_m, d_in]`` and ``...<module>.lora_B.weight`` ``[d_out, r_m]``.
-        scalings: by module name as in the keys, without ``.lora_A.weight``.
+        scalings: scalings by module name as in the keys, without ``.lora_A.weight``.
         rank: at least every r_m.
     """
     found: dict[str, Tensor] = {}
@@ -43,10 +43,10 @@ def folded(state: Mapping[str, Tensor], scalings: Mapping[str, float], rank: int
 
 
 def write_vllm(personal: Personal, folder: Path) -> int:
-    """A PEFT directory that vLLM loads: alpha folded into B, one rank everywhere, no patterns; the rank.
+    """Write a PEFT directory that vLLM loads (alpha folded into B, one rank, no patterns); returns the rank.
 
     Raises:
-        ExportError: it has heads or biases, which vLLM's adapters have no place for; or it is in parts.
+        ExportError: it has heads or biases, which vLLM's adapters cannot hold; or it is in parts.
     """
     import json
 
@@ -59,8 +59,8 @@ def write_vllm(personal: Personal, folder: Path) -> int:
     beside = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if beside:
         raise ExportError(
-            f"client {personal.about.get('client', '?')!r} cannot be exported as vllm: it has {beside[0]!r}, and an "
-            "adapter of vLLM has no heads and no biases; --as merged writes a whole model, which vLLM serves by itself"
+            f"client {personal.about.get('client', '?')!r} cannot be exported as vllm: it has {beside[0]!r}, and "
+            "vLLM's adapters have no heads and no biases; --as merged writes a whole model, which vLLM serves by itself"
         )
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
     ranks, scalings = {}, {}
@@ -80,7 +80,7 @@ def write_vllm(personal: Personal, folder: Path) -> int:
 
 
 def max_lora_rank(rank: int) -> int:
-    """What ``--max-lora-rank`` must be for adapters of a rank.
+    """The ``--max-lora-rank`` for adapters of a rank.
 
     Raises:
         ExportError: vLLM has no such ranks.
@@ -91,7 +91,7 @@ def max_lora_rank(rank: int) -> int:
 
 
 def converter() -> list[str]:
-    """The command that starts llama.cpp's converter: that of ``$LLAMA_CPP``, or of ``PATH``.
+    """The command that starts llama.cpp's converter, from ``$LLAMA_CPP`` or ``PATH``.
 
     Raises:
         ExportError: it is not installed.
@@ -110,11 +110,11 @@ def converter() -> list[str]:
 
 
 def write_gguf(merge: Callable[[Path], Any], folder: Path) -> None:
-    """``model.gguf`` of a merged model, in float32 as it was merged; llama.cpp's own programs make smaller ones.
+    """Write ``model.gguf`` of a merged model, in float32 like the merge; llama.cpp's own programs make smaller files.
 
     Args:
         merge: writes the merged model to a folder.
-        folder: of the export.
+        folder: the export's folder.
 
     Raises:
         ExportError: there is no converter, or it failed.

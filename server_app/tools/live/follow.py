@@ -44,7 +44,7 @@ class Follower:
             self._live.stop()
 
     def resume(self) -> None:
-        """Draw again."""
+        """Take the terminal again."""
         if self._live is not None:
             self._live.start()
 
@@ -67,7 +67,7 @@ class Follower:
 
 
 def verdict(state: RunState) -> tuple[bool, str]:
-    """Whether a run that has ended succeeded, and what to say of it."""
+    """Whether a run that has ended succeeded, and a message about it."""
     if state.state == FINISHED:
         return True, f"finished: {scores(state.summary)}"
     if state.state == STOPPED:
@@ -78,7 +78,7 @@ def verdict(state: RunState) -> tuple[bool, str]:
 def watch(
     path: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(LOOK_SECONDS)
 ) -> tuple[bool, str]:
-    """Follow a run until it ends; :func:`verdict`.
+    """Follow a run until it ends; returns its :func:`verdict`.
 
     Raises:
         RunDirectoryError: there is no run.

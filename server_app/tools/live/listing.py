@@ -17,15 +17,15 @@ def runs_in(folder: Path) -> Iterator[RunState]:
     """The runs of a folder, oldest first; other files are skipped.
 
     Raises:
-        RunDirectoryError: the folder is not there.
+        RunDirectoryError: there is no such folder.
     """
     if not folder.is_dir():
-        raise RunDirectoryError(f"{folder} is no folder, expected one with runs in it (runs-dir)")
+        raise RunDirectoryError(f"{folder} is not a folder, expected one with runs in it (runs-dir)")
     found = [path.parent for path in folder.glob("*/config.toml")]
     for path in sorted(found, key=lambda run: ((run / "config.toml").stat().st_mtime, run.name)):
         try:
             yield read_state(path, details=False)
-        except RunDirectoryError:  # a configuration that nobody can read
+        except RunDirectoryError:  # its configuration cannot be read
             continue
 
 

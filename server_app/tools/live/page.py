@@ -23,7 +23,7 @@ LATE = ("late", "left", "absent", "failed", "rejected", "rested")
 
 
 def write_csv(run: Path, destination: Path) -> None:
-    """A line for each client, round and phase: status, seconds, metrics, bytes.
+    """Write a line for each client, round and phase: status, seconds, metrics, bytes.
 
     Raises:
         RunDirectoryError: there is no run.
@@ -36,7 +36,7 @@ def write_csv(run: Path, destination: Path) -> None:
 
 
 def write_page(run: Path, destination: Path) -> None:
-    """The page.
+    """Write the page.
 
     Raises:
         RunDirectoryError: there is no run.
@@ -47,7 +47,7 @@ def write_page(run: Path, destination: Path) -> None:
 
 
 def as_page(state: RunState) -> str:
-    """How a run went: its clients, learning curves, who was late, bytes, and what took the time.
+    """A page about a run: its clients, learning curves, late clients, bytes, and times.
 
     Raises:
         ReportError: plotly is not installed.
@@ -77,7 +77,7 @@ def as_page(state: RunState) -> str:
 
 
 def clients(state: RunState) -> Table:
-    """Each client's last metrics on its own examples, what it was given and why."""
+    """Each client's last metrics on its own examples, the model that it was given, and why."""
     last: dict[str, Mapping[str, Any]] = {}
     examples: dict[str, Any] = {}
     for record in state.records:
@@ -101,7 +101,7 @@ def _adopted(client: Mapping[str, Any]) -> dict[str, str]:
 
 
 def curves(records: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """A client's model as each round began, and the delivered one; empty where no client has the metric."""
+    """Each client's model at the start of each round, and the delivered one; empty if no client has the metric."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for record in records:
         if record["phase"] in ("train", "deliver"):
@@ -160,7 +160,7 @@ def _weights(found: Any) -> str:
 
 
 def outcomes(records: Sequence[Mapping[str, Any]]) -> Table:
-    """How often each client did not answer, and how; only who missed something."""
+    """How often each client did not answer, and why; only clients that missed something."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         for name, client in record["clients"].items() if record["phase"] in ("train", "deliver") else ():
@@ -171,7 +171,7 @@ def outcomes(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def sizes(state: RunState) -> Table:
-    """Where the run's bytes went, both ways; of all clients."""
+    """Where the bytes of all clients went, in both directions."""
     try:
         with Ledger(state.path / "ledger.sqlite", read_only=True) as ledger:
             found = kinds_of(ledger.accounts())
@@ -184,7 +184,7 @@ def sizes(state: RunState) -> Table:
 
 
 def seconds(records: Sequence[Mapping[str, Any]]) -> Table:
-    """What each phase took, whom it waited for longest, and what that client did."""
+    """Each phase's time, its slowest client, and what that client did."""
     body = []
     for record in records:
         answered = {name: client for name, client in record["clients"].items() if client.get("seconds") is not None}

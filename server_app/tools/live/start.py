@@ -22,8 +22,8 @@ from server_app.tools.live.state import FINISHED
 class Order:
     """What to run, and where.
 
-    ``runs`` is the folder of runs as this machine sees it, None where it does not. ``clients`` has node-config by
-    client id of those whose files are on this machine: they are tried first.
+    ``runs`` is the folder of runs as this machine sees it, None if it does not. ``clients`` has node-config by client
+    id for the clients with files on this machine, which are tried first.
     """
 
     config: Mapping[str, Any]
@@ -33,7 +33,7 @@ class Order:
 
 
 def completed(order: Order) -> Order:
-    """The order with a name for the run, and the folder that it is written to."""
+    """The order with the run's name and folder filled in."""
     config = dict(order.config)
     if "resume" not in config:
         name = plain_run_name(config)
@@ -46,14 +46,14 @@ def completed(order: Order) -> Order:
 
 
 def run_path(order: Order) -> Path | None:
-    """The run's folder, where this machine has it."""
+    """The run's folder, if this machine has it."""
     if order.config.get("resume"):
         return Path(order.config["resume"]).expanduser()
     return order.runs / str(order.config["run-name"]) if order.runs is not None else None
 
 
 def checked(order: Order, console: Console) -> Iterator[str]:
-    """Everything that is wrong, line by line: run-config, the run's name, each client's files, model and one batch.
+    """Yield everything that is wrong: with run-config, the run's name, each client's files, model, and one batch.
 
     Raises:
         ClusterError: the SuperLink cannot be reached.
@@ -89,7 +89,7 @@ def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool
     Args:
         order: see :func:`completed`.
         console: where it is shown.
-        stops: asked at Ctrl-C: whether the run is to be stopped.
+        stops: says at Ctrl-C whether the run should be stopped.
 
     Raises:
         ClusterError: Flower refused the run, or the SuperLink is gone.

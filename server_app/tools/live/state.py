@@ -1,4 +1,4 @@
-"""A run's state, read from its folder alone: finished, running or stopped; progress, bytes, expected end."""
+"""A run's state, read only from its folder: finished, running or stopped; progress, bytes, expected end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STALE_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class ClientState:
-    """One client in the present phase; ``asked`` until it has answered. Loss and steps where they are known here."""
+    """One client in the present phase; ``asked`` until it has answered. Loss and steps only if they are known here."""
 
     name: str
     status: str
@@ -41,8 +41,8 @@ class ClientState:
 class RunState:
     """A run at one moment.
 
-    ``state`` is one of the constants above; ``phase`` and ``round`` say where it is, of ``rounds``; ``why`` is the
-    reason of one that stopped; ``left`` the seconds until its expected end, None where nothing is known.
+    ``state`` is one of the constants above; ``phase`` and ``round`` (of ``rounds``) say where it is; ``why`` is the
+    reason if it stopped; ``left`` the seconds until its expected end, None if not known.
     """
 
     path: Path
@@ -65,11 +65,11 @@ class RunState:
 
 
 def read_state(path: Path, *, details: bool = True) -> RunState:
-    """How the run in a folder stands.
+    """The state of the run in a folder.
 
     Args:
         path: the run's folder.
-        details: clients and bytes, too.
+        details: whether to read clients and bytes, too.
 
     Raises:
         RunDirectoryError: there is no run.
@@ -103,7 +103,7 @@ def read_state(path: Path, *, details: bool = True) -> RunState:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file that may not be there, or be half of one; empty then."""
+    """The JSON object in a file; empty if the file is missing or incomplete."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -120,7 +120,7 @@ def _state_of(path: Path, summary: Mapping[str, Any], last: Mapping[str, Any]) -
 
 
 def is_carried_out(path: Path) -> bool:
-    """Whether a process of this machine holds the run's lock."""
+    """Whether a process on this machine holds the run's lock."""
     if not (path / ".lock").exists():
         return False
     try:
@@ -128,7 +128,7 @@ def is_carried_out(path: Path) -> bool:
             return False
     except BlockingIOError:
         return True
-    except OSError:  # not ours to open
+    except OSError:  # this user may not open it
         return (path / NAME).exists()
 
 
@@ -138,7 +138,7 @@ def _seconds(records: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> fl
 
 
 def _left(records: Sequence[Mapping[str, Any]], now: Mapping[str, Any], rounds: int) -> float | None:
-    """Rounds last as long as the median of those that are done; the delivery as long as one."""
+    """Seconds left, if each further round takes the median time of those done, and the delivery as long as a round."""
     done = [float(record["seconds"]) for record in records if record["phase"] == "train"]
     if not done:
         return None
@@ -184,13 +184,13 @@ def _clients(path: Path, records: Sequence[Mapping[str, Any]], now: Mapping[str,
 
 
 def score_of(client: Mapping[str, Any]) -> float | None:
-    """The accuracy of a client's personal model in a record; None where it was not evaluated, or has none."""
+    """The accuracy of a client's personal model in a record; None if it was not evaluated, or has none."""
     found = client.get("metrics", {}).get("personal", {}).get("accuracy")
     return None if found is None else float(found)
 
 
 def _bytes(path: Path) -> dict[tuple[str, str], int]:
-    """Bytes of Flower's messages so far, by client and direction; empty where the ledger cannot be read."""
+    """Bytes of Flower's messages so far, by client and direction; empty if the ledger cannot be read."""
     if not (path / "ledger.sqlite").exists():
         return {}
     try:

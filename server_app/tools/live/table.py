@@ -1,4 +1,4 @@
-"""A run as a table of at most 80 columns, and as plain lines where there is no terminal."""
+"""A run as a table of at most 80 columns, and as plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server_app.tools.live.state import FINISHED, RUNNING, ClientState, RunState
 
 WIDTH = 80
 SHOWN = 30
-"""Largest number of clients shown, those at work first: a screen holds no more."""
+"""Largest number of clients shown, working ones first: a screen has no room for more."""
 _WORDS = {
     "register": "clients register", "waiting": "waiting for clients", "train": "training", "deliver": "delivery",
     "counters": "last counters", "resumed": "resumed", "stopped": "stopped", "": "starting",
@@ -44,7 +44,7 @@ def as_table(run: RunState) -> RenderableType:
 
 
 def headline(run: RunState) -> str:
-    """Where a run is, in one line."""
+    """The state of a run, in one line."""
     where = f"round {run.round}/{run.rounds}" if run.phase == "train" else _WORDS.get(run.phase, run.phase)
     words = [f"{run.path.name}: {run.strategy}, {where if run.state == RUNNING else run.state}", clock(run.seconds)]
     if run.left is not None:

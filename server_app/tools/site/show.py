@@ -1,7 +1,7 @@
 """``fedalloy site show``: explains what a run would ask of a site, and what the site's file allows.
 
-The strategy is played on this machine, round by round, with this site's client and two that look like it. Nobody
-answers, so requests that depend on answers do not appear; the site's file decides about them when they come.
+The strategy is simulated on this machine, round by round, with this site's client and two like it. Nobody answers, so
+requests that depend on answers do not appear; the site's file decides about them when they come.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WORDS = {
 
 
 class ShowError(ToolError):
-    """The run cannot be played: its run-config is wrong, or the site's file refuses it outright."""
+    """The run cannot be simulated: its run-config is wrong, or the site's file refuses it outright."""
 
 
 def words_of(site: Site, run_config: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +50,7 @@ def words_of(site: Site, run_config: Mapping[str, Any]) -> Iterator[str]:
 
     Args:
         site: the owner's file.
-        run_config: what differs from the defaults.
+        run_config: keys that differ from the defaults.
 
     Raises:
         ShowError: see the class.
@@ -85,7 +85,7 @@ def _about(site: Site, registration: report_pb2.Registration) -> Iterator[str]:
 
 
 def _plans(registration: report_pb2.Registration, config: Mapping[str, Any]) -> Iterator[plan_pb2.Plan]:
-    """What this client would be asked, plan by plan."""
+    """The plans that this client would get."""
     from fedalloy_adapters.layout import Layout
     from strategies.framework.answers import client_from
 
@@ -142,7 +142,7 @@ def _asked(plans: list[plan_pb2.Plan], registration: report_pb2.Registration) ->
 
 
 def _answered(settings: Settings, plans: list[plan_pb2.Plan], registration: report_pb2.Registration) -> Iterator[str]:
-    """What the site's file would say: each refusal once."""
+    """The answer of the site's file, with each refusal once."""
     from client_app.guard.policy import PolicyError, tally_of
 
     sizes: Counter[str] = Counter()

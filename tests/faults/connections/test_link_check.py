@@ -97,7 +97,7 @@ def test_nobody_there_and_no_certificate(tmp_path: Path) -> None:
     with pytest.raises(LinkError, match="expected HOST:PORT"):
         check_link("superlink", None)
     (tmp_path / "ca.crt").write_text("no")
-    with pytest.raises(LinkError, match="is no certificate"):
+    with pytest.raises(LinkError, match="is not a certificate"):
         check_link("127.0.0.1:1", tmp_path / "ca.crt")
 
 

@@ -70,6 +70,6 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
     RunDirectory.create(tmp_path, "run", "")  # an empty one is taken
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "notes.txt").write_text("mine")
-    with pytest.raises(RunDirectoryError, match="else already holds files that are no run's"):
+    with pytest.raises(RunDirectoryError, match="else already holds files that are not a run's"):
         RunDirectory.create(tmp_path, "else", "")
     assert [path.name for path in (tmp_path / "else").iterdir()] == ["notes.txt"]

@@ -1,6 +1,6 @@
 """Unpacks the sources of a packed app bundle, beside this folder, and puts them first on the path.
 
-Here stands all that such a bundle adds. ``sources`` is a ZIP with the repository's files, unchanged.
+This is all that such a bundle adds. ``sources`` is a ZIP with the repository's files, unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "sources"
 
 if not SOURCES.exists():
-    # Several processes may do this at once: each in a folder of its own, and the first that is done gives the name.
+    # Several processes may do this at once, each in a folder of its own; the first one done renames its folder.
     made = Path(tempfile.mkdtemp(prefix=".sources-", dir=HERE.parent))
     with zipfile.ZipFile(HERE / "sources") as archive:
         archive.extractall(made)
