@@ -1,4 +1,4 @@
-"""Adapters to and from PEFT: state dicts and directories, strict both ways.
+"""Adapters to PEFT: state dicts and directories.
 
 PEFT names LoRA tensors ``base_model.model.<module>.lora_A.weight`` and stores a fully trained module ("modules to
 save") as its whole parameter ``base_model.model.<module>.weight``; FedAlloy holds the difference from the base model's
@@ -9,7 +9,6 @@ nor Q: P is multiplied into A, and Q becomes the bias that PEFT can give B (``lo
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
@@ -60,32 +58,6 @@ def to_peft_state(adapter: Adapter, base_heads: Mapping[str, Tensor]) -> dict[st
             value += _base_parameter(entry, base_heads)
         state[peft_key(entry)] = value
     return state
-
-
-def from_peft_state(state: Mapping[str, Tensor], layout: Layout, base_heads: Mapping[str, Tensor]) -> Adapter:
-    """The adapter in PEFT's state dict; every tensor of the layout must be there, and no other.
-
-    Raises:
-        LayoutError: a tensor is missing, unknown, or of another shape; or the layout has P or Q, which PEFT lacks.
-    """
-    folded = [entry.name for entry in layout.entries if entry.factor in (Factor.P, Factor.Q)]
-    if folded:
-        raise LayoutError(f"PEFT keeps no {folded[0]!r}: it is multiplied into other tensors and cannot be read back")
-    wanted = {peft_key(entry): entry for entry in layout.entries}
-    for key in state:
-        if key not in wanted:
-            raise LayoutError(f"unknown tensor {key!r} in the PEFT state; the layout has {len(wanted)} tensors")
-    adapter = Adapter.zeros(layout)
-    for key, entry in wanted.items():
-        if key not in state:
-            raise LayoutError(f"the PEFT state has no tensor {key!r}, expected one of shape {entry.shape}")
-        if tuple(state[key].shape) != entry.shape:
-            raise LayoutError(f"{key!r} has shape {tuple(state[key].shape)}, expected {entry.shape}")
-        value = state[key].detach().to("cpu", torch.float32)
-        if not entry.factor.is_lora:
-            value = value - _base_parameter(entry, base_heads)
-        adapter[entry.module, entry.factor].copy_(value)
-    return adapter
 
 
 def peft_config(layout: Layout, base_model: str, drawn: Iterable[str] = ()) -> dict[str, Any]:
@@ -140,38 +112,6 @@ def write_peft_directory(
     write_durably(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt"}))
     config = json.dumps(peft_config(adapter.layout, base_model, drawn or ()), indent=2, sort_keys=True)
     write_durably(folder / "adapter_config.json", (config + "\n").encode())
-
-
-def read_peft_directory(folder: Path, layout: Layout, base_heads: Mapping[str, Tensor]) -> Adapter:
-    """The adapter in a PEFT directory, checked against ``layout``.
-
-    Raises:
-        LayoutError: its tensors are not exactly those of the layout, its config says another scaling, or a file is
-            missing or damaged.
-    """
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-        scalings = {module: _scaling_in(config, module, rank) for module, rank in layout.ranks.items()}
-        path = folder / "adapter_model.safetensors"
-        state = load_file(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error, SafetensorError) as error:
-        raise LayoutError(f"{path} cannot be read: {error!r}") from None
-    for module, scaling in scalings.items():
-        # PEFT keeps alpha, and (scaling * rank) / rank is not always scaling to the last bit.
-        if not math.isclose(scaling, layout.scalings[module], rel_tol=1e-12):
-            raise LayoutError(f"{module!r} has scaling {scaling}, expected {layout.scalings[module]}")
-    return from_peft_state(state, layout, base_heads)
-
-
-def _scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The scaling that PEFT would give a module."""
-    alpha = config["lora_alpha"]
-    for pattern, value in config.get("alpha_pattern", {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _has_bias(layout: Layout) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.certificates import make_client_key
-from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, app_directory
+from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, app_directory, stop
 from server_app.tools.handover.export import export_adapter
 from tests.in_process import run_config_of
 
@@ -196,7 +196,8 @@ def test_a_registered_node_cannot_use_another_clients_id(cluster: LocalCluster, 
             time.sleep(0.3)
         start(cluster, "impostor", strategy="local", num_server_rounds=1)
     finally:
-        cluster.stop_process(impostor)
+        stop(tmp_path, [impostor])  # no cluster was started from this folder, so only this process ends
+        cluster.processes.remove(impostor)
     record = RunDirectory(cluster.settings.runs_dir / "impostor").rounds()[0]
     refused = [client for client in record["clients"].values() if client["status"] == "rejected"]
     assert len(refused) == 1

@@ -179,11 +179,6 @@ class LocalCluster(SuperLink):
             ],
         )
 
-    def stop_process(self, process: Process) -> None:
-        """Stop one process with its descendants."""
-        _end([process])
-        self.processes = [other for other in self.processes if other != process]
-
     def down(self) -> None:
         """Stop every process that was started, with all its descendants; nothing happens if nothing runs."""
         stop(self.directory, self.processes)

@@ -13,7 +13,6 @@ from peft import PeftModel
 from client_app.model.personal import PersonalModel
 from client_app.plan.slots import SlotError, SlotStore
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.files.peft_format import read_peft_directory
 from fedalloy_adapters.files.sealed_json import unsealed
 from fedalloy_adapters.layout import Factor
 from tests.client_app.plan.slot_toys import Abort, after, start_of
@@ -25,6 +24,7 @@ from tests.client_app.slot_worker import (
     numbers,
     store_in,
 )
+from tests.fedalloy_adapters.files.peft_reading import read_peft_directory
 from tests.fedalloy_adapters.samples import bits, layout_of, random_adapter
 from tests.fedalloy_adapters.tiny_vit import assert_same_logits, base_of, build, logits_of
 

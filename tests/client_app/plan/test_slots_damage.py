@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from client_app.plan.slots import SlotError
-from fedalloy_adapters.files.peft_format import read_peft_directory
 from tests.client_app.plan.slot_toys import after, start_of
 from tests.client_app.slot_worker import (
     HEADS,
@@ -27,6 +26,7 @@ from tests.client_app.slot_worker import (
     personal,
     store_in,
 )
+from tests.fedalloy_adapters.files.peft_reading import read_peft_directory
 from tests.fedalloy_adapters.samples import bits
 
 ROOT = Path(__file__).resolve().parents[3]
