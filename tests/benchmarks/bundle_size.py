@@ -1,9 +1,9 @@
-"""What every client is sent of this app once per run: Flower's bundle, and ways to make it smaller.
+"""The size of the app bundle that every client is sent once per run: Flower's own, and ways to make it smaller.
 
     python -m tests.benchmarks.bundle_size
 
-From the files that git knows. "Without comments" blanks comments and docstrings and keeps lines, so that tracebacks
-stay right. "ClientApp" leaves out the folders that no client imports.
+It is built from the files that git knows. "Without comments" blanks comments and docstrings and keeps lines, so that
+tracebacks stay right. "ClientApp" leaves out the folders that no client imports.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SERVERS = ("server_app/", "strategies/")
 
 
 def built() -> bytes:
-    """As ``flwr run`` builds it from a fresh clone."""
+    """The bundle that ``flwr run`` builds from a fresh clone."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files: dict[str, bytes | Path] = {name: ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()}
     return build_fab_from_files(files)[0]
 
 
 def members(bundle: bytes) -> dict[str, bytes]:
-    """What is in it."""
+    """The bundle's files."""
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 

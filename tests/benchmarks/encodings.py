@@ -1,19 +1,19 @@
-"""What each encoding drops of real differences, and what its bytes are: measurements behind the choices of the codec.
+"""The errors and bytes of each encoding on real differences: measurements behind the codec's choices.
 
     python -m tests.benchmarks.encodings     # minutes
 
 The differences are what clients of the built-in ``digits`` scenario upload in a run of ``fedavg``: the trained adapter
-minus the received one, of each client and round. Printed are the relative error (norm of what is dropped over the norm
-of the difference) and the bits per number, mean over the differences:
+minus the received one, of each client and round. It prints the relative error (norm of the dropped part over the norm
+of the difference) and the bits per number, as means over the differences:
 
 * every encoding as it is, and INT4 and INT2 with other sizes of blocks;
 * ``topk``: the largest numbers kept as 8-bit integers with one scale per tensor, their positions at the entropy bound
   (log2 of the number of ways to choose them), so that no coder can do better, at the bits of INT4, INT2 and one bit;
-* ``entropy``: bits that an ideal coder without memory needs for the codes of an encoding, beside what DEFLATE (level 9)
-  and zstd (level 19) make of the payload: what a lossless stage could save;
-* ``balanced``: both factors of a module scaled to one norm (A / c, c B) before they are encoded;
-* ``budget``: the encoding of each tensor chosen for the smallest error of the whole in as many bits as INT4 or INT2
-  takes, knowing all errors: what a rule that picks encodings from a budget of bytes could gain at most;
+* ``entropy``: bits that an ideal coder without memory needs for the codes of an encoding, beside the results of DEFLATE
+(level 9) and zstd (level 19): what a lossless stage could save; * ``balanced``: both factors of a module scaled to one
+norm (A / c, c B) before they are encoded; * ``budget``: the encoding of each tensor chosen for the smallest error of
+the whole in as many bits as INT4 or INT2
+  takes, knowing all errors: the most that a rule could gain that picks encodings for a budget of bytes;
 * ``rounding``: the same difference sent again and again, the error of the sum after 16 times: nearest without feedback,
   stochastic without feedback, nearest with feedback, stochastic with feedback.
 """
@@ -48,7 +48,7 @@ console = Console(width=120)
 
 
 def differences(clients: int = 4, rounds: int = 4) -> list[Adapter]:
-    """Trained minus received adapters of a run; clients keep what they received where the downlink is lossy."""
+    """Trained minus received adapters of a run; clients keep what they received if the downlink is lossy."""
     found = []
     with tempfile.TemporaryDirectory() as text:
         config: dict[str, Any] = {"strategy": "fedavg", "num_server_rounds": rounds, "keep_checkpoints": rounds}
@@ -87,7 +87,7 @@ def relative(decoded: Tensor, meant: Tensor) -> float:
 
 
 def top_k(one: Adapter, bits: float) -> tuple[float, float]:
-    """Relative error and bits per number where the largest numbers of each tensor are kept, as many as bits allow."""
+    """Relative error and bits per number if the largest numbers of each tensor are kept, as many as the bits allow."""
     kept, used = torch.zeros_like(one.vector), 0.0
     for entry in one.layout.entries:
         place = one.layout.slice_of(entry.name)
@@ -106,7 +106,7 @@ def _top_k_bits(size: int, count: int) -> float:
 
 
 def balanced(one: Adapter, encoding: Encoding) -> tuple[float, float]:
-    """Relative error and bits per number where the factors of each module have one norm while they travel."""
+    """Relative error and bits per number if the factors of each module are sent with equal norms."""
     factors = torch.ones_like(one.vector)
     places = {(e.module, e.factor): one.layout.slice_of(e.name) for e in one.layout.entries if e.factor.is_lora}
     for (module, factor), place in places.items():
@@ -120,7 +120,7 @@ def balanced(one: Adapter, encoding: Encoding) -> tuple[float, float]:
 def budgeted(one: Adapter, fixed: Encoding) -> tuple[float, float]:
     """Relative error and bits per number of the best choice for each tensor in as many bits as ``fixed`` takes.
 
-    Found by a price of a bit, which is halved until the budget is used.
+    It is found by a price for a bit, which is halved until the budget is used.
     """
     ways = (Encoding.INT2, Encoding.INT4, Encoding.INT8, Encoding.FP16)
     dropped = {encoding: encode(one, encoding).decoded.vector - one.vector for encoding in ways}
@@ -157,7 +157,7 @@ def squeezed(found: list[Adapter], encoding: Encoding) -> tuple[float, float, fl
 
 
 def stochastic(numbers: Adapter, encoding: Encoding, draw: torch.Generator) -> Tensor:
-    """What is decoded where each number is rounded to a neighbouring level by chance, its mean being the number."""
+    """Decoded numbers if each is rounded to a neighbouring level by chance, so that the mean is the number."""
     nearest = encode(numbers, encoding).decoded.vector
     steps = torch.empty_like(nearest)
     for entry in numbers.layout.entries:  # the distance of two levels, as the block's largest error bounds it

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.many_supernodes [COUNT] [STRATEGY]
 
 A SuperLink and COUNT (16) SuperNodes as processes, TLS and a registered key each, the bundled digits and their base
-model; no resident trainers. Prints what each answered, and peak resident memory (proportional set size where the
-kernel tells it) of the SuperLink, of the ServerApp, and of everything together: SuperNodes and their ClientApps are on
-this machine, too, which they are not in real life.
+model; no resident trainers. Prints each one's answer, and peak resident memory (proportional set size if the kernel
+reports it) of the SuperLink, of the ServerApp, and of everything together: unlike in real life, SuperNodes and their
+ClientApps are on this machine, too.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.merge_speed [--quick] [--processor-time] [--json FILE]
 
-``W [d, N] @ Theta [N, P]`` over the rows of a bank (:mod:`fedalloy_adapters.bank`), into memory that is there:
+``W [d, N] @ Theta [N, P]`` over the rows of a bank (:mod:`fedalloy_adapters.bank`), into allocated memory:
 
     copy      bytes of Theta that are read in a second, over the bytes that copying a large tensor reads and writes
     matmul    arithmetic in a second, over that of the best plain product of two square matrices (float32)
@@ -12,9 +12,9 @@
 
 A case is bound by memory where reading Theta and writing the result at the copy's speed takes longer than its
 arithmetic at the best product's, and is judged by ``copy``; else by ``matmul``, and by ``plain``: a product with few
-rows of weights is far from the speed of a square one, whoever makes it. All are measured in turn, because the machine
-may be somebody else's, too; the best of several tries counts. ``--processor-time`` measures one thread, by the time
-that it had a processor: for a machine that is busy.
+rows of weights is far slower than a square one in any library. All are measured in turn, because others may use the
+machine, too; the best of several tries counts. ``--processor-time`` measures one thread by its processor time, for a
+busy machine.
 """
 
 from __future__ import annotations

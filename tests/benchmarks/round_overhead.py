@@ -8,9 +8,9 @@ LoRA layers, data, steps and batch size, one way after the other.
 
     stock     stock_app/: fp32 state dict, train and evaluate as two messages, ``FedAvg.start``; imports and loads the
               model for every message
-    empty     the same app with one message that does nothing: what Flower itself costs
+    empty     the same app with one message that does nothing: the cost of Flower itself
     process   FedAlloy with ``trainer.resident = false``
-    resident  FedAlloy as it comes
+    resident  FedAlloy with its defaults
 
 A round's overhead is its wall time at the server minus the training of its slowest client; evaluation counts as
 overhead in all of them. The first round of each is left out (caches, bundle, and the trainer's start) and shown apart.
@@ -72,12 +72,12 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Of the frozen base, the same for all ways."""
+        """The frozen base's number type, the same for all ways."""
         return "bfloat16" if self.base == "1b" else "float32"
 
     @property
     def rank(self) -> int:
-        """Of LoRA."""
+        """LoRA's rank."""
         return 16 if self.base == "wide" else 8
 
     @property
@@ -114,12 +114,12 @@ class Times:
 
     @property
     def overhead(self) -> list[float]:
-        """Per round, the first included."""
+        """Overhead of each round, including the first."""
         return [wall - trained for wall, trained in zip(self.seconds, self.training, strict=True)]
 
     @property
     def median(self) -> float:
-        """Of all rounds but the first."""
+        """The median of all rounds except the first."""
         return statistics.median(self.overhead[1:])
 
 
@@ -192,7 +192,7 @@ def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, em
 
 
 def training_of(case: Case, folder: Path) -> dict[str, Any]:
-    """Run-config of FedAlloy for what the stock app does, too."""
+    """FedAlloy's run-config for the same work as the stock app's."""
     return {
         "local-steps": case.training["steps"],
         "batch-size": case.training["batch-size"],
@@ -207,7 +207,7 @@ def training_of(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, resident: bool) -> Times:
-    """Rounds of FedAlloy; also what of a round passed in the client's handler, and how long a bare question takes."""
+    """Rounds of FedAlloy; also the part of a round in the client's handler, and the time of a bare question."""
     name = f"{'resident' if resident else 'process'}-{len(list(cluster.settings.runs_dir.glob('*')))}"
     config: dict[str, Any] = {"strategy": "fedavg", "run-name": name, "num-server-rounds": rounds}
     config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": RATE}
@@ -232,7 +232,7 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, re
 
 
 def cpu_seconds(cluster: local.LocalCluster) -> float:
-    """Of the cluster's processes so far, trainers and processes that have ended included."""
+    """Processor seconds of the cluster's processes so far, including trainers and ended processes."""
     total = 0.0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -272,7 +272,7 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
 
 
 def ratio(ways: dict[str, Times], first: str, second: str) -> float | None:
-    """Of medians, where both were measured."""
+    """The ratio of medians, if both were measured."""
     return ways[first].median / ways[second].median if first in ways and second in ways else None
 
 
@@ -312,7 +312,7 @@ def table(results: dict[Case, dict[str, Times]]) -> Table:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The machine's properties that the figures depend on."""
     return {
         "cpus": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

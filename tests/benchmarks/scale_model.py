@@ -1,12 +1,12 @@
-"""Time, memory and bytes of a round with more clients than a machine can play: a model made of measurements.
+"""Time, memory and bytes of a round with more clients than one machine can simulate: a model made of measurements.
 
     python -m tests.benchmarks.scale_model [--clients 10000 100000] [--fraction 0.01 0.1] [--bytes 1048576]
 
-What it assumes is in :class:`Measured`, with where each number is from; all of it is arithmetic. A SuperLink is one
+Its assumptions are in :class:`Measured`, with the source of each number; the rest is arithmetic. A SuperLink is one
 Python process: it has one core's worth of processor time, whatever the machine has. A sampled client costs it a fixed
 number of calls, every client that is online one call each time it looks for messages, whether it is sampled or not.
 A tree has SuperLinks below, each with a ServerApp that averages its own clients and is a client of the one above:
-exact for weighted means, no substitute where every client has a merge of its own.
+exact for weighted means, but no substitute if every client has its own merge.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds are of one core of the machine that docs/results/scale.md names; ``thin_nodes`` measures them."""
+    """Seconds on one core of the machine that docs/results/scale.md names; ``thin_nodes`` measures them."""
 
     call_cpu: float = 0.006
     """Of the SuperLink for one call: all that it used with 100 thin nodes (103 s), over its calls (17,000)."""
@@ -60,7 +60,7 @@ class Round:
 
 
 def calls_of_a_client(size: int, measured: Measured) -> float:
-    """Calls for a message and its answer: either is announced, pushed, found, pulled and confirmed."""
+    """Calls for a message and its answer: each is announced, pushed, found, pulled and confirmed."""
     together = max(1, min(measured.together, math.ceil(MIB / max(size, 1))))
     return 2 * (measured.pieces + 1 + measured.pieces + 1) + 1 + 1 / together
 
@@ -71,7 +71,7 @@ def load_of_looks(clients: int, measured: Measured) -> float:
 
 
 def most_clients(measured: Measured) -> int:
-    """As many can be online at one SuperLink before their looks alone take all its time."""
+    """The most clients that can be online at one SuperLink before their looks take all its time."""
     return math.floor(1 / load_of_looks(1, measured))
 
 

@@ -4,8 +4,8 @@
 
 The real round loop over clients that answer without a model (:mod:`tests.benchmarks.thin.answers`), one process for
 each point of the curve: peak memory never falls. Answers are made when they are fetched and forgotten afterwards, so
-that what is measured is the server and not the network. Two rounds, in which every client is sent an adapter of 1 MiB
-and sends one back (a sketch of 0.4 MiB, too, where the strategy asks for it), and the delivery. The bank is on disk
+that the server is measured and not the network. Two rounds, in which every client is sent an adapter of 1 MiB and sends
+one back (and a sketch of 0.4 MiB if the strategy asks for it), and the delivery. The bank is on disk
 (``bank-memory-mb = 0``) unless ``--bank-mb`` says otherwise.
 
 Before there was a bank: 3.2 adapters a client for fedavg, 6.6 for fedmerge.

@@ -14,10 +14,10 @@ first the bundle is built and the nodes register. Columns:
     MiB                        peak resident memory of both
 
 Stock Flower's messages have the adapter as one array, the fewest objects that it can be sent in; with ``--tensors``
-there is a run with an array for each tensor, too, as an ``ArrayRecord`` of a state dict has them.
+there is also a run with an array for each tensor, as in an ``ArrayRecord`` of a state dict.
 
-Nodes look for messages every three seconds, as stock SuperNodes do; so a round cannot take less than up to that. On a
-machine that does other work at the same time, compare processor time.
+Nodes look for messages every three seconds, as stock SuperNodes do; so a round may take up to that long in any case. On
+a machine that does other work at the same time, compare processor time.
 """
 
 from __future__ import annotations

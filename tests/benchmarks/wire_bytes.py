@@ -10,9 +10,9 @@ templates do.
 
 ``total`` is what the kernel counted as TCP payload at the SuperLink's sockets to its SuperNodes, both directions, from
 before ``flwr run`` until it ended: TLS, gRPC, polls, heartbeats, registration, the app bundle, everything. ``bundle``
-is how much of it the app's own code is, which Flower sends to each client once per run, whatever the rounds are and
-however large the model is. ``tensors`` are the encoded numbers alone. ``loss`` is the clients' mean test loss of the
-last model, and its difference is to the same strategy at fp32, client by client, with a 95 % interval.
+is the part of it that is the app's own code, which Flower sends to each client once per run, whatever the number of
+rounds and the size of the model. ``tensors`` are the encoded numbers alone. ``loss`` is the clients' mean test loss of
+the last model, and its difference is to the same strategy at fp32, client by client, with a 95 % interval.
 
 The last table says what Llama 3.1 8B with r=16 on all linear layers would send: the numbers of its layers in each
 encoding, times the wire bytes per tensor byte that were measured here (between two encodings, where there are two).
@@ -68,12 +68,12 @@ class Sent:
 
     @property
     def without_bundle(self) -> int:
-        """What grows with rounds and adapters."""
+        """The bytes that grow with rounds and adapters."""
         return self.total - self.bundle
 
 
 class Meter(threading.Thread):
-    """Adds up the kernel's counters of the SuperLink's Fleet connections, of those that close meanwhile, too."""
+    """Adds up the kernel's counters of the SuperLink's Fleet connections, also of those that close meanwhile."""
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
@@ -84,7 +84,7 @@ class Meter(threading.Thread):
         self._last: dict[tuple[str, int, int], Connection] = {}
 
     def run(self) -> None:
-        """Look five times a second: what a closing connection has sent since the last look is lost."""
+        """Look five times a second; bytes that a closing connection has sent since the last look are lost."""
         with SocketTable() as table:
             self._before = self._look(table)
             self._ready.set()
@@ -104,7 +104,7 @@ class Meter(threading.Thread):
             raise WireError(f"the counters of port {self._port} cannot be read")
 
     def end(self) -> tuple[int, int]:
-        """Bytes up and down since :meth:`begin`; what was sent again is counted again."""
+        """Bytes up and down since :meth:`begin`; retransmissions count, too."""
         self._ended.set()
         self.join()
         up = sum(one.bytes_received for one in self._last.values())
@@ -195,7 +195,7 @@ def scores(found: list[Sent], way: str) -> Scores:
 
 
 def loss_table(found: list[Sent]) -> dict[str, dict[str, float]]:
-    """Mean loss, and where the same strategy was run at fp32 the mean difference to it with its interval."""
+    """Mean loss, and the mean difference to the same strategy at fp32 with its interval, if that was run."""
     table: dict[str, dict[str, float]] = {}
     for way in dict.fromkeys(sent.way for sent in found):
         mine = scores(found, way)
@@ -223,7 +223,7 @@ def llama_8b() -> Layout:
 def projected(found: list[Sent]) -> dict[str, float]:
     """MB that a client and round of Llama 3.1 8B takes, by ``fedavg``'s encodings and in the stock app.
 
-    Nothing where ``fedavg`` was not measured.
+    Empty if ``fedavg`` was not measured.
     """
     layout = llama_8b()
     plain = payload_size(layout, Encoding.FP32)

@@ -6,7 +6,7 @@
 For every seed, with the demo's clients and settings, through the real round loop and client code (one process,
 no network): every strategy, and the control that any claim of merging has to beat: each client's *own* adapter averaged
 with a second local run of the same client that only drew its batches in another order (exact average of the deltas).
-Prints mean and worst client accuracy per seed, and whether the issue's conditions hold.
+Prints mean and worst client accuracy per seed, and whether the conditions hold.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Bench:
         self.count = 0
 
     def run(self, strategy: str, seed: int, scenario: str, clients: Sequence[int], of: int, **config: Any) -> Result:
-        """One run with the clients of these partition ids, of ``of`` in all."""
+        """One run with the clients of these partition ids, out of ``of``."""
         self.count += 1
         rounds = self.arguments.rounds
         directory = run_in_process(

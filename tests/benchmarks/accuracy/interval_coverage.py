@@ -1,8 +1,9 @@
-"""How often a comparison's 95 % intervals cover the true mean, beside a bootstrap of all scores as if independent.
+"""How often a comparison's 95 % intervals cover the true mean, compared with a bootstrap that takes all scores as
+independent.
 
     python -m tests.benchmarks.accuracy.interval_coverage          # half a minute
 
-Scores are drawn as seed + client + rest, each normal, which is known to have the mean 0.
+Scores are drawn as seed + client + rest, each normal, so that the true mean is 0.
 """
 
 from __future__ import annotations

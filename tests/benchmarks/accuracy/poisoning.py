@@ -1,18 +1,19 @@
-"""One of four clients is hostile: what it does to the honest ones, by strategy, with today's defaults and with others.
+"""One of four clients is hostile: its effect on the honest ones, by strategy, with today's defaults and other settings.
 
     python -m tests.benchmarks.accuracy.poisoning                      # seeds 0 and 1
-    python -m tests.benchmarks.accuracy.poisoning --table              # of what there is; nothing is run
+    python -m tests.benchmarks.accuracy.poisoning --table              # prints finished runs; nothing is run
     python -m tests.benchmarks.accuracy.poisoning --seeds 100 --kinds none flip --rows "fedavg max-update-ratio=2"
 
-Through the real round loop and client code, in one process, on ``digits``. Client 2 of 4 answers as it should, but for:
+Through the real round loop and client code, in one process, on ``digits``. Client 2 of 4 answers as it should, except
+for:
 
 * ``noise``: its uploads are noise of the honest uploads' norm;
-* ``flip``: its update, times minus ten;
-* ``labels``: it trains on wrong labels, 9 for 0 to 0 for 9, and sends what comes of it;
+* ``flip``: it sends its update times minus ten;
+* ``labels``: it trains on wrong labels, 9 for 0 to 0 for 9, and sends the result;
 * ``claims``: it registers a million training examples, and flips;
 * ``spy``: its sketch is the mean of the others' last ones, and it flips (FedMosaic only).
 
-A row is a strategy and what else run-config says. Its cells are the honest clients' mean (worst) accuracy, and two
+A row is a strategy with other run-config. Its cells are the honest clients' mean (worst) accuracy, and two
 differences of the honest client that lost most: against the same run without the liar, and against ``local``. Each
 finished run is a line of ``--found``, so that the command goes on where it stopped.
 """
@@ -122,7 +123,7 @@ class Liar:
 
 @contextmanager
 def wrong_labels(kind: str) -> Iterator[None]:
-    """Client 2's training labels are turned around where the kind says so."""
+    """Reverse client 2's training labels if the kind says so."""
     load = digits.load_client
 
     def turned(partition_id: int, *args: Any) -> ClientData:
@@ -151,7 +152,7 @@ def measure(cache: Path, row: str, kind: str, seed: int, rounds: int, steps: int
 
 
 def cell(found: Mapping[str, Mapping[int, Scores]], row: str, kind: str, rows: Mapping[str, Any]) -> str:
-    """Mean (worst), and what the honest client that lost most lost: against no liar, and against ``local``."""
+    """Mean (worst), and the largest loss of an honest client: against no liar, and against ``local``."""
     scores = [score for one in found[kind].values() for score in one.values()]
     lost = []
     for base in (rows[row].get("none", {}), rows["local"].get("none", {})):

@@ -2,15 +2,15 @@
 
     python -m tests.benchmarks.accuracy.privacy                                    # digits, seeds 0 1 2
     python -m tests.benchmarks.accuracy.privacy --scenario text-8 --data DATA
-    python -m tests.benchmarks.accuracy.privacy --table                            # of what there is; nothing is run
-    python -m tests.benchmarks.accuracy.privacy --split validation --seeds 100 --epsilons 8 --strategies fedavg \
+    python -m tests.benchmarks.accuracy.privacy --table                            # prints finished runs; nothing is
+    run python -m tests.benchmarks.accuracy.privacy --split validation --seeds 100 --epsilons 8 --strategies fedavg \
         --rates 0.003 0.01 0.03                                                    # how the rate was chosen
 
-Through the real round loop and client code, in one process. Each client's noise is what Opacus says that lets its whole
-budget last for just this run (Renyi accountant, delta 1 / (10 n)); held-out scores are told, and nothing protects those
-(`dp.metrics = "held-out"`). Each finished run is a line of ``--found``, so that the command goes on where it stopped.
-The table has the clients' mean (worst) accuracy over seeds by strategy and epsilon, and of models as they are before
-any training. "worst" is the mean over seeds of each run's worst client.
+Through the real round loop and client code, in one process. Opacus computes each client's noise so that its whole
+budget lasts for just this run (Renyi accountant, delta 1 / (10 n)); held-out scores are reported, and nothing protects
+those (`dp.metrics = "held-out"`). Each finished run is a line of ``--found``, so that the command goes on where it
+stopped. The table has the clients' mean (worst) accuracy over seeds by strategy and epsilon, and that of untrained
+models. "worst" is the mean over seeds of each run's worst client.
 """
 
 from __future__ import annotations

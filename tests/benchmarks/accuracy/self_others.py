@@ -8,7 +8,7 @@
 Only a benchmark may do this, because it holds everybody's data: no plan can. Strategies run through the real round loop
 and client code in one process; then each client's saved personal model, loaded by PEFT onto a fresh base model, is
 tried on every client's examples. A model is tried on the tasks that it has, and the mean is taken over tasks, then
-clients. Where architectures differ, strategies that merge within one run once in each half of the federation.
+clients. If architectures differ, strategies that merge within one architecture run once in each half of the federation.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TWO_ARCHITECTURES = ("digits-mixed", "mixed-arch")
 
 @dataclass
 class SavedModel:
-    """A personal model as a user would load it; has what ``client_app.plan.evaluation`` asks of a model."""
+    """A personal model as a user would load it, with the methods that ``client_app.plan.evaluation`` needs."""
 
     module: Any
     micro_batch: int = 0
@@ -61,13 +61,13 @@ class SavedModel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """They are where they should be."""
+        """The batch, which is already on the right device."""
         return dict(batch)
 
     def logits(
         self, inputs: Mapping[str, Tensor], task: str = "", read: Read = logits_in, *, per_token: bool = False
     ) -> Tensor:
-        """What is read of the model's output, its logits."""
+        """The part of the model's output that ``read`` takes, by default its logits."""
         return read(self.module(**inputs, **({"task": task} if task else {})), inputs)
 
     def at_targets(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> AtTargets:
@@ -81,14 +81,14 @@ class PartsError(Exception):
 
 @dataclass
 class Scores:
-    """Of every client, by its id: on its own data, and the mean over the others'; None where nothing fits."""
+    """Scores by client: on its own data, and the mean over the others' data; None if no data fit its model."""
 
     own: dict[str, float]
     others: dict[str, float | None]
     seconds: float = 0.0
 
     def mean(self, which: str) -> float | None:
-        """Over the clients that have one."""
+        """The mean over the clients that have such a score."""
         found = [value for value in getattr(self, which).values() if value is not None]
         return sum(found) / len(found) if found else None
 
@@ -96,7 +96,7 @@ class Scores:
 def load_clients(
     state: Path, ids: list[int], of: int, config: Mapping[str, Any]
 ) -> dict[str, Callable[[], tuple[Any, ClientData]]]:
-    """What loads each client's base model and data afresh, as the client itself does."""
+    """Functions that load each client's base model and data anew, as the client itself does."""
     found = {}
     for index in ids:
         node: Any = {"partition-id": index, "num-partitions": of, "state-dir": str(state)}
@@ -137,12 +137,12 @@ def scores_of(run: Path, clients: Mapping[str, Callable[[], tuple[Any, ClientDat
 
 
 def fits(mine: ClientData, theirs: ClientData) -> bool:
-    """Whether a client's model has any of another's tasks; a model for one task has that of all."""
+    """Whether a client's model has any of another's tasks; models for one task fit all clients."""
     return not mine.tasks or bool(mine.tasks.keys() & theirs.tasks.keys())
 
 
 def score(model: Any, mine: ClientData, theirs: ClientData, split: str) -> float:
-    """Mean over their tasks that the model has of accuracy, or of exact match where texts are written."""
+    """Mean accuracy, or exact match if texts are written, over those of their tasks that the model has."""
     found = []
     for name, task in theirs.each_task.items():
         if mine.tasks and name not in mine.tasks:
@@ -227,7 +227,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[Path], Scores]]]:
-    """Strategy, seed and what measures it in a folder of its own, for everything that is asked for."""
+    """Strategy, seed, and a function that measures them in a folder of its own, for everything requested."""
     chosen = arguments.strategies.split(",") if arguments.strategies else None
     if arguments.of:
         for run in sorted(path.parent for path in arguments.of.glob("runs/*/summary.json")):
@@ -241,7 +241,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[Pa
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, dict[int, Scores]]:
-    """Everything that is asked for, by strategy and seed; of saved runs, what PEFT can load."""
+    """Everything requested, by strategy and seed; from saved runs only the models that PEFT can load."""
     found: dict[str, dict[int, Scores]] = {}
     for strategy, seed, measure_in in jobs(arguments):
         with tempfile.TemporaryDirectory() as name:

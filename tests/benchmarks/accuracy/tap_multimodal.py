@@ -7,8 +7,8 @@ r"""TAP on clients with several tasks beside FedAvg, FedAvg with fine-tuning at 
 
 A client's compute in optimiser steps: with R rounds of S steps and J steps of stage 2, TAP takes 2 R S + 2 J (W, X, V
 and the student). FedAvg and local training get as many: their rows "equal compute" have rounds of 2 S steps and 2 J
-steps of fine-tuning (local: of training on). All through the real round loop and client code in one process. The ledger
-is checked, too: stage 1 moves exactly FedAvg's tensors.
+steps of fine-tuning (local: of training on). Everything goes through the real round loop and client code in one
+process. The ledger is checked, too: stage 1 moves exactly FedAvg's tensors.
 """
 
 from __future__ import annotations

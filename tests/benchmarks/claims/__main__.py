@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.claims potara --data DATA                  # runs what is missing, prints the table
     python -m tests.benchmarks.claims potara --data DATA --base minilm --jobs 2 --minutes 30
-    python -m tests.benchmarks.claims potara --table                      # of what there is; nothing is run
+    python -m tests.benchmarks.claims potara --table                      # prints finished runs; nothing is run
     python -m tests.benchmarks.claims potara --base minilm --picture docs/figures
     python -m tests.benchmarks.claims potara --data DATA --design smollm2 --base FOLDER    # a larger model
 
@@ -75,7 +75,7 @@ def wanted(given: argparse.Namespace) -> Wanted:
 def run_missing(asked: Wanted, given: argparse.Namespace) -> int:
     """Run what is missing, ``--jobs`` at a time; every run's lines are on disk before the next one begins.
 
-    Returns how many runs failed: each is said, does not stop the others, and is tried again the next time.
+    Returns how many runs failed: each is reported, does not stop the others, and is tried again the next time.
     """
     path, until = given.found / f"{asked.experiment.name}.jsonl", time.monotonic() + 60 * given.minutes
     if asked.design.needs_data and given.data is None:
@@ -118,7 +118,7 @@ def _results(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """See the module's docstring; 1 where a run failed."""
+    """See the module's docstring; returns 1 if a run failed."""
     given = parse(arguments)
     asked = wanted(given)
     failed = 0 if given.table or given.picture is not None else run_missing(asked, given)

@@ -1,4 +1,4 @@
-"""What an experiment is made of: where it runs, its arms, what it searches, and the claims that it is about."""
+"""Parts of an experiment: its place, its arms, its searches, and its claims."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """One setting of the dial: a scenario, the clients of it that take part, of how many it is divided among.
+    """One setting of the dial: a scenario, the clients that take part, and the number of clients that share it.
 
-    ``about`` says in words how alike these clients are. ``groups`` has, for each of them, which others are like it:
-    what an oracle knows.
+    ``about`` says in words how alike these clients are. ``groups`` says for each of them which others are like it; an
+    oracle knows this.
     """
 
     scenario: str
@@ -47,9 +47,9 @@ class Arm:
 
     ``other`` is the method's second setting, which the search tries beside the first; an arm without one tries a third
     learning rate instead. ``apart`` are groups of clients (by their place in the list) that run without each other.
-    ``oracle``: relevance is known from the place's groups instead of measured. ``like``: the arm whose settings it has
-    without a search of its own, because it trains on the examples that the search looks at. ``bases``: where it runs;
-    everywhere where empty.
+    ``oracle``: relevance is known from the place's groups instead of measured. ``like``: the arm whose settings it
+    takes without a search, because it trains on the examples that a search looks at. ``bases``: those on which it runs;
+    all if empty.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed: ``arm`` is better than all of ``against``, or as good within ``within`` (of the metric).
+    """A claim: ``arm`` is better than all of ``against``, or as good within ``within`` (of the metric).
 
     Arms are named as in the table; ``potara/searched`` is a model that the arm's runs measured beside their own.
-    ``clients``: those that it is about, by their place in the list; all where empty. ``bases``: where it can be told;
-    everywhere where empty.
+    ``clients``: those that it is about, by their place in the list; all if empty. ``bases``: those on which it can be
+    decided; all if empty.
     """
 
     text: str
@@ -82,16 +82,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One method's.
+    """One method's experiment.
 
     Args:
-        name: of the command, and of the file of results.
-        title: of the table.
-        bases: by name, the one that runs by default first.
-        arms: by name.
-        claims: that the table answers.
+        name: name of the command, and of the file of results.
+        title: the table's title.
+        bases: base models by name; the first one is the default.
+        arms: arms by name.
+        claims: claims that the table answers.
         search_dial: the setting of the dial at which settings are chosen, for each base.
-        shrunk: what was made smaller than in the papers and in the design, in words.
+        shrunk: everything that is smaller than in the papers and in the design, in words.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Experiment:
         """The arm with this name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is no such arm.
         """
         return {arm.name: arm for arm in self.arms}[name]
 

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "found" / "claims"
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of runs that are whole; a line that a kill has cut off is none, nor are those of its run."""
+    """The lines of complete runs; if a kill has cut off a line, all lines of its run are left out."""
     if not path.exists():
         return []
     lines = []
@@ -31,7 +31,7 @@ def read(path: Path) -> list[Line]:
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
-    """Add the lines of one run with one write; what a kill has cut off before goes."""
+    """Add the lines of one run with one write, and remove a line that a kill has cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
     with locked(path.with_suffix(".lock")):

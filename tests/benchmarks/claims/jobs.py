@@ -2,7 +2,7 @@
 
 The search is on seeds from 100 on, by the mean loss of delivered models on *validation* examples, at one setting of the
 dial. Each arm has three tries: both learning rates; then, at the better one, the method's other setting. An arm without
-another setting tries a third rate beyond the better one. What wins is what seeds 0, 1 and 2 are tested with.
+another setting tries a third rate beyond the better one. Seeds 0, 1 and 2 are tested with the winner.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Of all that decides the run but its seed: who is where, and what they are told."""
+        """A digest of everything that decides the run except its seed: the clients' places, and their settings."""
         place = [self.place.scenario, self.place.clients, self.place.of]
         told = [self.base, place, self.arm.apart, self.arm.oracle and self.place.groups, self.split]
         text = json.dumps([told, sorted(self.config)], sort_keys=True)
@@ -42,12 +42,12 @@ class Job:
 
     @property
     def key(self) -> tuple[str, int]:
-        """As :func:`tests.benchmarks.claims.found.done` has it."""
+        """The run's key in :func:`tests.benchmarks.claims.found.done`."""
         return self.digest, self.seed
 
     @property
     def name(self) -> str:
-        """Of the run's folder, and to be read by people."""
+        """A readable name, and that of the run's folder."""
         return f"{self.arm.name}-{self.dial}-seed{self.seed}-{self.digest}"
 
 
@@ -57,12 +57,12 @@ class Wanted:
 
     Args:
         experiment: which one.
-        base: name of one of its bases; the design is that one's.
+        base: name of one of its bases, which decides the design.
         model: another base model in its place: hub id or folder; empty: the design's.
-        seeds: that are tested.
-        search_seeds: that settings are chosen on.
+        seeds: seeds that are tested.
+        search_seeds: seeds on which settings are chosen.
         dials: settings of the dial; empty: all.
-        arms: by name; empty: all.
+        arms: names of arms; empty: all.
         more: run-config that replaces the design's.
     """
 
@@ -77,17 +77,17 @@ class Wanted:
 
     @property
     def design(self) -> Base:
-        """Of the base."""
+        """The base's design."""
         return self.experiment.bases[self.base]
 
     @property
     def base_name(self) -> str:
-        """In lines and tables: no folder of this machine."""
+        """The base model's name in lines and tables, without a folder of this machine."""
         return self.model.rstrip("/").rpartition("/")[2] or self.base
 
     @property
     def claims(self) -> list[Claim]:
-        """Those that can be told on this base."""
+        """The claims that can be decided on this base."""
         return [claim for claim in self.experiment.claims if not claim.bases or self.base in claim.bases]
 
     @property
@@ -131,7 +131,7 @@ class Wanted:
         return [*tried, {"learning-rate": rate, **arm.other} if arm.other else {"learning-rate": beyond}]
 
     def setting(self, arm: Arm, lines: Sequence[Line]) -> Config | None:
-        """What the search has chosen; None before it is over."""
+        """The setting that the search has chosen; None before it is over."""
         arm = self.experiment.arm(arm.like) if arm.like else arm
         tried = self.searches(arm, lines)
         found = {index: self._searched(arm, setting, lines) for index, setting in enumerate(tried)}
@@ -145,7 +145,7 @@ class Wanted:
         return [self.job(arm, dial, seed, "validation", setting) for seed in self.search_seeds]
 
     def test_jobs(self, lines: Sequence[Line]) -> Iterator[Job]:
-        """What is reported, seed by seed, of arms whose search is over."""
+        """The runs to report, seed by seed, for arms whose search is over."""
         for seed in self.seeds:
             for dial in self.chosen_dials:
                 for arm in self.chosen_arms:
@@ -154,7 +154,7 @@ class Wanted:
                         yield self.job(arm, dial, seed, "test", setting)
 
     def next_jobs(self, lines: Sequence[Line]) -> list[Job]:
-        """Runs that can begin now, in order; none: all is done."""
+        """Runs that can begin now, in order; empty when all is done."""
         there = {(line["digest"], line["seed"]) for line in lines}
         searches = [
             job for arm in self.chosen_arms if not arm.like for setting in self.searches(arm, lines)

@@ -15,7 +15,7 @@ LEFT, RIGHT, ROW, WIDTH = 250, 30, 20, 760
 
 
 def picture(asked: Wanted, lines: Sequence[Line]) -> str:
-    """Rows are settings of the dial and what the method is compared with; right of zero the method is better."""
+    """A row is a setting of the dial and a control; right of zero the method is better."""
     method = asked.method
     rows: list[tuple[str, Interval | None]] = []
     for dial in asked.chosen_dials:

@@ -36,7 +36,7 @@ KEPT = ("loss", "accuracy", "exact_match", "score")
 
 
 class Residents:
-    """Stands for the class of executors: each client has one that stays, as with a resident trainer."""
+    """Replaces the class of executors, so that each client keeps one, as with a resident trainer."""
 
     def __init__(self) -> None:
         self.executors: dict[str, Executor] = defaultdict(Executor)
@@ -81,7 +81,7 @@ class Work:
 
 
 def oracle(groups: Mapping[str, str]) -> Any:
-    """A ``_relevance`` that knows who is like whom: all of a client's weight is on its own group, in equal parts."""
+    """A ``_relevance`` that knows which clients are alike: a client's weight is spread equally over its own group."""
 
     def weights(self: FedMosaic, names: list[str]) -> tuple[Tensor, Tensor]:
         alike = torch.tensor([[float(a != b and groups[a] == groups[b]) for b in names] for a in names])
@@ -94,7 +94,7 @@ def oracle(groups: Mapping[str, str]) -> Any:
 
 
 def carry_out(job: Job, folder: Path, data: Path | None, model: str) -> list[Line]:
-    """Run it in a folder of its own below ``folder``; the lines.
+    """Run a job in a folder of its own below ``folder``; returns its lines.
 
     Args:
         job: what is run.
@@ -148,7 +148,7 @@ def _part(job: Job, folder: Path, data: Path | None, model: str, name: str, memb
 
 
 def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
-    """No number that JSON lacks: a loss that is none is left out."""
+    """The metrics without numbers that JSON lacks, such as a loss that is not finite."""
     found = with_score(metrics)
     return {key: round(float(found[key]), 6) for key in KEPT if key in found and math.isfinite(found[key])}
 

@@ -1,4 +1,4 @@
-"""What the lines say: a table for each setting of the dial, and a verdict for each claim."""
+"""The results: a table for each setting of the dial, and a verdict for each claim."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEEN, NOT_SEEN, OPEN = "seen", "not seen", "cannot be told here"
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one claim at one setting of the dial; ``gain`` is the smallest over what it is compared with."""
+    """The verdict on one claim at one setting of the dial; ``gain`` is the smallest over all comparisons."""
 
     word: str
     gain: Interval
@@ -61,7 +61,7 @@ def of_dial(asked: Wanted, lines: Sequence[Line], dial: str) -> dict[str, list[L
 
 
 def scores(found: Mapping[str, Sequence[Line]], name: str, metric: str, clients: Sequence[str] = ()) -> Scores:
-    """By seed and client: of an arm's model, or of another that its runs measured (``potara/searched``)."""
+    """Scores by seed and client of an arm's model, or of another model that its runs measured (``potara/searched``)."""
     arm, _, model = name.partition("/")
     kept = [line for line in found.get(arm, ()) if not clients or line["client"] in clients]
     models = {(line["seed"], line["client"]): line["models"].get(model, {}) if model else line["metrics"]
@@ -102,11 +102,11 @@ def table(asked: Wanted, lines: Sequence[Line], found: Mapping[str, Sequence[Lin
 def verdict(
     asked: Wanted, claim: Claim, found: Mapping[str, Sequence[Line]], dial: str, metric: str = "loss"
 ) -> Verdict | None:
-    """On a claim; None where an arm has no scores.
+    """The verdict on a claim; None if an arm has no scores.
 
-    Better: *seen* where the interval against every one of ``against`` is above zero, *not seen* where a mean gain is
-    not. As good: seen where all intervals are above minus ``within``, not seen where one is below it. Otherwise, and
-    with less than three seeds, it cannot be told.
+    Better: *seen* if the interval against every one of ``against`` is above zero, *not seen* if a mean gain is not. As
+    good: seen if all intervals are above minus ``within``, not seen if one is below it. Otherwise, and with fewer than
+    three seeds, it cannot be decided.
     """
     place = asked.design.places[dial]
     clients = [f"client-{place.clients[index]}" for index in claim.clients if index < len(place.clients)]
@@ -137,12 +137,12 @@ def _word(gains: Mapping[str, Interval], within: float, seeds: int) -> str:
 
 
 def in_words(setting: Mapping[str, Any]) -> str:
-    """Such as ``learning-rate 0.003, damping 0.01``."""
+    """A setting in words, such as ``learning-rate 0.003, damping 0.01``."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting.items())
 
 
 def said(found: Verdict | None) -> str:
-    """A cell."""
+    """A verdict as a cell of a table."""
     if found is None:
         return "not run"
     few = f"; {found.seeds} of 3 seeds" if found.seeds < 3 else ""
@@ -161,5 +161,5 @@ def interval_of(found: Scores) -> str:
 
 
 def mean_of(found: Mapping[Any, float]) -> float:
-    """Infinity without any."""
+    """The mean; infinity without numbers."""
     return fmean(found.values()) if found else math.inf

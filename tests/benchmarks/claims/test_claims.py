@@ -1,4 +1,4 @@
-"""The benchmark of claims: what it searches and when, what counts as finished, and what a verdict needs."""
+"""The benchmark of claims: the order of its searches, which runs count as finished, and what a verdict needs."""
 
 from __future__ import annotations
 

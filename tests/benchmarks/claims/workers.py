@@ -1,4 +1,4 @@
-"""What the processes of a pool do: in a module of its own, because a fresh process cannot import ``__main__``."""
+"""The work of a pool's processes, in a module of its own because a fresh process cannot import ``__main__``."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How much the memory of a client grows by its data: texts of 2,048 tokens, encoded into a file, then read once.
+"""How much a client's data add to its memory: texts of 2,048 tokens, encoded into a file, then read once.
 
     python -m tests.benchmarks.client.data_on_disk [--examples 100000] [--tokens 2048]
 
 A client loads its own data (a JSON-lines file, a tiny language model whose tokens are characters) and reads every
-training example once, in batches of 8. Printed is the resident set: beyond what a client with 40 examples has, after
-loading, at most while reading, and at most while loading, when all rows are read as text; how much of it is anonymous
-memory, which the file's own pages are not; and what the same tokens padded in memory would take.
+training example once, in batches of 8. It prints the resident set beyond that of a client with 40 examples: after
+loading, the most while reading, and the most while loading, when all rows are read as text; the part of it that is
+anonymous memory, which the file's own pages are not; and the size of the same tokens padded in memory.
 """
 
 from __future__ import annotations

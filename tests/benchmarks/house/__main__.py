@@ -21,7 +21,7 @@ STRATEGY = "The strategy fedapm"
 
 
 def git(*arguments: str) -> str:
-    """What git says, in this repository."""
+    """The output of git in this repository."""
     return subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 

@@ -1,4 +1,4 @@
-"""What a client without a model answers: right in form and size, and as cheap as it can be made."""
+"""The answers of a client without a model: right in form and size, and as cheap as possible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.strategies.conftest import REFERENCE, layout_of
 
 
 def layout_of_bytes(size: int) -> Layout:
-    """An adapter of so many bytes: rank 8, modules of 1024 (256 where it is small) in and out."""
+    """The layout of an adapter with this many bytes: rank 8, modules of 1024 (256 if it is small) in and out."""
     width = 1024 if size >= 2**20 else 256
     return layout_of(
         rank=8, modules=[f"m{i}" for i in range(size // (4 * 16 * width))], d_in=width, d_out=width, head=0
@@ -34,8 +34,8 @@ class ThinClient:
 
     Args:
         name: the client's id.
-        layout: of its adapter.
-        reference: of its reference gradient.
+        layout: its adapter's layout.
+        reference: its reference gradient's layout.
     """
 
     def __init__(self, name: str, layout: Layout, reference: Layout = REFERENCE) -> None:

@@ -1,4 +1,4 @@
-"""A real ``flower-superlink`` with a database, and processes of thin nodes around it; what they used."""
+"""A real ``flower-superlink`` with a database, and processes of thin nodes; measures what they use."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class ThinCluster(SuperLink):
         nodes: how many thin nodes.
         size: bytes of an adapter.
         poll: seconds between a node's looks for messages; 3 at a stock SuperNode.
-        processes: that the nodes are divided among.
-        threads: of each of these processes.
+        processes: number of processes that the nodes are divided among.
+        threads: threads of each process.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ class ThinNode:
         self.beat = 0.0
 
     def call(self, name: str, request: Any) -> Any:
-        """One call of the Fleet API, signed as this node; again where the SuperLink is too busy to take it."""
+        """One call of the Fleet API, signed as this node; it is repeated if the SuperLink is too busy."""
         for pause in (0.5, 1.0, 2.0, 4.0, 8.0, None):
             timestamp = now().isoformat()
             signature = sign_message(self.private, timestamp.encode("ascii"))
@@ -99,7 +99,7 @@ class ThinNode:
         self.beat = time.monotonic()
 
     def turn(self) -> bool:
-        """A heartbeat where it is time, a look for a message, its answer; whether there was one."""
+        """Send a heartbeat if it is time, look for a message, and answer it; returns whether there was one."""
         if time.monotonic() - self.beat > 0.7 * HEARTBEAT_DEFAULT_INTERVAL:
             request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
             self.call("SendNodeHeartbeat", request)
@@ -166,7 +166,7 @@ class ThinNode:
 
 
 class Crowd:
-    """All nodes of this process: whoever is due next is taken by whichever thread is free."""
+    """All nodes of this process; a free thread takes the node that is due next."""
 
     def __init__(self, nodes: list[ThinNode], poll: float, threads: int) -> None:
         self.poll = poll
@@ -178,7 +178,7 @@ class Crowd:
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Until :attr:`stopped`."""
+        """Work until :attr:`stopped`."""
         with ThreadPoolExecutor(self.threads) as pool:
             for _ in range(self.threads):
                 pool.submit(self._work)

@@ -4,7 +4,8 @@
 
 Flower's own store with a database in a file, in this process: register the objects of a message, store each, read each,
 delete them. ``stock`` is a message as stock Flower's grid sends arrays, ``array`` ours with an array, ``beside`` ours
-with the adapter beside the plan. Processor time, because the machine may be somebody else's, too; the best of a few.
+with the adapter beside the plan. It measures processor time, because others may use the machine, too; the best of a few
+tries counts.
 """
 
 from __future__ import annotations

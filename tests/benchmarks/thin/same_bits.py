@@ -5,9 +5,9 @@
     python -m tests.benchmarks.thin.same_bits dump new.safetensors
     python -m tests.benchmarks.thin.same_bits compare old.safetensors new.safetensors
 
-A whole run of each strategy (three rounds and the delivery) over five nodes without a model: what they answer is a
-function of what they are sent, so a bit that differs anywhere in a merge differs in the end. Adapters of 24,576
-numbers are more than one block of a merge. What is compared: everything that a node holds after the delivery.
+A whole run of each strategy (three rounds and the delivery) over five nodes without a model: their answers are a
+function of what they are sent, so a bit that differs anywhere in a merge also differs in the end. Adapters of 24,576
+numbers are more than one block of a merge. It compares everything that a node holds after the delivery.
 """
 
 from __future__ import annotations
