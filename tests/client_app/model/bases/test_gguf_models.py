@@ -150,7 +150,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(b"PK\x03\x04", "no GGUF file"), (b"GGUF" + bytes(60), "cannot be read")]
+    ("content", "expected"), [(b"PK\x03\x04", "not a GGUF file"), (b"GGUF" + bytes(60), "cannot be read")]
 )
 def test_what_is_no_gguf_file_is_refused_by_name(tmp_path: Path, content: bytes, expected: str) -> None:
     file = tmp_path / "strange.gguf"
