@@ -1,4 +1,4 @@
-"""Runs of clients whose examples are under differential privacy: what is told of them, wherever it could be."""
+"""Runs of clients whose examples are under differential privacy: what leaves, in every place where it could."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client did for whom: bound to the run that began it, recorded before it leaves, refused on record, too."""
+"""A client's work is bound to the run that began it, and recorded before it leaves; refusals are recorded, too."""
 
 from __future__ import annotations
 

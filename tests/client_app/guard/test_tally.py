@@ -1,4 +1,4 @@
-"""What runs have taken of a client, in all; and that no two measurements together tell of one example."""
+"""What runs have used of a client's bounds in all; and that no two measurements together reveal an example."""
 
 from __future__ import annotations
 

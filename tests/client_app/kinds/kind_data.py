@@ -48,7 +48,7 @@ def tagged_words(count: int = 32) -> Rows:
 
 
 def questions(count: int = 32) -> Rows:
-    """Which noun is it? Every fourth has no answer."""
+    """Questions for the noun; every fourth has no answer."""
     rows: Rows = []
     for number, (text, opinion, noun) in enumerate(_texts(count)):
         found = number % 4 != 3
@@ -64,7 +64,7 @@ def preferred(count: int = 24) -> Rows:
 
 
 def pairs() -> Rows:
-    """What is good of a thing, and what is bad of it; no two are the same."""
+    """A good text and a bad text about a thing; no two are the same."""
     opinions = zip(toy_data.WORDS["pos"], toy_data.WORDS["neg"], strict=True)
     return [
         {"anchor": f"{good} {noun}", "positive": f"{bad} {noun}"} for good, bad in opinions for noun in toy_data.NOUNS

@@ -1,4 +1,4 @@
-"""An answer does not depend on its company: kinds of tasks over architectures, alone and in batches of any texts."""
+"""A text gets the same answer alone and in any batch: kinds of tasks over architectures."""
 
 from __future__ import annotations
 

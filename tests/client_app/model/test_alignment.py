@@ -143,7 +143,7 @@ def test_aligned_models_start_from_the_file_and_the_pivot_is_orthonormal(tmp_pat
 
 
 def test_alignment_brings_the_activations_of_the_models_together(tmp_path: Path) -> None:
-    """What it is for: after it, A x means more of the same in both models than before."""
+    """Its purpose: afterwards, A x is more alike in both models than before."""
     pivot, target = model_of(16, 2), model_of(24, 4)
     data = text(60)
     path = align(pivot, [target], [data] * 2, tmp_path, AlignOptions(steps=300, batch_size=16))

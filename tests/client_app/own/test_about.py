@@ -1,4 +1,4 @@
-"""``about.json``: written where a personal model was saved, without what is not a number."""
+"""``about.json``: written beside a saved personal model, without metrics that are not numbers."""
 
 from __future__ import annotations
 

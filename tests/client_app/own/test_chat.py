@@ -1,4 +1,4 @@
-"""What is trained on is what the tokenizer says: the whole conversation's ids, and the assistant's tokens of them."""
+"""Training uses the tokenizer's own ids of the whole conversation, and learns the assistant's tokens among them."""
 
 from __future__ import annotations
 

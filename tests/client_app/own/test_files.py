@@ -1,4 +1,4 @@
-"""Data of one's own: divided the same way every time, encoded so that only the right tokens are learnt."""
+"""A client's own data: divided in the same way every time, and encoded so that only the right tokens are learnt."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def snapshot(state: State) -> Snapshot:
 
 
 def start_of(directory: Path, round_: int, keep: int = 1) -> Snapshot:
-    """What the plan of a round would find; the store is left as it was."""
+    """The slots that the plan of a round would find; the store stays as it is."""
     seen: Snapshot = {}
 
     def look(slots: SlotStore) -> None:

@@ -1,4 +1,4 @@
-"""How far a plan is, in a file beside the slots: rate limited, off by a key, gone at the end, and no harm to a plan."""
+"""A plan's progress file: it is rate limited, can be switched off, is gone at the end, and never harms the plan."""
 
 from __future__ import annotations
 

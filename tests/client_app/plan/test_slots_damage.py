@@ -159,7 +159,7 @@ def worker() -> Iterator[Worker]:
 
 
 def assert_whole(directory: Path, round_: int, rerun: bool) -> bool:
-    """After a kill in ``round_``: slots and previous slots are those before or those after it; whether after."""
+    """After a kill in ``round_``, slots and previous slots are those before or after it; returns whether after."""
     history = list(range(1, round_))
     replaced = after(*history) | after(round_, salt=1 if rerun else 0)
     old = after(*history, round_) if rerun else after(*history)

@@ -1,4 +1,4 @@
-"""Scenario ``digits-multimodal``: who has what, and that nobody trains on what anybody is tested on."""
+"""Scenario ``digits-multimodal``: each client's tasks, and that none trains on anything that a client is tested on."""
 
 from __future__ import annotations
 

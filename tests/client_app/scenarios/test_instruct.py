@@ -1,4 +1,4 @@
-"""Scenarios ``instruct-*``: who is asked what, that no text is in two places, and how answers are scored."""
+"""Scenarios ``instruct-*``: each client's question, texts that are in one place only, and the scores of answers."""
 
 from __future__ import annotations
 

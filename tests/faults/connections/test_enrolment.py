@@ -1,4 +1,4 @@
-"""Who is taken in: no single client decides for the others, nor makes the server allocate what it has not paid for."""
+"""Registration: no single client decides for the others, or makes the server allocate more than it has sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model folder is what it says: what lies beside the weights is told or refused."""
+"""Other files beside a model's weights are reported or refused."""
 
 from __future__ import annotations
 

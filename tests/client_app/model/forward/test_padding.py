@@ -1,4 +1,4 @@
-"""An answer does not depend on its company: alone or in a batch, with any padding token, in every architecture."""
+"""A text gets the same answer alone and in a batch, with any padding token, in every architecture."""
 
 from __future__ import annotations
 

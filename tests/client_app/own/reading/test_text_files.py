@@ -1,4 +1,4 @@
-"""Rows that stay in their file are the rows that a small file has in memory, wherever they stand in it."""
+"""Rows that stay in their file equal the rows of a small file in memory, wherever they are in it."""
 
 from __future__ import annotations
 
