@@ -48,7 +48,7 @@ class Newcomer:
         """Run-config of one round, small."""
         given = {"run-name": name, "runs-dir": str(self.folder / "runs"), "strategy": "fedavg", "num-server-rounds": 1}
         given |= {"local-steps": 3, "base-model": str(self.folder / "base"), "target-modules": "all-linear"}
-        given |= {"evaluate-split": "validation", "round-timeout": 60.0, "startup-timeout": 60.0}
+        given |= {"evaluate-split": "validation", "round-timeout": 240.0, "startup-timeout": 240.0}
         given |= {key.replace("_", "-"): value for key, value in config.items()}
         return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
 

@@ -37,8 +37,10 @@ def check_clients(
 
     Args:
         clients: node-config by client id, with paths on this machine.
-        run_config: the run's configuration.
+        run_config: the run's configuration. Its wrong values (:func:`check_run_config`) are left out here, so that they
+            do not hide a missing file.
     """
+    run_config = {key: value for key, value in run_config.items() if not check_run_config({key: value})}
     with tempfile.TemporaryDirectory(prefix="fedalloy-validate-") as folder:
         for number, (client, table) in enumerate(clients.items()):
             numbered = {"client-id": client, "partition-id": number, "num-partitions": len(clients)}

@@ -24,32 +24,56 @@ def read_clients_file(path: Path) -> dict[str, dict[str, Any]]:
     """Node-config by client id, from a TOML file with one table for each client; its relative paths made absolute.
 
     Raises:
-        OptionError: the file cannot be read, or contains something else; names every unknown key.
+        OptionError: the file cannot be read, or has something else in it; a line for each client with a key that nobody
+            reads.
     """
-    from client_app.settings import SettingsError, require_node_keys
+    from strategies.framework.options import OptionError
+
+    found, wrong = read_clients(path)
+    if wrong:
+        raise OptionError("\n".join(wrong))
+    return found
+
+
+def read_clients(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The clients of such a file whose keys are all known, and what is wrong with the others, one line each.
+
+    Raises:
+        OptionError: the file cannot be read.
+    """
     from strategies.framework.options import OptionError
 
     try:
-        found = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise OptionError(f"{path} cannot be read: {error}") from None
+    found: dict[str, dict[str, Any]] = {}
     wrong = []
-    for client, table in found.items():
-        if not isinstance(table, dict):
-            raise OptionError(f"{path}: {client!r} is not a table, expected [client-id] and its node-config keys below")
-        for prefix in [key for key, value in table.items() if isinstance(value, dict)]:  # client.allow-steps = "..."
-            table |= {f"{prefix}.{key}": value for key, value in table.pop(prefix).items()}
-        for key, value in table.items():
-            if not isinstance(value, bool | int | float | str):
-                raise OptionError(f"{path}: {client}.{key} = {value!r}, expected a number, true, false or text")
-        try:
-            require_node_keys(table, f"client {client!r}")
-        except SettingsError as error:
-            wrong.append(str(error))
-        found[client] = {key: _beside(path.parent, key, value) for key, value in table.items()}
-    if wrong:
-        raise OptionError(f"{path}: " + "; ".join(wrong))
-    return found
+    for client, table in tables.items():
+        said = _wrong_with(client, table)
+        if said:
+            wrong.append(f"{path}: {said}")
+        else:
+            found[client] = {key: _beside(path.parent, key, value) for key, value in table.items()}
+    return found, wrong
+
+
+def _wrong_with(client: str, table: Any) -> str:
+    """What is wrong with a client's table, whose nested keys (``client.allow-steps = "..."``) become dotted ones."""
+    from client_app.settings import SettingsError, require_node_keys
+
+    if not isinstance(table, dict):
+        return f"{client!r} is not a table, expected [client-id] and its node-config keys below"
+    for prefix in [key for key, value in table.items() if isinstance(value, dict)]:
+        table |= {f"{prefix}.{key}": value for key, value in table.pop(prefix).items()}
+    for key, value in table.items():
+        if not isinstance(value, bool | int | float | str):
+            return f"{client}.{key} = {value!r}, expected a number, true, false or text"
+    try:
+        require_node_keys(table, f"client {client!r}")
+    except SettingsError as error:
+        return str(error)
+    return ""
 
 
 def _beside(folder: Path, key: str, value: Any) -> Any:

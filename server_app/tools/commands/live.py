@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server_app.tools.commands.arguments import RunDirectory, parse_run_config, read_clients_file
+from server_app.tools.commands.arguments import RunDirectory, parse_run_config, read_clients
 from server_app.tools.commands.cluster import DIRECTORY, Directory
-from server_app.tools.commands.terminal import clear_errors, console, errors
+from server_app.tools.commands.terminal import clear_errors, console, errors, say_errors
 
 if TYPE_CHECKING:
     from server_app.tools.live.start import Order
@@ -53,12 +53,11 @@ def run(
     with clear_errors():
         require_choice("--on-interrupt", on_interrupt, ON_INTERRUPT)
         config = parse_run_config(run_config)
-        clients = read_clients_file(clients_file) if clients_file else {}
+        clients, unknown = read_clients(clients_file) if clients_file else ({}, [])
         order = _order(config, connection, directory, runs_dir, clients)
         order = start.completed(order if check else start.Order(order.config, order.superlink, order.runs))
-        wrong = list(start.checked(order, console))
-        for line in wrong:
-            errors.print(f"error: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+        wrong = [*unknown, *start.checked(order, console)]
+        say_errors(wrong)
         if wrong:
             raise typer.Exit(1)
         path = start.run_path(order)

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
-from server_app.tools.commands.arguments import parse_run_config, read_clients_file
-from server_app.tools.commands.terminal import clear_errors, console, errors
+from server_app.tools.commands.arguments import PATH_KEYS, parse_run_config, read_clients
+from server_app.tools.commands.terminal import clear_errors, console, say_errors
 
 
 def options(
@@ -32,8 +32,14 @@ def options(
         return
 
     with clear_errors():
-        _say_all(check_run_config(parse_run_config(run_config)))
+        given = parse_run_config(run_config)
+        _say_all(check_run_config(given))
     console.print("run-config is valid", highlight=False)
+    for key in PATH_KEYS:
+        value = str(given.get(key, ""))
+        if value.startswith(("/", "~", ".")) and not Path(value).expanduser().exists():
+            line = f"{key} = {value!r} is not on this machine; each client needs it (fedalloy validate tries a client)"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def literal_of(value: object) -> str:
@@ -52,8 +58,9 @@ def validate(
 
     with clear_errors():
         given = parse_run_config(run_config)
-        wrong = check_run_config(given)
-        for client, line, sound in check_clients(read_clients_file(clients_file), given):
+        clients, unknown = read_clients(clients_file)
+        wrong = check_run_config(given) + unknown
+        for client, line, sound in check_clients(clients, given):
             if sound:
                 console.print(f"client {client!r}: {line}", highlight=False, markup=False, soft_wrap=True)
             else:
@@ -65,7 +72,6 @@ def validate(
 
 
 def _say_all(wrong: list[str]) -> None:
-    for line in wrong:
-        errors.print(f"error: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+    say_errors(wrong)
     if wrong:
         raise typer.Exit(1)

@@ -38,6 +38,30 @@ def test_all_errors_are_said_at_once() -> None:
         assert sum(part in line for line in lines) == 1, part
 
 
+def test_a_wrong_value_hides_no_missing_file_and_an_unknown_key_no_wrong_value(tmp_path: Path) -> None:
+    three_clients.write(tmp_path / "own")
+    (tmp_path / "own" / "mixed.toml").write_text(
+        "[berlin]\ndata-path = 'nowhere.jsonl'\n[paris]\ndata-pth = 'paris.jsonl'\n"
+    )
+    asked = f"base-model='{tmp_path}/own/base' target-modules='all-linear' lora-r=0"
+    result = runner.invoke(app, ["validate", str(tmp_path / "own" / "mixed.toml"), asked])
+    assert result.exit_code == 1
+    value, key, file = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert value == "error: run-config: lora-r = 0, expected at least 1"
+    assert "client 'paris' has an unknown key: 'data-pth' (did you mean 'data-path'?)" in key
+    assert file.startswith("error: client 'berlin': data-path ")
+    assert "no such file" in file
+
+
+def test_a_base_model_that_is_not_here_is_told() -> None:
+    result = runner.invoke(app, ["options", "base-model='/nope' lora-r=4"])
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "run-config is valid",
+        "base-model = '/nope' is not on this machine; each client needs it (fedalloy validate tries a client)",
+    ]
+
+
 def test_each_clients_files_model_and_batch_are_tried(tmp_path: Path) -> None:
     three_clients.write(tmp_path / "own")
     clients = {name: {"data-path": str(tmp_path / "own" / f"{name}.jsonl")} for name in three_clients.GREETINGS}
