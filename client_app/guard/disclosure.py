@@ -14,9 +14,15 @@ from logging import ERROR
 from flwr.app import Context, Message
 from flwr.common.logger import log
 
+from fedalloy_adapters.log_lines import log_in_one_line
 from fedalloy_adapters.words import one_line
 
+MAX_LOGGED = 2000
 Handler = Callable[[Message, Context], Message]
+
+
+UNTOLD = "(see the client's log)"
+"""What the server gets instead of words."""
 
 
 class ClientError(RuntimeError):
@@ -31,7 +37,7 @@ def told(error: BaseException) -> str:
     """
     name = str(getattr(error, "told_class", type(error).__name__))
     words = str(getattr(error, "told", ""))
-    return f"{name}: {words}" if words else f"{name} (see the client's log)"
+    return f"{name}: {words}" if words else f"{name} {UNTOLD}"
 
 
 def private_errors(handler: Handler) -> Handler:
@@ -42,9 +48,13 @@ def private_errors(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            in_words = isinstance(error, ValueError)  # ours say what is wrong; others need a traceback
-            log(ERROR, "%s: %s", type(error).__name__, one_line(error, 2000), exc_info=not in_words)
+            if hasattr(error, "told_class"):  # its message names the class, and the trainer's log has the traceback
+                log(ERROR, "%s", one_line(error, MAX_LOGGED))
+            else:
+                in_words = isinstance(error, ValueError)  # ours say what is wrong; others need a traceback
+                log(ERROR, "%s: %s", type(error).__name__, one_line(error, MAX_LOGGED), exc_info=not in_words)
             failure = ClientError(one_line(told(error), 500))
+        log_in_one_line(failure, "")
         raise failure
 
     return guarded

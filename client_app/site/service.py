@@ -41,6 +41,8 @@ BROKEN = 70
 class SiteTrainer(Trainer):
     """A trainer that checks every job against the site's file, and that only its owner can end."""
 
+    tells_words = False
+
     def __init__(self, site: Site) -> None:
         super().__init__(b"", None)
         self.site = site

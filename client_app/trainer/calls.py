@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from flwr.common.logger import log
 
+from client_app.guard.disclosure import UNTOLD
 from proto.fedalloy.v1 import report_pb2, trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceStub
 
@@ -27,20 +28,20 @@ class TrainerError(RuntimeError):
 
 
 class JobFailedError(RuntimeError):
-    """A job ended with an error in the trainer; its log has the full message, this error the part that may leave.
+    """A job ended with an error in the trainer; the message is for this machine, ``told`` the part that may leave.
 
     ``told_class`` is the class of the trainer's error.
 
     Args:
-        error: that class.
-        message: the part that may leave the client.
-        where: the place of the full message, for people on this machine.
+        failure: the trainer's.
+        where: the place of the traceback, for people on this machine.
     """
 
-    def __init__(self, error: str, message: str, where: object = "") -> None:
-        super().__init__(f"{message} [{where}]" if where else message)
-        self.told_class = error
-        self.told = message.removeprefix(error).removeprefix(": ")
+    def __init__(self, failure: trainer_pb2.Failure, where: object = "") -> None:
+        said = f"{failure.error}: {failure.words}" if failure.words else failure.message
+        super().__init__(f"{said} (log: {where})" if where else said)
+        self.told_class = failure.error
+        self.told = failure.message.removeprefix(failure.error).removeprefix(": ").removeprefix(f" {UNTOLD}")
 
 
 class LostError(RuntimeError):
@@ -112,7 +113,7 @@ def ask(
             elif part == "report":
                 return Outcome(None, answer.report, {slot: b"".join(found) for slot, found in pieces.items()})
             elif part == "failure":
-                raise JobFailedError(answer.failure.error, answer.failure.message, where)
+                raise JobFailedError(answer.failure, where)
             elif part == "progress":
                 listen(name, answer.progress)
     except grpc.RpcError as error:

@@ -15,6 +15,7 @@ import grpc
 from flwr.app import Context, Message
 from flwr.common.logger import log
 
+from client_app.guard.disclosure import told
 from client_app.sockets import read_fleet_wire
 from client_app.trainer.calls import (
     NO_LIMIT,
@@ -98,8 +99,8 @@ def _handed_on(
                 left = max(ends - time.monotonic(), 0.1)
                 return ask(stub, requests_of(job, blobs), left, name, ProgressLog())
             except JobFailedError as error:
-                log(ERROR, "the site's service: %s: %s", error.told_class, error.told)
-                raise SiteError(f"{error.told_class}: {error.told}") from None
+                log(ERROR, "the site's service: %s", told(error))
+                raise SiteError(told(error)) from None
             except TrainerError as error:
                 raise SiteError(str(error)) from None
             except LostError as error:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from client_app.guard.disclosure import told
+from client_app.guard.disclosure import MAX_LOGGED, told
 from client_app.plan.progress import Cancelled, listening, tick
 from client_app.processors import threads_for
 from client_app.settings import read_settings
@@ -37,6 +37,7 @@ from client_app.trainer.address import Owner, Residence, code_digest, inode_of
 from client_app.trainer.calls import NO_LIMIT, in_pieces
 from client_app.trainer.client import context_of
 from fedalloy_adapters.files.atomic_files import private_mask
+from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import trainer_pb2
 from proto.fedalloy.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 
@@ -86,6 +87,9 @@ class Trainer(TrainerServiceServicer):
         digest: that of the code that this process runs.
         folder: shared by this user's trainers, so that they take turns on a device; None: no other trainers.
     """
+
+    tells_words = True
+    """Whether an error's words go to the ClientApp: not where its code is not the owner's."""
 
     def __init__(self, digest: bytes, folder: Path | None = None) -> None:
         self.digest = digest
@@ -172,7 +176,8 @@ class Trainer(TrainerServiceServicer):
             sound = _is_sound(error)
             if not isinstance(error, Cancelled):
                 traceback.print_exc()
-            failure = trainer_pb2.Failure(error=type(error).__name__, message=told(error))  # the log has it in full
+            failure = trainer_pb2.Failure(error=type(error).__name__, message=told(error))
+            failure.words = one_line(error, MAX_LOGGED) if self.tells_words else ""
             pending.answers.put(trainer_pb2.RunResponse(failure=failure))
         pending.answers.put(None)
         return sound

@@ -81,7 +81,12 @@ class WireLog:
     def registered(self, node: str, client: str) -> None:
         """The node that was asked as ``node`` is ``client``; it has fetched the app bundle."""
         self.sampler.rename(node, client)
-        bundle = self._bundle()
+        self.ledger.forget_bundle(node)
+        self.fetched(client)
+
+    def fetched(self, client: str, has_answered: bool = True) -> None:
+        """Who has answered, if only to say that it cannot take part, has fetched the app bundle."""
+        bundle = self._bundle() if has_answered else None
         if bundle is not None:
             self.ledger.bundle(client, bundle)
 

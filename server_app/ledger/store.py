@@ -211,6 +211,10 @@ class Ledger:
         """Record that a client's SuperNode fetched the app bundle and the run's description (once per run)."""
         self._write("INSERT OR REPLACE INTO bundle VALUES (?, ?, ?, ?)", (client, cost.up, cost.down, cost.tls_records))
 
+    def forget_bundle(self, client: str) -> None:
+        """What was noted under this name is another one's."""
+        self._write("DELETE FROM bundle WHERE client = ?", (client,))
+
     def client_reading(
         self, round_: int, client: str, reading: report_pb2.WireReading, unix_time: float | None = None, kind: str = ""
     ) -> None:

@@ -39,6 +39,7 @@ from server_app.run.federation import (
 from server_app.run.known_runs import note_run
 from server_app.run.messages.exchange import Reply
 from server_app.run.messages.late_answers import LateAnswers
+from server_app.run.messages.reasons import is_from_client
 from server_app.run.messages.requests import Requests
 from server_app.run.options import RunOptions, as_toml, default_run_name, read_run_options, run_on
 from server_app.run.progress import Progress
@@ -187,15 +188,14 @@ class Run:
             self.strategy.load_state(checkpoint.state)
         self.enrolment.enrol_newcomers()
         records = self._registered | {
-            who: {"status": status, "reason": why}
+            who: {"status": status, "reason": why, **self.enrolment.node_of(who)}
             for status, found in ((LEFT, self.enrolment.away), (REJECTED, self.enrolment.refused))
             for who, why in found.items()
         }
         record = self.record("register", self.completed, records, started)
         fitting = sum(client.node_id != 0 for client in self.enrolment.clients.values())
-        if fitting < self.options.least:
-            reasons = self.enrolment.why_missing()
-            raise NotEnoughClientsError(f"{fitting} of at least {self.options.least} clients fit. {reasons}")
+        if fitting < (least := self.options.least):
+            raise NotEnoughClientsError(f"{fitting} of at least {least} clients fit. {self.enrolment.why_missing()}")
         if not self.options.min_clients and not self.options.is_over:
             require_all(self.enrolment, fitting)
         if checkpoint is None:
@@ -206,6 +206,7 @@ class Run:
         reading = client.registration.wire if client is not None else None
         self.wire.arrived(self.round_now, reply.client_id, "query", reply.message, reading)
         if client is None:
+            self.wire.fetched(reply.client_id, is_from_client(reply.message))
             return
         self.wire.registered(reply.client_id, client.id)
         key = self.enrolment.names.get(client.id, "")
@@ -379,13 +380,9 @@ class Run:
             if final.answers[client_id].report.HasField("privacy")
         }
         summary = summary_of(
-            self.options,
-            clients,
-            time.monotonic() - self.started,
-            self.spent,
-            self.wire.totals(),
+            self.options, clients, time.monotonic() - self.started, self.spent, self.wire.totals(),
             dict([run_on(self.directory.config())]),
-        )
+        )  # fmt: skip
         refused = dict(sorted(self.enrolment.refused.items()))
         missing = sorted(set(self.enrolment.clients) - set(clients))
         away = sorted(set(self.enrolment.away) - set(self.enrolment.clients))

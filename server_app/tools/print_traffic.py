@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from fedalloy_adapters.words import one_line
 from server_app.ledger.connections import OTHER
 from server_app.ledger.reconciliation import Accounts, ClientRound
 from server_app.ledger.store import Ledger
+from server_app.run.run_directory import RunDirectory
+from server_app.tools.who import registrations
 
 
 def print_traffic(run_dir: Path, console: Console) -> None:
@@ -21,7 +24,8 @@ def print_traffic(run_dir: Path, console: Console) -> None:
     """
     with Ledger(run_dir / "ledger.sqlite", read_only=True) as ledger:
         accounts, name, encodings = ledger.accounts(), ledger.run_name, ledger.by_encoding()
-    rows = accounts.rows()
+    refused = _refused(run_dir)
+    rows = [replace(row, client=refused.get(row.client, row.client)) for row in accounts.rows()]
     console.print(f"[bold]Traffic of run {name}[/bold] (bytes)", highlight=False)
     if not rows:
         console.print("Nothing has been sent yet.")
@@ -33,6 +37,12 @@ def print_traffic(run_dir: Path, console: Console) -> None:
         console.print(f"tensors {direction} by encoding: {told}", highlight=False)
     _print_where(accounts, console)
     _print_notes(accounts, console)
+
+
+def _refused(run_dir: Path) -> dict[str, str]:
+    """Names of refused clients by what the ledger calls them, which does not know who they are."""
+    said = registrations(RunDirectory(run_dir))
+    return {f"node {of['node']}": who for who, of in said.items() if of.get("status") == "rejected" and "node" in of}
 
 
 def _per_round(rows: list[ClientRound]) -> Table:

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.test_docs import BLOCKS, ROOT, Block, name
@@ -61,7 +62,7 @@ class ByHand:
 
     def types(self, command: Sequence[str], *, succeeds: bool = True) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment("home"), capture_output=True, text=True, timeout=300
+            command, cwd=self.folder, env=self.environment("home"), capture_output=True, text=True, timeout=540
         )
         said = done.stdout + done.stderr
         assert (done.returncode == 0) == succeeds, said
@@ -73,8 +74,7 @@ class ByHand:
         process = subprocess.Popen(
             command, cwd=self.folder, env=self.environment(home), stdout=log, stderr=subprocess.STDOUT
         )
-        self.stack.callback(process.wait, 30)
-        self.stack.callback(process.terminate)
+        self.stack.callback(_end, process)
 
     def waits_for(self, port: int) -> None:
         for _ in range(600):
@@ -83,6 +83,16 @@ class ByHand:
                     return
             time.sleep(0.1)
         raise AssertionError((self.folder / "superlink.log").read_text())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With its descendants, which Flower leaves behind where they are busy."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(30)
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 @pytest.fixture
@@ -117,7 +127,10 @@ def test_the_page_is_carried_out_by_hand(hand: ByHand) -> None:
     hand.types(hand.words(register, "paris"))
     for client in CLIENTS:
         hand.leaves_running(hand.words(supernode, client), client)
-    small = "num-server-rounds=1 local-steps=1 run-name='by-hand' startup-timeout=120.0 runs-dir='" + str(hand.folder)
+    small = (
+        "num-server-rounds=1 local-steps=1 run-name='by-hand' startup-timeout=240.0 round-timeout=240.0 runs-dir='"
+        + str(hand.folder)
+    )
     said = hand.types([word.replace("num-server-rounds=5", f"{small}/runs'") for word in hand.words(run)])
     assert "finished: mean accuracy" in said
     assert "berlin" in hand.types(["fedalloy", "report", "runs/by-hand"])

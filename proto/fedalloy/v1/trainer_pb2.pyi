@@ -135,9 +135,11 @@ class Progress(_message.Message):
     def __init__(self, activity: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("error", "message")
+    __slots__ = ("error", "message", "words")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
     error: str
     message: str
-    def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    words: str
+    def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ..., words: _Optional[str] = ...) -> None: ...

@@ -85,6 +85,10 @@ class Enrolment:
         """Whether newcomers may be given this client's adapter: its owner's last word."""
         return self._lends.get(client.id, client.registration.lends_adapter)
 
+    def node_of(self, label: str) -> dict[str, str]:
+        """The node that is refused under this label, as a record has it; empty if it is not known."""
+        return next(({"node": str(node)} for node, name in self._labels.items() if name == label), {})
+
     def forgive(self, node_id: int) -> None:
         """Forget why the node was refused; it registers again."""
         self.refused.pop(self._labels.pop(node_id, ""), None)

@@ -50,7 +50,7 @@ class Fall:
         """One line about it, after this many rounds."""
         now = "not finite" if self.now is None else f"{self.now.loss:.3g}"
         said = f"validation loss {now} after {_rounds(rounds)}, {self.first.loss:.3g} before training"
-        if self.best is not None and self.best_state:
+        if self.best is not None and self.best_state and self.best_state != rounds:
             said += f", {self.best.loss:.3g} after {_rounds(self.best_state)}"
         return said
 

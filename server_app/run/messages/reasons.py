@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from flwr.app import Error
+from flwr.app import Error, Message
 
 from fedalloy_adapters.words import one_line
 from strategies.framework.exchange import MAX_REASON
@@ -26,6 +26,11 @@ CODES = {
     8: "its process ended: killed, or out of memory?",
 }
 """Flower's error codes (1.39) in words."""
+
+
+def is_from_client(reply: Message | None) -> bool:
+    """Whether a reply comes from a client's app, not from the SuperLink in its stead; None is no reply."""
+    return reply is not None and not (reply.has_error() and CODES.get(reply.error.code) in (LOST, OFFLINE))
 
 
 def reason_of(error: Error) -> str:

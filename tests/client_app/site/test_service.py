@@ -6,7 +6,7 @@ import json
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from client_app.site.service import SiteTrainer, open_socket
 from client_app.site.site_file import SiteFileError
 from client_app.trainer.calls import NO_LIMIT, JobFailedError, ask, requests_of
 from client_app.trainer.relay import SiteError
+from client_app.trainer.server import PendingJob, Trainer
 from fedalloy_adapters.wire.flower_records import CONFIG_RECORD, pack
 from fedalloy_adapters.wire.signing import new_key
 from proto.fedalloy.v1 import plan_pb2, report_pb2, trainer_pb2
@@ -60,6 +61,26 @@ def test_a_listed_run_is_served_and_every_byte_is_in_the_record(start: Start) ->
     assert (sums.plans, sums.registrations, sums.refused) == (1, 1, 0)
     assert sums.uploads == len(uploads["global"])
     assert stat.S_IMODE(site.trainer.site.socket.stat().st_mode) == 0o600
+
+
+def test_an_errors_words_stay_with_the_service(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer of the bundle tells them to its ClientApp, whose code it shares; a site's service does not."""
+
+    def fails(self: Trainer, pending: PendingJob) -> Iterator[trainer_pb2.RunResponse]:
+        raise ValueError("melanoma")
+
+    def heard_from(trainer: Trainer) -> trainer_pb2.Failure:
+        monkeypatch.setattr(type(trainer), "_outcome", fails)
+        pending = PendingJob(trainer_pb2.Job(register=trainer_pb2.RegisterJob()), {})
+        trainer._carry_out(pending)
+        answer = pending.answers.get()
+        assert answer is not None
+        return answer.failure
+
+    installed, bundled = heard_from(start().trainer), heard_from(Trainer(b""))
+    assert "melanoma" not in str(installed)
+    assert bundled.words == "melanoma"
+    assert installed.message == bundled.message == "ValueError (see the client's log)"
 
 
 def test_an_unlisted_run_gets_nothing_and_is_on_record(start: Start) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
+from flwr.app import Context, Message
 
-from client_app.guard.disclosure import told
+from client_app.guard.disclosure import ClientError, private_errors, told
 from client_app.own.reading.text_files import DataError
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.names import PlanError
 from client_app.settings import SettingsError
+from client_app.trainer.calls import JobFailedError
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.wire.codec import CodecError, CodecErrorCode
-from proto.fedalloy.v1 import plan_pb2
+from proto.fedalloy.v1 import plan_pb2, trainer_pb2
 from strategies.framework.dispatch import register_message
 from tests.fuzz.targets import EXAMPLES, Memory, NoModel
 from tests.in_process import FIRST_NODE, InProcessGrid, run_config_of
@@ -117,6 +119,27 @@ def test_what_was_asked_for_is_told_in_words_and_what_others_added_is_not() -> N
     assert told(hostile) == "DataError: line 3"
     assert told(DataError("/a/b.jsonl, line 3, column 7: not valid JSON")) == "DataError: line 3, column 7"
     assert told(DataError("no lines")) == "DataError (see the client's log)"
+
+
+def test_the_clients_own_log_has_the_words_of_its_trainers_error_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    error = DataError("/a/b.jsonl: messages-column = 'mesages': there is no such column")
+    failure = trainer_pb2.Failure(error="DataError", message=told(error), words=str(error))
+
+    def handler(message: Message, context: Context) -> Message:
+        raise JobFailedError(failure, "/home/trainer.log")
+
+    flwr, message = logging.getLogger("flwr"), register_message(FIRST_NODE)
+    before = list(flwr.filters)
+    flwr.addHandler(caplog.handler)
+    try:
+        with pytest.raises(ClientError) as raised:
+            private_errors(handler)(message, Context(0, 0, {}, message.content, {}))
+    finally:
+        flwr.removeHandler(caplog.handler)
+        flwr.filters[:] = before
+    assert str(raised.value) == "DataError (see the client's log)"
+    assert {record.getMessage() for record in caplog.records} == {f"DataError: {error} (log: /home/trainer.log)"}
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_a_step_that_fails_for_the_data_says_only_which_one() -> None:

@@ -96,6 +96,13 @@ def test_a_supernode_that_was_started_again_fetches_the_bundle_again(
     assert ledger.reconciliation()["down"]["app bundle"] == fetches * 4000
 
 
+def test_a_node_that_has_become_a_client_has_fetched_one_bundle(ledger: Ledger) -> None:
+    ledger.bundle("node 7", BundleCost(100, 4000, 1))
+    ledger.bundle("node 8", BundleCost(100, 4000, 1))
+    ledger.forget_bundle("node 7")
+    assert [row.client for row in ledger.accounts().bundles] == ["node 8"]
+
+
 def test_without_a_lone_call_the_calls_stay_unexplained(ledger: Ledger) -> None:
     ledger.message(0, "berlin", "up", "train", 2000, 6, calls=7)
     ledger.server_reading(0, "", "start", [at_server(0, 0)], unix_time=1)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from server_app.ledger.store import Ledger, LedgerError
+from server_app.run.run_directory import RunDirectory
 from server_app.tools.print_traffic import print_traffic
 from tests.server_app.ledger.samples import (
     at_client,
@@ -48,6 +49,20 @@ def test_report_says_what_was_not_measured(tmp_path: Path, measured: bool) -> No
     text = " ".join(printed(tmp_path).split())
     assert ("wire not measured at server: a simulation has no network" in text) is not measured
     assert "the server does not see this client under its own address" in text
+
+
+def test_refused_clients_have_their_names(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.sqlite", "test") as ledger:
+        ledger.message(0, "node 15765050123", "up", "query", 30, 6)
+        ledger.message(0, "node 26", "up", "query", 30, 6)
+    clients = {
+        "shop": {"status": "rejected", "reason": "DataError: line 1", "node": "15765050123"},
+        "bank": {"status": "ok", "node": "26"},
+    }
+    RunDirectory(tmp_path).append_round({"phase": "register", "round": 0, "clients": clients})
+    text = printed(tmp_path)
+    assert "0 shop " in text
+    assert "0 node 26 " in text
 
 
 def test_report_of_a_folder_without_ledger(tmp_path: Path) -> None:

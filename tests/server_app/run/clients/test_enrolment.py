@@ -13,6 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.wire.flower_records import REGISTER_TYPE
 from proto.fedalloy.v1 import report_pb2
+from server_app.ledger.recorder import WireLog
 from server_app.run.federation import NoClientError, NotEnoughClientsError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes
 from tests.faults.reports import LAYOUT
@@ -80,10 +81,22 @@ def test_a_refusal_is_a_warning_with_a_name_and_stands_in_the_records_and_at_the
     last = caplog.records[-1].getMessage()
     assert last.startswith("finished: 2 of 3 sites; refused: shop: DataError: line 17, column 'label'; ")
     clients = directory.rounds()[0]["clients"]
-    assert clients["shop"] == {"status": "rejected", "reason": "DataError: line 17, column 'label'"}
+    assert clients["shop"] == {"status": "rejected", "reason": "DataError: line 17, column 'label'", "node": "3"}
     assert (clients["ada"]["node"], clients["ada"]["key"], clients["ada"]["base"]) == ("1", "ada", "toy")
     summary = json.loads((directory.path / "summary.json").read_text())
     assert summary["refused"] == {"shop": "DataError: line 17, column 'label'"}
+
+
+def test_whoever_answers_has_fetched_the_app_and_is_booked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(WireLog, "fetched", lambda self, client, sure=True: fetched.extend([client] * sure))
+    run_nodes(tmp_path, grid(), min_clients=2)
+    assert sorted(fetched) == ["ada", "ben", "node 3"]
+    fetched.clear()
+    run_nodes(tmp_path, Killed(nodes()), min_clients=2, run_name="killed")
+    assert sorted(fetched) == ["ada", "ben"]
 
 
 def test_who_claims_anothers_id_is_called_by_its_node(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server_app.run.clients.held_out import HeldOut, Score, with_held_out
+from server_app.run.clients.held_out import Fall, HeldOut, Score, with_held_out
 from server_app.run.options import RunOptions
 from strategies.framework import steps
 from strategies.framework.exchange import Brief
@@ -65,6 +65,9 @@ def test_a_model_that_has_learned_to_decide_has_not_lost_where_it_is_only_too_su
     assert fall is not None
     assert fall.is_better_before
     assert fall.words(2) == "validation loss 4 after 2 rounds, 2.3 before training"
+    again = Fall(Score(4.71), Score(4.96), Score(4.96), 1)
+    assert again.words(1) == "validation loss 4.96 after 1 round, 4.71 before training"
+    assert again.words(2) == "validation loss 4.96 after 2 rounds, 4.71 before training, 4.96 after 1 round"
     assert found.fallen("ben", Score(9.0)) is None
     lost = found.fallen("ada", None)
     assert lost is not None
