@@ -4,12 +4,13 @@ A server's work on N adapters of P numbers is limited by memory: every number is
 for one product costs more than the product. Here a block of columns of a few rows is copied to a buffer that stays in
 the cache, and multiplied there.
 
-Results depend on nothing but the numbers, bit for bit. Every product has the shape ``[d, up to GROUP] @ [GROUP, TILE]``
-on one thread; the last block is filled up to the same width. So neither the number of threads, nor how much is read at
-once, nor where a row lies (memory or file) decides how a sum is rounded. The order of the rows does: callers sort them.
+Results depend on nothing but the numbers, bit for bit. Every product has the shape ``[d, rows] @ [rows, columns]`` on
+one thread, :func:`product_of` decides how many of both, and the last tile is filled up. So neither the number of
+threads, nor how much is read at once, nor where a row lies (memory or file) decides how a sum is rounded. The order of
+the rows does: callers sort them.
 
-NumPy computes the products: for matrices with few rows its BLAS takes half the time of PyTorch's
-(``tests/benchmarks/merge_speed.py``).
+NumPy computes the products: its BLAS multiplies a small matrix where it lies, at up to three times the speed of a large
+one with as few rows, which is rearranged first (``tests/benchmarks/merge_speed.py``).
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-TILE = 16384
-"""Columns of one product; with ``GROUP`` rows of float32 they take two megabytes, which fit a core's own cache."""
-GROUP = 32
-"""Rows of one product."""
+TILE = 15360
+"""Columns that belong together: 15 * 1024, of which halves come close to the most that a small product may have."""
+GROUP, WIDE_GROUP, WIDE = 32, 64, 16
+"""Rows of one product; the second where more than so many sums are made of them."""
+SMALL = 10**6
+"""Multiplications up to which OpenBLAS leaves the matrix as it is; and the narrowest product that is worth it."""
+NARROWEST = 240
 STRIPE = 8
-"""Tiles that are read from a file at once."""
+"""Tiles of a row that are read from a file at once. From memory it is two, or one of a wide group: short stretches are
+slow to read, and all that is read should stay in a cache."""
+_PADDING = 16
+"""Columns between the rows of a buffer, or all would start at the same place of a cache."""
 _PRODUCT_COLUMNS = 2048
 _ONE_AT_A_TIME = threading.Lock()
 Numbers = NDArray[Any]
@@ -135,14 +142,14 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
     if result.shape != (len(weights), size) or result.dtype != dtype:
         raise ValueError(f"got out {tuple(result.shape)} {result.dtype}, expected ({len(weights)}, {size}) {dtype}")
     factors, target = weights.detach().to("cpu", dtype).numpy(), result.numpy()
-    stripe = TILE * (1 if all(row.in_memory for row in rows) else STRIPE)
+    group, width = product_of(len(factors), len(rows))
+    stripe = TILE * (max(1, 2 * GROUP // group) if all(row.in_memory for row in rows) else STRIPE)
     counter = itertools.count()  # an idle thread takes the next stripe; which thread takes it changes no number
 
     def work() -> None:
-        rows_at_once = min(GROUP, len(rows))
-        numbers = np.zeros((rows_at_once, stripe), target.dtype)
-        total = np.zeros((stripe // TILE, len(factors), TILE), target.dtype)
-        more = np.zeros((len(factors), TILE), target.dtype)
+        numbers = np.zeros((group, stripe + _PADDING), target.dtype)
+        total = np.zeros((len(factors), stripe + _PADDING), target.dtype)
+        more = np.zeros((len(factors), width), target.dtype)
         with np.errstate(all="ignore"):
             while (start := next(counter) * stripe) < size:
                 _combine_stripe(rows, factors, target, start, (numbers, total, more))
@@ -158,31 +165,40 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
     return result
 
 
+def product_of(d: int, count: int) -> tuple[int, int]:
+    """Rows and columns of a product, where ``d`` sums are made of ``count`` rows."""
+    rows, columns = min(count, WIDE_GROUP if d > WIDE else GROUP), TILE
+    while d * rows * columns > SMALL and columns > NARROWEST:
+        columns //= 2
+    return rows, columns if d * rows * columns <= SMALL else TILE
+
+
 def _combine_stripe(
     rows: Sequence[Row], factors: Numbers, target: Numbers, start: int, buffers: tuple[Numbers, Numbers, Numbers]
 ) -> None:
     """The columns from ``start`` on, as many as the first buffer is wide."""
     numbers, total, more = buffers
-    width = min(numbers.shape[1], target.shape[1] - start)
-    last = (len(rows) - 1) // GROUP
-    for index, first in enumerate(range(0, len(rows), GROUP)):
-        group = rows[first : first + GROUP]
+    width = min(numbers.shape[1] - _PADDING, target.shape[1] - start)
+    whole = -(-width // TILE) * TILE  # the last tile has its full width, too; what is beyond the row is not used
+    rows_at_once, at_once = len(numbers), more.shape[1]
+    straight = len(rows) == rows_at_once and width == whole
+    for first in range(0, len(rows), rows_at_once):
+        group = rows[first : first + rows_at_once]
         weights = factors[:, first : first + len(group)]
         for place, row in enumerate(group):
             row.read(start, numbers[place, :width])
-        for tile, begin in enumerate(range(0, width, TILE)):
-            block = numbers[: len(group), begin : begin + TILE]  # full width; the rest is not used
-            stop = min(begin + TILE, width)
-            into = target[:, start + begin : start + stop]
-            if last == 0 and stop - begin == TILE:
-                np.matmul(weights, block, out=into)
-            elif index == 0:
-                np.matmul(weights, block, out=total[tile])
+        for begin in range(0, whole, at_once):
+            columns = slice(begin, begin + at_once)
+            block = numbers[: len(group), columns]
+            if straight:
+                np.matmul(weights, block, out=target[:, start + begin : start + begin + at_once])
+            elif not first:
+                np.matmul(weights, block, out=total[:, columns])
             else:
                 np.matmul(weights, block, out=more)
-                total[tile] += more
-            if index == last and not (last == 0 and stop - begin == TILE):
-                into[:] = total[tile, :, : stop - begin]
+                total[:, columns] += more
+    if not straight:
+        target[:, start : start + width] = total[:, :width]
 
 
 def products(first: Sequence[Row], second: Sequence[Row] | None = None) -> Tensor:

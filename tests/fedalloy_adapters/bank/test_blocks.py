@@ -36,12 +36,25 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("d", "count"), [(1, 1), (3, 5), (1, blocks.GROUP + 1), (2, 2 * blocks.GROUP + 3)])
+@pytest.mark.parametrize(
+    ("d", "count"), [(1, 1), (3, 5), (1, blocks.GROUP + 1), (2, 2 * blocks.GROUP + 3), (20, 70), (130, 3)]
+)
 def test_a_combination_is_the_product_of_matrices(d: int, count: int, size: int) -> None:
     matrix, weights = drawn(count, size), drawn(d, count, seed=1)
     found = combine(memory_rows(matrix), weights)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), weights.double() @ matrix.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 16, 256])
+@pytest.mark.parametrize("d", [1, 8, 16, 17, 100, 1000])
+def test_products_are_small_or_as_wide_as_a_tile(d: int, count: int) -> None:
+    """Small ones are not rearranged; a tile is a whole number of them, so that all have one shape."""
+    rows, columns = blocks.product_of(d, count)
+    assert blocks.TILE % columns == 0
+    assert rows == min(count, blocks.WIDE_GROUP if d > blocks.WIDE else blocks.GROUP)
+    assert columns == blocks.TILE or columns >= blocks.NARROWEST
+    assert d * rows * columns <= blocks.SMALL or d * rows * blocks.NARROWEST > blocks.SMALL
 
 
 def test_doubles_stay_doubles() -> None:
@@ -57,9 +70,12 @@ def test_a_result_goes_where_it_is_told() -> None:
 
 
 @examples(10)
-@given(count=st.integers(1, 70), size=st.integers(1, 40_000), stripe=st.integers(1, 5), seed=st.integers(0, 99))
-def test_no_bit_depends_on_how_much_is_read_at_once(count: int, size: int, stripe: int, seed: int) -> None:
-    matrix, weights = drawn(count, size, seed), drawn(2, count, seed + 1)
+@given(
+    count=st.integers(1, 70), size=st.integers(1, 40_000), stripe=st.integers(1, 5), seed=st.integers(0, 99),
+    d=st.sampled_from([1, 2, 16, 20]),
+)  # fmt: skip
+def test_no_bit_depends_on_how_much_is_read_at_once(count: int, size: int, stripe: int, seed: int, d: int) -> None:
+    matrix, weights = drawn(count, size, seed), drawn(d, count, seed + 1)
     once = combine(memory_rows(matrix), weights)
 
     class Slow(MemoryRow):
