@@ -8,6 +8,7 @@ round runs are asked to register meanwhile, and a client whose process died is a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from server_app.run.clients.enrolment import Enrolment
 from server_app.run.messages.exchange import Exchange, Make, Reply, Watch
@@ -31,6 +33,8 @@ LOOKS_SHARE = 0.1
 MOST_PAUSE_SECONDS = 3.0
 """The time that Flower's own grid waits between two looks."""
 SAY_SECONDS = 10.0
+PUSHES = 3
+"""Of the same messages at most, where the SuperLink does not take all of their objects."""
 ALL_FOR_ONE = "all for one reason: "
 """Part of a :class:`NoClientError`'s message, by which readers of a record recognise it."""
 
@@ -208,9 +212,16 @@ class Federation:
                     self.overdue_answers[name] = self.overdue_answers.get(name, 0) + 1
 
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """The messages' ids; None if the SuperLink did not take one because its node went away in between."""
-        found = [message_id or None for message_id in self.grid.push_messages(messages)]
-        return found or [None] * len(messages)  # it does not report what it finds too large
+        """The messages' ids; None where the SuperLink did not take one: its node went away in between.
+
+        A busy SuperLink answers later than Flower waits. Flower then sends the object again, and takes "I have it" for
+        a failure. So the same messages are pushed once more: the SuperLink asks for nothing that it has.
+        """
+        for _ in range(PUSHES):
+            with contextlib.suppress(ObjectPushError):
+                found = [message_id or None for message_id in self.grid.push_messages(messages)]
+                return found or [None] * len(messages)  # of what it finds too large it says nothing
+        return [None] * len(messages)
 
     def overdue(self, message_id: str, client_id: str) -> None:
         """Stop waiting for the answer to this message; it is taken off the SuperLink when it comes."""
@@ -242,7 +253,7 @@ class Federation:
             self._asked.add(node_id)
             message = register_message(node_id, 3600, self.request())
             watch.pushing(f"node {node_id}")
-            for message_id in self.grid.push_messages([message]):
+            for message_id in self.push([message]):
                 if message_id:
                     self._asking[message_id] = (node_id, time.monotonic())
                 else:
