@@ -21,7 +21,7 @@ from server_app.ledger.reconciliation import PING, TLS_RECORD
 from server_app.ledger.store import Ledger
 
 Key = tuple[str, int, int]  # the SuperNode's address and port, the socket's cookie
-Change = tuple[int, int, int, int, int, int]  # up, down, segments in, segments out, data segments in and out
+Change = tuple[int, int, int, int, int, int]  # up, down (once each), segments in, out, data segments in, out
 
 # Silence that ends a burst, in seconds: longer than a pause between a message's calls, shorter than between two polls.
 GAP = 0.25
@@ -68,7 +68,8 @@ class _Watched:
     seen: deque[tuple[float, Connection]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     burst: _Burst | None = None
     exchange: int = 0  # messages pushed so far
-    busy: bool = False  # the client has fetched the last of them and not answered it yet
+    busy: bool = False  # has fetched the last of them and not answered it yet
+    cut: int = -1  # the round of the last push in its rows
 
 
 class FleetSampler:
@@ -213,8 +214,7 @@ class FleetSampler:
         self._tables.table.close()
 
     def _table(self) -> SocketTable:
-        # A netlink socket is used by the thread that opened it.
-        if not hasattr(self._tables, "table"):
+        if not hasattr(self._tables, "table"):  # a netlink socket is used by the thread that opened it
             self._tables.table = SocketTable()
         table: SocketTable = self._tables.table
         return table
@@ -262,9 +262,18 @@ class FleetSampler:
         return bool(client) and self._client_of.get(key[:2]) == client
 
     def _book(self, round_: int, client: str, event: str, kind: str, moment: _Moment) -> None:
-        connections = self._of(client, moment)
-        self.ledger.server_reading(round_, client, event, connections, kind=kind, unix_time=moment.time)
+        with self._lock:
+            found = [c for c in self._of(client, moment) if self._is_due(round_, client, event, _key(c))]
+        self.ledger.server_reading(round_, client, event, found, kind=kind, unix_time=moment.time)
         self._write_activity()
+
+    def _is_due(self, round_: int, client: str, event: str, key: Key) -> bool:
+        """Of a connection that may be anybody's one row a round is enough, and N clients write N rows, not N^2."""
+        watched = self._watched.get(key)
+        if watched is None or event == "handler" or not client or self._is_of(key, client):
+            return True
+        before, watched.cut = watched.cut, round_ if event == "push" else watched.cut
+        return before != round_
 
     def _of(self, client: str, moment: _Moment) -> list[Connection]:
         """The client's connections, or all connections while the client's are not known."""
@@ -285,7 +294,7 @@ class FleetSampler:
                 watched = self._watched.get(key)
                 if watched is None:
                     watched = self._watched[key] = _Watched(connection, self._round)
-                    self._changed(key, watched, _change(connection, None), now, setup=True)
+                    self._changed(key, watched, _counts(connection), now, setup=True)
                     watched.seen.append((now, connection))
                 elif any(change := _change(connection, watched.connection)):
                     self._changed(key, watched, change, now)
@@ -380,16 +389,12 @@ def _key(connection: Connection) -> Key:
     return connection.remote_address, connection.remote_port, connection.cookie
 
 
-def _change(new: Connection, old: Connection | None) -> Change:
-    """The changes between two readings; retransmitted bytes belong to the wire, not to a call."""
-    if old is None:
-        return (
-            new.bytes_received,
-            new.bytes_sent - new.bytes_retransmitted,
-            new.segments_in,
-            new.segments_out,
-            new.data_segments_in,
-            new.data_segments_out,
-        )
-    first, second = _change(new, None), _change(old, None)
-    return tuple(a - b for a, b in zip(first, second, strict=True))  # type: ignore[return-value]
+def _counts(seen: Connection) -> Change:
+    return (
+        seen.bytes_received, seen.bytes_sent - seen.bytes_retransmitted, seen.segments_in, seen.segments_out,
+        seen.data_segments_in, seen.data_segments_out,
+    )  # fmt: skip
+
+
+def _change(new: Connection, old: Connection) -> Change:
+    return tuple(a - b for a, b in zip(_counts(new), _counts(old), strict=True))  # type: ignore[return-value]

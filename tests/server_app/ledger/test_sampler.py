@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import replace
 
 import pytest
 
 from client_app.sockets import Connection
 from server_app.ledger import sampler as fleet_sampler
+from server_app.ledger.connections import join
+from server_app.ledger.rows import ConnectionRow
 from server_app.ledger.sampler import FleetSampler
 from server_app.ledger.store import Ledger
 from tests.server_app.ledger.samples import (
@@ -190,6 +193,32 @@ def test_looks_at_all_connections_take_a_share_of_the_time_at_most(ledger: Ledge
     sampler.push(0, "node 7", "query")
     assert len(kernel.looks) == 6
     sampler.stop()
+
+
+def test_clients_that_are_not_known_yet_write_a_row_for_each_connection_and_round(
+    ledger: Ledger, kernel: Kernel
+) -> None:
+    """As many rows as connections, not as their square; what crossed belongs to the same rounds."""
+    count, moved = 20, 500
+    kernel.sockets = {port: at_server(0, 0, port=port) for port in range(1, count + 1)}
+    sampler = FleetSampler(ledger, port=9092)
+    sampler.start()
+    for round_ in (0, 1, 2):
+        for port in kernel.sockets:
+            sampler.push(round_, f"node {port}", "query")
+            kernel.traffic(sampler, port, 100, moved)
+            sampler.reply(round_, f"node {port}", "query")
+    sampler.stop()
+    readings = ledger.accounts().readings
+    ledger._db.row_factory = sqlite3.Row
+    links = join(readings, ledger._rows(ConnectionRow, "SELECT * FROM connection ORDER BY seq"))
+    assert sum(row.event in ("push", "reply") for link in links for row in link.at_server) == 3 * count
+    assert len(links) == count
+    for link in links:
+        found = [0, 0, 0]
+        for round_, piece, _ in link.down():
+            found[round_] += piece.payload
+        assert found == [moved] * 3
 
 
 def test_sampler_keeps_the_last_counters_of_a_connection_that_goes(ledger: Ledger, kernel: Kernel) -> None:
