@@ -8,7 +8,6 @@ round runs are asked to register meanwhile, and a client whose process died is a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from httpx import HTTPStatusError
 
 from server_app.run.clients.enrolment import Enrolment
 from server_app.run.messages.exchange import Exchange, Make, Reply, Watch
@@ -33,8 +33,8 @@ LOOKS_SHARE = 0.1
 MOST_PAUSE_SECONDS = 3.0
 """The time that Flower's own grid waits between two looks."""
 SAY_SECONDS = 10.0
-PUSHES = 3
-"""Of the same messages at most, where the SuperLink does not take all of their objects."""
+PAUSES = (0.1, 1.0, 0.0)
+"""Seconds after each push of the same messages, where the SuperLink has not taken all of their objects."""
 ALL_FOR_ONE = "all for one reason: "
 """Part of a :class:`NoClientError`'s message, by which readers of a record recognise it."""
 
@@ -214,13 +214,18 @@ class Federation:
     def push(self, messages: Sequence[Message]) -> list[str | None]:
         """The messages' ids; None where the SuperLink did not take one: its node went away in between.
 
-        A busy SuperLink answers later than Flower waits. Flower then sends the object again, and takes "I have it" for
-        a failure. So the same messages are pushed once more: the SuperLink asks for nothing that it has.
+        A busy SuperLink answers later than Flower waits; Flower then sends the object again, and takes "I have it" for
+        a failure. Or its database was locked for too long, and it answers with an error. So the same messages are
+        pushed once more: the SuperLink asks for nothing that it has.
         """
-        for _ in range(PUSHES):
-            with contextlib.suppress(ObjectPushError):
+        for pause in PAUSES:
+            try:
                 found = [message_id or None for message_id in self.grid.push_messages(messages)]
                 return found or [None] * len(messages)  # of what it finds too large it says nothing
+            except (ObjectPushError, HTTPStatusError) as error:
+                if isinstance(error, HTTPStatusError) and not error.response.is_server_error:
+                    raise
+                time.sleep(pause)
         return [None] * len(messages)
 
     def overdue(self, message_id: str, client_id: str) -> None:
@@ -244,7 +249,11 @@ class Federation:
         if not now and time.monotonic() < self._look_at:
             return
         started = time.monotonic()
-        self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
+        try:
+            self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
+        except HTTPStatusError as error:  # of a SuperLink whose database is locked: as at the last look
+            if not error.response.is_server_error:
+                raise
         self._look_at = time.monotonic() + _pause(LOOK_SECONDS, time.monotonic() - started)
         self._seen |= self._nodes
         held = {client.node_id for client in [*self.enrolment.clients.values(), *self.enrolment.newcomers.values()]}

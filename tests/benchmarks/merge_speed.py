@@ -8,6 +8,8 @@
     matmul    arithmetic in a second, over that of the best plain product of two square matrices (float32)
     plain     time of the best plain product of the same shape (PyTorch's, NumPy's) on a matrix ``[N, P]`` that is
               ready, over this time: 1 is as fast, although the rows lie apart and the order of the sums is fixed
+    in turn   time of the copy's reading and writing plus that of the square product's arithmetic, over this time: what
+              there is to win for one that reads first and multiplies then
     before    time of what merges did (stack the adapters, ``weights @ matrix``), over this time
 
 A case is bound by memory where reading Theta and writing the result at the copy's speed takes longer than its
@@ -54,6 +56,7 @@ class Measured:
     copy: float
     matmul: float
     plain: float
+    in_turn: float
     before: float
 
 
@@ -92,7 +95,8 @@ def measure(d: int, n: int, p: int, tries: int) -> Measured:
     seconds, flops, moved = found["ours"], 2 * d * n * p, 4 * (n + d) * p
     return Measured(
         d, n, p, seconds, moved / bandwidth > flops / arithmetic, 4 * n * p / seconds / bandwidth,
-        flops / seconds / arithmetic, min(found["torch"], found["numpy"]) / seconds, before / seconds,
+        flops / seconds / arithmetic, min(found["torch"], found["numpy"]) / seconds,
+        (moved / bandwidth + flops / arithmetic) / seconds, before / seconds,
     )  # fmt: skip
 
 
@@ -108,7 +112,8 @@ def main() -> None:
         torch.set_num_threads(1)
         ThreadpoolController().limit(limits=1, user_api="blas")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'d':>4}{'N':>6}{'P':>12}{'seconds':>10}{'bound by':>10}{'copy':>8}{'matmul':>8}{'plain':>8}{'before':>8}")
+    print(f"{'d':>4}{'N':>6}{'P':>12}{'seconds':>10}{'bound by':>10}{'copy':>8}{'matmul':>8}{'plain':>8}{'in turn':>8}"
+          f"{'before':>8}")  # fmt: skip
     found = []
     for p in SIZES[:1] if chosen.quick else SIZES:
         for d, n in CASES:
@@ -118,7 +123,9 @@ def main() -> None:
             case = measure(d, n, p, tries=6 if chosen.quick else 10)
             found.append(case)
             bound = "memory" if case.memory_bound else "cores"
-            shares = "".join(f"{share:8.2f}" for share in (case.copy, case.matmul, case.plain, case.before))
+            shares = "".join(
+                f"{share:8.2f}" for share in (case.copy, case.matmul, case.plain, case.in_turn, case.before)
+            )
             print(f"{d:4}{n:6}{p:12}{case.seconds:10.4f}{bound:>10}{shares}", flush=True)
     by_memory = [case.copy for case in found if case.memory_bound]
     by_cores = [case for case in found if not case.memory_bound]

