@@ -243,3 +243,19 @@ def _code() -> str:
     """All sources, with the pieces of each text joined."""
     files = [path for room in ("server_app", "client_app", "strategies") for path in (ROOT / room).rglob("*.py")]
     return re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sorted(files)))
+
+
+# ------------------------------------------------------------------------------------------------- recorded sessions
+
+SESSIONS = [match["text"] for match in BLOCK.finditer((DOCS / "terminal.md").read_text())]
+
+
+def test_recorded_commands_exist_and_know_their_options() -> None:
+    typed = re.findall(r"^\$ (.*)$", "".join(SESSIONS), re.M)
+    assert {line.split()[1] for line in typed} >= {"runs", "watch", "report", "export"}
+    for command in Block(DOCS / "terminal.md", "", "\n".join(typed)).commands():
+        check(command)
+
+
+def test_recordings_fit_into_80_columns() -> None:
+    assert max(len(line) for session in SESSIONS for line in session.splitlines()) <= 80

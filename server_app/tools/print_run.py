@@ -79,9 +79,9 @@ def print_report(run_dir: Path, console: Console, metric: str = "") -> None:
     console.print(_models(found))
     for line in _notes(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _print_weights(found["weights"], console)
     console.print()
     console.print(who_table(found["who"]))
-    _print_weights(found["weights"], console)
 
 
 def _last_evaluated(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

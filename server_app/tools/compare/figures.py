@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ ROLES = {"": ("#0072b2", "circle"), "reference": ("#d55e00", "square"), "control
 """Colour and symbol of a strategy by its role."""
 OUTLINED = {"color": "#ffffff", "shadow": "0 0 2px #000, 0 0 3px #000, 0 0 3px #000"}
 """Font of numbers that can be read on every colour of a scale."""
+WORDS = re.compile(r"[a-z]{2,}\S* \S")
+"""What a cell has that is more than a number or a name."""
 READABLE = 26
 """Height of a row of text, in pixels."""
 
@@ -52,12 +55,14 @@ def figure(chart: Any, caption: str, said: str, table: Table, height: int, note:
 
 
 def as_table(table: Table) -> str:
-    """A table that scrolls if the page is narrow; intervals are in small print below their numbers."""
+    """A table that scrolls if the page is narrow; intervals are in small print below numbers, words to the left."""
     heads, body = table
-    top = "".join(f'<th scope="col">{html.escape(str(head))}</th>' for head in heads)
+    worded = {place for row in body for place, cell in enumerate(row) if place and WORDS.search(str(cell))}
+    kinds = {place: ' class="words"' for place in worded}
+    top = "".join(f'<th scope="col"{kinds.get(i, "")}>{html.escape(str(head))}</th>' for i, head in enumerate(heads))
     lines = []
     for first, *rest in body:
-        cells = "".join(f"<td>{_cell(str(cell))}</td>" for cell in rest)
+        cells = "".join(f"<td{kinds.get(i, '')}>{_cell(str(cell))}</td>" for i, cell in enumerate(rest, 1))
         lines.append(f'<tr><th scope="row">{html.escape(str(first))}</th>{cells}</tr>')
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 

@@ -22,6 +22,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 3rem; border-botto
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; }
 small { opacity: 0.75; } thead th { white-space: normal; vertical-align: bottom; }
+.words { text-align: left; white-space: normal; min-width: 12rem; }
 tbody th { font-weight: 500; } th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 figure { margin: 2.5rem 0; break-inside: avoid; } figcaption { font-weight: 600; font-size: 1.05rem; }
 figure p { margin: 0.2rem 0; } .wide { overflow-x: auto; } .chart { min-width: 34rem; }

@@ -66,7 +66,7 @@ def as_page(state: RunState) -> str:
         ("Bytes", as_table(sizes(state))),
         ("What took the time", as_table(seconds(state.records))),
     ]
-    text = "".join(f"<h2>{name}</h2>{part}" for name, part in parts if "<td>" in part)
+    text = "".join(f"<h2>{name}</h2>{part}" for name, part in parts if "<td" in part)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -110,7 +110,9 @@ def curves(records: Sequence[Mapping[str, Any]], metric: str) -> str:
                 if metric in values:
                     found[name][int(record["round"]) - 1] = values[metric]
     caption = f"{metric.capitalize()} of each client's model"
-    return _lines(found, caption, "rounds done", metric, "rounds are on validation examples, the delivery on test")
+    return _lines(
+        found, caption, "rounds done", metric, "Rounds are on validation examples, the delivery is on test examples."
+    )
 
 
 def training(records: Sequence[Mapping[str, Any]]) -> str:
@@ -137,7 +139,8 @@ def _lines(found: Mapping[str, Mapping[int, float]], caption: str, x: str, y: st
             x=[at for at, _ in ordered], y=[value for _, value in ordered], mode="lines+markers", name=name, line=line
         )
         body.append([name, " ".join(f"{at}: {value:.3f}" for at, value in ordered)])
-    chart.update_layout(xaxis_title=x, yaxis_title=y)
+    rounds = max(at for values in found.values() for at in values)
+    chart.update_layout(xaxis_title=x, yaxis_title=y, xaxis_dtick=max(1, -(-rounds // 12)))  # no half rounds
     said = f"{caption}, a line for each of {len(body)} clients."
     return figure(chart, caption, said, (["client", f"{y} by {x}"], body), 420 + 8 * len(body), note)
 
