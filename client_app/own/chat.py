@@ -64,18 +64,20 @@ class ChatTemplate:
         except Exception as error:  # a template may raise any error
             raise DataError(f"{place}: the model's chat template refuses this conversation: {error}") from None
         answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if _MARKERS.search(self.source):
-            found = self._marked(turns, context, answers, place)
+        marked = bool(_MARKERS.search(self.source))
+        if marked:
+            found = self._marked(turns, context, answers, text)
         else:
-            found = {number: self._span(turns, context, number, text) for number in answers}
-        if found[answers[-1]] is None:
-            raise DataError(f"{place}: the model's chat template does not put this conversation in order")
+            found = [(number, self._span(turns, context, number, text)) for number in answers]
+        if not any(span for number, span in found if number == answers[-1]):
+            what = "mark the last answer" if marked else "put this conversation in order"
+            raise DataError(f"{place}: the model's chat template does not {what}")
         spans = []
-        for number, span in found.items():
+        for number, span in found:
             if span is None:
                 self.findings["answers are not learnt, because the chat template rewrites them"] += 1
             elif number >= first and turns[number].get("weight", 1):
-                spans.append(self._ended(text, span, text_of(turns[number]).strip()))
+                spans.append(span if marked else self._ended(text, span, text_of(turns[number]).strip()))
         self._count_lost(turns, text)
         return text, spans
 
@@ -118,6 +120,9 @@ class ChatTemplate:
             after = self._text(turns[: number + 1], context)
         except Exception:  # it accepts the whole conversation, not its beginning
             return None
+        if not asked.startswith(before):  # a mark at the end of a whole text, which is not this answer's (Phi-3)
+            before, bare = (t.rstrip().removesuffix(str(self.tokenizer.eos_token)) for t in (before, after))
+            after = bare if after != text or self._has_end(bare.rstrip()) else after
         start = common_start(text, asked)
         # A generation prompt may open something that not every answer has, like <think>; all before it must be there.
         if start < len(before) or not text.startswith(before):
@@ -133,9 +138,9 @@ class ChatTemplate:
         return (start, end + len(rest)) if text.startswith(rest, end) else None
 
     def _marked(
-        self, turns: Sequence[Turn], context: Mapping[str, Any], answers: Sequence[int], place: str
-    ) -> dict[int, Span | None]:
-        """Spans by the template's own markers, one for each answer."""
+        self, turns: Sequence[Turn], context: Mapping[str, Any], answers: Sequence[int], text: str
+    ) -> list[tuple[int, Span | None]]:
+        """What the template's own markers mark: each span with the number of its answer, which may have several."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tools, template = context.get("tools"), self.speaker.chat_template
@@ -150,11 +155,21 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **rest},
         )
-        if len(marked[0]) != len(answers):
-            raise DataError(
-                f"{place}: the model's chat template marks {len(marked[0])} answers, expected {len(answers)}"
-            )
-        return {number: (start, end) for number, (start, end) in zip(answers, marked[0], strict=True)}
+        spans = list(marked[0])
+        if len(spans) == len(answers):
+            return list(zip(answers, spans, strict=True))
+        ends = [common_start(text, self._begun(turns[: number + 1], context)) for number in answers[:-1]]
+        found: list[tuple[int, Span | None]] = []
+        for span in spans:
+            found.append((answers[sum(end <= span[0] for end in ends)], span))
+        return found + [(number, None) for number in answers if number not in dict(found)]
+
+    def _begun(self, turns: Sequence[Turn], context: Mapping[str, Any]) -> str:
+        """The text of a conversation's beginning; empty where the template takes whole conversations only."""
+        try:
+            return self._text(turns, context)
+        except Exception:
+            return ""
 
     def _ended(self, text: str, span: Span, content: str) -> Span:
         """Nothing after the end token is learnt: what follows it are the template's line breaks.
@@ -163,10 +178,13 @@ class ChatTemplate:
         """
         start, end = span
         shown = text[start:end].rstrip()
-        has_token = any(shown.endswith(token) for token in self.special)
+        has_token = self._has_end(shown)
         if not has_token:
             self.findings["answers have no end token in the chat template"] += 1
         return (start, start + len(shown)) if has_token or not shown.endswith(content) else span
+
+    def _has_end(self, text: str) -> bool:
+        return any(text.endswith(token) for token in self.special)
 
     def _count_lost(self, turns: Sequence[Turn], text: str) -> None:
         for turn in turns:

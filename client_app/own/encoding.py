@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class Encoder:
     """Turns examples into a :class:`Dataset`; ``truncated`` counts texts that were cut to ``max_length`` tokens.
 
     ``chat`` is the model's chat template; ``ask_by_chat`` says whether prompts and completions go through it, too.
-    ``between`` is put between a prompt and its completion if no template does that.
+    ``between`` is put between a prompt and its completion if no template does that. ``image_names`` are what the model's
+    processor says of images and texts, as far as it was asked: its part for images may say more, for itself.
     """
 
     kind: Kind
@@ -41,6 +43,12 @@ class Encoder:
     between: str = ""
     findings: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
+    image_names: set[str] = field(default_factory=set)
+
+    @property
+    def takes_suffix(self) -> bool:
+        """Whether the model's processor wants an answer apart from its prompt (PaliGemma)."""
+        return self.joint is not None and "suffix" in inspect.signature(type(self.joint).__call__).parameters
 
     @property
     def padding_id(self) -> int | None:
@@ -75,7 +83,9 @@ class Encoder:
         """A split of these inputs; images are read when a batch needs them."""
         if not self.kind.has_image:
             return Dataset(inputs, labels, self.kind.name)
-        read = ImageReader(self.images, lambda at: _opened(examples[at]), nested=self.kind.generative)
+        read = ImageReader(
+            self.images, lambda at: _opened(examples[at]), nested=self.kind.generative, names=self.image_names
+        )
         return LazyDataset(inputs, labels, self.kind.name, read=read)
 
     def refuse(self, example: Example, message: str) -> NoReturn:
@@ -107,7 +117,10 @@ class Encoder:
             asked = f"{self._image_tokens(example)}{example.prompt or ''}{self.between if example.prompt else ''}"
             text = f"{asked}{example.completion}"
             spans = [(len(asked), len(text))]
-        ids, learnt, beside = self._tokens(example, text, spans, templated=bool(turns))
+        if self.takes_suffix and not turns:
+            ids, learnt, beside = self._with_suffix(example, asked)
+        else:
+            ids, learnt, beside = self._tokens(example, text, spans, templated=bool(turns))
         labels: list[int] = np.where(learnt, ids, IGNORED).tolist()
         if not turns and self.tokenizer.eos_token_id is not None and ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
@@ -170,8 +183,8 @@ class Encoder:
         if len(ids) > 1 and special and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids, learnt = ids[1:], learnt[1:]  # the text has one of its own
         if self.kind.has_image:
-            told = self._with_images(example, text, special=special)
-            found, wanted = _expanded(ids, learnt, told.pop("input_ids"), example)
+            told = self._with_images(example, text, add_special_tokens=special)
+            found, wanted = _expanded(ids, learnt, told.pop("input_ids"), example, self.tokenizer.eos_token_id)
             return found, wanted, {name: values for name, values in told.items() if len(values) == len(found)}
         return ids, learnt, {}
 
@@ -187,14 +200,24 @@ class Encoder:
         ids, labels = ids[:1] + ids[1 + surplus :], labels[:1] + labels[1 + surplus :]
         return ids[: self.max_length], labels[: self.max_length]
 
-    def _with_images(self, example: Example, text: str, *, special: bool) -> dict[str, list[int]]:
+    def _with_suffix(self, example: Example, asked: str) -> tuple[list[int], list[bool], dict[str, list[int]]]:
+        """Like :meth:`_tokens`, with a prompt whose tokens see each other both ways and an answer that they do not see.
+
+        Where one begins and the other ends is in the token types; read as one text, the prompt would see the answer.
+        """
+        told = self._with_images(example, asked, suffix=[example.completion])
+        ids, types = told.pop("input_ids"), told["token_type_ids"]
+        return ids, [kind == 1 for kind in types], told
+
+    def _with_images(self, example: Example, text: str, **options: Any) -> dict[str, list[int]]:
         """The processor's tokens, and the other fields that have a number for each token."""
         try:
-            encoded = self.joint(images=_opened(example), text=[text], add_special_tokens=special)
+            encoded = self.joint(images=_opened(example), text=[text], **options)
         except DataError:
             raise
         except Exception as error:  # processors may raise any error
             raise DataError(f"{example.place}: the model's processor refuses this image and text: {error}") from None
+        self.image_names.update(encoded)
         fields = ["input_ids", *(name for name in encoded if name.endswith("token_type_ids"))]
         return {name: [int(number) for number in encoded[name][0]] for name in fields}
 
@@ -229,15 +252,20 @@ def _touched(places: Sequence[Span], added: Sequence[int], spans: Sequence[Span]
 
 
 def _expanded(
-    ids: Sequence[int], learnt: Sequence[bool], with_image: list[int], example: Example
+    ids: Sequence[int], learnt: Sequence[bool], with_image: list[int], example: Example, end: int | None
 ) -> tuple[list[int], list[bool]]:
-    """The processor's tokens, with those that it has added for the image, and whether each is learnt."""
+    """The processor's tokens, with those that it has added for the image, and whether each is learnt.
+
+    An ``end`` token that it has put behind the text is left to the caller.
+    """
     found, at = [], 0
+    if with_image[-1] == end and ids[-1] != end:
+        with_image = with_image[:-1]
     for token in with_image:
         same = at < len(ids) and token == ids[at]
         found.append(same and learnt[at])
         at += same
-    if at != len(ids):
+    if at != len(ids) or with_image[-1] != ids[-1]:
         raise DataError(f"{example.place}: the model's processor does not keep this text beside its image")
     return with_image, found
 
@@ -284,6 +312,8 @@ def load_encoder(
         added = [str(token) for token in encoder.tokenizer.added_tokens_decoder.values()]
         encoder.chat = ChatTemplate(speaker, encoder.tokenizer, [*encoder.tokenizer.all_special_tokens, *added])
         encoder.ask_by_chat = prompt_template == "auto"
+    if encoder.takes_suffix:
+        encoder.chat = None
     if chat and encoder.chat is None:
         raise BaseModelError(
             f"base-model {found.name!r} has no chat template, which messages need; use an instruction-tuned model, or "

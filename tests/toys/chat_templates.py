@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = ["The answer is four. The sky is blue. What is two plus two? Why? Because. user assistant system\n\n"] * 20
 MARKS = ["<|user|>", "<|assistant|>", "<|system|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
@@ -50,7 +51,7 @@ TEMPLATES = {"zephyr": ZEPHYR, "mistral": MISTRAL, "chatml": CHATML, "marked": C
 }  # fmt: skip
 
 
-def sentencepiece(*, first: bool) -> Any:
+def sentencepiece(*, first: bool, marks: Sequence[str] = (), ends: str = "<s> $A") -> Any:
     """Llama 2's way: U+2581 for a space, and before each segment, or before the first only."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     if first:
@@ -64,13 +65,33 @@ def sentencepiece(*, first: bool) -> Any:
         CORPUS, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
     )
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-    )
+    return _finished(tokenizer, marks, ends, unk_token="<unk>", pad_token="</s>")
 
 
-def byte_level(*, marks: bool = True) -> Any:
+def unigram(marks: Sequence[str] = (), ends: str = "$A </s>") -> Any:
+    """SentencePiece's other way, of T5 and XLM-R: likely pieces, blanks joined, and no token for what is unknown."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer: Any = trainers.UnigramTrainer
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(CORPUS, trainer(vocab_size=120, special_tokens=special, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return _finished(tokenizer, marks, ends, unk_token="<unk>", pad_token="<pad>")
+
+
+def wordpiece(marks: Sequence[str] = (), ends: str = "<s> $A </s>") -> Any:
+    """BERT's way: lower case, accents gone, words in pieces, blanks forgotten."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))  # type: ignore[call-arg]
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=150, special_tokens=special))
+    tokenizer.decoder = decoders.WordPiece()
+    return _finished(tokenizer, marks, ends, unk_token="<unk>", pad_token="<pad>")
+
+
+def byte_level(*, marks: bool | Sequence[str] = True, ends: str = "$A") -> Any:
     """GPT-2's way: bytes, a space belongs to the word after it; ``marks``: what templates write are tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,11 +101,18 @@ def byte_level(*, marks: bool = True) -> Any:
         CORPUS, trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet)
     )
     tokenizer.decoder = decoders.ByteLevel()
+    chosen = (MARKS if marks else ()) if isinstance(marks, bool) else marks
+    return _finished(tokenizer, chosen, ends, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def _finished(tokenizer: Tokenizer, marks: Sequence[str], ends: str, **tokens: str) -> Any:
+    """As transformers has it, with ``marks`` as tokens, and what it puts around a text (``ends``)."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"} | tokens
     if marks:
-        tokenizer.add_special_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>", pad_token="<|endoftext|>"
-    )
+        tokenizer.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    around = [(token, tokenizer.token_to_id(token)) for token in ends.split() if token != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=around)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
 
 TOKENIZERS = {
@@ -93,3 +121,12 @@ TOKENIZERS = {
     "bytes": byte_level,
     "bytes without marks": lambda: byte_level(marks=False),
 }
+FAMILIES: dict[str, Callable[[Sequence[str]], Any]] = {
+    "bytes": lambda marks: byte_level(marks=marks),
+    "bytes, both ends": lambda marks: byte_level(marks=marks, ends="<s> $A <|endoftext|>"),
+    "sentencepiece": lambda marks: sentencepiece(first=False, marks=marks),
+    "metaspace, no ends": lambda marks: sentencepiece(first=True, marks=marks, ends="$A"),
+    "unigram": unigram,
+    "wordpiece": wordpiece,
+}
+"""By kind, with given tokens of a chat template; a tokenizer puts both ends around a plain text, one, or none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +147,21 @@ class ImageReader:
         processor: the base model's own processor.
         open_at: decodes the images of the example at a position.
         nested: whether an example may have several images, so that the processor gets a list for each.
+        names: those of its tensors that the model takes; none: all.
     """
 
-    def __init__(self, processor: Any, open_at: Callable[[int], Sequence[Any]], *, nested: bool = False) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        open_at: Callable[[int], Sequence[Any]],
+        *,
+        nested: bool = False,
+        names: Collection[str] = (),
+    ) -> None:
         self.processor = processor
         self.open_at = open_at
         self.nested = nested
+        self.names = names
         self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
 
@@ -191,7 +200,8 @@ class ImageReader:
     def _processed(self, images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
         given = [list(own) for own in images] if self.nested else [image for own in images for image in own]
         found = self.processor(images=given, return_tensors="pt")
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        wanted = self.names or list(found)
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and name in wanted}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
