@@ -28,8 +28,8 @@ class Encoder:
     """Turns examples into a :class:`Dataset`; ``truncated`` counts texts that were cut to ``max_length`` tokens.
 
     ``chat`` is the model's chat template; ``ask_by_chat`` says whether prompts and completions go through it, too.
-    ``between`` is put between a prompt and its completion if no template does that. ``image_names`` are what the model's
-    processor says of images and texts, as far as it was asked: its part for images may say more, for itself.
+    ``between`` is put between a prompt and its completion if no template does that. ``image_names`` are what the
+    model's processor says of images and texts, as far as it was asked: its part for images may say more, for itself.
     """
 
     kind: Kind
