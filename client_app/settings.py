@@ -83,8 +83,7 @@ class DataSettings:
     data_config: str = ""
     """Name of a configuration of a Hugging Face data set."""
     data_root: str = ""
-    """Folder with the data of the scenarios on real data: ``cifar100-20``, ``mixed-arch``, ``multi-modal``, ``text-8``,
-    ``prompt-tasks``, ``pacs``."""
+    """Folder with the data of the scenarios on real data, as ``cifar100-20`` and ``text-8`` (docs/results)."""
     text_column: str = "text"
     """Column of the text; two for pairs of texts: ``"premise,hypothesis"``."""
     label_column: str = "label"
@@ -97,6 +96,8 @@ class DataSettings:
     """Column of a chat's messages."""
     image_column: str = "image"
     """Column of the image."""
+    task_column: str = ""
+    """Column with each example's task, for ``task-arrival="dynamic"``: tasks come in the order of their first rows."""
     prompt_template: str = "auto"
     """``auto``: if the model has a chat template, prompts and completions go through it as user and assistant.
     ``none``: they are read as they are."""
@@ -106,8 +107,7 @@ class DataSettings:
     split_fractions: str = "0.8,0.1,0.1"
     """Shares of train, validation and test."""
     partitioner: str = ""
-    """Divides the data among clients that have a ``partition-id``: ``iid``, ``dirichlet``, ``pathological``,
-    ``natural`` or empty (all of it)."""
+    """Divides data by ``partition-id``: ``iid``, ``dirichlet``, ``pathological``, ``natural`` or empty (all of it)."""
     partition_by: str = ""
     """Column that the data are divided by; empty: the label."""
     partition_alpha: float = 0.5

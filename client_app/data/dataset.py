@@ -172,7 +172,8 @@ class ClientData:
     ``for_reference`` has the splits as the reference model reads them, if it has its own tokenizer or processor.
 
     ``labels`` are the names of its classes in order. ``shared_labels`` are the same if the run names them; only those
-    may leave the client. ``label_weights [C]`` is how much each counts in training; None: all the same.
+    may leave the client. ``label_weights [C]`` is how much each counts in training; None: all the same. ``streams [n]``
+    numbers, from 0, the task that each training example is of, where its row says so; they may come one after another.
 
     ``modalities`` are what the model reads and writes, ``groups`` the parameter groups
     (:mod:`fedalloy_adapters.groups`) that the task's forward pass touches; none: the adapter has no groups. A client
@@ -195,6 +196,7 @@ class ClientData:
     labels: tuple[str, ...] = ()
     shared_labels: tuple[str, ...] = ()
     label_weights: Tensor | None = None
+    streams: Tensor | None = None
 
     @classmethod
     def of_tasks(cls, tasks: Sequence[ClientData]) -> ClientData:

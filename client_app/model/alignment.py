@@ -10,8 +10,9 @@ target's and :math:`x_p` of the pivot's module for the same token:
   ``r x r`` matrix T of :func:`recolouring`; equal to the ``d x d`` form because :math:`B_0 A x` has rank r.
 
 The base models are frozen and adapters take no part, so inputs do not depend on A: one pass over the data for their
-second moments is enough for both stages, and the authors' stochastic epoch becomes an exact objective. Models must see
-the same examples as the same number of tokens.
+second moments is all of the data that both stages need, and the authors' stochastic epoch becomes an exact objective.
+Models whose tokenizers divide texts differently are compared by sub-words (:mod:`client_app.model.subwords`); models
+without texts must see the same examples as the same number of tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from client_app.data.dataset import MASK, Dataset
 from client_app.model.personal import PersonalModel
+from client_app.model.subwords import Decode, Pairs, Pieces, pairs_of
 from fedalloy_adapters.adapter import Adapter, polar
 from fedalloy_adapters.files.atomic_files import write_durably
 from fedalloy_adapters.layout import Factor, Layout
@@ -65,6 +67,7 @@ def align(
     folder: Path,
     options: AlignOptions | None = None,
     progress: Progress = lambda what, done, total: None,
+    decode: Sequence[Decode] = (),
 ) -> Path:
     """Align all targets to the pivot and write ``<folder>/<sha256>.safetensors``; the file's name is its hash.
 
@@ -77,21 +80,25 @@ def align(
         folder: where the file goes.
         options: see :class:`AlignOptions`.
         progress: see :data:`Progress`.
+        decode: gives the text of tokens, one for each model, the pivot's first; only with them can models be aligned
+            that divide texts into different tokens.
 
     Raises:
-        AlignmentError: the models do not share the same modules, or split the examples into different tokens.
+        AlignmentError: the models do not share the same modules, or split the examples into tokens that cannot be
+            compared.
     """
-    options = options or AlignOptions()
+    options, pieces = options or AlignOptions(), [Pieces(one) for one in decode]
     tensors: dict[str, Tensor] = {}
     start = Adapter.initial(pivot.layout, options.seed)
     _keep(tensors, basis_of(start))
-    for target, read in zip(targets, data[1:], strict=True):
+    for number, (target, read) in enumerate(zip(targets, data[1:], strict=True), start=1):
         if dict(_by_name(target.layout)).keys() != dict(_by_name(pivot.layout)).keys():
             raise AlignmentError(
                 f"{target.base.name!r} shares {sorted(target.layout.shared_names.values())}, expected "
                 f"{sorted(pivot.layout.shared_names.values())} as {pivot.base.name!r}"
             )
-        moments = _moments(pivot, start, target, (data[0], read), folder, options, progress)
+        tokens = (pieces[0], pieces[number]) if pieces else None
+        moments = _moments(pivot, start, target, (data[0], read), folder, options, progress, tokens)
         _keep(tensors, _aligned(target, start, pivot.layout, moments, options, progress))
     about = {
         "format": FORMAT,
@@ -229,6 +236,7 @@ def _moments(
     folder: Path,
     options: AlignOptions,
     progress: Progress,
+    tokens: tuple[Pieces, Pieces] | None,
 ) -> dict[str, Tensor]:
     """Sums over tokens by shared name: ``tt [d, d]``, ``tz [d, r]``, ``zz [r, r]``, ``t [d]``, ``z [r]``, ``count``."""
     partial = _partial(folder, pivot, target, options, data)
@@ -247,23 +255,40 @@ def _moments(
             write_durably(partial, save(moments | {"begin": torch.tensor(first)}))
         indices = torch.arange(first, min(first + options.batch_size, total))
         batches = [read.batch(indices) for read in data]
-        _require_same_lengths(batches)
+        pairs = _pairs(batches, tokens)
         theirs, ours = (_inputs(model, batch) for model, batch in zip((pivot, target), batches, strict=True))
         for name, x_t in ours.items():
             x_p = theirs[name]
-            if len(x_t) != len(x_p):
+            if pairs is None and len(x_t) != len(x_p):
                 raise AlignmentError(
                     f"{target.base.name!r} makes {len(x_t)} tokens of a batch, {pivot.base.name!r} {len(x_p)}: "
                     "models that divide their inputs differently cannot be aligned"
                 )
             z = x_p @ start[_by_name(pivot.layout)[name], Factor.A].double().T
+            if pairs is not None:
+                x_t, z = x_t[pairs.rows], pairs.pooled(z)
             found = {"tt": x_t.T @ x_t, "tz": x_t.T @ z, "zz": z.T @ z, "t": x_t.sum(0), "z": z.sum(0)}
             found["count"] = torch.tensor(float(len(x_t)), dtype=torch.float64)
             for kind, value in found.items():
                 key = f"{name}.{kind}"
                 moments[key] = moments[key] + value if key in moments else value
     progress(f"reading for {target.base.name}", total, total)
+    if not all(float(value) for key, value in moments.items() if key.endswith(".count")):
+        raise AlignmentError(f"{target.base.name!r} and {pivot.base.name!r} have no sub-word of these texts in common")
     return moments
+
+
+def _pairs(batches: Sequence[Dataset], tokens: tuple[Pieces, Pieces] | None) -> Pairs | None:
+    """Which tokens of a batch belong together, the pivot's batch first; None: each to the one in its own place."""
+    ids = [batch.inputs.get("input_ids") for batch in batches]
+    if tokens is None or any(found is None or MASK not in b.inputs for found, b in zip(ids, batches, strict=True)):
+        _require_same_lengths(batches)
+        return None
+    theirs, ours = (
+        [pieces.of(row[mask.bool()]) for row, mask in zip(batch.inputs["input_ids"], batch.inputs[MASK], strict=True)]
+        for pieces, batch in zip(tokens, batches, strict=True)
+    )
+    return None if theirs == ours else pairs_of(ours, theirs)
 
 
 def _require_same_lengths(batches: Sequence[Dataset]) -> None:
@@ -273,7 +298,7 @@ def _require_same_lengths(batches: Sequence[Dataset]) -> None:
         first = next(index for index, (one, other) in enumerate(zip(*lengths, strict=True)) if one != other)
         raise AlignmentError(
             f"a text has {lengths[0][first]} tokens for one model and {lengths[1][first]} for the other: models with "
-            "different tokenizers cannot be aligned"
+            "different tokenizers are aligned by sub-words, for which their tokens must be decoded"
         )
 
 

@@ -30,6 +30,7 @@ _TOWER = re.compile(
     r"(?:.*\.)?(vision_tower|vision_model|vision_encoder|visual|image_tower|image_encoder|audio_tower|audio_encoder"
     r"|multi_modal_projector|mm_projector|embed_vision|embed_audio|connector|aligner)(?:\..*)?"
 )
+_OVER_TOWERS = re.compile(r"(?:.*[.:])?multimodal_model(?:\..*)?")
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -58,6 +59,9 @@ def layer_of(module: str) -> int | None:
 def outside_towers(modules: Iterable[str]) -> list[str]:
     """A model's modules outside vision and audio towers and projectors; all modules if the model is itself a tower."""
     names = list(modules)
+    over = [name for name in names if _OVER_TOWERS.fullmatch(name)]
+    if any(layer_of(name) is not None for name in over):
+        return over
     outside = [name for name in names if not _TOWER.fullmatch(name)]
     return outside if any(layer_of(name) is not None for name in outside) else names
 

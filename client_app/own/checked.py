@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from client_app.data.example import Example
 from client_app.kinds import Kind
 from client_app.own.examples import read_example
 from client_app.own.reading.text_files import Row
+from client_app.own.reading.values import value_in
 from client_app.settings import DataSettings
 
 DIGEST = "S32"
@@ -118,6 +121,17 @@ class Checked(Sequence[Example]):
         """How often each label of the client is here, by name."""
         found = np.bincount(self.labels, minlength=len(self.names))
         return dict(zip(self.names, found.tolist(), strict=True))
+
+    def numbered(self, column: str) -> Tensor:
+        """Numbers ``[n]`` from 0 of the values in a column, in the order in which they appear in the data.
+
+        Raises:
+            DataError: a row lacks the column.
+        """
+        rows = [self.rows[position] for position in self.positions.tolist()]
+        found = [str(value_in(row, column)) for row in rows]
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(found))}
+        return torch.tensor([numbers[value] for value in found])
 
     def shared_with(self, other: Checked) -> int:
         """How many of these examples are among ``other``, too."""

@@ -121,7 +121,9 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
 def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> set[str]:
     """Which of a row's columns :func:`read_example` looks at."""
     there = set(columns)
-    return ({settings.split_column, settings.partition_by} | kind.columns_read(there, settings)) & there
+    return (
+        {settings.split_column, settings.partition_by, settings.task_column} | kind.columns_read(there, settings)
+    ) & there
 
 
 def _to_write(row: Row, settings: DataSettings) -> dict[str, Any]:

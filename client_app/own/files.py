@@ -88,6 +88,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
         labels=found.labels,
         shared_labels=settings.model.label_names if found.labels else (),
         label_weights=label_weights(found, splits["train"], settings.model),
+        streams=found.splits["train"].numbered(settings.data.task_column) if settings.data.task_column else None,
     )
 
 

@@ -207,7 +207,7 @@ def take_sketch(
     total, clean = (torch.zeros(step.row_count, reference.weight.shape[1]) for _ in range(2))
     examples = 0
     for indices in batches(len(data), step.batch_size, step.batches, seed):
-        gradient = reference.gradient(data.batch(indices), step.gradient).float().cpu()[rows]
+        gradient = _mean_gradient(reference, data.by_task(indices), step.gradient)[rows]
         clean += gradient
         total += gradient + noise(gradient.shape) if step.noise_on_gradients else gradient
         examples += len(indices)
@@ -219,6 +219,13 @@ def take_sketch(
     if not step.noise_on_gradients:
         upload = Adapter(layout, mean.vector + noise(mean.vector.shape))
     return Sketch(mean, upload, examples, float(clean.norm()) / step.batches)
+
+
+def _mean_gradient(reference: ReferenceModel, batches_of_tasks: list[Dataset], kind: plan_pb2.SketchGradient) -> Tensor:
+    """Of the examples of one batch, which may be of several tasks; float32 on the CPU."""
+    count = sum(len(batch) for batch in batches_of_tasks)
+    found = [reference.gradient(batch, kind).float().cpu() * (len(batch) / count) for batch in batches_of_tasks]
+    return torch.stack(found).sum(dim=0)
 
 
 def row_subset(rows: int, kept: int, which: plan_pb2.SketchRows, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # every command's help has the scenarios' names, and importing torch would delay it
     from client_app.data.dataset import Base, ClientData, Dataset
 
-NAMES = ("digits", "digits-mixed", "digits-multimodal")
+NAMES = ("digits", "digits-mixed", "digits-multimodal", "digits-tasks")
 FROM_FILES = (
     *("cifar100-20", "cifar100-groups", "mixed-arch", "multi-modal", "text-8", "prompt-tasks", "pacs"),
     *("instruct-6", "instruct-6-same", "instruct-6-family", "instruct-6-unrelated", "instruct-6-unequal"),
@@ -40,11 +40,12 @@ def load_scenario(
         raise ScenarioError(f"scenario {name!r} is unknown, expected one of: {', '.join((*NAMES, *FROM_FILES))}")
     from client_app.scenarios import digits, digits_mixed
 
-    if name == "digits-multimodal":
-        from client_app.scenarios import digits_multimodal
+    if name in ("digits-multimodal", "digits-tasks"):
+        from client_app.scenarios import digits_multimodal, digits_tasks
 
-        several = digits_multimodal.load_client(partition_id, num_partitions, seed)
-        return digits_multimodal.load_base(partition_id, cache_dir), several
+        several = digits_tasks if name == "digits-tasks" else digits_multimodal
+        data = several.load_client(partition_id, num_partitions, seed)
+        return several.load_base(partition_id, cache_dir), data
     if name == "digits-mixed":
         data = digits_mixed.load_client(partition_id, num_partitions, seed)
         return digits_mixed.load_base(partition_id, num_partitions, cache_dir), data

@@ -82,7 +82,8 @@ TASKS = {
 """Kind, modalities, expert, and training examples of a client."""
 TESTED = {"digit": 447, "compare": 300, "caption": 100}
 """The most images of a test split; there are few sentences anyway."""
-CLIENTS = (
+Clients = Sequence[tuple[tuple[str, ...], int]]
+CLIENTS: Clients = (
     (("digit",), 0),
     (("number",), 1),
     (("compare",), 0),
@@ -167,13 +168,14 @@ def words_until_end(words: Sequence[str], tokens: Tensor) -> str:
 VOCABULARY = Vocabulary()
 
 
-def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData:
+def load_client(partition_id: int, num_partitions: int, seed: int, clients: Clients = ()) -> ClientData:
     """One client's tasks and their splits.
 
     Args:
         partition_id: this client, from 0.
         num_partitions: how many clients there are, at most :data:`digits.MAX_CLIENTS`.
         seed: decides which examples each client trains on.
+        clients: tasks and sites; without, :data:`CLIENTS`.
 
     Raises:
         ScenarioError: there is no such client, or there are too many.
@@ -183,14 +185,16 @@ def load_client(partition_id: int, num_partitions: int, seed: int) -> ClientData
             f"scenario 'digits-multimodal' is for 1 to {digits.MAX_CLIENTS} clients, got partition-id = {partition_id} "
             f"and num-partitions = {num_partitions}"
         )
-    tasks, site = client_of(partition_id)
-    return ClientData.of_tasks([_task(task, site, partition_id, num_partitions, seed) for task in tasks])
+    tasks, site = client_of(partition_id, clients)
+    of_others = [client_of(client, clients)[0] for client in range(num_partitions)]
+    return ClientData.of_tasks([_task(task, site, partition_id, of_others, seed) for task in tasks])
 
 
-def client_of(partition_id: int) -> tuple[tuple[str, ...], Site]:
+def client_of(partition_id: int, clients: Clients = ()) -> tuple[tuple[str, ...], Site]:
     """Tasks and site of a client."""
-    turn, place = divmod(partition_id, len(CLIENTS))
-    tasks, site = CLIENTS[place]
+    table = clients or CLIENTS
+    turn, place = divmod(partition_id, len(table))
+    tasks, site = table[place]
     return tasks, SITES[(site + turn) % len(SITES)]
 
 
@@ -201,10 +205,10 @@ def spec_of(task: str) -> TaskSpec:
     return TaskSpec(task, kind, modalities, expert, outputs)
 
 
-def load_base(partition_id: int, cache_dir: Path) -> Base:
+def load_base(partition_id: int, cache_dir: Path, clients: Clients = ()) -> Base:
     """A client's base model: the same FLAVA for all, with the groups of the client's own tasks."""
     backbone = load_or_make(RECIPE, cache_dir, lambda: _build(RECIPE), lambda: _pretrain(RECIPE))
-    specs = [spec_of(task) for task in client_of(partition_id)[0]]
+    specs = [spec_of(task) for task in client_of(partition_id, clients)[0]]
     return multi_task_base(RECIPE.name, RECIPE.fingerprint, backbone, specs, (Vocabulary.END, Vocabulary.PAD))
 
 
@@ -227,7 +231,7 @@ def describe(value: int, language: str) -> str:
     return f"{WORDS[language][value]} , {odd if value % 2 else even} {and_} {large if value > 4 else small}"
 
 
-def _task(task: str, site: Site, partition_id: int, num_partitions: int, seed: int) -> ClientData:
+def _task(task: str, site: Site, partition_id: int, tasks: Sequence[Sequence[str]], seed: int) -> ClientData:
     kind, modalities, _, count = TASKS[task]
     chance = np.random.default_rng((digits.POOL_SEED, seed, partition_id, list(TASKS).index(task)))
     splits = {}
@@ -235,7 +239,7 @@ def _task(task: str, site: Site, partition_id: int, num_partitions: int, seed: i
         if "image" in modalities:
             numbers = digits.pools()[split][: TESTED[task]]
             if split == "train":
-                numbers = _shard(task, partition_id, num_partitions, seed)
+                numbers = _shard(task, partition_id, tasks, seed)
             splits[split] = _with_images(task, numbers, site, chance if split == "train" else None)
         else:
             pool = sentences(site.language, split)
@@ -255,12 +259,12 @@ def _task(task: str, site: Site, partition_id: int, num_partitions: int, seed: i
     )
 
 
-def _shard(task: str, partition_id: int, num_partitions: int, seed: int) -> NDArray[np.int64]:
+def _shard(task: str, partition_id: int, tasks: Sequence[Sequence[str]], seed: int) -> NDArray[np.int64]:
     """Image numbers for a client's task. No other client has them, until the pool is used up and starts again."""
     wanted = [
         (client, name, TASKS[name][3])
-        for client in range(num_partitions)
-        for name in client_of(client)[0]
+        for client, names in enumerate(tasks)
+        for name in names
         if "image" in TASKS[name][1]
     ]
     pool = np.random.default_rng((digits.POOL_SEED, seed)).permutation(digits.pools()["train"])

@@ -59,7 +59,7 @@ class RunOptions:
     """Rounds of the run."""
     task_arrival: str = "all"
     """Training data of a client: ``all`` (from the beginning), ``static`` (an equal share in each round) or ``dynamic``
-    (its classes in groups, one after another)."""
+    (its tasks, one after another; of one classification task its classes in groups)."""
     seed: int = 0
     """Decides initial adapters, sampling and the order of the data. The same seed gives the same numbers on a CPU."""
     min_clients: int = 0

@@ -14,6 +14,7 @@ from server_app.tools.errors import ToolError
 
 if TYPE_CHECKING:
     from client_app.data.dataset import Base, Dataset
+    from client_app.model.subwords import Decode
 
 
 class AlignCommandError(ToolError):
@@ -67,11 +68,12 @@ def align_models(
         TimeElapsedColumn(),
     )
     try:
+        decode: list[Decode] = []
         if what.scenario:
             bases, public = bases_to_align(what.scenario, state_dir / ".cache", what.data_root)
             data = [public] * len(bases)
         else:
-            bases, data = _own(what, state_dir)
+            bases, data, decode = _own(what, state_dir)
         models = [PersonalModel(base, rank, float(rank), blocks=blocks) for base in bases]
         with Progress(*columns, console=console) as bars:
             tasks: dict[str, int] = {}
@@ -82,13 +84,16 @@ def align_models(
                 bars.update(tasks[doing], completed=done, total=total)  # type: ignore[arg-type]
 
             options = AlignOptions(seed=seed, penalty=penalty, orthonormal_b=orthonormal_b)
-            return align(models[0], models[1:], data, state_dir / "alignments", options, progress)
+            return align(models[0], models[1:], data, state_dir / "alignments", options, progress, decode)
     except (AlignmentError, BaseModelError, DataError, ModelError, ScenarioError, SettingsError, TaskError) as error:
         raise AlignCommandError(str(error)) from error
 
 
-def _own(what: Aligned, state_dir: Path) -> tuple[list[Base], list[Dataset]]:
-    """The models, and all the public data as each of them reads it, in the same order."""
+def _own(what: Aligned, state_dir: Path) -> tuple[list[Base], list[Dataset], list[Decode]]:
+    """The models, all of the public data as each of them reads them, in the same order, and what gives tokens' texts.
+
+    Without texts there is nothing to decode.
+    """
     from flwr.app import Context, RecordDict
 
     from client_app.own.files import load_own
@@ -97,10 +102,11 @@ def _own(what: Aligned, state_dir: Path) -> tuple[list[Base], list[Dataset]]:
     if len(what.models) < 2:
         raise SettingsError(f"--models names {', '.join(what.models)}, expected two or more, the pivot first")
     node = {"split-fractions": "1,0,0", **what.public, "client-id": "public", "state-dir": str(state_dir)}
-    bases, data = [], []
+    bases, data, decode = [], [], []
     for model in what.models:
         context = Context(0, 0, node_config=node | {"base-model": model}, state=RecordDict(), run_config={})
         base, found = load_own(read_settings(context))
         bases.append(base)
         data.append(found.splits["train"])
-    return bases, data
+        decode += [found.decode] if found.decode is not None else []
+    return bases, data, decode

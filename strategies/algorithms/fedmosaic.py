@@ -31,10 +31,19 @@ spread over it. The reference model is frozen, so only the choice of examples di
 towers and projectors are not part of blocks and sketches (``target-modules = "language-model"`` keeps adapters out of
 them, as in the code).
 
+One reference model reads the data of all clients, as the authors' small image-text model does: where some clients have
+images and others texts, it must read both. All clients adapt modules of the same roles (``target-modules``): weights of
+peers are then the same in every module.
+
 The code's noise on gates is left out, because nothing trains its scale. An "input" gate sees a whole training text, as
 in the code, and only the prompt when it generates. Gates have their own learning rate
 (:mod:`strategies.families.gates`): with the adapters' rate they would stay near one half. Optimisers start fresh in
 every round, unless ``optimizer-state = "keep"``.
+
+Clients with several tasks and modalities may own different parameter groups (:mod:`fedalloy_adapters.groups`), which
+the paper has not. Each group of a client's global adapter is then a sum over the peers that own it, weighted by
+relevance. Their sketches are gradients on the examples of all of a client's tasks, with the base model's heads. These
+are drawn from the tasks' names, so the sketches of clients without a common task have little to do with each other.
 
 Under partial participation a client is represented by its last known upload and sketch. A client without known peers
 gets a copy of its own adapter as the global one.
@@ -54,6 +63,7 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import combine_factors
 from fedalloy_adapters.bank.store import Bank, Made
 from fedalloy_adapters.co_lora_names import shared_layout, to_shared, with_shared
+from fedalloy_adapters.groups import SEPARATOR, group_difference, groups_of, layout_of_groups
 from fedalloy_adapters.layout import Factor, Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from fedalloy_adapters.wire.codec import Encoding
@@ -143,7 +153,7 @@ class FedMosaicOptions:
 
 
 def mosaic(
-    own: Adapter, peers: Mapping[str, Adapter], shared: Mapping[str, float], alike: Mapping[str, float]
+    own: Adapter, peers: Mapping[str, Adapter], shared: Mapping[str, float], alike: Mapping[str, Mapping[str, float]]
 ) -> Adapter:
     """One client's global adapter, in the layout of its uploads.
 
@@ -151,13 +161,18 @@ def mosaic(
         own: the client's last upload; tensors to which no peer contributes stay as they are.
         peers: last uploads by client, of any architecture.
         shared: weights of all peers, for P and Q.
-        alike: weights of the peers of the client's own architecture, for all other tensors.
+        alike: for all other tensors, by parameter group: weights of the peers that have the same group over the same
+            base. An adapter without groups is one group, ``""``.
     """
     result = own
     bank = Bank.of(peers)
-    if alike:
-        weights = torch.tensor([list(alike.values())], dtype=torch.float64)
-        (result,) = bank.combine(list(alike), weights)
+    for group, of_peers in alike.items():
+        weights = torch.tensor([list(of_peers.values())], dtype=torch.float64)
+        if group:
+            owners = bank.parts(layout_of_groups(own.layout, [group]))
+            result = result.with_part(owners.combine(list(of_peers), weights)[0])
+        else:
+            (result,) = bank.combine(list(of_peers), weights)
     if shared and shared_layout(own.layout) is not None:
         parts = [to_shared(bank[name]) for name in shared]
         weights = torch.tensor([list(shared.values())], dtype=torch.float64)
@@ -186,24 +201,33 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         self._known: Bank | None = None  # uploads as they were when the round began
         self.arrived = 0
         self.shared: dict[str, dict[str, float]] = {}
-        self.alike: dict[str, dict[str, float]] = {}
+        self.alike: dict[str, dict[str, dict[str, float]]] = {}
 
     def enrol(self, client: Client) -> None:
-        """Take in a client of any architecture, with the same shared tensors and the same reference model."""
+        """Any architecture and any parameter groups, with the same shared tensors and the same reference model."""
         if client.reference is None:
             raise StrategyError(f"client {client.id!r} has no reference model whose gradient it could sketch")
         if not self.options.share_conventional_lora and shared_layout(client.layout) is None:
             raise StrategyError(
                 f"client {client.id!r} has no P and Q to share: set lora-blocks, or fedmosaic.share-conventional-lora"
             )
+        if self.options.gate == "input" and any(SEPARATOR in module for module in client.layout.modules):
+            raise StrategyError(
+                f"client {client.id!r} has several tasks, whose modules see different tokens: fedmosaic.gate = "
+                "'input', expected 'scalar'"
+            )
         super().enrol(client)
 
     def compatible(self, first: Layout, second: Layout) -> bool:
-        """Equal layouts, or P and Q of the same names, ranks and scalings in models that may differ otherwise."""
+        """P and Q of the same names, ranks and scalings in models that may differ; without these, equal groups."""
         ours, theirs = shared_layout(first), shared_layout(second)
         if ours is None or theirs is None:
-            return first.digest == second.digest
+            return group_difference(first, second) is None
         return ours.digest == theirs.digest
+
+    def difference(self, first: Layout, second: Layout) -> str:
+        """The first difference in a group that both have."""
+        return group_difference(first, second) or first.describe_difference(second)
 
     def conflict(self, first: Client, second: Client) -> str | None:
         """How their reference models or layouts differ, if they do."""
@@ -244,8 +268,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         names = list(self.sketches)
         if len(names) < 2:
             return record
-        weights, alike = self._relevance(names)
-        self.shared, self.alike = _by_name(names, weights), _by_name(names, alike)
+        weights = self._weigh(names)
         relative = entropy(weights).tolist()
         mean = sum(relative) / len(relative)
         record[round_record.RELEVANCE] = {
@@ -289,23 +312,37 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         self._known = None
         names = list(self.sketches)
         if len(names) > 1:
-            self.shared, self.alike = (_by_name(names, weights) for weights in self._relevance(names))
+            self._weigh(names)
 
-    def _relevance(self, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Weights over all peers, and over peers of the same architecture."""
+    def _weigh(self, names: list[str]) -> Tensor:
+        """Weights over all peers, which are returned, and for each parameter group over the peers that have it."""
         if self.options.similarity == "cosine":
             found = cosines(self.sketches.rows(names))
         else:
             shape = self.sketches.layout_of(names[0]).entries[0].shape
             sketches = torch.stack([self.sketches[name].vector.view(shape) for name in names])
             found = similarity(sketches, self.options.similarity)
-        layouts = [self.uploads.layout_of(name).digest for name in names]
-        same = torch.tensor([[first == second for second in layouts] for first in layouts])
-        everyone = torch.ones_like(same)
-        temperature, include_self = self.options.temperature, self.options.include_self
-        most = self.options.max_relevance
-        weights = relevance(found, temperature, everyone, include_self=include_self, most=most)
-        return weights, relevance(found, temperature, same, include_self=include_self, most=most)
+
+        def weigh(similarities: Tensor, peers: Tensor) -> Tensor:
+            chosen = self.options
+            return relevance(
+                similarities, chosen.temperature, peers, include_self=chosen.include_self, most=chosen.max_relevance
+            )
+
+        weights = weigh(found, torch.ones(len(names), len(names), dtype=torch.bool))
+        self.shared, self.alike = _by_name(names, weights), {name: {} for name in names}
+        owned = [_groups(self.uploads.layout_of(name)) for name in names]
+        for group in dict.fromkeys(group for groups in owned for group in groups):
+            owners = [number for number, groups in enumerate(owned) if group in groups]
+            if len(owners) < 2:
+                continue
+            digests = [owned[number][group] for number in owners]
+            same = torch.tensor([[one == other for other in digests] for one in digests])
+            among = weigh(found[owners][:, owners], same)
+            for name, peers in _by_name([names[number] for number in owners], among).items():
+                if peers:
+                    self.alike[name][group] = peers
+        return weights
 
     def _slots(self) -> list[steps.Step]:
         return [steps.initialise(LOCAL, self.seed), steps.initialise_gates(GATES, self.options.gate)]
@@ -332,6 +369,14 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         assert client.reference is not None
         rows = client.reference.entries[0].shape[0]
         return layout_of_sketch(client.reference, max(1, int(self.options.sketch_rows * rows)))
+
+
+def _groups(layout: Layout) -> dict[str, bytes]:
+    """The digest of each parameter group of a layout; two clients with equal ones can average the group."""
+    groups = groups_of(layout)
+    if groups == ("",):
+        return {"": layout.digest}
+    return {group: layout_of_groups(layout, [group]).digest for group in groups}
 
 
 def _by_name(names: list[str], weights: Tensor) -> dict[str, dict[str, float]]:

@@ -2,8 +2,8 @@ r"""FedSA-LoRA: both factors are trained, A is averaged, B and the head stay at 
 
 Guo, Zeng, Wang, Fan, Wang, Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025: A
 learns general knowledge, B the client's. The head stays local as in the authors' configuration for GLUE. A client that
-is not sampled keeps its B; a new one starts at B = 0. A is averaged by example counts. Delivery combines the last
-average of A with a B that was trained with the previous A, as the next round would.
+is not sampled keeps its B; a new one starts at B = 0. A is averaged by example counts, which is ours. Delivery combines
+the last average of A with a B that was trained with the A before it, as the next round would.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ r"""FLoRA: the exact average of the deltas is added to every client's base, and 
 Wang, Shen, He, Sun, Wang, Zhang, Peng, Li, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous
 Low-Rank Adaptations", NeurIPS 2024. The server stacks :math:`A' = [A_k], B' = [p_k s_k B_k]` (one factor is scaled, not
 both): :math:`B'A' = \sum_k p_k s_k B_k A_k`, of rank S r, which every client merges into its base; then A is drawn
-again and B is zero. Ranks may differ. S times as much goes down as up.
+again, the same for all clients, and B is zero. Ranks may differ. S times as much goes down as up.
 
 The base stays as it is on disk (:mod:`strategies.families.merged_base`), so nothing is lost with a quantised base,
 either.

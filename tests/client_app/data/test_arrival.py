@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client_app.data.arrival import StreamedDataset, arrivals_dynamic, arrivals_static, class_groups, streamed
-from client_app.data.dataset import ClientData, Dataset
+from client_app.data.dataset import ClientData, Dataset, MixedDataset
 from client_app.settings import SettingsError
 
 LABELS = np.repeat(np.arange(8), [9, 3, 7, 12, 5, 8, 4, 6])
@@ -105,9 +105,52 @@ def test_a_round_depends_on_its_number_and_the_seed_alone() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(alone, batches(stream(), 4, seed=1), strict=True))
 
 
-def test_only_one_task_with_classes_can_arrive_so() -> None:
-    texts = Dataset(
-        {"input_ids": torch.zeros(4, 3, dtype=torch.long)}, torch.zeros(4, 3, dtype=torch.long), "causal-lm"
-    )
-    with pytest.raises(SettingsError, match=r"task-arrival = 'static' divides .* \(story, causal-lm\) cannot"):
-        streamed(ClientData("story", "causal-lm", {"train": texts}), "static", 3, 0)
+def stories(count: int = 12) -> Dataset:
+    """Texts to be written, three of them of a kind after another."""
+    tokens = torch.arange(count)[:, None].repeat(1, 3)
+    return Dataset({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens.clone(), "causal-lm")
+
+
+def test_tasks_that_a_column_names_come_in_their_order() -> None:
+    texts = stories()
+    data = ClientData("story", "causal-lm", {"train": texts}, streams=torch.arange(12) % 3)
+    train = streamed(data, "dynamic", 6, 0).splits["train"]
+    assert isinstance(train, StreamedDataset)
+    for task in range(3):
+        assert sorted(set(train.arrivals[task::3].tolist())) == [2 * task + 1, 2 * task + 2]
+    memory = train.until(4)
+    assert len(memory) == 8
+    batch = memory.batch(torch.tensor([7, 0]))
+    assert batch.labels.tolist() == [[10] * 3, [0] * 3]
+    assert [tuple(drawn.shape) for drawn in batches(memory, 4)] == [(5,)] * 7
+
+
+@pytest.mark.parametrize("arrival", ["static", "dynamic"])
+def test_several_tasks_arrive_and_each_batch_is_read_by_its_task(arrival: str) -> None:
+    parts = [ClientData(name, "causal-lm", {"train": stories(count)}) for name, count in (("a", 12), ("b", 9))]
+    train = streamed(ClientData.of_tasks(parts), arrival, 4, 1).splits["train"]
+    assert isinstance(train, StreamedDataset)
+    assert isinstance(train, MixedDataset)
+    for round_ in (1, 2, 3, 4):
+        memory = train.until(round_)
+        assert isinstance(memory, MixedDataset)
+        assert memory.arrivals.tolist() == [a for a in train.arrivals.tolist() if a <= round_]
+        names = {name for name, part in memory.parts.items() if len(part)}
+        assert len(names) == (1 if arrival == "dynamic" and round_ < 3 else 2)
+        for drawn in batches(memory, round_):
+            assert sum(len(batch) for batch in memory.by_task(drawn)) == 5
+    # A subset in any order keeps each example's round.
+    mixed = train.subset(torch.tensor([20, 3, 12, 0]))
+    assert mixed.arrivals.tolist() == train.arrivals[[3, 0, 20, 12]].tolist()
+    assert [batch.labels[:, 0].tolist() for batch in mixed.by_task(torch.arange(4))] == [[3, 0], [8, 0]]
+
+
+def test_without_tasks_and_classes_only_equal_shares_can_arrive() -> None:
+    data = ClientData("story", "causal-lm", {"train": stories()})
+    with pytest.raises(
+        SettingsError, match=r"task-arrival = 'dynamic' .* \(story, causal-lm\) have neither .*task-column"
+    ):
+        streamed(data, "dynamic", 3, 0)
+    train = streamed(data, "static", 3, 0).splits["train"]
+    assert isinstance(train, StreamedDataset)
+    assert [len(train.until(round_)) for round_ in (1, 2, 3)] == [4, 8, 12]

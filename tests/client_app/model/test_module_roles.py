@@ -18,6 +18,7 @@ from client_app.plan.sketch import ReferenceModel
 from proto.fedalloy.v1 import plan_pb2
 from tests.in_process import run_in_process
 from tests.toys import tiny_models, toy_data
+from tests.toys.multi_task_toys import SPECS, TINY, base_of
 
 TEXT = {
     "vocab_size": 40,
@@ -91,6 +92,15 @@ def test_a_tower_by_itself_is_a_model() -> None:
     model = clip_tower()
     assert depth_of(outside_towers(dict(model.named_modules()))) == 3
     assert last_down_projection(model).endswith("layers.2.mlp.fc2")
+
+
+def test_a_flavas_layers_are_those_over_both_towers() -> None:
+    names = dict(base_of([SPECS["digit"], SPECS["number"]]).model.named_modules())
+    over = outside_towers(names)
+    assert all("multimodal_model" in name for name in over)
+    assert depth_of(over) == TINY.layers
+    found = last_down_projection(base_of([SPECS["caption"]]).model)
+    assert found == f"backbone.multimodal_model.encoder.layer.{TINY.layers - 1}.output.dense"
 
 
 def test_llavas_of_two_towers_compare_and_share_what_their_language_models_learn(tmp_path: Path) -> None:

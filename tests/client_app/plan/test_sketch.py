@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.dataset import Base, ClientData, Dataset, MixedDataset
 from client_app.guard.noise import gaussian
 from client_app.model.personal import PersonalModel
 from client_app.plan.interpreter import Interpreter
@@ -24,6 +24,8 @@ from proto.fedalloy.v1 import plan_pb2
 from tests.fedalloy_adapters.samples import random_adapter
 from tests.fedalloy_adapters.tiny_vit import CLASSES, base_of, images, logits_of
 from tests.fuzz.targets import Memory
+from tests.toys.multi_task_toys import SPECS, data_of
+from tests.toys.multi_task_toys import base_of as flava_of
 
 QUIET = gaussian(0.0, b"")
 
@@ -215,6 +217,20 @@ def test_what_cannot_be_sketched_is_refused() -> None:
     wrong = Dataset(data.inputs, data.labels + CLASSES)
     with pytest.raises(SketchError, match=f"scores {CLASSES} classes, but this client has the label"):
         reference.gradient(wrong)
+
+
+def test_a_batch_of_several_tasks_is_the_mean_over_its_examples_each_by_its_own_head() -> None:
+    specs = [SPECS["digit"], SPECS["answer"]]
+    reference = ReferenceModel(PersonalModel(flava_of(specs), 2, 4.0))
+    train = data_of(specs, (9, 7)).splits["train"]
+    assert isinstance(train, MixedDataset)
+    whole = step(batches=1, batch_size=16, row_count=16, rows=plan_pb2.SKETCH_ROWS_FIRST)
+    found = take_sketch(reference, whole, train, None, 1, 2, QUIET).upload.vector
+    of_digits, of_answers = (reference.gradient(train.parts[name]) for name in ("digit", "answer"))
+    torch.testing.assert_close(found.view(16, -1), (9 * of_digits + 7 * of_answers) / 16)
+    assert of_digits.any()
+    assert of_answers.any()
+    assert reference.name.startswith("backbone.multimodal_model."), "the encoder that every task goes through"
 
 
 def test_a_text_generator_is_sketched_by_its_targets_only() -> None:

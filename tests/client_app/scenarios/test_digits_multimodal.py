@@ -65,7 +65,8 @@ def test_nobody_trains_on_anothers_images_or_on_what_is_tested() -> None:
         for task in data.tasks
         if "image" in data.tasks[task].modalities
     }
-    numbers = {key: set(scenario._shard(key[1], key[0], 8, 0).tolist()) for key in shards}
+    tasks = [scenario.client_of(index)[0] for index in range(8)]
+    numbers = {key: set(scenario._shard(key[1], key[0], tasks, 0).tolist()) for key in shards}
     for first, second in itertools.combinations(numbers.values(), 2):
         assert not first & second
     held_out = set(digits.pools()["test"].tolist()) | set(digits.pools()["validation"].tolist())

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from client_app.plan.slots import SlotStore
-from client_app.scenarios import digits
+from client_app.scenarios import digits, digits_multimodal
+from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Factor
 from server_app.run.federation import NotEnoughClientsError
 from server_app.run.run_directory import RunDirectory
@@ -21,6 +23,7 @@ from server_app.tools.cli import app
 from server_app.tools.handover.export import export_adapter, is_in_parts
 from tests.in_process import run_in_process
 from tests.server_app.conftest import Runner
+from tests.toys.multi_task_toys import TINY
 
 QUICK: dict[str, Any] = {"strategy": "fedmosaic", "local_steps": 4, "num_server_rounds": 2, "lora_r": 2}
 
@@ -114,3 +117,29 @@ def test_a_run_repeats_bit_for_bit(run: Runner, two_rounds: RunDirectory) -> Non
 def test_a_missing_alignment_is_a_refusal_that_names_it(run: Runner) -> None:
     with pytest.raises(NotEnoughClientsError, match="AlignmentError"):
         run(**QUICK, lora_blocks=1, lora_alignment="a" * 64)
+
+
+def slots_of(directory: RunDirectory, client: str) -> dict[str, Adapter]:
+    with SlotStore(directory.path / "clients" / client, "any", dict).transaction(99) as slots:
+        return {name: slots[name].clone() for name in slots.names()}
+
+
+def test_clients_of_several_tasks_and_modalities_take_part(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One or two of five tasks over images, texts and both at each client: layouts that differ in groups."""
+    tasks = ((("digit",), 0), (("number", "answer"), 1), (("compare",), 0), (("caption",), 1))
+    monkeypatch.setattr(digits_multimodal, "RECIPE", TINY)
+    monkeypatch.setattr(digits_multimodal, "CLIENTS", tasks)
+    monkeypatch.setattr(digits_multimodal, "TESTED", dict.fromkeys(digits_multimodal.TESTED, 12))
+    monkeypatch.setattr(digits_multimodal, "GENERATED", 2)
+    directory = run(
+        clients=4, strategy="fedmosaic", scenario="digits-multimodal", local_steps=2, batch_size=4, lora_r=2,
+        fedmosaic__sketch_batches=2, fedmosaic__sketch_noise=0.0, on_divergence="last",
+    )  # fmt: skip
+    first, second = [record["settled"] for record in directory.rounds() if record["phase"] == "train"]
+    assert first["merged"] == second["merged"] == 4
+    assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in second["relevance"].values())
+    slots = {f"client-{index}": slots_of(directory, f"client-{index}") for index in range(4)}
+    owned = {client: set(groups_of(found["local"].layout)) for client, found in slots.items()}
+    assert len({frozenset(groups) for groups in owned.values()}) == 4
+    summary = json.loads((directory.path / "summary.json").read_text())
+    assert len(summary["clients"]) == 4

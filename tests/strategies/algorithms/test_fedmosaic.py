@@ -394,5 +394,5 @@ def test_what_is_merged_for_a_brief_is_within_what_an_upload_may_have(seed: int)
     uploads = {name: Adapter(layout, torch.full((layout.size,), MAX_NUMBER)) for name in names}
     shares = torch.softmax(10 * torch.randn(5, generator=torch.Generator().manual_seed(seed)).double(), 0).tolist()
     for weights in (shares, [0.1, 0.0, 0.3, 0.2, 0.4]):
-        merged = mosaic(uploads["ada"], uploads, {}, dict(zip(names, weights, strict=True)))
+        merged = mosaic(uploads["ada"], uploads, {}, {"": dict(zip(names, weights, strict=True))})
         assert float(merged.vector.abs().max()) <= MAX_NUMBER
