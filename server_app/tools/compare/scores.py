@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from fedalloy_adapters.wire.codec import Encoding
 from server_app.tools.compare.figures import COLOURS, DASHES, OUTLINED, ROLES, Table, figure, heights, ticks
-from server_app.tools.compare.statistics import COSTS, Comparison, Line, Observation, Scores, gains_over
+from server_app.tools.compare.statistics import COSTS, Comparison, Line, Observation, Scores, gains_over, number
 
 SHOWN = 6
 """This many of the best strategies show their curves at first; the others appear after a click on their names."""
@@ -43,7 +43,7 @@ def means(found: Comparison) -> str:
         )
     chart.update_yaxes(autorange="reversed")
     chart.update_xaxes(title=found.metric)
-    body = [[a.strategy, *(f"{v:.3f}" for i in (a.mean, a.worst) for v in (i.value, i.low, i.high))] for a in lines]
+    body = [[a.strategy, *(number(v, 3) for i in (a.mean, a.worst) for v in (i.value, i.low, i.high))] for a in lines]
     heads = ["strategy", "mean", "low", "high", "worst decile", "low", "high"]
     said = (
         f"Mean and worst-decile {found.metric} of the clients with 95 % intervals, a row for each strategy, best first."

@@ -260,11 +260,11 @@ def terminal_table(found: Comparison) -> Table:
         gains = [None if name == line.strategy else line.against[name] for name in references] + [line.beyond]
         table.add_row(
             line.strategy,
-            _number(line.mean.value, 3),
-            _number(line.worst.value, 3),
+            number(line.mean.value, 3),
+            number(line.worst.value, 3),
             *("" if gain is None or math.isnan(gain.mean.value) else f"{gain.mean.value:+.3f}" for gain in gains),
-            *(_number(line.megabytes[direction], 2) for direction in ("up", "down")),
-            _number(line.seconds, 1),
+            *(number(line.megabytes[direction], 2) for direction in ("up", "down")),
+            number(line.seconds, 1),
             style="dim" if line.role else None,
         )
     return table
@@ -282,7 +282,7 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
         cells += ["" if name == line.strategy else difference(line.against[name]) for name in references]
         if found.best_control:
             cells.append(difference(line.beyond) if line.beyond else "")
-        cells += [_number(line.megabytes["up"], 2), _number(line.megabytes["down"], 2), _number(line.seconds, 1)]
+        cells += [number(line.megabytes["up"], 2), number(line.megabytes["down"], 2), number(line.seconds, 1)]
         cells.append(" + ".join(line.learns_from) or "-")
         body.append(cells)
     return heads, body
@@ -327,8 +327,8 @@ def explanation(found: Comparison, brief: bool = False) -> list[str]:
 
 def _shown(found: Interval) -> str:
     if math.isnan(found.low):
-        return _number(found.value, 3)
-    return f"{_number(found.value, 3)} [{_number(found.low, 3)}, {_number(found.high, 3)}]"
+        return number(found.value, 3)
+    return f"{number(found.value, 3)} [{number(found.low, 3)}, {number(found.high, 3)}]"
 
 
 def difference(found: Paired) -> str:
@@ -339,5 +339,6 @@ def difference(found: Paired) -> str:
     return f"{mean.value:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}] ({found.better}/{found.worse})"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A number with so many digits; a dash if there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"

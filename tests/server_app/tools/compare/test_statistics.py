@@ -15,7 +15,7 @@ from rich.console import Console
 
 from server_app.tools.compare.html import as_html, at_a_glance, verdict
 from server_app.tools.compare.merges import matrix_of
-from server_app.tools.compare.scores import PLACES, _places, by_encoding
+from server_app.tools.compare.scores import PLACES, _places, by_encoding, means
 from server_app.tools.compare.statistics import (
     METRICS,
     Observation,
@@ -223,6 +223,13 @@ def test_a_verdict_of_few_scores_says_so_and_recommends_nothing_worse_than_local
     cheap = [replace(row, seconds=0.1) if row.strategy == "fedavg" else row for row in rows]
     (front,) = (line for line in verdict(compared(cheap)) if "at most as many seconds" in line)
     assert front.endswith("cheapest first: rival.")  # not fedavg, which is the cheapest and below local
+
+
+def test_an_interval_that_is_left_out_is_a_dash_in_the_report() -> None:
+    pytest.importorskip("plotly", reason="charts need the extra report")
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", means(compared()))
+    assert "-" in cells
+    assert "nan" not in cells
 
 
 def test_only_rows_of_numbers_are_a_matrix() -> None:
