@@ -80,6 +80,11 @@ class Encoding(enum.StrEnum):
         """The encoding for an adapter that is not a difference: two bits have no zero, and lose too much for good."""
         return Encoding.INT4 if self is Encoding.INT2 else self
 
+    @property
+    def for_sums(self) -> Encoding:
+        """The encoding for sums of squares, by which merges divide: beside a large one an integer drops the small."""
+        return Encoding.BF16 if self in (Encoding.INT8, Encoding.INT4, Encoding.INT2) else self
+
 
 _TO_PROTO = {
     Encoding.FP32: adapter_pb2.ENCODING_FP32,

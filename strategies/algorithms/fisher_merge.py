@@ -58,7 +58,7 @@ class FisherMerge(OneShot[FisherMergeOptions]):
                 damping=self.options.damping,
                 keep=(INFORMATION, ""),
             ),
-            steps.send(self.training, INFORMATION, relative_to_received=False),
+            steps.send(self.training, INFORMATION, relative_to_received=False, sums_of_squares=True),
         ]
 
     def merge(self, uploads: Mapping[str, Bank], shares: Sequence[float]) -> Adapter:

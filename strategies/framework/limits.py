@@ -38,7 +38,7 @@ class Limits:
     update_norm_action: str = "clip"
     """What happens to a longer update: ``clip`` scales the difference down to the bound, ``reject`` refuses the answer.
     """
-    max_update_ratio: float = 3.0
+    max_update_ratio: float = 1.5
     """An update is scaled down to at most this many times the median of the round's updates of its slot, compared by
     root mean square, if at least three clients sent that slot; 0: no bound."""
     max_examples_ratio: float = 10.0

@@ -259,6 +259,7 @@ def send(
     factors: Iterable[Factor] = (),
     modules: Iterable[str] = (),
     relative_to_received: bool = True,
+    sums_of_squares: bool = False,
     without_basis: bool = False,
     for_newcomers: bool = False,
 ) -> Step:
@@ -266,9 +267,11 @@ def send(
 
     A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
     the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
-    for a slot that does not. ``for_newcomers``: it will be given to clients that never trained.
+    for a slot that does not. ``sums_of_squares``: the slot holds such, and integers give way to ``bf16``.
+    ``for_newcomers``: it will be given to clients that never trained.
     """
     encoding = Encoding(training.uplink_encoding)
+    encoding = encoding.for_sums if sums_of_squares else encoding
     step = plan_pb2.SendStep(
         slot=slot,
         part=part(factors, modules, without_basis=without_basis),
@@ -374,7 +377,7 @@ def search(
 
 
 def gram(training: Training, slot: str, mix: plan_pb2.Mixture, *, samples: int = 0) -> Step:
-    """Upload the second moments of every module's inputs, under the name ``slot``."""
-    encoding = encoding_to_proto(Encoding(training.uplink_encoding))
+    """Upload the second moments of every module's inputs, under the name ``slot``; integers give way to ``bf16``."""
+    encoding = encoding_to_proto(Encoding(training.uplink_encoding).for_sums)
     step = plan_pb2.GramStep(slot=slot, mixture=mix, split="train", samples=samples, encoding=encoding)
     return Step(gram=step)

@@ -79,7 +79,7 @@ class Training:
     uplink_encoding: str = "fp32"
     """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
     store the difference from an adapter that both ends hold, if there is one. ``int2`` is for differences only;
-    otherwise ``int4`` takes its place."""
+    otherwise ``int4`` takes its place. For sums of squares and second moments ``bf16`` takes an integer's place."""
     downlink_encoding: str = "fp32"
     """How adapters travel to clients, in the same way."""
 

@@ -9,7 +9,7 @@ import torch
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Storage
-from fedalloy_adapters.wire.codec import CodecError, Encoding, decode, encode
+from fedalloy_adapters.wire.codec import CodecError, Encoding, decode, encode, encoding_from_proto
 from fedalloy_adapters.wire.flower_records import unpack
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
@@ -168,3 +168,15 @@ def test_what_is_no_difference_has_no_fewer_than_four_bits() -> None:
         steps.send(training, "local", relative_to_received=False).send.encoding
         != steps.send(training, "local").send.encoding
     )
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+def test_sums_of_squares_are_no_integers_beside_larger_ones(encoding: Encoding) -> None:
+    """What merges divide by spans orders of magnitude: with one scale for many the small would be zero."""
+    training = Training(uplink_encoding=encoding)
+    sums = steps.send(training, "local", relative_to_received=False, sums_of_squares=True).send.encoding
+    assert steps.gram(training, "moments", steps.mixture("local")).gram.encoding == sums
+    wide = encoding_from_proto(sums)
+    assert wide is (Encoding.BF16 if encoding.value.startswith("int") else encoding)
+    sizes = Adapter(LAYOUT, 10.0 ** torch.linspace(-4, 3, LAYOUT.size))
+    assert bool((encode(sizes, wide).decoded.vector > 0).all())
