@@ -1,0 +1,279 @@
+"""Clients that never trained: what ``fedalloy adopt`` gives them, against the base model, FedAvg, and local training.
+
+    python -m tests.benchmarks.accuracy.adopt                                       # digits, seeds 0 to 4
+    python -m tests.benchmarks.accuracy.adopt --seeds 100 101 --split validation    # for choosing settings
+    python -m tests.benchmarks.accuracy.adopt --table                               # of what there is; nothing is run
+
+Of ``digits``' twelve clients in four groups, one of each group is absent while the others train. When the run has ended
+they come, and adopt: no step of training, forward passes on at most 32 of their training examples. What they are
+compared with is measured on the same clients: the base model, the adapter that FedAvg delivers, and their own training
+of a fresh adapter, on the examples that the search had in FedAvg's run and on all that the client has. Through the real
+round loop and client code, in one process. Bytes are those of all of Flower's messages to and from a newcomer from its
+registration on (and what lenders send, divided among the newcomers); the wire has more. Each finished run is a line of
+``--found``, so that the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from rich.console import Console
+from rich.table import Table
+
+from client_app.data.dataset import ClientData
+from client_app.model.personal import PersonalModel
+from client_app.plan.interpreter import Interpreter
+from client_app.plan.slots import SlotStore
+from client_app.plan.training import set_up_torch
+from client_app.plan.workbench import Workbench
+from client_app.session import base_and_data
+from client_app.settings import read_settings
+from fedalloy_adapters.files.atomic_files import write_durably
+from fedalloy_adapters.wire.flower_records import PLAN_TYPE, unpack
+from proto.fedalloy.v1 import plan_pb2
+from server_app.ledger.store import Ledger
+from server_app.run.loop import run
+from server_app.tools.compare.statistics import difference, paired
+from strategies.framework import steps
+from strategies.framework.options import read_options
+from strategies.framework.steps import Training
+from tests.in_process import FIRST_NODE, InProcessGrid, run_config_of
+
+FOUND = Path(__file__).parents[1] / "found" / "adopt.jsonl"
+CLIENTS, GROUPS = 12, 4
+RUNS: Mapping[str, Mapping[str, Any]] = {
+    "fedavg": {"strategy": "fedavg"},
+    "ifca": {"strategy": "ifca", "ifca.clusters": GROUPS},
+    "fedmerge": {"strategy": "fedmerge"},
+    "local, all lend": {"strategy": "local", "lend": True},
+    "ditto, all lend": {"strategy": "ditto", "lend": True},
+}
+"""By row: run-config, and whether the owners of the clients that trained lend their adapters."""
+ALONE = ("base", "fedavg delivered", "local, same examples", "local, all examples")
+"""Rows that the newcomers measure without a search, beside FedAvg's run."""
+LOCAL_STEPS, LOCAL_RATE = 150, 0.005
+"""Of the newcomers' own training: as many steps as a client of the run trains, at its rate (see ``--steps``)."""
+Scores = dict[str, float]
+
+
+@dataclass
+class Asked:
+    """The plan with the search that a newcomer got, and the adapters that came with it."""
+
+    plan: plan_pb2.Plan
+    blobs: Mapping[str, bytes]
+
+    @property
+    def search(self) -> int:
+        """The number of the search step."""
+        (found,) = [index for index, step in enumerate(self.plan.steps) if step.HasField("search")]
+        return found
+
+
+@dataclass
+class Newcomers:
+    """A grid of which some nodes come later."""
+
+    grid: InProcessGrid
+    late: frozenset[int]
+    asked: dict[str, Asked] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path, config: Mapping[str, Any], late: Iterable[int], *, lend: bool) -> Newcomers:
+        """All nodes; ``late`` are the partitions of those that come after the run."""
+        own = {"client.lend-adapter": True} if lend else {}
+        grid = Partial(CLIENTS, folder, dict(config), lambda index: {} if index in late else own)
+        found = cls(grid, frozenset(late))
+        grid.tamper = found._watch
+        return found
+
+    def _watch(self, node: int, message: Message, reply: Message | None) -> Message | None:
+        if node - FIRST_NODE in self.late and message.metadata.message_type == PLAN_TYPE:
+            plan, blobs = unpack(message.content, "plan", plan_pb2.Plan)
+            if any(step.HasField("search") for step in plan.steps):
+                self.asked[plan.client_id] = Asked(plan, blobs)
+        return reply
+
+
+class Partial(InProcessGrid):
+    """A grid of which not every node is online."""
+
+    absent: frozenset[int] = frozenset()
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Those that are online."""
+        return [node for node in super().get_node_ids() if node - FIRST_NODE not in self.absent]
+
+
+def late_ones(seed: int) -> list[int]:
+    """The clients that come late: one of each group; other ones with the next seed."""
+    return [GROUPS * (seed % (CLIENTS // GROUPS)) + group for group in range(GROUPS)]
+
+
+def measure(about: Mapping[str, Any], cache: Path, tries: Iterable[tuple[int, float]]) -> Iterator[dict[str, Any]]:
+    """Rows of one run: what its newcomers adopted and, beside ``fedavg``, what they have alone."""
+    chosen, late = dict(RUNS[about["run"]]), late_ones(about["seed"])
+    lend = bool(chosen.pop("lend", False))
+    config = run_config_of(scenario="digits", seed=about["seed"], num_server_rounds=about["rounds"])
+    config |= {"evaluate-split": about["split"], "run-name": "run", "min-clients": CLIENTS - GROUPS} | chosen
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / ".cache").symlink_to(cache)
+        config["runs-dir"] = name
+        newcomers = Newcomers.of(folder, config, late, lend=lend)
+        newcomers.grid.absent = newcomers.late  # type: ignore[attr-defined]
+        directory = run(newcomers.grid, _context(config))
+        newcomers.grid.absent = frozenset()  # type: ignore[attr-defined]
+        run(newcomers.grid, _context(config | {"resume": str(directory.path), "adopt": "new"}))
+        summary = json.loads((directory.path / "summary.json").read_text())
+        names = sorted(newcomers.asked)
+        scores = {name: summary["clients"][name]["accuracy"] for name in names}
+        tried = [summary["adopted"][name]["evaluations"] for name in names]
+        yield {
+            "row": f"adopt: {about['run']}",
+            "scores": scores,
+            "tried": tried,
+            **bytes_of(directory.path, names, about["rounds"]),
+        }
+        if about["run"] == "fedavg":
+            alone: dict[str, Scores] = {}
+            for index in late:
+                for row, who, score in alone_of(newcomers, index, config, folder / "alone", list(tries)):
+                    alone.setdefault(row, {})[who] = score
+            yield from ({"row": row, "scores": found} for row, found in alone.items())
+
+
+def alone_of(
+    newcomers: Newcomers, index: int, config: Mapping[str, Any], folder: Path, tries: list[tuple[int, float]]
+) -> Iterator[tuple[str, str, float]]:
+    """Row, client and accuracy of what one newcomer has without a search."""
+    context = newcomers.grid.context(FIRST_NODE + index)
+    settings = read_settings(Context(1, 1, context.node_config, RecordDict(), dict(config)))
+    base, data = base_and_data(settings)
+    asked, who = newcomers.asked[settings.client_id], settings.client_id
+    model = PersonalModel(base, settings.rank, settings.alpha, settings.dropout)
+    training = read_options(Training, {key: value for key, value in config.items() if "." not in key})
+    store = SlotStore(folder / who, base.name, lambda: model.heads)
+    with store.transaction(1) as slots:
+        bench = Workbench(asked.plan, model, data, slots)
+        bench.index = asked.search
+        few = bench.drawn("train", asked.plan.steps[asked.search].search.samples)
+        own = steps.mixture("own")
+        fresh, shown = steps.initialise("own", asked.plan.seed, keep_existing=False), steps.evaluate(training, own)
+        delivered = steps.evaluate(training, steps.mixture("source-0"))
+
+        def accuracy(data: ClientData, chosen: list[plan_pb2.Step], blobs: Mapping[str, bytes]) -> float:
+            plan = plan_pb2.Plan(version=1, run_name="alone", client_id=who, round=1, seed=asked.plan.seed)
+            plan.steps.extend(chosen)
+            report, _ = Interpreter(who, model, data, slots).run(plan, blobs)
+            return float(report.results[-1].evaluate.metrics["accuracy"])
+
+        yield "base", who, accuracy(data, [fresh, shown], {})
+        yield "fedavg delivered", who, accuracy(data, [delivered], asked.blobs)
+        for row, part in (("same", replace(data, splits={**data.splits, "train": few})), ("all", data)):
+            for count, rate in tries:
+                trained = steps.train(training, own, ["own"], steps=count, learning_rate=rate)
+                title = f"local, {row} examples" + (f", {count} steps at {rate:g}" if len(tries) > 1 else "")
+                yield title, who, accuracy(part, [fresh, trained, shown], {})
+
+
+def bytes_of(path: Path, names: Iterable[str], rounds: int) -> dict[str, float]:
+    """Bytes of Flower's messages to and from each newcomer, and what lenders sent for them, a newcomer's share."""
+    with Ledger(path / "ledger.sqlite", read_only=True) as ledger:
+        rows = ledger.accounts().rows()
+    asked = set(names)
+    mine = [row for row in rows if row.client in asked]
+    sizes = {way: sum(row.message for row in mine if row.direction == way) for way in ("up", "down")}
+    later = [row for row in rows if row.client not in asked and row.round > rounds]
+    sizes["lent"] = sum(row.tensor for row in later if row.direction == "up")
+    return {way: size / len(asked) for way, size in sizes.items()}
+
+
+def _context(config: Mapping[str, Any]) -> Context:
+    return Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(found: list[dict[str, Any]], title: str) -> Table:
+    """One line for each row: the mean (worst) newcomer's accuracy over seeds, differences by client, bytes."""
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for one in found:
+        by_row.setdefault(one["row"], []).append(one)
+    order = [row for row in ALONE if row in by_row] + [row for row in by_row if row not in ALONE]
+    scores = {
+        row: {(one["seed"], who): value for one in by_row[row] for who, value in one["scores"].items()} for row in order
+    }
+    shown = Table(title=title, title_justify="left")
+    for column in ("newcomer has", "accuracy (worst)", "against fedavg", "against local, same", "kB down / up"):
+        shown.add_column(column, justify="left" if column == "newcomer has" else "right")
+    for row in order:
+        runs = by_row[row]
+        worst = mean(min(one["scores"].values()) for one in runs)
+        others = [other if other != row and other in scores else "" for other in ALONE[1:3]]
+        against = [difference(paired(scores[row], scores[other])) if other else "" for other in others]
+        shown.add_row(row, f"{mean(scores[row].values()):.3f} ({worst:.3f})", *against, size_of(runs))
+    return shown
+
+
+def size_of(runs: list[dict[str, Any]]) -> str:
+    """Mean kB of messages to and from a newcomer, and its share of what lenders sent."""
+    if "down" not in runs[0]:
+        return ""
+    down, up, lent = (mean(one[way] for one in runs) / 1e3 for way in ("down", "up", "lent"))
+    return f"{down:.0f} / {up:.0f}" + (f" (lenders {lent:.0f})" if lent else "")
+
+
+def main() -> None:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--split", default="test", choices=("test", "validation"))
+    parser.add_argument("--steps", nargs="+", type=int, default=[LOCAL_STEPS], help="Of newcomers' own training.")
+    parser.add_argument("--rates", nargs="+", type=float, default=[LOCAL_RATE], help="Of newcomers' own training.")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="No run begins after so many.")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
+    parser.add_argument("--found", type=Path, default=FOUND, help="File of the finished runs.")
+    parser.add_argument("--table", action="store_true", help="Run nothing.")
+    given = parser.parse_args()
+    given.cache.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    set_up_torch()
+    tries = [(count, rate) for count in given.steps for rate in given.rates]
+    same = {"rounds": given.rounds, "split": given.split}
+    asked = [{**same, "run": name, "seed": seed} for seed in given.seeds for name in given.runs]
+    missing = [about for about in asked if not any(about.items() <= one.items() for one in read(given.found))]
+    until = time.monotonic() + given.seconds
+    for about in [] if given.table else missing:
+        if time.monotonic() > until:
+            break
+        rows = [{**about, **row} for row in measure(about, given.cache, tries)]
+        lines = [json.dumps(one) for one in (*read(given.found), *rows)]
+        write_durably(given.found, ("\n".join(lines) + "\n").encode())
+        for one in rows:
+            print(about["seed"], one["row"], {who: round(score, 3) for who, score in one["scores"].items()}, flush=True)
+    runs = [one for one in read(given.found) if any(about.items() <= one.items() for about in asked)]
+    if runs:
+        title = (
+            f"digits, {GROUPS} of {CLIENTS} clients left out, {given.rounds} rounds, seeds {given.seeds}, {given.split}"
+        )
+        Console(width=140).print(table(runs, title))
+
+
+if __name__ == "__main__":
+    main()
