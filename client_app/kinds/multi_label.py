@@ -62,6 +62,10 @@ class MultiLabel(Kind):
         if value is None or not isinstance(value, list | tuple):
             cells.refuse(column, f"{str(value)[:60]!r}, expected a list of labels")
         names = tuple(dict.fromkeys(cells.label_of(item, column) for item in value))
+        if len(names) < len(value) and set(names) <= {"0", "1"}:  # read as names these would be two labels
+            cells.refuse(
+                column, f"{str(value)[:60]}, zeros and ones, expected the names of the labels that the row has"
+            )
         return {"told": {"labels": names}} | read_texts(cells)
 
     def columns_read(self, columns: set[str], settings: DataSettings) -> set[str]:

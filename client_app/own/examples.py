@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -118,6 +119,16 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
     return Example(row.place, **kind.read(RowCells(row, settings, kind.has_image)))
 
 
+def look_alikes(labels: Iterable[str]) -> int:
+    """How many labels a reader takes for another one: they differ in case, width, blanks or what cannot be seen.
+
+    >>> look_alikes(["yes", "Yes", "no", "1", "1.0"])
+    4
+    """
+    seen = Counter(_as_seen(label) for label in labels)
+    return sum(count for count in seen.values() if count > 1)
+
+
 def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> set[str]:
     """Which of a row's columns :func:`read_example` looks at."""
     there = set(columns)
@@ -155,6 +166,11 @@ def _images_to_write(row: Row, column: str, parts: Sequence[Mapping[str, Any]]) 
     if parts and len(parts) != len(found):
         raise DataError(f"{row.place}: {len(parts)} places for images in the messages, and {len(found)} images")
     return found
+
+
+def _as_seen(label: str) -> str:
+    plain = unicodedata.normalize("NFKC", label).casefold().removesuffix(".0")
+    return "".join(letter for letter in plain if unicodedata.category(letter) not in ("Cf", "Zs"))
 
 
 def _label(value: Any, where: str) -> str:

@@ -22,7 +22,7 @@ from client_app.model.bases.model_folders import BaseModelError, FoundModel, fin
 from client_app.model.forward.padding import ALONE, find_padding, inputs_taken
 from client_app.own.checked import Checked, copies_among
 from client_app.own.encoding import Encoder, load_encoder
-from client_app.own.examples import columns_read, guess_kind
+from client_app.own.examples import columns_read, guess_kind, look_alikes
 from client_app.own.reading.images import frames_in, read_image
 from client_app.own.reading.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
 from client_app.own.reading.text_files import ChosenRows, DataError, Row
@@ -140,6 +140,9 @@ def read_own(settings: Settings) -> Found:
     kept = sum(len(split) for split in splits.values())
     if kept != rows_read:
         found.findings.append(f"{rows_read} rows were read, {kept} are examples")
+    alike = look_alikes(labels)
+    if alike:
+        found.findings.append(f"{alike} of {len(labels)} labels look like another one (case, width, what is not seen)")
     unread = sorted(examples.columns - read)
     if unread:
         found.findings.append(f"columns that are not read: {', '.join(map(repr, unread))}")

@@ -59,6 +59,9 @@ BODIES: dict[str, Callable[[int], Any]] = {
 }
 
 
+KINDS_TRIED = ("token-classification", "question-answering", "multi-label-classification")
+
+
 def rows_of(kind: str, texts: list[list[str]]) -> list[dict[str, Any]]:
     """These texts as rows of a kind; every second word is tagged, and is the answer."""
     found: list[dict[str, Any]] = []
@@ -76,7 +79,7 @@ def rows_of(kind: str, texts: list[list[str]]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["token-classification", "question-answering", "multi-label-classification"])
+@pytest.mark.parametrize("kind", KINDS_TRIED)
 @pytest.mark.parametrize("body", BODIES)
 def test_an_answer_is_the_same_alone_and_in_any_company(body: str, kind: str, tmp_path: Path) -> None:
     tokenizer = tiny_models.word_tokenizer(toy_data.VOCABULARY)
