@@ -101,6 +101,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Newcomer]:
 @pytest.mark.skipif(
     os.environ.get("FEDALLOY_FAULTS") != "long", reason="three minutes; run it with FEDALLOY_FAULTS=long"
 )
+@pytest.mark.timeout(1800)  # a busy machine takes longer than the ten minutes of other tests
 def test_the_way_of_a_newcomer(newcomer: Newcomer) -> None:
     newcomer.clients_file(shop='data-pth = "shop.jsonl"')
     said = newcomer.types("fedalloy", "cluster", "up", "--clients-file", "clients.toml", succeeds=False)
