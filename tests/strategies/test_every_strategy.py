@@ -79,7 +79,7 @@ class RealNode(FakeNode):
 def said_of_privacy(name: str) -> bool | None:
     """Whether a strategy works under differential privacy, by docs/site.md; None where it does not say."""
     page = (Path(__file__).parents[2] / "docs" / "site.md").read_text()
-    (words,) = re.findall(r"So these strategies work: (.*?are refused)\.", page, re.DOTALL)
+    (words,) = re.findall(r"So a strategy works if (.*?are refused)\.", page, re.DOTALL)
     work, refused = (set(re.findall(r"`([a-z-]+)`", part)) & set(STRATEGIES) for part in words.split("says it for"))
     assert min(len(work), len(refused)) >= 8
     return True if name in work else False if name in refused else None

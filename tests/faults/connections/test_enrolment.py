@@ -69,7 +69,7 @@ def test_layouts_that_may_differ_are_all_taken_in_by_order_of_id(tmp_path: Path)
     grid = NodeGrid(nodes(ada=second, ben=first, cyd=first, dan=second) | {9: FakeNode("aaa", wrong)})
     directory = run_nodes(tmp_path, grid)
     assert statuses(directory) == [dict.fromkeys(("ada", "ben", "cyd", "dan"), "ok")] * 2
-    assert "(as client 'ada' has); 3 of 5 new clients fit its layout, 5 that" in registered(directory)["aaa"]["reason"]
+    assert "(as client 'ada' has); 3 of 5 new clients fit its layout, 5 fit" in registered(directory)["aaa"]["reason"]
     strategy = strategy_from_run_config({"strategy": "fedavg"})
     mixed = [client_of(name, layout) for name, layout in (("cyd", first), ("ada", second), ("ben", first))]
     assert strategy.votes(mixed) == {"ada": 3, "ben": 3, "cyd": 3}
