@@ -30,6 +30,9 @@ _TOWER = re.compile(
     r"(?:.*\.)?(vision_tower|vision_model|vision_encoder|visual|image_tower|image_encoder|audio_tower|audio_encoder"
     r"|multi_modal_projector|mm_projector|embed_vision|embed_audio|connector|aligner)(?:\..*)?"
 )
+_PROJECTION = re.compile(
+    r"(?:.*\.)?(multi_modal_projector|mm_projector|merger|embed_vision|embed_audio|connector|aligner)(?:\..*)?"
+)
 _OVER_TOWERS = re.compile(r"(?:.*[.:])?multimodal_model(?:\..*)?")
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -64,6 +67,11 @@ def outside_towers(modules: Iterable[str]) -> list[str]:
         return over
     outside = [name for name in names if not _TOWER.fullmatch(name)]
     return outside if any(layer_of(name) is not None for name in outside) else names
+
+
+def projections(modules: Iterable[str]) -> list[str]:
+    """A model's modules between a tower and its language model."""
+    return [name for name in modules if _PROJECTION.fullmatch(name)]
 
 
 def depth_of(modules: Iterable[str]) -> int:

@@ -68,7 +68,7 @@ def load_own(settings: Settings) -> tuple[Base, ClientData]:
     splits, samples = _encoded(encoder, found, model, settings)
     base = _checked(load_base(model, found.kind, settings.model, found.labels, encoder.padding_id), samples)
     if found.kind.generative:
-        _end_answers(base, encoder, samples["train"])
+        end_answers(base.model, encoder, samples["train"])
     notes = [*base.notes, *encoder.remarks, *tokenizer_notes(encoder, base), *notes_of(found, encoder)]
     for_reference: dict[str, Dataset] = {}
     if settings.model.reference_model:
@@ -212,9 +212,9 @@ def _checked(base: Base, splits: Mapping[str, Dataset]) -> Base:
     return replace(base, padding=found, notes=(*base.notes, note) if found == ALONE else base.notes)
 
 
-def _end_answers(base: Base, encoder: Encoder, train: Dataset) -> None:
-    """Make the model stop writing where the training texts end: at its own end token, and at the template's."""
-    config: Any = base.model.generation_config
+def end_answers(model: Any, encoder: Encoder, train: Dataset) -> None:
+    """Let the model stop writing where the training texts end: at its own end token, and at the template's."""
+    config: Any = model.generation_config
     known = config.eos_token_id
     ends = set(known if isinstance(known, list) else [known]) | {encoder.tokenizer.eos_token_id}
     last = {int(labels[labels != IGNORED][-1]) for labels in train.labels[:8]}

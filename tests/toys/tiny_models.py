@@ -31,6 +31,7 @@ __all__ = [
     "save_llama_reader",
     "save_llava",
     "save_model",
+    "save_qwen_vl",
     "save_vilt",
     "save_vit",
     "word_tokenizer",
@@ -59,8 +60,8 @@ def save_bert(folder: Path, words: Sequence[str]) -> Path:
     return save_model(folder, lambda: transformers.BertModel(config), tokenizer)
 
 
-def save_llava(folder: Path, size: int = 16, vision_layers: int = 2) -> Path:
-    """A LLaVA: CLIP's vision tower before a Llama of two layers, with its processor."""
+def save_llava(folder: Path, size: int = 16, vision_layers: int = 2, layers: int = 2) -> Path:
+    """A LLaVA: CLIP's vision tower before a Llama, with its processor."""
     tokenizer = character_tokenizer()
     vision = transformers.CLIPVisionConfig(
         image_size=size,
@@ -73,7 +74,7 @@ def save_llava(folder: Path, size: int = 16, vision_layers: int = 2) -> Path:
     )
     config = transformers.LlavaConfig(
         vision_config=vision,
-        text_config=llama_config(tokenizer),
+        text_config=llama_config(tokenizer, layers=layers),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
@@ -166,7 +167,7 @@ class QwenProcessor(transformers.Qwen2_5_VLProcessor):
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
 
 
-def qwen_vl(processor: QwenProcessor) -> Any:
+def qwen_vl(processor: QwenProcessor, layers: int = 2, vision_layers: int = 1) -> Any:
     """A Qwen2.5-VL: its images are patches in one long list, their places a grid, and positions depend on both."""
     tokenizer = processor.tokenizer
     config = transformers.Qwen2_5_VLConfig(
@@ -174,7 +175,7 @@ def qwen_vl(processor: QwenProcessor) -> Any:
             "vocab_size": len(tokenizer),
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "max_position_embeddings": 256,
@@ -185,7 +186,7 @@ def qwen_vl(processor: QwenProcessor) -> Any:
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
         },
         vision_config={
-            "depth": 1,
+            "depth": vision_layers,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
@@ -193,7 +194,7 @@ def qwen_vl(processor: QwenProcessor) -> Any:
             "patch_size": 8,
             "spatial_merge_size": 2,
             "window_size": 32,
-            "fullatt_block_indexes": [0],
+            "fullatt_block_indexes": list(range(vision_layers)),
         },
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
@@ -202,3 +203,9 @@ def qwen_vl(processor: QwenProcessor) -> Any:
     )
     torch.manual_seed(0)
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def save_qwen_vl(folder: Path, vision_layers: int = 1, layers: int = 2) -> Path:
+    """A :func:`qwen_vl` with its tokenizer; :class:`QwenProcessor` has no part for videos, so tests make it."""
+    processor = QwenProcessor()
+    return save_model(folder, lambda: qwen_vl(processor, layers, vision_layers), processor.tokenizer)

@@ -252,6 +252,25 @@ def load_flava(found: FoundModel, settings: ModelSettings) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def load_backbone(found: FoundModel, kinds: Sequence[Kind], settings: ModelSettings, padding_id: int | None) -> Any:
+    """A model for several tasks, frozen, in evaluation mode: one that writes if a task does, else one without head.
+
+    Raises:
+        BaseModelError: the model cannot write texts, or is to be quantised.
+    """
+    if settings.quantization != "none":
+        raise BaseModelError(f"base-model {found.name!r}: with several tasks, quantization = 'none' is expected")
+    writing = [kind for kind in kinds if kind.generative]
+    if not writing:
+        model = load_body(found)
+    else:
+        sees = next((kind for kind in writing if kind.has_image), writing[0])
+        model, _, _ = _loaded(found, sees, settings, ())
+        _set_texts(model, padding_id)
+        _set_up(model, found, settings)
+    return model
+
+
 def load_body(found: FoundModel) -> Any:
     """A model without any head (``transformers.AutoModel``), frozen, in evaluation mode, in float32."""
     import transformers

@@ -166,20 +166,6 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def require_flava(found: FoundModel) -> None:
-    """Only a FLAVA can serve several tasks.
-
-    Raises:
-        BaseModelError: the model is of another architecture.
-    """
-    model_type = json.loads((found.folder / "config.json").read_text()).get("model_type")
-    if model_type != "flava":
-        raise BaseModelError(
-            f"base-model {found.name!r} is a {model_type!r}; a client with several tasks needs a 'flava', such as "
-            "facebook/flava-full@refs/pr/5 (the revision that has safetensors)"
-        )
-
-
 def _from_hub(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 

@@ -1,13 +1,13 @@
-"""One frozen FLAVA for several tasks: towers for images and texts, a trunk over both, and parameter groups on top.
+"""One frozen model for several tasks: towers, a trunk that every task goes through, and parameter groups on top.
 
 A task reads some modalities and has a head. What is trained for it lies in the groups R(o) of
 :mod:`fedalloy_adapters.groups`:
 
 =================  =====================================================================================
-``shared``         LoRA in the multimodal encoder, for every task
+``shared``         LoRA in the trunk, for every task
 ``mod/<m>``        LoRA in the encoder of modality m
-``task/<c>``       LoRA in the multimodal encoder, for the tasks of one expert c
-``pair/<m>/<c>``   LoRA in the projection of modality m to the multimodal encoder, for the tasks of one expert
+``task/<c>``       LoRA in the trunk, for the tasks of one expert c
+``pair/<m>/<c>``   LoRA in the projection of modality m to the trunk, for the tasks of one expert
 ``head/<o>``       the linear head of task o
 =================  =====================================================================================
 
@@ -15,14 +15,16 @@ Which groups act is decided by the task's declaration, never by what a batch con
 linear module: its output is ``W x`` plus the sum of their updates. For that, every group has a module of its own at
 every place (``shared::multimodal_model.encoder.layer.0...``), a linear map without weights that LoRA is attached to.
 
-Classification reads the mean of the trunk's outputs. Texts are generated as in a decoder: in the text tower and the
-trunk, text tokens see the image, the prompt and the text so far, never what follows.
+:class:`RoutedModel` is what all such models share. :class:`MultiTaskModel` is a FLAVA, whose trunk is its multimodal
+encoder; :mod:`client_app.model.bases.multi_task_any` has other architectures. A FLAVA classifies by the mean of the
+trunk's outputs. Texts are generated as in a decoder: in the text tower and the trunk, text tokens see the image, the
+prompt and the text so far, never what follows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -99,13 +101,18 @@ class _Branch(nn.Linear):
 
 
 class _Routed(nn.Module):
-    """A frozen linear module, plus the updates of the active groups."""
+    """A frozen linear module, plus the updates of the active groups; ``weight`` is for code that asks for its type."""
 
     def __init__(self, base: nn.Linear, branches: Sequence[tuple[str, nn.Module, str]], active: set[str]) -> None:
         super().__init__()
         self.base = base
         self.branches = branches  # group, and where its LoRA layer will be: PEFT puts it in the branch's place
         self.active = active
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen module's."""
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d_in]`` to ``[..., d_out]``."""
@@ -116,8 +123,86 @@ class _Routed(nn.Module):
         return y
 
 
-class MultiTaskModel(nn.Module):
-    """A FLAVA with the groups of a client's tasks; called with a task's name and its inputs.
+class RoutedModel(nn.Module):
+    """A backbone with the groups of a client's tasks; called with a task's name and its inputs.
+
+    Args:
+        backbone: a model of transformers; it is changed in place.
+        tasks: the client's.
+        places: paths in the backbone of the linear modules that a group adapts; none, if it has no place there.
+        width: of the hidden states that heads read.
+        with_head: tasks that have a head of their own.
+
+    Raises:
+        MultiTaskError: there is no task, or two have one name.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        tasks: Sequence[TaskSpec],
+        places: Callable[[str], Sequence[str]],
+        width: int,
+        with_head: Sequence[TaskSpec],
+    ) -> None:
+        super().__init__()
+        if not tasks or len({task.name for task in tasks}) != len(tasks):
+            raise MultiTaskError(f"tasks {[task.name for task in tasks]}, expected at least one, and names that differ")
+        self.backbone = backbone
+        self.tasks = {task.name: task for task in tasks}
+        self.active: set[str] = set()
+        self.targets: list[str] = []
+        found = {group: places(group) for group in dict.fromkeys(group for task in tasks for group in task.groups)}
+        heads = {f"head/{task.name}" for task in with_head}
+        self.groups = {
+            task.name: tuple(group for group in task.groups if found[group] or group in heads) for task in tasks
+        }
+        at: dict[str, list[str]] = {}
+        for group, paths in found.items():
+            for path in paths:
+                at.setdefault(path, []).append(group)
+        for path, groups in at.items():
+            self._route(path, groups)
+        self.heads = [f"head/{task.name}{SEPARATOR}{_HEAD}" for task in with_head]
+        for task, name in zip(with_head, self.heads, strict=True):
+            self.add_module(name, _head(name, width, task.outputs))
+
+    def begin(self, task: str) -> TaskSpec:
+        """Let the groups of a task act.
+
+        Raises:
+            MultiTaskError: the client has no such task.
+        """
+        if task not in self.tasks:
+            raise MultiTaskError(f"no task {task!r}; this client has {', '.join(self.tasks)}")
+        self.active.clear()
+        self.active.update(self.groups[task])
+        return self.tasks[task]
+
+    def head_of(self, spec: TaskSpec) -> nn.Linear:
+        """A task's own head."""
+        head: nn.Linear = getattr(self, f"head/{spec.name}{SEPARATOR}{_HEAD}")
+        return head
+
+    def _route(self, path: str, groups: Sequence[str]) -> None:
+        """Put a routed module in a linear one's place, with a branch for each group."""
+        base = self.backbone.get_submodule(path)
+        branches = []
+        for group in groups:
+            parent: nn.Module = self
+            *above, last = f"{group}{SEPARATOR}{path}".split(".")
+            for name in above:
+                if name not in parent._modules:
+                    parent.add_module(name, nn.Module())
+                parent = getattr(parent, name)
+            parent.add_module(last, _Branch(base))
+            branches.append((group, parent, last))
+            self.targets.append(f"{group}{SEPARATOR}{path}")
+        self.backbone.set_submodule(path, _Routed(base, branches, self.active))
+
+
+class MultiTaskModel(RoutedModel):
+    """A FLAVA with the groups of a client's tasks.
 
     Args:
         backbone: ``transformers.FlavaModel``; it is changed in place.
@@ -129,23 +214,11 @@ class MultiTaskModel(nn.Module):
     """
 
     def __init__(self, backbone: Any, tasks: Sequence[TaskSpec], ends: tuple[int, int] = (0, 0)) -> None:
-        super().__init__()
-        if not tasks or len({task.name for task in tasks}) != len(tasks):
-            raise MultiTaskError(f"tasks {[task.name for task in tasks]}, expected at least one, and names that differ")
-        self.backbone = backbone
-        self.tasks = {task.name: task for task in tasks}
+        def places(group: str) -> list[str]:
+            return _places_in_flava(backbone, group)
+
+        super().__init__(backbone, tasks, places, int(backbone.config.multimodal_config.hidden_size), tasks)
         self.ends = ends
-        self.active: set[str] = set()
-        self.targets: list[str] = []
-        places: dict[str, list[str]] = {}
-        for group in dict.fromkeys(group for task in tasks for group in task.groups):
-            for path in self._places(group):
-                places.setdefault(path, []).append(group)
-        for path, groups in places.items():
-            self._route(path, groups)
-        self.heads = [f"head/{task.name}{SEPARATOR}{_HEAD}" for task in tasks]
-        for task, name in zip(tasks, self.heads, strict=True):
-            self.add_module(name, _head(name, int(backbone.config.multimodal_config.hidden_size), task.outputs))
 
     def forward(
         self,
@@ -164,7 +237,7 @@ class MultiTaskModel(nn.Module):
             attention_mask: ``[b, L]``, one where there is a token.
             _: everything else that tokenizers and processors make (token types) is not used.
         """
-        spec = self._begin(task)
+        spec = self.begin(task)
         image = self._image(pixel_values) if "image" in spec.modalities else None
         return SimpleNamespace(logits=self._logits(spec, image, input_ids, attention_mask))
 
@@ -179,7 +252,7 @@ class MultiTaskModel(nn.Module):
         **_: Any,
     ) -> Tensor:
         """The prompts, padded on the left, with what the model writes after them, greedily: ``[b, L + new]``."""
-        spec = self._begin(task)
+        spec = self.begin(task)
         image = self._image(pixel_values) if "image" in spec.modalities else None
         end, padding = self.ends
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -192,13 +265,6 @@ class MultiTaskModel(nn.Module):
             if bool(done.all()):
                 break
         return input_ids
-
-    def _begin(self, task: str) -> TaskSpec:
-        if task not in self.tasks:
-            raise MultiTaskError(f"no task {task!r}; this client has {', '.join(self.tasks)}")
-        self.active.clear()
-        self.active.update(self.tasks[task].groups)
-        return self.tasks[task]
 
     def _image(self, pixel_values: Tensor | None) -> Tensor:
         """The trunk's image tokens ``[b, patches + 1, d]``."""
@@ -231,7 +297,7 @@ class MultiTaskModel(nn.Module):
         hidden = self.backbone.multimodal_model(
             torch.cat(streams, dim=1), attention_mask=_additive(visible, self._dtype)
         ).last_hidden_state
-        head = getattr(self, f"head/{spec.name}{SEPARATOR}{_HEAD}")
+        head = self.head_of(spec)
         if writes:
             return head(hidden[:, -tokens:])  # type: ignore[no-any-return]
         there = torch.cat([mask.new_ones(len(mask), before), mask], dim=1).to(hidden)[..., None]
@@ -242,39 +308,24 @@ class MultiTaskModel(nn.Module):
         dtype: torch.dtype = self.backbone.dtype
         return dtype
 
-    def _places(self, group: str) -> list[str]:
-        """Paths in the backbone of the linear modules that a group adapts."""
-        family, *rest = group.split("/")
-        if family == "head":
-            return []
-        if family == "pair":
-            paths = [_PROJECTIONS[rest[0]]]
-        else:
-            root = _TOWERS[rest[0]] if family == "mod" else _TRUNK
-            paths = [
-                f"{root}.{name}"
-                for name, module in self.backbone.get_submodule(root).named_modules()
-                if name.rsplit(".", 1)[-1] in _ADAPTED and isinstance(module, nn.Linear)
-            ]
-        if not paths:
-            raise MultiTaskError(f"the model has no {' or '.join(_ADAPTED)} for group {group!r}")
-        return paths
 
-    def _route(self, path: str, groups: Sequence[str]) -> None:
-        """Put a routed module in a linear one's place, with a branch for each group."""
-        base = self.backbone.get_submodule(path)
-        branches = []
-        for group in groups:
-            parent: nn.Module = self
-            *above, last = f"{group}{SEPARATOR}{path}".split(".")
-            for name in above:
-                if name not in parent._modules:
-                    parent.add_module(name, nn.Module())
-                parent = getattr(parent, name)
-            parent.add_module(last, _Branch(base))
-            branches.append((group, parent, last))
-            self.targets.append(f"{group}{SEPARATOR}{path}")
-        self.backbone.set_submodule(path, _Routed(base, branches, self.active))
+def _places_in_flava(backbone: Any, group: str) -> list[str]:
+    """Paths in the backbone of the linear modules that a group adapts."""
+    family, *rest = group.split("/")
+    if family == "head":
+        return []
+    if family == "pair":
+        paths = [_PROJECTIONS[rest[0]]]
+    else:
+        root = _TOWERS[rest[0]] if family == "mod" else _TRUNK
+        paths = [
+            f"{root}.{name}"
+            for name, module in backbone.get_submodule(root).named_modules()
+            if name.rsplit(".", 1)[-1] in _ADAPTED and isinstance(module, nn.Linear)
+        ]
+    if not paths:
+        raise MultiTaskError(f"the model has no {' or '.join(_ADAPTED)} for group {group!r}")
+    return paths
 
 
 def multi_task_base(

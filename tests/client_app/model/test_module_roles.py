@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,6 @@ from client_app.model.module_roles import depth_of, last_down_projection, outsid
 from client_app.model.personal import PersonalModel
 from client_app.plan.sketch import ReferenceModel
 from proto.fedalloy.v1 import plan_pb2
-from tests.in_process import run_in_process
-from tests.toys import tiny_models, toy_data
 from tests.toys.multi_task_toys import SPECS, TINY, base_of
 
 TEXT = {
@@ -101,22 +97,3 @@ def test_a_flavas_layers_are_those_over_both_towers() -> None:
     assert depth_of(over) == TINY.layers
     found = last_down_projection(base_of([SPECS["caption"]]).model)
     assert found == f"backbone.multimodal_model.encoder.layer.{TINY.layers - 1}.output.dense"
-
-
-def test_llavas_of_two_towers_compare_and_share_what_their_language_models_learn(tmp_path: Path) -> None:
-    """A whole federation: registration, training, sketches, and P and Q of the one in the other's global adapter."""
-    bases = [tiny_models.save_llava(tmp_path / f"llava-{layers}", vision_layers=layers) for layers in (2, 4)]
-
-    def node(index: int) -> dict[str, Any]:
-        data = toy_data.write_captions(tmp_path / f"data-{index}", 8, index)
-        return {"base-model": str(bases[index]), "data-path": str(data)}
-
-    directory = run_in_process(
-        tmp_path, 2, node_config=node, strategy="fedmosaic", num_server_rounds=2, local_steps=1, batch_size=2,
-        lora_blocks=2, lora_r=2, target_modules="language-model", reference_model=str(bases[0]),
-        generate_examples=2, max_new_tokens=1, fedmosaic__sketch_batches=2, run_name="looks",
-    )  # fmt: skip
-    first, second = [record for record in directory.rounds() if record["phase"] == "train"]
-    assert first["settled"]["merged"] == second["settled"]["merged"] == 2
-    assert first["settled"]["relevance"] == {"client-0": [0, 1], "client-1": [1, 0]}
-    assert all(math.isfinite(client["metrics"]["personal"]["loss"]) for client in second["clients"].values())

@@ -20,7 +20,7 @@ from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
 from tests.client_app import own_clients
-from tests.toys.tiny_models import save_bert, save_flava
+from tests.toys.tiny_models import save_bert, save_flava, save_vilt
 from tests.toys.toy_data import opinions, write_captions, write_jsonl
 
 TASKS = """
@@ -117,9 +117,13 @@ def test_what_is_wrong_with_a_task_is_named(folder: Path, text: str, finding: st
         load_tasks(settings_of(folder, tasks="wrong.toml"))
 
 
-def test_another_architecture_is_refused_with_one_that_would_do(folder: Path) -> None:
-    with pytest.raises(BaseModelError, match="is a 'bert'; a client with several tasks needs a 'flava', such as"):
+def test_a_model_that_does_not_read_what_a_task_has_is_refused_by_the_tasks_name(folder: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"has no processor of images and texts \(task 'image-text-to-text'\)"):
         load_tasks(settings_of(folder, base="bert"))
+    save_vilt(folder / "vilt", words_in(folder / "mood.jsonl"))
+    (folder / "texts.toml").write_text(TASKS.partition("[caption]")[0])
+    with pytest.raises(BaseModelError, match=r"does not answer as the task 'mood' \(text-classification\) needs it"):
+        load_tasks(settings_of(folder, base="vilt", tasks="texts.toml"))
     nowhere = replace(settings_of(folder), model=ModelSettings(base_model="facebook/flava-full@refs/pr/5"))
     with pytest.raises(BaseModelError, match="hf download facebook/flava-full --revision refs/pr/5"):
         load_tasks(nowhere)

@@ -54,6 +54,28 @@ def test_tasks_that_arrive_one_after_another_are_the_same_in_every_run(run: Runn
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+@pytest.mark.parametrize("strategy", ["fedmosaic", "tap"])
+def test_a_clients_tasks_come_one_after_another(
+    run: Runner, seen: Batches, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """FedMosaic's dynamic setting: several tasks a client, replay, and all tasks scored from the first round."""
+    monkeypatch.setattr(digits_multimodal, "RECIPE", TINY)
+    monkeypatch.setattr(digits_multimodal, "TESTED", dict.fromkeys(digits_multimodal.TESTED, 12))
+    monkeypatch.setattr(digits_multimodal, "GENERATED", 2)
+    options: dict[str, Any] = {"fedmosaic__sketch_batches": 1} if strategy == "fedmosaic" else {"tap__distill_steps": 1}
+    directory = run(
+        clients=2, scenario="digits-tasks", strategy=strategy, num_server_rounds=4, task_arrival="dynamic",
+        local_steps=2, batch_size=8, lora_r=2, **options,
+    )  # fmt: skip
+    each_round = [set(classes) for _, classes in seen]
+    assert len(each_round[0]) == 1
+    assert len(set.union(*each_round)) == 4, "the labels of a client with several tasks are the tasks' numbers"
+    records = [record for record in directory.rounds() if record["phase"] == "train"]
+    assert all(record["settled"]["merged"] == 2 for record in records)
+    scored = records[0]["clients"]["client-0"]["metrics"]["personal"]
+    assert {name.split("/")[0] for name in scored if "/" in name} == {"number", "compare", "caption", "answer"}
+
+
 def test_a_personal_model_is_tried_on_all_clients_data(run: Runner, runs_dir: Path) -> None:
     directory = run(clients=3, strategy="potara", potara__weight="half", evaluate_split="test")
     config = {"scenario": "digits", "seed": 0}

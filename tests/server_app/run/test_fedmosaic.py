@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -19,10 +21,12 @@ from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.layout import Factor
 from server_app.run.federation import NotEnoughClientsError
 from server_app.run.run_directory import RunDirectory
+from server_app.tools.align import Aligned, align_models
 from server_app.tools.cli import app
 from server_app.tools.handover.export import export_adapter, is_in_parts
 from tests.in_process import run_in_process
 from tests.server_app.conftest import Runner
+from tests.toys import tiny_models, toy_data
 from tests.toys.multi_task_toys import TINY
 
 QUICK: dict[str, Any] = {"strategy": "fedmosaic", "local_steps": 4, "num_server_rounds": 2, "lora_r": 2}
@@ -124,6 +128,57 @@ def slots_of(directory: RunDirectory, client: str) -> dict[str, Adapter]:
         return {name: slots[name].clone() for name in slots.names()}
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen-vl"])
+def test_models_that_look_are_aligned_and_share_at_the_blocks_of_their_language_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """A whole federation of two architectures: alignment, registration, training, sketches, P and Q, delivery."""
+    if family == "llava":
+        bases = [tiny_models.save_llava(tmp_path / "small", vision_layers=4)]
+        bases.append(tiny_models.save_llava(tmp_path / "large", vision_layers=2, layers=5))
+    else:
+        # As it is saved it would need torchvision for videos.
+        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *a, **k: tiny_models.QwenProcessor())
+        bases = [tiny_models.save_qwen_vl(tmp_path / "small", vision_layers=3)]
+        bases.append(tiny_models.save_qwen_vl(tmp_path / "large", vision_layers=1, layers=5))
+    data = [toy_data.write_captions(tmp_path / f"data-{index}", 8, index) for index in range(2)]
+    what = Aligned(
+        models=[str(base) for base in bases], public={"data-path": str(data[0]), "target-modules": "language-model"}
+    )
+    path = align_models(what, 2, 2, 0, 0.5, False, tmp_path, Console(quiet=True))
+    directory = run_in_process(
+        tmp_path, 2, node_config=lambda index: {"base-model": str(bases[index]), "data-path": str(data[index])},
+        strategy="fedmosaic", num_server_rounds=2, local_steps=1, batch_size=2, lora_blocks=2, lora_r=2,
+        lora_alignment=path.stem, target_modules="language-model", reference_model=str(bases[0]),
+        generate_examples=2, max_new_tokens=1, fedmosaic__sketch_batches=2, run_name="looks",
+        on_divergence="last",
+    )  # fmt: skip
+    first, second = [record for record in directory.rounds() if record["phase"] == "train"]
+    assert first["settled"]["merged"] == second["settled"]["merged"] == 2
+    assert first["settled"]["relevance"] == {"client-0": [0, 1], "client-1": [1, 0]}
+    ours, theirs = (slots_of(directory, f"client-{index}") for index in range(2))
+    for slots, ends in ((ours, (0, 1)), (theirs, (1, 4))):
+        sharing = {e.module for e in slots["local"].layout.entries if e.factor is Factor.P}
+        assert {module.split(".layers.")[1].split(".")[0] for module in sharing} == {str(end) for end in ends}
+        assert all(".language_model.layers." in module for module in slots["local"].layout.lora_modules)
+        aligned = load_file(path)
+        for module in sharing:
+            basis = aligned[f"{slots['local'].layout.base_fingerprint}/{module}.A"]
+            assert torch.equal(slots["local"][module, Factor.A], basis)
+    # What a client has as its global adapter in the second round is what the other one sent after the first.
+    before = directory.checkpoint(1)
+    assert before is not None
+    sent = before.state.tensors["upload/client-1"]
+    for module, name in ours["global"].layout.shared_names.items():
+        received = ours["global"][module, Factor.P]
+        (there,) = [m for m, other in theirs["local"].layout.shared_names.items() if other == name]
+        trained = theirs["local"].layout.select(without_basis=True)
+        assert torch.equal(received.reshape(-1), sent[trained.slice_of(f"{there}.P")])
+        assert received.any()
+    for client in ("client-0", "client-1"):
+        assert (directory.path / "clients" / client / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_clients_of_several_tasks_and_modalities_take_part(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """One or two of five tasks over images, texts and both at each client: layouts that differ in groups."""
     tasks = ((("digit",), 0), (("number", "answer"), 1), (("compare",), 0), (("caption",), 1))
@@ -141,5 +196,15 @@ def test_clients_of_several_tasks_and_modalities_take_part(run: Runner, monkeypa
     slots = {f"client-{index}": slots_of(directory, f"client-{index}") for index in range(4)}
     owned = {client: set(groups_of(found["local"].layout)) for client, found in slots.items()}
     assert len({frozenset(groups) for groups in owned.values()}) == 4
+    before = directory.checkpoint(1)
+    assert before is not None
+    sent = {name: Adapter(slots[name]["local"].layout, before.state.tensors[f"upload/{name}"]) for name in slots}
+    (module,) = (name for name in slots["client-1"]["local"].layout.modules if name.startswith("pair/text/classify::"))
+    for one, other in (("client-1", "client-2"), ("client-2", "client-1")):  # nobody else classifies texts
+        for factor in (Factor.A, Factor.B):
+            assert torch.equal(slots[one]["global"][module, factor], sent[other][module, factor])
+        assert slots[one]["global"][module, Factor.B].any()
+        gates = slots[one]["gates"]
+        assert any(gates[entry.module, Factor.GATE].any() for entry in gates.layout.entries)
     summary = json.loads((directory.path / "summary.json").read_text())
     assert len(summary["clients"]) == 4

@@ -116,6 +116,24 @@ def test_a_llama_beside_a_bert_on_their_own_data(
     assert len({tensor.sum().item() for tensor in sketches}) == 3
 
 
+def test_models_with_different_tokenizers_are_aligned_and_share_p_and_q(
+    runs_dir: Path, families: dict[str, Path], tmp_path: Path
+) -> None:
+    """A BERT that reads words and a Llama that reads characters."""
+    bases = [tiny_models.save_llama(tmp_path / "letters", width=16), families["bert"]]
+    paths = [toy_data.write_jsonl(tmp_path / f"{n}.jsonl", toy_data.opinions(40, n)) for n in range(3)]
+    public = {"data-path": str(paths[2]), "labels": "neg,pos"}
+    what = Aligned(models=[str(base) for base in bases], public=public)
+    path = align_models(what, 1, 2, 0, 0.5, False, runs_dir, Console(quiet=True))
+    directory = run_in_process(
+        runs_dir, 2, node_config=lambda index: {"data-path": str(paths[index]), "base-model": str(bases[index])},
+        strategy="fedmosaic", num_server_rounds=1, local_steps=2, labels="neg,pos", lora_r=2, lora_blocks=1,
+        lora_alignment=path.stem, reference_model=str(families["small"]),
+    )  # fmt: skip
+    summary = json.loads((directory.path / "summary.json").read_text())
+    assert len(summary["clients"]) == 2
+
+
 def test_strategies_that_merge_whole_adapters_refuse_a_second_architecture_by_name(run: Runner) -> None:
     with pytest.raises(NotEnoughClientsError, match="client 'client-2' has base model"):
         run(clients=4, **(MIXED | {"strategy": "fedavg", "lora_blocks": 0}))
