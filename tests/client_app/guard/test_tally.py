@@ -57,6 +57,16 @@ def test_bytes_and_statistics_are_bounded(tmp_path: Path) -> None:
         tally.begin(plan, Policy(max_run_statistics=1), parts_of)
 
 
+def test_uploads_of_all_runs_and_evaluations_of_one_are_bounded(tmp_path: Path) -> None:
+    tally, policy = Tally(tmp_path, "ada"), Policy(max_total_upload_mb=0.001, max_run_evaluations=1)
+    tally.leave(plan_of(run="a"), {"x": bytes(600)}, policy)
+    with pytest.raises(PolicyError, match=r"0\.0012 for all runs together .*max-total-upload-mb is 0\.001"):
+        tally.leave(plan_of(run="b"), {"x": bytes(600)}, policy)
+    tally.begin(measure(0), policy, parts_of)
+    with pytest.raises(PolicyError, match="max-run-evaluations is 1"):
+        tally.begin(measure(0), policy, parts_of)
+
+
 def test_a_damaged_tally_lets_nothing_through(tmp_path: Path) -> None:
     tally = Tally(tmp_path, "ada")
     tally.begin(measure(0), Policy(), parts_of)
