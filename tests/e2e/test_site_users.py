@@ -31,6 +31,12 @@ OWNER, RUN, STRANGER = 49998, 49999, 49997
 SECONDS = 900.0
 """A machine that is busy with other tests takes minutes to import torch for several processes."""
 FEDALLOY = (sys.executable, "-c", "from server_app.tools.cli import app; app()")
+CAN_RUN = """
+import subprocess, sys
+from proto.fedalloy.v1 import plan_pb2
+subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+"""Twice: ``setpriv`` itself may still start a Python in a folder of root's, which then can start none."""
 HOSTILE = """
 import json, os, socket, sys
 found = {}
@@ -132,7 +138,7 @@ def sites() -> Iterator[Sites]:
     folder = Path(tempfile.mkdtemp(prefix="fa", dir="/tmp"))
     folder.chmod(0o755)
     tried = subprocess.run(
-        as_user(OWNER, sys.executable, "-c", "from proto.fedalloy.v1 import plan_pb2", network=False),
+        as_user(OWNER, sys.executable, "-c", CAN_RUN, network=False),
         env=environment_of(folder),
         capture_output=True,
         text=True,
@@ -140,7 +146,7 @@ def sites() -> Iterator[Sites]:
     )
     if tried.returncode:
         shutil.rmtree(folder)
-        pytest.skip(f"another user cannot run this environment: {tried.stderr.strip()[-200:]}")
+        pytest.skip(f"another user cannot run this environment: {tried.stderr.strip().splitlines()[-1][:200]}")
     base, home = tiny_models.save_bert(folder / "models" / "bert", toy_data.VOCABULARY), folder / "home"
     for path in (base.parent, base, *base.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)  # a base model is no secret
