@@ -13,6 +13,12 @@ MIXED = "several tasks"
 """The kind of a split that mixes tasks of several kinds."""
 
 
+def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean ``[b, d]`` of ``values [b, L, d]`` over the tokens that ``mask [b, L]`` does not call padding."""
+    there = mask[..., None].to(values)
+    return (values * there).sum(dim=1) / there.sum(dim=1)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One split in memory: model inputs by argument name, each ``[n, ...]``, and labels.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from client_app.data.dataset import MASK, ClientData, Dataset
+from client_app.data.dataset import MASK, ClientData, Dataset, mean_of_tokens
 from client_app.data.example import Example
 from client_app.kinds.contract import About, Cells, Encoding, Kind, Scorer
 from client_app.settings import DataSettings
@@ -136,5 +136,4 @@ class SentencePairs(Kind):
 
 def mean_embedding(hidden: Tensor, mask: Tensor) -> Tensor:
     """The mean of hidden states ``[n, L, d]`` over tokens (``mask [n, L]``), scaled to length one: ``[n, d]``."""
-    there = mask[..., None].to(hidden)
-    return functional.normalize((hidden * there).sum(dim=1) / there.sum(dim=1), dim=-1)
+    return functional.normalize(mean_of_tokens(hidden, mask), dim=-1)

@@ -26,13 +26,12 @@ _ROLES = (
     ("down", r"(down_proj|fc2|lin2|w2|output\.dense|mlp\.c_proj|dense_4h_to_h|mlp\.Wo)"),
 )
 _PATTERNS = tuple((role, re.compile(rf"(.*\.)?{pattern}")) for role, pattern in _ROLES)
+_BETWEEN = "multi_modal_projector|mm_projector|embed_vision|embed_audio|connector|aligner"
 _TOWER = re.compile(
     r"(?:.*\.)?(vision_tower|vision_model|vision_encoder|visual|image_tower|image_encoder|audio_tower|audio_encoder"
-    r"|multi_modal_projector|mm_projector|embed_vision|embed_audio|connector|aligner)(?:\..*)?"
+    rf"|{_BETWEEN})(?:\..*)?"
 )
-_PROJECTION = re.compile(
-    r"(?:.*\.)?(multi_modal_projector|mm_projector|merger|embed_vision|embed_audio|connector|aligner)(?:\..*)?"
-)
+_PROJECTION = re.compile(rf"(?:.*\.)?({_BETWEEN}|merger)(?:\..*)?")
 _OVER_TOWERS = re.compile(r"(?:.*[.:])?multimodal_model(?:\..*)?")
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -45,7 +46,7 @@ class Encoder:
     remarks: list[str] = field(default_factory=list)
     image_names: set[str] = field(default_factory=set)
 
-    @property
+    @cached_property
     def takes_suffix(self) -> bool:
         """Whether the model's processor wants an answer apart from its prompt (PaliGemma)."""
         return self.joint is not None and "suffix" in inspect.signature(type(self.joint).__call__).parameters

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client_app.data.dataset import Base, ClientData
+from client_app.data.dataset import Base, ClientData, mean_of_tokens
 from client_app.data.example import Example
 from client_app.kinds import KINDS
 from client_app.model.bases.base_models import load_base, load_body
@@ -67,8 +67,7 @@ class DescribedLabels(nn.Module):
     def embed(self, **inputs: Tensor) -> Tensor:
         """Mean token vectors ``[n, d]`` of length one."""
         hidden = self.bert(**inputs).last_hidden_state
-        there = inputs["attention_mask"][..., None].to(hidden)
-        return nn.functional.normalize((hidden * there).sum(dim=1) / there.sum(dim=1), dim=-1)
+        return nn.functional.normalize(mean_of_tokens(hidden, inputs["attention_mask"]), dim=-1)
 
     def forward(self, task: str, **inputs: Tensor) -> SimpleNamespace:
         """``logits [n, C]``."""

@@ -323,13 +323,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             sketches = torch.stack([self.sketches[name].vector.view(shape) for name in names])
             found = similarity(sketches, self.options.similarity)
 
-        def weigh(similarities: Tensor, peers: Tensor) -> Tensor:
-            chosen = self.options
-            return relevance(
-                similarities, chosen.temperature, peers, include_self=chosen.include_self, most=chosen.max_relevance
-            )
-
-        weights = weigh(found, torch.ones(len(names), len(names), dtype=torch.bool))
+        weights = self._relevance(names, found, torch.ones(len(names), len(names), dtype=torch.bool))
         self.shared, self.alike = _by_name(names, weights), {name: {} for name in names}
         owned = [_groups(self.uploads.layout_of(name)) for name in names]
         for group in dict.fromkeys(group for groups in owned for group in groups):
@@ -338,11 +332,19 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
                 continue
             digests = [owned[number][group] for number in owners]
             same = torch.tensor([[one == other for other in digests] for one in digests])
-            among = weigh(found[owners][:, owners], same)
-            for name, peers in _by_name([names[number] for number in owners], among).items():
+            who = [names[number] for number in owners]
+            among = self._relevance(who, found[owners][:, owners], same)
+            for name, peers in _by_name(who, among).items():
                 if peers:
                     self.alike[name][group] = peers
         return weights
+
+    def _relevance(self, names: list[str], similarities: Tensor, peers: Tensor) -> Tensor:
+        """Rows of weights of clients ``names`` over those of them that ``peers`` allows, all ``[n, n]``."""
+        chosen = self.options
+        return relevance(
+            similarities, chosen.temperature, peers, include_self=chosen.include_self, most=chosen.max_relevance
+        )
 
     def _slots(self) -> list[steps.Step]:
         return [steps.initialise(LOCAL, self.seed), steps.initialise_gates(GATES, self.options.gate)]

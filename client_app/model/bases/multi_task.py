@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from client_app.data.dataset import Base
+from client_app.data.dataset import Base, mean_of_tokens
 from client_app.kinds import kind_of
 from fedalloy_adapters.groups import GROUP_ID, SEPARATOR
 
@@ -300,8 +300,8 @@ class MultiTaskModel(RoutedModel):
         head = self.head_of(spec)
         if writes:
             return head(hidden[:, -tokens:])  # type: ignore[no-any-return]
-        there = torch.cat([mask.new_ones(len(mask), before), mask], dim=1).to(hidden)[..., None]
-        return head((hidden * there).sum(dim=1) / there.sum(dim=1))  # type: ignore[no-any-return]
+        there = torch.cat([mask.new_ones(len(mask), before), mask], dim=1)
+        return head(mean_of_tokens(hidden, there))  # type: ignore[no-any-return]
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from client_app.data.dataset import Base, ClientData
+from client_app.data.dataset import Base, ClientData, mean_of_tokens
 from client_app.kinds import kind_of
 from client_app.model.bases.model_folders import BaseModelError, FoundModel, first_line
 from client_app.model.bases.multi_task import MultiTaskError, RoutedModel, TaskSpec
@@ -157,5 +157,4 @@ def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or mask.shape[1] > hidden.shape[1]:
         return hidden.mean(dim=1)
     more = mask.new_ones(len(mask), hidden.shape[1] - mask.shape[1])
-    there = torch.cat([mask, more], dim=1).to(hidden)[..., None]
-    return (hidden * there).sum(dim=1) / there.sum(dim=1)
+    return mean_of_tokens(hidden, torch.cat([mask, more], dim=1))

@@ -21,7 +21,6 @@ from torch import Tensor
 import client_app.session
 from client_app.session import Executor
 from client_app.settings import Settings
-from fedalloy_adapters.groups import groups_of
 from fedalloy_adapters.wire.flower_records import unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.loop import run
@@ -82,21 +81,15 @@ class Work:
 
 
 def oracle(groups: Mapping[str, str]) -> Any:
-    """A ``_weigh`` that knows which clients are alike: a client's weight is spread equally over its own group."""
+    """A ``_relevance`` that knows which clients are alike: a client's weight is spread equally over its own group."""
 
-    def weigh(self: FedMosaic, names: list[str]) -> Tensor:
+    def weights(self: FedMosaic, names: list[str], similarities: Tensor, peers: Tensor) -> Tensor:
         alike = torch.tensor([[float(a != b and groups[a] == groups[b]) for b in names] for a in names])
         others = 1.0 - torch.eye(len(names))
         rows = torch.where(alike.any(dim=1, keepdim=True), alike, others).double()
-        rows = rows / rows.sum(dim=1, keepdim=True)
-        self.shared = {
-            name: {peer: weight for peer, weight in zip(names, row, strict=True) if weight > 0}
-            for name, row in zip(names, rows.tolist(), strict=True)
-        }
-        self.alike = {name: dict.fromkeys(groups_of(self.uploads.layout_of(name)), self.shared[name]) for name in names}
-        return rows
+        return rows / rows.sum(dim=1, keepdim=True)
 
-    return weigh
+    return weights
 
 
 def carry_out(job: Job, folder: Path, data: Path | None, model: str) -> list[Line]:
@@ -168,5 +161,5 @@ def _patched(job: Job) -> Iterator[None]:
         if not job.arm.oracle:
             yield
             return
-        with mock.patch.object(FedMosaic, "_weigh", oracle(dict(zip(names, job.place.groups, strict=True)))):
+        with mock.patch.object(FedMosaic, "_relevance", oracle(dict(zip(names, job.place.groups, strict=True)))):
             yield
