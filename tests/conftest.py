@@ -1,8 +1,11 @@
-"""Plumbing that every test shares: quiet libraries, one thread, tiers by folder. Fixtures live near their tests."""
+"""Plumbing that every test shares: quiet libraries, one thread, tiers by folder. Fixtures of one folder
+live there."""
 
 from __future__ import annotations
 
 import gc
+import io
+import logging
 import os
 import random
 import sys
@@ -48,6 +51,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.faults)
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(without_gpu)
+
+
+@pytest.fixture
+def printed() -> Iterator[io.StringIO]:
+    """What Flower's logger prints; as it was afterwards."""
+    logger, found = logging.getLogger("flwr"), io.StringIO()
+    handler, before = logging.StreamHandler(found), list(logger.filters)
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+    logger.filters[:] = before
 
 
 @pytest.hookimpl(wrapper=True)

@@ -35,9 +35,9 @@ from rich.table import Table
 import client_app.session  # noqa: F401 - these two before what there is is frozen
 import server_app.run.loop  # noqa: F401
 from client_app.plan.training import set_up_torch
-from fedalloy_adapters.files.atomic_files import write_durably
 from fedalloy_adapters.wire.codec import Encoding
 from server_app.tools.compare.statistics import Paired, Scores, paired
+from tests.benchmarks.accuracy import resumable
 from tests.in_process import run_in_process
 
 FOUND = Path(__file__).parent / "found"
@@ -102,7 +102,7 @@ def measure(scenario: str, strategy: str, encoding: str, seed: int, split: str, 
 
 def read(path: Path) -> list[Run]:
     """Finished runs."""
-    return [Run(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return [Run(**one) for one in resumable.read(path)]
 
 
 def by_client(runs: Sequence[Run], of: str = "scores") -> Scores:
@@ -162,7 +162,6 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     given = parser.parse_args()
     path: Path = given.found / f"{given.scenario}.jsonl"
-    given.found.mkdir(parents=True, exist_ok=True)
     given.cache.mkdir(parents=True, exist_ok=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     set_up_torch()
@@ -173,8 +172,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         run = measure(given.scenario, strategy, encoding, seed, given.split, given.data, given.cache)
-        lines = [json.dumps(asdict(one)) for one in (*read(path), run)]
-        write_durably(path, ("\n".join(lines) + "\n").encode())
+        resumable.append(path, [asdict(run)])
     runs = [run for run in read(path) if run.seed in given.seeds and run.strategy in given.strategies]
     runs = [run for run in runs if run.split == given.split]
     Console(width=140).print(table(runs, f"{given.scenario}, {given.split} split, seeds {given.seeds}"))

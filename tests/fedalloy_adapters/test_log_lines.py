@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
 
 import pytest
 from flwr.common.logger import log
 
 from fedalloy_adapters.log_lines import log_in_one_line
-
-
-@pytest.fixture
-def printed() -> Iterator[io.StringIO]:
-    """What Flower's logger prints; as it was afterwards."""
-    logger, found = logging.getLogger("flwr"), io.StringIO()
-    handler, before = logging.StreamHandler(found), list(logger.filters)
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
-    logger.filters[:] = before
 
 
 def flower_logs(error: Exception) -> None:

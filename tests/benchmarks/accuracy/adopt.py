@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,11 +33,9 @@ from client_app.data.dataset import ClientData
 from client_app.model.personal import PersonalModel
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.slots import SlotStore
-from client_app.plan.training import set_up_torch
 from client_app.plan.workbench import Workbench
 from client_app.session import base_and_data
 from client_app.settings import read_settings
-from fedalloy_adapters.files.atomic_files import write_durably
 from fedalloy_adapters.wire.flower_records import PLAN_TYPE, unpack
 from proto.fedalloy.v1 import plan_pb2
 from server_app.ledger.store import Ledger
@@ -47,6 +44,7 @@ from server_app.tools.compare.statistics import difference, paired
 from strategies.framework import steps
 from strategies.framework.options import read_options
 from strategies.framework.steps import Training
+from tests.benchmarks.accuracy.resumable import append, has, prepared, read
 from tests.in_process import FIRST_NODE, InProcessGrid, run_config_of
 
 FOUND = Path(__file__).parents[1] / "found" / "adopt.jsonl"
@@ -203,11 +201,6 @@ def _context(config: Mapping[str, Any]) -> Context:
     return Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of finished runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def table(found: list[dict[str, Any]], title: str) -> Table:
     """One line for each row: the mean (worst) newcomer's accuracy over seeds, differences by client, bytes."""
     by_row: dict[str, list[dict[str, Any]]] = {}
@@ -250,24 +243,20 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--found", type=Path, default=FOUND, help="File of the finished runs.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
-    given = parser.parse_args()
-    given.cache.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    set_up_torch()
+    given = prepared(parser)
     tries = [(count, rate) for count in given.steps for rate in given.rates]
     same = {"rounds": given.rounds, "split": given.split}
     asked = [{**same, "run": name, "seed": seed} for seed in given.seeds for name in given.runs]
-    missing = [about for about in asked if not any(about.items() <= one.items() for one in read(given.found))]
+    missing = [about for about in asked if not has(read(given.found), about)]
     until = time.monotonic() + given.seconds
     for about in [] if given.table else missing:
         if time.monotonic() > until:
             break
         rows = [{**about, **row} for row in measure(about, given.cache, tries)]
-        lines = [json.dumps(one) for one in (*read(given.found), *rows)]
-        write_durably(given.found, ("\n".join(lines) + "\n").encode())
+        append(given.found, rows)
         for one in rows:
             print(about["seed"], one["row"], {who: round(score, 3) for who, score in one["scores"].items()}, flush=True)
-    runs = [one for one in read(given.found) if any(about.items() <= one.items() for about in asked)]
+    runs = [one for one in read(given.found) if any(has([one], about) for about in asked)]
     if runs:
         title = (
             f"digits, {GROUPS} of {CLIENTS} clients left out, {given.rounds} rounds, seeds {given.seeds}, {given.split}"

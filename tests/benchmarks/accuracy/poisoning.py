@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,15 +39,14 @@ from rich.table import Table
 import client_app.session  # noqa: F401 - these two before what there is is frozen
 import server_app.run.loop  # noqa: F401
 from client_app.data.dataset import ClientData, Dataset
-from client_app.plan.training import set_up_torch
 from client_app.scenarios import digits
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.files.atomic_files import write_durably
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from fedalloy_adapters.wire.codec import decode, encode
 from fedalloy_adapters.wire.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from tests.benchmarks.accuracy.resumable import append, has, prepared, read
 from tests.in_process import FIRST_NODE, run_in_process
 
 HOSTILE = 2
@@ -161,11 +159,6 @@ def cell(found: Mapping[str, Mapping[int, Scores]], row: str, kind: str, rows: M
     return f"{mean(scores):.3f} ({min(scores):.3f}) {lost[0]:+.3f} {lost[1]:+.3f}"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Finished runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def table(runs: Sequence[Mapping[str, Any]], rows: Sequence[str], kinds: Sequence[str], title: str) -> Table:
     """One line for each row, one column for each kind."""
     shown = Table(title=title, title_justify="left")
@@ -192,10 +185,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--found", type=Path, default=FOUND, help="File of the finished runs.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
-    given = parser.parse_args()
-    given.cache.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    set_up_torch()
+    given = prepared(parser)
     asked = [
         (seed, kind, row)
         for seed in given.seeds
@@ -206,13 +196,12 @@ def main() -> None:
     same = {"rounds": given.rounds, "local_steps": given.local_steps}
     for seed, kind, row in [] if given.table else asked:
         about = {"row": row, "kind": kind, "seed": seed, **same}
-        if any(about.items() <= one.items() for one in read(given.found)):
+        if has(read(given.found), about):
             continue
         gc.collect()
         gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         scores = measure(given.cache, row, kind, seed, given.rounds, given.local_steps)
-        lines = [json.dumps(one) for one in (*read(given.found), {**about, "scores": scores})]
-        write_durably(given.found, ("\n".join(lines) + "\n").encode())
+        append(given.found, [{**about, "scores": scores}])
         print(row, kind, seed, {who: round(score, 3) for who, score in scores.items()}, flush=True)
     runs = [one for one in read(given.found) if same.items() <= one.items() and one["seed"] in given.seeds]
     title = f"digits, {given.rounds} rounds, seeds {given.seeds}: honest mean (worst), most lost to no liar, to local"

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 import server_app.run.loop  # noqa: F401 - this and the session before what there is is frozen
-from client_app.plan.training import set_up_torch
 from client_app.session import Executor
 from client_app.settings import read_settings
-from fedalloy_adapters.files.atomic_files import write_durably
+from tests.benchmarks.accuracy.resumable import append, has, prepared, read
 from tests.in_process import FIRST_NODE, InProcessGrid, run_config_of, run_in_process
 
 STRATEGIES = ("local", "fedavg", "fedprox", "ditto", "fedmerge")
@@ -109,11 +107,6 @@ def measure(about: Mapping[str, Any], data: str, cache: Path) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Finished runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def cell(runs: Sequence[Mapping[str, Any]]) -> str:
     """Mean (worst) accuracy over seeds."""
     scores = [run["scores"].values() for run in runs]
@@ -159,10 +152,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--found", type=Path, default=FOUND, help="File of the finished runs.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
-    given = parser.parse_args()
-    given.cache.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    set_up_torch()
+    given = prepared(parser)
     same = {"scenario": given.scenario, "split": given.split} | dict(DESIGNS[given.scenario])
     own = {True: PRIVATE_RATE[given.scenario], False: same["rate"]}
     asked = [{**same, "strategy": UNTRAINED, "epsilon": 0.0, "seed": seed} for seed in given.seeds]
@@ -174,15 +164,14 @@ def main() -> None:
         for rate in (given.rates or [own[epsilon > 0]])
     ]
     for about in [] if given.table else asked:
-        if any(about.items() <= one.items() for one in read(given.found)):
+        if has(read(given.found), about):
             continue
         gc.collect()
         gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         found = measure(about, given.data, given.cache)
-        lines = [json.dumps(one) for one in (*read(given.found), {**about, **found})]
-        write_durably(given.found, ("\n".join(lines) + "\n").encode())
+        append(given.found, [{**about, **found}])
         print(*(about[key] for key in ("strategy", "epsilon", "rate", "seed")), found["scores"], flush=True)
-    runs = [one for one in read(given.found) if any(about.items() <= one.items() for about in asked)]
+    runs = [one for one in read(given.found) if any(has([one], about) for about in asked)]
     of = "{clients} clients, {rounds} rounds of {steps} steps, batches of {batch}".format(**same)
     if runs:
         Console(width=120).print(table(runs, f"{given.scenario}, {of}, seeds {given.seeds}, {given.split}"))

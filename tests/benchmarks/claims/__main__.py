@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from server_app.tools.commands.arguments import parse_run_config
+from tests.benchmarks.accuracy import resumable
 from tests.benchmarks.claims import found
 from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
@@ -88,7 +89,7 @@ def run_missing(asked: Wanted, given: argparse.Namespace) -> int:
                 failed += 1
                 print(f"FAILED {job.split} {job.name} {dict(job.setting)}: {type(lines).__name__}: {lines}", flush=True)
                 continue
-            found.append(path, lines)
+            resumable.append(path, lines)
             losses = " ".join(f"{line['metrics'].get('loss', float('nan')):.3f}" for line in lines)
             print(f"{job.split} {job.name} {dict(job.setting)}: {losses} ({lines[0]['run_cpu_seconds']} s)", flush=True)
     return failed

@@ -13,6 +13,7 @@ import pytest
 from client_app.scenarios import FROM_FILES, NAMES
 from server_app.run.options import read_run_options
 from strategies import strategy_from_run_config
+from tests.benchmarks.accuracy import resumable
 from tests.benchmarks.claims import found
 from tests.benchmarks.claims.designs import Arm, Base, Claim, Experiment, Place
 from tests.benchmarks.claims.experiments import EXPERIMENTS
@@ -98,11 +99,11 @@ def test_a_verdict_needs_three_seeds_and_an_interval_above_zero() -> None:
 def test_a_line_that_was_cut_off_is_no_run_and_goes_with_the_next(tmp_path: Path) -> None:
     job = Wanted(TOY, "tiny").next_jobs([])[0]
     lines, path = lines_of(job, [0.1, 0.2]), tmp_path / "toy.jsonl"
-    found.append(path, lines)
+    resumable.append(path, lines)
     assert found.read(path) == lines
     path.write_text(path.read_text()[:-20])
     assert found.read(path) == [], "one of two clients is no run"
-    found.append(path, lines)
+    resumable.append(path, lines)
     assert found.read(path)[-2:] == lines
     assert [json.loads(line)["client"] for line in path.read_text().splitlines()][-2:] == ["client-0", "client-1"]
 

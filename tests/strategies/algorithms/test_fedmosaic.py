@@ -301,17 +301,6 @@ def test_the_plan_trains_the_local_adapter_and_the_gates_beside_the_frozen_globa
     assert kinds(strategy.deliver(strategy.clients["ada"]).steps) == ["initialise"] * 3 + ["save", "evaluate"]
 
 
-def test_state_continues_to_the_same_briefs() -> None:
-    layouts = {"ada": SMALL, "ben": SMALL, "cyd": LARGE}
-    first, second = strategy_of(layouts), strategy_of(layouts)
-    for name in layouts:
-        answer(first, name)
-    first.settle(1)
-    second.load_state(first.state())
-    for name in layouts:
-        assert torch.equal(received(first, name).vector, received(second, name).vector)
-
-
 def test_near_uniform_relevance_is_a_warning_in_the_record() -> None:
     names = ("ada", "ben", "cyd", "dan")
     strategy = strategy_of(dict.fromkeys(names, PLAIN))

@@ -12,7 +12,7 @@ from proto.fedalloy.v1 import report_pb2
 from strategies.algorithms.fedmosaic import LOCAL, SKETCH
 from strategies.framework.exchange import Answer, StrategyError
 from tests.fedalloy_adapters.test_groups import layout_of
-from tests.strategies.algorithms.test_fedmosaic import answer, client_of, received, sketch_of, strategy_of
+from tests.strategies.algorithms.test_fedmosaic import LARGE, SMALL, answer, client_of, received, sketch_of, strategy_of
 from tests.strategies.conftest import noise
 
 SEES = layout_of("shared", "mod/image", "head/digit")
@@ -40,13 +40,14 @@ def test_each_group_is_averaged_among_its_other_owners_by_their_relevance() -> N
     assert torch.equal(received(strategy, "ben").part(own).vector, uploads["ben"].part(own).vector)
 
 
-def test_state_continues_to_the_same_briefs() -> None:
-    first, second = strategy_of(LAYOUTS), strategy_of(LAYOUTS)
-    for name in LAYOUTS:
+@pytest.mark.parametrize("layouts", [LAYOUTS, {"ada": SMALL, "ben": SMALL, "cyd": LARGE}], ids=["groups", "models"])
+def test_state_continues_to_the_same_briefs(layouts: dict[str, Layout]) -> None:
+    first, second = strategy_of(layouts), strategy_of(layouts)
+    for name in layouts:
         answer(first, name)
     first.settle(1)
     second.load_state(first.state())
-    for name in LAYOUTS:
+    for name in layouts:
         assert torch.equal(received(first, name).vector, received(second, name).vector)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
 
 import pytest
 from flwr.common.logger import log
@@ -14,17 +13,6 @@ from server_app.run.federation import NotEnoughClientsError
 from strategies.framework.options import OptionError
 
 OURS = {OptionError("seed = -1,\nexpected 0"): FAILED, NotEnoughClientsError("2 of 3 sites"): STOPPED}
-
-
-@pytest.fixture
-def printed() -> Iterator[io.StringIO]:
-    """What Flower's logger prints; as it was afterwards."""
-    logger, found = logging.getLogger("flwr"), io.StringIO()
-    handler, before = logging.StreamHandler(found), list(logger.filters)
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
-    logger.filters[:] = before
 
 
 def flower_runs(error: Exception) -> None:
