@@ -109,10 +109,16 @@ class InProcessGrid(Grid):
                 continue
             reply: Message | None = self.answer(message)
             if self.tamper is not None:
-                reply = self.tamper(message.metadata.dst_node_id, message, reply)
+                reply = self._tampered(self.tamper, message, reply)
             if reply is not None:
                 replies.append(reply)
         return replies
+
+    def _tampered(self, tamper: Tamper, message: Message, reply: Message | None) -> Message | None:
+        try:
+            return tamper(message.metadata.dst_node_id, message, reply)
+        except Exception as error:  # a mistake of ours, which must not pass for an answer that cannot be read
+            raise RuntimeError(f"tamper failed: {type(error).__name__}: {error}") from error
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push and pull."""

@@ -1,11 +1,12 @@
-"""One of four clients is hostile: its effect on the honest ones, by strategy, with today's defaults and other settings.
+"""Hostile clients: their effect on the honest ones, by strategy, with today's defaults and other settings.
 
     python -m tests.benchmarks.accuracy.poisoning                      # seeds 0 and 1
     python -m tests.benchmarks.accuracy.poisoning --table              # prints finished runs; nothing is run
     python -m tests.benchmarks.accuracy.poisoning --seeds 100 --kinds none flip --rows "fedavg max-update-ratio=2"
+    python -m tests.benchmarks.accuracy.poisoning --clients 8 --seeds 0 --kinds none flip   # two of eight
 
-Through the real round loop and client code, in one process, on ``digits``. Client 2 of 4 answers as it should, except
-for:
+Through the real round loop and client code, in one process, on ``digits``. Client 2 of 4 (or clients 2 and 5 of 8)
+answers as it should, except for:
 
 * ``noise``: its uploads are noise of the honest uploads' norm;
 * ``flip``: it sends its update times minus ten;
@@ -42,14 +43,15 @@ from client_app.data.dataset import ClientData, Dataset
 from client_app.scenarios import digits
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Layout
-from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
+from fedalloy_adapters.parts import layout_of_part, layout_of_sketch, layouts_of_plan
 from fedalloy_adapters.wire.codec import decode, encode
 from fedalloy_adapters.wire.flower_records import pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from tests.benchmarks.accuracy.resumable import append, has, prepared, read
 from tests.in_process import FIRST_NODE, run_in_process
 
-HOSTILE = 2
+HOSTILE = {4: (2,), 8: (2, 5)}
+"""The hostile clients, by the number of all."""
 KINDS = ("none", "noise", "flip", "labels", "claims", "spy")
 ROWS = ("fedavg", "fedavg fedavg.robust=median", "potara", "fedmerge", "fedmosaic")
 FOUND = Path(__file__).parents[1] / "found" / "poisoning.jsonl"
@@ -59,30 +61,32 @@ Scores = dict[str, float]
 
 
 class Liar:
-    """Changes one node's answers; sees what the others send."""
+    """Changes the hostile nodes' answers; sees what the others send."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, hostile: Sequence[int] = HOSTILE[4]) -> None:
         self.kind = kind
+        self.hostile = {FIRST_NODE + index for index in hostile}
         self.layouts: dict[int, tuple[Layout, Layout | None]] = {}
         self.sketches: dict[int, Adapter] = {}
 
     def __call__(self, node: int, message: Message, reply: Message | None) -> Message | None:
         if reply is None or reply.has_error():
             return reply
-        mine = node == FIRST_NODE + HOSTILE
+        mine = node in self.hostile
         if message.metadata.message_type == "query.register":
             return self._registered(node, message, reply, mine=mine)
         if message.metadata.message_type != "train.plan" or not (mine or self.kind == "spy"):
             return reply
         plan, sent = unpack(message.content, "plan", plan_pb2.Plan)
         report, blobs = unpack(reply.content, "report", report_pb2.Report)
+        known = layouts_of_plan(self.layouts[node][0], plan.steps)
         for slot, layout in self._expected(node, plan).items():
             adapter = decode(blobs[slot], expected=layout)
             is_sketch = any(step.sketch.slot == slot for step in plan.steps if step.HasField("sketch"))
             if not mine:
                 self.sketches |= {node: adapter} if is_sketch else {}
                 continue
-            blobs[slot] = encode(self._lie(adapter, sent.get(slot), layout, is_sketch), include_layout=False).blob
+            blobs[slot] = encode(self._lie(adapter, sent.get(slot), known, is_sketch), include_layout=False).blob
         return Message(pack("report", report, blobs), reply_to=message) if mine and self.kind not in HONEST else reply
 
     def _registered(self, node: int, message: Message, reply: Message, *, mine: bool) -> Message:
@@ -103,7 +107,8 @@ class Liar:
                 found[step.sketch.slot] = layout_of_sketch(reference, step.sketch.row_count)
         return found
 
-    def _lie(self, adapter: Adapter, sent: bytes | None, layout: Layout, is_sketch: bool) -> Adapter:
+    def _lie(self, adapter: Adapter, sent: bytes | None, known: Mapping[bytes, Layout], is_sketch: bool) -> Adapter:
+        layout = adapter.layout
         if is_sketch:
             others = list(self.sketches.values())
             if self.kind != "spy" or not others:
@@ -111,7 +116,7 @@ class Liar:
             return Adapter(layout, torch.stack([other.vector for other in others]).mean(dim=0))
         start = torch.zeros_like(adapter.vector)
         if sent is not None:
-            whole = decode(sent, layouts={known.digest: known for pair in self.layouts.values() for known in pair[:1]})
+            whole = decode(sent, layouts=known)
             start = whole.part(layout).vector if whole.layout.contains(layout) else start
         if self.kind == "noise":
             noise = torch.randn(adapter.vector.shape, generator=torch.Generator().manual_seed(0))
@@ -120,13 +125,13 @@ class Liar:
 
 
 @contextmanager
-def wrong_labels(kind: str) -> Iterator[None]:
-    """Reverse client 2's training labels if the kind says so."""
+def wrong_labels(kind: str, hostile: Sequence[int]) -> Iterator[None]:
+    """Reverse the hostile clients' training labels if the kind says so."""
     load = digits.load_client
 
     def turned(partition_id: int, *args: Any) -> ClientData:
         data = load(partition_id, *args)
-        if partition_id == HOSTILE:
+        if partition_id in hostile:
             train = data.splits["train"]
             data.splits["train"] = Dataset(train.inputs, digits.CLASSES - 1 - train.labels)
         return data
@@ -135,18 +140,27 @@ def wrong_labels(kind: str) -> Iterator[None]:
         yield
 
 
-def measure(cache: Path, row: str, kind: str, seed: int, rounds: int, steps: int) -> Scores:
+def measure(cache: Path, about: Mapping[str, Any]) -> Scores:
     """The honest clients' accuracies in one run, by client."""
-    strategy, *rest = row.split()
-    config: dict[str, Any] = {"num_server_rounds": rounds, "local_steps": steps, "seed": seed, "scenario": "digits"}
+    strategy, *rest = about["row"].split()
+    kind, clients = about["kind"], about["clients"]
+    config: dict[str, Any] = {"scenario": "digits", "seed": about["seed"]}
+    config |= {"num_server_rounds": about["rounds"], "local_steps": about["local_steps"]}
     for word in rest:
         key, _, value = word.partition("=")
         config[key] = float(value) if value.replace(".", "").isdigit() else value
-    with tempfile.TemporaryDirectory() as name, wrong_labels(kind):
+    with tempfile.TemporaryDirectory() as name, wrong_labels(kind, HOSTILE[clients]):
         (Path(name) / ".cache").symlink_to(cache)
-        directory = run_in_process(Path(name), 4, Liar(kind), run_name="run", strategy=strategy, **config)
+        liar = Liar(kind, HOSTILE[clients])
+        directory = run_in_process(Path(name), clients, liar, run_name="run", strategy=strategy, **config)
         summary = json.loads((directory.path / "summary.json").read_text())
-    return {who: found["accuracy"] for who, found in summary["clients"].items() if who != f"client-{HOSTILE}"}
+    liars = {f"client-{index}" for index in HOSTILE[clients]}
+    return {who: found["accuracy"] for who, found in summary["clients"].items() if who not in liars}
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    """The finished runs; the first lines were written when all runs had four clients."""
+    return [{"clients": 4, **one} for one in read(path)]
 
 
 def cell(found: Mapping[str, Mapping[int, Scores]], row: str, kind: str, rows: Mapping[str, Any]) -> str:
@@ -178,6 +192,7 @@ def main() -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--clients", type=int, default=4, choices=list(HOSTILE))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--local-steps", type=int, default=30)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help='Such as "fedavg max-update-ratio=2".')
@@ -193,18 +208,19 @@ def main() -> None:
         for row in (["local", *given.rows] if kind == "none" else given.rows)
         if kind != "spy" or row.startswith("fedmosaic")
     ]
-    same = {"rounds": given.rounds, "local_steps": given.local_steps}
+    same = {"clients": given.clients, "rounds": given.rounds, "local_steps": given.local_steps}
     for seed, kind, row in [] if given.table else asked:
         about = {"row": row, "kind": kind, "seed": seed, **same}
-        if has(read(given.found), about):
+        if has(finished(given.found), about):
             continue
         gc.collect()
         gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
-        scores = measure(given.cache, row, kind, seed, given.rounds, given.local_steps)
+        scores = measure(given.cache, about)
         append(given.found, [{**about, "scores": scores}])
         print(row, kind, seed, {who: round(score, 3) for who, score in scores.items()}, flush=True)
-    runs = [one for one in read(given.found) if same.items() <= one.items() and one["seed"] in given.seeds]
-    title = f"digits, {given.rounds} rounds, seeds {given.seeds}: honest mean (worst), most lost to no liar, to local"
+    runs = [one for one in finished(given.found) if same.items() <= one.items() and one["seed"] in given.seeds]
+    title = f"digits, {given.clients} clients, {given.rounds} rounds, seeds {given.seeds}: "
+    title += "honest mean (worst), most lost to no liar, to local"
     Console(width=200).print(table(runs, given.rows, given.kinds, title))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,11 @@ from hypothesis import strategies as st
 
 from client_app.data.arrival import StreamedDataset, arrivals_dynamic, arrivals_static, class_groups, streamed
 from client_app.data.dataset import ClientData, Dataset, MixedDataset
+from client_app.own.files import load_own, read_own
+from client_app.own.reading.text_files import DataError
 from client_app.settings import SettingsError
+from tests.client_app.own_clients import settings_of
+from tests.toys import tiny_models, toy_data
 
 LABELS = np.repeat(np.arange(8), [9, 3, 7, 12, 5, 8, 4, 6])
 
@@ -154,3 +161,40 @@ def test_without_tasks_and_classes_only_equal_shares_can_arrive() -> None:
     train = streamed(data, "static", 3, 0).splits["train"]
     assert isinstance(train, StreamedDataset)
     assert [len(train.until(round_)) for round_ in (1, 2, 3)] == [4, 8, 12]
+
+
+SUBJECTS = ("tides", "bread", "roofs")
+
+
+def subjects(rows: int = 30) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"{SUBJECTS[n * 3 // rows]} {n}?", "completion": f"yes {n}", "subject": SUBJECTS[n * 3 // rows]}
+        for n in range(rows)
+    ]
+
+
+def test_the_tasks_of_own_data_come_in_the_order_of_their_first_rows(tmp_path: Path) -> None:
+    llama = tiny_models.save_llama(tmp_path / "llama")
+    rows = subjects()
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", rows)
+    given = replace(settings_of(path, tmp_path, llama, data={"task_column": "subject"}), task_arrival="dynamic")
+    examples = read_own(given).splits["train"]
+    of_row = [next(row["subject"] for row in rows if row["prompt"] == example.prompt) for example in examples]
+    _, data = load_own(given)
+    train = streamed(data, given.task_arrival, 6, 1).splits["train"]
+    assert isinstance(train, StreamedDataset)
+    assert len(train) == len(of_row) > 20
+    for number, subject in enumerate(SUBJECTS):
+        rounds = {arrival for arrival, found in zip(train.arrivals.tolist(), of_row, strict=True) if found == subject}
+        assert rounds == {2 * number + 1, 2 * number + 2}, "two of the six rounds for each"
+
+
+def test_a_row_without_its_task_is_named(tmp_path: Path) -> None:
+    rows = subjects()
+    for row in rows[7:]:
+        del row["subject"]
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match=r"x\.jsonl.*(line|row) \d+.*subject"):
+        load_own(
+            settings_of(path, tmp_path, tiny_models.save_llama(tmp_path / "llama"), data={"task_column": "subject"})
+        )

@@ -158,7 +158,7 @@ def test_a_liar_pushes_nobody_below_local_on_its_validation_examples(run: Runner
     given = {"num_server_rounds": 2, "local_steps": 4}
     chosen = run(4, Liar("flip"), run_name="chosen", deliver_choice="validation", **given).rounds()[-1]["clients"]
     alone = run(4, strategy="local", run_name="local", **given).rounds()[-1]["clients"]
-    honest = sorted(set(chosen) - {f"client-{HOSTILE}"})
+    honest = sorted(set(chosen) - {f"client-{index}" for index in HOSTILE[4]})
     assert len(honest) == 3
     for client in honest:
         losses = {name: metrics["loss"] for name, metrics in chosen[client]["choice"]["validation"].items()}
