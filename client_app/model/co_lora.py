@@ -55,8 +55,10 @@ class GateContext:
         Args:
             module: the module that the gate belongs to.
             x: the module's input, ``[b, d_in]`` or ``[b, T, d_in]``.
-            gate: ``[d_in]``.
+            gate: ``[d_in]``; or ``[1, d_in]``: ``sigmoid(x . gate)``, one for each token, ``[b, T, 1]``.
         """
+        if gate.ndim == 2:
+            return torch.sigmoid(x @ gate.to(x.dtype).T)
         if self.decoding and module in self._kept:
             return self._kept[module]
         scores = (x @ gate.to(x.dtype)).reshape(x.shape[0], -1)  # [b, T], or [b, 1]

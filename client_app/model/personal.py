@@ -130,10 +130,11 @@ class PersonalModel:
         adapter = Adapter.initial(self.layout, seed)
         return adapter if self.basis is None else adapter.with_part(self.basis)
 
-    def gate_layout(self, *, looks_at_input: bool) -> Layout:
-        """A slot of gates: one number for each module, or one for each input of a LoRA module (a head has one)."""
-        widths = {e.module: e.shape[1] for e in self.layout.entries if e.factor is Factor.A and looks_at_input}
-        entries = tuple(Entry(name, Factor.GATE, (widths.get(name, 1),)) for name in self.whole_layout.modules)
+    def gate_layout(self, *, looks_at_input: bool, per_token: bool = False) -> Layout:
+        """A slot of gates: one number for each module, or (also ``per_token``) one for each input of a LoRA module."""
+        looking = [e for e in self.layout.entries if e.factor is Factor.A and looks_at_input]
+        shapes = {e.module: (1, e.shape[1]) if per_token else e.shape[1:] for e in looking}
+        entries = tuple(Entry(name, Factor.GATE, shapes.get(name, (1,))) for name in self.whole_layout.modules)
         return Layout(entries, {}, self.base.fingerprint)
 
     def load(self, slot: str, adapter: Adapter) -> None:
@@ -312,8 +313,9 @@ class PersonalModel:
 
     def _place_of(self, found: Layout) -> Layout:
         """The layout that an adapter has to fit into: the client's own with its heads, or that of its gates."""
-        gates = [entry for entry in found.entries if entry.factor is Factor.GATE]
-        return self.gate_layout(looks_at_input=any(e.shape != (1,) for e in gates)) if gates else self.whole_layout
+        shapes = {entry.shape for entry in found.entries if entry.factor is Factor.GATE}
+        looks, per_token = shapes != {(1,)}, any(len(shape) > 1 for shape in shapes)
+        return self.gate_layout(looks_at_input=looks, per_token=per_token) if shapes else self.whole_layout
 
     def _module_gate(self, gate: Gate, module: str) -> ModuleGate:
         self._layout_of(gate.slot)
@@ -344,15 +346,13 @@ class PersonalModel:
             for entry in layout.entries:
                 if entry.factor in SHARED_FACTORS:
                     add_factor(layers[entry.module], _inner(slot), entry.factor, entry.shape)
-            set_training(
-                self.module, self.module.training
-            )  # PEFT's new dropout is in training mode whatever the model's mode
+            # PEFT's new dropout is in training mode whatever the model's mode.
+            set_training(self.module, self.module.training)
         for key, differences in self._differences.items():
             if key in layout.by_name:
                 zeros = torch.zeros_like(self.heads[key], device=self.device, dtype=torch.float32)
                 differences.by_slot[_inner(slot)] = nn.Parameter(zeros)
-        gates = [entry for entry in layout.entries if entry.factor is Factor.GATE]
-        if gates:
+        if gates := [entry for entry in layout.entries if entry.factor is Factor.GATE]:
             self._gates[slot] = {e.module: nn.Parameter(torch.zeros(e.shape, device=self.device)) for e in gates}
         self._loaded[slot] = layout
         self.activate(self._mixture)

@@ -22,8 +22,8 @@ def carry_out(bench: Workbench, step: plan_pb2.InitialiseStep) -> report_pb2.Ini
     elif created and step.gate:
         if step.gate not in plan_pb2.GateKind.values():
             raise PlanError(f"unknown kind of gate {step.gate}, expected one of {plan_pb2.GateKind.keys()}")
-        looks = step.gate == plan_pb2.GATE_KIND_INPUT
-        bench.slots[step.slot] = Adapter.zeros(bench.model.gate_layout(looks_at_input=looks))
+        looks, per_token = step.gate != plan_pb2.GATE_KIND_SCALAR, step.gate == plan_pb2.GATE_KIND_TOKEN
+        bench.slots[step.slot] = Adapter.zeros(bench.model.gate_layout(looks_at_input=looks, per_token=per_token))
     elif created:
         start = bench.starts.get(step.slot)
         fresh = start.clone() if start else bench.model.initial(step.seed)

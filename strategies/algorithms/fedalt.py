@@ -5,9 +5,10 @@ Bian, Wang, Zhang, Xu, "FedALT: Federated Fine-Tuning through Adaptive Local Tra
 at the client,
 :math:`y = W_0 x + \alpha(x) \Delta_L x + (1 - \alpha(x)) \Delta_R x`.
 
-``mixer = "input"``: :math:`\alpha` is the sigmoid of a projection of the module's input (a softmax over two), averaged
-over an example's tokens (the paper: for each token); ``"scalar"``: a number for each module. The paper has no head;
-here the head is mixed like the rest, by its own number. If a client's labels are its own, no other client has its head,
+``mixer = "token"``, the authors' (their layers' ``lora_route``): :math:`\alpha` is the sigmoid of a projection of the
+module's input at each token, which is their softmax over two; theirs starts at random, here at one half. ``"input"``:
+that projection averaged over an example's tokens; ``"scalar"``: a number for each module. The paper has no head; here
+the head is mixed like the rest, by its own number. If a client's labels are its own, no other client has its head,
 and that side of the mixture is the base model's. For a client that did not answer, its last known upload is used.
 """
 
@@ -30,14 +31,16 @@ REST, GATES = "rest", "gates"
 class FedALTOptions:
     """How the two adapters are mixed."""
 
-    mixer: str = "input"
-    """``"input"``: by the module's input, for each example; ``"scalar"``: one learned share for each module."""
+    mixer: str = "token"
+    """``"token"``: by the module's input, for each token; ``"input"``: by its mean, for each example; ``"scalar"``: one
+    learned share for each module.
+    """
     gate_rate: float = 0.0
-    """Learning rate of the mixer; 0 means 0.1 for ``"scalar"`` and ``learning-rate`` for ``"input"``."""
+    """Learning rate of the mixer; 0 means 0.1 for ``"scalar"`` and ``learning-rate`` for the others."""
 
     def __post_init__(self) -> None:
         require_gate_rate(self.gate_rate)
-        require_choice("mixer", self.mixer, ("input", "scalar"))
+        require_choice("mixer", self.mixer, ("token", "input", "scalar"))
 
 
 class FedALT(Peers[FedALTOptions]):

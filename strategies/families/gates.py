@@ -31,7 +31,7 @@ def gate_scale(training: Training, kind: str, rate: float) -> dict[Factor, float
 
     Args:
         training: the adapters' rate.
-        kind: ``"scalar"`` or ``"input"``.
+        kind: ``"scalar"``, ``"input"`` or ``"token"``.
         rate: the gates' rate; 0 means :data:`GATE_RATE`, or the adapters' rate for gates that depend on the input.
     """
     chosen = rate or (GATE_RATE if kind == "scalar" else training.learning_rate)

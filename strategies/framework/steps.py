@@ -68,8 +68,12 @@ def initialise(slot: str, seed: int, *, keep_existing: bool = True, keep_own_hea
 
 
 def initialise_gates(slot: str, kind: str) -> Step:
-    """Create a slot of gates at one half, ``"scalar"`` or ``"input"``, unless it exists."""
-    kinds = {"scalar": plan_pb2.GATE_KIND_SCALAR, "input": plan_pb2.GATE_KIND_INPUT}
+    """Create a slot of gates at one half, ``"scalar"``, ``"input"`` (by example) or ``"token"``, unless it exists."""
+    kinds = {
+        "scalar": plan_pb2.GATE_KIND_SCALAR,
+        "input": plan_pb2.GATE_KIND_INPUT,
+        "token": plan_pb2.GATE_KIND_TOKEN,
+    }
     return Step(initialise=plan_pb2.InitialiseStep(slot=slot, gate=kinds[kind], keep_existing=True))
 
 

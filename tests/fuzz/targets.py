@@ -207,6 +207,7 @@ def seeds() -> dict[str, list[bytes]]:
         [steps.merge("merged", mix, space="factor"), steps.send(training, "merged", relative_to_received=False)],
         [steps.evaluate(training, mix), steps.train(training, mix, ["global"])],
         [steps.copy("new", "local"), steps.distance("new", "global"), steps.initialise_gates("gates", "input")],
+        [steps.initialise_gates("gates", "token"), steps.save(steps.gated("global", "local", "gates"))],
         [steps.initialise_gates("gates", "scalar"), steps.save(steps.gated("global", "local", "gates"))],
         [steps.replace("local", "global", {"toy": 0.1}, records=("before", "after"))],
         [steps.replace("local", "global", {"toy": 0.1}, records=("after", "before"), relative=True, exclusive=True)],

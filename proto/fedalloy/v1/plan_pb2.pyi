@@ -13,6 +13,7 @@ class GateKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GATE_KIND_UNSPECIFIED: _ClassVar[GateKind]
     GATE_KIND_SCALAR: _ClassVar[GateKind]
     GATE_KIND_INPUT: _ClassVar[GateKind]
+    GATE_KIND_TOKEN: _ClassVar[GateKind]
 
 class Schedule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -68,6 +69,7 @@ class SelectRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 GATE_KIND_UNSPECIFIED: GateKind
 GATE_KIND_SCALAR: GateKind
 GATE_KIND_INPUT: GateKind
+GATE_KIND_TOKEN: GateKind
 SCHEDULE_UNSPECIFIED: Schedule
 SCHEDULE_CONSTANT: Schedule
 SCHEDULE_LINEAR: Schedule

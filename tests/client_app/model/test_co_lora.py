@@ -34,7 +34,7 @@ from tests.fedalloy_adapters.samples import random_adapter
 from tests.fedalloy_adapters.tiny_vit import assert_same_logits, base_of, build, heads_of, images, logits_of
 
 SUFFIXES = ("q_proj", "v_proj", "fc2")
-KINDS = ("scalar", "input")
+KINDS = ("scalar", "input", "token")
 
 
 def model_of(blocks: int = 1, rank: int = 3, dropout: float = 0.0) -> PersonalModel:
@@ -42,7 +42,8 @@ def model_of(blocks: int = 1, rank: int = 3, dropout: float = 0.0) -> PersonalMo
 
 
 def gates_of(model: PersonalModel, kind: str, seed: int = 9) -> Adapter:
-    return random_adapter(model.gate_layout(looks_at_input=kind == "input"), seed, scale=1.5)
+    layout = model.gate_layout(looks_at_input=kind != "scalar", per_token=kind == "token")
+    return random_adapter(layout, seed, scale=1.5)
 
 
 def gated(model: PersonalModel, kind: str, gates: Adapter | None = None) -> PersonalModel:
@@ -168,6 +169,8 @@ def by_hand(model: PersonalModel, slots: dict[str, Adapter], gates: Adapter, kin
             x, g = inputs[0], gates[name, Factor.GATE].double()
             if kind == "scalar":
                 beta = torch.sigmoid(g)
+            elif kind == "token":
+                beta = torch.stack([torch.stack([torch.sigmoid(t @ g[0]) for t in sample]) for sample in x])[..., None]
             else:
                 beta = torch.sigmoid(torch.stack([sum(t @ g for t in sample) / len(sample) for sample in x]))
                 beta = beta[:, None, None]
@@ -231,9 +234,10 @@ def test_equal_slots_make_the_gate_irrelevant(kind: str) -> None:
     assert_same_logits(found[0], found[1], 1e-5)
 
 
-def test_gates_learn() -> None:
-    model = gated(model_of(), "input")
-    parameters = model.trainable("gates", model.gate_layout(looks_at_input=True))
+@pytest.mark.parametrize("kind", ["input", "token"])
+def test_gates_learn(kind: str) -> None:
+    model = gated(model_of(), kind)
+    parameters = model.trainable("gates", gates_of(model, kind).layout)
     model.logits({"pixel_values": images()}).square().sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in parameters.items():
         assert parameter.grad is not None, name
@@ -254,7 +258,7 @@ def test_a_saved_personal_model_has_the_clients_logits_whether_it_folds_or_not(t
             held[name] = adapter
         report, _ = Interpreter("ada", model, data, held).run(plan, {})
     folder = tmp_path / "adapter"
-    assert report.results[0].save.in_parts is is_in_parts(folder) is (kind == "input")
+    assert report.results[0].save.in_parts is is_in_parts(folder) is (kind != "scalar")
     if kind == "scalar":
         assert_same_logits(logits_of(PeftModel.from_pretrained(build(), folder)), expected, 1e-5)
         return

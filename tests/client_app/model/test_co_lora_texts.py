@@ -23,20 +23,22 @@ from tests.client_app.model.co_lora_toys import llama, slots_of
 from tests.fedalloy_adapters.samples import random_adapter
 
 
-def text_model(looks_at_input: bool = True, family: type = LlamaForSequenceClassification) -> PersonalModel:
+def text_model(family: type = LlamaForSequenceClassification, *, per_token: bool = False) -> PersonalModel:
     torch.manual_seed(0)
     module = llama(family=family).eval()
     targets = tuple(n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.endswith("q_proj"))
     model = PersonalModel(Base("llama", module, "f" * 64, targets, ()), 3, 6.0, blocks=1)
-    model.load("gates", random_adapter(model.gate_layout(looks_at_input=looks_at_input), 3, scale=1.0))
+    layout = model.gate_layout(looks_at_input=True, per_token=per_token)
+    model.load("gates", random_adapter(layout, 3, scale=1.0))
     for name, adapter in slots_of(model).items():
         model.load(name, adapter)
     model.activate({"global": Gate("gates"), "local": Gate("gates", complement=True)})
     return model
 
 
-def test_padding_does_not_change_an_input_dependent_gate() -> None:
-    model = text_model()
+@pytest.mark.parametrize("per_token", [False, True])
+def test_padding_does_not_change_an_input_dependent_gate(per_token: bool) -> None:
+    model = text_model(per_token=per_token)
     tokens = torch.tensor([[5, 6, 7, 8]])
     alone = model.logits({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
     padded = torch.cat([tokens, torch.zeros(1, 3, dtype=torch.long)], dim=1)
@@ -96,18 +98,32 @@ def test_a_pass_goes_on_with_a_text_when_a_cache_holds_tokens_whatever_the_argum
     assert not decoding(None)
 
 
-def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_of_its_own() -> None:
-    model = text_model(family=LlamaForCausalLM)
-    module: Any = model.module
-    prompts = ([5, 6, 7, 8, 9, 10, 11], [3, 4, 5])
+PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [3, 4, 5])
 
-    def written(rows: Sequence[list[int]]) -> list[list[int]]:
-        width = max(map(len, rows))
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "eos_token_id": None}
-        found: Tensor = module.generate(input_ids=tokens, attention_mask=mask, **options)
-        return found[:, width:].tolist()
+
+def written(model: PersonalModel, rows: Sequence[list[int]], *, use_cache: bool = True) -> list[list[int]]:
+    """Five more tokens for each row."""
+    module: Any = model.module
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": use_cache, "eos_token_id": None}
+    found: Tensor = module.generate(input_ids=tokens, attention_mask=mask, **options)
+    answers: list[list[int]] = found[:, width:].tolist()
+    return answers
+
+
+def test_gates_by_token_are_the_same_whether_a_text_is_read_at_once_or_token_by_token() -> None:
+    model = text_model(LlamaForCausalLM, per_token=True)
+    together = written(model, PROMPTS)
+    assert together == [written(model, [prompt])[0] for prompt in PROMPTS]
+    assert together == written(model, PROMPTS, use_cache=False)
+    model.load("gates", random_adapter(model.gate_layout(looks_at_input=True, per_token=True), 4, scale=30.0))
+    assert together != written(model, PROMPTS)  # the gates decide something
+
+
+def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_of_its_own() -> None:
+    model = text_model(LlamaForCausalLM)
 
     def by_prefix(row: list[int]) -> list[int]:
         """Without a cache: the gates of the prompt, as numbers, over the whole text so far."""
@@ -122,8 +138,8 @@ def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_
             del model._context.weights
         return answer
 
-    together = written(prompts)
-    assert together == [written([prompt])[0] for prompt in prompts]
-    assert together == [by_prefix(prompt) for prompt in prompts]
+    together = written(model, PROMPTS)
+    assert together == [written(model, [prompt])[0] for prompt in PROMPTS]
+    assert together == [by_prefix(prompt) for prompt in PROMPTS]
     model.activate({})
-    assert together != written(prompts)  # the adapters decide something
+    assert together != written(model, PROMPTS)  # the adapters decide something

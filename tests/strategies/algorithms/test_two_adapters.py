@@ -126,6 +126,23 @@ def test_fedalt_gives_everybody_the_mean_of_the_others() -> None:
     assert (list(step.slots), [term.slot for term in step.mixture.terms]) == (["local", "gates"], ["local", "rest"])
 
 
+@pytest.mark.parametrize(
+    ("mixer", "kind"),
+    [
+        ("token", plan_pb2.GATE_KIND_TOKEN),
+        ("input", plan_pb2.GATE_KIND_INPUT),
+        ("scalar", plan_pb2.GATE_KIND_SCALAR),
+    ],
+)
+def test_fedalts_mixer_looks_at_tokens_at_examples_or_at_nothing(mixer: str, kind: plan_pb2.GateKind) -> None:
+    assert STRATEGIES["fedalt"].Options().mixer == "token"  # the paper's
+    brief = Fleet("fedalt", mixer=mixer).brief("ada")
+    assert [step.initialise.gate for step in brief.steps if step.initialise.gate] == [kind]
+    (step,) = [step.train for step in brief.steps if step.HasField("train")]
+    ((scale,),) = [[rate.scale for rate in step.rate_scales]]
+    assert (scale == 1.0) == (mixer != "scalar")  # one number has to move far
+
+
 def test_fml_takes_turns_in_teaching() -> None:
     fleet = Fleet("fml", alpha=0.8, beta=0.5, turns=3, temperature=2.0)
     found = [step.distill for step in fleet.brief("ada").steps if step.HasField("distill")]
