@@ -76,7 +76,7 @@ class Executor:
         """The report of :meth:`register`, for the owner: nothing leaves the client and nothing is recorded."""
         found = _registration(settings, *self._load(settings))
         found.trainer = self.mode
-        budget = _budget(settings)
+        budget = budget_of(settings)
         if budget is not None:
             found.privacy.CopyFrom(budget.said(budget.spent))
             for task in found.tasks:
@@ -120,7 +120,7 @@ class Executor:
                 require_same_run(directory, plan)  # another process may have bound it while this one waited
                 starts, secret = _starts(settings, model), secret_of(settings.state_dir, who)
                 tally = Tally(settings.state_dir, who)
-                budget = _budget(settings)
+                budget = budget_of(settings)
                 if budget is not None:
                     require_private_run(directory, who)
                 interpreter = Interpreter(who, model, data, slots, starts, policy, secret, tally, budget)
@@ -157,7 +157,7 @@ class Executor:
         return self._held
 
 
-def _budget(settings: Settings) -> Budget | None:
+def budget_of(settings: Settings) -> Budget | None:
     """The privacy budget of the client's data; None without differential privacy."""
     if not settings.privacy.epsilon:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,15 @@ def epsilon_of(spent: Iterable[Spending], delta: float, accountant: str = "rdp")
     return float(counter.get_epsilon(delta))
 
 
-def spending_of(plan: plan_pb2.Plan, privacy: Privacy, sizes: Sequence[int]) -> list[Spending]:
-    """What a plan may spend; ``sizes`` says how many examples each of its train steps draws from."""
-    trains = [step.train for step in plan.steps if step.HasField("train")]
-    return [
-        Spending(privacy.noise_multiplier, rate_of(int(train.batch_size), size), int(train.steps))
-        for train, size in zip(trains, sizes, strict=True)
-        if size
-    ]
+def spending_of(plan: plan_pb2.Plan, privacy: Privacy, size_of: Callable[[str], int]) -> list[Spending]:
+    """What a plan may spend; ``size_of`` says how many examples a split has."""
+    found = []
+    for step in plan.steps:
+        size = size_of(step.train.split) // max(1, step.train.fold.count) if step.HasField("train") else 0
+        if size:
+            rate = rate_of(int(step.train.batch_size), size)
+            found.append(Spending(privacy.noise_multiplier, rate, int(step.train.steps)))
+    return found
 
 
 def rate_of(batch_size: int, size: int) -> float:
@@ -115,18 +116,20 @@ def require_private_steps(plan: plan_pb2.Plan) -> None:
             sharpness-aware.
     """
     for index, step in enumerate(plan.steps):
-        kind = step.WhichOneof("kind")
-        if kind not in PRIVATE_STEPS:
-            raise PrivacyError(
-                f"client {plan.client_id!r} refuses step {index} ({kind}): its examples are under differential privacy "
-                f"(dp.epsilon), which allows only {', '.join(PRIVATE_STEPS)}"
-            )
-        if kind == "train" and step.train.attributed_to:
-            raise PrivacyError(f"client {plan.client_id!r} refuses step {index} (train): attributed-to is not private")
-        if kind == "train" and step.train.sharpness_radius:  # it looks at each batch twice
-            raise PrivacyError(
-                f"client {plan.client_id!r} refuses step {index} (train): sharpness-aware is not private"
-            )
+        if reason := why_not_private(step):
+            raise PrivacyError(f"client {plan.client_id!r} refuses step {index} ({step.WhichOneof('kind')}): {reason}")
+
+
+def why_not_private(step: plan_pb2.Step) -> str:
+    """Why this step cannot be carried out under differential privacy; empty if it can."""
+    kind = step.WhichOneof("kind")
+    if kind not in PRIVATE_STEPS:
+        return f"differential privacy (dp.epsilon) allows only {', '.join(PRIVATE_STEPS)}"
+    if kind == "train" and step.train.attributed_to:
+        return "attributed-to is not private"
+    if kind == "train" and step.train.sharpness_radius:  # it looks at each batch twice
+        return "sharpness-aware is not private"
+    return ""
 
 
 class Budget:
@@ -143,6 +146,10 @@ class Budget:
         """Epsilon so far."""
         return self._epsilon(self._read())
 
+    def after(self, more: Sequence[Spending]) -> float:
+        """The epsilon that these would bring it to; nothing is recorded."""
+        return self._epsilon(self._with(more))
+
     def charge(self, more: Sequence[Spending]) -> float:
         """Record what is about to be spent; return the epsilon after it.
 
@@ -151,13 +158,7 @@ class Budget:
         """
         private_folder(self.path.parent)
         with locked(self.path.with_suffix(".lock")):
-            history = self._read()
-            for item in more:
-                last = history[-1] if history else None
-                if last and (last.noise_multiplier, last.sample_rate) == (item.noise_multiplier, item.sample_rate):
-                    history[-1] = Spending(item.noise_multiplier, item.sample_rate, last.steps + item.steps)
-                else:
-                    history.append(item)
+            history = self._with(more)
             epsilon = self._epsilon(history)
             if not epsilon <= self.privacy.epsilon:
                 raise PrivacyError(
@@ -179,6 +180,17 @@ class Budget:
             noise_multiplier=privacy.noise_multiplier,
             covers=COVERS,
         )
+
+    def _with(self, more: Sequence[Spending]) -> list[Spending]:
+        """What has been spent and what is to be; neighbours that differ only in their steps are one entry."""
+        history = self._read()
+        for item in more:
+            last = history[-1] if history else None
+            if last and (last.noise_multiplier, last.sample_rate) == (item.noise_multiplier, item.sample_rate):
+                history[-1] = Spending(item.noise_multiplier, item.sample_rate, last.steps + item.steps)
+            else:
+                history.append(item)
+        return history
 
     def _epsilon(self, history: Sequence[Spending]) -> float:
         found = epsilon_of(history, self.privacy.delta, self.privacy.accountant)

@@ -139,8 +139,8 @@ class Interpreter:
             examples=len(self.data.splits["train"]),
         )
         if self.budget is not None:
-            sizes = [sum(parts_of(step.train.split)) // max(1, step.train.fold.count) for step in _trains(plan)]
-            epsilon = self.budget.charge(spending_of(plan, self.budget.privacy, sizes))
+            asked = spending_of(plan, self.budget.privacy, lambda split: sum(parts_of(split)))
+            epsilon = self.budget.charge(asked)
             report.privacy.CopyFrom(self.budget.said(epsilon))
             bench.private = PrivateTraining(self.budget.privacy)
         report.results.extend(_run_steps(bench, blobs))
@@ -168,10 +168,6 @@ class Interpreter:
                 f"client {plan.client_id!r} refuses: scores of {few} texts (generate-examples), its "
                 f"client.min-examples is {self.policy.min_examples}"
             )
-
-
-def _trains(plan: plan_pb2.Plan) -> list[plan_pb2.Step]:
-    return [step for step in plan.steps if step.HasField("train")]
 
 
 def _run_steps(bench: Workbench, blobs: Mapping[str, bytes]) -> list[report_pb2.StepResult]:

@@ -46,6 +46,7 @@ class FedFomo(Peers[FedFomoOptions]):
     """Other clients' adapters, weighed at the client."""
 
     name = "fedfomo"
+    asks_later = ("select",)
     about = About(
         "its own adapter, moved towards others' that help on its validation data",
         travels="P up, M P down",

@@ -45,6 +45,7 @@ class SAMerging(NearestPeers[SAMergingOptions]):
     """Local training, then a merge of peers' adapters that learns from them."""
 
     name = "samerging"
+    asks_later = ("attribute", "distill")
     about = About(
         "its own merge of its and its peers' adapters, coefficients learnt from the adapters' predictions",
         trains="A, B, head; coefficients",

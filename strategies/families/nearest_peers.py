@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import gram
@@ -49,6 +49,7 @@ class NearestPeers(AlloyStrategy[PeersT]):
     """Local training; then every client is sent its nearest peers' adapters."""
 
     may_end_early = False
+    asks_later: ClassVar[tuple[str, ...]] = ("attribute",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -78,6 +78,7 @@ class Contract(ABC, Generic[OptionsT]):
     name: ClassVar[str]
     about: ClassVar[About]
     may_end_early: ClassVar[bool] = True  # whether its last round is like any other
+    asks_later: ClassVar[tuple[str, ...]] = ()  # steps that are not private, and follow only on others' answers
     participants: ClassVar[str] = ""  # who is asked, if the method decides that; otherwise run-config does
     Options: ClassVar[type[Any]] = NoOptions  # from the bases: a class variable cannot have a type variable
 

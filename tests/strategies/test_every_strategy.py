@@ -24,7 +24,9 @@ from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.parts import layouts_of_plan
 from fedalloy_adapters.wire.codec import decode
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from server_app.run.clients.rehearsal import why_not_for_private_clients
 from strategies import STRATEGIES
+from strategies.framework.answers import client_from
 from strategies.framework.exchange import MAX_NUMBER
 from strategies.framework.limits import Limits
 from strategies.framework.steps import Training
@@ -135,6 +137,9 @@ def test_two_rounds_with_real_clients(
     assert sum(train.last_loss < train.first_loss for train in longer) >= 0.8 * len(longer)
     private = all(is_private(plan) for node in nodes for plan in node.plans)
     assert said_of_privacy(name) in (None, private)
+    again = STRATEGIES[name](training=TRAINING, seed=3, rounds=2)
+    asked = why_not_for_private_clients(again, client_from(nodes[0].registration(), model.layout, 1))
+    assert bool(asked) != private, asked
 
 
 class Huge(FakeNode):

@@ -12,6 +12,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.words import one_line
 from proto.fedalloy.v1 import report_pb2
+from server_app.run.clients.rehearsal import why_not_for_private_clients
 from server_app.run.messages.exchange import NODE_UNAVAILABLE
 from server_app.run.messages.reasons import SILENT, reason_of
 from server_app.run.resume import SavedClient, registration_of
@@ -44,6 +45,7 @@ class Enrolment:
         self._labels: dict[int, str] = {}
         self._said: set[str] = set()
         self._lends: dict[str, bool] = {}  # each owner's last word
+        self._not_private: dict[bytes, str] = {}  # by layout, why clients under differential privacy cannot take part
         self.keys: dict[str, bytes] = {}
         """The public key of each id's owner."""
 
@@ -107,7 +109,7 @@ class Enrolment:
 
     def enrol_newcomers(self) -> None:
         """Enrol newcomers in order of votes and id, not of arrival; their registrations are kept for a resumed run."""
-        newcomers = list(self.newcomers.values())
+        newcomers = [client for client in self.newcomers.values() if self._is_private_enough(client)]
         self.newcomers.clear()
         for client, refused in self.strategy.take_in(newcomers):
             if client.examples < client.claimed:
@@ -163,6 +165,18 @@ class Enrolment:
             raise BadAnswerError(f"client {client.id!r} came back with {difference}")
         self.clients[client.id] = replace(known, node_id=client.node_id)
         return self.clients[client.id]
+
+    def _is_private_enough(self, client: Client) -> bool:
+        """Refuse a client whose privacy budget the strategy would spend before asking for what is not private."""
+        if not client.registration.HasField("privacy"):
+            return True
+        layout = client.layout.digest
+        if layout not in self._not_private:
+            self._not_private[layout] = why_not_for_private_clients(self.strategy, client)
+        if why := self._not_private[layout]:
+            self._refuse(client.id, why)
+            self.keys.pop(client.id, None)
+        return not why
 
     def _refuse(self, client_id: str, reason: str) -> None:
         self.refused[client_id] = one_line(reason, MAX_REASON)

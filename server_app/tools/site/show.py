@@ -1,26 +1,25 @@
 """``fedalloy site show``: explains what a run would ask of a site, and what the site's file allows.
 
-The strategy is simulated on this machine, round by round, with this site's client and two like it. Nobody answers, so
-requests that depend on answers do not appear; the site's file decides about them when they come.
+The strategy is rehearsed on this machine (:mod:`server_app.run.clients.rehearsal`). Requests that depend on answers do
+not appear; the site's file decides about them when they come.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedalloy_adapters.words import one_line
+from server_app.run.clients.rehearsal import rehearsed
 from server_app.run.options import known_keys, problems
 from server_app.tools.errors import ToolError
-from strategies import strategy_from_run_config
+from strategies import AlloyStrategy, strategy_from_run_config
 
 if TYPE_CHECKING:
     from client_app.settings import Settings
     from client_app.site.site_file import Site
     from proto.fedalloy.v1 import plan_pb2, report_pb2
-    from strategies.framework.exchange import Client
 
 _WORDS = {
     "initialise": "makes adapters from a seed, or copies of them",
@@ -68,11 +67,14 @@ def words_of(site: Site, run_config: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
         raise ShowError(one_line(error, 400)) from None
     yield from _about(site, registration)
-    plans = list(_plans(registration, config))
+    strategy = strategy_from_run_config(config)
+    plans = list(_plans(strategy, registration, str(config["run-name"]) or "run"))
     rounds = config["num-server-rounds"]
     yield f"A run with {config['strategy']!r} ({rounds} rounds and the delivery) would ask for this:"
-    yield from _asked(plans, registration)
-    yield from _answered(settings, plans, registration)
+    untold = {"evaluate": "measures a model on your examples; no score leaves"}
+    private = settings.privacy.epsilon and settings.privacy.metrics == "none"
+    yield from _asked(plans, registration, _WORDS | (untold if private else {}), strategy.asks_later)
+    yield from _answered(settings, plans, registration, strategy.asks_later)
 
 
 def _about(site: Site, registration: report_pb2.Registration) -> Iterator[str]:
@@ -84,30 +86,24 @@ def _about(site: Site, registration: report_pb2.Registration) -> Iterator[str]:
         yield from (f"  {one_line(note)}" for note in task.notes)
 
 
-def _plans(registration: report_pb2.Registration, config: Mapping[str, Any]) -> Iterator[plan_pb2.Plan]:
+def _plans(
+    strategy: AlloyStrategy[Any], registration: report_pb2.Registration, run_name: str
+) -> Iterator[plan_pb2.Plan]:
     """The plans that this client would get."""
     from fedalloy_adapters.layout import Layout
     from strategies.framework.answers import client_from
 
-    layout = Layout.from_proto(registration.layout)
-    first = client_from(registration, layout, 1)
-    strategy = strategy_from_run_config(config)
-    for number, name in enumerate((first.id, "another", "a-third"), 1):
-        strategy.enrol(replace(first, id=name, node_id=number))
-    rounds = int(config["num-server-rounds"])
-
-    def plan(round_: int, client: Client, brief: Any) -> plan_pb2.Plan:
-        return strategy.dispatch(round_, client, brief, str(config["run-name"]) or "run", b"").plan
-
-    for round_ in range(1, rounds + 1):
-        briefs = {client: strategy.brief(round_, client) for client in strategy.clients.values()}
-        yield from (plan(round_, client, brief) for client, brief in briefs.items() if client.id == first.id)
-        strategy.settle(round_)
-    me = strategy.clients[first.id]
-    yield plan(rounds + 1, me, strategy.deliver(me))
+    me = client_from(registration, Layout.from_proto(registration.layout), 1)
+    for round_, client, brief in rehearsed(strategy, me):
+        yield strategy.dispatch(round_, client, brief, run_name, b"").plan
 
 
-def _asked(plans: list[plan_pb2.Plan], registration: report_pb2.Registration) -> Iterator[str]:
+def _asked(
+    plans: list[plan_pb2.Plan],
+    registration: report_pb2.Registration,
+    about: Mapping[str, str],
+    later: Iterable[str],
+) -> Iterator[str]:
     from client_app.guard.policy import tally_of
     from fedalloy_adapters.layout import Layout
     from fedalloy_adapters.parts import layout_of_gram, layout_of_part, layout_of_sketch
@@ -116,7 +112,9 @@ def _asked(plans: list[plan_pb2.Plan], registration: report_pb2.Registration) ->
     layout = Layout.from_proto(registration.layout)
     counts = Counter(step.WhichOneof("kind") or "?" for plan in plans for step in plan.steps)
     for kind, count in counts.most_common():
-        yield f"  {kind}, {count} times: it {_WORDS.get(kind, 'does something that this version does not know')}"
+        yield f"  {kind}, {count} times: it {about.get(kind, 'does something that this version does not know')}"
+    for kind in later:
+        yield f"  {kind}, once others have answered: it {about[kind]}"
     sizes = Counter[str]()
     for plan in plans:
         for step in plan.steps:
@@ -141,21 +139,32 @@ def _asked(plans: list[plan_pb2.Plan], registration: report_pb2.Registration) ->
         yield "  nothing"
 
 
-def _answered(settings: Settings, plans: list[plan_pb2.Plan], registration: report_pb2.Registration) -> Iterator[str]:
+def _answered(
+    settings: Settings, plans: list[plan_pb2.Plan], registration: report_pb2.Registration, later: Iterable[str]
+) -> Iterator[str]:
     """The answer of the site's file, with each refusal once."""
     from client_app.guard.policy import PolicyError, tally_of
+    from client_app.guard.privacy import require_private_steps, spending_of
+    from client_app.session import budget_of
 
-    sizes: Counter[str] = Counter()
+    examples: Counter[str] = Counter()
     for task in registration.tasks:
-        sizes.update({split: int(count) for split, count in task.examples.items()})
+        examples.update({split: int(count) for split, count in task.examples.items()})
+
+    def size_of(split: str) -> int:
+        return sum(examples[part] for part in split.split("+"))
+
     said: dict[str, None] = {}
     hidden: frozenset[str] = frozenset()
     taken: Counter[str] = Counter()
-    for plan in plans:
+    for plan in [*plans, _plan_of(later, settings.client_id)]:
         try:
             settings.policy.require_plan(plan, {})
-            settings.policy.require_examples(plan, lambda split: sum(sizes[part] for part in split.split("+")))
-            hidden = settings.policy.require_private(plan, hidden)
+            if settings.privacy.epsilon:
+                require_private_steps(plan)
+            if plan.round:
+                settings.policy.require_examples(plan, size_of)
+                hidden = settings.policy.require_private(plan, hidden)
         except PolicyError as error:
             said[str(error)] = None
         taken.update(tally_of(plan))
@@ -163,8 +172,24 @@ def _answered(settings: Settings, plans: list[plan_pb2.Plan], registration: repo
         most = getattr(settings.policy, f"max_run_{what}")
         if most and count > most:
             said[f"the run would take {count} {what}, and client.max-run-{what} is {most}"] = None
+    budget = budget_of(settings)
+    if budget is not None:
+        more = [spent for plan in plans for spent in spending_of(plan, settings.privacy, size_of)]
+        yield f"Of the privacy budget, epsilon {budget.spent:.3f} is spent, and {budget.after(more):.3f} would be."
+        if not budget.after(more) <= settings.privacy.epsilon:
+            said[f"the run would spend more than dp.epsilon, which is {settings.privacy.epsilon:g}"] = None
     if said:
         yield "The site's file refuses this:"
         yield from (f"  {one_line(words, 400)}" for words in said)
     else:
         yield "The site's file allows all of it."
+
+
+def _plan_of(kinds: Iterable[str], client_id: str) -> plan_pb2.Plan:
+    """A plan of such steps, which says nothing of their examples."""
+    from proto.fedalloy.v1 import plan_pb2
+
+    found = plan_pb2.Plan(client_id=client_id)
+    for kind in kinds:
+        getattr(found.steps.add(), kind).SetInParent()
+    return found

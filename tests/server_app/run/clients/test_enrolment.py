@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flwr.app import Error, Message
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedalloy_adapters.wire.flower_records import REGISTER_TYPE
-from proto.fedalloy.v1 import report_pb2
+from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.ledger.recorder import WireLog
 from server_app.run.federation import NoClientError, NotEnoughClientsError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes
@@ -65,6 +66,34 @@ def test_a_server_may_insist_on_trainers_that_owners_have_installed_or_on_those_
     assert sorted(name for name, said in clients.items() if said["status"] == "ok") == kept
     refused = [said["reason"] for said in clients.values() if said["status"] != "ok"]
     assert all(f"site-mode is {mode!r}" in reason for reason in refused)
+
+
+def test_a_strategy_that_is_not_private_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    """Potara asks for Fisher sums in its last round only: by then a client would have spent the rounds before."""
+    asked: list[str] = []
+
+    class Private(FakeNode):
+        def registration(self) -> report_pb2.Registration:
+            found = super().registration()
+            found.privacy.budget = 8.0
+            return found
+
+        def run(self, plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> tuple[report_pb2.Report, dict[str, bytes]]:
+            asked.append(plan.run_name)
+            return super().run(plan, blobs)
+
+    def over(strategy: str) -> list[dict[str, Any]]:
+        three = {1: Private("ada", LAYOUT, 10), 2: FakeNode("ben", LAYOUT, 10), 3: FakeNode("cyd", LAYOUT, 10)}
+        run = run_nodes(tmp_path, NodeGrid(three), strategy=strategy, run_name=strategy)
+        return [record["clients"]["ada"] for record in run.rounds() if record["phase"] == "register"]
+
+    (refused,) = over("potara")
+    assert refused["status"] == "rejected"
+    assert "strategy 'potara' is not private: it would ask for fisher in round 2, and" in refused["reason"]
+    assert not asked
+    (taken,) = over("fedavg")
+    assert taken["status"] == "ok"
+    assert asked
 
 
 def test_a_refusal_is_a_warning_with_a_name_and_stands_in_the_records_and_at_the_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,28 @@ def test_what_potara_would_ask_is_refused_by_the_kind_of_step(folder: Path) -> N
     assert "fisher, 1 times: it reports sums of squared gradients of single examples" in words
     assert "refuses step" in words
     assert "and not distance" in words
+    words = shown(folder, "strategy='fedfomo' num-server-rounds=3")
+    assert "select, once others have answered: it reports the loss of several adapters" in words
+    assert "and not select" in words
+
+
+def test_what_a_run_would_spend_of_the_privacy_budget_is_told(folder: Path) -> None:
+    pytest.importorskip("opacus", reason="opacus (extra privacy) is not installed")
+    public = (folder / "site.toml").read_text()
+    try:
+        private = public.replace("[policy]\nallow-steps", "[dp]\nepsilon = 8.0\ndelta = 1e-3\n[policy]\n# allow-steps")
+        (folder / "site.toml").write_text(private)
+        words = shown(folder, "strategy='fedmerge' num-server-rounds=3 local-steps=7 batch-size=8")
+        assert "no score leaves" in words
+        assert re.search(r"epsilon 0\.000 is spent, and [4-7]\.\d{3} would be", words), words
+        assert "allows all of it" in words
+        words = shown(folder, "strategy='fedmerge' num-server-rounds=300 local-steps=7 batch-size=8")
+        assert "the run would spend more than dp.epsilon, which is 8" in words
+        words = shown(folder, "strategy='potara' num-server-rounds=3")
+        assert "(fisher): differential privacy (dp.epsilon) allows only initialise, train," in words
+        assert not (folder / "state" / "privacy").exists()
+    finally:
+        (folder / "site.toml").write_text(public)
 
 
 def test_the_records_sums_and_its_damage_are_told(folder: Path, tmp_path: Path) -> None:
