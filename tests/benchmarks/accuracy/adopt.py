@@ -1,16 +1,18 @@
 """Clients that never trained: what ``fedalloy adopt`` gives them, against the base model, FedAvg, and local training.
 
     python -m tests.benchmarks.accuracy.adopt                                       # digits, seeds 0 to 4
+    python -m tests.benchmarks.accuracy.adopt --scenario cifar100-20 --data DATA
+    python -m tests.benchmarks.accuracy.adopt --scenario instruct-6-same --data DATA    # SmolLM2-135M
     python -m tests.benchmarks.accuracy.adopt --seeds 100 101 --split validation    # for choosing settings
     python -m tests.benchmarks.accuracy.adopt --table                               # of what there is; nothing is run
 
-Of ``digits``' twelve clients in four groups, one of each group is absent while the others train. When the run has ended
-they come, and adopt: no step of training, forward passes on at most 32 of their training examples. What they are
-compared with is measured on the same clients: the base model, the adapter that FedAvg delivers, and their own training
-of a fresh adapter, on the examples that the search had in FedAvg's run and on all that the client has. Through the real
-round loop and client code, in one process. Bytes are those of all of Flower's messages to and from a newcomer from its
-registration on (and what lenders send, divided among the newcomers); the wire has more. Each finished run is a line of
-``--found``, so that the command goes on where it stopped.
+One client of each group (:data:`DESIGNS`) is absent while the others train. When the run has ended they come, and
+adopt: no step of training, forward passes on at most 32 of their training examples. What they are compared with is
+measured on the same clients: the base model, the adapter that FedAvg delivers, and their own training of a fresh
+adapter, on the examples that the search had in FedAvg's run and on all that the client has; as many steps as a client
+of the run trains, at its rate. Through the real round loop and client code, in one process. Bytes are those of all of
+Flower's messages to and from a newcomer from its registration on (and what lenders send, divided among the newcomers);
+the wire has more. Each finished run is a line of ``--found``, so that the command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -45,13 +47,12 @@ from strategies.framework import steps
 from strategies.framework.options import read_options
 from strategies.framework.steps import Training
 from tests.benchmarks.accuracy.resumable import append, has, prepared, read
-from tests.in_process import FIRST_NODE, InProcessGrid, run_config_of
+from tests.in_process import FIRST_NODE, InProcessGrid
 
 FOUND = Path(__file__).parents[1] / "found" / "adopt.jsonl"
-CLIENTS, GROUPS = 12, 4
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "fedavg": {"strategy": "fedavg"},
-    "ifca": {"strategy": "ifca", "ifca.clusters": GROUPS},
+    "ifca": {"strategy": "ifca"},
     "fedmerge": {"strategy": "fedmerge"},
     "local, all lend": {"strategy": "local", "lend": True},
     "ditto, all lend": {"strategy": "ditto", "lend": True},
@@ -59,9 +60,66 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 """By row: run-config, and whether the owners of the clients that trained lend their adapters."""
 ALONE = ("base", "fedavg delivered", "local, same examples", "local, all examples")
 """Rows that the newcomers measure without a search, beside FedAvg's run."""
-LOCAL_STEPS, LOCAL_RATE = 150, 0.005
-"""Of the newcomers' own training: as many steps as a client of the run trains, at its rate (see ``--steps``)."""
 Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Who takes part in a scenario, and how it trains.
+
+    Args:
+        groups: the clients of each group, of whom one is left out; with the next seed the next one.
+        config: run-config; few rounds and steps where a step is expensive.
+        clients: how many there are; 0: those of the groups.
+        runs: the rows that this scenario has without ``--runs``.
+        parts: on which of its examples a newcomer trains by itself.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    config: Mapping[str, Any]
+    clients: int = 0
+    runs: tuple[str, ...] = tuple(RUNS)
+    parts: tuple[str, ...] = ("same", "all")
+
+    @property
+    def size(self) -> int:
+        """How many clients there are."""
+        return self.clients or sum(map(len, self.groups))
+
+    @property
+    def steps(self) -> int:
+        """Steps that a client of the run trains."""
+        return int(self.config["num-server-rounds"] * self.config["local-steps"])
+
+    def late(self, seed: int) -> list[int]:
+        """The clients that come late."""
+        return [group[seed % len(group)] for group in self.groups]
+
+
+_SMOL: Mapping[str, Any] = {
+    **{"num-server-rounds": 2, "local-steps": 4, "batch-size": 8, "learning-rate": 1e-3, "model-dtype": "bfloat16"},
+    **{"evaluate-every": 2, "evaluate-examples": 16, "adopt-evaluations": 10},
+}
+_SMOL_RUNS = ("fedavg", "fedmerge", "local, all lend")
+DESIGNS: Mapping[str, Design] = {
+    "digits": Design(
+        tuple(tuple(range(group, 12, 4)) for group in range(4)),
+        {"num-server-rounds": 5, "local-steps": 30, "batch-size": 16, "learning-rate": 5e-3},
+    ),
+    # shards of a Dirichlet distribution have no groups: of each half one is left out
+    "cifar100-20": Design(
+        (tuple(range(4)), tuple(range(4, 8))),
+        {"num-server-rounds": 6, "local-steps": 8, "batch-size": 16, "learning-rate": 5e-3, "evaluate-every": 6},
+    ),
+    "cifar100-groups": Design(
+        tuple(tuple(range(group, 8, 4)) for group in range(4)),
+        {"num-server-rounds": 6, "local-steps": 8, "batch-size": 16, "learning-rate": 5e-3, "evaluate-every": 6},
+    ),
+    "instruct-6-same": Design(((0, 1, 2), (3, 4, 5)), _SMOL, runs=_SMOL_RUNS, parts=("same",)),
+    "instruct-6-family": Design(((0, 1, 2), (3, 4, 5)), _SMOL, runs=_SMOL_RUNS, parts=("same",)),
+    # client 3 has a task of its own
+    "instruct-12": Design(((0, 1, 2), (4, 5), (6, 7), (8, 9), (10, 11)), _SMOL, 12, _SMOL_RUNS, ("same",)),
+}
 
 
 @dataclass
@@ -87,10 +145,10 @@ class Newcomers:
     asked: dict[str, Asked] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, config: Mapping[str, Any], late: Iterable[int], *, lend: bool) -> Newcomers:
-        """All nodes; ``late`` are the partitions of those that come after the run."""
+    def of(cls, folder: Path, config: Mapping[str, Any], count: int, late: Iterable[int], *, lend: bool) -> Newcomers:
+        """``count`` nodes; ``late`` are the partitions of those that come after the run."""
         own = {"client.lend-adapter": True} if lend else {}
-        grid = Partial(CLIENTS, folder, dict(config), lambda index: {} if index in late else own)
+        grid = Partial(count, folder, dict(config), lambda index: {} if index in late else own)
         found = cls(grid, frozenset(late))
         grid.tamper = found._watch
         return found
@@ -113,22 +171,21 @@ class Partial(InProcessGrid):
         return [node for node in super().get_node_ids() if node - FIRST_NODE not in self.absent]
 
 
-def late_ones(seed: int) -> list[int]:
-    """The clients that come late: one of each group; other ones with the next seed."""
-    return [GROUPS * (seed % (CLIENTS // GROUPS)) + group for group in range(GROUPS)]
-
-
-def measure(about: Mapping[str, Any], cache: Path, tries: Iterable[tuple[int, float]]) -> Iterator[dict[str, Any]]:
+def measure(
+    about: Mapping[str, Any], data: str, cache: Path, tries: Iterable[tuple[int, float]]
+) -> Iterator[dict[str, Any]]:
     """Rows of one run: what its newcomers adopted and, beside ``fedavg``, what they have alone."""
-    chosen, late = dict(RUNS[about["run"]]), late_ones(about["seed"])
-    lend = bool(chosen.pop("lend", False))
-    config = run_config_of(scenario="digits", seed=about["seed"], num_server_rounds=about["rounds"])
-    config |= {"evaluate-split": about["split"], "run-name": "run", "min-clients": CLIENTS - GROUPS} | chosen
+    chosen, design = dict(RUNS[about["run"]]), DESIGNS[about["scenario"]]
+    late, lend = design.late(about["seed"]), bool(chosen.pop("lend", False))
+    config = {"scenario": about["scenario"], "seed": about["seed"], "data-root": data, **design.config}
+    config |= {"ifca.clusters": len(design.groups)} if about["run"] == "ifca" else {}
+    config |= {"num-server-rounds": about["rounds"], "evaluate-split": about["split"], "run-name": "run"} | chosen
+    config["min-clients"] = design.size - len(late)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / ".cache").symlink_to(cache)
         config["runs-dir"] = name
-        newcomers = Newcomers.of(folder, config, late, lend=lend)
+        newcomers = Newcomers.of(folder, config, design.size, late, lend=lend)
         newcomers.grid.absent = newcomers.late  # type: ignore[attr-defined]
         directory = run(newcomers.grid, _context(config))
         newcomers.grid.absent = frozenset()  # type: ignore[attr-defined]
@@ -141,6 +198,7 @@ def measure(about: Mapping[str, Any], cache: Path, tries: Iterable[tuple[int, fl
             "row": f"adopt: {about['run']}",
             "scores": scores,
             "tried": tried,
+            "adopted": [summary["adopted"][name] for name in names],
             **bytes_of(directory.path, names, about["rounds"]),
         }
         if about["run"] == "fedavg":
@@ -178,11 +236,12 @@ def alone_of(
 
         yield "base", who, accuracy(data, [fresh, shown], {})
         yield "fedavg delivered", who, accuracy(data, [delivered], asked.blobs)
-        for row, part in (("same", replace(data, splits={**data.splits, "train": few})), ("all", data)):
+        drawn = {"same": replace(data, splits={**data.splits, "train": few}), "all": data}
+        for row in DESIGNS[settings.scenario].parts:
             for count, rate in tries:
                 trained = steps.train(training, own, ["own"], steps=count, learning_rate=rate)
                 title = f"local, {row} examples" + (f", {count} steps at {rate:g}" if len(tries) > 1 else "")
-                yield title, who, accuracy(part, [fresh, trained, shown], {})
+                yield title, who, accuracy(drawn[row], [fresh, trained, shown], {})
 
 
 def bytes_of(path: Path, names: Iterable[str], rounds: int) -> dict[str, float]:
@@ -230,38 +289,46 @@ def size_of(runs: list[dict[str, Any]]) -> str:
     return f"{down:.0f} / {up:.0f}" + (f" (lenders {lent:.0f})" if lent else "")
 
 
+def finished(path: Path) -> list[dict[str, Any]]:
+    """Finished runs; lines from before there were scenarios are of ``digits``."""
+    return [{"scenario": "digits", **one} for one in read(path)]
+
+
 def main() -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--scenario", default="digits", choices=list(DESIGNS))
+    parser.add_argument("--data", default="", help="Folder of a scenario's real data.")
+    parser.add_argument("--runs", nargs="+", default=[], choices=list(RUNS), help="In the place of the design's.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=0, help="In the place of the design's.")
     parser.add_argument("--split", default="test", choices=("test", "validation"))
-    parser.add_argument("--steps", nargs="+", type=int, default=[LOCAL_STEPS], help="Of newcomers' own training.")
-    parser.add_argument("--rates", nargs="+", type=float, default=[LOCAL_RATE], help="Of newcomers' own training.")
+    parser.add_argument("--steps", nargs="+", type=int, default=[], help="Of newcomers' own training.")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="Of newcomers' own training.")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="No run begins after so many.")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedalloy-base-cache")
     parser.add_argument("--found", type=Path, default=FOUND, help="File of the finished runs.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     given = prepared(parser)
-    tries = [(count, rate) for count in given.steps for rate in given.rates]
-    same = {"rounds": given.rounds, "split": given.split}
-    asked = [{**same, "run": name, "seed": seed} for seed in given.seeds for name in given.runs]
-    missing = [about for about in asked if not has(read(given.found), about)]
+    design = DESIGNS[given.scenario]
+    rounds, runs = given.rounds or design.config["num-server-rounds"], given.runs or design.runs
+    own_rates = given.rates or [design.config["learning-rate"]]
+    tries = [(count, rate) for count in given.steps or [design.steps] for rate in own_rates]
+    same = {"scenario": given.scenario, "rounds": rounds, "split": given.split}
+    asked = [{**same, "run": name, "seed": seed} for seed in given.seeds for name in runs]
+    missing = [about for about in asked if not has(finished(given.found), about)]
     until = time.monotonic() + given.seconds
     for about in [] if given.table else missing:
         if time.monotonic() > until:
             break
-        rows = [{**about, **row} for row in measure(about, given.cache, tries)]
+        rows = [{**about, **row} for row in measure(about, given.data, given.cache, tries)]
         append(given.found, rows)
         for one in rows:
             print(about["seed"], one["row"], {who: round(score, 3) for who, score in one["scores"].items()}, flush=True)
-    runs = [one for one in read(given.found) if any(has([one], about) for about in asked)]
-    if runs:
-        title = (
-            f"digits, {GROUPS} of {CLIENTS} clients left out, {given.rounds} rounds, seeds {given.seeds}, {given.split}"
-        )
-        Console(width=140).print(table(runs, title))
+    found = [one for one in finished(given.found) if any(has([one], about) for about in asked)]
+    if found:
+        out = f"{len(design.groups)} of {design.size} clients left out, {rounds} rounds"
+        Console(width=140).print(table(found, f"{given.scenario}, {out}, seeds {given.seeds}, {given.split}"))
 
 
 if __name__ == "__main__":
