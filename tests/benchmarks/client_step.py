@@ -55,7 +55,7 @@ OURS, OTHERS = "fedalloy", ("Trainer", "SFTTrainer")
 ANSWER = 0.1
 """The share of a chat's tokens that is learnt."""
 WORD = 2.0
-"""Tokens of a word of the documentation, about."""
+"""About how many tokens a word of the documentation has."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def base_of(folder: str, dtype: str) -> Any:
 
 
 def measure_ours(case: Case, folder: str) -> Measured:
-    """The plan's own training and evaluation."""
+    """FedAlloy's own training and evaluation of a plan."""
     base = base_of(folder, case.dtype)
     model = PersonalModel(base, case.rank, 16.0)
     model.target_losses.chunk_bytes = case.logits_chunk_mb * 10**6

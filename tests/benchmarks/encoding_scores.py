@@ -49,7 +49,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cifar100-20": {"num_server_rounds": 6, "local_steps": 8, "learning_rate": 5e-3},
     "instruct-6": {"num_server_rounds": 4, "local_steps": 8, "batch_size": 8, "learning_rate": 1e-3},
 }
-"""Of each scenario: those of its page in docs/results, with fewer rounds; not chosen for this benchmark."""
+"""Settings of each scenario's page in docs/results, with fewer rounds; they were not chosen for this benchmark."""
 CLIENTS = {"text-8": 8, "cifar100-20": 8, "instruct-6": 6}
 METRICS = ("accuracy", "exact_match")
 

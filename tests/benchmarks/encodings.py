@@ -82,7 +82,7 @@ def measured(found: list[Adapter], encoding: Encoding) -> tuple[float, float]:
 
 
 def relative(decoded: Tensor, meant: Tensor) -> float:
-    """Norm of the error over the norm of what was meant."""
+    """Norm of the error over the norm of the intended numbers."""
     return float((decoded - meant).norm() / meant.norm())
 
 

@@ -38,7 +38,7 @@ from fedalloy_adapters.bank.blocks import MemoryRow, combine
 CASES = ((1, 16), (1, 256), (16, 16), (8, 256))
 SIZES = (4_000_000, 20_000_000)
 MOST_BYTES = 6 * 2**30
-"""Of Theta: 256 adapters of 20 million numbers are 20 GB, more than the smallest machine that this runs on has."""
+"""Bytes of Theta: 256 adapters of 20 million numbers are 20 GB, more memory than the smallest machine has."""
 COPIED = 2**25
 SQUARES = (1024, 2048)
 CLOCK = time.perf_counter

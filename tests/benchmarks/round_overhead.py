@@ -59,7 +59,7 @@ RATE, ALPHA = 5e-3, 16.0
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WAYS = ("stock", "empty", "process", "resident")
 PATIENCE = 1800
-"""Seconds until a part gives up: nothing here may fail because the machine is busy."""
+"""Seconds until a part gives up; nothing here should fail because the machine is busy."""
 console = Console(width=140)
 
 

@@ -23,11 +23,11 @@ class Measured:
     """Seconds on one core of the machine that docs/results/scale.md names; ``thin_nodes`` measures them."""
 
     call_cpu: float = 0.006
-    """Of the SuperLink for one call: all that it used with 100 thin nodes (103 s), over its calls (17,000)."""
+    """Seconds of the SuperLink for one call: all that it used with 100 thin nodes (103 s), over its calls (17,000)."""
     app_cpu: float = 0.032
-    """Of the ServerApp for one message and its answer, 64 KiB each."""
+    """Seconds of the ServerApp for one message and its answer, 64 KiB each."""
     app_cpu_byte: float = 3e-9
-    """Of the ServerApp for each further byte: digest, decoding, one pass of a merge at a third of memory speed."""
+    """Seconds of the ServerApp per further byte: digest, decoding, one pass of a merge at a third of memory speed."""
     pieces: int = 3
     """Flower's objects in a message whose adapters lie beside it; 6 where they are arrays (above 4 MiB)."""
     together: int = 4
@@ -37,9 +37,9 @@ class Measured:
     heartbeat: float = 21.0
     """Seconds between its heartbeats: 0.7 of Flower's 30."""
     app_memory: float = 356 * MIB
-    """Of the ServerApp with 100 nodes; rows of the bank are in files beyond ``bank-memory-mb``."""
+    """Memory of the ServerApp with 100 nodes; rows of the bank are in files beyond ``bank-memory-mb``."""
     client_memory: float = 55 * 1024.0
-    """Of the ServerApp for each client: registration, layout, records. ``server_memory``, fedavg, from 8 to 1,000."""
+    """ServerApp's memory per client: registration, layout, records. ``server_memory``, fedavg, from 8 to 1,000."""
     network: float = 1.25e8
     """Bytes a second: 1 Gbit/s."""
 

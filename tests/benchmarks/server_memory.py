@@ -39,7 +39,7 @@ LAYOUT, REFERENCE = layout_of_bytes(SIZE), reference_of_bytes(SIZE)
 
 
 class Lean(NodeGrid):
-    """Keeps of a message only what its answer depends on, and makes the answer when it is fetched."""
+    """Keeps only the part of a message on which its answer depends, and makes the answer when it is fetched."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         names = []

@@ -51,14 +51,14 @@ class Row:
     deliver: float
     seconds_per_client: float
     stock_seconds_per_client: float | None
-    """None, as all that is compared with it, where stock Flower's run failed."""
+    """None if stock Flower's run failed, as is everything that is compared with it."""
     over_stock: float | None
     over_stock_tensors: float | None
     cpu: dict[str, float]
     """Processor seconds per client in ``train``, by process."""
     stock_cpu: dict[str, float]
     over_stock_cpu: float | None
-    """Of SuperLink and ServerApp together."""
+    """Processor seconds of SuperLink and ServerApp together."""
     serverapp_mib: int
     superlink_mib: int
     bytes_up: int

@@ -63,7 +63,7 @@ class Sent:
 
     @property
     def total(self) -> int:
-        """Both directions, everything in."""
+        """All bytes, in both directions."""
         return self.up + self.down
 
     @property

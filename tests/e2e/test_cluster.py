@@ -30,7 +30,7 @@ SMALL = {"num-server-rounds": 2, "local-steps": 5, "min-clients": 3, "lora-r": 3
 
 
 def start(cluster: LocalCluster, name: str, **config: Any) -> dict[str, Any]:
-    """Run to the end; the summary. Keys as in :func:`tests.in_process.run_config_of`."""
+    """Run to the end, and return the summary. Keys as in :func:`tests.in_process.run_config_of`."""
     given = SMALL | {"run-name": name, "runs-dir": str(cluster.settings.runs_dir)}
     outcome = cluster.run(given | run_config_of(**config))
     assert outcome.completed, outcome.log.read_text()
@@ -147,13 +147,13 @@ def test_a_client_killed_mid_round_is_named_and_the_run_goes_on(cluster: LocalCl
             return
         if len(records) > 1:
             return
-        # Not by the time of its start: Linux gives that up to a second too early.
+        # Not by its start time, which Linux may give a second too early.
         for child in found:
             if child.pid not in registering | set(killed):
                 child.kill()
                 killed.append(child.pid)
 
-    # Steps enough to be seen training, and one round.
+    # Enough steps to be seen while it trains, in a single round.
     config = SMALL | {
         "num-server-rounds": 1,
         "local-steps": 200,

@@ -1,4 +1,4 @@
-"""``fedalloy compare --connection``, to its end, on SuperNodes that run already; and who is who afterwards."""
+"""``fedalloy compare --connection`` to its end, on SuperNodes that run already, and ``cluster status`` afterwards."""
 
 from __future__ import annotations
 

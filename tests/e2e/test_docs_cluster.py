@@ -86,7 +86,7 @@ class ByHand:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """With its descendants, which Flower leaves behind where they are busy."""
+    """End it with its descendants, which Flower leaves behind if they are busy."""
     family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     process.wait(30)

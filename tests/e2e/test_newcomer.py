@@ -121,7 +121,7 @@ def test_the_way_of_a_newcomer(newcomer: Newcomer) -> None:
     said = newcomer.types("fedalloy", "run", newcomer.config("refused"), succeeds=False)
     assert "error: client 'shop': " in said
     assert not (newcomer.folder / "runs" / "refused").exists()
-    said = newcomer.submits(newcomer.config("refused"), ("flwr", "run"))  # it ends with 0 whatever becomes of a run
+    said = newcomer.submits(newcomer.config("refused"), ("flwr", "run"))  # its exit code is 0 even if the run failed
     (told,) = [line for line in said.splitlines() if "the run stopped: " in line]
     assert "2 of 3 sites that are online can take part; refused: shop: DataError" in told
     assert told.endswith("or go on without: min-clients=2")

@@ -187,7 +187,7 @@ def test_an_image_and_text_model_learns_to_say_what_it_sees(own: Own, tmp_path: 
 
 
 def test_cluster_down_ends_the_resident_trainers(own: Own) -> None:
-    """They are in sessions of their own, so nothing that is stopped takes them along; the last test of this module."""
+    """They have sessions of their own, so they do not end with their parents. The last test of this module."""
 
     def trainers() -> list[psutil.Process]:
         owners = [f"{process.pid}-" for process in own.cluster.processes]

@@ -1,4 +1,4 @@
-"""Sites as docs/site.md has them: a service of one user without a network, and what a run brings of another.
+"""Sites as docs/site.md has them: one user's service without a network, and another user's code of the run.
 
 The federation is real: ``fedalloy cluster`` and ``fedalloy run`` of the second user, whose SuperNodes have relays. What
 else a ClientApp of that user could do is tried by a program of its own: files of the owner, the service's process, its
@@ -36,7 +36,7 @@ import subprocess, sys
 from proto.fedalloy.v1 import plan_pb2
 subprocess.run([sys.executable, "-c", ""], check=True)
 """
-"""Twice: ``setpriv`` itself may still start a Python in a folder of root's, which then can start none."""
+"""Python starts Python: ``setpriv`` can still start one in a folder of root's, but that one can start no other."""
 HOSTILE = """
 import json, os, socket, sys
 found = {}
@@ -76,7 +76,7 @@ print(json.dumps(found))
 
 
 def as_user(user: int, *command: str, network: bool = True) -> list[str]:
-    """A command that another user runs, without any privilege, and without a network where that is asked for."""
+    """A command that another user runs, without any privilege, and if asked for without a network."""
     away = [] if network else ["unshare", "--net"]
     group = STRANGER if user == STRANGER else RUN
     return [*away, "setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--bounding-set=-all", *command]
@@ -97,7 +97,7 @@ class Site:
 
 @dataclass
 class Sites:
-    """Those of clients ada and ben, a base model that everybody may read, and the second user's folder."""
+    """The sites of clients ada and ben, a base model that everybody may read, and the second user's folder."""
 
     of: dict[str, Site]
     base: Path
@@ -105,7 +105,7 @@ class Sites:
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """Of a process of another user: a home of its own, this checkout, one thread."""
+    """The environment of another user's process: a home of its own, this checkout, one thread."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "HF_HUB_OFFLINE")}
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return {**kept, **quiet, "HOME": str(folder), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -251,4 +251,4 @@ def test_a_run_of_two_sites_finishes_and_the_records_have_the_ledgers_bytes(site
         assert found.runs["study-7"].numbers == booked > 0
         slots = site.folder / "state" / "study-7" / "clients" / name / "slots"
         assert slots.stat().st_uid == OWNER
-        assert not (run / "clients" / name).exists()  # nothing of the client's lies at the second user's
+        assert not (run / "clients" / name).exists()  # the second user has nothing of the client's

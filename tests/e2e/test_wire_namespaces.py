@@ -115,7 +115,7 @@ def test_ledger_is_what_crossed_the_cable(outcome: Outcome) -> None:
 
 
 def test_both_ends_agree_to_the_byte(outcome: Outcome) -> None:
-    """When a message has arrived nothing moves: the client has everything and has not answered yet."""
+    """When a message has arrived, nothing is on its way: the client has all of it and has not answered yet."""
     links = [link for link in outcome.accounts.links if link.at_client and link.at_server]
     assert sorted(link.client for link in links) == [f"client-{number}" for number in range(CLIENTS)]
     for link in links:

@@ -74,7 +74,7 @@ def random_adapter(layout: Layout, seed: int, scale: float = 1.0, dtype: torch.d
 
 
 def noise(name: str, round_: int, layout: Layout) -> Adapter:
-    """Numbers that depend on client, round and the tensor's name only: those of a part are a part of those."""
+    """Numbers that depend only on client, round and tensor name, so a part of an adapter has the same numbers."""
     found = Adapter.zeros(layout)
     for entry, tensor in found.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {round_} {entry.name}".encode()))
@@ -83,7 +83,7 @@ def noise(name: str, round_: int, layout: Layout) -> Adapter:
 
 
 def target(name: str, layout: Layout) -> Adapter:
-    """Where the client's training goes: partly where everybody's goes, partly its own way."""
+    """The target of a client's training: partly common to all clients, partly its own."""
     return Adapter(layout, noise("everybody", 0, layout).vector + 0.5 * noise(name, 0, layout).vector)
 
 
@@ -120,7 +120,7 @@ def play(strategy: AlloyStrategy, names: Iterable[str], round_: int, move: Move 
 
 
 def personal(strategy: AlloyStrategy, name: str) -> Adapter:
-    """What the client would be delivered now."""
+    """What would be delivered to the client now."""
     ((_, adapter),) = strategy.deliver(strategy.clients[name]).adapters.items()
     return adapter
 

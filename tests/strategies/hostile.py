@@ -71,7 +71,7 @@ def reply_with(dispatch: Dispatch, report: report_pb2.Report, blobs: Blobs) -> M
 
 
 class Hostile:
-    """An honest answer to be spoilt; what is left in it is sent."""
+    """An honest answer that a test spoils before it is sent."""
 
     def __init__(self) -> None:
         self.dispatch = dispatch_of()
@@ -241,7 +241,7 @@ HOSTILE: dict[str, tuple[Act, str]] = {
         results(lambda found: [*found[:2], found[3], found[2]]),
         "step 2 .*reports slot 'extra', expected 'global'",
     ),
-    # numbers that are none
+    # values that are no numbers
     "nan-mean-loss": (
         put("mean_loss", float("nan"), "train"),
         r"reports results\[1\]\.train\.mean_loss = nan, expected a f",

@@ -10,7 +10,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 def best_alone(
     step: plan_pb2.SearchStep, losses: Mapping[str, float], examples: int, result: report_pb2.SearchResult
 ) -> str:
-    """Fill in a result in which one slot alone, which is returned, is best; ``losses`` are of the step's slots."""
+    """Fill in a result in which one slot alone is best, and return that slot; ``losses`` has the loss of each slot."""
     best = min(step.slots, key=lambda slot: losses[slot])
     result.coefficients.extend(float(slot == best) for slot in step.slots)
     result.slot_losses.extend(losses[slot] for slot in step.slots)

@@ -143,7 +143,7 @@ def test_two_rounds_with_real_clients(
 
 
 class Huge(FakeNode):
-    """Sends numbers that the server takes just so, and looks at what it is sent."""
+    """Sends the largest numbers that the server accepts, and looks at what it is sent."""
 
     largest = 0.0
 
@@ -158,7 +158,7 @@ class Huge(FakeNode):
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_nobody_is_sent_what_the_server_would_not_take(name: str) -> None:
-    """No bound relative to the others helps where all send such numbers, in turns of one sign and the other."""
+    """If all clients send such numbers, with alternating signs, no bound relative to the others helps."""
     layout = layout_of()
 
     def move(who: str, round_: int, received: Adapter) -> Adapter:

@@ -1,4 +1,4 @@
-"""Options that say how long a client trains, or how many examples a merge looks at: on a real model."""
+"""Options for how long a client trains or how many examples a merge looks at, on a real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that no published table sets: what a client is asked to do, or what is merged, changes with them."""
+"""Options that no published table sets: each changes what a client is asked to do, or what is merged."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ TRAINING = Training(local_steps=3, batch_size=32, learning_rate=0.01, evaluate_s
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {"own": "*.layers.1.*"} for name in ("co-pfl", "fedapm", "fedppa", "fedrep", "straggler-resilient")
 } | {"fedalt": {"mixer": "scalar"}}
-"""Where the default needs a head that is everybody's, or saves a model in parts."""
+"""Options of strategies whose defaults need a common head, or save a model in parts."""
 
 
 @pytest.fixture(scope="module")

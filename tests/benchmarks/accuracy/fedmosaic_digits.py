@@ -29,7 +29,7 @@ from tests.in_process import run_in_process
 
 @dataclass
 class Result:
-    """Accuracy of every client, and bytes of encoded numbers a client and round, down and up."""
+    """Accuracy of every client, and bytes of encoded numbers per client and round, down and up."""
 
     accuracy: list[float]
     down: float

@@ -164,7 +164,7 @@ def finished(path: Path) -> list[dict[str, Any]]:
 
 
 def cell(found: Mapping[str, Mapping[int, Scores]], row: str, kind: str, rows: Mapping[str, Any]) -> str:
-    """Mean (worst), and the largest loss of an honest client: against no liar, and against ``local``."""
+    """Mean (worst) accuracy, and the largest loss of an honest client, compared with no liar and with ``local``."""
     scores = [score for one in found[kind].values() for score in one.values()]
     lost = []
     for base in (rows[row].get("none", {}), rows["local"].get("none", {})):

@@ -32,7 +32,7 @@ from tests.in_process import run_in_process
 
 ENDPOINTS = ("local", "federated", "half", "searched")
 DAMPINGS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-"""The first is the merged model's."""
+"""The first label is that of the merged model."""
 SWEPT = ("client-fisher", "client-fisher-clipped", "server-scalar")
 
 

@@ -81,7 +81,7 @@ class PartsError(Exception):
 
 @dataclass
 class Scores:
-    """Scores by client: on its own data, and the mean over the others' data; None if no data fit its model."""
+    """Scores by client: on its own data, and on average on the others' data; None if no data fit its model."""
 
     own: dict[str, float]
     others: dict[str, float | None]
@@ -142,7 +142,7 @@ def fits(mine: ClientData, theirs: ClientData) -> bool:
 
 
 def score(model: Any, mine: ClientData, theirs: ClientData, split: str) -> float:
-    """Mean accuracy, or exact match if texts are written, over those of their tasks that the model has."""
+    """Mean accuracy (exact match for written texts) over the tasks of this client that the model has."""
     found = []
     for name, task in theirs.each_task.items():
         if mine.tasks and name not in mine.tasks:

@@ -53,7 +53,7 @@ def moved(directory: RunDirectory) -> dict[str, int]:
 
 
 def measure(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Scores by model and task, replacements by round, and bytes, of one seed."""
+    """The scores of one seed by model and task, its replacements by round, and its bytes."""
     common: dict[str, Any] = {
         "scenario": arguments.scenario, "seed": seed, "num_server_rounds": arguments.rounds,
         "data_root": str(arguments.data.resolve()) if arguments.data else "",

@@ -47,7 +47,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A readable name, and that of the run's folder."""
+        """A readable name, which is also that of the run's folder."""
         return f"{self.arm.name}-{self.dial}-seed{self.seed}-{self.digest}"
 
 

@@ -56,7 +56,7 @@ class Residents:
 
 
 RESIDENTS = Residents()
-"""Of this process: the base model is loaded once for each client, not for each message."""
+"""The executor of this process for a client, so that the base model is loaded once for each client."""
 
 
 class Work:

@@ -20,7 +20,7 @@ COSTS: Sequence[Callable[[Line], float]] = (
     lambda line: line["bytes"]["up"] / 1000,
     lambda line: line["bytes"]["down"] / 1000,
 )
-"""Of a client in a whole run: training steps, examples looked at without training, kilobytes."""
+"""What a client spends in a whole run: training steps, examples looked at without training, kilobytes."""
 SEEN, NOT_SEEN, OPEN = "seen", "not seen", "cannot be told here"
 
 

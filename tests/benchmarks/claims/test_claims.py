@@ -33,7 +33,7 @@ TOY = Experiment(
 
 
 def lines_of(job: Job, losses: Sequence[float]) -> list[dict[str, Any]]:
-    """As a run of this job would leave them."""
+    """The lines that a run of this job would leave."""
     about = {key: getattr(job, key) for key in ("experiment", "base", "dial", "seed", "split", "digest")}
     numbers = {"train_steps": 2, "looks": 4, "bytes": {"up": 1000, "down": 2000}, "clients": len(losses)}
     return [
@@ -46,7 +46,7 @@ def lines_of(job: Job, losses: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def played(asked: Wanted, losses: dict[str, float]) -> tuple[list[dict[str, Any]], list[Job]]:
-    """All runs in the order that the benchmark wants them; a higher learning rate loses less."""
+    """All runs in the benchmark's order; a higher learning rate has a lower loss."""
     lines: list[dict[str, Any]] = []
     order: list[Job] = []
     while waiting := asked.next_jobs(lines):

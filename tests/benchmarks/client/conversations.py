@@ -90,7 +90,7 @@ def compared(ours: Sequence[Ids], theirs: Sequence[Ids], tokenizer: Any) -> str:
 
 
 def marks_of(template: str) -> list[str]:
-    """What a template writes that its family has as tokens: those of the forms, and what looks like them."""
+    """The special tokens that a template writes: those of the known forms, and whatever looks like them."""
     return list(dict.fromkeys([*MARKS, *re.findall(r"<[|\uff5c]?[\w\u2581]+[|\uff5c]?>", template)]))
 
 
@@ -112,7 +112,7 @@ def fitting(tokenizer: Any, candidates: Sequence[Turns]) -> list[Turns]:
     for turns in candidates:
         try:
             tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:  # a template raises what it likes
+        except Exception:  # a template may raise anything
             continue
         found.append(turns)
     return found

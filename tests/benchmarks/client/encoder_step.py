@@ -130,7 +130,7 @@ def theirs(base: Base, data: Dataset, times: list[float]) -> float:
 
 
 class Operations(TorchDispatchMode):
-    """What PyTorch is asked for, forwards and backwards."""
+    """The operations that PyTorch is asked for, forwards and backwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Moments(list[float]):
         self.counts: list[Counter[str]] = []
 
     def append(self, moment: float) -> None:
-        """A step begins, or the last has ended."""
+        """Note that a step begins, or that the last one has ended."""
         self.counts.append(self.operations.counts.copy())
         super().append(moment)
 

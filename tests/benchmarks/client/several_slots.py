@@ -26,7 +26,7 @@ RANK, ROWS = 8, 4
 
 
 def seconds_of(frozen: int, folder: str, steps: int, tokens: int) -> tuple[float, float]:
-    """Seconds of the fastest step; and a slot's multiplications as a share of those of the base's linear modules."""
+    """Seconds of the fastest step, and a slot's multiplications as a share of those in the base's linear modules."""
     base = base_of(folder, "bfloat16")
     model = PersonalModel(base, RANK, 16.0)
     names = ["trained", *(f"frozen-{number}" for number in range(frozen))]

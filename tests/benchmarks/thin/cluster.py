@@ -150,7 +150,7 @@ class ThinCluster(SuperLink):
                 self.cpu[f"{name} {member.pid}"] = used.user + used.system
 
     def mark(self, file: Path) -> None:
-        """:meth:`look`; what each kind of process has used whenever ``file`` has grown, a round being over."""
+        """:meth:`look`, and note what each kind of process has used whenever ``file`` has grown, which ends a round."""
         self.look()
         size = file.stat().st_size if file.exists() else 0
         if size != self._size:
@@ -162,7 +162,7 @@ class ThinCluster(SuperLink):
         return {name: self.marks[last][name] - self.marks[first][name] for name in self.marks[last]}
 
     def cpu_seconds(self, name: str) -> float:
-        """Of all processes of this kind so far."""
+        """Processor seconds of all processes of this kind so far."""
         return sum(seconds for process, seconds in self.cpu.items() if process.startswith(name))
 
     def _start(self, name: str, command: list[str], **streams: Any) -> subprocess.Popen[str]:

@@ -61,7 +61,7 @@ PATIENCE = 60.0
 AGAIN = (
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN
 )  # fmt: skip
-"""After which a call is made again, and counted; the last two are what a SuperLink says whose database is locked. A
+"""Errors after which a call is repeated, and counted; a SuperLink with a locked database answers with the last two. A
 stock SuperNode drops the message then, and nobody answers it."""
 
 

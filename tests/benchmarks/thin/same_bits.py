@@ -53,12 +53,12 @@ def dump(path: Path, names: list[str]) -> None:
     for name in names or runs:
         try:
             tensors = numbers_of(runs[name])
-        except Exception as error:  # this version cannot: the other may, and what is missing is told
+        except Exception as error:  # this version cannot; the other may, and the comparison names what is missing
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             continue
         found |= {f"{name}/{key}": tensor.clone() for key, tensor in tensors.items()}
         print(name, len(tensors), flush=True)
-        save_file(found, path)  # after each: it may be long, and be stopped
+        save_file(found, path)  # after each one, because all of them take long and may be stopped
 
 
 def compare(first: Path, second: Path) -> None:

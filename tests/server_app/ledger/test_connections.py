@@ -74,7 +74,7 @@ def test_a_replaced_connection_is_added(ledger: Ledger) -> None:
 
 
 def test_a_port_used_again_is_another_connection(ledger: Ledger) -> None:
-    """Same address and port, but the server has received less than the client has had acknowledged."""
+    """The same address and port, but the server has received fewer bytes than the client was told had arrived."""
     ledger.server_reading(0, "", "start", [at_server(10, 10)], unix_time=1)
     ledger.client_reading(0, "berlin", reading(at_client(5000, 5)))
     assert ledger.accounts().unjoined() == ["berlin"]

@@ -33,7 +33,7 @@ def test_message_cost_is_what_is_serialised(nbytes: int, objects: int) -> None:
     assert cost.calls == objects + 2
     bodies = sum(len(item.deflate()) for item in get_all_nested_objects(message).values())
     bare = message_to_proto(remove_content_from_message(message)).ByteSize()
-    # Beyond that: the object tree and a few bytes of protobuf around each.
+    # The rest: the object tree, and a few bytes of protobuf around each object.
     assert 0 < cost.bytes - bodies - bare < 120 * objects
     assert cost.tls_records >= nbytes // 16384 - objects
 

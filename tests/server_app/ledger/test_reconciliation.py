@@ -1,4 +1,4 @@
-"""Where every byte went: each category from its own source, and the rest unexplained."""
+"""Where every byte went: each category has a source of its own, and the rest is unexplained."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_does_not_look_like_polls_in_both_directions_stays_unexplained(ledg
 def test_a_supernode_that_was_started_again_fetches_the_bundle_again(
     ledger: Ledger, arrived: int, fetches: int
 ) -> None:
-    """A network that was cut makes a new connection, too, but no new SuperNode."""
+    """A client whose network was cut makes a new connection, but it is no new SuperNode."""
     ledger.bundle("berlin", BundleCost(up=110, down=4000, tls_records=1))
     ledger.message(1, "berlin", "down", "train", 1000, 6, calls=8)
     ledger.server_reading(0, "", "start", [at_server(0, 0)], unix_time=1)
@@ -124,7 +124,7 @@ def test_a_message_that_nobody_fetched_explains_nothing(ledger: Ledger) -> None:
 
 
 def test_rows_have_one_place(ledger: Ledger) -> None:
-    """Client and direction of a row are unique per round, whatever was booked how often."""
+    """There is one row per client, direction and round, however often something was booked."""
     two_rounds(ledger)
     for _ in range(3):
         ledger.message(1, "berlin", "up", "train", 10, 1)

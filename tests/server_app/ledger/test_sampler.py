@@ -198,7 +198,7 @@ def test_looks_at_all_connections_take_a_share_of_the_time_at_most(ledger: Ledge
 def test_clients_that_are_not_known_yet_write_a_row_for_each_connection_and_round(
     ledger: Ledger, kernel: Kernel
 ) -> None:
-    """As many rows as connections, not as their square; what crossed belongs to the same rounds."""
+    """There are as many rows as connections, not their square; the bytes belong to the same rounds."""
     count, moved = 20, 500
     kernel.sockets = {port: at_server(0, 0, port=port) for port in range(1, count + 1)}
     sampler = FleetSampler(ledger, port=9092)
@@ -247,14 +247,14 @@ def test_sampler_keeps_the_last_counters_of_a_connection_that_goes(ledger: Ledge
 def test_a_connection_is_not_that_of_whoever_names_it(
     ledger: Ledger, kernel: Kernel, thief: tuple[int, int], first: bool
 ) -> None:
-    """A claim of more than this end has counted is nobody's; one that fits no look gives way to one that does."""
+    """A claim of more bytes than this end has counted is dropped; one that fits no look gives way to one that does."""
     kernel.sockets[5] = at_server(0, 0)
     sampler = FleetSampler(ledger, port=9092)
     sampler.start()
     for name in ("berlin", "thief"):
         sampler.push(1, name, "train")
     kernel.traffic(sampler, 5, 5000, 3000)
-    # Of a claim that cannot be, nothing is left: then even a reading that fell between two looks is enough.
+    # An impossible claim leaves nothing behind, so even a reading that fell between two looks is enough.
     berlin = at_client(4990, 2990) if thief[0] > 5000 else at_client(5000, 3000)
     claims = [("thief", reading(at_client(*thief))), ("berlin", reading(berlin))]
     for name, claim in claims if first else reversed(claims):

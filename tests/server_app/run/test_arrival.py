@@ -58,7 +58,7 @@ def test_tasks_that_arrive_one_after_another_are_the_same_in_every_run(run: Runn
 def test_a_clients_tasks_come_one_after_another(
     run: Runner, seen: Batches, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    """FedMosaic's dynamic setting: several tasks a client, replay, and all tasks scored from the first round."""
+    """FedMosaic's dynamic setting: several tasks per client, replay, scores of all tasks from the first round on."""
     monkeypatch.setattr(digits_multimodal, "RECIPE", TINY)
     monkeypatch.setattr(digits_multimodal, "TESTED", dict.fromkeys(digits_multimodal.TESTED, 12))
     monkeypatch.setattr(digits_multimodal, "GENERATED", 2)

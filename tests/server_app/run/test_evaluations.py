@@ -1,4 +1,4 @@
-"""How often clients evaluate, and on how much, while a run goes on."""
+"""How often clients evaluate during a run, and on how many examples."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_models_that_look_are_aligned_and_share_at_the_blocks_of_their_language_
         bases = [tiny_models.save_llava(tmp_path / "small", vision_layers=4)]
         bases.append(tiny_models.save_llava(tmp_path / "large", vision_layers=2, layers=5))
     else:
-        # As it is saved it would need torchvision for videos.
+        # The processor as saved would need torchvision, for videos.
         monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *a, **k: tiny_models.QwenProcessor())
         bases = [tiny_models.save_qwen_vl(tmp_path / "small", vision_layers=3)]
         bases.append(tiny_models.save_qwen_vl(tmp_path / "large", vision_layers=1, layers=5))
@@ -165,7 +165,7 @@ def test_models_that_look_are_aligned_and_share_at_the_blocks_of_their_language_
         for module in sharing:
             basis = aligned[f"{slots['local'].layout.base_fingerprint}/{module}.A"]
             assert torch.equal(slots["local"][module, Factor.A], basis)
-    # What a client has as its global adapter in the second round is what the other one sent after the first.
+    # In the second round, each client's global adapter is the one that the other client sent after the first.
     before = directory.checkpoint(1)
     assert before is not None
     sent = before.state.tensors["upload/client-1"]
@@ -180,7 +180,7 @@ def test_models_that_look_are_aligned_and_share_at_the_blocks_of_their_language_
 
 
 def test_clients_of_several_tasks_and_modalities_take_part(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One or two of five tasks over images, texts and both at each client: layouts that differ in groups."""
+    """Each client has one or two of five tasks over images, texts, or both; layouts differ in their groups."""
     tasks = ((("digit",), 0), (("number", "answer"), 1), (("compare",), 0), (("caption",), 1))
     monkeypatch.setattr(digits_multimodal, "RECIPE", TINY)
     monkeypatch.setattr(digits_multimodal, "CLIENTS", tasks)

@@ -100,7 +100,7 @@ def test_four_bits_both_ways_are_an_eighth_of_the_bytes_and_train_as_well(run: R
 
 
 def test_a_resumed_run_with_four_bits_gives_the_same_numbers(run: Runner, runs_dir: Path) -> None:
-    """All have carried out round 3 when the server gives up: they start it again from what they held before."""
+    """All clients have carried out round 3 when the server gives up; they repeat it from what they held before."""
 
     def silent(node_id: int, message: Message, reply: Message | None) -> Message | None:
         return None if message.metadata.group_id == "3" else reply
@@ -265,7 +265,7 @@ def test_a_run_that_goes_on_with_other_code_says_so(
 
 
 def test_uploads_decode_only_as_what_was_asked() -> None:
-    """The tampering above is what it says: these helpers do change what a receiver sees."""
+    """The helpers above do change what a receiver sees."""
     from fedalloy_adapters.layout import Entry, Factor, Layout
 
     layout = Layout((Entry("m", Factor.WEIGHT, (2, 2)),), {}, "base")

@@ -1,4 +1,4 @@
-"""A run directory is valid after anything."""
+"""A run directory stays valid, whatever happens."""
 
 from __future__ import annotations
 

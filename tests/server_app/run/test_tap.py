@@ -113,7 +113,7 @@ def test_every_number_is_the_average_over_the_clients_that_have_it(run: Runner, 
         expected = sum(examples[i] / total * uploads[i][entry.module, entry.factor].double() for i in owners)
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6)
         shares.add(len(owners))
-    assert shares == {1, 2, 3}  # from a head that one client has to what all share
+    assert shares == {1, 2, 3}  # from a head that one client has to the parts that all clients share
 
 
 @pytest.mark.parametrize("strategy", ["local", "potara"])

@@ -1,4 +1,4 @@
-"""Trackers are told what ``rounds.jsonl`` has; one that fails, hangs or is missing costs the run nothing."""
+"""Trackers get what ``rounds.jsonl`` has; a tracker that fails, hangs or is missing does not stop the run."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_clients_of_two_architectures_share_p_and_q(run: Runner, runs_dir: Path,
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Llama 2 layers deep and 16 wide, a BERT 2 deep and 32 wide, and a smaller Llama that both compare data with."""
+    """A Llama (2 layers, width 16), a BERT (2 layers, width 32), and a smaller Llama with which both compare data."""
     folder, words = tmp_path_factory.mktemp("families"), toy_data.VOCABULARY
     return {
         "llama": tiny_models.save_llama_reader(folder / "llama", words, width=16),

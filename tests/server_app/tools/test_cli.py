@@ -125,7 +125,7 @@ def test_a_cluster_that_was_never_started_is_said_to_be_none(tmp_path: Path) -> 
 
 
 def test_help_says_what_arguments_are() -> None:
-    """Which depends on the versions of click and typer."""
+    """This depends on the versions of click and typer."""
     assert "A run directory." in runner.invoke(app, ["traffic", "--help"]).output
 
 

@@ -1,4 +1,4 @@
-"""Runs out of a cluster's own storage."""
+"""Runs are copied out of a cluster's own storage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_run_is_copied_and_copied_again_when_it_has_gone_on(tmp_path: Path) ->
 
 
 def test_a_ledger_that_was_copied_while_it_was_written_is_whole_when_copied_again(tmp_path: Path) -> None:
-    """The first copy has SQLite's log; the run's end removes the source's, and the copy's must not be replayed."""
+    """The first copy has SQLite's log. At its end the run removes the source's log; the copy's must not be replayed."""
     runs, mine = tmp_path / "volume", tmp_path / "mine"
     mine.mkdir()
     run = make_run(runs, "a")

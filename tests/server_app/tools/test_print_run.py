@@ -1,4 +1,4 @@
-"""``fedalloy report``: who is who, models, refusals; of a run that goes on, too; 80 columns."""
+"""``fedalloy report``: clients, models, refusals, also of a run that goes on, in 80 columns."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_an_option_is_a_field_with_its_meaning_below_it() -> None:
 class Silent:
     rank: int = 3
     share: float = 0.5
-    """Only this one says what it means."""
+    """The only option with a description."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""CO-PFL: weights by contribution, bounded for whoever names a large loss."""
+"""CO-PFL: weights by contribution, with a bound for clients that report a large loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DFedSAM: sharpness-aware steps, links both ways, an average that keeps the sum and finds the mean."""
+"""DFedSAM: sharpness-aware steps, links in both directions, and averages that keep the sum and reach the mean."""
 
 from __future__ import annotations
 

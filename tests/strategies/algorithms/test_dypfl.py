@@ -1,4 +1,4 @@
-"""DyPFL: who goes on with its own adapter, and which of three is delivered."""
+"""DyPFL: which clients go on with their own adapters, and which of three models is delivered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.strategies.fleet import LAYOUT, NAMES, Fleet
 
 
 def loss(name: str, adapter: Adapter) -> float:
-    if adapter.layout.digest != LAYOUT.digest:  # a stack, in the same factors as the client compares
+    if adapter.layout.digest != LAYOUT.digest:  # a stack, in the same factor space in which the client compares
         adapter = truncate(adapter, LAYOUT)
     return float((adapter.vector - target(name, adapter.layout).vector).square().mean())
 

@@ -1,4 +1,4 @@
-"""FedAPM: the dual variable, and where its consensus lies for quadratic losses."""
+"""FedAPM: the dual variable, and its consensus for quadratic losses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def played(rho: float, rounds: int) -> Fleet:
 
 
 def test_the_consensus_minimises_the_weighted_sum_of_the_losses() -> None:
-    """ADMM's fixed point, where averages of minimisers are not: with weights p, sum p c (u - goal) = 0."""
+    """ADMM's fixed point, which is no average of minimisers: with weights p, sum p c (u - goal) = 0."""
     found = played(1.0, 60).brief("ada").adapters["global"].select(modules=BODY).vector
     above = sum(p * CURVATURES[n] * GOALS[n] for p, n in zip(SHARES, NAMES, strict=True))
     below = sum(p * CURVATURES[n] for p, n in zip(SHARES, NAMES, strict=True))

@@ -164,7 +164,7 @@ def test_6_the_guard_is_relative_to_the_size_of_models_and_displacements() -> No
         shares = torch.full((4,), 0.25, dtype=torch.float64)
         for per_row in (False, True):
             assert not logit_step(gradient, shares, 0.05, bound, per_row=per_row).any()
-        equal[0] *= 1 + 1e-6  # a difference that is small, but not rounding
+        equal[0] *= 1 + 1e-6  # a small difference, but more than rounding
         gradient = logit_gradient(equal, logits, moved)
         assert float(logit_step(gradient, shares, 0.05, bound).abs().max()) == 0.05
     not_a_number = torch.full((4, 3), math.nan, dtype=torch.float64)
@@ -242,7 +242,7 @@ def test_10_the_largest_logit_change_is_the_rate_for_any_scale_and_number_of_cli
         rows = logit_step(gradient, shares, 0.037, bound, per_row=True)
         assert rows.abs().amax(dim=1).tolist() == [0.037] * clients
     torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=0)
-    assert torch.equal(steps[1], steps[2])  # a power of two rounds nothing
+    assert torch.equal(steps[1], steps[2])  # a power of two, so that nothing is rounded
     assert (steps[1] * gradient >= 0).all()  # subtracting it goes down
 
 

@@ -27,7 +27,7 @@ HEAD = (Factor.WEIGHT, Factor.BIAS)
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """Run-config of every block of the page, by strategy."""
+    """The run-config of every block of the page, by strategy."""
     texts = re.findall(r"^```toml\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     blocks = [dict(dotted(tomllib.loads(text))) for text in texts]
     return {block["strategy"]: block for block in blocks}

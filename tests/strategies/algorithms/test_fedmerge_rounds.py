@@ -244,7 +244,7 @@ def test_clusters_of_equal_uploads_are_finite(uploads: Tensor) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_displacements_are_measured_from_what_the_client_received(variant: str) -> None:
-    """With a lossy downlink a client that does not move must move nothing: the loss is not its displacement."""
+    """With a lossy downlink, a client that does not move changes nothing: the encoding's loss is no displacement."""
     strategy = fedmerge(models=2, variant=variant, training=Training(downlink_encoding="int8"))
     strategy.theta = draw(*strategy.theta.shape, seed=4).float()
     theta, logits = strategy.theta.clone(), strategy.logits.clone()
@@ -347,7 +347,7 @@ def test_w_layers_that_match_nothing_refuse_every_client_and_leave_nothing_behin
 
 
 def test_w_layers_choose_what_the_logits_see() -> None:
-    """Clients that move the classifier only: the default patterns see nothing, head.* does."""
+    """Clients that train only the classifier: the default patterns see no difference, ``head.*`` does."""
 
     def move(name: str, round_: int, received: Adapter) -> Adapter:
         moved = received.clone()

@@ -185,7 +185,7 @@ def test_a_client_that_misses_a_round_is_represented_by_its_last_upload() -> Non
 
 
 def reply_of(strategy: FedMosaic, name: str, sketch: Tensor | bytes, round_: int = 1) -> Answer:
-    """An honest answer but for the numbers (float32) or bytes of its sketch."""
+    """An honest answer, except for the numbers (float32) or the bytes of its sketch."""
     dispatch = dispatch_of(strategy, name, round_)
     message = dispatch.message(1, ttl=60)
     message.metadata.__dict__["_message_id"] = "message-1"
@@ -377,7 +377,7 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_merged_for_a_brief_is_within_what_an_upload_may_have(seed: int) -> None:
-    """Merges are made as they are sent, after the round's state was checked; rounding is all that could exceed it."""
+    """Merges are made when they are sent, after the round's state was checked; only rounding could exceed the bound."""
     names = ["ada", "ben", "cyd", "dan", "eve"]
     layout = layout_of()
     uploads = {name: Adapter(layout, torch.full((layout.size,), MAX_NUMBER)) for name in names}

@@ -60,7 +60,7 @@ def test_a_sketch_of_zeros_is_similar_to_nothing_and_gives_no_nan() -> None:
 
 
 def test_the_column_mean_drowns_in_noise_that_the_cosine_bears() -> None:
-    """The reason for the default: columns of tiny gradients count as much as any there."""
+    """The reason for the default: there, columns of tiny gradients count as much as all others."""
     scale = torch.logspace(0, -4, 64, dtype=torch.float64)
     common = draw(30, 64) * scale
     noisy = torch.stack([common, common]) + 1e-2 * draw(2, 30, 64, seed=1)

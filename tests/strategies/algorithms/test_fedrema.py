@@ -1,4 +1,4 @@
-"""FedReMa: who is relevant, and that only heads are personal."""
+"""FedReMa: which clients are relevant, and that only heads are personal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_one_peer_is_relevant_and_without_any_a_client_is_its_own() -> None:
 
 
 def alike(name: str, round_: int, received: Adapter) -> Adapter:
-    """Heads of ada and cyd go one way, ben's the other; factors go a way of the client's own."""
+    """The heads of ada and cyd move in one direction, ben's in the other; each client's factors move in their own."""
     moved = received.clone()
     for entry, tensor in moved.items():
         way = NAMES.index(name) + 1.0 if entry.factor not in HEAD else {"ben": -1.0}.get(name, 1.0)

@@ -1,4 +1,4 @@
-"""Local-only training: nothing crosses, everybody keeps the own slot."""
+"""Local-only training: nothing is sent, and every client keeps its own slot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA-FAIR: the correction against a least-squares problem solved densely, and its ends."""
+"""LoRA-FAIR: the correction against a least-squares problem with dense matrices, and its limits."""
 
 from __future__ import annotations
 

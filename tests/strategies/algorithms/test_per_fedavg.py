@@ -1,4 +1,4 @@
-"""Per-FedAvg: how a round's steps are divided, and that a turn adds the steps from the adapted adapter on."""
+"""Per-FedAvg: how a round's steps are divided, and that a turn adds the steps that start from the adapted adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.strategies.fleet import Fleet
 
 
 def towards_one(name: str, round_: int, received: Adapter) -> Adapter:
-    """A gradient step of half the squared distance to one, at rate 0.1."""
+    """A gradient step on half the squared distance to one, at rate 0.1."""
     return Adapter(received.layout, received.vector + 0.1 * (1 - received.vector))
 
 

@@ -1,4 +1,4 @@
-"""PersA-FL: what a client moved counts, from wherever it began; in time it is Per-FedAvg."""
+"""PersA-FL: a client's change counts, wherever it began; without delay it is Per-FedAvg."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_late_answer_counts_for_what_it_moved_by_its_share_and_its_age(decay: 
     torch.testing.assert_close(model_of(fleet), before + weight * moved, rtol=0, atol=1e-6)
     assert float(moved.norm()) > 0.01
 
-    # Beside one in time: each by its share of the examples that arrived.
+    # Beside an answer in time, each counts by its share of the examples that arrived.
     before = model_of(fleet)
     ada = strategy.clients["ada"]
     ((_, here),) = exchange(strategy, fleet.grid, 4, {ada: strategy.brief(4, ada)})

@@ -69,7 +69,7 @@ def test_a_newcomer_moves_its_embedding_alone() -> None:
     expected = (strategy.embeddings["ada"] + strategy.embeddings["ben"]) / 2
     torch.testing.assert_close(strategy.embeddings["dan"], expected)
     before = {name: tensor.clone() for name, tensor in strategy.state().tensors.items()}
-    fleet.play(only=("cyd",))  # whose first answer this is
+    fleet.play(only=("cyd",))  # its first answer
     changed = {name for name, tensor in strategy.state().tensors.items() if not torch.equal(tensor, before[name])}
     assert changed == {"embedding/cyd"}
 

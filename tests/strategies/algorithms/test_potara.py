@@ -1,4 +1,4 @@
-"""Potara's protocol: two branches that never touch, and one merge per client, wherever it is computed."""
+"""Potara's protocol: two separate branches, and one merge per client, whichever side computes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Potara's options: what they decide, and which do not go together."""
+"""Potara's options: what they decide, and which cannot be combined."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.strategies.algorithms.test_potara import potara, weighed
 def test_by_default_the_branches_have_the_papers_budgets(
     rounds: int, local_steps: int, federated: int, own: int
 ) -> None:
-    """Of 600 steps 400 and 300, as nearly as whole rounds and steps allow."""
+    """For 600 steps the paper's branches have 400 and 300; here as nearly as whole rounds and steps allow."""
     strategy = Potara(training=Training(local_steps=local_steps), rounds=rounds)
     assert strategy.federated_rounds == federated
     assert strategy.steps == -(-own // (rounds - federated))

@@ -69,7 +69,7 @@ def test_scaling_all_variances_and_swapping_the_roles(a: float, b: float, z: flo
 
 
 def test_closed_form_is_the_minimum_on_quadratic_losses() -> None:
-    """Estimates with a real cross covariance around an isotropic quadratic's optimum; brute force on a grid."""
+    """Estimates with a true cross covariance around the optimum of an isotropic quadratic; brute force on a grid."""
     generator = torch.Generator().manual_seed(4)
     size, draws = 12, 40_000
     mixing = torch.randn(2, 2, size, size, generator=generator, dtype=torch.float64) / size**0.5
@@ -115,7 +115,7 @@ def test_a_noisy_covariance_does_not_extrapolate() -> None:
 
 @given(st.integers(2, 6), st.floats(0, 20), st.integers(0, 10**6))
 def test_moments_of_the_random_effects_model(clients: int, t: float, seed: int) -> None:
-    """From the model's own expected distances, t comes back exactly, and each weight is that of its moments."""
+    """From the model's expected distances, t comes back exactly, and each weight follows from its moments."""
     drawn = torch.rand(2, clients, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
     b, p = drawn[0], drawn[1] / drawn[1].sum()
     squares = p.square().sum()
@@ -129,7 +129,7 @@ def test_moments_of_the_random_effects_model(clients: int, t: float, seed: int) 
 
 
 def test_random_effects_against_simulation() -> None:
-    """Clients' optima and estimates drawn; the average weight is close to the best one on each draw."""
+    """Clients' optima and estimates are drawn; the average weight is close to the best one in each draw."""
     generator = torch.Generator().manual_seed(11)
     clients, size, t = 20, 60, 1.0
     counts = torch.arange(80.0, 400.0, 16.0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Relations between clients: weights against brute force and limits, and who is sent what."""
+"""Relations between clients: weights against brute force and in limits, and what each client is sent."""
 
 from __future__ import annotations
 
@@ -204,6 +204,6 @@ def test_fedem_trains_each_learner_on_its_share_and_keeps_the_shares_at_the_clie
     evaluated = next(step.evaluate.mixture for step in brief.steps if step.HasField("evaluate"))
     assert ([term.slot for term in evaluated.terms], evaluated.shares) == (slots, "shares")
     fleet.play()
-    for slot in slots:  # by example counts, each on its own
+    for slot in slots:  # by numbers of examples, each client alone
         mean = sum(share * fleet[who].slots[slot].vector for share, who in zip(SHARES, NAMES, strict=True))
         torch.testing.assert_close(fleet.strategy.state().tensors[slot], torch.as_tensor(mean), rtol=0, atol=1e-6)

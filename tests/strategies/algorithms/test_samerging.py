@@ -1,4 +1,4 @@
-"""SAMerging: coefficients from one half, taught by the ensemble and not by labels; one adapter comes out."""
+"""SAMerging: a client's coefficients learn from its peers' ensemble and not from labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TAP's protocol: what a client is asked, whose groups are averaged, and what a round's record says."""
+"""TAP's protocol: what a client is asked, whose groups are averaged, and what a round's record contains."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_federated_adapter_is_trained_and_sent_as_by_fedavg() -> None:
                 slot: a.digest for slot, a in theirs.adapters.items()
             }
             trained, expected = step(ours, "train"), step(theirs, "train")
-            # FedAvg's train step is number 1 of its plan, whose batches ours asks for.
+            # FedAvg's train step has index 1 in its plan; ours asks for the batches of that index.
             assert [s.WhichOneof("kind") for s in theirs.steps].index("train") == trained.draw.as_step
             for field in ("draw", "record"):
                 trained.ClearField(field)
@@ -294,7 +294,7 @@ def test_clients_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(StrategyError, match="client 'dan' has group 'head/topic' not both declared"):
         strategy.enrol(multi("dan", {"topic": 5}, grouped(["mod/text", "shared", "task/name"])))
     with pytest.raises(StrategyError, match="client 'eve' has"):
-        strategy.enrol(client_of("eve", layout_of()))  # an ordinary adapter among those with groups
+        strategy.enrol(client_of("eve", layout_of()))  # an adapter without groups, among those with groups
     assert set(strategy.clients) == set(CLIENTS)
 
 

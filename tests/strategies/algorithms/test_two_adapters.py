@@ -1,4 +1,4 @@
-"""Clients with two adapters, or one in two parts: what is trained beside what, and what the client's model is."""
+"""Clients with two adapters, or one in two parts: what is trained together, and what the client's model is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variants of averaging: each one's defining property, against dense matrices; and what crosses the network."""
+"""Variants of averaging: the defining property of each, against dense matrices, and what is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges of a few modules at a time are those of the whole, to the bit; ranks may differ."""
+"""Merging a few modules at a time gives the same bits as merging all at once; ranks may differ."""
 
 from __future__ import annotations
 

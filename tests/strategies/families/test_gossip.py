@@ -1,4 +1,4 @@
-"""Gossip: who sends to whom, push-sum's conservation and consensus, and what a network without a server would move."""
+"""Gossip: who sends to whom, conservation and consensus of push-sum, and the bytes of a network without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nearest peers: one upload, who is near, and what comes back after a resume; with the ensemble of FedPAE."""
+"""Nearest peers: one upload, which peers are near, and the state after a resume; with FedPAE's ensemble."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One-shot merge rules: each on numbers computed by hand, and in the cases where it is a plain mean."""
+"""One-shot merge rules: each on numbers computed by hand, and in cases in which it is a plain mean."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_regmean_with_equal_inputs_or_fully_shrunk_isotropic_ones_is_the_mean() 
     body, head = (torch.tensordot(torch.tensor(SHARES, dtype=torch.float64), part, dims=1) for part in deltas(found))
     same = moments({"q": inputs(1, 5), "h": inputs(2, 4)})
     close(regression_mean(found, [same] * 3, SHARES), body, head)
-    blind = Adapter.zeros(layout_of_gram(WIDE), torch.float64)  # no input ever went there
+    blind = Adapter.zeros(layout_of_gram(WIDE), torch.float64)  # no inputs at all
     close(regression_mean(found, [blind] * 3, SHARES), body, head)
     matrix = symmetric(torch.arange(1.0, 7.0), 3, shrink=0.5)
     assert matrix.tolist() == [[1, 1, 1.5], [1, 4, 2.5], [1.5, 2.5, 6]]

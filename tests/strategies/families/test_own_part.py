@@ -1,4 +1,4 @@
-"""Strategies whose representation is shared and whose head is the client's own: FedPPA's stages, growing cohorts."""
+"""Strategies with a shared representation and a head for each client: FedPPA's stages, growing cohorts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages that one of several cannot take over."""
+"""Averages that one client alone cannot take over."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_one_clients_numbers_do_not_decide_the_others_weights() -> None:
         assert all(abs(one.value - other.value) < 0.6 for one, other in zip(before[:3], after[:3], strict=True))
     assert heterogeneity(lied_b, lied_q, shares) < 10 * heterogeneity(b, q, shares) + 10
     assert torch.equal(tempered(b), b)
-    assert torch.equal(tempered(lied_b[2:]), lied_b[2:])  # of two there is no median
+    assert torch.equal(tempered(lied_b[2:]), lied_b[2:])  # two clients have no median
 
 
 def test_a_sketch_that_looks_like_everybodys_is_not_the_whole_of_anybodys_adapter() -> None:
@@ -68,4 +68,4 @@ def test_a_sketch_that_looks_like_everybodys_is_not_the_whole_of_anybodys_adapte
     torch.testing.assert_close(kept.sum(dim=1), torch.ones(4, dtype=torch.float64))
     assert torch.equal(capped(free, 1.0), free)
     one = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
-    assert torch.equal(capped(one, 0.5), one)  # a single peer has all there is
+    assert torch.equal(capped(one, 0.5), one)  # a single peer has the whole weight

@@ -1,4 +1,4 @@
-"""Every strategy, built with options that three small clients can play, and what these clients are."""
+"""Every strategy, with options that three small clients can play, and these clients."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ BUILDS: dict[str, Callable[..., AlloyStrategy]] = {
 }
 BUILDS["tap"] = lambda **k: STRATEGIES["tap"](**k)
 BUILDS["fedmosaic"] = lambda **k: STRATEGIES["fedmosaic"](**k)
-# What their clients do is not one adapter moved and sent back: these are played by the nodes themselves.
+# Their clients do more than move one adapter and send it back, so the nodes themselves play them.
 RIVALS = sorted(set(STRATEGIES) - {"local", "fedavg", "fedmerge", "potara", "fedmosaic", "tap"})
 BUILDS |= {name: lambda name=name, **k: STRATEGIES[name](**k) for name in RIVALS}
-# Their factors may turn, and these clients measure factors.
+# Their factors may rotate, and these clients measure factors.
 DELTAS = {"fedavg-delta", "flora", "flexlora", "fedex-lora", "nan", "task-arithmetic", "ties", "dare", "regmean"}
 ANY_RANK = {"local", "local-all", "local-twice", "flora", "flexlora", "hetlora", "pfedhn"}
 every_strategy = pytest.mark.parametrize("name", BUILDS)

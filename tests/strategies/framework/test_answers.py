@@ -1,4 +1,4 @@
-"""Plans out, answers in: honest answers arrive exactly, and no answer does worse than BadAnswerError."""
+"""Plans out, answers in: honest answers arrive exactly, and a bad one raises nothing but BadAnswerError."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_hostile_answer_is_refused_by_name(name: str) -> None:
 
 
 def evidence_reply(spoil: Callable[[report_pb2.Report], object]) -> tuple[Dispatch, Message]:
-    """An answer with what Potara's weights are made of, and one thing in it spoilt."""
+    """An answer with the numbers behind Potara's weights, one of them spoilt."""
     training, mix = Training(), steps.mixture("global")
     plan = [
         steps.evaluate(training, mix, "search-0.500", "validation"),

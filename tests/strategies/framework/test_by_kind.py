@@ -1,4 +1,4 @@
-"""Settings by kind and size: only where a run names a base model and sets nothing; a client's own in its message."""
+"""Settings by kind and size: only if a run names a base model and sets none itself; each client gets its own."""
 
 from __future__ import annotations
 

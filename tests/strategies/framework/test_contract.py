@@ -106,7 +106,7 @@ def play_if_it_sends(strategy: AlloyStrategy, round_: int = 1) -> dict[str, Any]
 
 
 ALGORITHMS = {"fedavg", "fedit", "fedmerge", "ffa", "potara", "tap", "mosaic", "ditto", "ifca"} | set(STRATEGIES)
-ALGORITHMS.remove("local")  # the name of a slot: whose it is, not what it is for
+ALGORITHMS.remove("local")  # the name of a slot says whose it is, not what it is for
 
 
 def words_of(message: ProtoMessage) -> Iterator[str]:

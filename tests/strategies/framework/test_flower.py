@@ -162,7 +162,7 @@ def test_a_client_that_fails_is_named_and_left_out(name: str, kind: str, log: li
     assert all(expected[kind] in line for line in log)
     alone = BUILDS[name](seed=7)
     found = [node for node in nodes() if node.name != "ben"]
-    if not name.startswith("fedmerge"):  # there a client that is silent still shows: its row exists
+    if not name.startswith("fedmerge"):  # there, a silent client still shows: it has a row
         assert accuracies(alone, FakeGrid(found))[-1] == last
 
 

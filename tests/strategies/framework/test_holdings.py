@@ -1,4 +1,4 @@
-"""Differences from what a client holds: errors do not add up, and nobody is sent a difference from what it lacks."""
+"""Differences from what a client holds: errors do not add up, and no client gets a difference from what it lacks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def distance(first: Adapter, second: Adapter) -> float:
 
 @pytest.mark.parametrize("encoding", BLOCKS)
 def test_what_was_decoded_adds_up_to_what_was_meant_and_without_feedback_it_does_not(encoding: Encoding) -> None:
-    """Without: each round's own change is encoded, and what that drops is lost. With: the client follows."""
+    """Without it, each round's change is encoded and its rounding is lost; with it, the client follows."""
     meant = walk(30)
     holdings, client, errors = Holdings(), meant[0], []
     open_loop = meant[0].vector
@@ -96,14 +96,14 @@ def test_the_first_blob_is_whole_and_the_next_a_difference_from_what_was_answere
     assert distance(found, second) < 0.2 * distance(held, second) + distance(held, first)
     assert distance(found, second) < distance(held, first)
     other = parts_of(dispatch_of(second, "int4", holdings.of("rome"), 2))[1]
-    decode(other, layouts={LAYOUT.digest: LAYOUT})  # somebody else holds nothing
+    decode(other, layouts={LAYOUT.digest: LAYOUT})  # another client holds nothing
     assert holdings.forget("berlin")
     assert not holdings.forget("berlin")
     decode(parts_of(dispatch_of(third, "int4", holdings.of("berlin"), 3))[1], layouts={LAYOUT.digest: LAYOUT})
 
 
 def test_nothing_of_a_forgotten_residual_comes_back() -> None:
-    """A client that lost its reference is sent what a new client is sent: to the bit, but for the nonce."""
+    """A client that lost its reference is sent the same bits as a new client, except for the nonce."""
     holdings, fresh, (first, second) = Holdings(), Holdings(), walk(2)
     dispatch_of(first, "int4", holdings.of("berlin"))
     holdings.answered("berlin")
@@ -172,7 +172,7 @@ def test_what_is_no_difference_has_no_fewer_than_four_bits() -> None:
 
 @pytest.mark.parametrize("encoding", Encoding)
 def test_sums_of_squares_are_no_integers_beside_larger_ones(encoding: Encoding) -> None:
-    """What merges divide by spans orders of magnitude: with one scale for many the small would be zero."""
+    """The denominators of merges span orders of magnitude: with one scale for many, small ones would become zero."""
     training = Training(uplink_encoding=encoding)
     sums = steps.send(training, "local", relative_to_received=False, sums_of_squares=True).send.encoding
     assert steps.gram(training, "moments", steps.mixture("local")).gram.encoding == sums

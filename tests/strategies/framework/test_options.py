@@ -1,4 +1,4 @@
-"""Run-config: every key of every strategy, and every way to get one wrong."""
+"""Run-config: every key of every strategy, and every kind of mistake."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ALONG: dict[str, dict[str, Any]] = {
 }
 """What else must change for a key's other value to be valid."""
 ALONE = ("fedavg.normalise", "fedavg.robust", "potara.dampings", "warmup-ratio")
-"""Keys whose other value is not valid beside another value of all the rest."""
+"""Keys whose other value is not valid when all other keys have other values, too."""
 
 
 def another(key: str, default: Any) -> Any:
@@ -79,7 +79,7 @@ def another(key: str, default: Any) -> Any:
 
 
 def all_others(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key with a value that is not the default, where it can have one beside the rest."""
+    """Every key with a value that is not the default, if the other values allow one."""
     return {key: default if key in ALONE else another(key, default) for key, default in defaults.items()}
 
 

@@ -1,4 +1,4 @@
-"""How long a client trains, and where its learning rate stands, filled in for every strategy alike."""
+"""How long a client trains, and its place in the learning rate's schedule, in the same way for every strategy."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_step_about_validation_examples_or_a_fold_counts_those() -> None:
         2,
         3,
     ]
-    assert [step.steps for step in trains(plan)] == [0, 0, 3]  # what the strategy wrote is as it was
+    assert [step.steps for step in trains(plan)] == [0, 0, 3]  # what the strategy wrote has not changed
 
 
 def test_normalised_averages_divide_by_steps() -> None:

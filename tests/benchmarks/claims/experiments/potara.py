@@ -8,7 +8,7 @@ from __future__ import annotations
 from tests.benchmarks.claims.designs import CONTROLS, Arm, Base, Claim, Experiment, Place
 
 LAYERS = ",".join(f"layers.{layer}.self_attn.{part}_proj" for layer in range(20, 30) for part in "qv")
-"""Query and value of the last ten of SmolLM2's thirty layers: a backward pass goes no further."""
+"""Query and value of the last ten of SmolLM2's thirty layers, so that a backward pass ends there."""
 _SMALL = {"num-server-rounds": 4, "local-steps": 6}
 
 POTARA = Experiment(

@@ -1,4 +1,4 @@
-"""Which state is the best on validation examples, and which clients have lost with a later one."""
+"""Which state is the best on validation examples, and which clients became worse after it."""
 
 from __future__ import annotations
 

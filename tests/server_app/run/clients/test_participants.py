@@ -1,4 +1,4 @@
-"""Who a round asks: by name, and by choice."""
+"""Which clients a round asks: those that were named, and those that a choice picks."""
 
 from __future__ import annotations
 

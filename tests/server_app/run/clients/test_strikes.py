@@ -1,4 +1,4 @@
-"""Who failed again and again is asked less, by name, and comes back with one good answer."""
+"""A client that keeps failing is asked less often; one good answer brings it back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.strategies.conftest import client_of, layout_of
 
 
 def asked(strikes: Strikes, rounds: int, status: str, least: int = 0) -> list[int]:
-    """The rounds in which ``a`` is asked, whose answers end so; ``b`` and ``c`` are good."""
+    """The rounds in which ``a`` is asked if its answers end like this; ``b`` and ``c`` are good."""
     clients: list[Any] = [client_of(name, layout_of()) for name in ("a", "b", "c")]
     found = []
     for round_ in range(1, rounds + 1):

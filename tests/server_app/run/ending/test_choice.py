@@ -1,4 +1,4 @@
-"""Who is given what at the end, by its own validation examples; and a run that ends when nobody improves any more."""
+"""What each client is given at the end, by its own validation examples; a run ends when no client improves."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_best_rounds_model_is_kept_when_the_next_round_begins() -> None:
 
 
 def test_a_client_that_tells_no_score_is_given_what_the_strategy_delivers() -> None:
-    """Its examples are under differential privacy; or it says so, to see what the server makes of it."""
+    """Its examples are under differential privacy, or it only says so, to test what the server does then."""
     choice = choice_of()
     silent = answer(1.0)
     silent.metrics["personal"].clear()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A model that became worse is named, and its client gets that of the best round."""
+"""A model that became worse is named, and its client gets the model of the best round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Flower prints of a ServerApp that raises: :mod:`flwr.superlink.runtime.run_serverapp` has these lines."""
+"""What Flower prints when a ServerApp raises: :mod:`flwr.superlink.runtime.run_serverapp` has these lines."""
 
 from __future__ import annotations
 

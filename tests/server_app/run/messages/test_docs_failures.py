@@ -63,7 +63,7 @@ def blocks() -> list[str]:
 
 
 def of_refusals(tmp_path: Path) -> dict[str, str]:
-    """By a word of its own, each message of a run whose clients are refused or gone."""
+    """Each message of a run whose clients are refused or gone, by a word that only it contains."""
     four = nodes("ada", "ben", "cyd", "dee")
     none = {number + 10: node for number, node in four.items()}
     killed = Killed(nodes("ada", "ben", "cyd"))
@@ -89,7 +89,7 @@ def of_refusals(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def produced(tmp_path: Path) -> list[str]:
-    """What the code writes, with the page's names and numbers where the code is given them."""
+    """What the code writes; names and numbers that are its arguments are those of the page."""
     refusals = of_refusals(tmp_path)
     step = plan_pb2.TrainStep(learning_rate=10.0, steps=30)
     nan = str(_diverged("training loss became nan at step 2 of 30", step))

@@ -1,4 +1,4 @@
-"""Messages are announced a few at a time, and no more are made than are pushed."""
+"""Messages are announced a few at a time, and none is made before it is pushed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users read where a client could not: no class of ours, no number of Flower's."""
+"""What users read when a client fails: no class name of ours, no error number of Flower's."""
 
 from __future__ import annotations
 

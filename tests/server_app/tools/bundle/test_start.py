@@ -51,7 +51,7 @@ def test_flowers_own_command_sends_the_packed_bundle(tmp_path: Path, monkeypatch
 
 
 class Failing(Control):
-    """A run of it raises."""
+    """This control API raises when a run is started."""
 
     def StreamLogs(self, request: Any) -> Any:
         raised = "Traceback (most recent call last):\n  File x\nserver_app.a.B: seed = -1\nERROR : Exit Code: 201\n"

@@ -1,4 +1,4 @@
-"""``cluster up`` where a cluster runs: what has ended starts again; what cannot is said. The rest is in tests/e2e."""
+"""``cluster up`` on a running cluster restarts what has ended, and says what cannot start. The rest is in tests/e2e."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_superlink_that_ended_took_the_keys_with_it(tmp_path: Path) -> None:
 
 
 class Restarted(LocalCluster):
-    """Its SuperNodes say what they are told to, one text for each start, and end."""
+    """Its SuperNodes print given texts, one for each start, and end."""
 
     says: ClassVar[list[str]] = []
 
@@ -51,7 +51,7 @@ class Restarted(LocalCluster):
 
 
 HELD = "[code: 2004] Failed to activate SuperNode.\n"
-"""A process that is refused because the SuperLink has not noticed that the one before it was killed."""
+"""A process that is refused because the SuperLink has not noticed yet that its predecessor was killed."""
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def rows_of(wire: int | None = 3_000_000, metric: str = "accuracy", sign: int = 
 
 
 def compared(rows: list[Observation] | None = None) -> Comparison:
-    """All strategies of the rows."""
+    """The strategies that appear in the rows."""
     rows = rows_of() if rows is None else rows
     return comparison_of(rows, list(SCORES), ("local", "fedavg"), CONTROLS)
 

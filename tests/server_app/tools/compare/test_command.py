@@ -32,7 +32,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Refusing:
-    """An engine that runs nothing; ``asked``: the strategies that it was to run."""
+    """An engine that runs nothing; ``asked`` lists the strategies that it should have run."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -182,7 +182,7 @@ def test_where_every_client_fails_for_one_reason_the_first_run_is_the_only_one(
 
     def engine(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
         asked.append(str(config["strategy"]))
-        if first or len(asked) > 1:  # what has succeeded once is no common cause
+        if first or len(asked) > 1:  # not a common cause, because it succeeded once
             raise NoClientError("none of 4 clients can take part, all for one reason: no such model")
         finished(config, clients, runs, answered)
 

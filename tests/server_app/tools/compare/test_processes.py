@@ -1,4 +1,4 @@
-"""Runs side by side: each is carried out once, what fails or dies is named, and the others go on."""
+"""Runs side by side: each runs once; one that fails or dies is named, and the others go on."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def of_clients(values: Sequence[float]) -> Scores:
 
 
 def test_clients_with_several_tasks_are_compared_by_their_mean_score() -> None:
-    """Where one only writes texts, not everybody has an accuracy."""
+    """A client that only writes texts has no accuracy."""
     several = {"accuracy": 0.75, "answer/exact_match": 0.25, "answer/loss": 2.0, "topic/accuracy": 0.75, "loss": 1.0}
     assert with_score(several) == several | {"score": 0.5}
     assert with_score({"caption/exact_match": 0.25, "loss": 1.0})["score"] == 0.25
@@ -148,7 +148,7 @@ def test_what_a_client_has_in_common_in_all_seeds_is_no_more_evidence_than_one_s
 
 
 def test_intervals_of_few_seeds_and_clients_cover_what_they_say() -> None:
-    """Eight clients, three seeds, as much variance between clients as within: as ``interval_coverage.py`` measures."""
+    """Eight clients, three seeds, as much variance between clients as within them, as in ``interval_coverage.py``."""
     assert 0.88 < coverage(3, 8, (0.0, 1.0, 1.0), times=300)["two ways"] <= 1
 
 

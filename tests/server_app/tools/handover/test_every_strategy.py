@@ -1,4 +1,4 @@
-"""Whatever the strategy: each form of a client's model, loaded by others' libraries, has the client's own logits."""
+"""For every strategy: each exported form of a client's model, loaded by other libraries, has the client's logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("fedmosaic", {"gate": "input"}),
 ]
 INPUT_GATED = [("fedalt", {}), ("fedem", {}), ("fedpae", {}), ("fedmosaic", {"gate": "input"})]
-"""Where a model is a sum with coefficients that depend on the input."""
+"""Strategies whose model is a sum with coefficients that depend on the input."""
 
 
 def examples(kind: str, count: int, seed: int) -> Dataset:
@@ -71,7 +71,7 @@ class World:
 
 
 class Node(RealNode):
-    """A client of such a world, whose files are where a run has them."""
+    """A client of such a world; its files lie where a run puts them."""
 
     def __init__(self, index: int, world: World, run: Path) -> None:
         FakeNode.__init__(self, NAMES[index], world.model.layout, 12)
@@ -91,7 +91,7 @@ class Node(RealNode):
         return found
 
     def own_logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Of the model that the client evaluated and saved last, by its own code."""
+        """The logits of the model that the client evaluated and saved last, by the client's own code."""
         (mix,) = [step.save.mixture for step in self.plans[-1].steps if step.HasField("save")]
         with self.store.transaction(99) as slots, torch.no_grad():
             activate(Workbench(plan_pb2.Plan(), self.model, self.data, slots), mix)

@@ -1,4 +1,4 @@
-"""Forms for programs that serve: the products of folded and padded factors, what is refused, and the converter."""
+"""Exports for programs that serve models: products of folded and padded factors, refusals, and the converter."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def logits(model: torch.nn.Module, base: Path) -> torch.Tensor:
 
 
 def own(run: Path, client: str, base: Path) -> torch.Tensor:
-    """Of the client's model as its run has left it."""
+    """The logits of the client's model as its run has left it."""
     plain = AutoModelForCausalLM.from_pretrained(base)
     return logits(PeftModel.from_pretrained(plain, str(run / "clients" / client / "adapter")), base)
 

@@ -1,4 +1,4 @@
-"""One run as a page and as a table: what was written in its records can be found there."""
+"""One run as a page and as a table: both have what its records have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fedalloy run``: nothing starts where something is wrong, and the exit code says how the run ended."""
+"""``fedalloy run``: nothing starts if something is wrong, and the exit code says how the run ended."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_without_a_cluster_it_says_what_to_do(tmp_path: Path, monkeypatch: pytes
 def test_a_run_without_a_network_can_be_watched_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_dir: Path
 ) -> None:
-    """A client's note of its steps lies where ``fedalloy watch`` looks; numbers are those of a run without notes."""
+    """A client notes its steps where ``fedalloy watch`` looks; its numbers are those of a run without notes."""
     from client_app.plan import progress_file
     from server_app.tools.live.state import read_state
 

@@ -1,4 +1,4 @@
-"""How a run stands, from its folder: what is shown in a terminal, as lines, in the list of runs, and as exit code."""
+"""The state of a run, read from its folder: in the terminal, as lines, in the list of runs, and as exit code."""
 
 from __future__ import annotations
 
