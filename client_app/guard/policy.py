@@ -16,7 +16,7 @@ STEPS = tuple(field.name for field in plan_pb2.Step.DESCRIPTOR.fields)
 _NOTHING = "none"
 _MAX_COUNTS = 1000
 """Counts of measured examples that are remembered for each split."""
-STATISTICS = ("sketch", "fisher", "gram", "attribute", "select", "search")
+STATISTICS = ("sketch", "fisher", "gram", "attribute", "density", "select", "search")
 """Kinds of steps whose result is about examples, and neither a model nor its score."""
 
 
@@ -194,6 +194,7 @@ class Policy:
                 "select",
                 "search",
                 "attribute",
+                "density",
             ):  # these have results for each task
                 sizes = parts_of(body.split)
             for size in sizes:
@@ -308,8 +309,8 @@ def _training_steps(step: plan_pb2.Step) -> int:
 
 
 def _evaluations(step: plan_pb2.Step) -> int:
-    others = len(step.select.slots) + len(step.attribute.slots) + step.search.evaluations
-    return step.HasField("evaluate") + int(others)
+    others = len(step.select.slots) + len(step.attribute.slots) + len(step.density.slots) + step.search.evaluations
+    return step.HasField("evaluate") + step.HasField("density") + int(others)
 
 
 def _slots_of(body: Any) -> Iterator[str]:
@@ -354,7 +355,7 @@ def _examples(body: Any, size: int, least: int) -> int | None:
         return shown_of(size, int(body.samples), least)
     if isinstance(body, plan_pb2.EvaluateStep):
         return shown_of(size, int(body.examples), least) or None  # an empty split is its own error
-    if isinstance(body, plan_pb2.AttributeStep):
+    if isinstance(body, plan_pb2.AttributeStep | plan_pb2.DensityStep):
         return size or None
     return None
 

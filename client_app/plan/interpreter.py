@@ -19,6 +19,7 @@ from client_app.guard.privacy import Budget, require_private_steps, spending_of
 from client_app.guard.tally import Tally
 from client_app.model.personal import PersonalModel
 from client_app.plan import (
+    density,
     distance,
     distillation,
     ensembles,
@@ -59,6 +60,7 @@ STEPS: dict[str, Callable[[Workbench, Any], Message]] = {
     "select": selection.carry_out,
     "gram": gram.carry_out,
     "attribute": ensembles.carry_out,
+    "density": density.carry_out,
     "search": search.carry_out,
     "replace": replacement.carry_out,
     "distill": distillation.carry_out,

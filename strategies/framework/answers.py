@@ -257,6 +257,8 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
         found, wanted = getattr(getattr(result, kind), name), getattr(getattr(step, kind), name)
         if found != wanted:
             raise BadAnswerError(f"{where} ({kind}): reports {name} {found[:200]!r}, expected {wanted!r}")
+    if kind == "density":
+        _require_density(f"{where} (density)", step.density, result.density)
     if kind == "select":
         for name in ("losses", "weights"):
             numbers = getattr(result.select, name)
@@ -280,6 +282,21 @@ def _require_same_step(where: str, step: plan_pb2.Step, result: report_pb2.StepR
                 f"{where} (search): coefficients {list(result.search.coefficients)}, expected at most "
                 f"{step.search.bound:g}"
             )
+
+
+def _require_density(where: str, step: plan_pb2.DensityStep, result: report_pb2.DensityResult) -> None:
+    """Require a share of each slot, and moments of each Gaussian (if the plan has none, of one)."""
+    weights, wanted = [gaussian.weight for gaussian in result.gaussians], max(1, len(step.gaussians))
+    for name, shares, count in (("shares", list(result.shares), len(step.slots)), ("gaussians", weights, wanted)):
+        if len(shares) != count or any(share < 0 for share in shares) or not abs(sum(shares) - 1) < 1e-6:
+            raise BadAnswerError(f"{where}: {len(shares)} {name}, expected {count} of them that sum to 1")
+    for gaussian in result.gaussians:
+        if len(gaussian.mean) != step.dimensions or len(gaussian.variance) != step.dimensions:
+            raise BadAnswerError(f"{where}: a Gaussian's moments are not {step.dimensions} numbers each")
+        if any(abs(mean) > MAX_NUMBER for mean in gaussian.mean):
+            raise BadAnswerError(f"{where}: a mean beyond {MAX_NUMBER:g}")
+        if any(not 0 <= variance <= MAX_NUMBER**2 for variance in gaussian.variance):
+            raise BadAnswerError(f"{where}: a variance that is not from 0 to {MAX_NUMBER**2:g}")
 
 
 def _require_complete(where: str, step: plan_pb2.Step, result: report_pb2.StepResult, modules: int) -> None:

@@ -40,6 +40,15 @@ def attribute(slots: Sequence[str], shares: str, *, split: str = "train") -> Ste
     return Step(attribute=plan_pb2.AttributeStep(slots=list(slots), shares=shares, split=split))
 
 
+def density(
+    slots: Sequence[str], shares: str, gaussians: Sequence[plan_pb2.Gaussian], *, dimensions: int, seed: int
+) -> Step:
+    """Divide examples among slots and Gaussians over their features; the shares then depend on the input."""
+    step = plan_pb2.DensityStep(slots=slots, shares=shares, split="train", dimensions=dimensions, seed=seed)
+    step.gaussians.extend(gaussians)
+    return Step(density=step)
+
+
 def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
     """``sigmoid(g) first + (1 - sigmoid(g)) second`` for each module, with the gates g of the slot ``gates``."""
     return plan_pb2.Mixture(

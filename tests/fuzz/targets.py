@@ -41,6 +41,7 @@ EXAMPLES = ClientData("toy", "image-classification", dict.fromkeys(("train", "va
 HEADS = {
     f"{entry.module}.{entry.factor}": torch.zeros(entry.shape) for entry in LAYOUT.entries if not entry.factor.is_lora
 }
+GAUSSIANS = [plan_pb2.Gaussian(mean=[0.0, 1.0], variance=[1.0, 2.0])]
 REGISTRATION = report_pb2.Registration(
     version=1,
     client_id=NAME,
@@ -218,6 +219,7 @@ def seeds() -> dict[str, list[bytes]]:
         [steps.select("local", ["global", "local"], "improvement", split="train")],
         [steps.search("found", ["global", "local"], split="train", samples=2, evaluations=3, penalty=0.05, bound=1.5)],
         [steps.gram(training, "gram", mix), steps.attribute(["global", "local"], "shares")],
+        [steps.density(["global", "local"], "mixed", GAUSSIANS, dimensions=2, seed=3)],
         [steps.save(steps.ensemble(["global", "local"], "shares")), steps.merge("local", mix, truncate_rank=2)],
     ]
     filled = Adapter.initial(LAYOUT, 1)

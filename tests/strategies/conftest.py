@@ -29,7 +29,7 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.framework.dispatch import Dispatch
 from strategies.framework.exchange import Answer, Brief, Client
 from strategies.framework.flower import AlloyStrategy
-from tests.strategies.searching import best_alone
+from tests.strategies.searching import best_alone, look
 
 Move = Callable[[str, int, Adapter], Adapter]
 """``(client id, round, received adapter) -> trained adapter`` in the same layout."""
@@ -246,6 +246,8 @@ class FakeNode:
                 result.gram.slot = step.gram.slot
             case "attribute":
                 result.attribute.examples = 5
+            case "density":
+                look(step.density, self.name, result.density)
             case "select":
                 losses = [self.metrics(self.slots[slot])["loss"] for slot in step.select.slots]
                 best = min(range(len(losses)), key=lambda index: losses[index])

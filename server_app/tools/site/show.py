@@ -35,6 +35,7 @@ _WORDS = {
     "search": "reports losses of sums of adapters on your examples, and takes the best sum",
     "gram": "uploads second moments of the model's inputs on your examples",
     "attribute": "divides your examples among adapters by their losses",
+    "density": "divides your examples by losses and by what the base model sees in them; reports moments of the latter",
     "replace": "copies parts of adapters, depending on losses on your examples",
     "distill": "trains an adapter on your examples and on another adapter's answers to them",
 }

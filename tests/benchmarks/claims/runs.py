@@ -75,7 +75,7 @@ class Work:
         for result in report.results:
             self.steps[node] += result.train.steps + result.distill.train.steps
             if plan.round <= self.rounds:  # the delivery's are for the record
-                passes = (result.evaluate, result.sketch, result.attribute, result.gram)
+                passes = (result.evaluate, result.sketch, result.attribute, result.density, result.gram)
                 self.looks[node] += sum(int(found.examples) for found in passes) + result.fisher.samples
         return reply
 
