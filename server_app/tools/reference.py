@@ -68,9 +68,9 @@ The value of the run-config key `strategy`. A new one is one file
 in [strategies/algorithms/](../strategies/algorithms/); [CONTRIBUTING.md](../CONTRIBUTING.md) says how to add it.
 
 P is the whole adapter, P_A and P_B its factors with the head in both. S counts the clients of a round, d the global
-models of FedMerge, C global adapters (`ifca.clusters`, `fedem.learners`), M others' adapters (`fedfomo.candidates`,
-`fedpae.peers`, `samerging.peers`). At the end every client is sent its personal model once more, unless it
-holds it already."""
+models of FedMerge, C global adapters (`ifca.clusters`, `fedem.learners`, `fedgmm.learners`), M others' adapters
+(`fedfomo.candidates`, `fedpae.peers`, `samerging.peers`). At the end every client is sent its personal model once
+more, unless it holds it already."""
 LEFT_OUT = {
     "pFedHR": "clients' models cut into blocks and put together anew by the server, which needs public data to "
     "see which blocks are alike; here all clients of a run have one frozen base",
@@ -84,8 +84,6 @@ LEFT_OUT = {
     "model than the base, and examples that are in no split",
     "FedDM": "made-up examples, optimised until they stand for a client's own, that leave it; they are near to "
     "data, and no guard here measures how near",
-    "FedGMM": "a mixture of Gaussians over inputs beside FedEM's shares; means and variances of what the model "
-    "sees of examples would leave, for which there is no step, bound or record yet",
     "peer to peer": "connections between clients; here the server relays (`dfedpgp`, `dfed-sam`), and a record says "
     "what peers would have moved",
 }

@@ -15,7 +15,7 @@ equal. The personal model is an ensemble: C adapters and their shares on disk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Bank
@@ -37,16 +37,12 @@ class FedEMOptions:
         require_range("learners", self.learners, 1)
 
 
-class FedEM(AlloyStrategy[FedEMOptions]):
-    """C global adapters; a client's model is an ensemble of all of them."""
+LearnersT = TypeVar("LearnersT", bound=FedEMOptions)
+"""Options that say how many adapters there are."""
 
-    name = "fedem"
-    about = About(
-        "C global adapters, their predictions averaged by shares of its own",
-        trains="A, B, head of each",
-        travels="C P up, C P down",
-        when="every client's data are a mixture of a few kinds; C times FedAvg's steps; an ensemble has to be served",
-    )
+
+class Learners(AlloyStrategy[LearnersT]):
+    """C global adapters; a client's model is an ensemble of all of them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,7 +58,7 @@ class FedEM(AlloyStrategy[FedEMOptions]):
 
     def brief(self, round_: int, client: Client) -> Brief:
         """Attribute the examples to adapters, evaluate the ensemble, train each adapter on its share, send all."""
-        plan = [steps.attribute(self.slots, SHARES), steps.evaluate(self.training, self._model())]
+        plan = [self.divide(), steps.evaluate(self.training, self._model())]
         for slot in self.slots:
             plan.append(steps.train(self.training, steps.mixture(slot), [slot], attributed_to=slot))
         return Brief([*plan, *(steps.send(self.training, slot) for slot in self.slots)], self.models)
@@ -73,17 +69,26 @@ class FedEM(AlloyStrategy[FedEMOptions]):
             self.arrived[slot][client.id] = answer.adapters[slot]
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Average each adapter."""
+        """Average each adapter; one to which no example belongs stays."""
         arrived = {slot: bank.taken() for slot, bank in self.arrived.items()}
-        counts = {name: self.clients[name].examples for name in arrived[self.slots[0]]}
-        if counts:
-            self.models = {slot: bank.mean(counts) for slot, bank in arrived.items()}
-        return {round_record.MERGED: len(counts)}
+        for slot, bank in arrived.items():
+            counts = {name: self.weight_of(slot, self.clients[name]) for name in bank}
+            if sum(counts.values()) > 0:
+                self.models[slot] = bank.mean(counts)
+        return {round_record.MERGED: len(arrived[self.slots[0]])}
 
     def deliver(self, client: Client) -> Brief:
         """The ensemble, with shares from the last averages."""
-        plan = [steps.attribute(self.slots, SHARES), steps.save(self._model())]
+        plan = [self.divide(), steps.save(self._model())]
         return Brief([*plan, steps.evaluate(self.training, self._model())], self.models)
+
+    def divide(self) -> steps.Step:
+        """The step that divides a client's examples among the adapters."""
+        return steps.attribute(self.slots, SHARES)
+
+    def weight_of(self, slot: str, client: Client) -> float:
+        """A client's weight in an adapter's average: its examples."""
+        return client.examples
 
     def state(self) -> State:
         """The adapters."""
@@ -95,3 +100,15 @@ class FedEM(AlloyStrategy[FedEMOptions]):
 
     def _model(self) -> plan_pb2.Mixture:
         return steps.ensemble(self.slots, SHARES)
+
+
+class FedEM(Learners[FedEMOptions]):
+    """Shares that are a client's own, the same for all its examples."""
+
+    name = "fedem"
+    about = About(
+        "C global adapters, their predictions averaged by shares of its own",
+        trains="A, B, head of each",
+        travels="C P up, C P down",
+        when="every client's data are a mixture of a few kinds; C times FedAvg's steps; an ensemble has to be served",
+    )

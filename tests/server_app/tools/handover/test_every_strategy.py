@@ -42,7 +42,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("fedalt", {"mixer": "scalar"}),
     ("fedmosaic", {"gate": "input"}),
 ]
-INPUT_GATED = [("fedalt", {}), ("fedem", {}), ("fedpae", {}), ("fedmosaic", {"gate": "input"})]
+INPUT_GATED = [("fedalt", {}), ("fedem", {}), ("fedgmm", {}), ("fedpae", {}), ("fedmosaic", {"gate": "input"})]
 """Strategies whose model is a sum with coefficients that depend on the input."""
 
 
