@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from flwr.app import Context, RecordDict
+from hypothesis import strategies as st
 from torch import Tensor
 
 from client_app.data.dataset import Dataset
@@ -110,6 +112,31 @@ def test_clipped_sums_of_gradients_equal_a_naive_loop(kind: str, kinds: dict[str
     assert max(norms) > 0.5 * norms[0]
     for parameter, total in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(sums[parameter], total, rtol=1e-3, atol=1e-5)
+    model.unload_all()
+
+
+@pytest.mark.parametrize("kind", ["text-classification", "causal-lm", "image-classification"])
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(drawn=st.data())
+def test_one_example_more_moves_a_clipped_sum_by_no_more_than_the_bound(
+    kind: str, kinds: dict[str, tuple[PersonalModel, Any]], drawn: st.DataObject
+) -> None:
+    """Whichever examples were drawn beside it, and however long its gradient is."""
+    model, data = kinds[kind]
+    parameters, split = trained(model), data.splits["train"]
+    model.module.eval()
+    numbers = st.lists(st.integers(0, len(split) - 1), min_size=1, max_size=5, unique=True)
+    chosen, bound = drawn.draw(numbers), drawn.draw(st.sampled_from([1e-3, 0.1, 10.0]))
+    with pytest.MonkeyPatch.context() as patch:
+        scale = drawn.draw(st.sampled_from([1.0, 1e12, 1e30]))  # the last one overflows
+        patch.setattr(private, "each_loss", lambda model, batch: each_loss(model, batch) * scale)
+        gradients = ExampleGradients(model, parameters)
+        with_it, without = (
+            clipped_sum(gradients, split, torch.tensor(found, dtype=torch.long), bound)
+            for found in (chosen, chosen[:-1])
+        )
+    moved = torch.stack([(with_it[p] - without[p]).double().square().sum() for p in parameters]).sum().sqrt()
+    assert float(moved) <= bound * 1.001
     model.unload_all()
 
 
