@@ -16,7 +16,7 @@ STEPS = tuple(field.name for field in plan_pb2.Step.DESCRIPTOR.fields)
 _NOTHING = "none"
 _MAX_COUNTS = 1000
 """Counts of measured examples that are remembered for each split."""
-STATISTICS = ("sketch", "fisher", "gram", "attribute", "density", "select", "search")
+STATISTICS = ("sketch", "fisher", "gram", "attribute", "density", "likeness", "select", "search")
 """Kinds of steps whose result is about examples, and neither a model nor its score."""
 
 
@@ -310,7 +310,7 @@ def _training_steps(step: plan_pb2.Step) -> int:
 
 def _evaluations(step: plan_pb2.Step) -> int:
     others = len(step.select.slots) + len(step.attribute.slots) + len(step.density.slots) + step.search.evaluations
-    return step.HasField("evaluate") + step.HasField("density") + int(others)
+    return sum(map(step.HasField, ("evaluate", "density", "likeness"))) + int(others)
 
 
 def _slots_of(body: Any) -> Iterator[str]:

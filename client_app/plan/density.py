@@ -39,8 +39,10 @@ def carry_out(bench: Workbench, step: plan_pb2.DensityStep) -> report_pb2.Densit
     Raises:
         EnsembleError: the shares do not fit the slots.
         FeaturesError: the examples have no features.
-        PlanError: the Gaussians are not valid, there is no slot, or one twice.
+        PlanError: the Gaussians are not valid, there is no slot, or one twice, or the client has several tasks.
     """
+    if bench.data.tasks:
+        raise PlanError("examples of several tasks cannot be divided among Gaussians, expected one task")
     means, variances = _gaussians_of(step)
     data, slots = bench.split(step.split), loaded(bench, step.slots)
     along = directions(bench.model, step.dimensions, step.seed)

@@ -17,6 +17,7 @@ from client_app.kinds import Kind, kind_of
 from client_app.kinds.scores.texts import Written, text_metrics
 from client_app.model.forward.target_losses import AtTargets, AtTargetsWhole
 from client_app.model.personal import PersonalModel
+from client_app.plan import likeness
 from client_app.plan.ensembles import forward_of
 from client_app.plan.mixtures import activate
 from client_app.plan.progress import tick
@@ -39,6 +40,8 @@ def carry_out(bench: Workbench, step: plan_pb2.EvaluateStep) -> report_pb2.Evalu
     data, forward = bench.shown(step.split, step.examples), None
     if step.mixture.shares:
         forward = forward_of(bench, step.mixture)
+    elif step.mixture.likeness:
+        forward = likeness.forward_of(bench, step.mixture)
     else:
         activate(bench, step.mixture)
     metrics = evaluate(bench.model, data, bench.data, forward, loss_only=step.loss_only)

@@ -45,8 +45,10 @@ def directions(model: PersonalModel, dimensions: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def features(model: PersonalModel, batch: Dataset, along: Tensor) -> Tensor:
-    """z ``[b, d]`` float64 of a batch along the directions ``[d, d_in]``; no mixture is active afterwards.
+def features(model: PersonalModel, batch: Dataset, along: Tensor | None = None, slot: str = "") -> Tensor:
+    """z ``[b, d]`` float64 of a batch along the directions ``[d, d_in]`` (None: x itself, ``[b, d_in]``).
+
+    The base model reads the batch, with a loaded ``slot`` if one is named; that is what is active afterwards.
 
     Raises:
         FeaturesError: an example is several texts, or its mask is not about the module's tokens.
@@ -68,7 +70,7 @@ def features(model: PersonalModel, batch: Dataset, along: Tensor) -> Tensor:
         last.register_forward_pre_hook(look),
     ]
     model.module.eval()
-    model.activate({})
+    model.activate({slot: 1.0} if slot else {})
     try:
         with autocast(model.device):
             logits_of(model, _unanswered(batch))
@@ -78,7 +80,7 @@ def features(model: PersonalModel, batch: Dataset, along: Tensor) -> Tensor:
     found = torch.cat(rows)
     if len(found) != len(batch):
         raise FeaturesError(f"an example of a {batch.kind!r} is several texts, expected one to have features")
-    return found.cpu() @ along.T
+    return found.cpu() if along is None else found.cpu() @ along.T
 
 
 def log_densities(z: Tensor, means: Tensor, variances: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def fixed_terms(bench: Workbench, mixture: plan_pb2.Mixture) -> tuple[list[str],
     Raises:
         PlanError: the mixture is not a sum of adapters with fixed coefficients.
     """
-    if mixture.shares:
+    if mixture.shares or mixture.likeness:
         raise PlanError("an ensemble is not a sum of adapters")
     slots, coefficients = terms_of(mixture)
     if looks_at_input(bench.slots, coefficients):
@@ -68,8 +68,10 @@ def activate(bench: Workbench, mixture: plan_pb2.Mixture) -> None:
     """Load a mixture's slots with their own heads, and its gates, and make the model this mixture.
 
     Raises:
-        PlanError: the mixture is an ensemble.
+        PlanError: the mixture is an ensemble, or weighs by example.
     """
+    if mixture.likeness:
+        raise PlanError("a mixture that weighs by likeness can be evaluated and saved, not trained, merged or measured")
     if mixture.shares:
         raise PlanError("an ensemble can be evaluated and saved, not trained, merged or measured")
     slots, coefficients = terms_of(mixture)

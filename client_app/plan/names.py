@@ -39,7 +39,7 @@ def require_slot_names(plan: plan_pb2.Plan, blobs: Mapping[str, bytes]) -> None:
         named |= {name for name in (getattr(body, field, "") for field in _OPTIONAL) if name}
         named |= set(getattr(body, "slots", ()))
         for mixture in (getattr(body, field) for field in ("mixture", "teacher") if hasattr(body, field)):
-            named |= {term.slot for term in mixture.terms} | ({mixture.shares} - {""})
+            named |= {term.slot for term in mixture.terms} | ({mixture.shares, mixture.likeness} - {""})
             named |= {term.precision for term in mixture.terms if term.WhichOneof("coefficient") == "precision"}
             named |= {term.gate.slot for term in mixture.terms if term.HasField("gate")}
         if hasattr(body, "proximal") and body.HasField("proximal"):

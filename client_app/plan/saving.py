@@ -12,8 +12,9 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 def carry_out(bench: Workbench, step: plan_pb2.SaveStep) -> report_pb2.SaveResult:
     """Mark the mixture to be written to ``adapter/`` at the end of the plan."""
     slots, terms = terms_of(step.mixture)
-    if step.mixture.shares or looks_at_input(bench.slots, terms):
-        beside = {term.slot for term in terms if isinstance(term, Gate)} | ({step.mixture.shares} - {""})
+    named = {step.mixture.shares, step.mixture.likeness} - {""}
+    if named or looks_at_input(bench.slots, terms):
+        beside = {term.slot for term in terms if isinstance(term, Gate)} | named
         gates = {slot: bench.slots[slot] for slot in sorted(beside)}
         parts = {slot: bench.slots.whole(slot) for slot in slots}
         digest = bench.slots.save_parts(parts, gates, step.mixture)

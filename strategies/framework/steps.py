@@ -30,9 +30,7 @@ def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> p
 
 def ensemble(slots: Sequence[str], shares: str) -> plan_pb2.Mixture:
     """The slots' predicted probabilities, each slot alone, averaged with the shares in the slot ``shares``."""
-    mix = mixture(*slots)
-    mix.shares = shares
-    return mix
+    return plan_pb2.Mixture(terms=mixture(*slots).terms, shares=shares)
 
 
 def attribute(slots: Sequence[str], shares: str, *, split: str = "train") -> Step:
@@ -47,6 +45,16 @@ def density(
     step = plan_pb2.DensityStep(slots=slots, shares=shares, split="train", dimensions=dimensions, seed=seed)
     step.gaussians.extend(gaussians)
     return Step(density=step)
+
+
+def likeness(slot: str, source: str, *, samples: int, most: float) -> Step:
+    """``slot`` holds how some training examples look with ``source``, and the share of one that looks the same."""
+    return Step(likeness=plan_pb2.LikenessStep(slot=slot, source=source, split="train", samples=samples, most=most))
+
+
+def by_likeness(near: str, far: str, slot: str) -> plan_pb2.Mixture:
+    """``u near + (1 - u) far`` with a u for each example, by the :func:`likeness` in ``slot``."""
+    return plan_pb2.Mixture(terms=mixture(near, far).terms, likeness=slot)
 
 
 def gated(first: str, second: str, gates: str) -> plan_pb2.Mixture:
@@ -78,12 +86,8 @@ def initialise(slot: str, seed: int, *, keep_existing: bool = True, keep_own_hea
 
 def initialise_gates(slot: str, kind: str) -> Step:
     """Create a slot of gates at one half, ``"scalar"``, ``"input"`` (by example) or ``"token"``, unless it exists."""
-    kinds = {
-        "scalar": plan_pb2.GATE_KIND_SCALAR,
-        "input": plan_pb2.GATE_KIND_INPUT,
-        "token": plan_pb2.GATE_KIND_TOKEN,
-    }
-    return Step(initialise=plan_pb2.InitialiseStep(slot=slot, gate=kinds[kind], keep_existing=True))
+    name = f"GATE_KIND_{kind.upper()}"
+    return Step(initialise=plan_pb2.InitialiseStep(slot=slot, gate=name, keep_existing=True))
 
 
 def copy(slot: str, source: str) -> Step:

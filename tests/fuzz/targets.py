@@ -220,6 +220,10 @@ def seeds() -> dict[str, list[bytes]]:
         [steps.search("found", ["global", "local"], split="train", samples=2, evaluations=3, penalty=0.05, bound=1.5)],
         [steps.gram(training, "gram", mix), steps.attribute(["global", "local"], "shares")],
         [steps.density(["global", "local"], "mixed", GAUSSIANS, dimensions=2, seed=3)],
+        [
+            steps.likeness("like", "local", samples=2, most=0.5),
+            steps.save(steps.by_likeness("local", "global", "like")),
+        ],
         [steps.save(steps.ensemble(["global", "local"], "shares")), steps.merge("local", mix, truncate_rank=2)],
     ]
     filled = Adapter.initial(LAYOUT, 1)

@@ -244,8 +244,8 @@ class FakeNode:
                     moments, encoding_from_proto(step.gram.encoding), include_layout=False
                 ).blob
                 result.gram.slot = step.gram.slot
-            case "attribute":
-                result.attribute.examples = 5
+            case "attribute" | "likeness" as kind:
+                getattr(result, kind).examples = 5
             case "density":
                 look(step.density, self.name, result.density)
             case "select":

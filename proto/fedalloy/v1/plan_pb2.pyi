@@ -135,12 +135,14 @@ class Term(_message.Message):
     def __init__(self, slot: _Optional[str] = ..., scalar: _Optional[float] = ..., per_module: _Optional[_Union[ModuleCoefficients, _Mapping]] = ..., precision: _Optional[str] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
 
 class Mixture(_message.Message):
-    __slots__ = ("terms", "shares")
+    __slots__ = ("terms", "shares", "likeness")
     TERMS_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
+    LIKENESS_FIELD_NUMBER: _ClassVar[int]
     terms: _containers.RepeatedCompositeFieldContainer[Term]
     shares: str
-    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ..., shares: _Optional[str] = ...) -> None: ...
+    likeness: str
+    def __init__(self, terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ..., shares: _Optional[str] = ..., likeness: _Optional[str] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("factors", "modules", "without_basis")
@@ -498,8 +500,22 @@ class DensityStep(_message.Message):
     gaussians: _containers.RepeatedCompositeFieldContainer[Gaussian]
     def __init__(self, slots: _Optional[_Iterable[str]] = ..., shares: _Optional[str] = ..., split: _Optional[str] = ..., dimensions: _Optional[int] = ..., seed: _Optional[int] = ..., gaussians: _Optional[_Iterable[_Union[Gaussian, _Mapping]]] = ...) -> None: ...
 
+class LikenessStep(_message.Message):
+    __slots__ = ("slot", "source", "split", "samples", "most")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    source: str
+    split: str
+    samples: int
+    most: float
+    def __init__(self, slot: _Optional[str] = ..., source: _Optional[str] = ..., split: _Optional[str] = ..., samples: _Optional[int] = ..., most: _Optional[float] = ...) -> None: ...
+
 class Step(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "search", "density", "replace", "distill")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "search", "density", "likeness", "replace", "distill")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -514,6 +530,7 @@ class Step(_message.Message):
     ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     SEARCH_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
+    LIKENESS_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     DISTILL_FIELD_NUMBER: _ClassVar[int]
     initialise: InitialiseStep
@@ -530,9 +547,10 @@ class Step(_message.Message):
     attribute: AttributeStep
     search: SearchStep
     density: DensityStep
+    likeness: LikenessStep
     replace: ReplaceStep
     distill: DistillStep
-    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ..., search: _Optional[_Union[SearchStep, _Mapping]] = ..., density: _Optional[_Union[DensityStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
+    def __init__(self, initialise: _Optional[_Union[InitialiseStep, _Mapping]] = ..., train: _Optional[_Union[TrainStep, _Mapping]] = ..., merge: _Optional[_Union[MergeStep, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateStep, _Mapping]] = ..., save: _Optional[_Union[SaveStep, _Mapping]] = ..., send: _Optional[_Union[SendStep, _Mapping]] = ..., fisher: _Optional[_Union[FisherStep, _Mapping]] = ..., distance: _Optional[_Union[DistanceStep, _Mapping]] = ..., sketch: _Optional[_Union[SketchStep, _Mapping]] = ..., select: _Optional[_Union[SelectStep, _Mapping]] = ..., gram: _Optional[_Union[GramStep, _Mapping]] = ..., attribute: _Optional[_Union[AttributeStep, _Mapping]] = ..., search: _Optional[_Union[SearchStep, _Mapping]] = ..., density: _Optional[_Union[DensityStep, _Mapping]] = ..., likeness: _Optional[_Union[LikenessStep, _Mapping]] = ..., replace: _Optional[_Union[ReplaceStep, _Mapping]] = ..., distill: _Optional[_Union[DistillStep, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "seed", "steps", "run_key", "keep_received", "pinned_round", "reads_beside")

@@ -358,8 +358,14 @@ class DensityResult(_message.Message):
     gaussians: _containers.RepeatedCompositeFieldContainer[_plan_pb2.Gaussian]
     def __init__(self, examples: _Optional[int] = ..., log_density: _Optional[float] = ..., shares: _Optional[_Iterable[float]] = ..., gaussians: _Optional[_Iterable[_Union[_plan_pb2.Gaussian, _Mapping]]] = ...) -> None: ...
 
+class LikenessResult(_message.Message):
+    __slots__ = ("examples",)
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    def __init__(self, examples: _Optional[int] = ...) -> None: ...
+
 class StepResult(_message.Message):
-    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "search", "density", "replace", "distill", "seconds")
+    __slots__ = ("initialise", "train", "merge", "evaluate", "save", "send", "fisher", "distance", "sketch", "select", "gram", "attribute", "search", "density", "likeness", "replace", "distill", "seconds")
     INITIALISE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
@@ -374,6 +380,7 @@ class StepResult(_message.Message):
     ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     SEARCH_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
+    LIKENESS_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     DISTILL_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -391,10 +398,11 @@ class StepResult(_message.Message):
     attribute: AttributeResult
     search: SearchResult
     density: DensityResult
+    likeness: LikenessResult
     replace: ReplaceResult
     distill: DistillResult
     seconds: float
-    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ..., search: _Optional[_Union[SearchResult, _Mapping]] = ..., density: _Optional[_Union[DensityResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, initialise: _Optional[_Union[InitialiseResult, _Mapping]] = ..., train: _Optional[_Union[TrainResult, _Mapping]] = ..., merge: _Optional[_Union[MergeResult, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateResult, _Mapping]] = ..., save: _Optional[_Union[SaveResult, _Mapping]] = ..., send: _Optional[_Union[SendResult, _Mapping]] = ..., fisher: _Optional[_Union[FisherResult, _Mapping]] = ..., distance: _Optional[_Union[DistanceResult, _Mapping]] = ..., sketch: _Optional[_Union[SketchResult, _Mapping]] = ..., select: _Optional[_Union[SelectResult, _Mapping]] = ..., gram: _Optional[_Union[GramResult, _Mapping]] = ..., attribute: _Optional[_Union[AttributeResult, _Mapping]] = ..., search: _Optional[_Union[SearchResult, _Mapping]] = ..., density: _Optional[_Union[DensityResult, _Mapping]] = ..., likeness: _Optional[_Union[LikenessResult, _Mapping]] = ..., replace: _Optional[_Union[ReplaceResult, _Mapping]] = ..., distill: _Optional[_Union[DistillResult, _Mapping]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("version", "run_name", "client_id", "round", "results", "examples", "seconds", "wire", "privacy")

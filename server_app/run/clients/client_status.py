@@ -34,7 +34,7 @@ OUTCOMES = (OK, REJECTED, FAILED, LATE, LEFT, ABSENT, RESTED)
 SHOWN = 5
 SPENT = {
     "evaluation": ("evaluate", "select", "search"),
-    "statistics": ("fisher", "sketch", "gram", "distance", "attribute", "density"),
+    "statistics": ("fisher", "sketch", "gram", "distance", "attribute", "density", "likeness"),
 }
 """Kinds of steps by the name under which their time is recorded, beside training."""
 EVALUATED = ("personal", "held-out")

@@ -36,6 +36,7 @@ _WORDS = {
     "gram": "uploads second moments of the model's inputs on your examples",
     "attribute": "divides your examples among adapters by their losses",
     "density": "divides your examples by losses and by what the base model sees in them; reports moments of the latter",
+    "likeness": "keeps how some of your examples look to the model",
     "replace": "copies parts of adapters, depending on losses on your examples",
     "distill": "trains an adapter on your examples and on another adapter's answers to them",
 }

@@ -93,6 +93,14 @@ BOUNDS: dict[str, tuple[Policy, plan_pb2.Plan, dict[str, bytes], str]] = {
         {},
         "max-evaluations is 29, .* has 30",
     ),
+    "evaluations that look at features": (
+        Policy(max_evaluations=3),
+        plan_of(
+            steps.density(["a", "b"], "s", [], dimensions=2, seed=1), steps.likeness("l", "a", samples=2, most=0.5)
+        ),
+        {},
+        "max-evaluations is 3, .* has 4",
+    ),
     "slots": (Policy(max_slots=2), plan_of(steps.evaluate(TRAINING, MIX)), {"x": b""}, "max-slots is 2, .* has 3"),
     "bytes": (Policy(max_download_mb=0.001), plan_of(), {"x": bytes(1001)}, "max-download-mb is 0.001"),
     "rounds": (Policy(), plan_of(round_=10**6), {}, "max-rounds is 100000, .* has 1e\\+06"),
@@ -133,6 +141,9 @@ def test_a_step_about_one_example_is_refused_by_default(step: str) -> None:
     whole = plan_of(steps.train(TRAINING, MIX, ["local"]), steps.gram(TRAINING, "gram", MIX))
     with pytest.raises(PolicyError, match=r"20 examples, its client\.min-examples is 21"):
         Policy(min_examples=21).require_examples(whole, lambda split: 20)
+    for divides in (steps.attribute(["a"], "s"), steps.density(["a"], "s", [], dimensions=2, seed=1)):
+        with pytest.raises(PolicyError, match=r"20 examples, its client\.min-examples is 21"):
+            Policy(min_examples=21).require_examples(plan_of(divides), lambda split: 20)
 
 
 def send(slot: str) -> plan_pb2.Step:
