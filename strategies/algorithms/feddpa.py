@@ -7,10 +7,13 @@ Yang, Long, Shen, Jiang, Blumenstein, "Dual-Personalizing Adapter for Federated 
 * ``variant = "f"`` (FedDPA-F): the first half of the rounds (or ``federated-rounds``) is FedAvg; in the others the
   local adapter is trained beside the resulting global one, which travels down once; nothing else travels.
 
-u is fixed (``local_share``) in training and at test. The paper also has a weight for each test example, from the
-similarity of its embedding to training examples. It is left out here, because the released code multiplies it with
-another adapter than the text says. The server's mean is weighted by example counts (in the authors' code all clients
-count the same). A client that has no local adapter yet uses the global one.
+u is fixed (``local_share``) in training. With ``weights = "example"`` each test example has its own, as in the paper:
+``local_share`` times the mean cosine of its embedding with those of ``references`` training examples, drawn anew in
+each round, with the local adapter active. (The embedding is the input of the last adapted module, averaged over the
+prompt's tokens; theirs is the last hidden state of the last token. The released code multiplies the weight with the
+adapter that is active, which seems to be the global one; here it is the local one's, as the method suggests.) Then
+evaluations write no texts, and the model is kept in parts. The server's mean is weighted by example counts (in the
+authors' code all clients count the same). A client that has no local adapter yet uses the global one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from strategies.families.fedavg import SLOT, Averaging
 from strategies.framework import About, Answer, Brief, Client, State, steps
 from strategies.framework.options import require_choice, require_range
 
-LOCAL = "local"
+LOCAL, LIKENESS = "local", "likeness"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,17 @@ class FedDPAOptions:
     """
     local_share: float = 0.5
     """u, the weight of the local adapter's output."""
+    weights: str = "fixed"
+    """``"fixed"``: u for every example; ``"example"``: less for one that is unlike the client's training examples."""
+    references: int = 5
+    """With ``"example"``: how many training examples it is compared with."""
     federated_rounds: int = 0
     """Rounds of the global adapter in variant ``"f"``; 0 means half of the run's rounds."""
 
     def __post_init__(self) -> None:
         require_choice("variant", self.variant, ("t", "f"))
+        require_choice("weights", self.weights, ("fixed", "example"))
+        require_range("references", self.references, 1, 1000)
         require_range("local-share", self.local_share, 0, 1)
         require_range("federated-rounds", self.federated_rounds, 0)
 
@@ -80,8 +89,12 @@ class FedDPA(Averaging[FedDPAOptions]):
         return not self._is_federated(round_)
 
     def prepare(self, round_: int, client: Client) -> list[steps.Step]:
-        """The client's local adapter, from the common start."""
-        return [steps.initialise(LOCAL, self.seed)]
+        """The client's local adapter, from the common start; for weights by example, how training data look to it."""
+        plan = [steps.initialise(LOCAL, self.seed)]
+        if self._weighs(client):
+            samples, most = self.options.references, self.options.local_share
+            plan.append(steps.likeness(LIKENESS, LOCAL, samples=samples, most=most))
+        return plan
 
     def train(self, round_: int, client: Client) -> list[steps.Step]:
         """The client's local adapter beside the global one, then the global one alone."""
@@ -92,6 +105,8 @@ class FedDPA(Averaging[FedDPAOptions]):
 
     def personal(self, client: Client) -> plan_pb2.Mixture:
         """The sum of both, once the client has a local adapter."""
+        if self._weighs(client):
+            return steps.by_likeness(LOCAL, SLOT, LIKENESS)
         return self._both() if client.id in self.own else super().personal(client)
 
     def state(self) -> State:
@@ -106,6 +121,9 @@ class FedDPA(Averaging[FedDPAOptions]):
 
     def _both(self) -> plan_pb2.Mixture:
         return steps.mixture(SLOT, LOCAL, coefficients=[1 - self.options.local_share, self.options.local_share])
+
+    def _weighs(self, client: Client) -> bool:
+        return self.options.weights == "example" and client.id in self.own
 
     def _is_federated(self, round_: int) -> bool:
         half = self.options.federated_rounds or max(1, self.rounds // 2)

@@ -87,6 +87,24 @@ def test_feddpa_f_sends_the_global_adapter_once_more_and_then_nothing() -> None:
     assert torch.equal(fleet.strategy.state().tensors["model"], model)
 
 
+def test_feddpa_weighs_by_example_what_it_trains_with_a_fixed_share() -> None:
+    fleet = Fleet("feddpa", weights="example", local_share=0.25, references=7)
+    assert [step.WhichOneof("kind") for step in fleet.brief("ada").steps] == ["initialise", "evaluate", "train", "send"]
+    fleet.play()
+    fleet.play()
+    plan = fleet.brief("ada").steps
+    assert [step.WhichOneof("kind") for step in plan] == [
+        "initialise", "likeness", "evaluate", "train", "train", "send"
+    ]  # fmt: skip
+    asked, mix = plan[1].likeness, plan[2].evaluate.mixture
+    assert (asked.source, asked.samples, asked.most, asked.split) == ("local", 7, 0.25, "train")
+    assert ([term.slot for term in mix.terms], mix.likeness) == (["local", "global"], asked.slot)
+    assert coefficients(trains(fleet)[0].mixture) == {"global": 0.75, "local": 0.25}
+    delivered = fleet.strategy.deliver(fleet.strategy.clients["ada"]).steps
+    assert [step.WhichOneof("kind") for step in delivered] == ["initialise", "likeness", "save", "evaluate"]
+    assert delivered[2].save.mixture == delivered[3].evaluate.mixture == mix
+
+
 def test_fedrep_divides_adapter_and_steps() -> None:
     head, body = trains(Fleet("fedrep", own_steps=0.4))
     assert (list(head.part.modules), head.steps) == (["head"], 12)
@@ -160,6 +178,7 @@ def test_options() -> None:
     for name, options, message in (
         ("apfl", {"alpha": 1.5}, "alpha = 1.5, expected a finite number of at least 0 and at most 1"),
         ("feddpa", {"variant": "x"}, "variant = 'x', expected one of t, f"),
+        ("feddpa", {"weights": "x"}, "weights = 'x', expected one of fixed, example"),
         ("fedalt", {"mixer": "inputs"}, r"mixer = 'inputs' \(did you mean 'input'\?\)"),
         ("ties", {"density": 0.0}, "density = 0.0, expected above 0 and at most 1"),
         ("dare", {"drop": 1.0}, "drop = 1.0, expected at least 0 and below 1"),

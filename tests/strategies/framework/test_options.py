@@ -44,7 +44,7 @@ OTHER: dict[str, Any] = {
     "fedmosaic.sketch-encoding": "int8", "fedmosaic.sketch-rows": 0.75, "fedmosaic.sketch-new-weight": 0.25,
     "fedmosaic.max-relevance": 0.5,
     "apfl.alpha": 0.25, "co-pfl.direction-share": 0.25, "dare.drop": 0.25,
-    "fedalt.mixer": "scalar", "feddpa.variant": "f", "feddpa.local-share": 0.25,
+    "fedalt.mixer": "scalar", "feddpa.variant": "f", "feddpa.weights": "example", "feddpa.local-share": 0.25,
     "fedfomo.explore": 0.25, "own": "*.v_proj", "own-steps": 0.25, "fml.alpha": 0.25, "fml.beta": 0.25,
     "fedppa.alignment": 0.25, "pfedhn.rate": 0.25,
     "persa-fl.envelope": "moreau", "persa-fl.move": 0.25, "persa-fl.rate": 0.5, "straggler-resilient.first": 0.25,

@@ -40,9 +40,10 @@ SAVED = {TEXTS: lambda folder: tiny_models.save_llama(folder, chat=True), IMAGES
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {} if name == "fedalt" else OPTIONS.get(name, {})) for name in sorted(STRATEGIES)),
     ("fedalt", {"mixer": "scalar"}),
+    ("feddpa", {"weights": "example"}),
     ("fedmosaic", {"gate": "input"}),
 ]
-INPUT_GATED = [("fedalt", {}), ("fedem", {}), ("fedgmm", {}), ("fedpae", {}), ("fedmosaic", {"gate": "input"})]
+INPUT_GATED = [*((name, {}) for name in ("fedalt", "fedem", "fedgmm", "fedpae")), SETTINGS[-2], SETTINGS[-1]]
 """Strategies whose model is a sum with coefficients that depend on the input."""
 
 
