@@ -87,7 +87,7 @@ class DataSettings:
     text_column: str = "text"
     """Column of the text; two for pairs of texts: ``"premise,hypothesis"``."""
     label_column: str = "label"
-    """Column of the label."""
+    """Column of the label; several columns of zeros and ones are a label each: ``"toxic,obscene"``."""
     prompt_column: str = "prompt"
     """Column of the prompt."""
     completion_column: str = "completion"

@@ -196,6 +196,10 @@ class Kind:
         """Columns that hold the answer of a test row; the first one that exists counts."""
         return (settings.label_column,)
 
+    def labels_named(self, settings: DataSettings) -> tuple[str, ...]:
+        """Labels that the names of columns tell; none if only the examples do."""
+        return ()
+
     def labels_of(self, example: Example) -> Sequence[str]:
         """The names of labels that an example has."""
         return [example.label] if example.label is not None else []

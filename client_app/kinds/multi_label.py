@@ -17,7 +17,7 @@ from client_app.kinds.classification import read_texts
 from client_app.kinds.contract import About, Cells, Encoding, Kind, TaskError
 from client_app.kinds.generation import first_name
 from client_app.kinds.scores.classes import area_under_curve
-from client_app.settings import DataSettings
+from client_app.settings import DataSettings, canonical_label
 
 MOST_WEIGHT = 100.0
 """The most that a yes may count compared with a no, if weights are made from the data."""
@@ -37,7 +37,8 @@ class MultiLabel(Kind):
 
     name = "multi-label-classification"
     about = About(
-        "`text` (or two), `label` as a list (in CSV: `a,b`, or a JSON list)",
+        "`text` (or two), `label` as a list (in CSV: `a,b`, or a JSON list); or a column of zeros and ones for each "
+        'label: `label-column="toxic,obscene"`',
         "accuracy (all labels right), macro and micro F1, macro AUROC and each label's",
     )
     order = 10
@@ -50,11 +51,15 @@ class MultiLabel(Kind):
 
     def fits(self, row: Mapping[str, Any], settings: DataSettings) -> bool:
         """See :meth:`Kind.fits`."""
-        text = row.get(first_name(settings.text_column))
-        return isinstance(text, str) and isinstance(row.get(settings.label_column), list)
+        text, several = row.get(first_name(settings.text_column)), _several(settings)
+        told = all(name in row for name in several) if several else isinstance(row.get(settings.label_column), list)
+        return isinstance(text, str) and told
 
     def read(self, cells: Cells) -> dict[str, Any]:
         """See :meth:`Kind.read`."""
+        several = _several(cells.settings)
+        if several:
+            return {"told": {"labels": tuple(name for name in several if _yes(cells, name))}} | read_texts(cells)
         column = cells.settings.label_column
         value: Any = cells.values.get(column, "") if column in cells.values else cells.value(column)
         if isinstance(value, str):
@@ -62,15 +67,27 @@ class MultiLabel(Kind):
         if value is None or not isinstance(value, list | tuple):
             cells.refuse(column, f"{str(value)[:60]!r}, expected a list of labels")
         names = tuple(dict.fromkeys(cells.label_of(item, column) for item in value))
-        if len(names) < len(value) and set(names) <= {"0", "1"}:  # read as names these would be two labels
+        twice = len(names) < len(value) and set(names) <= {"0", "1"}  # read as names these would be two labels
+        if twice or any(isinstance(item, bool) for item in value):
             cells.refuse(
-                column, f"{str(value)[:60]}, zeros and ones, expected the names of the labels that the row has"
+                column,
+                f"{str(value)[:60]}, zeros and ones, expected the names of the labels that the row has, or a column "
+                "for each label (label-column = 'first,second')",
             )
         return {"told": {"labels": names}} | read_texts(cells)
 
     def columns_read(self, columns: set[str], settings: DataSettings) -> set[str]:
         """See :meth:`Kind.columns_read`."""
-        return {settings.label_column} | {name.strip() for name in settings.text_column.split(",")}
+        labels = _several(settings) or (settings.label_column,)
+        return set(labels) | {name.strip() for name in settings.text_column.split(",")}
+
+    def unlabelled_by(self, settings: DataSettings) -> tuple[str, ...]:
+        """See :meth:`Kind.unlabelled_by`."""
+        return _several(settings) or (settings.label_column,)
+
+    def labels_named(self, settings: DataSettings) -> tuple[str, ...]:
+        """See :meth:`Kind.labels_named`."""
+        return _several(settings)
 
     def labels_of(self, example: Example) -> Sequence[str]:
         """See :meth:`Kind.labels_of`."""
@@ -135,6 +152,22 @@ class MultiLabel(Kind):
         if not all(_CALLED.fullmatch(name) for name in names):
             names = ()
         return found | {f"auroc:{names[n] if names else n}": area for n, area in known.items()}
+
+
+def _several(settings: DataSettings) -> tuple[str, ...]:
+    """Columns that are labels themselves; none if one column holds the labels."""
+    names = tuple(name for name in map(canonical_label, settings.label_column.split(",")) if name)
+    return names if len(names) > 1 else ()
+
+
+def _yes(cells: Cells, column: str) -> bool:
+    """Whether a row has the label that a column is named after."""
+    value = cells.value(column)
+    known = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
+    found = known.get(str(value).strip().lower())
+    if found is None:
+        cells.refuse(column, f"{str(value)[:60]!r}, expected 0 or 1, as the column is a label")
+    return found
 
 
 def _parsed(value: str) -> Any:

@@ -23,6 +23,7 @@ from client_app.data.dataset import MASK, ClientData, Dataset
 from client_app.data.example import Example
 from client_app.data.targets import IGNORED, by_example
 from client_app.kinds.contract import About, Cells, Encoding, Kind, Scorer
+from client_app.kinds.generation import CONVERSATIONS
 from client_app.settings import DataSettings
 
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -38,7 +39,7 @@ class Preferences(Kind):
 
     name = "preferences"
     about = About(
-        "`chosen`, `rejected`, and `prompt` (texts, or lists of messages); without `prompt`, what both begin with",
+        "`chosen`, `rejected`, and `prompt` or `conversations` (texts or messages); without, what both begin with",
         "accuracy (the chosen answer has the larger reward), margin of rewards",
     )
     order = 3
@@ -66,7 +67,8 @@ class Preferences(Kind):
             if not chosen or not rejected or chosen == rejected:
                 cells.refuse(REJECTED, "the two answers are the same, or one is empty, expected two that differ")
             return {"prompt": asked or None, "told": {CHOSEN: chosen, REJECTED: rejected}}
-        first = list(cells.turns(prompt)) if prompt in cells.values else []
+        asked_in = next((column for column in (prompt, CONVERSATIONS) if column in cells.values), "")
+        first = list(cells.turns(asked_in)) if asked_in else []
         better, worse = cells.turns(CHOSEN), cells.turns(REJECTED)
         if not first:
             shared = _common(better, worse)
@@ -78,7 +80,7 @@ class Preferences(Kind):
 
     def columns_read(self, columns: set[str], settings: DataSettings) -> set[str]:
         """See :meth:`Kind.columns_read`."""
-        return {CHOSEN, REJECTED, settings.prompt_column}
+        return {CHOSEN, REJECTED, settings.prompt_column if settings.prompt_column in columns else CONVERSATIONS}
 
     def unlabelled_by(self, settings: DataSettings) -> tuple[str, ...]:
         """See :meth:`Kind.unlabelled_by`."""
@@ -127,7 +129,14 @@ class Preferences(Kind):
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Length of the common start of two texts or conversations, without a space before the first different word."""
+    """Length of the common start of two texts or conversations, without a space before the first different word.
+
+    If one text is the beginning of the other, its last word is still its own: an answer of no words is none.
+    """
     pairs = enumerate(zip(first, second, strict=False))
     at = next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
-    return at - 1 if isinstance(first, str) and at and first[at - 1] == " " else at
+    if not isinstance(first, str):
+        return at
+    if at == min(len(first), len(second)):
+        return max(len(first[:at].rstrip()) - len(first[:at].split()[-1]), 0) if first[:at].strip() else 0
+    return at - 1 if at and first[at - 1] == " " else at

@@ -23,7 +23,7 @@ class Regression(Kind):
 
     name = "regression"
     about = About(
-        '`text` (or two), `label` as a number that is not an integer; for integers, set `task="regression"`',
+        '`text` (or two), `label` as numbers that are not all integers; for integers, set `task="regression"`',
         "mean squared error, Pearson's and Spearman's correlation",
     )
     order = 11
@@ -36,18 +36,14 @@ class Regression(Kind):
 
     def fits(self, row: Mapping[str, Any], settings: DataSettings) -> bool:
         """See :meth:`Kind.fits`."""
-        value = row.get(settings.label_column)
-        return first_name(settings.text_column) in row and isinstance(value, float) and not value.is_integer()
+        return first_name(settings.text_column) in row and is_fraction(row.get(settings.label_column))
 
     def read(self, cells: Cells) -> dict[str, Any]:
         """See :meth:`Kind.read`."""
         column = cells.settings.label_column
         value = cells.value(column)
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            number = float(value)
-        except (TypeError, ValueError):
+        number = number_in(value)
+        if number is None:
             cells.refuse(column, f"{str(value)[:60]!r}, expected a number")
         if not math.isfinite(number):
             cells.refuse(column, f"{number}, expected a finite number")
@@ -88,6 +84,30 @@ class Regression(Kind):
             return found
         correlations = {"pearson": correlation(outputs, labels), "spearman": correlation(ranks(outputs), ranks(labels))}
         return found | {name: value for name, value in correlations.items() if math.isfinite(value)}
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether a label is a number, or the text of one, that is not an integer.
+
+    >>> [is_fraction(value) for value in (3.8, "3.8", 4.0, "4.000", 4, "four", "1e-3", "nan")]
+    [True, True, False, False, False, False, True, False]
+    """
+    number = number_in(value)
+    return number is not None and math.isfinite(number) and not number.is_integer()
+
+
+def number_in(value: Any) -> float | None:
+    """A label as a number; None if it is none, or has signs that only Python reads (``1_000``).
+
+    >>> [number_in(value) for value in ("-1.0", 2, True, "1_000", "one", None)]
+    [-1.0, 2.0, None, None, None, None]
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or "_" in str(value):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def correlation(first: Tensor, second: Tensor) -> float:

@@ -19,7 +19,7 @@ from client_app.data.targets import IGNORED
 from client_app.kinds import Kind
 from client_app.model.bases.model_folders import BaseModelError, FoundModel, load_config, longest_input
 from client_app.own.chat import ChatTemplate, Span, common_start
-from client_app.own.messages import Turn, image_parts
+from client_app.own.messages import PLACEHOLDER, Turn, with_parts
 from client_app.own.reading.images import ImageReader, read_image
 from client_app.own.reading.text_files import DataError
 
@@ -115,7 +115,7 @@ class Encoder:
             assert self.chat is not None
             text, spans = self.chat.render(turns, example.context, example.first, example.place)
         else:
-            asked = f"{self._image_tokens(example)}{example.prompt or ''}{self.between if example.prompt else ''}"
+            asked = f"{self._with_tokens(example)}{self.between if example.prompt else ''}"
             text = f"{asked}{example.completion}"
             spans = [(len(asked), len(text))]
         if self.takes_suffix and not turns:
@@ -135,14 +135,17 @@ class Encoder:
             raise DataError(f"{example.place}: nothing is left to learn within {self.max_length} tokens (max-length)")
         return {"input_ids": ids, MASK: [1] * len(ids), **beside, "labels": labels}
 
-    def _image_tokens(self, example: Example) -> str:
-        """The tokens for an example's images before its prompt; none if the prompt has places for them."""
-        token = str(getattr(self.joint, "image_token", None) or "")
-        there = (example.prompt or "").count(token) if token else 0
+    def _with_tokens(self, example: Example) -> str:
+        """An example's prompt with the tokens for its images: where it has places for them, else before it."""
+        prompt, token = example.prompt or "", str(getattr(self.joint, "image_token", None) or "")
+        if not token:
+            return prompt
+        prompt = prompt if token in prompt else prompt.replace(PLACEHOLDER, token)
+        there = prompt.count(token)
         if there not in (0, len(example.images)):
             raise DataError(f"{example.place}: {there} times {token} in the prompt, and {len(example.images)} images")
         # One on each line: Qwen-VL reads neighbours with nothing between them as one image.
-        return "" if there or not token else "\n".join([token] * len(example.images))
+        return prompt if there else "\n".join([token] * len(example.images)) + prompt
 
     def _turns(self, example: Example) -> Sequence[Turn]:
         """An example as a conversation for this model; empty if its texts are read as they are."""
@@ -153,7 +156,7 @@ class Encoder:
             turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
         if example.prompt is not None:
             self.findings["prompts are read through the model's chat template (prompt-template = 'auto')"] += 1
-        return _with_parts(turns, len(example.images)) if self.kind.has_image else turns
+        return with_parts(turns, len(example.images), example.place) if self.kind.has_image else turns
 
     def _tokens(
         self, example: Example, text: str, spans: Sequence[Span], *, templated: bool
@@ -221,19 +224,6 @@ class Encoder:
         self.image_names.update(encoded)
         fields = ["input_ids", *(name for name in encoded if name.endswith("token_type_ids"))]
         return {name: [int(number) for number in encoded[name][0]] for name in fields}
-
-
-def _with_parts(turns: Sequence[Turn], images: int) -> list[Turn]:
-    """Messages as templates of processors expect them: lists of parts; images come first if no message places them."""
-    found = [dict(turn) for turn in turns]
-    for turn in found:
-        if isinstance(turn.get("content"), str):
-            turn["content"] = [{"type": "text", "text": turn["content"]}]
-        turn["content"] = [{"type": "image"} if p["type"] == "image" else p for p in turn.get("content") or []]
-    if not image_parts(found):
-        user = next(turn for turn in found if turn["role"] == "user")
-        user["content"] = [*({"type": "image"} for _ in range(images)), *user["content"]]
-    return list(found)
 
 
 def _touched(places: Sequence[Span], added: Sequence[int], spans: Sequence[Span]) -> list[bool]:

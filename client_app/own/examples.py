@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,15 +35,18 @@ def guess_kind(row: Mapping[str, Any], settings: DataSettings) -> str:
         DataError: they fit no kind.
     """
     kind = kind_for(row, settings)
-    if kind is not None:
-        return kind.name
     lost = [
         f"{item.name.replace('_', '-')} = {given!r}"
         for item in fields(DataSettings)
         if item.name.endswith("_column")
         and (given := getattr(settings, item.name)) != item.default
-        and given.split(",")[0].strip() not in row
+        and not all(name.strip() in row for name in given.split(","))
     ]
+    # A text alone is one to write, but not if somebody has named the column of its label.
+    alone = {name: value for name, value in row.items() if name != settings.text_column}
+    unlabelled = any(item.startswith("label-column") for item in lost) and kind_for(alone, settings) is None
+    if kind is not None and not (kind.generative and unlabelled):
+        return kind.name
     missing = f"{' and '.join(lost)}: there is no such column. Columns" if lost else "columns"
     raise DataError(
         f"{missing} {', '.join(map(repr, row))} fit no known task; expected text + label, prompt + completion, "
@@ -119,22 +121,12 @@ def read_example(row: Row, kind: Kind, settings: DataSettings) -> Example:
     return Example(row.place, **kind.read(RowCells(row, settings, kind.has_image)))
 
 
-def look_alikes(labels: Iterable[str]) -> int:
-    """How many labels a reader takes for another one: they differ in case, width, blanks or what cannot be seen.
-
-    >>> look_alikes(["yes", "Yes", "no", "1", "1.0"])
-    4
-    """
-    seen = Counter(_as_seen(label) for label in labels)
-    return sum(count for count in seen.values() if count > 1)
-
-
 def columns_read(kind: Kind, settings: DataSettings, columns: Iterable[str]) -> set[str]:
     """Which of a row's columns :func:`read_example` looks at."""
     there = set(columns)
     return (
         {settings.split_column, settings.partition_by, settings.task_column} | kind.columns_read(there, settings)
-    ) & there
+    ) & (there - {""})
 
 
 def _to_write(row: Row, settings: DataSettings) -> dict[str, Any]:
@@ -166,11 +158,6 @@ def _images_to_write(row: Row, column: str, parts: Sequence[Mapping[str, Any]]) 
     if parts and len(parts) != len(found):
         raise DataError(f"{row.place}: {len(parts)} places for images in the messages, and {len(found)} images")
     return found
-
-
-def _as_seen(label: str) -> str:
-    plain = unicodedata.normalize("NFKC", label).casefold().removesuffix(".0")
-    return "".join(letter for letter in plain if unicodedata.category(letter) not in ("Cf", "Zs"))
 
 
 def _label(value: Any, where: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,17 +21,16 @@ from client_app.model.bases.model_folders import BaseModelError, FoundModel, fin
 from client_app.model.forward.padding import ALONE, find_padding, inputs_taken
 from client_app.own.checked import Checked, copies_among
 from client_app.own.encoding import Encoder, load_encoder
-from client_app.own.examples import columns_read, guess_kind, look_alikes
+from client_app.own.examples import columns_read, guess_kind
+from client_app.own.labels import first_trained, labels_in_order, most_telling, remarks_on, without_unlabelled
 from client_app.own.reading.images import frames_in, read_image
 from client_app.own.reading.readers import SPLIT_NAMES, SPLITS, Table, read_table, stamp
-from client_app.own.reading.text_files import ChosenRows, DataError, Row
+from client_app.own.reading.text_files import DataError
 from client_app.own.stored_splits import encode_split
 from client_app.settings import DataSettings, ModelSettings, Settings
 from fedalloy_adapters.files.atomic_files import write_durably
 
 MIN_EXAMPLES = 3
-_UNLABELLED = {"None", "", "-1"}
-"""What benchmarks' test splits have instead of a label, as text."""
 _LEAST_TOKENS = 0.5
 """If a tokenizer has a smaller share of tokens than this, compared with the model's embeddings, it is probably not the
 model's."""
@@ -120,12 +118,12 @@ def read_own(settings: Settings) -> Found:
         from client_app.own.reading.partitions import partition
 
         table = partition(table, data, settings.partition_id, settings.num_partitions)
-    first = _first_trained(table)
+    first = first_trained(table)
     if first is None:
         raise DataError(f"{table.rows[0].place}: no row is in split 'train'")
-    kind = kind_of(settings.model.task or guess_kind(first.values, data))
+    kind = kind_of(settings.model.task or guess_kind(most_telling(table, first, settings).values, data))
     rows_read = len(table.rows)
-    table = _without_unlabelled(table, first, kind, data)
+    table = without_unlabelled(table, first, kind, data)
     examples = Checked.of(table.rows, kind, data)
     read = columns_read(kind, data, examples.columns)
     shared = settings.model.label_names
@@ -134,15 +132,14 @@ def read_own(settings: Settings) -> Found:
             "dp.epsilon with classes that are found in the examples: how many there are, which the head's size tells, "
             "would depend on a single one; name them (labels)"
         )
-    labels = _labels(examples, shared) if kind.has_labels else ()
+    named = shared or kind.labels_named(data)
+    labels = labels_in_order(examples, named, asked=bool(settings.model.task)) if kind.has_labels else ()
     splits = _divide(examples, table.splits, data)
     found = Found(kind, splits, labels, data.data_path, list(table.findings))
     kept = sum(len(split) for split in splits.values())
     if kept != rows_read:
         found.findings.append(f"{rows_read} rows were read, {kept} are examples")
-    alike = look_alikes(labels)
-    if alike:
-        found.findings.append(f"{alike} of {len(labels)} labels look like another one (case, width, what is not seen)")
+    found.findings += remarks_on(labels, examples.counts())
     unread = sorted(examples.columns - read)
     if unread:
         found.findings.append(f"columns that are not read: {', '.join(map(repr, unread))}")
@@ -299,37 +296,6 @@ def notes_of(found: Found, encoder: Encoder) -> list[str]:
     return notes
 
 
-def _first_trained(table: Table) -> Row | None:
-    """The first row that is trained on."""
-    pairs = zip(table.rows, table.splits, strict=True)
-    return next((row for row, split in pairs if split in (None, "train")), None)
-
-
-def _without_unlabelled(table: Table, first: Row, kind: Kind, data: DataSettings) -> Table:
-    """Leave out test and validation splits without any label, as in benchmarks and competitions.
-
-    Their examples then come from train, as if the data had no such split. ``first`` is the first row of train.
-    """
-    column = next((name for name in kind.unlabelled_by(data) if name in first.values), "")
-    held_out = {"validation", "test"} & set(table.splits)
-    if not column or not held_out:
-        return table
-    seen: dict[str, set[str]] = {name: set() for name in held_out}
-    numbered = False
-    for row, split in zip(table.rows, table.splits, strict=True):
-        told = str(row.values.get(column)).strip()
-        if split in held_out:
-            seen[split].add(told if told in _UNLABELLED else "a label")
-        else:
-            numbered |= told == "-1"
-    missing = _UNLABELLED - ({"-1"} if numbered else set())
-    left_out = [name for name in ("validation", "test") if name in held_out and seen[name] <= missing]
-    findings = [f"{table.splits.count(name)} rows of {name} have no {column!r} and are left out" for name in left_out]
-    kept = [number for number, split in enumerate(table.splits) if split not in left_out]
-    rows = ChosenRows.of(table.rows, kept) if left_out else table.rows
-    return Table(rows, [table.splits[n] for n in kept], [*table.findings, *findings])
-
-
 def _split_by_column(table: Table, column: str) -> Table:
     splits = []
     for row in table.rows:
@@ -338,30 +304,6 @@ def _split_by_column(table: Table, column: str) -> Table:
             raise DataError(f"{row.place}, column {column!r}: {value!r}, expected train, validation or test")
         splits.append(SPLIT_NAMES[value])
     return replace(table, splits=splits)
-
-
-def _labels(examples: Checked, shared: Sequence[str]) -> tuple[str, ...]:
-    """Class names in order: those that all clients share, else this client's own (numbers by value, then names)."""
-    unknown = next((number for number, name in enumerate(examples.names) if name not in shared), None)
-    if shared and unknown is not None:
-        label = examples.names[unknown]
-        at = int(np.searchsorted(examples.ends, np.argmax(examples.labels == unknown), side="right"))
-        close = difflib.get_close_matches(label, shared, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise DataError(
-            f"{examples[at].place}: label {label!r} is not one of the labels of this run ({', '.join(shared)}){hint}"
-        )
-    if shared:
-        return tuple(shared)
-    names = examples.names
-    if len(names) < 2:
-        only = f"the only label is {names[0]!r}" if names else "there is no label"
-        raise DataError(f"{examples[0].place}: {only}, expected at least two")
-    return tuple(sorted(names, key=lambda name: (0, int(name), "") if _is_number(name) else (1, 0, name)))
-
-
-def _is_number(name: str) -> bool:
-    return name.lstrip("-").isdecimal() and name.isascii()
 
 
 def _divide(examples: Checked, given: Sequence[str | None], settings: DataSettings) -> dict[str, Checked]:

@@ -12,6 +12,8 @@ from client_app.own.reading.values import checked_text, short, value_in
 
 Turn = Mapping[str, Any]
 """One message: role, content (a text, or a list of parts), and whatever else the chat template may use."""
+PLACEHOLDER = "<image>"
+"""The place of an image in a text, in the data of LLaVA and of those that followed it."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"} | {
     "bot": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool"
@@ -37,8 +39,9 @@ def read_messages(row: Row, column: str) -> tuple[Turn, ...]:
 
 
 def read_turns(row: Row, column: str) -> tuple[Turn, ...]:
-    """The messages in a column, whoever wrote the last."""
-    return _turns(row, column)
+    """The messages in a column, or the only one, whoever wrote the last."""
+    value = row.values.get(column)
+    return _turns(Row({column: [value]}, row.place, row.folder) if isinstance(value, Mapping) else row, column)
 
 
 def read_prompt_and_completion(row: Row, prompt: str, completion: str) -> tuple[tuple[Turn, ...], int]:
@@ -100,6 +103,43 @@ def image_parts(turns: Sequence[Turn]) -> list[Mapping[str, Any]]:
     """The messages' places for images, in order; ``image`` is the image if the message itself names it."""
     lists = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
     return [part for content in lists for part in content if part.get("type") == "image"]
+
+
+def with_parts(turns: Sequence[Turn], images: int, place: str) -> list[Turn]:
+    """Messages as templates of processors expect them: lists of parts.
+
+    An image's place is a part of type ``image``, or ``<image>`` in a text that is not the assistant's (LLaVA); if no
+    message has a place, images come first.
+
+    Raises:
+        DataError: there are more or less places than images.
+    """
+    found = [dict(turn) for turn in turns]
+    for turn in found:
+        if isinstance(turn.get("content"), str):
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+        turn["content"] = [{"type": "image"} if p["type"] == "image" else p for p in turn.get("content") or []]
+    if image_parts(found):
+        return list(found)
+    asked = [turn for turn in found if turn["role"] != "assistant"]
+    places = sum(part["text"].count(PLACEHOLDER) for turn in asked for part in turn["content"])
+    if places not in (0, images):
+        raise DataError(f"{place}: {places} times {PLACEHOLDER} in the messages, and {images} images")
+    for turn in asked if places else ():
+        turn["content"] = [piece for part in turn["content"] for piece in _divided(part["text"])]
+    if not places:
+        user = next(turn for turn in found if turn["role"] == "user")
+        user["content"] = [*({"type": "image"} for _ in range(images)), *user["content"]]
+    return list(found)
+
+
+def _divided(text: str) -> list[dict[str, str]]:
+    """A text's parts between the places for images, and those places."""
+    found: list[dict[str, str]] = []
+    for number, part in enumerate(text.split(PLACEHOLDER)):
+        found += [{"type": "image"}] if number else []
+        found += [{"type": "text", "text": part}] if part else []
+    return found
 
 
 def _parsed(row: Row, column: str) -> Any:

@@ -30,6 +30,8 @@ from client_app.model.linear_modules import features_of
 from client_app.model.module_roles import outside_towers
 from client_app.settings import ModelSettings
 
+_IN_A_LAYER = re.compile(r"\.\d+\.")
+"""In names of parameters: they belong to one of several equal layers, not to a head."""
 _MOST_DRAWN = 0.25
 """Largest share of a model's numbers that may be drawn beside its heads (a pooler, tokens of an image)."""
 _USUAL_TARGETS = (
@@ -109,6 +111,9 @@ def _loaded(
     model, info = _from_pretrained(auto_model, found, kind, config, options)
     missing = [*_names(info["missing_keys"]), *_names(info["mismatched_keys"])]
     notes = list(found.notes)
+    layers = [name for name in _names(info["unexpected_keys"]) if _IN_A_LAYER.search(name)]
+    if layers:
+        notes.append(f"{len(layers)} parameters of the checkpoint have no place in this model ({min(layers)}, ...)")
     if renamed:
         notes += _fit_head(model, label_parameters(auto_model, config), missing, rows, labels)
     else:

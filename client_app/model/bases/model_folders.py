@@ -88,8 +88,8 @@ def find_model(name: str, cache_dir: Path) -> FoundModel:
             f"base-model {name!r}: {folder} has no *.safetensors (found {others}); other formats can contain code and "
             "are not read: save the model again with save_pretrained"
         )
-    notes = (f"beside the model's weights there are {', '.join(beside)}, which are not read",) if beside else ()
-    return FoundModel(name, folder, _fingerprint(folder, weights, cache_dir), notes)
+    notes = [f"beside the model's weights there are {', '.join(beside)}, which are not read"] if beside else []
+    return FoundModel(name, folder, _fingerprint(folder, weights, cache_dir), (*notes, *_other_templates(folder)))
 
 
 def _weights_in(name: str, folder: Path) -> tuple[list[Path], list[str]]:
@@ -111,6 +111,18 @@ def _weights_in(name: str, folder: Path) -> tuple[list[Path], list[str]]:
     read = [whole] if whole.is_file() else [path for path in found if path.name in shards] if shards else found
     others = [path for path in sorted(folder.iterdir()) if path.suffix in _OTHER_WEIGHTS]
     return read, [path.name for path in [*found, *others] if path not in read]
+
+
+def _other_templates(folder: Path) -> list[str]:
+    """A note if the folder has chat templates that differ; transformers reads ``chat_template.jinja``."""
+    try:
+        read = (folder / "chat_template.jinja").read_text().strip()
+        beside = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return []
+    if not isinstance(beside, str) or beside.strip() == read:
+        return []
+    return ["tokenizer_config.json has another chat template than chat_template.jinja, which is the one that is read"]
 
 
 def _require_plain(name: str, folder: Path) -> None:

@@ -19,8 +19,8 @@ MAX_IMAGE_PIXELS = 100_000_000
 MAX_CACHE_BYTES = 2**28
 """Most bytes of processed images that one split keeps; others are decoded again."""
 _DEPTHS = (8, 10, 12, 14, 16)
-_MAX_SAMPLE_VALUE = 281
-"""The TIFF tag with the largest value that a sample may have."""
+_PHOTOMETRIC, _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 262, 258, 281
+"""TIFF tags: what zero means (0: white), the depth, and the largest value that a sample may have."""
 
 
 def read_image(source: Path | bytes, place: str) -> Any:
@@ -92,6 +92,8 @@ def _to_rgb(image: Any) -> Any:
 def _eight_bits(image: Any) -> Any:
     import PIL.Image
 
+    tags = dict(getattr(image, "tag_v2", {}))
+    white_is_zero = tags.get(_PHOTOMETRIC) == 0
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise _ValueError("has values that are not finite")
@@ -99,11 +101,13 @@ def _eight_bits(image: Any) -> Any:
     if image.mode == "F":
         low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (0.0, 255.0) if low >= 0 and high <= 255 else (low, high)
     elif low >= 0:
-        told = dict(getattr(image, "tag_v2", {})).get(_MAX_SAMPLE_VALUE)
+        told = tags.get(_MAX_SAMPLE_VALUE)
         largest = float(np.max(told)) if told else 0.0
         depths = [float(2**bits - 1) for bits in _DEPTHS if 2**bits > high]
         low, high = 0.0, largest if largest >= high > 0 else depths[0] if depths else high
     scaled = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    if white_is_zero:  # Pillow turns such images round if they have 8 bits, not if they have more
+        scaled = 255 - scaled
     return PIL.Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
@@ -136,7 +140,9 @@ def _by_profile(image: Any) -> Any:
 
 
 def _high_bytes_only(image: Any) -> bool:
-    """Whether Pillow has kept the high byte of each colour only: PNG files with 16 bits for each."""
+    """Whether Pillow keeps the high byte of each colour only: PNG and TIFF files with 16 bits for each."""
+    if image.format == "TIFF":
+        return len(image.getbands()) > 1 and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
     return image.format == "PNG" and str(image.tile[0][3] if image.tile else "").endswith(";16B")
 
 

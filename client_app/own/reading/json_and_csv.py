@@ -17,6 +17,8 @@ from client_app.own.reading.text_files import MAX_LINE, DataError, FileRows, Lin
 
 _WRAPPED = re.compile(r'[{,]\s*"(?:data|rows|examples|instances)"\s*:\s*\[\s*\{')
 """An object on one line that is not a row but holds all of them."""
+_SPACED = re.compile(r'[ \t]+".*"[ \t]*', re.DOTALL)
+"""A field in quotes with a blank before them; by RFC 4180 such quotes are letters."""
 
 
 def read_text_file(path: Path, suffix: str) -> FileRows:
@@ -71,7 +73,8 @@ def _is_one_object_a_line(lines: TextLines) -> bool:
 def _json_elements(path: Path, text: str) -> Iterator[Row]:
     """Objects of an array, or of the only array of objects in an object (``{"data": [...]}``), with their lines."""
     start = len(text) - len(text.lstrip())
-    if text[start : start + 1] == "{":
+    wrapped = text[start : start + 1] == "{"
+    if wrapped:
         found = _decoder(f"{path}, line 1").decode(text) if _is_json(path, text) else {}
         lists = [k for k, v in found.items() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
         if len(lists) != 1:
@@ -86,6 +89,12 @@ def _json_elements(path: Path, text: str) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, position), position
         place = f"{path}, line {line}"
         if text[position : position + 1] == "]":
+            rest = "" if wrapped else text[position + 1 :]
+            if rest.strip():
+                line += rest[: len(rest) - len(rest.lstrip())].count("\n")
+                raise DataError(
+                    f"{path}, line {line}: {rest.strip()[:30]!r} after the end of the array; were files put together?"
+                )
             return
         try:
             values, position = _decoder(place).raw_decode(text, position)
@@ -174,10 +183,11 @@ def _csv_rows(lines: TextLines, suffix: str) -> FileRows:
         DataError: a row is not like the header; or each line of a CSV file is a row by itself, but quotes join some.
     """
     look, findings = _look_at(lines, suffix)
-    rows, joined, meant, longest = 0, 0, False, (1, 1)
+    rows, joined, spaced, meant, longest = 0, 0, 0, False, (1, 1)
     try:
         for row in _by_quotes(lines, look.delimiter):
             rows += 1
+            spaced += sum(_SPACED.fullmatch(field) is not None for field in row.fields)
             if row.last > row.place.number:
                 joined += 1
                 # If quotes are doubled, or are around most rows, then the writer knew what quotes are for.
@@ -196,8 +206,15 @@ def _csv_rows(lines: TextLines, suffix: str) -> FileRows:
         )
     if hidden:
         findings.append(f"quotes are read as they are ({look.quoted} lines): read as quotes they would join rows")
-        joined = 0
-    findings += [f"{joined} rows have several lines, in quotes"] if joined else _blanks(look.blank)
+        joined, spaced = 0, 0
+    if joined:
+        findings.append(
+            f"{joined} rows have several lines, in quotes (the longest has {longest[1] - longest[0] + 1} lines)"
+        )
+    else:
+        findings += _blanks(look.blank)
+    if spaced:
+        findings.append(f"{spaced} fields have a blank before their quotes, which are read as letters")
     return FileRows(_with_header(lines, look.delimiter, quotes=not hidden), findings)
 
 
@@ -280,6 +297,8 @@ def _with_header(lines: TextLines, delimiter: str, *, quotes: bool) -> Sequence[
             )
         if len(header) > 1 and [name.strip().lstrip("\ufeff") for name in fields] == header:
             raise DataError(f"{place}: the header once more; expected one file, not several put together")
+        if fields[0].startswith("\ufeff"):
+            raise DataError(f"{place}: a byte order mark inside the file; were several files put together?")
         return Row(dict(zip(header, fields, strict=True)), place, lines.path.parent)
 
     def parse(text: str, number: int) -> Row:
@@ -289,14 +308,14 @@ def _with_header(lines: TextLines, delimiter: str, *, quotes: bool) -> Sequence[
 
 
 def _header(fields: Sequence[str], place: str) -> list[str]:
-    """Names of columns.
+    """Names of columns; the first may have none, as pandas writes the numbers of rows.
 
     Raises:
         DataError: one is empty, or occurs twice.
     """
     header = [name.strip() for name in fields]
     for number, name in enumerate(header, start=1):
-        if not name:
+        if not name and (number > 1 or len(header) == 1):
             raise DataError(f"{place}: field {number} of the header is empty, expected a column's name")
         if header.count(name) > 1:
             raise DataError(f"{place}: column {name!r} occurs twice in the header")

@@ -168,6 +168,21 @@ def test_preferences_pull_from_the_base_model_and_not_from_nothing(tmp_path: Pat
     assert chosen == "yes yes"
 
 
+def test_one_answer_may_be_the_beginning_of_the_other_and_messages_may_be_single(tmp_path: Path) -> None:
+    """As in HH-RLHF and in LLaMA-Factory's files."""
+    begun = {"chosen": "\n\nHuman: a?\n\nAssistant: I do", "rejected": "\n\nHuman: a?\n\nAssistant: I do not"}
+    turns = {"conversations": [{"from": "human", "value": "a?"}]}
+    single = {**turns, "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}}
+    for name, row, expected in (("texts", begun, ("do", "do not")), ("messages", single, ("yes", "no"))):
+        path = toy_data.write_jsonl(tmp_path / f"{name}.jsonl", [row] * 4)
+        found = read_own(settings_of(path, tmp_path))
+        example = found.splits["train"][0]
+        told = [example.told[column] for column in ("chosen", "rejected")]
+        assert tuple(text if isinstance(text, str) else text[-1]["content"] for text in told) == expected
+        assert (example.prompt or example.told["chosen"][0]["content"]).endswith("I " if name == "texts" else "a?")
+        assert found.findings == []
+
+
 def test_conversations_that_begin_alike_are_a_preference_from_where_they_differ(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a?"}]
     better, worse = ([*turns, {"role": "assistant", "content": text}] for text in ("yes", "no"))

@@ -13,6 +13,7 @@ from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.data.joined import join
 from client_app.data.targets import IGNORED, at_targets, target_mask
 from client_app.kinds import kind_of
+from client_app.own.chat import ChatTemplate
 from client_app.own.encoding import Encoder
 from client_app.own.examples import read_example
 from client_app.own.reading.text_files import DataError, Row
@@ -22,6 +23,12 @@ from tests.client_app.own_clients import loaded, personal, settings_of
 from tests.toys import tiny_models, toy_data
 
 KIND = kind_of("image-text-to-text")
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'image' %}<|image_pad|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '</s>' if m.role == 'assistant' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""A chat template for messages in parts."""
 SIZES = ((40, 40), (64, 32), (32, 32))
 
 
@@ -172,3 +179,29 @@ def test_losses_of_a_vision_language_model_need_few_logits(architecture: str, pi
     assert not model.target_losses.reason
     assert max(rows) == 2
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", ["<image>what?", "what<image>\n?", "a <image> and <image>"])
+def test_the_word_image_in_a_question_is_the_images_place(asked: str, pictures: Path) -> None:
+    """As LLaVA's data have it: the ids are those of the same messages in parts."""
+    images = ["0.png"] * asked.count("<image>")
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(asked.split("<image>")):
+        parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
+    answer = {"role": "assistant", "content": "an <image> that is written"}
+    processor = tiny_models.QwenProcessor()
+    processor.chat_template = PARTS
+    chat = ChatTemplate(processor, processor.tokenizer, ["</s>"])
+    encoder = Encoder(KIND, 512, processor.tokenizer, processor.image_processor, processor, chat=chat)
+    rows = [[{"role": "user", "content": content}, answer] for content in (asked, parts)]
+    one, other = (
+        encoder.encode([read(pictures, messages=messages, images=images)], ()).inputs["input_ids"] for messages in rows
+    )
+    assert one.tolist() == other.tolist()
+    assert int((one == processor.image_token_id).sum()) == 4 * len(images)
+    prompt = read(pictures, images=images, prompt=asked, completion="red")
+    plain = Encoder(KIND, 512, processor.tokenizer, processor.image_processor, processor)
+    for found in (encoder, plain):
+        assert "<image>" not in found.decode(found.encode([prompt], ()).inputs["input_ids"][0])
+    with pytest.raises(DataError, match=f"{len(images)} times <image> in the messages, and 3 images"):
+        encoder.encode([read(pictures, messages=rows[0], images=["0.png"] * 3)], ())

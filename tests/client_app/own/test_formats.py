@@ -13,7 +13,6 @@ import pytest
 
 from client_app.kinds import KINDS
 from client_app.own.files import read_own
-from client_app.own.reading.text_files import DataError
 from tests.client_app.kinds import kind_data
 from tests.client_app.own_clients import settings_of
 from tests.test_repository import ROOT
@@ -158,13 +157,6 @@ def test_a_kind_reads_the_same_examples_from_every_format(kind: str, tmp_path: P
         folder = tmp_path / file.replace(".", "-")
         folder.mkdir()
         assert contents(write(folder / file, rows), tmp_path / "state", kind) == wanted, name
-
-
-def test_vectors_of_zeros_and_ones_are_not_taken_for_names(tmp_path: Path) -> None:
-    rows = [{"text": f"text {n}", "label": [n % 2, 1, 0]} for n in range(8)]
-    path = toy_data.write_jsonl(tmp_path / "x.jsonl", rows)
-    with pytest.raises(DataError, match=r"line 1, column 'label': \[0, 1, 0\], zeros and ones, expected the names"):
-        read_own(settings_of(path, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sixty ways in which data can be wrong: each is an error that names the file and, where there is one, the line."""
+"""Sixty-two ways in which data can be wrong: each is an error that names the file and, where there is one, the line."""
 
 from __future__ import annotations
 
@@ -109,6 +109,12 @@ CASES: dict[str, Case] = {
     "CSV with a column without a name": Case(b"text,,label\na,b,c\n", "line 1", "field 2", "data.csv"),
     "CSV with a header only": Case(b"text,label\n", "data.csv", "no rows", "data.csv"),
     "CSV called TSV": Case(b"text,label\na,b\nc,d\ne,f\n", "line 2", "no column 'label'", "data.tsv"),
+    "CSV put together of files with byte order marks": Case(
+        "text,label\na,b\n\ufeffc,d\ne,f\n".encode(), "line 3", "a byte order mark inside", "data.csv"
+    ),
+    "two JSON arrays": Case(
+        f"[{GOOD[0]}, {GOOD[1]}]\n[{GOOD[2]}]\n".encode(), "line 2", "after the end of the array", "data.json"
+    ),
     "damaged Parquet": Case(b"PAR1" + bytes(64) + b"PAR1", "data.parquet", "not valid Parquet", "data.parquet"),
     "an empty completion": Case(
         lines(json.dumps({"prompt": "a", "completion": ""}), good=[json.dumps(PROMPT)] * 6),

@@ -36,6 +36,28 @@ def test_a_whole_model_beside_another_in_shards_is_refused(tmp_path: Path) -> No
     find_model(str(folder), tmp_path)
 
 
+def test_a_second_chat_template_is_told(tmp_path: Path) -> None:
+    folder = tiny_models.save_llama(tmp_path / "llama")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}\n")
+    assert find_model(str(folder), tmp_path).notes == ()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for template, notes in (("{{ messages[0].content }}", 0), ("{{ messages[-1].content }}", 1)):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        assert len(find_model(str(folder), tmp_path).notes) == notes
+    assert "another chat template than chat_template.jinja" in find_model(str(folder), tmp_path).notes[0]
+
+
+def test_layers_that_the_configuration_does_not_have_are_told(tmp_path: Path) -> None:
+    folder = tiny_models.save_llama(tmp_path / "llama")
+    path = toy_data.write_jsonl(tmp_path / "x.jsonl", toy_data.echoes(10, 0, "abc"))
+    assert not any("no place" in note for note in load_own(settings_of(path, tmp_path, folder))[1].notes)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    notes = load_own(settings_of(path, tmp_path, folder))[1].notes
+    told = "9 parameters of the checkpoint have no place in this model (model.layers.1.input_layernorm.weight, ...)"
+    assert told in notes
+
+
 def test_a_tokenizer_of_another_model_is_told(tmp_path: Path) -> None:
     folder = tiny_models.save_llama(tmp_path / "llama")
     path = toy_data.write_jsonl(tmp_path / "x.jsonl", toy_data.echoes(10, 0, "abc"))

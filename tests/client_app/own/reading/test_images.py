@@ -52,6 +52,41 @@ def test_floats_and_signed_numbers_keep_their_shades() -> None:
         read(saved(np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32), "TIFF"))
 
 
+def tiff(array: NDArray[Any], photometric: int) -> bytes:
+    """Pillow writes neither zeros that are white, nor colours of 16 bits. One strip, little-endian."""
+    height, width, colours = array.shape
+    bits, data = array.dtype.itemsize * 8, array.tobytes()
+    kind = 3 if array.dtype.kind == "f" else 1
+    after = 8 + 2 + 12 * 10 + 4
+    many = {258: [bits] * colours, 339: [kind] * colours}
+    tags: dict[int, int] = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: after + 4 * colours}
+    tags |= {277: colours, 278: height, 279: len(data), 339: kind}
+    entries, beside = b"", b""
+    for tag, value in tags.items():
+        count = len(many.get(tag, [0]))
+        if count > 2:
+            entries += struct.pack("<HHII", tag, 3, count, after + len(beside))
+            beside += struct.pack(f"<{count}H", *many[tag])
+        else:
+            entries += struct.pack("<HHIHH", tag, 3, count, value, 0)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + beside.ljust(4 * colours, b"\0") + data
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("u1", 255), ("<u2", 65535), ("<u2", 4095), ("<f4", 1)])
+def test_an_image_whose_zeros_are_white_is_not_turned_round(kind: str, largest: int) -> None:
+    """As scanners and X-ray machines write them."""
+    for photometric, shades in ((1, RAMP), (0, 1 - RAMP)):
+        found = read(tiff((RAMP * largest).astype(kind)[:, :, None], photometric))
+        assert int(np.abs(found[0, :, 0] - shades[0] * 255).max()) <= 1
+
+
+def test_colours_of_sixteen_bits_in_tiff_are_read_or_refused() -> None:
+    full, dark = (np.repeat((RAMP * largest).astype("<u2")[:, :, None], 3, axis=2) for largest in (65535, 4095))
+    assert int(np.abs(read(tiff(full, 2))[0, :, 0] - RAMP[0] * 255).max()) <= 1
+    with pytest.raises(DataError, match="16 bits for each colour but values of fewer"):
+        read(tiff(dark, 2))
+
+
 def png_of_sixteen_bits_a_colour(array: NDArray[np.uint16]) -> bytes:
     """Pillow writes none. One filter byte (none) before each row, big-endian samples."""
 

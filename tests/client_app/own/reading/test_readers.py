@@ -39,7 +39,8 @@ def test_quotes_in_a_tsv_file_do_not_join_rows(tmp_path: Path) -> None:
     assert [row.values["text"] for row in read_table(str(joined)).rows] == ['"a', 'b"', "c"]
     quoted = write(tmp_path / "quoted.tsv", 'text\tlabel\n"one\ntwo"\t1\n"a ""b"""\t0\n')
     assert [row.values["text"] for row in read_table(str(quoted)).rows] == ["one\ntwo", 'a "b"']
-    assert read_table(str(quoted)).findings == ["1 rows have several lines, in quotes"]
+    told = ["1 rows have several lines, in quotes (the longest has 2 lines)"]
+    assert read_table(str(quoted)).findings == told
 
 
 def test_a_quote_that_joins_whole_rows_of_a_csv_file_is_refused(tmp_path: Path) -> None:
@@ -164,3 +165,27 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
     rows = [row | {"idx": 1, "source": "web"} for row in ROWS]
     found = read_own(settings_of(toy_data.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path))
     assert found.findings == ["columns that are not read: 'idx', 'source'"]
+
+
+def test_a_first_column_without_a_name_is_the_numbers_of_rows(tmp_path: Path) -> None:
+    """As pandas writes them."""
+    path = write(tmp_path / "x.csv", ",text,label\n0,a b,yes\n1,c d,no\n2,e f,yes\n")
+    assert values(path)[1] == (None, {"": "1", "text": "c d", "label": "no"})
+    assert "columns that are not read: ''" in read_own(settings_of(path, tmp_path)).findings
+    for header in ("text,,label", ""):
+        with pytest.raises(DataError, match="no rows" if not header else "field 2 of the header is empty"):
+            read_table(str(write(tmp_path / "y.csv", f"{header}\n" + ("a,b,c\n" if header else ""))))
+
+
+def test_quotes_after_a_blank_are_letters_and_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", 'text,label\n"a", "yes"\nb,no\n"c", "yes"\n')
+    found = read_table(str(path))
+    assert [row.values["label"] for row in found.rows] == [' "yes"', "no", ' "yes"']
+    assert found.findings == ["2 fields have a blank before their quotes, which are read as letters"]
+
+
+def test_the_longest_row_of_a_csv_file_is_told(tmp_path: Path) -> None:
+    """A quote too many joins rows; where others have several lines, too, a reader of the notes can see it."""
+    path = write(tmp_path / "x.csv", 'text,label\n"one\ntwo",a\n"oops,a\nb,b\nc,a\nbad",b\nd,a\n')
+    told = "2 rows have several lines, in quotes (the longest has 4 lines)"
+    assert read_table(str(path)).findings == [told]
