@@ -54,8 +54,8 @@ class TokenClassification(Kind):
         if len(words) != len(tags) or not words:
             cells.refuse(columns[1], f"{len(tags)} tags for {len(words)} words, expected one each, at least one")
         for number, word in enumerate(words, start=1):
-            if not isinstance(word, str) or not word.strip():
-                cells.refuse(columns[0], f"word {number} is {str(word)[:60]!r}, expected a text that is not empty")
+            if not isinstance(word, str):
+                cells.refuse(columns[0], f"word {number} is {str(word)[:60]!r}, expected a text")
         return {"told": {"words": tuple(words), "tags": tuple(cells.label_of(tag, columns[1]) for tag in tags)}}
 
     def columns_read(self, columns: set[str], settings: DataSettings) -> set[str]:
@@ -100,7 +100,9 @@ class TokenClassification(Kind):
                 at += 1
             # A token may begin with the space before its word; one that begins in another word is that word's.
             own = at < len(tokens) and begin - 1 <= tokens[at][0] < begin + len(word) and tokens[at][1] > begin
-            if own and labels[tokens[at][2]] == IGNORED:
+            if not word.strip():
+                encoding.findings["words are blank, and have no label"] += 1
+            elif own and labels[tokens[at][2]] == IGNORED:
                 labels[tokens[at][2]] = numbers[tag]
             elif at >= len(tokens):
                 encoding.findings["words lie beyond the part of their text that is read (max-length)"] += 1

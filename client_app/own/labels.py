@@ -123,7 +123,7 @@ def remarks_on(labels: Sequence[str], counts: Mapping[str, int]) -> list[str]:
     found = []
     alike = look_alikes(labels)
     if alike:
-        found.append(f"{alike} of {len(labels)} labels look like another one (case, width, what is not seen)")
+        found.append(f"{alike} of {len(labels)} labels look like another one (case, width, zeros, what is not seen)")
     missing = sum(counts.get(label, 0) for label in labels if label.casefold() in _MISSING)
     if missing:
         found.append(f"{missing} examples have a label that spells a missing value (nan, none, null, na)")
@@ -131,10 +131,10 @@ def remarks_on(labels: Sequence[str], counts: Mapping[str, int]) -> list[str]:
 
 
 def look_alikes(labels: Iterable[str]) -> int:
-    """How many labels a reader takes for another one: they differ in case, width, blanks or what cannot be seen.
+    """How many labels a reader takes for another one: they differ in case, width, blanks, zeros or what is not seen.
 
-    >>> look_alikes(["yes", "Yes", "no", "1", "1.0"])
-    4
+    >>> look_alikes(["yes", "Yes", "no", "1", "1.0", "01"])
+    5
     """
     seen = Counter(_as_seen(label) for label in labels)
     return sum(count for count in seen.values() if count > 1)
@@ -167,7 +167,8 @@ def _place_of(examples: Checked, label: int) -> str:
 
 def _as_seen(label: str) -> str:
     plain = unicodedata.normalize("NFKC", label).casefold().removesuffix(".0")
-    return "".join(letter for letter in plain if unicodedata.category(letter) not in ("Cf", "Zs"))
+    plain = "".join(letter for letter in plain if unicodedata.category(letter) not in ("Cf", "Zs"))
+    return plain.lstrip("0").rjust(1, "0") if plain.isdecimal() else plain
 
 
 def _is_integer(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -75,6 +75,21 @@ def make_server_files(folder: Path, hosts: Iterable[str]) -> ServerFiles:
     return files
 
 
+def require_client_ids(names: Sequence[str]) -> None:
+    """Require names that can be files and node-config values, each once.
+
+    Raises:
+        CertificateError: names the first that cannot.
+    """
+    from strategies.framework.answers import CLIENT_ID  # this also imports Flower
+
+    for number, name in enumerate(names):
+        if not CLIENT_ID.fullmatch(name):
+            raise CertificateError(f"client id {name!r}, expected letters, digits and ._- only, 64 at most")
+        if name in names[:number]:
+            raise CertificateError(f"client id {name!r} occurs twice, expected one SuperNode for each")
+
+
 def make_client_key(folder: Path, client_id: str) -> tuple[Path, Path]:
     """A P-384 key pair in OpenSSH format: ``<folder>/<client-id>`` (0600) and ``<client-id>.pub``."""
     private_folder(folder)
@@ -110,10 +125,7 @@ def make_missing(folder: Path, hosts: Iterable[str], clients: Iterable[str], ren
     """
     public, server = folder / "public", folder / "server"
     clients, renew, hosts = list(clients), set(renew), set(hosts)
-    from strategies.framework.answers import CLIENT_ID  # this also imports Flower
-
-    if bad := [name for name in clients if not CLIENT_ID.fullmatch(name)]:
-        raise CertificateError(f"client id {bad[0]!r}, expected letters, digits and ._- only, 64 at most")
+    require_client_ids(clients)
     known = dict.fromkeys([*clients, *sorted(path.stem for path in public.glob("*.pub"))])
     if unknown := renew - {*known, "server"}:
         raise CertificateError(f"cannot renew {', '.join(sorted(unknown))}: expected server, {', '.join(known)}")

@@ -23,7 +23,13 @@ import psutil
 
 from client_app.processors import usable_cores
 from fedalloy_adapters.files.atomic_files import write_durably
-from server_app.tools.cluster.certificates import ServerFiles, make_client_key, make_server_files, private_folder
+from server_app.tools.cluster.certificates import (
+    ServerFiles,
+    make_client_key,
+    make_server_files,
+    private_folder,
+    require_client_ids,
+)
 from server_app.tools.cluster.link_check import advice
 from server_app.tools.cluster.superlink import ClusterError, SuperLink, app_directory, last_words, literal
 from server_app.tools.cluster.supernode_keys import node_id_of
@@ -105,8 +111,10 @@ class LocalCluster(SuperLink):
         """Start everything and wait until every SuperNode is online.
 
         Raises:
+            CertificateError: a client id is not a file name.
             ClusterError: a port is taken, a cluster runs here already, or something did not start.
         """
+        require_client_ids(self.settings.client_ids)
         if running(self.directory):
             raise ClusterError(
                 f"a cluster is running from {self.directory}; fedalloy cluster up restarts its ended processes, "

@@ -39,7 +39,7 @@ def test_a_words_first_token_has_its_label_whatever_pieces_it_is_in(tmp_path: Pa
     ("row", "message"),
     [
         ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "1 tags for 2 words"),
-        ({"tokens": ["a", " "], "ner_tags": ["O", "O"]}, "word 2 is ' '"),
+        ({"tokens": ["a", 2], "ner_tags": ["O", "O"]}, "word 2 is '2', expected a text"),
         ({"tokens": ["a", "b"], "ner_tags": ["O", None]}, "expected a label"),
         ({"tokens": [], "ner_tags": []}, "0 tags for 0 words"),
     ],
@@ -48,6 +48,16 @@ def test_words_and_tags_that_do_not_fit_are_refused(row: dict[str, Any], message
     path = toy_data.write_jsonl(tmp_path / "x.jsonl", [*TAGGED, row])
     with pytest.raises(DataError, match=rf"x\.jsonl, line 7, column '.*': .*{message}"):
         read_own(settings_of(path, tmp_path))
+
+
+@pytest.mark.parametrize("blank", ["\xa0", "", " "])
+def test_blank_words_have_no_label_and_move_no_other_words(blank: str, tmp_path: Path) -> None:
+    rows = [{"tokens": ["good", blank, "zz", "film", blank], "ner_tags": ["O", "O", "B-X", "I-X", "O"]}] * 6
+    base = tiny_models.save_bert(tmp_path / "bert", toy_data.VOCABULARY)
+    _, data = load_own(settings_of(toy_data.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path, base))
+    o, begin, inside = (data.labels.index(tag) for tag in ("O", "B-X", "I-X"))
+    assert data.splits["train"].labels[0].tolist() == [IGNORED, o, begin, inside, IGNORED]
+    assert "12 words are blank, and have no label" in data.notes
 
 
 def test_words_that_are_cut_off_are_told(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_labels_that_look_alike_are_told(labels: Sequence[str], alike: int, tmp_
     rows = [{"text": f"text {n}", "label": (*labels, "no")[n % 3]} for n in range(12)]
     found = read_own(settings_of(toy_data.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path))
     assert len(found.labels) == 3
-    told = [f"{alike} of 3 labels look like another one (case, width, what is not seen)"] if alike else []
+    told = [f"{alike} of 3 labels look like another one (case, width, zeros, what is not seen)"] if alike else []
     assert found.findings == told
 
 

@@ -67,6 +67,8 @@ def test_versions_are_said() -> None:
         (["options", "fedavg.space='deltas'"], "fedavg.space = 'deltas' (did you mean 'delta'?)"),
         (["options", "nonsense"], "cannot read 'nonsense'"),
         (["export", "nowhere", "berlin", "out"], "nowhere has no clients/ folder"),
+        (["cluster", "up", "--client-ids", "a,b/c"], "client id 'b/c', expected letters, digits and ._- only"),
+        (["cluster", "up", "--client-ids", "a,b,a"], "client id 'a' occurs twice"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments: list[str], said: str) -> None:

@@ -1,6 +1,6 @@
 """Public data sets as they are, each through a whole run: registered, trained, evaluated, delivered.
 
-    python -m tests.benchmarks.public_data [--data DIR] [--processes] [--only NAME]
+    python -m tests.benchmarks.data.public_sets [--data DIR] [--processes] [--only NAME]
 
 ``DIR`` (``../shared/data/public``) has the files of :data:`SETS`, byte for byte as their repositories have them.
 Nothing is converted; where a name does not end as its format does (``.txt`` for tabs), a link with the right ending is
@@ -50,6 +50,7 @@ class PublicSet:
         path: its file, folder, or pattern below the data's folder.
         base: a name in :data:`BASES`.
         links: names under which its files are read, if theirs do not say what they are.
+        pattern: which of the links are read; none: their folder.
         keys: what a user has to say about it.
     """
 
@@ -60,6 +61,7 @@ class PublicSet:
     path: str
     base: str
     links: Mapping[str, str] = field(default_factory=dict)
+    pattern: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -109,20 +111,11 @@ _SEMEVAL = "cbaziotis/ntua-slp-semeval2018@291038d"
 _EMOTIONS = "anger,anticipation,disgust,fear,joy,love,optimism,pessimism,sadness,surprise,trust"
 SETS: Sequence[PublicSet] = (
     PublicSet(
-        "GSM8K",
+        "GSM8K, test",
         "openai/grade-school-math@3101c7d",
-        "JSONL, a folder with splits; prompt and completion under other names",
+        "JSONL; prompt and completion under other names",
         "causal-lm",
-        "gsm8k",
-        "Llama",
-        keys={"prompt-column": "question", "completion-column": "answer"},
-    ),
-    PublicSet(
-        "GSM8K, by pattern",
-        "openai/grade-school-math@3101c7d",
-        "JSONL, several files; prompt and completion under other names",
-        "causal-lm",
-        "gsm8k/t*.jsonl",
+        "gsm8k/test.jsonl",
         "Llama",
         keys={"prompt-column": "question", "completion-column": "answer"},
     ),
@@ -219,6 +212,17 @@ SETS: Sequence[PublicSet] = (
         keys={"text-column": "Tweet", "label-column": "Intensity Score"},
     ),
     PublicSet(
+        "SemEval 2018, valence, by pattern",
+        _SEMEVAL,
+        "several files; TSV (named .txt); numbers",
+        "regression",
+        "semeval2018-vreg",
+        "BERT",
+        links={"part-1.tsv": "Valence-reg-En-train.txt", "part-2.tsv": "Valence-reg-En-dev.txt"},
+        pattern="part-*.tsv",
+        keys={"text-column": "Tweet", "label-column": "Intensity Score"},
+    ),
+    PublicSet(
         "CoNLL 2003, a sample",
         _SAMPLES,
         "JSON lines named .json; `words` and `ner`",
@@ -277,7 +281,7 @@ def linked(found: PublicSet, data: Path, folder: Path) -> str:
     folder.mkdir(parents=True)
     for name, file in found.links.items():
         (folder / name).symlink_to(data / found.path / file)
-    return str(folder)
+    return str(folder / found.pattern)
 
 
 def keys_of(found: PublicSet, data: Path, folder: Path) -> dict[str, Any]:

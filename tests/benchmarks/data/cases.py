@@ -1,6 +1,6 @@
 """Reruns the small inputs that once failed, as they are, against their right values.
 
-    python -m tests.benchmarks.cases [--cases DIR] [--only NN]
+    python -m tests.benchmarks.data.cases [--cases DIR] [--only NN]
 
 ``DIR`` (``../shared/cases``) has one script for each public thread. They call functions by the names that these had
 when the scripts were written; :func:`stand_ins` gives them today's. Each prints what it finds; :data:`RIGHT` says what
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import re
 import runpy
 import subprocess
@@ -42,11 +43,19 @@ RIGHT: Mapping[str, Right] = {
     "01a": Right([r"clip ran", r"convnext ran", r"segformer ran", r"levit ran"], about="vision models train"),
     "03": Right([r"ids as apply_chat_template\(tokenize=True\): True"] * 3, r": False", "ids of the template"),
     "05": Right(
-        [r"product learns: .*two and two.*4", r"weight 0      : \('GOOD", r"'tools'.*does not use", r"\('[^']*ok"],
+        [
+            r"product learns: .*two and two.*4",
+            r"weight 0      : \('\[think\]\[/think\]GOOD</s>'",
+            r"'tools'.*does not use",
+            r"\('[^']*ok",
+        ],
         about="keys of messages are used, told or refused",
     ),
     "06": Right([r"answers that change: 0 of"] * 3, r"answers that change: [1-9]", "padding changes no answer"),
-    "08": Right([r"run said loss"], about="the export is the model that was scored"),
+    "08": Right(
+        [r"said loss ([\d.]+) accuracy ([\d.]+) \| exported \(process seed \d\) loss \1 accuracy \2"] * 16,
+        about="the export is the model that was scored",
+    ),
     "09": Right(
         [
             r"labels='neg,pos': accuracy before any training (0\.9|1\.0)",
@@ -175,6 +184,7 @@ def main() -> int:
     if not scripts:
         print(f"skipped: no cases in {arguments.cases}")
         return 0
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     sys.path.insert(0, str(arguments.cases))
     stand_ins()
     failed = 0
