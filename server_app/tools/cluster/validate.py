@@ -33,7 +33,7 @@ def check_run_config(run_config: Mapping[str, Any]) -> list[str]:
 def check_clients(
     clients: Mapping[str, Mapping[str, Any]], run_config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, bool]]:
-    """Check clients one by one; yields each one's id, a line, and whether it could take part.
+    """Check clients one by one; yields each one's id, what was found in lines, and whether it could take part.
 
     Args:
         clients: node-config by client id, with paths on this machine.
@@ -52,7 +52,7 @@ def check_clients(
 
 
 def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
-    """Load what the client would load, and train its model on three batches; returns the findings."""
+    """Load what the client would load, and train its model on three batches; returns the findings, one a line."""
     import torch
     from flwr.app import Context, RecordDict
 
@@ -83,10 +83,11 @@ def _tried(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> str:
     lengths = [rows.lengths for rows in data.splits.values()]
     tokens = sum(int(found.sum()) for found in lengths if found is not None)
     sizes = ", ".join(f"{encoding} {payload_size(model.layout, encoding):,}" for encoding in Encoding)
-    return "; ".join(
+    return "\n".join(
         [
             f"{', '.join(kinds)}; {counts}" + (f"; {tokens:,} tokens" if tokens else ""),
-            f"{model.layout.size:,} trainable parameters; bytes of an adapter: {sizes}",
+            f"{model.layout.size:,} trainable parameters",
+            f"bytes of an adapter: {sizes}",
             f"memory at least {weights + trained:.1f} MB (base {weights:.1f}, training {trained:.1f}), and "
             f"at most {peak / MEGABYTE:.1f} MB more in three batches",
             f"a step of {size} examples takes {seconds:.3g} s, at learning-rate {training.learning_rate:g}",

@@ -62,7 +62,10 @@ def validate(
         wrong = check_run_config(given) + unknown
         for client, line, sound in check_clients(clients, given):
             if sound:
-                console.print(f"client {client!r}: {line}", highlight=False, markup=False, soft_wrap=True)
+                first, *more = line.splitlines()
+                console.print(f"client {client!r}: {first}", highlight=False, markup=False)
+                for text in more:
+                    console.print(Padding(Text(text), (0, 0, 0, 4)))
             else:
                 wrong.append(f"client {client!r}: {line}")
         _say_all(wrong)

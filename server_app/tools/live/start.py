@@ -78,9 +78,9 @@ def checked(order: Order, console: Console) -> Iterator[str]:
 
 
 def _brief(line: str) -> str:
-    """What is said of a client, without the sizes of adapters that ``fedalloy validate`` has."""
+    """What is said of a client in one line, without the sizes of adapters that ``fedalloy validate`` has."""
     sizes = ("trainable parameters", "bytes of an adapter")
-    return "; ".join(part for part in line.split("; ") if not any(size in part for size in sizes))
+    return "; ".join(part for part in line.splitlines() if not any(size in part for size in sizes))
 
 
 def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool, str]:

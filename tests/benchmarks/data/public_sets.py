@@ -250,7 +250,7 @@ SETS: Sequence[PublicSet] = (
     PublicSet(
         "Sentiment of Dutch newspapers",
         "Ketskapow/ADS-Thesis-Project@799ae24",
-        "`save_to_disk`; labels -1, 0, 1",
+        "`save_to_disk`; labels that are integers",
         "text-classification",
         "ads-thesis",
         "BERT",
@@ -258,7 +258,7 @@ SETS: Sequence[PublicSet] = (
     PublicSet(
         "Sentiment of Dutch newspapers, train",
         "Ketskapow/ADS-Thesis-Project@799ae24",
-        "Arrow; labels -1, 0, 1",
+        "Arrow; labels that are integers",
         "text-classification",
         "ads-thesis/train/data-00000-of-00001.arrow",
         "BERT",

@@ -73,9 +73,9 @@ def test_each_clients_files_model_and_batch_are_tried(tmp_path: Path) -> None:
     assert "line 1" in found[first][0]
     assert all(sound and line.startswith("causal-lm; train ") for line, sound in (found[name] for name in others))
     for said in (
-        " trainable parameters; bytes of an adapter: fp32 ",
+        " trainable parameters\nbytes of an adapter: fp32 ",
         "int8 ",
-        " tokens; ",
+        " tokens\n",
         "a step of 8 examples takes ",
     ):
         assert all(said in found[name][0] for name in others), found
