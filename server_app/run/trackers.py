@@ -185,18 +185,23 @@ def _work(name: str, queue: Queue[tuple[int, dict[str, float]] | None], folder: 
 
 
 def values_of(record: Mapping[str, Any], sizes: Mapping[tuple[str, str], int]) -> Iterator[tuple[str, float]]:
-    """Every finite number of a record, by name: ``client/<id>/<metric>``, ``mean/<metric>``, ``weight/...``, ..."""
+    """Every finite number of a record, by name: ``client/<id>/<metric>``, ``mean/<metric>``, ``weight/...``, ...
+
+    Delivered models are scored on other examples than those of rounds, so their names begin with ``delivered``.
+    """
+    own, means = ("client", "mean") if record["phase"] == "train" else ("delivered", "delivered-mean")
+    times = ("seconds", "train_seconds", "evaluation_seconds")
     sums: dict[str, list[float]] = {}
     for name, client in record["clients"].items():
         found = {key: value for key, value in client.get("metrics", {}).get("personal", {}).items()}
         losses = [loss for loss in client.get("train_loss", ()) if loss is not None]
         found |= {"train_loss": losses[-1]} if losses else {}
-        found |= {key: client[key] for key in ("seconds", "train_seconds", "evaluate_seconds") if key in client}
+        found |= {key: client[key] for key in times if client.get(key)}
         for key, value in _numbers(found):
-            yield f"client/{name}/{key}", value
+            yield f"{own}/{name}/{key}", value
             sums.setdefault(key, []).append(value)
     for key, values in sums.items():
-        yield f"mean/{key}", sum(values) / len(values)
+        yield f"{means}/{key}", sum(values) / len(values)
     weights = record.get("settled", {}).get("weights", {})
     for key, value in _numbers(weights):
         yield f"weight/{key}", value

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from server_app.tools.commands.arguments import RunsDir, listed, read_clients_file
 from server_app.tools.commands.terminal import clear_errors, console
+
+if TYPE_CHECKING:
+    from server_app.tools.cluster.superlink import SuperLink
 
 DIRECTORY = Path(".fedalloy/cluster")
 Directory = Annotated[Path, typer.Option("--dir", help="The cluster's own folder.")]
@@ -88,3 +91,33 @@ def status(directory: Directory = DIRECTORY) -> None:
     if not alive:
         console.print("fedalloy cluster up restarts what has ended", highlight=False)
         raise typer.Exit(1)
+
+
+def started_from(directory: Path) -> dict[str, Any]:
+    """What is known of the cluster that was started from a folder.
+
+    Raises:
+        ClusterError: none was.
+    """
+    from server_app.tools.cluster.local import read_state
+    from server_app.tools.cluster.superlink import ClusterError
+
+    state = read_state(directory)
+    if state is None:
+        raise ClusterError(f"no cluster was started from {directory}: fedalloy cluster up, or --connection NAME")
+    return state
+
+
+def superlink_of(run: Path, connection: str, directory: Path) -> SuperLink:
+    """The SuperLink for commands on a finished run: that of the connection, or of the cluster from ``directory``.
+
+    Raises:
+        ClusterError: there is no such cluster.
+    """
+    from server_app.tools.cluster.local import LocalCluster, Settings
+    from server_app.tools.cluster.superlink import SuperLink
+
+    if connection:
+        return SuperLink(connection, run / "logs")
+    started_from(directory)
+    return LocalCluster(directory, Settings((), run.parent))

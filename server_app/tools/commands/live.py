@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server_app.tools.commands.arguments import RunDirectory, parse_run_config, read_clients
-from server_app.tools.commands.cluster import DIRECTORY, Directory
+from server_app.tools.commands.cluster import DIRECTORY, Directory, started_from
 from server_app.tools.commands.terminal import clear_errors, console, errors, say_errors
 
 if TYPE_CHECKING:
@@ -81,15 +81,13 @@ def _order(
     clients: Mapping[str, Mapping[str, Any]],
 ) -> Order:
     """The order: on the connection's SuperLink, else on the cluster that was started from ``directory``."""
-    from server_app.tools.cluster.local import LocalCluster, Settings, read_state
-    from server_app.tools.cluster.superlink import ClusterError, SuperLink
+    from server_app.tools.cluster.local import LocalCluster, Settings
+    from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.live.start import Order
 
     if connection:
         return Order(config, SuperLink(connection, Path("logs")), runs_dir, clients)
-    state = read_state(directory)
-    if state is None:
-        raise ClusterError(f"no cluster was started from {directory}: fedalloy cluster up, or --connection NAME")
+    state = started_from(directory)
     runs = Path(state["runs_dir"])
     here = {"state-dir": str(runs), "client.accept-keys": "all"}
     known = {name: here | state["node_config"].get(name, {}) for name in state["client_ids"]}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from server_app.tools.commands.arguments import RunDirectory
-from server_app.tools.commands.cluster import DIRECTORY
+from server_app.tools.commands.cluster import DIRECTORY, superlink_of
 from server_app.tools.commands.terminal import clear_errors, console
 
 
@@ -88,13 +88,10 @@ def deliver(
     directory: Annotated[Path, typer.Option("--dir", help="That cluster's folder.")] = DIRECTORY,
 ) -> None:
     """Give clients that were absent at the end of a run their models."""
-    from server_app.tools.cluster.local import LocalCluster, Settings
-    from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.deliver import deliver as deliver_models
 
-    here = SuperLink(connection, run / "logs") if connection else LocalCluster(directory, Settings((), run.parent))
     with clear_errors():
-        done = deliver_models(run, client, here)
+        done = deliver_models(run, client, superlink_of(run, connection, directory))
     console.print(f"delivered: {', '.join(done)}" if done else "every client has its model already", highlight=False)
 
 
@@ -108,14 +105,12 @@ def adopt(
     directory: Annotated[Path, typer.Option("--dir", help="That cluster's folder.")] = DIRECTORY,
 ) -> None:
     """Give clients that never trained the best sum of a run's models, by forward passes alone."""
-    from server_app.tools.cluster.local import LocalCluster, Settings
-    from server_app.tools.cluster.superlink import SuperLink
     from server_app.tools.commands.arguments import parse_run_config
     from server_app.tools.deliver import adopt as adopt_models
 
-    here = SuperLink(connection, run / "logs") if connection else LocalCluster(directory, Settings((), run.parent))
     with clear_errors():
-        found = adopt_models(run, node, here, parse_run_config(run_config))
+        config = parse_run_config(run_config)
+        found = adopt_models(run, node, superlink_of(run, connection, directory), config)
     for name, said in found.items():
         console.print(f"{name}: {said}", highlight=False, markup=False, soft_wrap=True)
 

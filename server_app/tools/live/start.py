@@ -78,9 +78,9 @@ def checked(order: Order, console: Console) -> Iterator[str]:
 
 
 def _brief(line: str) -> str:
-    """What is said of a client in one line, without the sizes of adapters that ``fedalloy validate`` has."""
-    sizes = ("trainable parameters", "bytes of an adapter")
-    return "; ".join(part for part in line.splitlines() if not any(size in part for size in sizes))
+    """What is said of a client, in about 80 columns: ``fedalloy validate`` also has sizes, memory and seconds."""
+    left_out = ("trainable parameters", "bytes of an adapter", "memory at least", "a step of")
+    return "; ".join(part for part in line.splitlines() if not any(words in part for words in left_out))
 
 
 def run(order: Order, console: Console, stops: Callable[[], bool]) -> tuple[bool, str]:

@@ -74,6 +74,13 @@ def test_every_finite_number_of_a_record_has_a_name() -> None:
     }  # fmt: skip
 
 
+def test_a_delivered_model_has_names_of_its_own_because_it_is_scored_on_other_examples() -> None:
+    found = dict(values_of({**RECORD, "phase": "deliver"}, {}))
+    assert found["delivered/ada/accuracy"] == 0.5
+    assert found["delivered-mean/accuracy"] == 0.625
+    assert not any(name.startswith(("client/", "mean/")) for name in found)
+
+
 def test_one_that_fails_hangs_or_is_missing_leaves_the_others_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
@@ -117,7 +124,7 @@ def test_a_run_tells_its_rounds_and_its_numbers_are_those_of_a_run_that_tells_no
     assert [step for step, _ in sink.told] == [1, 2, 3]
     last = told.rounds()[-1]["clients"]
     for name, client in last.items():
-        assert sink.told[-1][1][f"client/{name}/accuracy"] == client["metrics"]["personal"]["accuracy"]
+        assert sink.told[-1][1][f"delivered/{name}/accuracy"] == client["metrics"]["personal"]["accuracy"]
     assert sink.told[-1][1]["bytes/up"] > sink.told[0][1]["bytes/up"] > 0
     assert not (quiet.path / "tensorboard").exists()
 

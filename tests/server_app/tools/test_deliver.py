@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from server_app.run.run_directory import RunDirectoryError
+from server_app.tools.cli import app
 from server_app.tools.cluster.superlink import ClusterError, RunOutcome
 from server_app.tools.deliver import adopt, deliver
 from server_app.tools.who import last_registrations, registrations
@@ -41,6 +43,16 @@ def test_deliver_says_who_has_its_model_and_why_not(tmp_path: Path) -> None:
     assert deliver(run.path, "ada,cyd", superlink) == ["ada", "cyd"]
     assert registrations(run)["cyd"]["node"] == "3"
     assert set(last_registrations(tmp_path)) == {"ada", "ben", "cyd"}
+
+
+@pytest.mark.parametrize("command", ["deliver", "adopt"])
+def test_without_a_cluster_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, run = finished(tmp_path)
+    result = CliRunner().invoke(app, [command, str(run.path)], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert "no cluster was started from" in result.output
+    assert "--connection NAME" in result.output
 
 
 def test_adopt_says_what_each_newcomer_has_been_given_and_why_not(tmp_path: Path) -> None:
