@@ -64,6 +64,18 @@ def printed() -> Iterator[io.StringIO]:
     logger.filters[:] = before
 
 
+@pytest.fixture(scope="session")
+def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where built-in scenarios keep their base models, which take seconds to make: one folder for all workers' tests.
+
+    A ``.cache`` of state directories; a file lock decides which process makes a model.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "base-models"
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup() -> Iterator[None]:
     """A fixture draws the same numbers in every run, whatever was drawn before it."""

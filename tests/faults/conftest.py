@@ -14,11 +14,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
-def runs_dir(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs_dir(tmp_path: Path, base_cache: Path) -> Path:
     """A folder for runs whose base-model cache all tests share."""
-    shared = tmp_path_factory.getbasetemp() / "faults-base-cache"
-    shared.mkdir(exist_ok=True)
     folder = tmp_path / "runs"
     folder.mkdir()
-    (folder / ".cache").symlink_to(shared)
+    (folder / ".cache").symlink_to(base_cache)
     return folder

@@ -13,11 +13,6 @@ from tests.in_process import Tamper, run_in_process
 Runner = Callable[..., RunDirectory]
 
 
-@pytest.fixture(scope="session")
-def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("base-cache")
-
-
 @pytest.fixture
 def runs_dir(tmp_path: Path, base_cache: Path) -> Path:
     folder = tmp_path / "runs"

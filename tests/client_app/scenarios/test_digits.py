@@ -38,12 +38,6 @@ QUICK = vit.Recipe(
 )
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the tests that only read the real base model."""
-    return tmp_path_factory.mktemp("bases")
-
-
 def quick_examples() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(8, 1, 4, 4, generator=generator), torch.tensor([0, 1] * 4)
@@ -174,8 +168,8 @@ def test_an_unknown_scenario_is_refused_by_name(tmp_path: Path) -> None:
         load_scenario("digit", 0, 4, 0, tmp_path)
 
 
-def test_base_knows_upright_digits_with_their_usual_labels(cache: Path) -> None:
-    base, data = load_scenario("digits", 0, 4, 0, cache)
+def test_base_knows_upright_digits_with_their_usual_labels(base_cache: Path) -> None:
+    base, data = load_scenario("digits", 0, 4, 0, base_cache)
     images, labels = digits._read()
     test = digits.pools()["test"]
     with torch.no_grad():
@@ -186,8 +180,8 @@ def test_base_knows_upright_digits_with_their_usual_labels(cache: Path) -> None:
     assert float((as_client == data.splits["test"].labels).float().mean()) < 0.6
 
 
-def test_base_is_frozen_in_evaluation_mode_and_names_what_adapters_change(cache: Path) -> None:
-    base = digits.load_base(cache)
+def test_base_is_frozen_in_evaluation_mode_and_names_what_adapters_change(base_cache: Path) -> None:
+    base = digits.load_base(base_cache)
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert base.targets == tuple(
@@ -198,11 +192,11 @@ def test_base_is_frozen_in_evaluation_mode_and_names_what_adapters_change(cache:
     assert len(base.fingerprint) == 64
 
 
-def test_cache_is_an_ordinary_transformers_directory(cache: Path) -> None:
+def test_cache_is_an_ordinary_transformers_directory(base_cache: Path) -> None:
     from transformers import ViTForImageClassification
 
-    base = digits.load_base(cache)
-    (directory,) = (path for path in cache.iterdir() if path.is_dir())
+    base = digits.load_base(base_cache)
+    directory = base_cache / f"{digits.BASE_RECIPE.name}-{digits.BASE_RECIPE.fingerprint[:16]}"
     assert same(numbers(base), dict(ViTForImageClassification.from_pretrained(directory).state_dict()))
 
 
