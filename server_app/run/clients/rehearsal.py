@@ -41,6 +41,8 @@ def why_not_for_private_clients(strategy: AlloyStrategy[Any], client: Client) ->
         asked = [(step, round_) for round_, _, brief in rehearsed(strategy, client) for step in brief.steps]
     except StrategyError:  # it does not fit, which its enrolment says
         return ""
+    except Exception as error:  # a layout beside which no other client was asked; it must not end the run
+        return f"strategy {strategy.name!r} cannot be rehearsed with its layout ({type(error).__name__})"
     for step, round_ in asked:
         if reason := why_not_private(step):
             what = f"{step.WhichOneof('kind')} in round {round_}"

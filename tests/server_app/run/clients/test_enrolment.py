@@ -15,7 +15,10 @@ from flwr.proto.node_pb2 import NodeInfo
 from fedalloy_adapters.wire.flower_records import REGISTER_TYPE
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.ledger.recorder import WireLog
+from server_app.run.clients.rehearsal import why_not_for_private_clients
 from server_app.run.federation import NoClientError, NotEnoughClientsError
+from strategies.algorithms.fedavg import FedAvg
+from strategies.framework.answers import client_from
 from tests.faults.nodes import NodeGrid, nodes, run_nodes
 from tests.faults.reports import LAYOUT
 from tests.strategies.conftest import FakeNode
@@ -68,7 +71,9 @@ def test_a_server_may_insist_on_trainers_that_owners_have_installed_or_on_those_
     assert all(f"site-mode is {mode!r}" in reason for reason in refused)
 
 
-def test_a_strategy_that_is_not_private_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+def test_a_strategy_that_is_not_private_is_refused_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Potara asks for Fisher sums in its last round only: by then a client would have spent the rounds before."""
     asked: list[str] = []
 
@@ -94,6 +99,11 @@ def test_a_strategy_that_is_not_private_is_refused_before_anything_is_spent(tmp_
     (taken,) = over("fedavg")
     assert taken["status"] == "ok"
     assert asked
+    with monkeypatch.context() as patch:  # what a layout of the client's own might do
+        patch.setattr(FedAvg, "brief", lambda *_: {}["nothing"])
+        assert "cannot be rehearsed with its layout (KeyError)" in why_not_for_private_clients(
+            FedAvg(), client_from(Private("ada", LAYOUT, 10).registration(), LAYOUT, 1)
+        )
 
 
 def test_a_refusal_is_a_warning_with_a_name_and_stands_in_the_records_and_at_the_end(
