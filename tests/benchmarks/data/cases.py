@@ -92,7 +92,7 @@ RIGHT: Mapping[str, Right] = {
         [r"same numbers: (\[\]|\(\))", r"test images that are in train: 0 of", r"copies"], about="copies by content"
     ),
     "20b": Right([r"b/c"], r"Traceback", "a slash in a client id"),
-    "21": Right([r"text only: \{", r"token_type_ids: 0\.0"], about="Gemma 3's token types"),
+    "21": Right([r"text only: \{", r"inputs of a batch: .*'token_type_ids'"], about="Gemma 3's token types"),
     "21b": Right([r"logits: 0\.0"] * 2, about="Qwen-VL's token types"),
     "22": Right(
         [r"fedavg 1,0,0 ->", r"potara 0\.8,0,0\.2 -> \{", r"fedavg 0\.8,0,0\.2 -> \{"], r"Traceback", "missing splits"
