@@ -99,7 +99,7 @@ def load_clients(
     """Functions that load each client's base model and data anew, as the client itself does."""
     found = {}
     for index in ids:
-        node: Any = {"partition-id": index, "num-partitions": of, "state-dir": str(state)}
+        node: Any = {"partition-id": index, "num-partitions": of, "state-dir": str(state), "client.accept-keys": "all"}
         settings = read_settings(Context(1, 1, node_config=node, state=RecordDict(), run_config=dict(config)))
         settings = replace(settings, task_arrival="all")
         found[settings.client_id] = lambda chosen=settings: base_and_data(chosen)
