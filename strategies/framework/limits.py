@@ -41,7 +41,7 @@ class Limits:
     max_update_ratio: float = 1.5
     """An update is scaled down to at most this many times the median of the round's updates of its slot, compared by
     root mean square, if at least three clients sent that slot; 0: no bound."""
-    max_examples_ratio: float = 10.0
+    max_examples_ratio: float = 1.5
     """A client counts for at most this many times the median number of training examples; 0: no bound."""
     max_adapter_mb: float = 1024.0
     """Largest size of an adapter, and of a reference model's gradient, in megabytes (10^6 bytes, float32). A client
