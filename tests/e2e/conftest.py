@@ -24,9 +24,11 @@ def our_processes() -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Iterator[LocalCluster]:
     """Three clients: berlin, paris, rome."""
     folder: Path = tmp_path_factory.mktemp("cluster")
+    (folder / "runs").mkdir()
+    (folder / "runs" / ".cache").symlink_to(base_cache)
     settings = Settings(("berlin", "paris", "rome"), folder / "runs")
     with LocalCluster(folder / "cluster", settings) as running:
         yield running

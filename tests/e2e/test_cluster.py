@@ -111,16 +111,45 @@ def local(cluster: LocalCluster, fedmerge: dict[str, Any]) -> dict[str, Any]:
     return start(cluster, "local", strategy="local", num_server_rounds=1)
 
 
-def test_without_resident_trainers_the_numbers_are_the_same(cluster: LocalCluster, local: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def plain(cluster: LocalCluster, local: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same run without resident trainers, and beside a SuperNode that says it is berlin: its key is tokyo's."""
     for process in cluster.processes:
         assert len(trainers_of(process)) == (process.name != "superlink"), process.name
-    plain = start(cluster, "no-trainers", strategy="local", num_server_rounds=1, trainer__resident=False)
+    folder = tmp_path_factory.mktemp("tokyo")
+    private, public = make_client_key(folder, "tokyo")
+    cluster.flwr("supernode", "register", str(public), "fedalloy", "--name", "tokyo")
+    impostor = cluster.start_supernode(0, private, name="tokyo")
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            listed = json.loads(cluster.flwr("supernode", "list", "fedalloy", "--format", "json"))["nodes"]
+            if sum(node["status"] == "online" for node in listed) == 4:
+                break
+            time.sleep(0.3)
+        return start(cluster, "plain", strategy="local", num_server_rounds=1, trainer__resident=False)
+    finally:
+        stop(folder, [impostor])  # no cluster was started from this folder, so only this process ends
+        cluster.processes.remove(impostor)
+
+
+def test_without_resident_trainers_the_numbers_are_the_same(
+    cluster: LocalCluster, local: dict[str, Any], plain: dict[str, Any]
+) -> None:
     assert plain["clients"] == local["clients"]
     runs = cluster.settings.runs_dir
     for client in local["clients"]:
         for path in (runs / "local" / "clients" / client).rglob("adapter_model.safetensors"):
-            same = runs / "no-trainers" / path.relative_to(runs / "local")
+            same = runs / "plain" / path.relative_to(runs / "local")
             assert path.read_bytes() == same.read_bytes()
+
+
+def test_a_registered_node_cannot_use_another_clients_id(cluster: LocalCluster, plain: dict[str, Any]) -> None:
+    record = RunDirectory(cluster.settings.runs_dir / "plain").rounds()[0]
+    refused = [client for client in record["clients"].values() if client["status"] == "rejected"]
+    assert len(refused) == 1
+    assert "claims client-id 'berlin', but its key is registered as 'tokyo'" in refused[0]["reason"]
+    assert record["clients"]["berlin"]["status"] == "ok"
 
 
 def test_two_runs_on_one_cluster_do_not_share_slots_or_bytes(
@@ -182,29 +211,6 @@ def test_an_unregistered_key_is_refused(cluster: LocalCluster, tmp_path: Path) -
     assert "Failed to activate SuperNode" in log.read_text()
 
 
-def test_a_registered_node_cannot_use_another_clients_id(cluster: LocalCluster, tmp_path: Path) -> None:
-    """The key is registered as 'tokyo'; its SuperNode says it is 'berlin'."""
-    private, public = make_client_key(tmp_path, "tokyo")
-    cluster.flwr("supernode", "register", str(public), "fedalloy", "--name", "tokyo")
-    impostor = cluster.start_supernode(0, private, name="tokyo")
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            listed = json.loads(cluster.flwr("supernode", "list", "fedalloy", "--format", "json"))["nodes"]
-            if sum(node["status"] == "online" for node in listed) == 4:
-                break
-            time.sleep(0.3)
-        start(cluster, "impostor", strategy="local", num_server_rounds=1)
-    finally:
-        stop(tmp_path, [impostor])  # no cluster was started from this folder, so only this process ends
-        cluster.processes.remove(impostor)
-    record = RunDirectory(cluster.settings.runs_dir / "impostor").rounds()[0]
-    refused = [client for client in record["clients"].values() if client["status"] == "rejected"]
-    assert len(refused) == 1
-    assert "claims client-id 'berlin', but its key is registered as 'tokyo'" in refused[0]["reason"]
-    assert record["clients"]["berlin"]["status"] == "ok"
-
-
 def test_a_second_cluster_in_the_same_folder_is_refused(cluster: LocalCluster) -> None:
     with pytest.raises(ClusterError, match="a cluster is running from"):
         LocalCluster(cluster.directory, cluster.settings).up()
@@ -215,8 +221,10 @@ def test_an_unknown_key_never_starts(cluster: LocalCluster) -> None:
         cluster.run({"fedmerge.model": 3})
 
 
-def test_ctrl_c_in_the_demo_stops_everything_and_leaves_a_valid_run(tmp_path: Path) -> None:
+def test_ctrl_c_in_the_demo_stops_everything_and_leaves_a_valid_run(tmp_path: Path, base_cache: Path) -> None:
     runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / ".cache").symlink_to(base_cache)
     command = [BIN / "fedalloy", "demo", "--clients", "2", "--strategies", "fedavg", "--runs-dir", str(runs)]
 
     def heed_sigint() -> None:
@@ -256,8 +264,11 @@ def test_ctrl_c_in_the_demo_stops_everything_and_leaves_a_valid_run(tmp_path: Pa
     assert "strategy" in (directory.path / "config.toml").read_text()
 
 
-def test_flowers_simulation_engine_runs_the_same_app_with_20_clients(tmp_path: Path) -> None:
+def test_flowers_simulation_engine_runs_the_same_app_with_more_clients_than_cores(
+    tmp_path: Path, base_cache: Path
+) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (the simulation extra)")
+    (tmp_path / ".cache").symlink_to(base_cache)
     home = tmp_path / "home"
     home.mkdir()
     (home / "config.toml").write_text('[superlink]\ndefault = "local"\n[superlink.local]\naddress = ":local:"\n')
@@ -266,10 +277,8 @@ def test_flowers_simulation_engine_runs_the_same_app_with_20_clients(tmp_path: P
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    config = (
-        f"min-clients=20 num-server-rounds=1 strategy='fedmerge' local-steps=3 run-name='sim' runs-dir='{tmp_path}'"
-    )
-    federation = "num-supernodes=20 client-resources-num-cpus=1"
+    config = f"min-clients=8 num-server-rounds=1 strategy='fedmerge' local-steps=3 run-name='sim' runs-dir='{tmp_path}'"
+    federation = "num-supernodes=8 client-resources-num-cpus=1"
     command = ["flwr", "run", str(app_directory()), "local", "--stream"]
     command += ["--federation-config", federation, "--run-config", config]
     try:
@@ -279,6 +288,6 @@ def test_flowers_simulation_engine_runs_the_same_app_with_20_clients(tmp_path: P
             if str(home) in " ".join(process.info["cmdline"] or ()):
                 process.terminate()  # Flower leaves its simulation SuperLink running
     found = json.loads((tmp_path / "sim" / "summary.json").read_text())
-    assert len(found["clients"]) == 20, shown.stdout
+    assert len(found["clients"]) == 8, shown.stdout
     assert found["bytes"]["up"]["wire"] is None
     assert found["bytes"]["up"]["tensor"] > 0

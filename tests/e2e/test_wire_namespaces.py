@@ -37,17 +37,17 @@ class Outcome:
 
 
 @pytest.fixture(scope="module", params=["tls", "plain"])
-def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Outcome:
     """One small run of the real app per transport."""
     directory = tmp_path_factory.mktemp(request.param)
     try:
         with fleet(directory, CLIENTS, tls=request.param == "tls") as federation:
-            return _run(federation, directory)
+            return _run(federation, directory, base_cache)
     except NamespacesUnavailableError as error:
         pytest.skip(str(error))
 
 
-def _run(federation: Fleet, directory: Path) -> Outcome:
+def _run(federation: Fleet, directory: Path, base_cache: Path) -> Outcome:
     ledger = directory / "runs" / RUN / "ledger.sqlite"
     config = {"runs-dir": str(directory / "runs"), "run-name": RUN, "scenario": "digits", "strategy": "fedavg"}
     numbers = {"num-server-rounds": 1, "min-clients": CLIENTS, "local-steps": 5, "lora-r": 32}
@@ -58,6 +58,8 @@ def _run(federation: Fleet, directory: Path) -> Outcome:
     _wait_for(lambda: bool(_reading_times(ledger, "start")), federation)
     for number in range(CLIENTS):
         state = directory / f"state{number}"
+        state.mkdir()
+        (state / ".cache").symlink_to(base_cache)
         node = f'partition-id={number} num-partitions={CLIENTS} client-id="client-{number}" state-dir="{state}"'
         federation.start_supernode(number, node)
         # The run waits for all of them; meanwhile the first one's lone polls show what a call costs.

@@ -31,8 +31,10 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Iterator[LocalCluster]:
     folder = tmp_path_factory.mktemp("faults")
+    (folder / "runs").mkdir()
+    (folder / "runs" / ".cache").symlink_to(base_cache)
     database = ("--database", str(folder / "superlink.db"))
     with LocalCluster(folder / "cluster", Settings(CLIENTS, folder / "runs", superlink_arguments=database)) as running:
         yield running
