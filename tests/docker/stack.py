@@ -187,8 +187,12 @@ class Stack:
 
     # -------------------------------------------------------------------------------------------------- runs
 
+    def cli(self, *words: str) -> str:
+        """A command of the service ``cli`` in a cluster that is up, whose keys are not made and registered again."""
+        return self.compose("run", "--rm", "-T", "--no-deps", "cli", *words)
+
     def submit(self, name: str, **config: Any) -> None:
-        """``flwr run``, without waiting for its end."""
+        """``flwr run`` once all SuperNodes are connected, without waiting for its end."""
         given = {"run-name": name, "runs-dir": "/app/runs", "scenario": "digits", "strategy": "fedmerge"}
         given |= {key.replace("_", "-"): value for key, value in config.items()}
         text = " ".join(f"{key}={value!r}" for key, value in given.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from client_app.site.audit import audit_lines
 from examples import three_clients
 from server_app.ledger.connections import OTHER
 from server_app.ledger.reconciliation import Accounts
 from server_app.ledger.store import Ledger
 from tests.docker.engine import CAP, ENGINE
+from tests.docker.site import CLIENT as SITE_CLIENT
+from tests.docker.site import OWNER, ClientSite
 from tests.docker.stack import CLIENTS, Stack
 
 MAX_IMAGE = 2_000_000_000
@@ -168,7 +172,7 @@ def test_the_demo_prints_its_table_and_leaves_runs_to_their_owner(stack: Stack) 
         assert (run / "clients" / client / "adapter" / "adapter_model.safetensors").exists()
     check_ledger(stack, "demo-fedmerge")
     # The README's command, on a volume that it may only read.
-    said = stack.compose("run", "--rm", "-T", "cli", "fedalloy", "traffic", "/app/runs/demo-fedmerge")
+    said = stack.cli("fedalloy", "traffic", "/app/runs/demo-fedmerge")
     assert "client-2" in said
     assert "unexplained" in said
     # The container that trains never sees a private key.
@@ -203,39 +207,75 @@ def test_an_unregistered_key_is_refused(stack: Stack) -> None:
 def test_own_data_reach_the_container_that_trains_and_no_other(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The worked example's model and data, mounted as docs/containers.md says."""
+    """The worked example's model and data, mounted as docs/containers.md says, and in a site as docs/site.md has it.
+
+    One run of three clients of compose.yaml and one of client-site.yaml.
+    """
     if stack.remaining() < LEFT_FOR_THE_REST:
         pytest.skip("own data: this machine is slow, and the faults come first within the cap of 25 minutes")
     folder = tmp_path_factory.mktemp("own-data")
+    site = ClientSite(stack, folder / SITE_CLIENT)
+    write_own_data(folder, site)
+    services = [f"{kind}-{number}" for kind in ("supernode", "superexec-clientapp") for number in range(3)]
+    stack.environment["FEDALLOY_DATA"] = str(folder)
+    stack.overlays = ["with-data.yaml"]
+    stack.compose("up", "--detach", "superexec-serverapp", *services)
+    try:
+        site.up()
+        config: dict[str, Any] = {
+            "run-name": "own",
+            "runs-dir": "/app/runs",
+            "strategy": "fedavg",
+            "base-model": "/app/models/base",
+        }
+        config |= {"target-modules": "all-linear", "num-server-rounds": 1, "local-steps": 5, "min-clients": 4}
+        config |= {"startup-timeout": 600.0, "round-timeout": 600.0}
+        text = " ".join(f"{key}={value!r}" for key, value in config.items())
+        stack.cli("flwr", "run", ".", "fedalloy", "--stream", "--run-config", text)
+        assert set(summary(stack, "own")["clients"]) == {*CLIENTS, SITE_CLIENT}
+        seen = stack.compose("exec", "-T", "superexec-clientapp-1", "sh", "-c", "cat /app/data/*.jsonl")
+        assert three_clients.GREETINGS["paris"] in seen
+        assert three_clients.GREETINGS["berlin"] not in seen
+        assert stack.compose("exec", "-T", "supernode-1", "sh", "-c", "ls -A /app/data").strip() == ""
+        check_site(stack, site)
+    finally:
+        site.close()
+        stack.overlays = []
+    stack.compose("up", "--detach", *services)
+
+
+def write_own_data(folder: Path, site: ClientSite) -> None:
+    """A folder for each client of compose.yaml, one of models, and the site's own data and models."""
     three_clients.write(folder / "example")
     (folder / "example" / "base").rename(_made(folder / "models") / "base")
-    for number, name in enumerate(three_clients.GREETINGS):
+    shutil.copytree(folder / "models", _made(site.folder) / "models")
+    places = [*(folder / client for client in CLIENTS), site.folder / "data"]
+    for own, name in zip(places, [*three_clients.GREETINGS, "rome"], strict=True):
         lines = (folder / "example" / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        own = _made(folder / f"client-{number}")
+        _made(own)
         for split, chosen in {"train": lines[:40], "validation": lines[40:50], "test": lines[50:]}.items():
             (own / f"{split}.jsonl").write_text("".join(chosen))
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-    services = [f"{kind}-{number}" for kind in ("supernode", "superexec-clientapp") for number in range(3)]
-    stack.environment["FEDALLOY_DATA"] = str(folder)
-    stack.overlays = ["with-data.yaml"]
-    stack.compose("up", "--detach", *services)
-    config: dict[str, Any] = {
-        "run-name": "own",
-        "runs-dir": "/app/runs",
-        "strategy": "local",
-        "base-model": "/app/models/base",
-    }
-    config |= {"target-modules": "all-linear", "num-server-rounds": 1, "local-steps": 5, "min-clients": 3}
-    text = " ".join(f"{key}={value!r}" for key, value in config.items())
-    stack.compose("run", "--rm", "-T", "cli", "flwr", "run", ".", "fedalloy", "--stream", "--run-config", text)
-    assert set(summary(stack, "own")["clients"]) == set(CLIENTS)
-    seen = stack.compose("exec", "-T", "superexec-clientapp-1", "sh", "-c", "cat /app/data/*.jsonl")
-    assert three_clients.GREETINGS["paris"] in seen
-    assert three_clients.GREETINGS["berlin"] not in seen
-    assert stack.compose("exec", "-T", "supernode-1", "sh", "-c", "ls -A /app/data").strip() == ""
-    stack.overlays = []
-    stack.compose("up", "--detach", *services)
+
+
+def check_site(stack: Stack, site: ClientSite) -> None:
+    """Its data are in a container without a network, the run's code has only the socket, and its record adds up."""
+    assert site.mounts("site") == {"/run/fedalloy", "/site", "/data", "/models"}
+    assert site.mounts("superexec-clientapp") == {"/run/fedalloy"}
+    assert site.inside("site", "ls /sys/class/net").split() == ["lo"]
+    assert site.inside("site", "id -u").strip() == OWNER
+    assert "Permission denied" in site.inside("superexec-clientapp", "rm /run/fedalloy/socket")
+    rounds = (stack.folder / "runs" / "own" / "rounds.jsonl").read_text().splitlines()
+    (registered,) = [record["clients"] for record in map(json.loads, rounds) if record["phase"] == "register"]
+    modes = {client: said["trainer"] for client, said in registered.items()}
+    assert modes == dict.fromkeys(CLIENTS, "bundled") | {SITE_CLIENT: "installed"}
+    said = site.inside("site", "fedalloy site audit /site/site.toml")
+    assert "the chain is whole" in said, said
+    found = audit_lines(site.inside("site", f"cat /site/state/records/{SITE_CLIENT}.jsonl").encode().splitlines(True))
+    with Ledger(ledger_of(stack, "own"), read_only=True) as ledger:
+        up = [row for row in ledger.accounts().rows() if row.client == SITE_CLIENT and row.direction == "up"]
+    assert found.runs["own"].numbers == sum(row.tensor for row in up) > 0
 
 
 def _made(folder: Path) -> Path:
@@ -268,7 +308,7 @@ def test_a_run_survives_what_happens_to_its_machines(stack: Stack) -> None:
     time.sleep(8)
     stack.docker("network", "connect", network, pod)
     stack.wait_for_round(name, "counters")
-    stack.compose("run", "--rm", "-T", "cli", "true")
+    stack.cli("true")
 
     records = stack.rounds(name)
     trained = {record["round"]: record["clients"] for record in records if record["phase"] == "train"}
