@@ -153,8 +153,11 @@ class Contract(ABC, Generic[OptionsT]):
             each newcomer, with the number of examples that it counts for, and why it is refused (None: it is enrolled).
         """
         new = {client.id: client for client in newcomers}
-        counts = {client.id: client.claimed for client in [*self.clients.values(), *new.values()]}
         votes = self.votes(new.values())
+        # What clients claim that fit nobody says nothing of the others' counts.
+        first = next(iter(self.clients.values()), None) or next((new[client_id] for client_id in votes), None)
+        fitting = [client for client in new.values() if first is not None and self._fit(first, client)]
+        counts = {client.id: client.claimed for client in [*self.clients.values(), *fitting]}
         for client_id in votes:
             client = with_bounded_weight(self.limits, new[client_id], counts)
             try:

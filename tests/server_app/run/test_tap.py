@@ -100,7 +100,7 @@ def test_every_number_is_the_average_over_the_clients_that_have_it(run: Runner, 
                 uploads[node - FIRST_NODE] = decode(blob, expected=found[node - FIRST_NODE])
         return reply
 
-    directory = run(strategy="tap", tamper=listen, **(TINY_RUN | {"num_server_rounds": 1}))
+    directory = run(strategy="tap", tamper=listen, **(TINY_RUN | {"num_server_rounds": 1, "max_examples_ratio": 0.0}))
     model = Adapter(union(found), model_of(directory))
     examples = [
         sum(len(task.splits["train"]) for task in scenario.load_client(index, CLIENTS, 0).each_task.values())
