@@ -73,8 +73,14 @@ def terminal(cluster: LocalCluster, *words: str) -> Iterator[Terminal]:
         os.close(ours)
 
 
-_INSIDE = "import fcntl, os, sys, termios as t; fcntl.ioctl(0, t.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-"""Makes the terminal that of the session: only so does the key become a signal."""
+_INSIDE = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Makes the terminal that of the session: only so does the key become a signal. Tests in a shell's background have
+inherited that it is ignored."""
 
 
 def types(*words: str) -> tuple[int, list[str]]:
