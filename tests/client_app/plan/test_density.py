@@ -13,57 +13,29 @@ from torch.distributions import Independent, Normal
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from client_app.data.dataset import Base, ClientData, Dataset
+from client_app.data.dataset import Base, Dataset
 from client_app.model.personal import PersonalModel
 from client_app.plan.density import moments
 from client_app.plan.ensembles import BY_INPUT, log_probabilities
 from client_app.plan.features import FeaturesError, directions, features, log_densities
-from client_app.plan.interpreter import Interpreter, PlanError
-from client_app.plan.slots import SlotStore
+from client_app.plan.interpreter import PlanError
 from fedalloy_adapters.layout import Factor
-from proto.fedalloy.v1 import plan_pb2, report_pb2
+from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
 from tests.client_app.model.co_lora_toys import llama
+from tests.client_app.plan.plan_client import EXAMPLES, Client
 from tests.fedalloy_adapters.samples import random_adapter
-from tests.fedalloy_adapters.tiny_vit import CLASSES, base_of, images
 
-SIZE, SEED, EXAMPLES = 3, 7, 12
+SIZE, SEED = 3, 7
 MIX = steps.ensemble(["a", "b"], "shares")
 
 
-@pytest.fixture(scope="module")
-def model() -> PersonalModel:
-    return PersonalModel(base_of(), 2, 4.0)
-
-
-class Client:
-    """Slots ``a`` and ``b`` at random, and plans over them."""
+class Divider(Client):
+    """Slots ``a`` and ``b``, and what is to be found for them."""
 
     def __init__(self, model: PersonalModel, folder: Path) -> None:
-        model.unload_all()
-        labels = torch.randint(CLASSES, (EXAMPLES,), generator=torch.Generator().manual_seed(3))
-        self.model, self.data = model, Dataset({"pixel_values": images(EXAMPLES)}, labels)
-        self.store = SlotStore(folder, "tiny", lambda: model.heads)
-        self.slots = {name: random_adapter(model.layout, seed, scale=0.3) for seed, name in enumerate("ab")}
-
-    def run(self, *plan: plan_pb2.Step) -> list[report_pb2.StepResult]:
-        splits = {"train": self.data, "validation": self.data, "test": self.data}
-        with self.store.transaction(1) as slots:
-            for name, adapter in self.slots.items():
-                slots[name] = adapter
-            interpreter = Interpreter("ada", self.model, ClientData("t", "image-classification", splits), slots)
-            message = plan_pb2.Plan(version=1, run_name="r", client_id="ada", round=1, seed=1, steps=plan)
-            report, _ = interpreter.run(message, {})
-            self.slots = {name: slots[name] for name in slots.names()}
-        return list(report.results)
-
-    def logits(self, slot: str) -> Tensor:
-        self.model.load(slot, self.slots[slot])
-        self.model.activate({slot: 1.0})
-        self.model.module.eval()
-        with torch.no_grad():
-            return self.model.logits(self.data.inputs)
+        super().__init__(model, folder, "ab")
 
     def features(self) -> Tensor:
         return features(self.model, self.data, directions(self.model, SIZE, SEED))
@@ -77,8 +49,8 @@ class Client:
 
 
 @pytest.fixture
-def client(model: PersonalModel, tmp_path: Path) -> Client:
-    return Client(model, tmp_path)
+def client(model: PersonalModel, tmp_path: Path) -> Divider:
+    return Divider(model, tmp_path)
 
 
 def densities(z: Tensor, gaussians: list[plan_pb2.Gaussian]) -> Tensor:
@@ -100,7 +72,7 @@ def step_of(gaussians: list[plan_pb2.Gaussian], **other: Any) -> plan_pb2.Step:
     return steps.density(["a", "b"], "shares", gaussians, **{"dimensions": SIZE, "seed": SEED} | other)
 
 
-def test_features_are_those_of_the_base_whatever_is_active(client: Client) -> None:
+def test_features_are_those_of_the_base_whatever_is_active(client: Divider) -> None:
     seen: list[Tensor] = []
     name = client.model.layout.lora_modules[-1]
     hook = client.model.module.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
@@ -127,7 +99,7 @@ def test_densities_are_those_of_normal_distributions() -> None:
     torch.testing.assert_close(log_densities(z, means, variances), densities(z, known), rtol=0, atol=1e-12)
 
 
-def test_examples_are_divided_among_slots_and_gaussians_together(client: Client) -> None:
+def test_examples_are_divided_among_slots_and_gaussians_together(client: Divider) -> None:
     z, equal = client.features(), torch.full((2, 2), 0.25, dtype=torch.float64)
     gaussians = around(z)
     q = client.joint(equal, gaussians)
@@ -160,7 +132,7 @@ def test_examples_are_divided_among_slots_and_gaussians_together(client: Client)
     assert trained.first_loss == pytest.approx(float((weights * each).mean()), rel=1e-4)
 
 
-def test_without_gaussians_there_is_one_and_shares_are_those_of_losses_alone(client: Client) -> None:
+def test_without_gaussians_there_is_one_and_shares_are_those_of_losses_alone(client: Divider) -> None:
     (alone,) = client.run(step_of([]))
     z = client.features()
     (gaussian,) = alone.density.gaussians
@@ -171,7 +143,7 @@ def test_without_gaussians_there_is_one_and_shares_are_those_of_losses_alone(cli
     assert list(alone.density.shares) == pytest.approx(client.slots["plain"].vector.tolist(), abs=1e-6)
 
 
-def test_shares_of_an_ensemble_follow_the_input(client: Client, tmp_path: Path) -> None:
+def test_shares_of_an_ensemble_follow_the_input(client: Divider, tmp_path: Path) -> None:
     gaussians = around(client.features())
     _, result, saved = client.run(step_of(gaussians), steps.evaluate(Training(), MIX), steps.save(MIX))
     pi = client.slots["shares"][BY_INPUT[0], Factor.GATE].double()
@@ -248,18 +220,18 @@ def test_features_of_a_text_do_not_know_its_answer_nor_its_padding_and_count_for
         (steps.density(["a"], "../b", [], dimensions=2, seed=1), "slot name '../b'"),
     ],
 )
-def test_plans_that_cannot_be_carried_out(client: Client, step: plan_pb2.Step, message: str) -> None:
+def test_plans_that_cannot_be_carried_out(client: Divider, step: plan_pb2.Step, message: str) -> None:
     with pytest.raises(PlanError, match=message.replace(".", r"\.")):
         client.run(step)
 
 
-def test_shares_by_input_belong_to_as_many_slots(client: Client) -> None:
+def test_shares_by_input_belong_to_as_many_slots(client: Divider) -> None:
     client.run(step_of([]))
     with pytest.raises(PlanError, match="shares of 2 slots for 1 slots"):
         client.run(steps.evaluate(Training(), steps.ensemble(["a"], "shares")))
 
 
-def test_examples_of_several_texts_have_no_features(client: Client) -> None:
+def test_examples_of_several_texts_have_no_features(client: Divider) -> None:
     class Twice(Dataset):
         def __len__(self) -> int:
             return EXAMPLES // 2

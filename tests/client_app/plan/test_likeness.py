@@ -18,20 +18,14 @@ from fedalloy_adapters.layout import Factor
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
-from tests.client_app.plan.test_density import EXAMPLES, Client
-from tests.fedalloy_adapters.tiny_vit import base_of
+from tests.client_app.plan.plan_client import EXAMPLES, Client
 
 MIX = steps.by_likeness("a", "b", "like")
 
 
-@pytest.fixture(scope="module")
-def model() -> PersonalModel:
-    return PersonalModel(base_of(), 2, 4.0)
-
-
 @pytest.fixture
 def client(model: PersonalModel, tmp_path: Path) -> Client:
-    return Client(model, tmp_path)
+    return Client(model, tmp_path, "ab")
 
 
 def keep(most: float, samples: int = 0) -> plan_pb2.Step:
@@ -87,7 +81,7 @@ def test_few_examples_are_drawn_and_what_is_kept_is_saved_with_the_model(client:
 def test_examples_of_several_tasks_are_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     one = ClientData("one", "image-classification", {"train": client.data})
     monkeypatch.setattr(
-        "tests.client_app.plan.test_density.ClientData",
+        "tests.client_app.plan.plan_client.ClientData",
         lambda *_: ClientData.of_tasks([one, replace(one, task="two")]),
     )
     for step in (keep(0.5), steps.density(["a"], "shares", [], dimensions=2, seed=1)):

@@ -14,15 +14,9 @@ from client_app.plan.search import Tried, by_coordinate, try_first
 from proto.fedalloy.v1 import plan_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
-from tests.client_app.plan.test_gram import Client
-from tests.fedalloy_adapters.tiny_vit import base_of
+from tests.client_app.plan.plan_client import Client
 
 SLOTS = ["a", "b", "c"]
-
-
-@pytest.fixture(scope="module")
-def model() -> PersonalModel:
-    return PersonalModel(base_of(), 2, 4.0)
 
 
 @pytest.fixture
