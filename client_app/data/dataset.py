@@ -14,9 +14,9 @@ MIXED = "several tasks"
 
 
 def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean ``[b, d]`` of ``values [b, L, d]`` over the tokens that ``mask [b, L]`` does not call padding."""
+    """The mean ``[b, d]`` of ``values [b, L, d]`` over the tokens in ``mask [b, L]``; 0 where there is none."""
     there = mask[..., None].to(values)
-    return (values * there).sum(dim=1) / there.sum(dim=1)
+    return (values * there).sum(dim=1) / there.sum(dim=1).clamp_min(1)
 
 
 @dataclass(frozen=True)

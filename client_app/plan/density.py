@@ -11,20 +11,17 @@ input: :math:`share_c(x) \propto \sum_m \pi(m, c) N(z; \mu_m, v_m)`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from client_app.data.dataset import Dataset
-from client_app.model.personal import PersonalModel
 from client_app.plan.ensembles import BY_INPUT, EnsembleError, example_losses_by, loaded, log_shares
-from client_app.plan.features import directions, features, log_densities
+from client_app.plan.features import directions, features_of, log_densities
+from client_app.plan.mixtures import slot_of
 from client_app.plan.names import PlanError
-from client_app.plan.progress import tick
 from client_app.plan.workbench import Workbench
-from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.layout import Factor
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 MAX_GAUSSIANS, MAX_DIMENSIONS = 64, 256
@@ -46,7 +43,7 @@ def carry_out(bench: Workbench, step: plan_pb2.DensityStep) -> report_pb2.Densit
     means, variances = _gaussians_of(step)
     data, slots = bench.split(step.split), loaded(bench, step.slots)
     along = directions(bench.model, step.dimensions, step.seed)
-    z = _over(data, lambda batch: features(bench.model, batch, along))
+    z = features_of(bench.model, data, along)
     if not len(means):
         means, variances = z.mean(dim=0, keepdim=True), z.var(dim=0, keepdim=True, correction=0)
     variances = variances.clamp_min(_LEAST_VARIANCE)
@@ -56,7 +53,8 @@ def carry_out(bench: Workbench, step: plan_pb2.DensityStep) -> report_pb2.Densit
     logits = log_shares(shares) + densities[:, :, None] - losses[:, None]  # [n, M, C]
     q = logits.flatten(1).softmax(dim=1).view_as(logits)
     bench.attributions = {slot: q[:, :, index].sum(dim=1) for index, slot in enumerate(slots)}
-    bench.slots[step.shares] = _slot(bench.model, q.mean(dim=0), means, variances, along)
+    kept = zip(BY_INPUT, (q.mean(dim=0), means, variances, along), strict=True)
+    bench.slots[step.shares] = slot_of(bench.model, dict(kept))
     return report_pb2.DensityResult(
         examples=len(data),
         log_density=float((log_shares(shares.sum(dim=1)) + densities).logsumexp(dim=1).mean()),
@@ -118,19 +116,3 @@ def _held(bench: Workbench, slot: str, gaussians: int, slots: int) -> Tensor:
     if found is None or entry is None or entry.shape != (gaussians, slots):
         return torch.full((gaussians, slots), 1 / (gaussians * slots), dtype=torch.float64)
     return found[BY_INPUT[0], Factor.GATE].double()
-
-
-def _slot(model: PersonalModel, *parts: Tensor) -> Adapter:
-    entries = tuple(Entry(name, Factor.GATE, tuple(part.shape)) for name, part in zip(BY_INPUT, parts, strict=True))
-    vector = torch.cat([part.flatten() for part in parts]).float()
-    return Adapter(Layout(entries, {}, model.base.fingerprint), vector)
-
-
-def _over(data: Dataset, of: Callable[[Dataset], Tensor]) -> Tensor:
-    """One row for each example of a split, a few examples at a time."""
-    found: list[Tensor] = []
-    indices: Sequence[Tensor] = torch.split(torch.arange(len(data)), 32)
-    for some in indices:
-        tick("density", int(some[0]), len(data))
-        found.append(of(data.batch(some)))
-    return torch.cat(found)

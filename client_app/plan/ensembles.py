@@ -13,13 +13,13 @@ from client_app.data.targets import target_mask
 from client_app.kinds import example_losses, kind_of
 from client_app.model.personal import PersonalModel
 from client_app.plan.features import features, log_densities
-from client_app.plan.mixtures import activate_slot, terms_of
+from client_app.plan.mixtures import activate_slot, slot_of, terms_of
 from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
 from client_app.plan.training import autocast, logits_of
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.layout import Factor
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 _MODULE = "shares"
@@ -70,8 +70,7 @@ def forward_of(bench: Workbench, mixture: plan_pb2.Mixture, *, everywhere: bool 
 
 def equal_shares(model: PersonalModel, slots: Sequence[str]) -> Adapter:
     """A slot of shares, ``1 / len(slots)`` each."""
-    layout = Layout((Entry(_MODULE, Factor.GATE, (len(slots),)),), {}, model.base.fingerprint)
-    return Adapter(layout, torch.full((len(slots),), 1 / len(slots)))
+    return slot_of(model, {_MODULE: torch.full((len(slots),), 1 / len(slots))})
 
 
 def shares_of(found: Adapter, slots: Sequence[str]) -> Tensor:

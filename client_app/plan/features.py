@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from client_app.data.dataset import MASK, Dataset
+from client_app.data.dataset import MASK, Dataset, mean_of_tokens
 from client_app.data.targets import target_mask
 from client_app.kinds import kind_of
 from client_app.model.personal import PersonalModel
+from client_app.plan.progress import tick
 from client_app.plan.training import autocast, logits_of
 from fedalloy_adapters.layout import Factor
+
+_AT_ONCE = 32
+"""How many examples of a split are read together."""
 
 
 class FeaturesError(ValueError):
@@ -83,6 +87,15 @@ def features(model: PersonalModel, batch: Dataset, along: Tensor | None = None, 
     return found.cpu() if along is None else found.cpu() @ along.T
 
 
+def features_of(model: PersonalModel, data: Dataset, along: Tensor | None = None, slot: str = "") -> Tensor:
+    """:func:`features` of a whole split, a few examples at a time."""
+    found = []
+    for some in torch.split(torch.arange(len(data)), _AT_ONCE):
+        tick("features", int(some[0]), len(data))
+        found.append(features(model, data.batch(some), along, slot))
+    return torch.cat(found)
+
+
 def log_densities(z: Tensor, means: Tensor, variances: Tensor) -> Tensor:
     """``log N(z_n; mean_m, diag(variance_m))``: ``[n, M]`` of ``z [n, d]``, ``means`` and ``variances [M, d]``.
 
@@ -101,8 +114,7 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask.shape != tokens.shape[:2]:
         shapes = f"{tuple(tokens.shape[:2])} (examples, tokens), and the attention mask is {tuple(mask.shape)}"
         raise FeaturesError(f"the module's input is {shapes}")
-    there = mask.to(tokens)[..., None]
-    return (tokens * there).sum(dim=1) / there.sum(dim=1).clamp_min(1)
+    return mean_of_tokens(tokens, mask)
 
 
 def _unanswered(batch: Dataset) -> Dataset:

@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from client_app.data.dataset import Dataset
-from client_app.plan.features import features
-from client_app.plan.mixtures import activate_slot, terms_of
+from client_app.plan.features import features, features_of
+from client_app.plan.mixtures import activate_slot, slot_of, terms_of
 from client_app.plan.names import PlanError
 from client_app.plan.training import logits_of
 from client_app.plan.workbench import Workbench
-from fedalloy_adapters.adapter import Adapter
-from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.layout import Factor
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 _NAMES = ("likeness", "most")
@@ -42,14 +41,8 @@ def carry_out(bench: Workbench, step: plan_pb2.LikenessStep) -> report_pb2.Liken
         raise PlanError(f"a largest coefficient of {step.most:g}, expected 0 to 1")
     data = bench.drawn(step.split, step.samples)
     activate_slot(bench, step.source)
-    found = [
-        normalize(features(bench.model, data.batch(some), slot=step.source), dim=1)
-        for some in torch.split(torch.arange(len(data)), 32)
-    ]
-    mean = torch.cat(found).mean(dim=0)
-    entries = (Entry(_NAMES[0], Factor.GATE, tuple(mean.shape)), Entry(_NAMES[1], Factor.GATE, (1,)))
-    vector = torch.cat([mean, torch.tensor([step.most], dtype=mean.dtype)]).float()
-    bench.slots[step.slot] = Adapter(Layout(entries, {}, bench.model.base.fingerprint), vector)
+    mean = normalize(features_of(bench.model, data, slot=step.source), dim=1).mean(dim=0)
+    bench.slots[step.slot] = slot_of(bench.model, dict(zip(_NAMES, (mean, torch.tensor([step.most])), strict=True)))
     return report_pb2.LikenessResult(examples=len(data))
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from client_app.model.co_lora import Gate
+from client_app.model.personal import PersonalModel
 from client_app.plan.names import PlanError
 from client_app.plan.slots import SlotStore
 from client_app.plan.workbench import Workbench
+from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.algebra import Coefficient
+from fedalloy_adapters.layout import Entry, Factor, Layout
 from proto.fedalloy.v1 import plan_pb2
 
 
@@ -83,3 +87,10 @@ def activate(bench: Workbench, mixture: plan_pb2.Mixture) -> None:
 def activate_slot(bench: Workbench, slot: str) -> None:
     """Make the model this slot alone."""
     activate(bench, plan_pb2.Mixture(terms=[plan_pb2.Term(slot=slot, scalar=1.0)]))
+
+
+def slot_of(model: PersonalModel, parts: Mapping[str, Tensor]) -> Adapter:
+    """A slot that holds these numbers by name, for a mixture that depends on more than its terms."""
+    entries = tuple(Entry(name, Factor.GATE, tuple(part.shape)) for name, part in parts.items())
+    vector = torch.cat([part.flatten() for part in parts.values()]).float()
+    return Adapter(Layout(entries, {}, model.base.fingerprint), vector)

@@ -154,10 +154,9 @@ class Contract(ABC, Generic[OptionsT]):
         """
         new = {client.id: client for client in newcomers}
         votes = self.votes(new.values())
+        known = [*self.clients.values(), *(new[client_id] for client_id in votes)]
         # What clients claim that fit nobody says nothing of the others' counts.
-        first = next(iter(self.clients.values()), None) or next((new[client_id] for client_id in votes), None)
-        fitting = [client for client in new.values() if first is not None and self._fit(first, client)]
-        counts = {client.id: client.claimed for client in [*self.clients.values(), *fitting]}
+        counts = {client.id: client.claimed for client in known if self._fit(known[0], client)}
         for client_id in votes:
             client = with_bounded_weight(self.limits, new[client_id], counts)
             try:

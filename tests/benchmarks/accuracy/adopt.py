@@ -289,11 +289,6 @@ def size_of(runs: list[dict[str, Any]]) -> str:
     return f"{down:.0f} / {up:.0f}" + (f" (lenders {lent:.0f})" if lent else "")
 
 
-def finished(path: Path) -> list[dict[str, Any]]:
-    """Finished runs; lines from before there were scenarios are of ``digits``."""
-    return [{"scenario": "digits", **one} for one in read(path)]
-
-
 def main() -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -316,7 +311,7 @@ def main() -> None:
     tries = [(count, rate) for count in given.steps or [design.steps] for rate in own_rates]
     same = {"scenario": given.scenario, "rounds": rounds, "split": given.split}
     asked = [{**same, "run": name, "seed": seed} for seed in given.seeds for name in runs]
-    missing = [about for about in asked if not has(finished(given.found), about)]
+    missing = [about for about in asked if not has(read(given.found, scenario="digits"), about)]
     until = time.monotonic() + given.seconds
     for about in [] if given.table else missing:
         if time.monotonic() > until:
@@ -325,7 +320,7 @@ def main() -> None:
         append(given.found, rows)
         for one in rows:
             print(about["seed"], one["row"], {who: round(score, 3) for who, score in one["scores"].items()}, flush=True)
-    found = [one for one in finished(given.found) if any(has([one], about) for about in asked)]
+    found = [one for one in read(given.found, scenario="digits") if any(has([one], about) for about in asked)]
     if found:
         out = f"{len(design.groups)} of {design.size} clients left out, {rounds} rounds"
         Console(width=140).print(table(found, f"{given.scenario}, {out}, seeds {given.seeds}, {given.split}"))

@@ -158,11 +158,6 @@ def measure(cache: Path, about: Mapping[str, Any]) -> Scores:
     return {who: found["accuracy"] for who, found in summary["clients"].items() if who not in liars}
 
 
-def finished(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; the first lines were written when all runs had four clients."""
-    return [{"clients": 4, **one} for one in read(path)]
-
-
 def cell(found: Mapping[str, Mapping[int, Scores]], row: str, kind: str, rows: Mapping[str, Any]) -> str:
     """Mean (worst) accuracy, and the largest loss of an honest client, compared with no liar and with ``local``."""
     scores = [score for one in found[kind].values() for score in one.values()]
@@ -211,14 +206,14 @@ def main() -> None:
     same = {"clients": given.clients, "rounds": given.rounds, "local_steps": given.local_steps}
     for seed, kind, row in [] if given.table else asked:
         about = {"row": row, "kind": kind, "seed": seed, **same}
-        if has(finished(given.found), about):
+        if has(read(given.found, clients=4), about):
             continue
         gc.collect()
         gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         scores = measure(given.cache, about)
         append(given.found, [{**about, "scores": scores}])
         print(row, kind, seed, {who: round(score, 3) for who, score in scores.items()}, flush=True)
-    runs = [one for one in finished(given.found) if same.items() <= one.items() and one["seed"] in given.seeds]
+    runs = [one for one in read(given.found, clients=4) if same.items() <= one.items() and one["seed"] in given.seeds]
     title = f"digits, {given.clients} clients, {given.rounds} rounds, seeds {given.seeds}: "
     title += "honest mean (worst), most lost to no liar, to local"
     Console(width=200).print(table(runs, given.rows, given.kinds, title))

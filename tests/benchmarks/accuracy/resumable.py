@@ -14,12 +14,12 @@ from client_app.plan.training import set_up_torch
 from fedalloy_adapters.files.atomic_files import locked
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All lines but one that a kill has cut off; none if there is no file."""
+def read(path: Path, **meant: Any) -> list[dict[str, Any]]:
+    """All lines but one that a kill has cut off; none if there is no file. ``meant`` is what older lines left out."""
     lines = []
     for text in path.read_text().split("\n") if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            lines.append(meant | json.loads(text))
         except ValueError:  # empty, or cut off
             continue
     return lines
