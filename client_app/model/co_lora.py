@@ -7,6 +7,7 @@ adapters are active, and deletion stay PEFT's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,12 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from transformers import Cache
 
+from client_app.data.dataset import MASK
+from client_app.data.targets import IGNORED
 from fedalloy_adapters.layout import Factor
 
 SHARED_FACTORS = {Factor.P: "lora_P", Factor.Q: "lora_Q"}
+_PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,39 @@ class GateContext:
         self.mask: Tensor | None = None
         self.decoding = False
         self._kept: dict[str, Tensor] = {}
+        self._prompts: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Look at the keyword arguments of every forward pass of ``model``."""
         model.register_forward_pre_hook(self._look, with_kwargs=True)
 
+    def with_prompts(self, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """A language model's inputs, with a mask ``[b, L]`` of the tokens before each text's first target.
+
+        A gate that saw the whole text would see the answer that the loss asks for. A text without a prompt has its
+        first token as one; nothing predicts that token.
+
+        Args:
+            inputs: texts, padded on the right.
+            labels: ``[b, L]``; other shapes are not those of a language model's texts, and get no mask.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None or labels.shape != ids.shape:
+            return dict(inputs)
+        prompts = (labels != IGNORED).cumsum(dim=1) == 0
+        prompts[:, 0] = True
+        return {**inputs, _PROMPTS: prompts & inputs.get(MASK, torch.ones_like(labels)).bool()}
+
+    def take(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own inputs; the gates of its next pass see the prompts that :meth:`with_prompts` has marked."""
+        others = dict(inputs)
+        self._prompts = others.pop(_PROMPTS, None)
+        return others
+
     def weights(self, module: str, x: Tensor, gate: Tensor) -> Tensor:
         """``sigmoid(mean over tokens of x . gate)``, one for each example: shape ``[b, 1, ..]`` to multiply ``x``.
+
+        Where a text has targets, the mean is over the tokens of its prompt, as when the model writes.
 
         Args:
             module: the module that the gate belongs to.
@@ -79,6 +109,8 @@ class GateContext:
     def _look(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         mask = keywords.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if self._prompts is not None:
+            self.mask, self._prompts = self._prompts, None
         self.decoding = any(_holds_tokens(value) for value in (*arguments, *keywords.values()))
         if not self.decoding:
             self._kept = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from client_app.data.dataset import Base
-from client_app.model.bases.heads import Differences
+from client_app.model.bases.heads import Differences, head_entries
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
 from client_app.model.forward.padding import (
     ALONE,
@@ -87,7 +87,7 @@ class PersonalModel:
             if name in base.targets and name in base.heads:
                 raise ModelError(f"{base.name!r}: module {name!r} is a target and a head, expected only one of them")
         self.layout = self._layout(modules)
-        own = tuple(_head_entries(modules, base.own_heads))
+        own = tuple(head_entries(modules, base.own_heads))
         self.own_layout = Layout(own, {}, base.fingerprint) if own else None
         self.whole_layout = self.layout.joined(self.own_layout) if self.own_layout else self.layout
         self._gates: dict[str, dict[str, nn.Parameter]] = {}
@@ -108,6 +108,12 @@ class PersonalModel:
             name, kind = key.rsplit(".", 1)
             self._differences[key] = Differences()
             parametrize.register_parametrization(modules[name], kind, self._differences[key], unsafe=True)
+
+    @property
+    def looks_at_whole_texts(self) -> bool:
+        """Whether an active gate is one number for a whole input, so that texts cannot share rows."""
+        used = [self._gates[chosen.slot] for chosen in self._mixture.values() if isinstance(chosen, Gate)]
+        return any(gate.ndim == 1 and len(gate) > 1 for gates in used for gate in gates.values())
 
     @property
     def device(self) -> torch.device:
@@ -260,6 +266,7 @@ class PersonalModel:
         chosen = {"task": task} if task else {}
 
         def forward(inputs: Mapping[str, Tensor]) -> Tensor:
+            inputs = self._context.take(inputs)
             return read(self.module(**inputs_taken(self.module, inputs), **chosen), inputs)
 
         if MASK in inputs and (self.base.padding == ALONE or (per_token and self.base.padding != RIGHT)):
@@ -268,11 +275,11 @@ class PersonalModel:
 
     def target_logits(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> Tensor:
         """Logits ``[n, V]`` of the n targets in ``labels [b, L]``, row by row; no others are computed."""
-        return self._target_logits(lambda: self.logits(inputs, task), labels)
+        return self._target_logits(lambda: self.logits(self._context.with_prompts(inputs, labels), task), labels)
 
     def at_targets(self, inputs: Mapping[str, Tensor], labels: Tensor, task: str = "") -> AtTargets:
         """Losses of the targets in ``labels [b, L]``, and logits on request, a few at a time."""
-        return self.target_losses(lambda: self.logits(inputs, task), labels)
+        return self.target_losses(lambda: self.logits(self._context.with_prompts(inputs, labels), task), labels)
 
     @contextmanager
     def switched(self, mixture: Mixture) -> Iterator[None]:
@@ -299,7 +306,7 @@ class PersonalModel:
             if name in names:
                 entries.append(Entry(name, Factor.P, (self.rank, self.rank)))
                 entries.append(Entry(name, Factor.Q, (self.rank,)))
-        entries.extend(_head_entries(modules, self.base.heads))
+        entries.extend(head_entries(modules, self.base.heads))
         scalings = scalings_from(dict.fromkeys(self.base.targets, self.rank), self.alpha)
         return Layout(tuple(entries), scalings, self.base.fingerprint, names)
 
@@ -385,14 +392,6 @@ class PersonalModel:
             parameter = self._differences[entry.name].by_slot[_inner(slot)]
         assert isinstance(parameter, nn.Parameter)
         return parameter
-
-
-def _head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> list[Entry]:
-    return [
-        Entry(name, Factor(kind), tuple(parameter.shape))
-        for name in heads
-        for kind, parameter in modules[name].named_parameters(recurse=False)
-    ]
 
 
 def _inner(slot: str) -> str:

@@ -342,7 +342,7 @@ def batch_loss(
         logits: those of the batch (:func:`logits_of`), if they are also needed for something else.
         example_weights: how much each example counts, ``[b]``; None: the mean of :func:`mean_loss`.
     """
-    if model.packing and logits is None and example_weights is None:
+    if model.packing and logits is None and example_weights is None and not model.looks_at_whole_texts:
         batch = packed(batch)
     labels, kind = batch.labels.to(model.device), kind_of(batch.kind)
     if logits is None and kind.generative:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from client_app.model.co_lora import ModuleGate
 from client_app.settings import canonical_label
+from fedalloy_adapters.layout import Entry, Factor
 
 _HEAD_STD = 0.02
 _UNNAMED = re.compile(r"LABEL_(\d+)")
@@ -125,3 +126,12 @@ class Differences(nn.Module):
             weight = coefficient(base) if isinstance(coefficient, ModuleGate) else coefficient
             base = base + (weight * self.by_slot[slot]).to(base.dtype)
         return base
+
+
+def head_entries(modules: Mapping[str, nn.Module], heads: Iterable[str]) -> list[Entry]:
+    """A layout's entries of these modules' weights and biases."""
+    return [
+        Entry(name, Factor(kind), tuple(parameter.shape))
+        for name in heads
+        for kind, parameter in modules[name].named_parameters(recurse=False)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from transformers import (
     MambaConfig,
 )
 
-from client_app.data.dataset import Base
+from client_app.data.dataset import Base, Dataset
 from client_app.model.co_lora import Gate, GateContext, GateError
+from client_app.model.forward.padding import ALONE, LEFT, RIGHT
 from client_app.model.personal import PersonalModel
+from client_app.plan.training import batch_loss
 from tests.client_app.model.co_lora_toys import llama, slots_of
 from tests.fedalloy_adapters.samples import random_adapter
 
@@ -129,7 +132,7 @@ def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_
         """Without a cache: the gates of the prompt, as numbers, over the whole text so far."""
         model.logits({"input_ids": torch.tensor([row])})
         fixed = dict(model._context._kept)
-        model._context.weights = lambda name, x, gate: fixed[name]  # type: ignore[method-assign]
+        model._context.weights = lambda module, x, gate: fixed[module]  # type: ignore[method-assign]
         try:
             answer: list[int] = []
             for _ in range(5):
@@ -143,3 +146,64 @@ def test_a_text_does_not_depend_on_the_other_prompts_and_goes_on_with_the_gates_
     assert together == [by_prefix(prompt) for prompt in PROMPTS]
     model.activate({})
     assert together != written(model, PROMPTS)  # the adapters decide something
+
+
+def texts(answers: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Tensor]:
+    """:data:`PROMPTS` with these answers, padded on the right; the answers are the targets."""
+    rows = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    labels = torch.full_like(tokens, -100)
+    for number, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
+        labels[number, len(prompt) : len(row)] = tokens[number, len(prompt) : len(row)]
+    return {"input_ids": tokens, "attention_mask": mask}, labels
+
+
+@pytest.mark.parametrize("padding", [RIGHT, LEFT, ALONE])
+def test_gates_do_not_see_the_answer_that_the_loss_asks_for(padding: str) -> None:
+    model = text_model(LlamaForCausalLM)
+    model.base = replace(model.base, padding=padding)
+    inputs, labels = texts([[3, 4], [5, 6, 7]])
+    others, other_labels = texts([[3, 9], [5, 6, 2]])  # the same up to the last target, which decides no logit
+    with torch.no_grad():
+        found = model.target_logits(inputs, labels)
+        torch.testing.assert_close(model.target_logits(others, other_labels), found)
+        whole = model.logits(inputs)  # without targets the gates see everything
+    assert float((whole[0, len(PROMPTS[0]) - 1] - found[0]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("padding", [RIGHT, LEFT, ALONE])
+def test_losses_are_those_of_the_model_that_writes(padding: str) -> None:
+    model = text_model(LlamaForCausalLM)
+    model.base = replace(model.base, padding=padding)
+    answers = written(model, PROMPTS)
+    inputs, labels = texts(answers)
+    with torch.no_grad():
+        best = model.target_logits(inputs, labels).argmax(dim=-1).reshape(2, 5)
+        losses = model.at_targets(inputs, labels).losses()
+    assert best.tolist() == answers
+    expected = torch.nn.functional.cross_entropy(
+        model.target_logits(inputs, labels), torch.tensor(answers).flatten(), reduction="none"
+    )
+    torch.testing.assert_close(losses, expected)
+
+
+def test_a_text_that_is_all_targets_has_gates_of_its_first_token() -> None:
+    model = text_model(LlamaForCausalLM)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        found = model.target_logits({"input_ids": tokens}, tokens)
+        changed = model.target_logits({"input_ids": torch.tensor([[5, 6, 7, 2]])}, tokens)
+    torch.testing.assert_close(found, changed)
+
+
+def test_texts_with_gates_for_the_whole_text_do_not_share_rows() -> None:
+    model = text_model(LlamaForCausalLM)
+    assert model.looks_at_whole_texts
+    inputs, labels = texts([[3, 4], [5, 6, 7]])
+    batch = Dataset(inputs, labels, "causal-lm")
+    apart = float(batch_loss(model, batch))
+    model.packing = True
+    assert float(batch_loss(model, batch)) == apart
+    assert not text_model(LlamaForCausalLM, per_token=True).looks_at_whole_texts
