@@ -130,11 +130,13 @@ def verdict(found: Comparison) -> list[str]:
     ]
     worst = max(ranked, key=lambda line: found.sign * line.worst.value)
     said.append(f"Best worst decile: {worst.strategy}, {worst.worst.value:.3f}{_role(worst)}.")
-    if found.best_control:
-        beyond = [line.strategy for line in ranked if line.beyond and line.beyond.mean.low > 0]
+    if found.controlled:
+        beyond = [
+            f"{line.strategy} (against {line.rival})" for line in ranked if line.beyond and line.beyond.mean.low > 0
+        ]
         rivals = sum(not line.role for line in ranked)
         said.append(
-            f"Beyond the best control ({found.best_control}), with a 95 % interval above 0: "
+            f"Beyond the best control that sees no other examples, with a 95 % interval above 0: "
             f"{', '.join(beyond) or 'none'} ({len(beyond)} of {rivals})."
         )
     pairs, seeds = len(best.scores), len({seed for seed, _ in best.scores})

@@ -62,8 +62,9 @@ class Paired:
 class Line:
     """One strategy: final scores and costs (sums over clients; bytes: means over seeds, seconds: medians).
 
-    ``role`` is ``reference``, ``control`` or empty. ``beyond`` are the differences to the control with the best mean;
-    None for references and controls. ``seeds`` is the number of seeds in the comparison, ``learns_from`` the splits of
+    ``role`` is ``reference``, ``control`` or empty. ``rival`` is the control that merging must beat: the one with the
+    best mean among those that see no other examples than this strategy; ``beyond`` are the differences to it. Both are
+    empty for references and controls. ``seeds`` is the number of seeds in the comparison, ``learns_from`` the splits of
     a client's data that its model depends on, empty if not known.
     """
 
@@ -75,6 +76,7 @@ class Line:
     megabytes: Mapping[str, float]
     seconds: float
     role: str = ""
+    rival: str = ""
     beyond: Paired | None = None
     seeds: int = 0
     learns_from: Sequence[str] = ()
@@ -101,12 +103,16 @@ COSTS: Mapping[str, Callable[[Line], float]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """All strategies by one metric; ``best_control`` is the control that merging must beat, empty without one."""
+    """All strategies by one metric."""
 
     metric: str
     level: str
     lines: Sequence[Line]
-    best_control: str = ""
+
+    @property
+    def controlled(self) -> bool:
+        """Whether a strategy has a control that it must beat."""
+        return any(line.rival for line in self.lines)
 
     @property
     def sign(self) -> int:
@@ -151,12 +157,14 @@ def comparison_of(
     level = "wire" if rows and measured else "message"
     sign = METRICS[metric]
     judges = [name for name in controls if scores.get(name)]
-    best = max(judges, key=lambda name: sign * sum(scores[name].values()) / len(scores[name]), default="")
+    judges.sort(key=lambda name: -sign * sum(scores[name].values()) / len(scores[name]))
+    seen = learns_from or {}
     lines, every_seed = [], len({row.seed for row in rows})
     for name in strategies:
         own = [row for row in rows if row.strategy == name]
         seeds = max(len({row.seed for row in own}), 1)
         role = "control" if name in controls else "reference" if name in references else ""
+        rival = "" if role else next((other for other in judges if sees_no_more(other, name, seen)), "")
         waits = defaultdict[int, dict[int, float]](dict)
         for row in served:
             if row.strategy == name:
@@ -171,12 +179,18 @@ def comparison_of(
                 megabytes={d: sum(r.bytes.get(f"{d}_{level}") or 0 for r in own) / seeds / 1e6 for d in ("up", "down")},
                 seconds=median([sum(rounds.values()) for rounds in waits.values()] or [0.0]),
                 role=role,
-                beyond=paired(scores[name], scores[best], sign) if best and not role else None,
+                rival=rival,
+                beyond=paired(scores[name], scores[rival], sign) if rival else None,
                 seeds=every_seed,
-                learns_from=(learns_from or {}).get(name, ()),
+                learns_from=seen.get(name, ()),
             )
         )
-    return Comparison(metric, level, lines, best)
+    return Comparison(metric, level, lines)
+
+
+def sees_no_more(control: str, strategy: str, learns_from: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a control's models depend on no split that the strategy's models do not; also if that is not known."""
+    return strategy not in learns_from or set(learns_from.get(control, ())) <= set(learns_from[strategy])
 
 
 def with_score(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -274,14 +288,14 @@ def cells_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table's heads and rows, the best mean first."""
     references = list(found.lines[0].against) if found.lines else []
     heads = ["strategy", f"mean {found.metric}", "worst decile", *(f"against {name}" for name in references)]
-    heads += [f"against {found.best_control} (control)"] if found.best_control else []
+    heads += ["against the best control"] if found.controlled else []
     heads += ["MB up", "MB down", "seconds", "learns from"]
     body = []
     for line in found.ranked():
         cells = [line.label, _shown(line.mean), _shown(line.worst)]
         cells += ["" if name == line.strategy else difference(line.against[name]) for name in references]
-        if found.best_control:
-            cells.append(difference(line.beyond) if line.beyond else "")
+        if found.controlled:
+            cells.append(f"{difference(line.beyond)} {line.rival}" if line.beyond else "")
         cells += [number(line.megabytes["up"], 2), number(line.megabytes["down"], 2), number(line.seconds, 1)]
         cells.append(" + ".join(line.learns_from) or "-")
         body.append(cells)
@@ -316,7 +330,8 @@ def explanation(found: Comparison, brief: bool = False) -> list[str]:
         "controls": "* Controls show what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
         "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-all` (local training on training and "
         "validation examples), `local-twice` (two local runs of one client, "
-        "averaged). A gain by merging counts only if it is larger than theirs.",
+        "averaged). A gain by merging counts only if it is larger than theirs. A strategy has to beat the best control "
+        "that sees no other examples than it does: `local-all` judges those that choose on validation examples.",
     }
     if brief:
         del lines["intervals"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server_app.tools.compare.records import FinishedRun
@@ -49,10 +49,12 @@ def rows_of(wire: int | None = 3_000_000, metric: str = "accuracy", sign: int = 
     ]
 
 
-def compared(rows: list[Observation] | None = None) -> Comparison:
+def compared(
+    rows: list[Observation] | None = None, learns_from: Mapping[str, Sequence[str]] | None = None
+) -> Comparison:
     """The strategies that appear in the rows."""
     rows = rows_of() if rows is None else rows
-    return comparison_of(rows, list(SCORES), ("local", "fedavg"), CONTROLS)
+    return comparison_of(rows, list(SCORES), ("local", "fedavg"), CONTROLS, learns_from)
 
 
 def runs_of(rows: list[Observation], wired: bool = True) -> list[FinishedRun]:

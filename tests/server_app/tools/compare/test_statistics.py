@@ -44,7 +44,8 @@ def test_final_models_are_compared_client_by_client() -> None:
     assert rival.against["fedavg"].mean.value == pytest.approx(0.15)
     assert fedavg.mean.low == pytest.approx(fedavg.mean.high) == pytest.approx(0.6)
     assert [line.role for line in found.lines] == ["reference", "reference", "", "control", "control"]
-    assert found.best_control == "local-twice"
+    assert found.controlled
+    assert rival.rival == "local-twice"
     assert rival.beyond is not None
     assert rival.beyond.mean.value == pytest.approx((0.05 + 0.08 - 0.05) / 3)
     assert local.beyond is head.beyond is twice.beyond is None
@@ -52,6 +53,15 @@ def test_final_models_are_compared_client_by_client() -> None:
     assert local.worst.value == pytest.approx(0.5)
     assert local.megabytes == {"up": 27.0, "down": 27.0}  # 3 clients x 3 rounds, mean over seeds
     assert local.seconds == pytest.approx(9.0)  # the slowest takes 3 s in each of 3 rounds
+
+
+def test_a_strategy_is_judged_by_the_best_control_that_sees_no_other_examples() -> None:
+    alone, more = ("train",), ("train", "validation")
+    known = dict.fromkeys(SCORES, alone) | {"local-twice": more}  # the control with the best mean
+    assert compared(learns_from=known).lines[2].rival == "fedavg-head"
+    assert compared(learns_from={**known, "rival": more}).lines[2].rival == "local-twice"
+    assert compared(learns_from=dict.fromkeys(SCORES, more) | {"rival": alone}).lines[2].rival == ""
+    assert not compared(learns_from=dict.fromkeys(SCORES, more) | {"rival": alone}).controlled
 
 
 def test_bytes_fall_back_to_what_was_measured() -> None:
@@ -203,14 +213,16 @@ def test_at_a_glance_says_who_is_beyond_the_controls() -> None:
     rows = rows_of()
     said = " ".join(at_a_glance(compared(rows), runs_of(rows), {"ties-seed0-0": "out of luck"}))
     assert "Best mean accuracy: rival, 0.750." in said
-    assert "Beyond the best control (local-twice), with a 95 % interval above 0: none (0 of 1)" in said
+    assert "Beyond the best control that sees no other examples, with a 95 % interval above 0: none (0 of 1)" in said
     assert "at most 0.22 % of a run's bytes in one direction (local, seed 1)" in said
     assert "ties-seed0-0: out of luck" in said
     better = [
         replace(row, metrics={"accuracy": row.metrics["accuracy"] + 0.2}) if row.strategy == "rival" else row
         for row in rows
     ]
-    assert "above 0: rival (1 of 1)" in " ".join(at_a_glance(compared(better), runs_of(better), {}))
+    assert "above 0: rival (against local-twice) (1 of 1)" in " ".join(
+        at_a_glance(compared(better), runs_of(better), {})
+    )
 
 
 def test_a_verdict_of_few_scores_says_so_and_recommends_nothing_worse_than_local() -> None:
