@@ -36,7 +36,7 @@ FEDMOSAIC = Experiment(
             },
             config={**_TEXTS, "batch-size": 4},
             rates=(1e-3, 3e-3),
-            model={"max-length": 64},
+            model={"max-length": 64, "model-dtype": "bfloat16"},
             own_model=True,
         ),
         "digits-mixed": Base(

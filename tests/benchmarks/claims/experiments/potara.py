@@ -22,7 +22,7 @@ POTARA = Experiment(
             },
             config={**_SMALL, "batch-size": 4, "lora-r": 4, "lora-alpha": 8.0},
             rates=(1e-3, 3e-3),
-            model={"target-modules": LAYERS, "max-length": 64},
+            model={"target-modules": LAYERS, "max-length": 64, "model-dtype": "bfloat16"},
             own_model=True,
         ),
         "minilm": Base(
@@ -52,5 +52,5 @@ POTARA = Experiment(
     search_dial="same",
     shrunk="24 steps instead of 600 and 64 texts instead of 500 for each client; settings searched at one setting of "
     "the dial, on one seed. With SmolLM2 four clients instead of six, texts cut to 64 tokens, batches of 4, LoRA of "
-    "rank 4 in the last ten layers.",
+    "rank 4 in the last ten layers, and a base in bfloat16.",
 )
