@@ -320,14 +320,15 @@ class Run:
         started = time.monotonic()
         known = set(self.enrolment.clients)
         present = self.gather(round_)
-        found = hand_out(self, round_, present, min(self.options.least, len(present)), known)
+        wanted = named(present, self.options.clients)
+        found = hand_out(self, round_, wanted, min(self.options.least, len(wanted)), known)
         self.record("deliver", round_, found.records | self._absent(present), started)
         return found
 
     def _absent(self, present: list[Client]) -> dict[str, ClientRecord]:
         return {
             client.id: {"status": client_status.ABSENT}
-            for _, client in sorted(self.enrolment.clients.items())
+            for client in named([c for _, c in sorted(self.enrolment.clients.items())], self.options.clients)
             if client not in present
         }
 
@@ -384,7 +385,8 @@ class Run:
             dict([run_on(self.directory.config())]),
         )  # fmt: skip
         refused = dict(sorted(self.enrolment.refused.items()))
-        missing = sorted(set(self.enrolment.clients) - set(clients))
+        due = named(list(self.enrolment.clients.values()), self.options.clients)
+        missing = sorted({client.id for client in due} - set(clients))
         away = sorted(set(self.enrolment.away) - set(self.enrolment.clients))
         summary |= {"refused": refused, "absent": away, "not_delivered": missing, "diverged": final.diverged}
         summary |= {"privacy": private} if private else {}

@@ -1,4 +1,7 @@
-"""``fedalloy run`` and ``watch`` on real processes: what Ctrl-C asks, exit codes, lines without a terminal."""
+"""``fedalloy run``, ``watch``, ``adopt`` and ``deliver`` on real processes.
+
+What Ctrl-C asks, exit codes, lines without a terminal; schedules, patience and choice at delivery; a newcomer.
+"""
 
 from __future__ import annotations
 
@@ -140,3 +143,43 @@ def test_a_run_that_fails_says_why_and_ends_with_1(cluster: LocalCluster) -> Non
     code, lines = types(*command, "--dir", str(cluster.directory))
     assert code == 1
     assert lines[-1].startswith("error: 3 of at least 5 SuperNodes are online")
+
+
+SERVICE = {
+    "num_server_rounds": 2,
+    "local_epochs": 0.2,
+    "schedule": "cosine",
+    "schedule_over": "run",
+    "warmup_steps": 1,
+    "patience": 2,
+    "deliver_choice": "validation",
+}
+
+
+def test_a_newcomer_adopts_what_two_others_have_trained(cluster: LocalCluster) -> None:
+    """Schedules, patience and choice are on in the run of the two; the third client never trains."""
+    command = started("service", clients="berlin,paris", min_clients=2, **SERVICE)
+    code, lines = types(*command, "--dir", str(cluster.directory))
+    path = cluster.settings.runs_dir / "service"
+    assert code == 0, lines
+    before = json.loads((path / "summary.json").read_text())
+    assert before["clients"].keys() == before["given"].keys() == {"berlin", "paris"}
+    assert set(before["given"].values()) <= {"merged", "best", "global", "local"}
+
+    code, lines = types("adopt", str(path), "--dir", str(cluster.directory))
+    assert code == 0, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("rome: ")
+    after = json.loads((path / "summary.json").read_text())
+    found = after["adopted"]["rome"]
+    assert found["evaluations"] > 0
+    assert after["clients"].keys() == {"berlin", "paris", "rome"}
+    assert (path / "clients" / "rome" / "adapter" / "adapter_model.safetensors").is_file()
+    assert after["given"] == before["given"]
+    assert after["rounds"] == before["rounds"]
+
+    code, lines = types("adopt", str(path), "--node", "paris", "--dir", str(cluster.directory))
+    assert code == 1
+    assert "paris" in lines[-1]
+    code, lines = types("deliver", str(path), "paris", "--dir", str(cluster.directory))
+    assert code == 0, lines

@@ -10,9 +10,14 @@ from strategies.framework.exchange import Client
 
 
 def named(clients: Sequence[Client], patterns: str) -> list[Client]:
-    """Clients with one of these names, or fitting a pattern; an empty text names all."""
+    """Clients that take part: see :func:`is_named`."""
+    return [client for client in clients if is_named(client.id, patterns)]
+
+
+def is_named(client_id: str, patterns: str) -> bool:
+    """Whether a client is one of these, comma-separated, or fits a pattern among them; an empty text names all."""
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
-    return [c for c in clients if not wanted or any(fnmatch.fnmatchcase(c.id, pattern) for pattern in wanted)]
+    return not wanted or any(fnmatch.fnmatchcase(client_id, pattern) for pattern in wanted)
 
 
 def choose(

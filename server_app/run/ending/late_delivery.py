@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.common.logger import log
 
 from server_app.run.clients.client_status import OK, ClientRecord
+from server_app.run.clients.participants import is_named
 from server_app.run.ending.delivery import hand_out
 from server_app.run.ending.last_counters import last_counters
 from server_app.run.ending.summary import given_in, headline, with_scores
@@ -31,16 +32,19 @@ ALL, MISSING, NEW = "all", "missing", "new"
 def wanted_clients(deliver: str, directory: RunDirectory) -> list[str]:
     """Ids of the clients that should get their models: named ones, ``all``, or (``missing``) those without one.
 
+    ``all`` and ``missing`` leave out those that do not take part (``clients``).
+
     Raises:
         RunDirectoryError: the run is not finished, or has no such client; names those that it has.
     """
     if not (directory.path / "summary.json").exists():
         raise RunDirectoryError(f"the run in {directory.path} is not finished; {directory.how_to_resume}")
     known = sorted(path.stem for path in (directory.path / "registrations").glob("*.pb"))
+    taking_part = [name for name in known if is_named(name, str(directory.config().get("clients", "")))]
     if deliver == ALL:
-        return known
+        return taking_part
     if deliver == MISSING:
-        return [name for name in known if last_delivery(directory).get(name, {}).get("status") != OK]
+        return [name for name in taking_part if last_delivery(directory).get(name, {}).get("status") != OK]
     names = [name.strip() for name in deliver.split(",") if name.strip()]
     if unknown := sorted(set(names) - set(known)):
         raise RunDirectoryError(
