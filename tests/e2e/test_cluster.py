@@ -278,6 +278,7 @@ def test_flowers_simulation_engine_runs_the_same_app_with_more_clients_than_core
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
     config = f"min-clients=8 num-server-rounds=1 strategy='fedmerge' local-steps=3 run-name='sim' runs-dir='{tmp_path}'"
+    config += " deliver-choice='validation' patience=1 schedule='cosine' schedule-over='run'"
     federation = "num-supernodes=8 client-resources-num-cpus=1"
     command = ["flwr", "run", str(app_directory()), "local", "--stream"]
     command += ["--federation-config", federation, "--run-config", config]
@@ -288,6 +289,6 @@ def test_flowers_simulation_engine_runs_the_same_app_with_more_clients_than_core
             if str(home) in " ".join(process.info["cmdline"] or ()):
                 process.terminate()  # Flower leaves its simulation SuperLink running
     found = json.loads((tmp_path / "sim" / "summary.json").read_text())
-    assert len(found["clients"]) == 8, shown.stdout
+    assert len(found["clients"]) == len(found["given"]) == 8, shown.stdout
     assert found["bytes"]["up"]["wire"] is None
     assert found["bytes"]["up"]["tensor"] > 0

@@ -71,3 +71,26 @@ def test_a_finished_run_goes_on_with_more_rounds_as_if_it_had_begun_with_them(tm
     assert directory.config()["num-server-rounds"] == 4
     with pytest.raises(RunDirectoryError, match="finished after 4 rounds"):
         run_nodes(tmp_path, NodeGrid(nodes()), num_server_rounds=4, resume=str(directory.path))
+
+
+def test_who_does_not_take_part_is_given_nothing_unasked(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    asked: list[int] = []
+
+    def note(plan: Any, message: Any, honest: Any) -> list[Any]:
+        asked.append(plan.round)
+        return [honest]
+
+    grid.misbehave[3] = note  # cyd's node
+    some = {"clients": "ada, b*", "min_clients": 2}
+    directory = run_nodes(tmp_path, grid, **some)
+    assert asked == []
+    found = summary(directory)
+    assert (sorted(found["clients"]), found["not_delivered"]) == (["ada", "ben"], [])
+    assert statuses(directory, "deliver") == [{"ada": "ok", "ben": "ok"}]
+    run_nodes(tmp_path, grid, **some, resume=str(directory.path), deliver="missing")
+    assert (asked, statuses(directory, "deliver")) == ([], [{"ada": "ok", "ben": "ok"}])
+    run_nodes(tmp_path, grid, **some, resume=str(directory.path), deliver="all")
+    assert asked == []
+    run_nodes(tmp_path, grid, **some, resume=str(directory.path), deliver="cyd")  # who asks by name gets it
+    assert sorted(summary(directory)["clients"]) == ["ada", "ben", "cyd"]

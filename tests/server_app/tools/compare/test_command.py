@@ -148,6 +148,21 @@ def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path,
     assert "local, seed 5: kept" in (tmp_path / "said").read_text()
 
 
+def test_schedules_patience_and_choice_work_in_a_comparison(tmp_path: Path, base_cache: Path, alone: None) -> None:
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / ".cache").symlink_to(base_cache)
+    options = {"local-steps": 1, "learning-rate": 1e-9, "schedule": "cosine", "schedule-over": "run"}
+    options |= {"deliver-choice": "validation", "patience": 1}
+    said = console(tmp_path / "said")
+    found, failed = compare("digits", [], [5], tmp_path / "out", said, clients=2, rounds=4, options=options)
+    assert not failed
+    assert all(line.learns_from == ("train", "validation") for line in found.lines)
+    for path in (tmp_path / "out" / "runs").glob("*/summary.json"):
+        run = RunDirectory(path.parent)
+        assert set(json.loads(path.read_text())["given"]) == {"client-0", "client-1"}
+        assert sum(record["phase"] == "train" for record in run.rounds()) < 4  # nobody improves at this rate
+
+
 def finished(config: Mapping[str, Any], clients: int, runs: Path, answered: Callable[[], None]) -> None:
     """An engine whose runs end well at once."""
     folder = RunDirectory.create(runs, str(config["run-name"]), "")
