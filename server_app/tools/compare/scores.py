@@ -224,7 +224,7 @@ def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]
     import plotly.graph_objects as go
 
     lines = [line for line in found.ranked() if not math.isnan(line.mean.value)]
-    front = found.cheapest(cost)
+    front = found.cheapest(cost, controls=False)
     labelled = [line for line in lines if line in front or line.role or len(lines) <= LABELLED]
     places = _places([(line.strategy, cost(line), line.mean.value) for line in labelled])
     chart = go.Figure()
@@ -252,7 +252,7 @@ def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]
     ]
     said = (
         f"Mean {found.metric} against {what}, a point for each strategy. The line is the Pareto front: strategies that "
-        f"no other one beats at the same or lower cost: {', '.join(line.strategy for line in front)}."
+        f"no other one (controls apart) beats at the same or lower cost: {', '.join(line.strategy for line in front)}."
     )
     table: Table = (["strategy", axis, f"mean {found.metric}", "on the front"], body)
     return figure(chart, f"{found.metric.capitalize()} against {what}", said, table, 480)

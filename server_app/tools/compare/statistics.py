@@ -125,10 +125,14 @@ class Comparison:
             self.lines, key=lambda line: math.inf if math.isnan(line.mean.value) else -self.sign * line.mean.value
         )
 
-    def cheapest(self, cost: Callable[[Line], float]) -> list[Line]:
-        """The Pareto front, cheapest first: strategies that no other one beats at the same or lower cost."""
+    def cheapest(self, cost: Callable[[Line], float], *, controls: bool = True) -> list[Line]:
+        """The Pareto front, cheapest first: strategies that no other one beats at the same or lower cost.
+
+        Without ``controls`` these are left out: one that sees more examples for no bytes would hide all others.
+        """
         front: list[Line] = []
-        for line in sorted(self.ranked(), key=cost):  # at equal cost, the best first
+        known = [line for line in self.ranked() if controls or line.role != "control"]
+        for line in sorted(known, key=cost):  # at equal cost, the best first
             score = self.sign * line.mean.value
             if not math.isnan(score) and (not front or score > self.sign * front[-1].mean.value):
                 front.append(line)
