@@ -181,5 +181,8 @@ def test_a_newcomer_adopts_what_two_others_have_trained(cluster: LocalCluster) -
     code, lines = types("adopt", str(path), "--node", "paris", "--dir", str(cluster.directory))
     assert code == 1
     assert "paris" in lines[-1]
-    code, lines = types("deliver", str(path), "paris", "--dir", str(cluster.directory))
-    assert code == 0, lines
+    code, lines = types("deliver", str(path), "paris,rome", "--dir", str(cluster.directory))
+    assert (code, lines) == (0, ["delivered: paris, rome"])
+    again = json.loads((path / "summary.json").read_text())
+    assert again["clients"] == after["clients"]
+    assert again["adopted"] == after["adopted"]  # not the strategy's model for somebody who never trained

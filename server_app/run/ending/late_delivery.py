@@ -93,7 +93,7 @@ def deliver_late(run: Run) -> None:
         known: set[str] = set()
         here = _newcomers(run, round_)
     else:
-        known = _enrolled_before(run.directory)
+        known = {name for name in _enrolled_before(run.directory) if is_named(name, run.options.clients)}
         wanted = wanted_clients(run.options.deliver, run.directory)
         if not wanted:
             log(INFO, "finished: every client has its model already")
