@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakValueDictionary
 
 from fedalloy_adapters.factors import Factor as Factor
 from fedalloy_adapters.factors import LayoutError as LayoutError
@@ -274,7 +275,7 @@ class Layout:
 
     @classmethod
     def from_proto(cls, message: adapter_pb2.Layout) -> Layout:
-        """Read and validate the wire message.
+        """Read and validate the wire message. Equal layouts are one object: a thousand clients have one between them.
 
         Raises:
             LayoutError: it is not a valid layout.
@@ -293,7 +294,11 @@ class Layout:
         entries = tuple(
             Entry(item.module, factor_from_proto(item.factor), tuple(item.shape)) for item in message.entries
         )
-        return cls(entries, scalings, message.base_fingerprint, shared_names)
+        found = cls(entries, scalings, message.base_fingerprint, shared_names)
+        return _KNOWN.setdefault(found.digest, found)
+
+
+_KNOWN: WeakValueDictionary[bytes, Layout] = WeakValueDictionary()
 
 
 def _validate(layout: Layout) -> None:

@@ -100,10 +100,18 @@ def cluster(uploads: Tensor | Sequence[Row], models: int, temperature: float, se
 
 
 def _coordinates(rows: Sequence[Row]) -> Tensor:
-    """K coordinates for each row, ``[K, K]`` float64, with the same distances as the rows."""
+    """K coordinates for each row, ``[K, K]`` float64, with the same distances as the rows.
+
+    All in one place, and by a driver that needs no more room: with thousands of clients each K x K counts.
+    """
+    from scipy.linalg import eigh
+
     centred = products([Difference(row, rows[0]) for row in rows])
-    centred = centred - centred.mean(dim=0, keepdim=True)
-    centred = centred - centred.mean(dim=1, keepdim=True)
-    values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
-    found: Tensor = vectors * values.clamp_min(0).sqrt()
+    centred -= centred.mean(dim=0, keepdim=True)
+    centred -= centred.mean(dim=1, keepdim=True)
+    centred += centred.T.clone()
+    centred /= 2
+    values, vectors = eigh(centred.numpy().T, driver="evr", overwrite_a=True)  # columns first, or it is copied
+    found = torch.from_numpy(vectors)
+    found *= torch.from_numpy(values).clamp_min(0).sqrt()
     return found
