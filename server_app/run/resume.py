@@ -132,6 +132,9 @@ def registration_of(client: Client) -> bytes:
     """The part of a client's registration that a run keeps: all but its counters."""
     said = report_pb2.Registration()
     said.CopyFrom(client.registration)
+    said.layout.CopyFrom(client.layout.to_proto())
+    if client.reference is not None:
+        said.reference.CopyFrom(client.reference.to_proto())
     said.ClearField("wire")
     return said.SerializeToString(deterministic=True)
 

@@ -69,6 +69,7 @@ from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from fedalloy_adapters.wire.codec import Encoding
 from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
 from strategies.families.gates import gate_scale, require_gate_rate
+from strategies.families.peer_weights import PeerWeights
 from strategies.framework import (
     About,
     AlloyStrategy,
@@ -200,8 +201,8 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         self.uploads, self.sketches = Bank(self.storage), Bank(self.storage)
         self._known: Bank | None = None  # uploads as they were when the round began
         self.arrived = 0
-        self.shared: dict[str, dict[str, float]] = {}
-        self.alike: dict[str, dict[str, dict[str, float]]] = {}
+        self.shared = PeerWeights([], torch.zeros(0, 0))
+        self.alike: dict[str, PeerWeights] = {}
 
     def enrol(self, client: Client) -> None:
         """Any architecture and any parameter groups, with the same shared tensors and the same reference model."""
@@ -250,11 +251,11 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             self._sketch(client),
             self._send(),
         ]
-        shared, alike = self.shared.get(client.id, {}), self.alike.get(client.id, {})
-        if not shared and not alike:
+        if not self.shared.used(client.id) and not _peers(self.alike, client.id):
             return Brief(plan)
         known = self._known = self._known or self.uploads.snapshot()
-        return Brief(plan, Made({GLOBAL: lambda: mosaic(known[client.id], known, shared, alike)}))
+        shared, alike, name = self.shared, self.alike, client.id  # of this round; rows are read when it is sent
+        return Brief(plan, Made({GLOBAL: lambda: mosaic(known[name], known, shared.used(name), _peers(alike, name))}))
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the local adapter and the sketch until the next ones come."""
@@ -271,13 +272,12 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         weights = self._weigh(names)
         relative = entropy(weights).tolist()
         mean = sum(relative) / len(relative)
-        record[round_record.RELEVANCE] = {
-            name: [round(w, 4) for w in row] for name, row in zip(names, weights.tolist(), strict=True)
-        }
+        rows = self.shared.recorded(4)
+        record |= {round_record.RELEVANCE: rows} if rows else {}
         if math.isfinite(mean):
             record[round_record.ENTROPY] = round(mean, 4)
-        for name in names:
-            log(_INFO, "relevance for %s: %s", name, " ".join(f"{w:.2f}" for w in record[round_record.RELEVANCE][name]))
+        for name, row in rows.items():
+            log(_INFO, "relevance for %s: %s", name, " ".join(f"{w:.2f}" for w in row))
         if mean > NEAR_UNIFORM:
             record[round_record.WARNING] = (
                 f"relevance is near uniform (relative entropy {mean:.3f}): clients get nearly the average of all "
@@ -324,19 +324,19 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             found = similarity(sketches, self.options.similarity)
 
         weights = self._relevance(names, found, torch.ones(len(names), len(names), dtype=torch.bool))
-        self.shared, self.alike = _by_name(names, weights), {name: {} for name in names}
+        self.shared, self.alike = PeerWeights(names, weights), {}
         owned = [_groups(self.uploads.layout_of(name)) for name in names]
         for group in dict.fromkeys(group for groups in owned for group in groups):
             owners = [number for number, groups in enumerate(owned) if group in groups]
             if len(owners) < 2:
                 continue
             digests = [owned[number][group] for number in owners]
+            if owners == list(range(len(names))) and len(set(digests)) == 1:
+                self.alike[group] = self.shared  # everybody has it
+                continue
             same = torch.tensor([[one == other for other in digests] for one in digests])
             who = [names[number] for number in owners]
-            among = self._relevance(who, found[owners][:, owners], same)
-            for name, peers in _by_name(who, among).items():
-                if peers:
-                    self.alike[name][group] = peers
+            self.alike[group] = PeerWeights(who, self._relevance(who, found[owners][:, owners], same))
         return weights
 
     def _relevance(self, names: list[str], similarities: Tensor, peers: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ def _groups(layout: Layout) -> dict[str, bytes]:
     return {group: layout_of_groups(layout, [group]).digest for group in groups}
 
 
-def _by_name(names: list[str], weights: Tensor) -> dict[str, dict[str, float]]:
-    """Positive weights by client and peer, in order of names; a client without peers has none."""
-    rows = zip(names, weights.tolist(), strict=True)
-    return {name: {peer: w for peer, w in zip(names, row, strict=True) if w > 0} for name, row in rows}
+def _peers(alike: Mapping[str, PeerWeights], name: str) -> dict[str, dict[str, float]]:
+    """A client's weights over the peers that have a parameter group of its own, by group."""
+    found = {group: weights.used(name) for group, weights in alike.items()}
+    return {group: peers for group, peers in found.items() if peers}

@@ -15,11 +15,15 @@ from torch import Tensor
 from fedalloy_adapters.bank.blocks import Row, products
 
 
+_ROWS = 256
+"""Rows of an N x N matrix that are computed at a time: N may be thousands, and a second such matrix counts."""
+
+
 def cosines(rows: Sequence[Row]) -> Tensor:
     """:func:`similarity` of kind ``"cosine"`` of the rows of a bank, which are read once."""
     inner = products(rows)
     norms = inner.diagonal().sqrt().clamp_min(1e-12)
-    return inner / (norms[:, None] * norms)
+    return inner.div_(norms[:, None] * norms)
 
 
 def similarity(sketches: Tensor, kind: str = "cosine") -> Tensor:
@@ -60,8 +64,10 @@ def relevance(
     has_peers = allowed.any(dim=1, keepdim=True)
     if include_self:
         allowed = allowed | (itself & has_peers)
-    logits = (similarities.double() / temperature).masked_fill(~allowed, -math.inf)
-    return capped(torch.where(has_peers, torch.softmax(logits, dim=1), 0.0), most)
+    found = (similarities.double() / temperature).masked_fill_(~allowed, -math.inf)
+    for rows in found.split(_ROWS):
+        rows.copy_(torch.softmax(rows, dim=1))
+    return capped(found.masked_fill_(~has_peers, 0.0), most)
 
 
 def capped(weights: Tensor, most: float) -> Tensor:
@@ -69,6 +75,8 @@ def capped(weights: Tensor, most: float) -> Tensor:
 
     If a row has too few peers for that (only one, for example), its weights are equal. Rows keep their sums.
     """
+    if most >= 1:
+        return weights
     found = weights.clone()
     for row in found:
         peers = row > 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedalloy_adapters.bank.store import Bank, Made
+from strategies.families.peer_weights import PeerWeights
 from strategies.framework import AlloyStrategy, Answer, Brief, Client, OptionsT, State, round_record, steps
 
 LOCAL = "local"
@@ -23,7 +24,7 @@ class Peers(AlloyStrategy[OptionsT]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.uploads = Bank(self.storage)
-        self.weights: dict[str, dict[str, float]] = {}
+        self.weights = PeerWeights([], torch.zeros(0, 0))
         self.arrived = 0
         self._known: Bank | None = None
 
@@ -49,12 +50,12 @@ class Peers(AlloyStrategy[OptionsT]):
         self.arrived = 0
         self._known = None
         self._weigh()
-        rows = {name: [round(w, 6) for w in row.values()] for name, row in self.weights.items()}
+        rows = self.weights.recorded(6)
         return record | ({round_record.RELATIONS: rows} if rows else {})
 
     def combined(self, slot: str, client: Client) -> Made | None:
         """The client's combination for this slot; None for a client without weights, or with only zeros."""
-        row = {name: weight for name, weight in self.weights.get(client.id, {}).items() if weight}
+        row = self.weights.used(client.id)
         if not row:
             return None
         weights = torch.tensor([list(row.values())], dtype=torch.float64)
@@ -103,5 +104,4 @@ class Peers(AlloyStrategy[OptionsT]):
 
     def _weigh(self) -> None:
         names = list(self.uploads)
-        rows = self.weigh(names).tolist() if names else []
-        self.weights = {name: dict(zip(names, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+        self.weights = PeerWeights(names, self.weigh(names) if names else torch.zeros(0, 0))

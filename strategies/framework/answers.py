@@ -134,8 +134,18 @@ def client_from(registration: report_pb2.Registration, layout: Layout, node_id: 
             layout_of_sketch(reference, 1)
         except LayoutError as error:
             raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
-    client = Client(registration.client_id, node_id, layout, 0, registration.base_model, registration, reference)
+    rest = _without_layouts(registration)
+    client = Client(registration.client_id, node_id, layout, 0, registration.base_model, rest, reference)
     return replace(client, examples=client.claimed)
+
+
+def _without_layouts(registration: report_pb2.Registration) -> report_pb2.Registration:
+    """A registration without its layouts, which a thousand clients have in common; read anew to free their memory."""
+    rest = report_pb2.Registration()
+    rest.CopyFrom(registration)
+    rest.ClearField("layout")
+    rest.ClearField("reference")
+    return report_pb2.Registration.FromString(rest.SerializeToString())
 
 
 def require_size(layout: Layout) -> None:

@@ -25,7 +25,8 @@ MAX_REASON = 400
 class Client:
     """A registered client. ``examples`` counts its training examples; ``id`` is stable across runs and restarts.
 
-    ``reference`` is the layout of the gradient that its sketches are made from; None if it cannot make any.
+    ``registration`` is what it said, without the layouts. ``reference`` is the layout of the gradient that its sketches
+    are made from; None if it cannot make any.
     """
 
     id: str
