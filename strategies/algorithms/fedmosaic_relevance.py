@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fedalloy_adapters.bank.blocks import Row, products
 
-
 _ROWS = 256
 """Rows of an N x N matrix that are computed at a time: N may be thousands, and a second such matrix counts."""
 

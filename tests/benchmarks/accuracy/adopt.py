@@ -26,11 +26,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest import mock
 
 from flwr.app import Context, Message, RecordDict
 from rich.console import Console
 from rich.table import Table
 
+import client_app.session
 from client_app.data.dataset import ClientData
 from client_app.model.personal import PersonalModel
 from client_app.plan.interpreter import Interpreter
@@ -47,6 +49,7 @@ from strategies.framework import steps
 from strategies.framework.options import read_options
 from strategies.framework.steps import Training
 from tests.benchmarks.accuracy.resumable import append, has, prepared, read
+from tests.benchmarks.claims.runs import Residents
 from tests.in_process import FIRST_NODE, InProcessGrid
 
 FOUND = Path(__file__).parents[1] / "found" / "adopt.jsonl"
@@ -181,7 +184,7 @@ def measure(
     config |= {"ifca.clusters": len(design.groups)} if about["run"] == "ifca" else {}
     config |= {"num-server-rounds": about["rounds"], "evaluate-split": about["split"], "run-name": "run"} | chosen
     config["min-clients"] = design.size - len(late)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, mock.patch.object(client_app.session, "Executor", Residents()):
         folder = Path(name)
         (folder / ".cache").symlink_to(cache)
         config["runs-dir"] = name
