@@ -64,7 +64,7 @@ def relevance(
     if include_self:
         allowed = allowed | (itself & has_peers)
     found = (similarities.double() / temperature).masked_fill_(~allowed, -math.inf)
-    for rows in found.split(_ROWS):
+    for rows in torch.split(found, _ROWS):
         rows.copy_(torch.softmax(rows, dim=1))
     return capped(found.masked_fill_(~has_peers, 0.0), most)
 
