@@ -19,9 +19,11 @@ POTARA = Experiment(
             places={
                 "same": Place("instruct-6-same", (0, 1, 3, 4), 6, "two tasks, two clients each"),
                 "unrelated": Place("instruct-6-unrelated", (0, 1, 2, 3), 6, "four tasks that have nothing in common"),
+                "longer": Place("instruct-6-same", (0, 1, 3, 4), 6, "two tasks, two clients each; 60 steps, not 24"),
             },
             config={**_SMALL, "batch-size": 4, "lora-r": 4, "lora-alpha": 8.0},
             rates=(1e-3, 3e-3),
+            by_dial={"longer": {"num-server-rounds": 6, "local-steps": 10}},
             model={"target-modules": LAYERS, "max-length": 64, "model-dtype": "bfloat16"},
             own_model=True,
         ),
@@ -50,7 +52,7 @@ POTARA = Experiment(
         ),
     ),
     search_dial="same",
-    shrunk="24 steps instead of 600 and 64 texts instead of 500 for each client; settings searched at one setting of "
+    shrunk="24 (or 60) steps instead of 600 and 64 texts instead of 500 for each client; settings searched at one setting of "
     "the dial, on one seed. With SmolLM2 four clients instead of six, texts cut to 64 tokens, batches of 4, LoRA of "
     "rank 4 in the last ten layers, and a base in bfloat16.",
 )
