@@ -6,7 +6,6 @@ stay the same.
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Mapping
 from dataclasses import replace
@@ -152,21 +151,10 @@ class Executor:
         key = (settings, stamp_of(settings))
         if self._held is None or self._key != key:
             self.evict()  # before the next one is loaded: there may not be room for two
-            _keep_libraries()
             tick("loading")
             private_folder(settings.state_dir)  # before libraries make folders in it
             self._held, self._key = _load(settings), key
         return self._held
-
-
-@functools.cache
-def _keep_libraries() -> None:
-    """Before a process loads its first model: what there is was made by libraries, and stays.
-
-    The collector of garbage need not look at it again. With many small clients in one process, as in a comparison, that
-    took more than half of the time.
-    """
-    gc.freeze()
 
 
 def budget_of(settings: Settings) -> Budget | None:

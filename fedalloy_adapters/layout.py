@@ -275,7 +275,7 @@ class Layout:
 
     @classmethod
     def from_proto(cls, message: adapter_pb2.Layout) -> Layout:
-        """Read and validate the wire message. Equal layouts are one object: a thousand clients have one between them.
+        """Read and validate the wire message.
 
         Raises:
             LayoutError: it is not a valid layout.
@@ -294,8 +294,12 @@ class Layout:
         entries = tuple(
             Entry(item.module, factor_from_proto(item.factor), tuple(item.shape)) for item in message.entries
         )
-        found = cls(entries, scalings, message.base_fingerprint, shared_names)
-        return _KNOWN.setdefault(found.digest, found)
+        return cls(entries, scalings, message.base_fingerprint, shared_names)
+
+    @property
+    def shared(self) -> Layout:
+        """The one object that stands for all equal layouts, so that a thousand clients have one between them."""
+        return _KNOWN.setdefault(self.digest, self)
 
 
 _KNOWN: WeakValueDictionary[bytes, Layout] = WeakValueDictionary()

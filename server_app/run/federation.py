@@ -20,6 +20,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from httpx import HTTPStatusError
 
 from server_app.run.clients.enrolment import Enrolment
+from server_app.run.clients.participants import named
 from server_app.run.messages.exchange import Exchange, Make, Reply, Watch
 from server_app.run.messages.reasons import PASSING
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, Intake
@@ -315,3 +316,16 @@ def require_all(enrolment: Enrolment, fitting: int) -> None:
 def _pause(least: float, took: float) -> float:
     """Seconds until the next look, from the duration of the last one: a busy SuperLink is asked less often."""
     return max(least, min(took / LOOKS_SHARE, MOST_PAUSE_SECONDS))
+
+
+def taking_part(present: Sequence[Client], patterns: str) -> list[Client]:
+    """Those of the clients that are here that take part.
+
+    Raises:
+        NotEnoughClientsError: none does.
+    """
+    found = named(present, patterns)
+    if not found:
+        here = ", ".join(client.id for client in present)
+        raise NotEnoughClientsError(f"clients = {patterns!r} fits none of the clients here: {here}")
+    return found

@@ -35,6 +35,7 @@ from server_app.run.federation import (
     NotEnoughClientsError,
     one_reason,
     require_all,
+    taking_part,
 )
 from server_app.run.known_runs import note_run
 from server_app.run.messages.exchange import Reply
@@ -247,10 +248,7 @@ class Run:
     def _round(self, round_: int) -> None:
         started = time.monotonic()
         present = self.gather(round_)
-        wanted = named(present, self.options.clients)
-        if not wanted:
-            here = ", ".join(client.id for client in present)
-            raise NotEnoughClientsError(f"clients = {self.options.clients!r} fits none of the clients here: {here}")
+        wanted = taking_part(present, self.options.clients)
         everyone = self.strategy.needs_everyone(round_)
         due = wanted if everyone else self.strikes.due(round_, wanted, self.options.least)
         chosen = self._sample(round_, due)
@@ -320,7 +318,7 @@ class Run:
         started = time.monotonic()
         known = set(self.enrolment.clients)
         present = self.gather(round_)
-        wanted = named(present, self.options.clients)
+        wanted = taking_part(present, self.options.clients)
         found = hand_out(self, round_, wanted, min(self.options.least, len(wanted)), known)
         self.record("deliver", round_, found.records | self._absent(present), started)
         return found

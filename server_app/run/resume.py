@@ -123,24 +123,9 @@ class SavedClient:
 def clients_to_json(clients: Mapping[str, Client], keys: Mapping[str, bytes]) -> list[dict[str, Any]]:
     """Enrolled clients, in order, for a checkpoint; their registrations are files of their own, with this SHA-256."""
     return [
-        {"id": c.id, "examples": c.examples, "key": keys.get(c.id, b"").hex(), "sha256": _digest(c)}
+        {"id": c.id, "examples": c.examples, "key": keys.get(c.id, b"").hex(), "sha256": c.registration_sha256}
         for c in clients.values()
     ]
-
-
-def registration_of(client: Client) -> bytes:
-    """The part of a client's registration that a run keeps: all but its counters."""
-    said = report_pb2.Registration()
-    said.CopyFrom(client.registration)
-    said.layout.CopyFrom(client.layout.to_proto())
-    if client.reference is not None:
-        said.reference.CopyFrom(client.reference.to_proto())
-    said.ClearField("wire")
-    return said.SerializeToString(deterministic=True)
-
-
-def _digest(client: Client) -> str:
-    return hashlib.sha256(registration_of(client)).hexdigest()
 
 
 def saved_clients(directory: RunDirectory, checkpoint: Checkpoint) -> list[SavedClient]:

@@ -66,7 +66,8 @@ OPTIONS_END = "[Documentation](index.md) · [Strategies](strategies.md) · [Your
 STRATEGIES_INTRODUCTION = """\
 The value of the run-config key `strategy`. A new one is one file
 in [strategies/algorithms/](../strategies/algorithms/); [CONTRIBUTING.md](../CONTRIBUTING.md) says how to add it.
-[Which to try first](results/which.md) says what each gained on two kinds of clients, and what never helped.
+[Which to try first](results/which.md) says with which to begin, and what never helped; tables of all of them are in
+[digits](results/digits.md#all-strategies) and [cifar100-20](results/cifar100-20.md).
 
 P is the whole adapter, P_A and P_B its factors with the head in both. S counts the clients of a round, d the global
 models of FedMerge, C global adapters (`ifca.clusters`, `fedem.learners`, `fedgmm.learners`), M others' adapters

@@ -35,8 +35,8 @@ One reference model reads the data of all clients, as the authors' small image-t
 images and others texts, it must read both. All clients adapt modules of the same roles (``target-modules``): weights of
 peers are then the same in every module.
 
-The code's noise on gates is left out, because nothing trains its scale. An "input" gate sees a whole training text, as
-in the code, and only the prompt when it generates. Gates have their own learning rate
+The code's noise on gates is left out, because nothing trains its scale. An "input" gate sees the text
+before the first answer, also in training, where the code's sees the answers, too. Gates have their own learning rate
 (:mod:`strategies.families.gates`): with the adapters' rate they would stay near one half. Optimisers start fresh in
 every round, unless ``optimizer-state = "keep"``.
 
@@ -263,7 +263,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
         self.arrived += 1
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Compute the relevance of clients with known sketches; the round's record gets the matrix and its entropy."""
+        """Compute the relevance of clients with known sketches; the record gets its entropy and a small matrix."""
         record: dict[str, Any] = {round_record.MERGED: self.arrived}
         self.arrived, self._known = 0, None
         names = list(self.sketches)

@@ -45,7 +45,7 @@ class Peers(AlloyStrategy[OptionsT]):
         self.arrived += 1
 
     def settle(self, round_: int) -> dict[str, Any]:
-        """Weigh all whose adapters are known; the matrix goes to the round's record."""
+        """Weigh all whose adapters are known; the matrix of few clients goes to the round's record."""
         record: dict[str, Any] = {round_record.MERGED: self.arrived}
         self.arrived = 0
         self._known = None

@@ -132,10 +132,11 @@ def client_from(registration: report_pb2.Registration, layout: Layout, node_id: 
             reference = Layout.from_proto(registration.reference)
             require_size(reference)
             layout_of_sketch(reference, 1)
+            reference = reference.shared
         except LayoutError as error:
             raise BadAnswerError(f"client {registration.client_id!r}: reference model: {error}") from None
     rest = _without_layouts(registration)
-    client = Client(registration.client_id, node_id, layout, 0, registration.base_model, rest, reference)
+    client = Client(registration.client_id, node_id, layout.shared, 0, registration.base_model, rest, reference)
     return replace(client, examples=client.claimed)
 
 

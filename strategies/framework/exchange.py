@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +38,21 @@ class Client:
     base_model: str = ""
     registration: report_pb2.Registration = field(default_factory=report_pb2.Registration, compare=False, repr=False)
     reference: Layout | None = None
+
+    def registration_kept(self) -> bytes:
+        """The part of its registration that a run keeps: all but its counters."""
+        said = report_pb2.Registration()
+        said.CopyFrom(self.registration)
+        said.layout.CopyFrom(self.layout.to_proto())
+        if self.reference is not None:
+            said.reference.CopyFrom(self.reference.to_proto())
+        said.ClearField("wire")
+        return said.SerializeToString(deterministic=True)
+
+    @cached_property
+    def registration_sha256(self) -> str:
+        """SHA-256 of :meth:`registration_kept`, in hex digits; every checkpoint names it."""
+        return hashlib.sha256(self.registration_kept()).hexdigest()
 
     @property
     def claimed(self) -> int:

@@ -15,7 +15,7 @@ from proto.fedalloy.v1 import report_pb2
 from server_app.run.clients.rehearsal import why_not_for_private_clients
 from server_app.run.messages.exchange import NODE_UNAVAILABLE
 from server_app.run.messages.reasons import SILENT, reason_of
-from server_app.run.resume import SavedClient, registration_of
+from server_app.run.resume import SavedClient
 from server_app.run.run_directory import RunDirectory
 from strategies import AlloyStrategy
 from strategies.framework.answers import claimed_id, read_client
@@ -118,7 +118,7 @@ class Enrolment:
                 self._refuse(client.id, refused)
                 self.keys.pop(client.id, None)  # a refused client does not keep the id from its owner
                 continue
-            self.directory.save_registration(client.id, registration_of(client))
+            self.directory.save_registration(client.id, client.registration_kept())
             self.clients[client.id] = client
             said = settings_words(self.strategy.training, client.kinds, client.layout)
             if said and said not in self._said:

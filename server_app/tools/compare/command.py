@@ -129,7 +129,7 @@ def compare(
     jobs = list(jobs_of(chosen, seeds, scenario, clients, rounds, options, place, nodes, encoded))
     for config in (options, *(job.config for job in jobs)):  # checks options of strategies that do not run, too
         read_run_options(config)
-    learns = {job.strategy: _learns_from(job) for job in jobs}
+    learns = {job.strategy: _learns_from(job.config) for job in jobs}
     runs = _folder(out, jobs[0])
     missing = [job for job in jobs if not is_finished(runs / job.name)]
     where = place if missing and engine is None and superlink is None else "process"
@@ -192,7 +192,10 @@ def _write(
     """Compare the folder's finished runs; write table, report and results, if there are any."""
     runs = out / "runs"
     finished = [read_run(job.strategy, job.seed, runs / job.name) for job in jobs if is_finished(runs / job.name)]
-    finished += [read_run(strategy, seed, run) for (strategy, seed), run in _earlier(runs, jobs).items()]
+    earlier = _earlier(runs, jobs)
+    finished += [read_run(strategy, seed, run) for (strategy, seed), run in earlier.items()]
+    configs = {strategy: RunDirectory(run).config() for (strategy, _), run in earlier.items()}
+    learns = {strategy: _learns_from(config) for strategy, config in configs.items()} | dict(learns)
     rows = [row for run in finished for row in run.rows]
     there = dict.fromkeys(row.strategy for row in rows)
     names = [name for name in dict.fromkeys((*chosen, *there)) if name in there]
@@ -265,10 +268,10 @@ def _check_data(scenario: str, clients: int, options: Mapping[str, Any], nodes: 
         )
 
 
-def _learns_from(job: Job) -> tuple[str, ...]:
+def _learns_from(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The splits that decide a client's model; validation is one if clients get the model that is best for them."""
-    found = strategy_from_run_config(job.config).learns_from
-    chooses = job.config.get("deliver-choice") == "validation"
+    found = strategy_from_run_config(config).learns_from
+    chooses = config.get("deliver-choice") == "validation"
     return (*found, "validation") if chooses and "validation" not in found else found
 
 

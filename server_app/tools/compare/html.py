@@ -134,9 +134,9 @@ def verdict(found: Comparison) -> list[str]:
         beyond = [
             f"{line.strategy} (against {line.rival})" for line in ranked if line.beyond and line.beyond.mean.low > 0
         ]
-        rivals = sum(not line.role for line in ranked)
+        rivals = sum(bool(line.rival) for line in ranked)
         said.append(
-            f"Beyond the best control that sees no other examples, with a 95 % interval above 0: "
+            f"Beyond the best control that learns from no other examples than they do, with a 95 % interval above 0: "
             f"{', '.join(beyond) or 'none'} ({len(beyond)} of {rivals})."
         )
     pairs, seeds = len(best.scores), len({seed for seed, _ in best.scores})
@@ -146,11 +146,13 @@ def verdict(found: Comparison) -> list[str]:
     for what, cost in COSTS.items():
         front = [
             line.strategy
-            for line in found.cheapest(cost)
+            for line in found.cheapest(cost, controls=False)
             if local is None or found.sign * (line.mean.value - local.mean.value) >= 0
         ]
         if front:
-            said.append(f"Not beaten by others with at most as many {what}, cheapest first: {', '.join(front)}.")
+            said.append(
+                f"Controls apart, not beaten by others with at most as many {what}, cheapest first: {', '.join(front)}."
+            )
     return said
 
 

@@ -334,8 +334,8 @@ def explanation(found: Comparison, brief: bool = False) -> list[str]:
         "controls": "* Controls show what is gained without merging: `fedavg-head` (FedAvg, heads re-fitted locally), "
         "`fedavg-tuned` (FedAvg and fine-tuning, equal compute), `local-all` (local training on training and "
         "validation examples), `local-twice` (two local runs of one client, "
-        "averaged). A gain by merging counts only if it is larger than theirs. A strategy has to beat the best control "
-        "that sees no other examples than it does: `local-all` judges those that choose on validation examples.",
+        "averaged). A strategy gains by merging only what it has beyond the best control that learns from no other "
+        "examples than it does: `local-all` judges those that choose on validation examples.",
     }
     if brief:
         del lines["intervals"]

@@ -24,7 +24,6 @@ from fedalloy_adapters.wire.flower_records import (
     unpack,
 )
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
-from server_app.run.resume import registration_of
 from strategies.framework import steps
 from strategies.framework.answers import answer_from, client_from, read_answer, read_counters, read_registration
 from strategies.framework.dispatch import Dispatch, counters_message, plan_dispatch, register_message
@@ -271,7 +270,7 @@ def test_an_honest_registration_is_a_client() -> None:
     assert (client.id, client.node_id, client.examples, client.base_model) == (NAME, NODE, 17, "toy")
     assert client.layout.digest == LAYOUT.digest
     assert not client.registration.HasField("layout")  # a thousand clients have one layout between them
-    assert registration_of(client) == registration.SerializeToString(deterministic=True)
+    assert client.registration_kept() == registration.SerializeToString(deterministic=True)
     for name in ("a", "A-1_b.c", "0", "x" * 64):
         assert read_registration(registration_reply(registered(client_id=name)))[0].client_id == name
 

@@ -82,5 +82,5 @@ FEDMOSAIC = Experiment(
     search_dial="pairs",
     shrunk="six clients and 24 steps instead of ten and 1,880, rank 8 instead of 128; settings searched at one setting "
     "of the dial, on one seed. Scores on the other clients' data are not measured. Two architectures: small ViTs on "
-    "digits, P and Q alone, A and B not aligned.",
+    "digits, P and Q alone, A and B not aligned. SmolLM2's base is in bfloat16.",
 )

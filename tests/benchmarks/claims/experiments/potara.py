@@ -52,7 +52,7 @@ POTARA = Experiment(
         ),
     ),
     search_dial="same",
-    shrunk="24 (or 60) steps instead of 600 and 64 texts instead of 500 for each client; settings searched at one setting of "
-    "the dial, on one seed. With SmolLM2 four clients instead of six, texts cut to 64 tokens, batches of 4, LoRA of "
-    "rank 4 in the last ten layers, and a base in bfloat16.",
+    shrunk="24 (or 60) steps instead of 600 and 64 texts instead of 500 for each client; settings searched at one "
+    "setting of the dial, on one seed. With SmolLM2 four clients instead of six, texts cut to 64 tokens, batches of 4, "
+    "LoRA of rank 4 in the last ten layers, and a base in bfloat16.",
 )
