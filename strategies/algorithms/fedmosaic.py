@@ -69,7 +69,7 @@ from fedalloy_adapters.parts import layout_of_part, layout_of_sketch
 from fedalloy_adapters.wire.codec import Encoding
 from strategies.algorithms.fedmosaic_relevance import cosines, entropy, relevance, similarity
 from strategies.families.gates import gate_scale, require_gate_rate
-from strategies.families.peer_weights import PeerWeights
+from strategies.families.peer_average import PeerWeights
 from strategies.framework import (
     About,
     AlloyStrategy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from strategies.families.peer_weights import MOST_RECORDED, PeerWeights
+from strategies.families.peer_average import MOST_RECORDED, PeerWeights
 
 WEIGHTS = PeerWeights(["ada", "ben"], torch.tensor([[0.0, 1.0], [0.25, 0.75]], dtype=torch.float64))
 
