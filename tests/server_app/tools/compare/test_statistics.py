@@ -190,7 +190,7 @@ def test_the_table_has_every_strategy_and_says_what_its_numbers_are() -> None:
     assert cells[3].endswith("(4/2)")
     assert cells[5].startswith("+0.027 [")  # the control
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    assert "larger than theirs" in text
+    assert "beyond the best control that learns from no other examples" in text
     learns = {"rival": ("train", "validation"), "local": ("train",)}
     seen = comparison_of(rows_of(), list(SCORES), ("local", "fedavg"), (), learns)
     said = {line.split(" | ")[0].strip("| "): line for line in as_markdown(seen, "digits").splitlines()}
