@@ -32,7 +32,8 @@ def _keep_libraries() -> None:
     Clients collect garbage whenever one of them loads a model. If the collector looks at the libraries again each time,
     that takes more than half of the time of many small clients in one process.
     """
-    import server_app.run.loop  # noqa: F401 - with all that they import
+    import client_app.session  # noqa: F401 - these two with all that they import
+    import server_app.run.loop  # noqa: F401
 
     gc.collect()
     gc.freeze()
