@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from transformers import Cache
 
-from client_app.data.dataset import MASK
+from client_app.data.dataset import MASK, mean_of_tokens
 from client_app.data.targets import IGNORED
 from fedalloy_adapters.layout import Factor
 
@@ -98,8 +98,7 @@ class GateContext:
                     f"module {module!r} gets {tuple(scores.shape)} (examples, tokens), but the attention mask is "
                     f"{tuple(self.mask.shape)}"
                 )
-            mask = self.mask.to(scores)
-            mean = (scores * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            mean = mean_of_tokens(scores[..., None], self.mask)[:, 0]
         else:
             mean = scores.mean(dim=1)
         found = torch.sigmoid(mean).reshape(-1, *[1] * (x.ndim - 1))

@@ -323,12 +323,13 @@ class Run:
         self.record("deliver", round_, found.records | self._absent(present), started)
         return found
 
+    @property
+    def participants(self) -> list[Client]:
+        """Enrolled clients that take part (``clients``), in order of id."""
+        return named([client for _, client in sorted(self.enrolment.clients.items())], self.options.clients)
+
     def _absent(self, present: list[Client]) -> dict[str, ClientRecord]:
-        return {
-            client.id: {"status": client_status.ABSENT}
-            for client in named([c for _, c in sorted(self.enrolment.clients.items())], self.options.clients)
-            if client not in present
-        }
+        return {client.id: {"status": client_status.ABSENT} for client in self.participants if client not in present}
 
     def _sample(self, round_: int, clients: list[Client]) -> list[Client]:
         if self.strategy.needs_everyone(round_):
@@ -383,8 +384,7 @@ class Run:
             dict([run_on(self.directory.config())]),
         )  # fmt: skip
         refused = dict(sorted(self.enrolment.refused.items()))
-        due = named(list(self.enrolment.clients.values()), self.options.clients)
-        missing = sorted({client.id for client in due} - set(clients))
+        missing = sorted({client.id for client in self.participants} - set(clients))
         away = sorted(set(self.enrolment.away) - set(self.enrolment.clients))
         summary |= {"refused": refused, "absent": away, "not_delivered": missing, "diverged": final.diverged}
         summary |= {"privacy": private} if private else {}

@@ -251,7 +251,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             self._sketch(client),
             self._send(),
         ]
-        if not self.shared.used(client.id) and not _peers(self.alike, client.id):
+        if client.id not in self.shared:
             return Brief(plan)
         known = self._known = self._known or self.uploads.snapshot()
         shared, alike, name = self.shared, self.alike, client.id  # of this round; rows are read when it is sent
@@ -331,7 +331,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             if len(owners) < 2:
                 continue
             digests = [owned[number][group] for number in owners]
-            if owners == list(range(len(names))) and len(set(digests)) == 1:
+            if len(owners) == len(names) and len(set(digests)) == 1:
                 self.alike[group] = self.shared  # everybody has it
                 continue
             same = torch.tensor([[one == other for other in digests] for one in digests])

@@ -36,6 +36,9 @@ class PeerWeights(Mapping[str, dict[str, float]]):
     def __getitem__(self, name: str) -> dict[str, float]:
         return dict(zip(self.names, self.matrix[self._rows[name]].tolist(), strict=True))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -44,7 +47,7 @@ class PeerWeights(Mapping[str, dict[str, float]]):
 
     def used(self, name: str) -> dict[str, float]:
         """The row without what is zero; empty for a client that has none."""
-        return {peer: weight for peer, weight in self[name].items() if weight} if name in self._rows else {}
+        return {peer: weight for peer, weight in self[name].items() if weight} if name in self else {}
 
     def recorded(self, digits: int) -> dict[str, list[float]]:
         """Rounded rows for a round's record; empty for more than :data:`MOST_RECORDED` clients."""

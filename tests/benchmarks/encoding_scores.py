@@ -18,7 +18,6 @@ strategies begins above a loss of half a point; seeds from 100 on decide, seeds 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import tempfile
@@ -32,8 +31,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import client_app.session  # noqa: F401 - these two before what there is is frozen
-import server_app.run.loop  # noqa: F401
 from client_app.plan.training import set_up_torch
 from fedalloy_adapters.wire.codec import Encoding
 from server_app.tools.compare.statistics import Paired, Scores, paired
@@ -169,8 +166,6 @@ def main() -> None:
     for seed, strategy, encoding in [] if given.table else asked:
         if (seed, strategy, encoding, given.split) in {run.asked for run in read(path)}:
             continue
-        gc.collect()
-        gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         run = measure(given.scenario, strategy, encoding, seed, given.split, given.data, given.cache)
         resumable.append(path, [asdict(run)])
     runs = [run for run in read(path) if run.seed in given.seeds and run.strategy in given.strategies]

@@ -27,7 +27,6 @@ from proto.fedalloy.v1 import plan_pb2
 from server_app.run.asking import Asking
 from server_app.run.clients.client_status import ClientRecord
 from server_app.run.clients.held_out import PERSONAL
-from server_app.run.clients.participants import named
 from strategies.framework import steps
 from strategies.framework.exchange import Answer, Brief, Client
 
@@ -163,8 +162,7 @@ def _lent(run: Run, round_: int, newcomers: Sequence[Client]) -> dict[str, Adapt
     wanted, who = {client.layout.digest for client in newcomers}, {client.id for client in newcomers}
     found: dict[str, Adapter] = {}
     asked: dict[Client, Brief] = {}
-    enrolled = [client for name, client in sorted(run.enrolment.clients.items()) if name not in who]
-    for client in named(enrolled, run.options.clients):
+    for client in [client for client in run.participants if client.id not in who]:
         kept = folder / f"{client.id}.adapter"
         if not run.enrolment.lends(client):
             kept.unlink(missing_ok=True)  # its owner may have lent it earlier

@@ -22,7 +22,6 @@ finished run is a line of ``--found``, so that the command goes on where it stop
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -208,8 +207,6 @@ def main() -> None:
         about = {"row": row, "kind": kind, "seed": seed, **same}
         if has(read(given.found, clients=4), about):
             continue
-        gc.collect()
-        gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         scores = measure(given.cache, about)
         append(given.found, [{**about, "scores": scores}])
         print(row, kind, seed, {who: round(score, 3) for who, score in scores.items()}, flush=True)

@@ -16,7 +16,6 @@ models. "worst" is the mean over seeds of each run's worst client.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -166,8 +165,6 @@ def main() -> None:
     for about in [] if given.table else asked:
         if has(read(given.found), about):
             continue
-        gc.collect()
-        gc.freeze()  # clients collect garbage whenever they load a model, which looks at all that libraries have made
         found = measure(about, given.data, given.cache)
         append(given.found, [{**about, **found}])
         print(*(about[key] for key in ("strategy", "epsilon", "rate", "seed")), found["scores"], flush=True)
