@@ -47,8 +47,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A readable name, which is also that of the run's folder."""
+        """A name to read."""
         return f"{self.arm.name}-{self.dial}-seed{self.seed}-{self.digest}"
+
+    @property
+    def folder(self) -> str:
+        """The run's name and the name of its folder: arms and settings of the dial may have spaces in theirs."""
+        return f"seed{self.seed}-{self.digest}"
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def carry_out(job: Job, folder: Path, data: Path | None, model: str) -> list[Lin
     parts = job.arm.apart or (tuple(range(len(job.place.clients))),)
     lines: list[Line] = []
     for number, members in enumerate(parts):
-        lines += _part(job, folder, data, model, f"{job.name}-{number}", [job.place.clients[i] for i in members])
+        lines += _part(job, folder, data, model, f"{job.folder}-{number}", [job.place.clients[i] for i in members])
     names = {f"client-{number}": index for index, number in enumerate(job.place.clients)}
     return [{**line, "clients": len(lines)} for line in sorted(lines, key=lambda line: names[line["client"]])]
 

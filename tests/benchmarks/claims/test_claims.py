@@ -127,7 +127,8 @@ def test_designs_have_scenarios_clients_and_run_config_that_there_are(asked: Wan
         assert not place.groups or len(place.groups) == len(place.clients)
         for arm in asked.chosen_arms:
             for setting in ({"learning-rate": 1e-3}, {"learning-rate": 1e-3, **arm.other}):
-                config = dict(asked.job(arm, dial, 0, "test", setting).config)
+                job = asked.job(arm, dial, 0, "test", setting)
+                config = dict(job.config) | {"run-name": f"{job.folder}-0"}
                 read_run_options(config)
                 strategy_from_run_config(config)
     for claim in asked.claims:
