@@ -165,7 +165,8 @@ class TermVariant(LoraVariant):
         if active_adapter in q:
             hidden = hidden + q[active_adapter]
         update = module.lora_B[active_adapter](hidden) * module.scaling[active_adapter]
-        total: Tensor = result + (update if self.gate is None else self.gate(x) * update)
+        # A gate's scores are means of products; bfloat16 has three digits for them.
+        total: Tensor = result + (update if self.gate is None else self.gate(x.to(update.dtype)) * update)
         return total
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from client_app.data.dataset import Base
 from client_app.model.bases.heads import Differences, head_entries
 from client_app.model.co_lora import SHARED_FACTORS, Gate, GateContext, ModuleGate, TermVariant, add_factor
+from client_app.model.forward.narrow_input import keep_narrow
 from client_app.model.forward.padding import (
     ALONE,
     MASK,
@@ -343,18 +344,18 @@ class PersonalModel:
                 lora_dropout=self.dropout,
             )
             with warnings.catch_warnings():
-                # Several adapters are the point here.
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point here
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT corrects it for GPT-2's Conv1D
                 inject_adapter_in_model(config, self.module, adapter_name=_inner(slot))
             for parameter in self._lora_parameters(slot):
                 parameter.data = parameter.data.float()  # adapters are float32 over a base of any dtype
             layers = self._lora_layers()
+            for name in layout.lora_modules if self.dtype != torch.float32 else ():
+                keep_narrow(layers[name], _inner(slot))
             for entry in layout.entries:
                 if entry.factor in SHARED_FACTORS:
                     add_factor(layers[entry.module], _inner(slot), entry.factor, entry.shape)
-            # PEFT's new dropout is in training mode whatever the model's mode.
-            set_training(self.module, self.module.training)
+            set_training(self.module, self.module.training)  # PEFT's new dropout is always in training mode
         for key, differences in self._differences.items():
             if key in layout.by_name:
                 zeros = torch.zeros_like(self.heads[key], device=self.device, dtype=torch.float32)

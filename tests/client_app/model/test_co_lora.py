@@ -18,6 +18,7 @@ from transformers import (
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.model.co_lora import Gate
 from client_app.model.module_roles import RoleError, block_ends, last_down_projection, role_of
+from client_app.model.forward.narrow_input import NarrowInputLinear
 from client_app.model.personal import ModelError, PersonalModel
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.slots import SlotStore
@@ -329,3 +330,5 @@ def test_p_and_q_are_float32_over_a_base_of_less() -> None:
     parameters = model.trainable("local", model.layout.select(without_basis=True))
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     assert model.logits({"pixel_values": images().bfloat16()}).isfinite().all()
+    inputs = [module for module in model.module.modules() if isinstance(module, NarrowInputLinear)]
+    assert len(inputs) == len(model.layout.lora_modules), "no A keeps a float32 copy of its input"
