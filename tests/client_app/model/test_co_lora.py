@@ -17,8 +17,8 @@ from transformers import (
 
 from client_app.data.dataset import Base, ClientData, Dataset
 from client_app.model.co_lora import Gate
-from client_app.model.module_roles import RoleError, block_ends, last_down_projection, role_of
 from client_app.model.forward.narrow_input import NarrowInputLinear
+from client_app.model.module_roles import RoleError, block_ends, last_down_projection, role_of
 from client_app.model.personal import ModelError, PersonalModel
 from client_app.plan.interpreter import Interpreter
 from client_app.plan.slots import SlotStore
