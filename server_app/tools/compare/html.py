@@ -146,7 +146,7 @@ def verdict(found: Comparison) -> list[str]:
     for what, cost in COSTS.items():
         front = [
             line.strategy
-            for line in found.cheapest(cost, controls=False)
+            for line in found.cheapest(cost)
             if local is None or found.sign * (line.mean.value - local.mean.value) >= 0
         ]
         if front:

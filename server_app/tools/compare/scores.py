@@ -224,7 +224,7 @@ def _cost(found: Comparison, what: str, axis: str, cost: Callable[[Line], float]
     import plotly.graph_objects as go
 
     lines = [line for line in found.ranked() if not math.isnan(line.mean.value)]
-    front = found.cheapest(cost, controls=False)
+    front = found.cheapest(cost)
     labelled = [line for line in lines if line in front or line.role or len(lines) <= LABELLED]
     places = _places([(line.strategy, cost(line), line.mean.value) for line in labelled])
     chart = go.Figure()

@@ -125,13 +125,13 @@ class Comparison:
             self.lines, key=lambda line: math.inf if math.isnan(line.mean.value) else -self.sign * line.mean.value
         )
 
-    def cheapest(self, cost: Callable[[Line], float], *, controls: bool = True) -> list[Line]:
+    def cheapest(self, cost: Callable[[Line], float]) -> list[Line]:
         """The Pareto front, cheapest first: strategies that no other one beats at the same or lower cost.
 
-        Without ``controls`` these are left out: one that sees more examples for no bytes would hide all others.
+        Controls are left out: one that sees more examples for no bytes would hide all others.
         """
         front: list[Line] = []
-        known = [line for line in self.ranked() if controls or line.role != "control"]
+        known = [line for line in self.ranked() if line.role != "control"]
         for line in sorted(known, key=cost):  # at equal cost, the best first
             score = self.sign * line.mean.value
             if not math.isnan(score) and (not front or score > self.sign * front[-1].mean.value):
