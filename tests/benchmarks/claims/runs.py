@@ -112,11 +112,15 @@ def carry_out(job: Job, folder: Path, data: Path | None, model: str) -> list[Lin
     return [{**line, "clients": len(lines)} for line in sorted(lines, key=lambda line: names[line["client"]])]
 
 
-def _part(job: Job, folder: Path, data: Path | None, model: str, name: str, members: Sequence[int]) -> list[Line]:
-    config = {"min-clients": len(members)} | dict(job.config)
-    config |= {"scenario": job.place.scenario, "seed": job.seed, "run-name": name, "runs-dir": str(folder)}
+def config_of(job: Job, data: Path | None, model: str, members: Sequence[int]) -> dict[str, Any]:
+    """A run's config, but for its name and folder; the arguments are those of :func:`carry_out`."""
+    config = {"min-clients": len(members)} | dict(job.config) | {"scenario": job.place.scenario, "seed": job.seed}
     config |= {"data-root": str(data)} if data is not None else {}
-    config |= {"base-model": model} if model else {}
+    return config | ({"base-model": model} if model else {})
+
+
+def _part(job: Job, folder: Path, data: Path | None, model: str, name: str, members: Sequence[int]) -> list[Line]:
+    config = config_of(job, data, model, members) | {"run-name": name, "runs-dir": str(folder)}
     work = Work(int(config["num-server-rounds"]))
 
     def node(index: int) -> dict[str, Any]:

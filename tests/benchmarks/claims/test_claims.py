@@ -14,7 +14,7 @@ from client_app.scenarios import FROM_FILES, NAMES
 from server_app.run.options import read_run_options
 from strategies import strategy_from_run_config
 from tests.benchmarks.accuracy import resumable
-from tests.benchmarks.claims import found
+from tests.benchmarks.claims import found, wire
 from tests.benchmarks.claims.designs import Arm, Base, Claim, Experiment, Place
 from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
@@ -106,6 +106,24 @@ def test_a_line_that_was_cut_off_is_no_run_and_goes_with_the_next(tmp_path: Path
     resumable.append(path, lines)
     assert found.read(path)[-2:] == lines
     assert [json.loads(line)["client"] for line in path.read_text().splitlines()][-2:] == ["client-0", "client-1"]
+
+
+def test_the_wire_is_measured_with_the_settings_that_the_search_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Wanted(TOY, "tiny", dials=("here",))
+    with pytest.raises(SystemExit, match="the search for 'm' is not over"):
+        wire.jobs_of(asked, [])
+    lines, _ = played(asked, {"m": 0.5, "c": 0.9, "all": 0.7})
+    jobs = wire.jobs_of(asked, lines)
+    assert [(job.arm.name, job.seed, job.split) for job in jobs] == [(n, 0, "test") for n in ("m", "c", "all")]
+    assert dict(jobs[0].setting) == {"learning-rate": 4e-3}
+    monkeypatch.setattr(wire, "FOUND", tmp_path / "wire.jsonl")
+    sent = {"digest": jobs[0].digest, "seed": 0, "up": 2_000_000, "down": 3_500_000, "seconds": 61.2}
+    resumable.append(wire.FOUND, [sent])
+    text = wire.table(asked, jobs, lines)
+    assert "| 2.00 | 3.50 | 61 |" in text
+    assert text.count("|  |  |  |") == 2, "the others have not been measured"
 
 
 def test_a_changed_setting_is_another_run() -> None:

@@ -1,0 +1,120 @@
+"""Bytes at the sockets of an experiment's strategies: a run of one seed again, on a cluster of real Flower processes.
+
+    python -m tests.benchmarks.claims.wire fedmosaic --base minilm --dial pairs --data DATA    # runs what is missing
+    python -m tests.benchmarks.claims.wire fedmosaic --base minilm --dial pairs --table        # runs nothing
+
+The settings are those that the experiment's search has chosen, so that has to be over; scores in the table are the
+experiment's, over all of its seeds. ``MB`` is what the kernel counted as TCP payload at the SuperLink, for all clients
+together: TLS, gRPC, polls, heartbeats, the app bundle and registration are in it, and unlike in the experiment's own
+tables, so is everything else that Flower sends. ``seconds`` are those of the whole run, on the machine that ran it. A
+finished run is a line in ``found/claims-wire.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.accuracy import resumable
+from tests.benchmarks.claims import found
+from tests.benchmarks.claims.experiments import EXPERIMENTS
+from tests.benchmarks.claims.jobs import Job, Wanted
+from tests.benchmarks.claims.tables import interval_of, mean_of, of_dial, scores
+
+FOUND = Path(__file__).parents[1] / "found" / "claims-wire.jsonl"
+SEED = 0
+
+
+def jobs_of(asked: Wanted, lines: Sequence[found.Line]) -> list[Job]:
+    """One run for each arm that is a strategy which users can run, with the setting that the search has chosen.
+
+    Raises:
+        SystemExit: a search is not over.
+    """
+    chosen = []
+    for arm in asked.chosen_arms:
+        if arm.oracle or arm.apart:
+            continue
+        setting = asked.setting(arm, lines)
+        if setting is None:
+            raise SystemExit(f"the search for {arm.name!r} is not over: run {asked.experiment.name} first")
+        chosen.append(asked.job(arm, asked.chosen_dials[0], SEED, "test", setting))
+    return chosen
+
+
+def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None) -> None:
+    """Run what is missing, one after the other, on one cluster with a SuperNode for each client."""
+    from server_app.tools.cluster.local import LocalCluster, Settings
+    from server_app.tools.compare.command import on_cluster
+    from server_app.tools.compare.records import read_run
+    from tests.benchmarks.claims.runs import config_of
+
+    there = resumable.read(FOUND)
+    waiting = [job for job in jobs if not resumable.has(there, {"digest": job.digest, "seed": job.seed})]
+    if not waiting:
+        return
+    place = waiting[0].place
+    nodes = {
+        f"client-{number}": {"partition-id": number, "num-partitions": place.of} for number in place.clients
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="fedalloy-claims-") as name:
+        runs = Path(name) / "runs"
+        runs.mkdir()
+        with LocalCluster(Path(name) / "cluster", Settings(tuple(nodes), runs, node_config=nodes)) as cluster:
+            for job in waiting:
+                config = config_of(job, data, asked.model, place.clients) | {"run-name": job.folder}
+                began = time.monotonic()
+                on_cluster(cluster, config, len(nodes), runs, lambda: None)
+                seconds = time.monotonic() - began
+                rows = read_run(job.arm.strategy, job.seed, runs / job.folder).rows
+                line: dict[str, Any] = {
+                    way: sum(row.bytes.get(f"{way}_wire") or 0 for row in rows) for way in ("up", "down")
+                }
+                about = {"experiment": job.experiment, "base": job.base, "dial": job.dial, "arm": job.arm.name}
+                resumable.append(
+                    FOUND, [about | line | {"digest": job.digest, "seed": job.seed, "seconds": round(seconds, 1)}]
+                )
+                print(f"{job.name}: {line}, {seconds:.0f} s", flush=True)
+
+
+def table(asked: Wanted, jobs: Sequence[Job], lines: Sequence[found.Line]) -> str:
+    """Markdown, the best loss first: scores from the experiment, costs from the cluster."""
+    sent = {(line["digest"], line["seed"]): line for line in resumable.read(FOUND)}
+    by_arm = of_dial(asked, lines, asked.chosen_dials[0])
+    rows = ["| strategy | loss | accuracy | MB up | MB down | seconds |", "|" + "---|" * 6]
+    for job in sorted(jobs, key=lambda job: mean_of(scores(by_arm, job.arm.name, "loss"))):
+        role = f" ({job.arm.role})" if job.arm.role else ""
+        measured = [interval_of(scores(by_arm, job.arm.name, metric)) for metric in ("loss", "accuracy")]
+        line = sent.get(job.key)
+        costs = ["", "", ""] if line is None else [f"{line[way] / 1e6:.2f}" for way in ("up", "down")]
+        costs = costs[:2] + ([f"{line['seconds']:.0f}"] if line is not None else [""])
+        rows.append(f"| {' | '.join([f'`{job.arm.name}`{role}', *measured, *costs])} |")
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--base", required=True, help="A design's name.")
+    parser.add_argument("--dial", required=True)
+    parser.add_argument("--arms", nargs="+", default=[])
+    parser.add_argument("--data", type=Path, help="Folder of the scenarios on real data.")
+    parser.add_argument("--table", action="store_true", help="Run nothing.")
+    given = parser.parse_args(arguments)
+    asked = Wanted(EXPERIMENTS[given.experiment], given.base, dials=(given.dial,), arms=tuple(given.arms))
+    lines = found.read(found.FOLDER / f"{given.experiment}.jsonl")
+    jobs = jobs_of(asked, lines)
+    if not given.table:
+        run_missing(asked, jobs, given.data.resolve() if given.data else None)
+    print(table(asked, jobs, lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
