@@ -42,7 +42,10 @@ E2E = (Path(__file__).parent / "e2e", Path(__file__).parent / "docker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below tests/e2e, tests/docker and tests/faults is of that tier; a test marked gpu needs one."""
+    """Everything below tests/e2e, tests/docker and tests/faults is of that tier; a test marked gpu needs one.
+
+    Tests marked long begin first, or one worker would still be busy with them when all others are done.
+    """
     without_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
     for item in items:
         if any(folder in item.path.parents for folder in E2E):
@@ -51,6 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.faults)
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(without_gpu)
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture

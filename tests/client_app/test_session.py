@@ -55,6 +55,7 @@ def held() -> tuple[int, int, int]:
     return tensors, modules, torch.cuda.memory_allocated()
 
 
+@pytest.mark.long
 def test_a_hundred_messages_leave_nothing_behind(folder: Path) -> None:
     """Good plans, plans that fail, plans that are cancelled, and another run's settings in between."""
     executor, here, other = Executor(), settings(folder), settings(folder, **{"lora-r": 3, "seed": 1})

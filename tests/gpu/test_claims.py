@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from client_app.scenarios import instruct
 from tests.toys import tiny_models
@@ -31,6 +32,7 @@ def write_texts(root: Path) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+@pytest.mark.long
 def test_the_script_runs_both_experiments_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     write_texts(tmp_path)
     model = tiny_models.save_llama(tmp_path / "tiny", chat=True)

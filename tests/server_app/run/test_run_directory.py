@@ -28,6 +28,7 @@ for round_ in range(1, 100000):
 """
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_records_and_checkpoints_are_whole(tmp_path: Path) -> None:
     """SIGKILL at 12 seeded moments: every record parses, the newest checkpoint is complete and consistent."""
     generator = torch.Generator().manual_seed(7)

@@ -74,6 +74,7 @@ def test_encodings_are_runs_of_their_own() -> None:
     assert dict(encoded.config) == {**plain.config, "uplink-encoding": "int4", "downlink-encoding": "int4"}
 
 
+@pytest.mark.long
 def test_a_comparison_end_to_end_and_once_more(tmp_path: Path, base_cache: Path, alone: None) -> None:
     out = tmp_path / "out"
     (out / "runs").mkdir(parents=True)
