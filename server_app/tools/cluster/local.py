@@ -72,7 +72,7 @@ def started(process: psutil.Process) -> float:
 class Settings:
     """What to start. A port of 0 is chosen; ``prefixes`` are put before a process's own command (by process name).
 
-    ``node_config`` has more keys for clients, by client id.
+    ``node_config`` has keys for clients, by client id, that are added or replace the usual ones.
     """
 
     client_ids: tuple[str, ...]
@@ -168,14 +168,16 @@ class LocalCluster(SuperLink):
         """Start one SuperNode as client ``index`` with a private key (again, if it was stopped)."""
         authority = files.authority if files else self.directory / "certificates" / "ca.crt"
         client_id = self.settings.client_ids[index]
-        node_config = (
-            f"client-id='{client_id}' partition-id={index} num-partitions={len(self.settings.client_ids)} "
-            f"state-dir='{self.settings.runs_dir.resolve()}' client.accept-keys='all'"
-        )
-        # Set here, and not found by the client: SuperNodes come and go, and a run should give the same numbers again.
-        threads = max(1, usable_cores() // len(self.settings.client_ids))
-        more = {"torch-threads": threads} | dict(self.settings.node_config.get(client_id, {}))
-        node_config += "".join(f" {option}={literal(value)}" for option, value in more.items())
+        node_config: dict[str, Any] = {
+            "client-id": client_id,
+            "partition-id": index,
+            "num-partitions": len(self.settings.client_ids),
+            "state-dir": str(self.settings.runs_dir.resolve()),
+            "client.accept-keys": "all",
+            # Set here, not found by the client: SuperNodes come and go, and a run should give the same numbers again.
+            "torch-threads": max(1, usable_cores() // len(self.settings.client_ids)),
+        }
+        node_config |= self.settings.node_config.get(client_id, {})
         return self._start(
             name or f"supernode-{client_id}",
             [
@@ -183,7 +185,7 @@ class LocalCluster(SuperLink):
                 *("--root-certificates", str(authority), "--auth-supernode-private-key", str(key)),
                 *("--superlink", f"{self.settings.host}:{self.fleet_port}"),
                 *("--port", str(_free_port("127.0.0.1", 0, ""))),
-                *("--node-config", node_config),
+                *("--node-config", " ".join(f"{option}={literal(value)}" for option, value in node_config.items())),
             ],
         )
 

@@ -119,5 +119,6 @@ CONTROLS = (
     Arm("local-all", "local-all", role="control", like="local"),
 )
 """In every experiment. ``local-all`` trains on validation examples, too."""
-QUIET: Config = {"evaluate-every": 1000, "evaluate-examples": 2}
-"""Rounds look at next to nothing: the delivered model is scored once, and that is what counts."""
+QUIET: Config = {"evaluate-every": 1000, "evaluate-examples": 2, "on-divergence": "last"}
+"""Rounds look at next to nothing: the delivered model is scored once, and that is what counts. So it has to be the last
+one: whether it became worse cannot be told from two examples, and a client would be given the untrained model."""

@@ -23,6 +23,7 @@ from client_app.session import Executor
 from client_app.settings import Settings
 from fedalloy_adapters.wire.flower_records import unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
+from server_app.run.clients.held_out import LABEL
 from server_app.run.loop import run
 from server_app.tools.compare.records import read_run
 from server_app.tools.compare.statistics import with_score
@@ -138,7 +139,8 @@ def _part(job: Job, folder: Path, data: Path | None, model: str, name: str, memb
     lines = []
     for index, number in enumerate(members):
         client = f"client-{number}"
-        models = {label: _kept(metrics) for label, metrics in delivered[client]["metrics"].items()}
+        scored = delivered[client]["metrics"]
+        models = {label: _kept(metrics) for label, metrics in scored.items() if label != LABEL}
         sums = {
             way: sum(row.bytes.get(f"{way}_message") or 0 for row in found.rows if row.client == client)
             for way in ("up", "down")
