@@ -63,7 +63,7 @@ REFERENCE = Layout((Entry("down_proj", Factor.GRADIENT, (10, 6)),), {}, "referen
 
 
 def client_of(name: str, layout: Layout, examples: int = 10, node_id: int = 7) -> Client:
-    task = report_pb2.Task(name="toy", kind="toy", examples={"train": examples, "validation": 4, "test": 5})
+    task = report_pb2.Task(name="toy", kind="toy", examples={"train": examples, "validation": 8, "test": 5})
     registration = report_pb2.Registration(tasks=[task])
     return Client(name, node_id, layout, examples, layout.base_fingerprint, registration, REFERENCE)
 
@@ -152,7 +152,7 @@ class FakeNode:
     lends: bool = False
 
     def registration(self) -> report_pb2.Registration:
-        task = report_pb2.Task(name="toy", kind="toy", examples={"train": self.examples, "validation": 4, "test": 5})
+        task = report_pb2.Task(name="toy", kind="toy", examples={"train": self.examples, "validation": 8, "test": 5})
         layouts = {"layout": self.layout.to_proto(), "reference": REFERENCE.to_proto()}
         about: dict[str, Any] = {"client_id": self.name, "lends_adapter": self.lends, **layouts}
         return report_pb2.Registration(version=1, base_model="toy", tasks=[task], **about)
@@ -210,7 +210,11 @@ class FakeNode:
                 )
             case "evaluate":
                 result.evaluate.CopyFrom(
-                    report_pb2.EvaluateResult(label=step.evaluate.label, split=step.evaluate.split, examples=5)
+                    report_pb2.EvaluateResult(
+                        label=step.evaluate.label,
+                        split=step.evaluate.split,
+                        examples=8 if step.evaluate.split == "validation" else 5,
+                    )
                 )
                 for metric, value in self.metrics(self.mixed(step.evaluate.mixture)).items():
                     result.evaluate.metrics[metric] = value

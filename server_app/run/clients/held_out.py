@@ -19,6 +19,8 @@ LABEL, SPLIT, PERSONAL = "held-out", "validation", "personal"
 """The label and the split of the evaluation that a delivery adds; and strategies' label for a client's own model."""
 MARGIN = 0.02
 """Share by which a loss must be higher to count as worse: validation examples are few."""
+FEWEST = 8
+"""Examples of which a loss says whether a model became worse; with fewer, an untrained model wins by chance."""
 LEARNED = 0.05
 """A model whose accuracy is this much above the first one's has learned, whatever its loss: it may only be
 overconfident."""
@@ -78,6 +80,7 @@ class HeldOut:
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self._scores: dict[str, dict[int, Score]] = {}
+        self._examples: dict[str, int] = {}
         for record in records:
             if record["phase"] == "train":
                 self.take(record["round"], record["clients"])
@@ -85,7 +88,9 @@ class HeldOut:
     def take(self, round_: int, clients: Mapping[str, Mapping[str, Any]]) -> None:
         """Take in the clients' scores in a round, of the models that it began with."""
         for name, said in clients.items():
-            if said.get("evaluated", {}).get(PERSONAL, {}).get("split") == SPLIT:
+            looked = said.get("evaluated", {}).get(PERSONAL, {})
+            if looked.get("split") == SPLIT:
+                self._examples[name] = int(looked["examples"])
                 self._scores.setdefault(name, {})[round_ - 1] = Score.of(said["metrics"][PERSONAL])
 
     @property
@@ -108,7 +113,7 @@ class HeldOut:
         """How the client got worse with a model that scores ``now`` (None: its loss is not finite); None if it did not.
 
         A client got worse if its loss is above that of its first model, or if more than half of the best state's gain
-        is gone.
+        is gone. Of a client that looks at fewer than :data:`FEWEST` examples only a loss that is not finite is known.
         """
         scores = self._scores.get(client)
         if not scores:
@@ -119,6 +124,8 @@ class HeldOut:
         fall = Fall(first, now, best, state if best is not None else None)
         if now is None:
             return fall
+        if self._examples[client] < FEWEST:
+            return None
         gained = max(0.0, first.loss - best.loss) if best is not None else 0.0
         if now.loss <= (first.loss - gained / 2) * (1 + MARGIN):
             return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server_app.run.clients.held_out import Fall, HeldOut, Score, with_held_out
+from server_app.run.clients.held_out import FEWEST, Fall, HeldOut, Score, with_held_out
 from server_app.run.options import RunOptions
 from strategies.framework import steps
 from strategies.framework.exchange import Brief
@@ -14,9 +14,9 @@ from strategies.framework.steps import Training
 from tests.strategies.conftest import client_of, layout_of
 
 
-def said(loss: float, accuracy: float | None = None, split: str = "validation") -> dict[str, Any]:
+def said(loss: float, accuracy: float | None = None, split: str = "validation", examples: int = 9) -> dict[str, Any]:
     metrics = {"loss": loss} | ({} if accuracy is None else {"accuracy": accuracy})
-    return {"metrics": {"personal": metrics}, "evaluated": {"personal": {"split": split, "examples": 9}}}
+    return {"metrics": {"personal": metrics}, "evaluated": {"personal": {"split": split, "examples": examples}}}
 
 
 def held_out(**losses: list[float]) -> HeldOut:
@@ -41,6 +41,16 @@ def test_a_round_tells_of_the_state_that_it_begins_with_and_the_best_one_is_best
     assert held_out(ada=[3.0, 2.0], ben=[3.0, 2.0], cyd=[0.5, 0.4, 0.3, 0.2], dan=[3.0, 2.0]).best_state == 1
     test = HeldOut([{"phase": "train", "round": 1, "clients": {"ada": said(1.0, split="test")}}])
     assert test.best_state is None
+
+
+def test_of_a_few_examples_nothing_is_concluded_but_a_loss_that_is_not_finite() -> None:
+    few, enough = (
+        HeldOut([{"phase": "train", "round": 1, "clients": {"ada": said(2.0, examples=count)}}])
+        for count in (FEWEST - 1, FEWEST)
+    )
+    assert few.fallen("ada", Score(9.0)) is None
+    assert few.fallen("ada", None) is not None
+    assert enough.fallen("ada", Score(9.0)) is not None
 
 
 @pytest.mark.parametrize(
