@@ -89,6 +89,8 @@ def run_missing(asked: Wanted, given: argparse.Namespace) -> int:
                 failed += 1
                 print(f"FAILED {job.split} {job.name} {dict(job.setting)}: {type(lines).__name__}: {lines}", flush=True)
                 continue
+            if job.key in found.done(found.read(path)):  # another process was as quick
+                continue
             resumable.append(path, lines)
             losses = " ".join(f"{line['metrics'].get('loss', float('nan')):.3f}" for line in lines)
             print(f"{job.split} {job.name} {dict(job.setting)}: {losses} ({lines[0]['run_cpu_seconds']} s)", flush=True)
