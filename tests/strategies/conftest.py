@@ -210,11 +210,7 @@ class FakeNode:
                 )
             case "evaluate":
                 result.evaluate.CopyFrom(
-                    report_pb2.EvaluateResult(
-                        label=step.evaluate.label,
-                        split=step.evaluate.split,
-                        examples=8 if step.evaluate.split == "validation" else 5,
-                    )
+                    report_pb2.EvaluateResult(label=step.evaluate.label, split=step.evaluate.split, examples=8)
                 )
                 for metric, value in self.metrics(self.mixed(step.evaluate.mixture)).items():
                     result.evaluate.metrics[metric] = value
