@@ -52,6 +52,7 @@ def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None) -> None:
     from server_app.tools.cluster.local import LocalCluster, Settings
     from server_app.tools.compare.command import on_cluster
     from server_app.tools.compare.records import read_run
+    from server_app.tools.demo import terminate_as_interrupt
     from tests.benchmarks.claims.runs import config_of
 
     there = resumable.read(FOUND)
@@ -59,10 +60,8 @@ def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None) -> None:
     if not waiting:
         return
     place = waiting[0].place
-    nodes = {
-        f"client-{number}": {"partition-id": number, "num-partitions": place.of} for number in place.clients
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="fedalloy-claims-") as name:
+    nodes = {f"client-{number}": {"partition-id": number, "num-partitions": place.of} for number in place.clients}
+    with terminate_as_interrupt(), tempfile.TemporaryDirectory(prefix="fedalloy-claims-") as name:
         runs = Path(name) / "runs"
         runs.mkdir()
         with LocalCluster(Path(name) / "cluster", Settings(tuple(nodes), runs, node_config=nodes)) as cluster:
@@ -91,8 +90,9 @@ def table(asked: Wanted, jobs: Sequence[Job], lines: Sequence[found.Line]) -> st
         role = f" ({job.arm.role})" if job.arm.role else ""
         measured = [interval_of(scores(by_arm, job.arm.name, metric)) for metric in ("loss", "accuracy")]
         line = sent.get(job.key)
-        costs = ["", "", ""] if line is None else [f"{line[way] / 1e6:.2f}" for way in ("up", "down")]
-        costs = costs[:2] + ([f"{line['seconds']:.0f}"] if line is not None else [""])
+        costs = [""] * 3
+        if line is not None:
+            costs = [f"{line['up'] / 1e6:.2f}", f"{line['down'] / 1e6:.2f}", f"{line['seconds']:.0f}"]
         rows.append(f"| {' | '.join([f'`{job.arm.name}`{role}', *measured, *costs])} |")
     return "\n".join(rows)
 
