@@ -5,7 +5,7 @@ for one product costs more than the product. Here a block of columns of a few ro
 the cache, and multiplied there.
 
 Results depend on nothing but the numbers, bit for bit. Every product has the shape ``[d, rows] @ [rows, columns]`` on
-one thread, :func:`product_of` decides how many of both, and the last tile is filled up. So neither the number of
+one thread, :func:`product_of` decides how many of both, and the last one is filled up. So neither the number of
 threads, nor how much is read at once, nor where a row lies (memory or file) decides how a sum is rounded. The order of
 the rows does: callers sort them.
 
@@ -30,15 +30,17 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 TILE = 15360
-"""Columns that belong together: 15 * 1024, of which halves come close to the most that a small product may have."""
+"""Columns that are taken together where nothing else decides: 15 * 1024."""
+WIDEST = 4 * TILE
+"""Columns of a product; its halves come close to the most that a small product may have."""
 GROUP, WIDE_GROUP, WIDE = 32, 64, 16
 """Rows of one product; the second where more than so many sums are made of them."""
 SMALL = 10**6
 """Multiplications up to which OpenBLAS leaves the matrix as it is; and the narrowest product that is worth it."""
 NARROWEST = 240
-STRIPE = 8
-"""Tiles of a row that are read from a file at once. From memory it is two, or one of a wide group: short stretches are
-slow to read, and all that is read should stay in a cache."""
+BUFFERED = 2 * 2**20
+"""Numbers in a thread's buffers, 8 MiB, or one product if that has more. Short stretches are slow to read, above all
+from a file, and all that is read should stay in a cache."""
 _PADDING = 16
 """Columns between the rows of a buffer, or all would start at the same place of a cache."""
 _PRODUCT_COLUMNS = 2048
@@ -142,8 +144,9 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
     if result.shape != (len(weights), size) or result.dtype != dtype:
         raise ValueError(f"got out {tuple(result.shape)} {result.dtype}, expected ({len(weights)}, {size}) {dtype}")
     factors, target = weights.detach().to("cpu", dtype).numpy(), result.numpy()
-    group, width = product_of(len(factors), len(rows))
-    stripe = TILE * (max(1, 2 * GROUP // group) if all(row.in_memory for row in rows) else STRIPE)
+    group, width = product_of(len(factors), len(rows), size)
+    buffered = BUFFERED if all(row.in_memory for row in rows) else 2 * BUFFERED
+    stripe = width * max(1, buffered // (width * (group + len(factors))))
     counter = itertools.count()  # an idle thread takes the next stripe; which thread takes it changes no number
 
     def work() -> None:
@@ -165,9 +168,11 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
     return result
 
 
-def product_of(d: int, count: int) -> tuple[int, int]:
-    """Rows and columns of a product, where ``d`` sums are made of ``count`` rows."""
-    rows, columns = min(count, WIDE_GROUP if d > WIDE else GROUP), TILE
+def product_of(d: int, count: int, size: int) -> tuple[int, int]:
+    """Rows and columns of a product, where ``d`` sums are made of ``count`` rows of ``size`` numbers."""
+    rows, columns = min(count, WIDE_GROUP if d > WIDE else GROUP), WIDEST
+    while columns > TILE and columns >= 2 * size:  # nothing is won by products that are mostly filled up
+        columns //= 2
     while d * rows * columns > SMALL and columns > NARROWEST:
         columns //= 2
     return rows, columns if d * rows * columns <= SMALL else TILE
@@ -179,8 +184,8 @@ def _combine_stripe(
     """The columns from ``start`` on, as many as the first buffer is wide."""
     numbers, total, more = buffers
     width = min(numbers.shape[1] - _PADDING, target.shape[1] - start)
-    whole = -(-width // TILE) * TILE  # the last tile has its full width, too; what is beyond the row is not used
     rows_at_once, at_once = len(numbers), more.shape[1]
+    whole = -(-width // at_once) * at_once  # the last product is as wide; what is beyond the row is not used
     straight = len(rows) == rows_at_once and width == whole
     for first in range(0, len(rows), rows_at_once):
         group = rows[first : first + rows_at_once]
