@@ -18,7 +18,7 @@ import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from fedalloy_adapters.adapter import Adapter, require_same_layout
+from fedalloy_adapters.adapter import Adapter, all_finite, require_same_layout
 from fedalloy_adapters.layout import Layout, LayoutError
 from fedalloy_adapters.wire.block_quantisation import FOUR_BITS, TWO_BITS, pack_blocks, unpack_blocks
 from proto.fedalloy.v1 import adapter_pb2
@@ -159,7 +159,7 @@ def encode(
         _require_layout(layout, reference.layout)
         base = reference.vector.detach().to("cpu", torch.float32)
         numbers = numbers - base
-    if not torch.isfinite(numbers).all():
+    if not all_finite(numbers):
         raise CodecError(CodecErrorCode.NOT_FINITE, "the adapter has NaN or infinite numbers")
     payload = _pack(layout, numbers, encoding)
     restored = _unpack(layout, payload, encoding)
@@ -222,7 +222,7 @@ def decode(
             )
         _require_layout(layout, reference.layout)
         numbers = reference.vector.to("cpu", torch.float32) + numbers
-    if not torch.isfinite(numbers).all():
+    if not all_finite(numbers):
         raise CodecError(CodecErrorCode.NOT_FINITE, f"payload has NaN or infinite numbers{_where(layout, numbers)}")
     adapter = Adapter(layout, numbers)
     if adapter.digest != header.content_digest:
@@ -351,6 +351,6 @@ def _unpack(layout: Layout, payload: bytes | memoryview, encoding: Encoding) -> 
 
 def _where(layout: Layout, numbers: Tensor) -> str:
     for entry in layout.entries:
-        if not torch.isfinite(numbers[layout.slice_of(entry.name)]).all():
+        if not all_finite(numbers[layout.slice_of(entry.name)]):
             return f" in {entry.name!r}"
     return ""
