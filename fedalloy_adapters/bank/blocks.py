@@ -41,6 +41,8 @@ NARROWEST = 240
 BUFFERED = 2 * 2**20
 """Numbers in a thread's buffers, 8 MiB, or one product if that has more. Short stretches are slow to read, above all
 from a file, and all that is read should stay in a cache."""
+_STRIPES_EACH = 4
+"""Stripes for each thread, at least, if there are as many products: so that all end at about the same time."""
 _PADDING = 16
 """Columns between the rows of a buffer, or all would start at the same place of a cache."""
 _PRODUCT_COLUMNS = 2048
@@ -145,8 +147,10 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
         raise ValueError(f"got out {tuple(result.shape)} {result.dtype}, expected ({len(weights)}, {size}) {dtype}")
     factors, target = weights.detach().to("cpu", dtype).numpy(), result.numpy()
     group, width = product_of(len(factors), len(rows), size)
+    threads = torch.get_num_threads()
     buffered = BUFFERED if all(row.in_memory for row in rows) else 2 * BUFFERED
-    stripe = width * max(1, buffered // (width * (group + len(factors))))
+    fair = size // (_STRIPES_EACH * threads)
+    stripe = width * max(1, min(buffered // (group + len(factors)), fair) // width)
     counter = itertools.count()  # an idle thread takes the next stripe; which thread takes it changes no number
 
     def work() -> None:
@@ -157,7 +161,7 @@ def combine(rows: Sequence[Row], weights: Tensor, out: Tensor | None = None) -> 
             while (start := next(counter) * stripe) < size:
                 _combine_stripe(rows, factors, target, start, (numbers, total, more))
 
-    threads = min(torch.get_num_threads(), -(-size // stripe))
+    threads = min(threads, -(-size // stripe))
     with _ONE_AT_A_TIME, _libraries().limit(limits=1, user_api="blas"):
         if threads < 2:
             work()
