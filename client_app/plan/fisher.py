@@ -22,7 +22,7 @@ from client_app.model.personal import PersonalModel
 from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
 from client_app.plan.seeds import batches
-from client_app.plan.training import logits_of
+from client_app.plan.training import each_loss, logits_of
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, Layout
@@ -31,8 +31,11 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 DEFAULT_GRADIENT_BYTES = 2**28
 MAX_CHUNK = 32
 """Examples at once, whatever the bound on gradients allows: activations need memory, too."""
+MAX_TOKENS = 1024
+"""Tokens of texts at once, padding included, for the same reason; at least one text."""
 _COPIES = 8
 """Copies of a chunk's gradients at the peak of memory: for both slots, as computed, flat, and squared."""
+TEXT_INPUTS = frozenset({"input_ids", "attention_mask"})
 MAX_DAMPINGS = 64
 MAX_DROPPED = 0.1
 """Largest share of examples whose gradients may be not finite."""
@@ -103,10 +106,19 @@ def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherR
 def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Dataset) -> Tensor:
     """Gradients ``[b, P]``, float32, of each example's loss by the slot's numbers, with only this slot active.
 
-    Uses vmap; a model whose code vmap cannot trace goes example by example.
+    Images go through vmap, texts of language models through what linear modules read and what comes back to them; other
+    examples, and models with which neither works, go one by one.
     """
     model.activate({slot: 1.0})
     parameters = model.trainable(slot, layout)
+    if batch.kind == "causal-lm" and not batch.task and set(batch.inputs) <= TEXT_INPUTS:
+        linears = _linears_with(model.module, list(parameters.values()))
+        if linears is not None:
+            size = max(1, MAX_TOKENS // batch.inputs["input_ids"].shape[1])
+            parts = [batch.batch(indices) for indices in torch.split(torch.arange(len(batch)), size)]
+            found_in = [_from_linears(model, linears, part) for part in parts]
+            if all(part is not None for part in found_in):
+                return torch.cat([part for part in found_in if part is not None])
     if batch.kind != "image-classification" or batch.task:
         return _one_by_one(model, list(parameters.values()), batch)
     names = {parameter: name for name, parameter in model.module.named_parameters()}
@@ -131,6 +143,42 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
             found = {name: torch.stack([gradient[name] for gradient in each]) for name in values}
     flat = [found[names[parameter]].reshape(len(batch), -1) for parameter in parameters.values()]
     return torch.cat(flat, dim=1).float()
+
+
+def _linears_with(module: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Linear] | None:
+    """The linear modules that have these weights, in their order; None if one belongs to something else."""
+    owners = {one.weight: one for one in module.modules() if isinstance(one, nn.Linear) and one.bias is None}
+    found = [owners[parameter] for parameter in parameters if parameter in owners]
+    return found if len(found) == len(parameters) else None
+
+
+def _from_linears(model: PersonalModel, linears: list[nn.Linear], batch: Dataset) -> Tensor | None:
+    """The gradients of all texts in one pass: for each text, the products of what a module read and what came back.
+
+    None if a module did not read ``[b, L, d_in]`` exactly once, as in a mixture of experts: then which rows are whose
+    cannot be told.
+    """
+    passed: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {linear: [] for linear in linears}
+
+    def keep(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:  # else it is a look for the model's head, which is its first use
+            passed[linear].append((inputs[0].detach(), output))
+
+    hooks = [linear.register_forward_hook(keep) for linear in linears]
+    try:
+        loss = each_loss(model, batch).sum()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shape = batch.inputs["input_ids"].shape
+    if any(len(calls) != 1 or calls[0][0].shape[:-1] != shape for calls in passed.values()):
+        return None
+    back = torch.autograd.grad(loss, [passed[linear][0][1] for linear in linears])
+    found = [
+        torch.einsum("blo,bli->boi", gradient.float(), passed[linear][0][0].float()).flatten(1)
+        for linear, gradient in zip(linears, back, strict=True)
+    ]
+    return torch.cat(found, dim=1)
 
 
 def _one_by_one(model: PersonalModel, parameters: list[nn.Parameter], batch: Dataset) -> Tensor:

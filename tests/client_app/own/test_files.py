@@ -23,7 +23,7 @@ from client_app.model.bases.model_folders import BaseModelError, find_model
 from client_app.own.encoding import load_encoder
 from client_app.own.files import load_own, read_own
 from client_app.own.reading.text_files import DataError
-from client_app.plan import evaluation, fisher, training
+from client_app.plan import evaluation, training
 from client_app.settings import ModelSettings, Settings, SettingsError, read_settings
 from proto.fedalloy.v1 import plan_pb2
 from tests.client_app.own_clients import loaded, settings_of
@@ -200,19 +200,6 @@ def test_parts_of_a_batch_train_like_the_whole(tmp_path: Path, llama: Path, bert
         found.append((result.mean_loss, model.read("local").vector))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     assert float((found[0][1] - found[1][1]).abs().max()) < 1e-3
-
-
-def test_fisher_of_texts_is_that_of_one_example_at_a_time(tmp_path: Path, llama: Path) -> None:
-    rows = [{"prompt": "a" * n + ">", "completion": "b" * (1 + n % 3)} for n in range(1, 9)]
-    model, data = loaded(settings_of(toy_data.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path, llama))
-    batch = data.splits["train"].batch(torch.arange(4))
-    found = fisher.example_gradients(model, "local", model.layout, batch)
-    assert found.shape == (4, model.layout.size)
-    model.activate({"local": 1.0})
-    parameters = model.trainable("local", model.layout)
-    losses = example_losses("causal-lm", training.logits_of(model, batch), batch.labels)
-    total = torch.autograd.grad(losses.sum(), list(parameters.values()))
-    assert torch.allclose(found.sum(dim=0), torch.cat([t.reshape(-1) for t in total]), atol=1e-4)
 
 
 def test_metrics_are_those_of_torchmetrics_and_scikit_learn(tmp_path: Path, bert: Path, llama: Path) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from client_app.data.dataset import ClientData, Dataset
+from client_app.kinds import example_losses
 from client_app.model.personal import PersonalModel
-from client_app.plan import fisher, seeds
+from client_app.plan import fisher, seeds, training
 from client_app.plan.fisher import FisherError, Moments
 from client_app.plan.interpreter import Interpreter, PlanError
 from client_app.plan.slots import SlotStore
@@ -23,8 +24,10 @@ from fedalloy_adapters.layout import Factor, LayoutError
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
+from tests.client_app.own_clients import loaded, settings_of
 from tests.fedalloy_adapters.samples import random_adapter
 from tests.fedalloy_adapters.tiny_vit import CLASSES, base_of, images
+from tests.toys import tiny_models, toy_data
 
 
 def data_of(examples: int = 9, seed: int = 3) -> Dataset:
@@ -139,6 +142,43 @@ def test_both_slots_are_weighed_with_their_own_delta(model: PersonalModel) -> No
     ):
         expected = fisher.module_sums(model.layout, fisher.delta_weights(adapter) / (information.double() + 0.01))
         assert list(reported) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 10_000])
+@pytest.mark.parametrize("flat", [False, True])
+def test_fisher_of_texts_is_that_of_one_example_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, flat: bool
+) -> None:
+    """In passes of any size; ``flat``: a module reads rows of which nobody knows whose they are, so texts go alone."""
+    monkeypatch.setattr(fisher, "MAX_TOKENS", tokens)
+    rows = [{"prompt": "a" * n + ">", "completion": "b" * (1 + n % 3)} for n in range(1, 9)]
+    llama = tiny_models.save_llama(tmp_path / "llama", chat=True)
+    model, data = loaded(settings_of(toy_data.write_jsonl(tmp_path / "x.jsonl", rows), tmp_path, llama))
+    model.load("local", random_adapter(model.layout, 0, scale=0.3))
+    batch = data.splits["train"].batch(torch.arange(4))
+    if flat:
+        first = next(iter(model.trainable("local", model.layout).values()))
+        linear = next(one for one in model.module.modules() if getattr(one, "weight", None) is first)
+        shape: list[int] = []
+
+        def flatten(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+            shape[:] = inputs[0].shape[:-1]
+            return inputs[0].flatten(0, 1)
+
+        linear.register_forward_pre_hook(flatten)
+        linear.register_forward_hook(lambda module, inputs, output: output.unflatten(0, shape))
+    passes = []
+    monkeypatch.setattr(fisher, "each_loss", lambda *given: passes.append(0) or training.each_loss(*given))
+    found = fisher.example_gradients(model, "local", model.layout, batch)
+    assert len(passes) == (4 if tokens == 1 else 1 if tokens == 10_000 else len(passes))
+    assert found.shape == (4, model.layout.size)
+    parameters = list(model.trainable("local", model.layout).values())
+    for index in range(4):
+        one = batch.batch(torch.tensor([index]))
+        loss = example_losses("causal-lm", training.logits_of(model, one), one.labels).sum()
+        alone = torch.cat([t.reshape(-1) for t in torch.autograd.grad(loss, parameters)])
+        assert float(alone.abs().max()) > 1e-3
+        assert torch.allclose(found[index], alone, atol=1e-4)
 
 
 def test_a_model_that_vmap_cannot_trace_goes_example_by_example(model: PersonalModel) -> None:
