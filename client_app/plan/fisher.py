@@ -147,7 +147,8 @@ def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Da
 
 def _linears_with(module: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Linear] | None:
     """The linear modules that have these weights, in their order; None if one belongs to something else."""
-    owners = {one.weight: one for one in module.modules() if isinstance(one, nn.Linear) and one.bias is None}
+    linears = (one for one in module.modules() if isinstance(one, nn.Linear))
+    owners: dict[Tensor, nn.Linear] = {one.weight: one for one in linears if one.bias is None}
     found = [owners[parameter] for parameter in parameters if parameter in owners]
     return found if len(found) == len(parameters) else None
 
