@@ -7,22 +7,19 @@ diagonal itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from client_app.data.dataset import Dataset, MixedDataset
-from client_app.kinds import example_losses, kind_of
+from client_app.kinds import kind_of
 from client_app.model.personal import PersonalModel
+from client_app.plan.example_gradients import ExampleGradients
 from client_app.plan.names import PlanError
 from client_app.plan.progress import tick
 from client_app.plan.seeds import batches
-from client_app.plan.training import each_loss, logits_of
 from client_app.plan.workbench import Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, Layout
@@ -35,7 +32,9 @@ MAX_TOKENS = 1024
 """Tokens of texts at once, padding included, for the same reason; at least one text."""
 _COPIES = 8
 """Copies of a chunk's gradients at the peak of memory: for both slots, as computed, flat, and squared."""
-TEXT_INPUTS = frozenset({"input_ids", "attention_mask"})
+_CLOSE, _CLOSE_IN_LESS = 1e-3, 0.25
+"""Relative differences of an example's gradient alone and in a batch that rounding explains, in float32 and in less:
+with bfloat16 it is six hundredths. One that layers have mixed is another gradient altogether."""
 MAX_DAMPINGS = 64
 MAX_DROPPED = 0.1
 """Largest share of examples whose gradients may be not finite."""
@@ -104,94 +103,27 @@ def carry_out(bench: Workbench, step: plan_pb2.FisherStep) -> report_pb2.FisherR
 
 
 def example_gradients(model: PersonalModel, slot: str, layout: Layout, batch: Dataset) -> Tensor:
-    """Gradients ``[b, P]``, float32, of each example's loss by the slot's numbers, with only this slot active.
+    """Gradients ``[b, P]``, float32, of each example's loss by the slot's numbers, with only this slot active."""
+    return _gradients_of(model, slot, layout)(batch)
 
-    Images go through vmap, texts of language models through what linear modules read and what comes back to them; other
-    examples, and models with which neither works, go one by one.
-    """
+
+def _gradients_of(model: PersonalModel, slot: str, layout: Layout) -> Callable[[Dataset], Tensor]:
+    """:func:`example_gradients` of one slot, batch after batch."""
     model.activate({slot: 1.0})
-    parameters = model.trainable(slot, layout)
-    if batch.kind == "causal-lm" and not batch.task and set(batch.inputs) <= TEXT_INPUTS:
-        linears = _linears_with(model.module, list(parameters.values()))
-        if linears is not None:
-            size = max(1, MAX_TOKENS // batch.inputs["input_ids"].shape[1])
-            parts = [batch.batch(indices) for indices in torch.split(torch.arange(len(batch)), size)]
-            found_in = [_from_linears(model, linears, part) for part in parts]
-            if all(part is not None for part in found_in):
-                return torch.cat([part for part in found_in if part is not None])
-    if batch.kind != "image-classification" or batch.task:
-        return _one_by_one(model, list(parameters.values()), batch)
-    names = {parameter: name for name, parameter in model.module.named_parameters()}
-    values = {names[parameter]: parameter.detach() for parameter in parameters.values()}
+    numbers = list(model.trainable(slot, layout).values())
+    exact = model.dtype == torch.float32 and model.device.type == "cpu"
+    together = ExampleGradients(model, numbers, _CLOSE if exact else _CLOSE_IN_LESS)
 
-    def loss(values: dict[str, Tensor], inputs: Mapping[str, Tensor], label: Tensor) -> Tensor:
-        one = {name: tensor[None] for name, tensor in inputs.items()}
-        logits: Tensor = functional_call(model.module, values, kwargs=one).logits
-        return functional.cross_entropy(logits, label[None])
+    def of_batch(batch: Dataset) -> Tensor:
+        model.activate({slot: 1.0})
+        model.trainable(slot, layout)
+        lengths = batch.lengths
+        size = len(batch) if lengths is None else max(1, MAX_TOKENS // int(lengths.max()))
+        parts = [batch.batch(indices) for indices in torch.split(torch.arange(len(batch)), size)]
+        found = [together.of(part) for part in parts]
+        return torch.cat([torch.cat([one[p].flatten(1) for p in numbers], dim=1) for one in found]).float()
 
-    inputs = model.inputs(batch.inputs)
-    labels = batch.labels.to(model.device)
-    # The fused attention kernels have no batching rule: vmap would loop over them, and say so on every run.
-    with sdpa_kernel(SDPBackend.MATH):
-        try:
-            found = vmap(grad(loss), in_dims=(None, 0, 0))(values, inputs, labels)
-        except RuntimeError:  # control flow that depends on the data, or an operator without a batching rule
-            each = [
-                grad(loss)(values, {name: tensor[index] for name, tensor in inputs.items()}, labels[index])
-                for index in range(len(batch))
-            ]
-            found = {name: torch.stack([gradient[name] for gradient in each]) for name in values}
-    flat = [found[names[parameter]].reshape(len(batch), -1) for parameter in parameters.values()]
-    return torch.cat(flat, dim=1).float()
-
-
-def _linears_with(module: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Linear] | None:
-    """The linear modules that have these weights, in their order; None if one belongs to something else."""
-    linears = (one for one in module.modules() if isinstance(one, nn.Linear))
-    owners: dict[Tensor, nn.Linear] = {one.weight: one for one in linears if one.bias is None}
-    found = [owners[parameter] for parameter in parameters if parameter in owners]
-    return found if len(found) == len(parameters) else None
-
-
-def _from_linears(model: PersonalModel, linears: list[nn.Linear], batch: Dataset) -> Tensor | None:
-    """The gradients of all texts in one pass: for each text, the products of what a module read and what came back.
-
-    None if a module did not read ``[b, L, d_in]`` exactly once, as in a mixture of experts: then which rows are whose
-    cannot be told.
-    """
-    passed: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {linear: [] for linear in linears}
-
-    def keep(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:  # else it is a look for the model's head, which is its first use
-            passed[linear].append((inputs[0].detach(), output))
-
-    hooks = [linear.register_forward_hook(keep) for linear in linears]
-    try:
-        loss = each_loss(model, batch).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shape = batch.inputs["input_ids"].shape
-    if any(len(calls) != 1 or calls[0][0].shape[:-1] != shape for calls in passed.values()):
-        return None
-    back = torch.autograd.grad(loss, [passed[linear][0][1] for linear in linears])
-    found = [
-        torch.einsum("blo,bli->boi", gradient.float(), passed[linear][0][0].float()).flatten(1)
-        for linear, gradient in zip(linears, back, strict=True)
-    ]
-    return torch.cat(found, dim=1)
-
-
-def _one_by_one(model: PersonalModel, parameters: list[nn.Parameter], batch: Dataset) -> Tensor:
-    """The same without vmap, which forbids that an attention mask's values choose the kernel."""
-    gradients = []
-    for index in range(len(batch)):
-        one = batch.batch(torch.tensor([index]))
-        loss = example_losses(one.kind, logits_of(model, one), one.labels.to(model.device)).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=bool(one.task))  # other tasks' groups
-        numbers = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
-        gradients.append(torch.cat([tensor.reshape(-1) for tensor in numbers]))
-    return torch.stack(gradients).float()
+    return of_batch
 
 
 def moments(
@@ -229,10 +161,11 @@ def moments(
     kept = 0
     chunk = max(1, min(MAX_CHUNK, max_bytes // (_COPIES * 4 * layout.size)))
     chosen = next(batches(len(data), count, 1, seed))
+    gradients = [_gradients_of(model, slot, layout) for slot in slots]
     for indices in torch.split(chosen, chunk):
         tick("fisher")
         for batch in data.by_task(indices):
-            first, second = (example_gradients(model, slot, layout, batch) for slot in slots)
+            first, second = (of_batch(batch) for of_batch in gradients)
             finite = (first.isfinite() & second.isfinite()).all(dim=1)
             first, second = first[finite], second[finite]
             total += torch.stack([first.square().sum(0), second.square().sum(0), (first * second).sum(0)])

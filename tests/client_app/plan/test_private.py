@@ -28,8 +28,9 @@ from client_app.guard.privacy import (
     spending_of,
 )
 from client_app.model.personal import PersonalModel
-from client_app.plan import private
-from client_app.plan.private import ExampleGradients, PrivateTraining, clipped_sum
+from client_app.plan import example_gradients, private
+from client_app.plan.example_gradients import ExampleGradients
+from client_app.plan.private import PrivateTraining, clipped_sum
 from client_app.plan.training import each_loss, train
 from client_app.session import Executor
 from client_app.settings import SettingsError, read_settings
@@ -129,7 +130,7 @@ def test_one_example_more_moves_a_clipped_sum_by_no_more_than_the_bound(
     chosen, bound = drawn.draw(numbers), drawn.draw(st.sampled_from([1e-3, 0.1, 10.0]))
     with pytest.MonkeyPatch.context() as patch:
         scale = drawn.draw(st.sampled_from([1.0, 1e12, 1e30]))  # the last one overflows
-        patch.setattr(private, "each_loss", lambda model, batch: each_loss(model, batch) * scale)
+        patch.setattr(example_gradients, "each_loss", lambda model, batch: each_loss(model, batch) * scale)
         gradients = ExampleGradients(model, parameters)
         with_it, without = (
             clipped_sum(gradients, split, torch.tensor(found, dtype=torch.long), bound)
@@ -148,7 +149,9 @@ def test_where_layers_cannot_be_told_apart_examples_go_alone(
     model.module.eval()
     split, chosen = data.splits["train"], torch.arange(4)
     right = clipped_sum(ExampleGradients(model, parameters), split, chosen, 0.1)
-    monkeypatch.setattr(private, "each_loss", lambda model, batch: each_loss(model, batch) * len(batch))  # a company
+    monkeypatch.setattr(
+        example_gradients, "each_loss", lambda model, batch: each_loss(model, batch) * len(batch)
+    )  # a company
     gradients = ExampleGradients(model, parameters)
     found = clipped_sum(gradients, split, chosen, 0.1)
     assert not gradients.together
