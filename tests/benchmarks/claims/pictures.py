@@ -24,8 +24,8 @@ def picture(asked: Wanted, lines: Sequence[Line]) -> str:
             continue
         rows.append((f"{dial}: {asked.design.places[dial].about}", None))
         own = scores(found, method, "loss")
-        for arm in found:
-            if arm != method:
+        for arm in (arm.name for arm in asked.chosen_arms):
+            if arm != method and arm in found:
                 rows.append((f"against {arm}", paired(own, scores(found, arm, "loss"), SIGNS["loss"]).mean))
     return drawn(f"{method} on {asked.base_name}: loss lower by (95 % interval)", rows)
 
