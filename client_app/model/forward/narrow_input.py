@@ -19,8 +19,6 @@ from torch.nn import functional
 class _Projection(torch.autograd.Function):
     """``x A^T`` in A's dtype, for an input of another one."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
         return functional.linear(x.to(weight.dtype), weight)

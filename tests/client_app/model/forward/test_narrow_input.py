@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from client_app.model.forward.narrow_input import NarrowInputLinear, keep_narrow
 
@@ -112,22 +111,6 @@ def test_with_dropout_the_input_is_scaled_in_float32() -> None:
         torch.manual_seed(3)
         found.append(one(x))
     assert torch.equal(*found)
-
-
-def test_gradients_of_single_examples() -> None:
-    model = narrow(adapted())
-    parameters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
-    x = torch.randn(4, TOKENS, WIDTH).bfloat16()
-
-    def loss(chosen: dict[str, Tensor], one: Tensor) -> Tensor:
-        return functional_call(model, chosen, (one[None],)).float().square().sum()
-
-    every = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
-    for index in range(len(x)):
-        alone = gradients(model, x[index][None])[1]
-        model.zero_grad()
-        for name, found in every.items():
-            torch.testing.assert_close(found[index], alone[name], rtol=1e-2, atol=1e-2 * float(alone[name].abs().max()))
 
 
 def test_autocast_chooses_the_dtype() -> None:
