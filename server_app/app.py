@@ -8,7 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 # Before torch is imported, because OpenMP reads it once: its threads sleep when they have nothing to do. They would
-# turn in a loop for a while after every operation, at four times the processor time of a server's many short ones.
+# turn in a loop for a while after every operation, which costs more than a server's many short operations themselves.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from server_app.run.ending.failure import told_in_one_line

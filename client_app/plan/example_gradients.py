@@ -46,9 +46,12 @@ class ExampleGradients:
 
     def of(self, batch: Dataset) -> dict[nn.Parameter, Tensor]:
         """The gradients of a batch of one task."""
-        if self.together:
-            if not self._checked and len(batch) > 1:
-                self._checked, self.together = True, self._agrees(batch)
+        if self.together and len(batch) > 1:
+            if not self._checked:
+                agrees = self._agrees(batch)
+                if agrees is None:
+                    return self.one_by_one(batch)
+                self._checked, self.together = True, agrees
             found = self._in_company(batch) if self.together else None
             if found is not None:
                 return found
@@ -67,8 +70,10 @@ class ExampleGradients:
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g.float() for p, g in zip(self.parameters, found, strict=True)]
 
-    def _agrees(self, batch: Dataset) -> bool:
+    def _agrees(self, batch: Dataset) -> bool | None:
         """Whether the first example's gradient is the same alone and in the batch, so that no layer mixes examples.
+
+        None if that gradient is not finite: then it cannot be told.
 
         This is done without dropout, which would differ for an example alone.
         """
@@ -81,6 +86,8 @@ class ExampleGradients:
         if found is None:
             return False
         norm = torch.stack([gradient.square().sum() for gradient in alone]).sum().sqrt()
+        if not bool(norm.isfinite()):
+            return None
         far = torch.stack([(found[p][0] - g).square().sum() for p, g in zip(self.parameters, alone, strict=True)])
         return bool(far.sum().sqrt() <= self.close * norm + 1e-7)
 

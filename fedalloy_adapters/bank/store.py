@@ -107,7 +107,7 @@ def largest_of(tensor: Tensor) -> float:
     if not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor.detach())  # a tenth of the time of the norm, and NaN propagates, too
-    return float(torch.maximum(-low, high))
+    return float(torch.maximum(low.abs(), high.abs()))
 
 
 def _largest_in_blocks(row: Row) -> float:

@@ -6,7 +6,7 @@
     python -m tests.benchmarks.thin.same_bits compare old.safetensors new.safetensors
 
 A whole run of each strategy (three rounds and the delivery) over five nodes without a model: their answers are a
-function of what they are sent, so a bit that differs anywhere in a merge also differs in the end. Adapters of 24,576
+function of what they are sent, so a bit that differs anywhere in a merge also differs in the end. Adapters of 73,728
 numbers are more than one block of a merge. It compares everything that a node holds after the delivery.
 
 With ``dump FILE --digits`` clients train a real model, on ``digits`` (two rounds of ten steps), and every client's loss
@@ -39,7 +39,7 @@ EXTRA: dict[str, dict[str, Any]] = {"fedavg delta": {"strategy": "fedavg", "feda
 def numbers_of(config: dict[str, Any]) -> dict[str, Tensor]:
     """What every node holds at the end of a run, by node and slot."""
     torch.set_num_threads(1)
-    layout = layout_of(rank=8, modules=[f"m{i}" for i in range(24)], d_in=64, d_out=64, head=0)
+    layout = layout_of(rank=8, modules=[f"m{i}" for i in range(72)], d_in=64, d_out=64, head=0)
     nodes = {n: FakeNode(f"client-{n}", layout, examples=10 * n) for n in range(1, COUNT + 1)}
     with tempfile.TemporaryDirectory() as folder:
         given = {key.replace("-", "_"): value for key, value in config.items() if "." not in key}

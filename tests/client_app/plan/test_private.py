@@ -109,7 +109,7 @@ def test_clipped_sums_of_gradients_equal_a_naive_loop(kind: str, kinds: dict[str
             total += g * min(1.0, 0.5 * max(norms[:1]) / norms[-1])
     gradients = ExampleGradients(model, parameters)
     sums = clipped_sum(gradients, split, chosen, 0.5 * norms[0])
-    assert gradients.together  # by Opacus's rule, not one by one
+    assert gradients.together  # from what linear layers read, not one by one
     assert max(norms) > 0.5 * norms[0]
     for parameter, total in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(sums[parameter], total, rtol=1e-3, atol=1e-5)
