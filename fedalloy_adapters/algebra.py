@@ -32,7 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedalloy_adapters.adapter import Adapter, require_same_layout
+from fedalloy_adapters.adapter import Adapter, all_finite, require_same_layout
 from fedalloy_adapters.bank.blocks import MemoryRow, combine
 from fedalloy_adapters.bank.cores import on_all_cores
 from fedalloy_adapters.layout import Entry, Factor, Layout, LayoutError
@@ -230,8 +230,8 @@ def truncate(adapter: Adapter, layout: Layout, *, balanced: bool = True) -> Adap
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.mT)
         core = r_b @ r_a.mT
-        if not core.is_meta and not bool(core.isfinite().all()):  # else the SVD fails or is NaN
-            wrong = next(m for m, found in zip(modules, core, strict=True) if not bool(found.isfinite().all()))
+        if not core.is_meta and not all_finite(core):  # else the SVD fails or is NaN
+            wrong = next(m for m, found in zip(modules, core, strict=True) if not all_finite(found))
             raise LayoutError(f"the delta of module {wrong!r} has numbers that are not finite")
         u, sigma, v_t = torch.linalg.svd(core, full_matrices=False)
         for index, module in enumerate(modules):

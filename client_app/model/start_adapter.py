@@ -119,7 +119,7 @@ def _as_adapter(
                 f"({tuple(value.shape)}, expected {tuple(tensor.shape)})"
             )
         tensor.copy_(value if entry.factor.is_lora else value - base_heads[entry.name].cpu().float())
-    if not torch.isfinite(given.vector).all():
+    if not given.is_finite:
         raise StartAdapterError(f"start-adapter: {folder} has numbers that are not finite")
     return given
 

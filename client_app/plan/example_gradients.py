@@ -47,14 +47,17 @@ class ExampleGradients:
     def of(self, batch: Dataset) -> dict[nn.Parameter, Tensor]:
         """The gradients of a batch of one task."""
         if self.together and len(batch) > 1:
+            found = None
             if not self._checked:
-                agrees = self._agrees(batch)
+                agrees, found = self._agrees(batch)
                 if agrees is None:
                     return self.one_by_one(batch)
                 self._checked, self.together = True, agrees
-            found = self._in_company(batch) if self.together else None
-            if found is not None:
-                return found
+            if self.together:
+                if found is None or self.model.module.training:  # the check is without dropout
+                    found = self._in_company(batch)
+                if found is not None:
+                    return found
             self.together = False
             logging.getLogger("flwr").warning("examples cannot be told apart in this model's layers: one at a time")
         return self.one_by_one(batch)
@@ -70,12 +73,11 @@ class ExampleGradients:
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g.float() for p, g in zip(self.parameters, found, strict=True)]
 
-    def _agrees(self, batch: Dataset) -> bool | None:
+    def _agrees(self, batch: Dataset) -> tuple[bool | None, dict[nn.Parameter, Tensor] | None]:
         """Whether the first example's gradient is the same alone and in the batch, so that no layer mixes examples.
 
-        None if that gradient is not finite: then it cannot be told.
-
-        This is done without dropout, which would differ for an example alone.
+        None if that gradient is not finite: then it cannot be told. Beside it, the batch's gradients, if there are any.
+        Both are without dropout, which would differ for an example alone.
         """
         module, first = self.model.module, torch.tensor([0])
         training = module.training
@@ -84,12 +86,12 @@ class ExampleGradients:
         found = self._in_company(batch)
         set_training(module, training)
         if found is None:
-            return False
+            return False, None
         norm = torch.stack([gradient.square().sum() for gradient in alone]).sum().sqrt()
         if not bool(norm.isfinite()):
-            return None
+            return None, found
         far = torch.stack([(found[p][0] - g).square().sum() for p, g in zip(self.parameters, alone, strict=True)])
-        return bool(far.sum().sqrt() <= self.close * norm + 1e-7)
+        return bool(far.sum().sqrt() <= self.close * norm + 1e-7), found
 
     def _in_company(self, batch: Dataset) -> dict[nn.Parameter, Tensor] | None:
         """From what linear layers read and what comes back; None if a layer's input has another first dimension."""

@@ -28,6 +28,7 @@ from client_app.plan.optimizers import optimizer_of
 from client_app.plan.progress import tick
 from client_app.plan.schedules import rate_of as schedule_of
 from client_app.plan.training import TrainingError
+from fedalloy_adapters.adapter import all_finite
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 CHUNK = 16
@@ -75,7 +76,7 @@ class PrivateTraining:
             optimiser.step()
             schedule.step()
         optimiser.zero_grad()
-        if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
+        if not all(map(all_finite, parameters.values())):
             raise TrainingError(f"numbers that are not finite after {step.steps} private steps; lower learning-rate")
         model.module.eval()
         return report_pb2.TrainResult(

@@ -28,7 +28,7 @@ from client_app.plan.seeds import batches, by_length, seed_of_step
 from client_app.plan.sharpness import at_the_top, require_radius
 from client_app.plan.task_losses import TaskLosses
 from client_app.plan.workbench import Workbench
-from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.adapter import Adapter, all_finite
 from fedalloy_adapters.layout import Factor
 from fedalloy_adapters.parts import layout_of_part
 from proto.fedalloy.v1 import plan_pb2, report_pb2
@@ -231,7 +231,7 @@ def train(
         if not math.isfinite(loss):
             raise _diverged(f"training loss became {loss} at step {len(losses)} of {step.steps}", step)
     # No later loss would show that the last step has spoilt a number.
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
+    if not all(map(all_finite, parameters.values())):
         raise _diverged(f"numbers that are not finite after the last of {step.steps} steps", step)
     model.module.eval()
     return _result(losses, by_task, time.monotonic() - started)

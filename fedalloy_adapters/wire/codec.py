@@ -301,12 +301,12 @@ def _pack(layout: Layout, numbers: Tensor, encoding: Encoding) -> bytes:
         return numbers.numpy().astype("<f4", copy=False).tobytes()
     if encoding is Encoding.FP16:
         half = numbers.to(torch.float16)
-        if not torch.isfinite(half).all():
+        if not all_finite(half):
             raise CodecError(CodecErrorCode.NOT_FINITE, f"fp16 overflows at {float(numbers.abs().max()):.4g}")
         return half.numpy().astype("<f2", copy=False).tobytes()
     if encoding is Encoding.BF16:
         brief = numbers.to(torch.bfloat16)
-        if not torch.isfinite(brief).all():
+        if not all_finite(brief):
             raise CodecError(CodecErrorCode.NOT_FINITE, f"bf16 overflows at {float(numbers.abs().max()):.4g}")
         return brief.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
     if encoding in _IN_BLOCKS:

@@ -80,10 +80,14 @@ def test_no_bit_depends_on_how_much_is_read_at_once(count: int, size: int, buffe
     matrix, weights = drawn(count, size, seed), drawn(d, count, seed + 1)
     once = combine(memory_rows(matrix), weights)
 
+    class Slow(MemoryRow):
+        in_memory = False
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BUFFERED", buffered)
         patch.setattr(blocks, "_STRIPES_EACH", 1)
-        assert torch.equal(combine(memory_rows(matrix), weights), once)
+        for kind in (MemoryRow, Slow):
+            assert torch.equal(combine([kind(row) for row in matrix], weights), once)
 
 
 def test_no_bit_depends_on_the_number_of_threads(two_threads: None) -> None:
