@@ -32,7 +32,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,11 @@ import numpy as np
 import psutil
 import torch
 import transformers
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from client_app.data.dataset import Dataset
 from client_app.kinds import KINDS
 from client_app.model.bases.model_folders import find_model
 from client_app.own.encoding import load_encoder
@@ -60,6 +62,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 WAYS = ("stock", "empty", "process", "resident")
 PATIENCE = 1800
 """Seconds until a part gives up; nothing here should fail because the machine is busy."""
+PATIENT = {"round-timeout": PATIENCE, "startup-timeout": PATIENCE}
 console = Console(width=140)
 
 
@@ -100,6 +103,56 @@ class Case:
     def bytes_needed(self) -> int:
         """Memory: the base once for each client, as much again for work, and the page cache's copy."""
         return (2 * self.clients + 1) * 2 * 10**9 if self.base == "1b" else 0
+
+    @property
+    def rate(self) -> float:
+        """Learning rate."""
+        return RATE
+
+    def prepare(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Base model and JSONL files for FedAlloy, and the same examples for the stock app; node-config by client.
+
+        Examples have one length, so that neither side gains by padding less.
+        """
+        folder.mkdir(parents=True)
+        save_base(folder / "base", self.base)
+        encoder = load_encoder(find_model(str(folder / "base"), folder / ".cache"), KINDS["causal-lm"], 64)
+        node_config = {}
+        for number in range(self.clients):
+            chance = random.Random(number)
+            prompts = ["".join(chance.choices("abcdefgh", k=8)) for _ in range(self.rows)]
+            rows = [{"prompt": f"{prompt}>", "completion": prompt[::-1]} for prompt in prompts]
+            path = toy_data.write_jsonl(folder / f"{number}.jsonl", rows)
+            node_config[f"client-{number}"] = {"data-path": str(path)}
+            model, data = ModelSettings(), DataSettings(data_path=str(path))
+            found = read_own(Settings("any", folder, "", 0, 1, 0, self.rank, ALPHA, 0.0, model, data))
+            encoded = {split: encoder.encode(found.splits[split], ()) for split in ("train", "test")}
+            save_examples(folder / f"{number}.npz", encoded)
+        facts: dict[str, Any] = {"base": str(folder / "base"), "class": "AutoModelForCausalLM", "trained": []}
+        facts |= {"rank": self.rank, "alpha": ALPHA, "targets": self.targets, "dtype": self.dtype}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        return node_config
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """FedAlloy's run-config for the same work as the stock app's; ``folder`` as prepared."""
+        return {
+            "local-steps": self.training["steps"],
+            "batch-size": self.training["batch-size"],
+            "base-model": str(folder / "base"),
+            "model-dtype": self.dtype,
+            "target-modules": ",".join(self.targets),
+            "lora-r": self.rank,
+            "lora-alpha": ALPHA,
+        }
+
+
+def save_examples(path: Path, splits: Mapping[str, Dataset]) -> None:
+    """Splits for the stock app: one array for each input, and one for labels."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for split, examples in splits.items():
+        arrays |= {f"{split}_{name}": tensor.numpy() for name, tensor in examples.inputs.items()}
+        arrays[f"{split}_labels"] = examples.labels.numpy()
+    np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -142,36 +195,8 @@ def save_base(folder: Path, shape: str) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(folder)
-
-
-def prepare(folder: Path, case: Case) -> dict[str, dict[str, Any]]:
-    """Base model and JSONL files for FedAlloy, and the same examples encoded for the stock app; node-config by client.
-
-    Examples have one length, so that neither side gains by padding less.
-    """
-    folder.mkdir(parents=True)
-    save_base(folder / "base", case.base)
-    encoder = load_encoder(find_model(str(folder / "base"), folder / ".cache"), KINDS["causal-lm"], 64)
-    node_config = {}
-    for number in range(case.clients):
-        chance = random.Random(number)
-        prompts = ["".join(chance.choices("abcdefgh", k=8)) for _ in range(case.rows)]
-        rows = [{"prompt": f"{prompt}>", "completion": prompt[::-1]} for prompt in prompts]
-        path = toy_data.write_jsonl(folder / f"{number}.jsonl", rows)
-        node_config[f"client-{number}"] = {"data-path": str(path)}
-        model, data = ModelSettings(), DataSettings(data_path=str(path))
-        found = read_own(Settings("any", folder, "", 0, 1, 0, case.rank, ALPHA, 0.0, model, data))
-        arrays = {}
-        for split in ("train", "test"):
-            encoded = encoder.encode(found.splits[split], ())
-            arrays |= {f"{split}_{name}": tensor.numpy() for name, tensor in encoded.inputs.items()}
-            arrays[f"{split}_labels"] = encoded.labels.numpy()
-        np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]
-    facts = {"rank": case.rank, "alpha": ALPHA, "targets": case.targets, "dtype": case.dtype}
-    (folder / "facts.json").write_text(json.dumps(facts))
-    return node_config
 
 
 class FailedError(RuntimeError):
@@ -182,7 +207,7 @@ def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, em
     """Rounds of the stock app."""
     result = folder / f"times-{'empty' if empty else 'stock'}.json"
     config = {"folder": str(folder), "result": str(result), "rounds": rounds, "clients": case.clients, "empty": empty}
-    config |= case.training | {"learning-rate": RATE, "seed": seed}
+    config |= case.training | {"learning-rate": case.rate, "seed": seed}
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
     shown = cluster.flwr("run", str(STOCK_APP), local.CONNECTION, "--stream", "--run-config", text)
     if not result.exists():
@@ -191,27 +216,12 @@ def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, em
     return Times(found["seconds"], found["training"], found["loss"][-1] if found["loss"] else None)
 
 
-def training_of(case: Case, folder: Path) -> dict[str, Any]:
-    """FedAlloy's run-config for the same work as the stock app's."""
-    return {
-        "local-steps": case.training["steps"],
-        "batch-size": case.training["batch-size"],
-        "base-model": str(folder / "base"),
-        "model-dtype": case.dtype,
-        "target-modules": ",".join(case.targets),
-        "lora-r": case.rank,
-        "lora-alpha": ALPHA,
-        "round-timeout": PATIENCE,
-        "startup-timeout": PATIENCE,
-    }
-
-
 def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, resident: bool) -> Times:
     """Rounds of FedAlloy; also the part of a round in the client's handler, and the time of a bare question."""
     name = f"{'resident' if resident else 'process'}-{len(list(cluster.settings.runs_dir.glob('*')))}"
     config: dict[str, Any] = {"strategy": "fedavg", "run-name": name, "num-server-rounds": rounds}
-    config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": RATE}
-    config |= training_of(case, folder)
+    config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": case.rate}
+    config |= case.config(folder) | PATIENT
     outcome = cluster.run(config | {"trainer.resident": resident})
     if not outcome.completed:
         raise FailedError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")
@@ -248,7 +258,7 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
     with tempfile.TemporaryDirectory(prefix="fedalloy-overhead-") as text:
         root = Path(text)
         folder = root / "given"
-        node_config = prepare(folder, case)
+        node_config = case.prepare(folder)
         settings = local.Settings(tuple(node_config), root / "runs", startup_timeout=PATIENCE, node_config=node_config)
         with local.LocalCluster(root / "cluster", settings) as cluster:
             for way in ways:

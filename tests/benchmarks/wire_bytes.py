@@ -2,9 +2,15 @@
 
     python -m tests.benchmarks.wire_bytes --quick --json out.json   # 1 seed, few runs; below ten minutes on idle cores
     python -m tests.benchmarks.wire_bytes --json out.json           # all strategies at all encodings, 3 seeds
+    python -m tests.benchmarks.wire_bytes --base smollm2 --data DATA --found FILE    # SmolLM2-135M on instruct-6
+    python -m tests.benchmarks.wire_bytes --base vit --data DATA --found FILE        # the ViT on cifar100-20
+
+A finished run is a line in ``--found``, so that the command goes on where it stopped; with ``--table`` it only prints
+these.
 
 All on one local cluster of stock SuperNodes (TLS, registered keys): the same base model (a Llama over characters with
-random weights), LoRA r=16 on all linear layers, data, rounds, steps, batch size and seeds. The stock app
+random weights, LoRA r=16 on all linear layers; or one of ``wire_cases.py``), data, rounds, steps, batch size and seeds.
+The stock app
 (``stock_app/``) sends a float32 state dict, and trains and evaluates by messages of their own, as FlowerTune's
 templates do.
 
@@ -12,7 +18,8 @@ templates do.
 before ``flwr run`` until it ended: TLS, gRPC, polls, heartbeats, registration, the app bundle, everything. ``bundle``
 is the part of it that is the app's own code, which Flower sends to each client once per run, whatever the number of
 rounds and the size of the model. ``tensors`` are the encoded numbers alone. ``loss`` is the clients' mean test loss of
-the last model, and its difference is to the same strategy at fp32, client by client, with a 95 % interval.
+the last model, ``accuracy`` the share of right answers where a task has that; differences are to the same strategy at
+fp32, client by client, with a 95 % interval.
 
 The last table says what Llama 3.1 8B with r=16 on all linear layers would send: the numbers of its layers in each
 encoding, times the wire bytes per tensor byte that were measured here (between two encodings, where there are two).
@@ -40,7 +47,9 @@ from fedalloy_adapters.wire.codec import Encoding, payload_size
 from server_app.ledger.flower_costs import bundle_size
 from server_app.tools.cluster import local
 from server_app.tools.compare.statistics import Scores, paired
-from tests.benchmarks.round_overhead import PATIENCE, RATE, Case, FailedError, machine, prepare, stock, training_of
+from tests.benchmarks.accuracy import resumable
+from tests.benchmarks.round_overhead import PATIENCE, PATIENT, Case, FailedError, machine, stock
+from tests.benchmarks.wire_cases import REAL, RealCase
 
 STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
 ENCODINGS = ("fp32", "int8", "int4", "int2")
@@ -60,6 +69,7 @@ class Sent:
     bundle: int
     tensors: int = 0
     losses: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -116,7 +126,7 @@ class Meter(threading.Thread):
 @contextmanager
 def cluster_of(root: Path, case: Case) -> Iterator[tuple[local.LocalCluster, Path]]:
     """A cluster whose clients have data for both apps, and the folder of these."""
-    node_config = prepare(root / "given", case)
+    node_config = case.prepare(root / "given")
     settings = local.Settings(tuple(node_config), root / "runs", startup_timeout=PATIENCE, node_config=node_config)
     with local.LocalCluster(root / "cluster", settings) as cluster:
         yield cluster, root / "given"
@@ -142,8 +152,8 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, wa
     strategy, encoding = way
     name = f"{strategy}-{encoding}-{seed}"
     config: dict[str, Any] = {"strategy": strategy, "run-name": name, "num-server-rounds": rounds, "seed": seed}
-    config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": RATE}
-    config |= {"uplink-encoding": encoding, "downlink-encoding": encoding} | training_of(case, folder)
+    config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": case.rate}
+    config |= {"uplink-encoding": encoding, "downlink-encoding": encoding} | case.config(folder) | PATIENT
     meter = Meter(cluster.fleet_port)
     meter.begin()
     outcome = cluster.run(config)
@@ -153,28 +163,32 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, wa
     summary = json.loads((cluster.settings.runs_dir / name / "summary.json").read_text())
     tensors = sum(summary["bytes"][direction]["tensor"] for direction in ("up", "down"))
     losses = {client: metrics["loss"] for client, metrics in summary["clients"].items()}
+    right = {client: metrics["accuracy"] for client, metrics in summary["clients"].items() if "accuracy" in metrics}
     if len(losses) < case.clients:
         raise FailedError(f"{name}: {len(losses)} of {case.clients} clients were delivered their model")
-    return Sent(f"{strategy} {encoding}", seed, up, down, bundles(cluster, "fedalloy"), tensors, losses)
+    return Sent(f"{strategy} {encoding}", seed, up, down, bundles(cluster, "fedalloy"), tensors, losses, right)
 
 
 def measure(
-    case: Case, ways: list[tuple[str, str]], rounds: int, seeds: int, kept: Callable[[list[Sent]], None]
-) -> list[Sent]:
-    """All runs, one after the other; ``kept`` gets what there is after each."""
-    found: list[Sent] = []
+    case: Case, ways: list[tuple[str, str]], rounds: int, seeds: int, kept: Callable[[Sent], None], found: list[Sent]
+) -> None:
+    """All runs that are not among ``found``, one after the other; ``kept`` gets each."""
+    there = {(sent.seed, sent.way) for sent in found}
+    asked = [(seed, way) for seed in range(seeds) for way in [None, *ways]]
+    missing = [(seed, way) for seed, way in asked if (seed, " ".join(way) if way else STOCK) not in there]
+    if not missing:
+        return
     with (
         tempfile.TemporaryDirectory(prefix="fedalloy-bytes-") as text,
         cluster_of(Path(text), case) as (cluster, folder),
     ):
-        for seed in range(seeds):
-            found.append(flowertune(cluster, folder, case, rounds, seed))
-            told(found[-1])
-            for way in ways:
-                found.append(alloy(cluster, folder, case, rounds, way, seed))
-                told(found[-1])
-                kept(found)
-    return found
+        for seed, way in missing:
+            if way is None:
+                sent = flowertune(cluster, folder, case, rounds, seed)
+            else:
+                sent = alloy(cluster, folder, case, rounds, way, seed)
+            told(sent)
+            kept(sent)
 
 
 def told(sent: Sent) -> None:
@@ -189,21 +203,23 @@ def ratios(found: list[Sent], of: str = "total") -> dict[str, float]:
     return {way: mean(getattr(sent, of) for sent in found if sent.way == way) / base for way in ways}
 
 
-def scores(found: list[Sent], way: str) -> Scores:
-    """Losses by seed and client."""
-    return {(s.seed, client): loss for s in found if s.way == way for client, loss in s.losses.items()}
+def scores(found: list[Sent], way: str, of: str) -> Scores:
+    """Losses or accuracies by seed and client."""
+    return {(s.seed, client): value for s in found if s.way == way for client, value in getattr(s, of).items()}
 
 
-def loss_table(found: list[Sent]) -> dict[str, dict[str, float]]:
-    """Mean loss, and the mean difference to the same strategy at fp32 with its interval, if that was run."""
+def score_table(found: list[Sent], of: str = "losses") -> dict[str, dict[str, float]]:
+    """The mean loss (or accuracy), and the mean difference to the same strategy at fp32 with its interval."""
     table: dict[str, dict[str, float]] = {}
     for way in dict.fromkeys(sent.way for sent in found):
-        mine = scores(found, way)
-        table[way] = {"loss": mean(mine.values())}
-        exact = scores(found, f"{way.split()[0]} fp32")
+        mine = scores(found, way, of)
+        if not mine:
+            continue
+        table[way] = {"mean": mean(mine.values())}
+        exact = scores(found, f"{way.split()[0]} fp32", of)
         if exact and not way.endswith(" fp32"):
             interval = paired(mine, exact).mean
-            table[way] |= {"worse": interval.value, "low": interval.low, "high": interval.high}
+            table[way] |= {"more": interval.value, "low": interval.low, "high": interval.high}
     return table
 
 
@@ -243,21 +259,20 @@ def projected(found: list[Sent]) -> dict[str, float]:
 def shown(found: list[Sent]) -> Table:
     """The main table."""
     table = Table(title="Both directions, all clients", title_justify="left")
-    for column in ("way", "MB", "of flowertune", "bundle MB", "without it", "loss", "worse than fp32 (95 %)"):
+    columns = ("way", "MB up", "MB down", "of flowertune", "bundle MB", "without it")
+    for column in (*columns, "loss", "more than fp32 (95 %)", "accuracy", "more than fp32 (95 %)"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    whole, rest, losses = ratios(found), ratios(found, "without_bundle"), loss_table(found)
-    for way, said in losses.items():
+    whole, rest = ratios(found), ratios(found, "without_bundle")
+    losses, accuracies = score_table(found), score_table(found, "accuracies")
+    for way in losses:
         runs = [sent for sent in found if sent.way == way]
-        worse = f"{said['worse']:+.4f} ({said['low']:+.4f} to {said['high']:+.4f})" if "worse" in said else ""
-        table.add_row(
-            way,
-            f"{mean(sent.total for sent in runs) / 1e6:.2f}",
-            f"{whole.get(way, 1):.4f}",
-            f"{mean(sent.bundle for sent in runs) / 1e6:.2f}",
-            f"{rest.get(way, 1):.4f}",
-            f"{said['loss']:.4f}",
-            worse,
-        )
+        cells = [way, f"{mean(sent.up for sent in runs) / 1e6:.2f}", f"{mean(sent.down for sent in runs) / 1e6:.2f}"]
+        cells += [f"{whole.get(way, 1):.4f}", f"{mean(sent.bundle for sent in runs) / 1e6:.2f}"]
+        cells += [f"{rest.get(way, 1):.4f}"]
+        for said in (losses[way], accuracies.get(way, {})):
+            cells += [f"{said['mean']:.4f}" if said else ""]
+            cells += [f"{said['more']:+.4f} ({said['low']:+.4f} to {said['high']:+.4f})" if "more" in said else ""]
+        table.add_row(*cells)
     return table
 
 
@@ -266,7 +281,8 @@ def report_of(found: list[Sent]) -> dict[str, Any]:
     return {
         "bytes_over_flowertune": ratios(found),
         "bytes_over_flowertune_without_bundle": ratios(found, "without_bundle"),
-        "loss": loss_table(found),
+        "loss": score_table(found),
+        "accuracy": score_table(found, "accuracies"),
         "llama_3_1_8b_mb_per_client_and_round": projected(found),
         "runs": [asdict(sent) for sent in found],
     }
@@ -275,25 +291,42 @@ def report_of(found: list[Sent]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="llama", choices=["llama", *REAL], help="and the tasks that go with it")
+    parser.add_argument("--data", type=Path, help="folder of the scenarios on real data")
     parser.add_argument("--quick", action="store_true", help="1 seed, 5 rounds, int4 of all and two more")
     parser.add_argument("--ways", nargs="+", help="only these, for example 'fedavg int4'")
     parser.add_argument("--seeds", type=int, help="instead of 3 (1 with --quick)")
     parser.add_argument("--rounds", type=int, help="of each run, instead of 8 (5 with --quick)")
     parser.add_argument("--clients", type=int, default=2, help="SuperNodes")
+    parser.add_argument("--found", type=Path, help="file of finished runs: they are not run again")
+    parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--json", type=Path, help="write everything here")
     given = parser.parse_args()
+    if given.base != "llama" and given.data is None and not given.table:
+        parser.error(f"--base {given.base} reads its data from a folder: --data")
     ways = list(QUICK) if given.quick else [(strategy, name) for strategy in STRATEGIES for name in ENCODINGS]
     if given.ways:
         ways = [way for way in ways if " ".join(way) in given.ways]
     rounds = given.rounds or (5 if given.quick else 8)
     before = machine()
+    about = {"base": given.base, "clients": given.clients, "rounds": rounds}
+    found: list[Sent] = []
+    for line in resumable.read(given.found) if given.found else []:
+        if {key: line.pop(key) for key in about} == about:
+            found.append(Sent(**line))
 
-    def keep(found: list[Sent]) -> None:
+    def keep(sent: Sent) -> None:
+        found.append(sent)
+        if given.found:
+            resumable.append(given.found, [about | asdict(sent)])
         if given.json:
-            given.json.write_text(json.dumps(report_of(found) | {"rounds": rounds, "machine": before}, indent=2))
+            given.json.write_text(json.dumps(report_of(found) | about | {"machine": before}, indent=2))
 
     case = Case("wide", given.clients)
-    found = measure(case, ways, rounds, given.seeds or (1 if given.quick else 3), keep)
+    if given.base != "llama" and given.data is not None:
+        case = RealCase(given.base, given.clients, given.data.resolve())
+    if not given.table:
+        measure(case, ways, rounds, given.seeds or (1 if given.quick else 3), keep, found)
     console.print(shown(found))
     console.print("Llama 3.1 8B, r=16, MB a client and round:", projected(found), highlight=False)
     console.print(f"machine: {before}", highlight=False)

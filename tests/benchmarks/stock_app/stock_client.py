@@ -16,24 +16,31 @@ app = ClientApp()
 def load_model(folder: Path) -> Any:
     """The base model with PEFT's LoRA, in float32, around it."""
     import torch
+    import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     facts = json.loads((folder / "facts.json").read_text())
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, facts["dtype"]))
-    config = LoraConfig(r=facts["rank"], lora_alpha=facts["alpha"], target_modules=facts["targets"])
+    labels = {"num_labels": facts["labels"], "ignore_mismatched_sizes": True} if "labels" in facts else {}
+    kind = getattr(transformers, facts["class"])
+    base = kind.from_pretrained(facts["base"], dtype=getattr(torch, facts["dtype"]), **labels)
+    config = LoraConfig(
+        r=facts["rank"],
+        lora_alpha=facts["alpha"],
+        target_modules=facts["targets"],
+        modules_to_save=facts["trained"] or None,
+    )
     return get_peft_model(base, config)
 
 
 def load_split(folder: Path, partition: int, split: str) -> dict[str, Any]:
-    """Token ids, their mask, and labels."""
+    """The model's inputs, and labels."""
     import numpy as np
     import torch
 
-    names = ("input_ids", "attention_mask", "labels")
     with np.load(folder / f"{partition}.npz") as data:
-        return {name: torch.from_numpy(data[f"{split}_{name}"]) for name in names}
+        names = [name for name in data.files if name.startswith(f"{split}_")]
+        return {name.removeprefix(f"{split}_"): torch.from_numpy(data[name]) for name in names}
 
 
 @app.train()
@@ -85,7 +92,11 @@ def evaluate(message: Message, context: Context) -> Message:
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     data = load_split(folder, int(context.node_config["partition-id"]), "test")
     model.eval()
+    count, at_once = len(data["labels"]), 20
+    loss = 0.0
     with torch.no_grad():
-        loss = float(model(**data).loss)
-    metrics = {"loss": loss, "num-examples": len(data["labels"])}
+        for start in range(0, count, at_once):
+            batch = {name: tensor[start : start + at_once] for name, tensor in data.items()}
+            loss += float(model(**batch).loss) * len(batch["labels"]) / count
+    metrics = {"loss": loss, "num-examples": count}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
