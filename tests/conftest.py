@@ -22,6 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 
+from strategies.framework.training import Training
+
 # What tests read of a command's output depends on neither the terminal nor the CI service that they run in.
 for name in (
     "CLICOLOR_FORCE", "COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH",
@@ -36,6 +38,19 @@ hypothesis.settings.register_profile(
     "fedalloy", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("fedalloy")
+
+
+def exact() -> None:
+    """In this process, adapters travel in fp32 where nothing says otherwise: most tests compare with closed forms.
+
+    Processes that tests start have the product's default.
+    """
+    fields = zip(Training.__dataclass_fields__, Training.__init__.__defaults__ or (), strict=True)
+    defaults = tuple("fp32" if key.endswith("_encoding") else value for key, value in fields)
+    Training.__init__.__defaults__ = defaults
+
+
+exact()
 
 FAULTS = Path(__file__).parent / "faults"
 E2E = (Path(__file__).parent / "e2e", Path(__file__).parent / "docker")

@@ -25,10 +25,11 @@ def run_in_process(
     node_config: Callable[[int], dict[str, Any]] | None = None,
     **run_config: Any,
 ) -> Any:
-    """Run the real server loop; keys as in :func:`run_config_of`."""
+    """Run the real server loop; keys as in :func:`run_config_of`. Adapters travel in fp32 where nothing else is asked
+    for, so that tests can compare with closed forms, and benchmarks strategies without their encoding's errors."""
     from server_app.run.loop import run
 
-    config = run_config_of(**run_config)
+    config = dict.fromkeys(("uplink-encoding", "downlink-encoding"), "fp32") | run_config_of(**run_config)
     config.setdefault("runs-dir", str(runs_dir))
     config.setdefault("min-clients", clients)
     grid = InProcessGrid(clients, runs_dir, config, node_config, tamper)

@@ -45,7 +45,8 @@ _STRIPES_EACH = 4
 """Stripes for each thread, at least, if there are as many products: so that all end at about the same time."""
 _PADDING = 16
 """Columns between the rows of a buffer, or all would start at the same place of a cache."""
-_PRODUCT_COLUMNS = 2048
+_PRODUCT_COLUMNS, _PRODUCT_NUMBERS = 2048, 2**20
+"""Columns of a block of inner products, and its most numbers."""
 _ONE_AT_A_TIME = threading.Lock()
 Numbers = NDArray[Any]
 
@@ -219,18 +220,19 @@ def products(first: Sequence[Row], second: Sequence[Row] | None = None) -> Tenso
     every = [*first, *(second or ())]
     size = _common_size(every)
     counts = (len(first), len(second) if second is not None else len(first))
+    columns = max(1, min(_PRODUCT_COLUMNS, _PRODUCT_NUMBERS // len(every)))
     total: NDArray[np.float64] = np.zeros(counts)
-    for found in _in_order(_product_of_block(every, len(first)), range(0, size, _PRODUCT_COLUMNS)):
+    for found in _in_order(_product_of_block(every, len(first), columns), range(0, size, columns)):
         total += found
     result = torch.from_numpy(total)
-    return (result + result.T) / 2 if second is None else result
+    return result.add_(result.T.clone()).div_(2) if second is None else result
 
 
-def _product_of_block(rows: Sequence[Row], split: int) -> Callable[[int], NDArray[np.float64]]:
+def _product_of_block(rows: Sequence[Row], split: int, columns: int) -> Callable[[int], NDArray[np.float64]]:
     dtype = torch.empty(0, dtype=rows[0].dtype).numpy().dtype
 
     def of_block(start: int) -> NDArray[np.float64]:
-        numbers = np.empty((len(rows), min(_PRODUCT_COLUMNS, rows[0].size - start)), dtype)
+        numbers = np.empty((len(rows), min(columns, rows[0].size - start)), dtype)
         for index, row in enumerate(rows):
             row.read(start, numbers[index])
         exact = numbers.astype(np.float64)

@@ -316,6 +316,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
 
     def _weigh(self, names: list[str]) -> Tensor:
         """Weights over all peers, which are returned, and for each parameter group over the peers that have it."""
+        self.shared, self.alike = PeerWeights([], torch.empty(0, 0)), {}  # frees N x N numbers
         if self.options.similarity == "cosine":
             found = cosines(self.sketches.rows(names))
         else:
@@ -324,7 +325,7 @@ class FedMosaic(AlloyStrategy[FedMosaicOptions]):
             found = similarity(sketches, self.options.similarity)
 
         weights = self._relevance(names, found, torch.ones(len(names), len(names), dtype=torch.bool))
-        self.shared, self.alike = PeerWeights(names, weights), {}
+        self.shared = PeerWeights(names, weights)
         owned = [_groups(self.uploads.layout_of(name)) for name in names]
         for group in dict.fromkeys(group for groups in owned for group in groups):
             owners = [number for number, groups in enumerate(owned) if group in groups]

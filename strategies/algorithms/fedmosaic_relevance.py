@@ -22,7 +22,9 @@ def cosines(rows: Sequence[Row]) -> Tensor:
     """:func:`similarity` of kind ``"cosine"`` of the rows of a bank, which are read once."""
     inner = products(rows)
     norms = inner.diagonal().sqrt().clamp_min(1e-12)
-    return inner.div_(norms[:, None] * norms)
+    for some, own in zip(torch.split(inner, _ROWS), torch.split(norms, _ROWS), strict=True):
+        some.div_(own[:, None] * norms)
+    return inner
 
 
 def similarity(sketches: Tensor, kind: str = "cosine") -> Tensor:

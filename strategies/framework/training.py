@@ -62,25 +62,24 @@ class Training:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     optimizer: str = "adamw"
-    """``adamw`` or ``sgd``. With ``sgd`` and ``max-grad-norm = 0`` an adapter moves by the sum of its gradients times
-    the rate, and a pull acts as its formula says, as in FedMerge, Ditto and Reptile (which then is FedAvg)."""
+    """``adamw`` or ``sgd``. With ``sgd`` and ``max-grad-norm = 0`` an adapter moves by its gradients times the rate, and a
+    pull acts as its formula says (FedMerge, Ditto, Reptile, which then is FedAvg)."""
     momentum: float = 0.0
     """Momentum of SGD; 0 means none."""
     optimizer_state: str = "fresh"
-    """``fresh``: the optimiser starts anew in every round; ``keep``: a slot's next training continues with its moments,
-    which stay on the client's disk. ``fresh`` is the default, because the papers restart, and because the moments
-    belong to the adapter before the merge."""
+    """``fresh``: the optimiser starts anew in every round, as in the papers; ``keep``: a slot's next training continues
+    with its moments, which stay on the client's disk, though they belong to the adapter before the merge."""
     training_defaults: str = "auto"
     """``auto``: a run that names a ``base-model`` and sets no learning rate, batch, steps, epochs, schedule, warm-up or
     optimizer gets them by kind of task and size of model (docs/training.md). ``plain``: the defaults here."""
     evaluate_split: str = "test"
     """The split on which delivered models are evaluated, once: ``validation`` or ``test``. Rounds evaluate on
     validation examples; a client without any uses this split in rounds, too."""
-    uplink_encoding: str = "fp32"
-    """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
-    store the difference from an adapter that both ends hold, if there is one. ``int2`` is for differences only;
-    otherwise ``int4`` takes its place. For sums of squares and second moments ``bf16`` takes an integer's place."""
-    downlink_encoding: str = "fp32"
+    uplink_encoding: str = "int8"
+    """How adapters travel from clients: ``fp32`` (exact), ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All
+    others store the difference from an adapter that both ends hold, if there is one. ``int2`` is for differences only;
+    else ``int4`` takes its place. For sums of squares and second moments ``bf16`` takes an integer's place."""
+    downlink_encoding: str = "int8"
     """How adapters travel to clients, in the same way."""
 
     def __post_init__(self) -> None:

@@ -77,7 +77,7 @@ def measure(strategy: str, count: int, bank_mb: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         directory = run_nodes(
             Path(folder), Lean(nodes), strategy=strategy, num_server_rounds=2, min_clients=count, round_timeout=3000.0,
-            startup_timeout=3000.0, bank_memory_mb=bank_mb,
+            startup_timeout=3000.0, bank_memory_mb=bank_mb, uplink_encoding="fp32", downlink_encoding="fp32",
         )  # fmt: skip
         for answered in statuses(directory):
             assert list(answered.values()) == ["ok"] * count, f"an answer was lost: {answered}"

@@ -72,6 +72,7 @@ def measure(nodes: int, size: int, strategy: str, poll: float, with_tensors: boo
         folder = Path(place)
         with ThinCluster(folder / "cluster", nodes, size, poll) as cluster:
             config: dict[str, Any] = {
+                "uplink-encoding": "fp32", "downlink-encoding": "fp32",  # the bytes of Flower's own grid
                 "strategy": strategy, "num-server-rounds": 2, "min-clients": nodes, "runs-dir": str(folder / "runs"),
                 "run-name": "thin", "startup-timeout": 900.0, "round-timeout": 900.0,
             }  # fmt: skip

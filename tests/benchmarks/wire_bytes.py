@@ -9,7 +9,7 @@ A finished run is a line in ``--found``, so that the command goes on where it st
 these.
 
 All on one local cluster of stock SuperNodes (TLS, registered keys): the same base model (a Llama over characters with
-random weights, LoRA r=16 on all linear layers; or one of ``wire_cases.py``), data, rounds, steps, batch size and seeds.
+random weights, LoRA r=16 on all linear layers; or one of ``wire/cases.py``), data, rounds, steps, batch size and seeds.
 The stock app
 (``stock_app/``) sends a float32 state dict, and trains and evaluates by messages of their own, as FlowerTune's
 templates do.
@@ -49,7 +49,7 @@ from server_app.tools.cluster import local
 from server_app.tools.compare.statistics import Scores, paired
 from tests.benchmarks.accuracy import resumable
 from tests.benchmarks.round_overhead import PATIENCE, PATIENT, Case, FailedError, machine, stock
-from tests.benchmarks.wire_cases import REAL, RealCase
+from tests.benchmarks.wire.cases import REAL, RealCase
 
 STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
 ENCODINGS = ("fp32", "int8", "int4", "int2")

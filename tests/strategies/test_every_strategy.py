@@ -34,7 +34,11 @@ from tests.fedalloy_adapters.tiny_vit import base_of, images
 from tests.strategies.conftest import FakeGrid, FakeNode, layout_of
 
 NAMES = ("ada", "ben", "cyd")
-TRAINING = Training(local_steps=6, batch_size=32, learning_rate=0.01, evaluate_split="validation")
+TRAINING = Training(
+    local_steps=6, batch_size=32, learning_rate=0.01, evaluate_split="validation",
+    uplink_encoding="int8", downlink_encoding="int8",
+)  # fmt: skip
+"""Encoded as by default, which tests are not otherwise."""
 
 
 def data_of(index: int) -> ClientData:

@@ -180,7 +180,8 @@ def measure(
     """Rows of one run: what its newcomers adopted and, beside ``fedavg``, what they have alone."""
     chosen, design = dict(RUNS[about["run"]]), DESIGNS[about["scenario"]]
     late, lend = design.late(about["seed"]), bool(chosen.pop("lend", False))
-    config = {"scenario": about["scenario"], "seed": about["seed"], "data-root": data, **design.config}
+    config: dict[str, Any] = dict.fromkeys(("uplink-encoding", "downlink-encoding"), "fp32")
+    config |= {"scenario": about["scenario"], "seed": about["seed"], "data-root": data, **design.config}
     config |= {"ifca.clusters": len(design.groups)} if about["run"] == "ifca" else {}
     config |= {"num-server-rounds": about["rounds"], "evaluate-split": about["split"], "run-name": "run"} | chosen
     config["min-clients"] = design.size - len(late)

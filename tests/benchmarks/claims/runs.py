@@ -115,7 +115,9 @@ def carry_out(job: Job, folder: Path, data: Path | None, model: str) -> list[Lin
 
 def config_of(job: Job, data: Path | None, model: str, members: Sequence[int]) -> dict[str, Any]:
     """A run's config, but for its name and folder; the arguments are those of :func:`carry_out`."""
-    config = {"min-clients": len(members)} | dict(job.config) | {"scenario": job.place.scenario, "seed": job.seed}
+    exact = dict.fromkeys(("uplink-encoding", "downlink-encoding"), "fp32")  # not in the digest of a run
+    config: dict[str, Any] = exact | {"min-clients": len(members)} | dict(job.config)
+    config |= {"scenario": job.place.scenario, "seed": job.seed}
     config |= {"data-root": str(data)} if data is not None else {}
     return config | ({"base-model": model} if model else {})
 

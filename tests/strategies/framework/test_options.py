@@ -29,7 +29,7 @@ OPTIONS: list[tuple[type[Any], str]] = [
 ]  # fmt: skip
 
 OTHER: dict[str, Any] = {
-    "schedule": "cosine", "evaluate-split": "validation", "uplink-encoding": "int8", "downlink-encoding": "bf16",
+    "schedule": "cosine", "evaluate-split": "validation", "uplink-encoding": "int4", "downlink-encoding": "bf16",
     "optimizer": "sgd", "optimizer-state": "keep", "schedule-over": "run", "warmup-ratio": 0.25,
     "training-defaults": "plain",
     "fedavg.space": "delta", "fedavg.robust": "median",
@@ -95,7 +95,7 @@ def test_every_key_is_kebab_case_and_arrives_in_its_field(kind: type[Any], prefi
         changed = {
             key_of(field.name, prefix): getattr(options, field.name)
             for field in dataclasses.fields(kind)
-            if getattr(options, field.name) != field.default
+            if getattr(options, field.name) != getattr(kind(), field.name)
         }
         assert changed == given
     together = all_others(defaults)

@@ -1,0 +1,1 @@
+"""Parts of ``wire_bytes.py``."""
