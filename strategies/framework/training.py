@@ -62,8 +62,8 @@ class Training:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     optimizer: str = "adamw"
-    """``adamw`` or ``sgd``. With ``sgd`` and ``max-grad-norm = 0`` an adapter moves by its gradients times the rate, and
-    a pull acts as its formula says (FedMerge, Ditto, Reptile, which then is FedAvg)."""
+    """``adamw`` or ``sgd``. With ``sgd`` and ``max-grad-norm = 0`` an adapter moves by its gradients times the rate,
+    and a pull acts as its formula says (FedMerge, Ditto, Reptile, which then is FedAvg)."""
     momentum: float = 0.0
     """Momentum of SGD; 0 means none."""
     optimizer_state: str = "fresh"
