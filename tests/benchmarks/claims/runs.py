@@ -25,12 +25,13 @@ from fedalloy_adapters.wire.flower_records import unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.clients.held_out import LABEL
 from server_app.run.loop import run
+from server_app.run.run_directory import RunDirectory
 from server_app.tools.compare.records import read_run
 from server_app.tools.compare.statistics import with_score
 from strategies.algorithms.fedmosaic import FedMosaic
 from tests.benchmarks.claims.found import Line
 from tests.benchmarks.claims.jobs import Job
-from tests.in_process import FIRST_NODE, InProcessGrid
+from tests.in_process import FIRST_NODE, InProcessGrid, Tamper
 
 KEPT = ("loss", "accuracy", "exact_match", "score")
 """Metrics that lines have."""
@@ -122,18 +123,29 @@ def config_of(job: Job, data: Path | None, model: str, members: Sequence[int]) -
     return config | ({"base-model": model} if model else {})
 
 
-def _part(job: Job, folder: Path, data: Path | None, model: str, name: str, members: Sequence[int]) -> list[Line]:
-    config = config_of(job, data, model, members) | {"run-name": name, "runs-dir": str(folder)}
-    work = Work(int(config["num-server-rounds"]))
+def run_of(
+    job: Job, folder: Path, config: Mapping[str, Any], members: Sequence[int], tamper: Tamper | None = None
+) -> RunDirectory:
+    """One run of these clients, in this process.
+
+    Raises:
+        RunError: it could not end well.
+    """
 
     def node(index: int) -> dict[str, Any]:
         return {"partition-id": members[index], "num-partitions": job.place.of}
 
+    with _patched(job):
+        grid = InProcessGrid(len(members), folder, dict(config), node, tamper)
+        return run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config)))
+
+
+def _part(job: Job, folder: Path, data: Path | None, model: str, name: str, members: Sequence[int]) -> list[Line]:
+    config = config_of(job, data, model, members) | {"run-name": name, "runs-dir": str(folder)}
+    work = Work(int(config["num-server-rounds"]))
     began = time.process_time()
     shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was cut off
-    with _patched(job):
-        grid = InProcessGrid(len(members), folder, config, node, work)
-        run(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config))
+    run_of(job, folder, config, members, work)
     found = read_run(job.arm.strategy, job.seed, folder / name)
     delivered = next(record for record in found.rounds if record["phase"] == "deliver")["clients"]
     about = {key: getattr(job, key) for key in ("experiment", "base", "dial", "seed", "split", "digest")}
