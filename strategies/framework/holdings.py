@@ -16,7 +16,7 @@ from fedalloy_adapters.layout import Layout
 from proto.fedalloy.v1 import adapter_pb2
 from strategies.framework.exchange import State
 
-_KEY = "held"
+_KEY = "holdings"
 
 
 class Holdings:

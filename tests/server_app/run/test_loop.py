@@ -99,14 +99,18 @@ def test_four_bits_both_ways_are_an_eighth_of_the_bytes_and_train_as_well(run: R
     assert last < 0.5 * first  # the first blob was whole, the later ones are differences
 
 
-@pytest.mark.parametrize("encoding", ["int8", "int4"])
-def test_a_resumed_run_with_few_bits_gives_the_same_numbers(run: Runner, runs_dir: Path, encoding: str) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "strategy"), [("int8", "fedavg"), ("int4", "fedavg"), ("int8", "flora"), ("int8", "fedex-lora")]
+)
+def test_a_resumed_run_with_few_bits_gives_the_same_numbers(
+    run: Runner, runs_dir: Path, encoding: str, strategy: str
+) -> None:
     """All clients have carried out round 3 when the server gives up; they repeat it from what they held before."""
 
     def silent(node_id: int, message: Message, reply: Message | None) -> Message | None:
         return None if message.metadata.group_id == "3" else reply
 
-    config: dict[str, Any] = {"num_server_rounds": 3} | dict.fromkeys(FOUR_BITS, encoding)
+    config: dict[str, Any] = {"num_server_rounds": 3, "strategy": strategy} | dict.fromkeys(FOUR_BITS, encoding)
     with pytest.raises(NotEnoughClientsError, match="round 3"):
         run(tamper=silent, round_timeout=1.0, **config)
     resumed = run(resume=str(runs_dir / "test"), **config)
