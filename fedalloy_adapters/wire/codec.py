@@ -83,8 +83,15 @@ class Encoding(enum.StrEnum):
     @property
     def for_sums(self) -> Encoding:
         """The encoding for sums of squares, by which merges divide: beside a large one an integer drops the small."""
-        return Encoding.BF16 if self in (Encoding.INT8, Encoding.INT4, Encoding.INT2) else self
+        return Encoding.BF16 if self in _INTEGERS else self
 
+    @property
+    def for_starts(self) -> Encoding:
+        """The encoding for whole adapters from which the next round starts: integers drop small steps, each time."""
+        return Encoding.FP16 if self in _INTEGERS else self
+
+
+_INTEGERS = (Encoding.INT8, Encoding.INT4, Encoding.INT2)
 
 _TO_PROTO = {
     Encoding.FP32: adapter_pb2.ENCODING_FP32,

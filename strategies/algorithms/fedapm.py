@@ -67,7 +67,13 @@ class FedAPM(OwnPart[FedAPMOptions]):
             *self.train_shared(client, shared, (CENTRE, self.options.rho)),
             _sum(DUAL, {DUAL: 1.0, SLOT: 1.0, RECEIVED: -1.0}),
             _sum(SENT, {SLOT: 1.0, DUAL: 1.0}),
-            steps.send(self.training, SENT, modules=self.shared(round_, client).modules, relative_to_received=False),
+            steps.send(
+                self.training,
+                SENT,
+                modules=self.shared(round_, client).modules,
+                relative_to_received=False,
+                comes_back=True,
+            ),
         ]
         return Brief(plan, self.received(client))
 

@@ -65,7 +65,7 @@ class FedPPA(OwnPart[FedPPAOptions]):
         for stage in range(1, stages + 1):
             count = total * stage // stages - total * (stage - 1) // stages
             plan += [*self._align(client, stage / stages), steps.train(self.training, mix, [LOCAL], steps=count)]
-        plan.append(steps.send(self.training, LOCAL, modules=common, relative_to_received=False))
+        plan.append(steps.send(self.training, LOCAL, modules=common, relative_to_received=False, comes_back=True))
         return Brief(plan, self.received(client))
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:

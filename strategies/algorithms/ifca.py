@@ -68,7 +68,7 @@ class IFCA(AlloyStrategy[IFCAOptions]):
             self._choose(),
             steps.evaluate(self.training, mix),
             steps.train(self.training, mix, [MODEL]),
-            steps.send(self.training, MODEL, relative_to_received=False),
+            steps.send(self.training, MODEL, relative_to_received=False, comes_back=True),
         ]
         return Brief(plan, self._candidates())
 

@@ -79,7 +79,8 @@ class Gossip(AlloyStrategy[GossipT]):
         plan = [steps.initialise(LOCAL, self.seed), steps.evaluate(self.training, steps.mixture(LOCAL))]
         asked = self.part(client.layout)
         modules = [] if asked.digest == client.layout.digest else list(asked.modules)
-        send = steps.send(self.training, LOCAL, modules=modules, relative_to_received=client.id in self.mixed)
+        relative = client.id in self.mixed
+        send = steps.send(self.training, LOCAL, modules=modules, relative_to_received=relative, comes_back=True)
         return Brief([*plan, *self.train(client), send], self._sent(client))
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:

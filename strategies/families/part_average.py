@@ -55,6 +55,7 @@ class PartAverage(Averaging[OptionsT]):
                 factors=shared.factors,
                 modules=shared.modules,
                 relative_to_received=wanted.of(client.layout).contains(shared.of(client.layout)),
+                comes_back=True,
             ),
         ]
         return Brief(plan, self.received(client, wanted))

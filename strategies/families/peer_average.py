@@ -75,8 +75,9 @@ class Peers(AlloyStrategy[OptionsT]):
         """Install the client's combination, evaluate and train it, send the result."""
         mix = steps.mixture(LOCAL)
         train = steps.train(self.training, mix, [LOCAL])
-        plan = [*self.begin(), steps.evaluate(self.training, mix), train, self.send()]
-        return Brief(plan, self.combined(LOCAL, client) or {})
+        models = self.combined(LOCAL, client)
+        send = steps.send(self.training, LOCAL, relative_to_received=models is not None, comes_back=True)
+        return Brief([*self.begin(), steps.evaluate(self.training, mix), train, send], models or {})
 
     def absorb(self, round_: int, client: Client, answer: Answer) -> None:
         """Keep the upload until the next one comes."""

@@ -162,7 +162,9 @@ def _sent(
     down = _Sent()
     for slot, adapter in adapters.items():
         held = holding.reference(slot, adapter) if holding is not None else None
-        encoded = _encode(adapter, encoding, held, include_layout=adapter.layout.digest not in known)
+        again = held is None and holding is not None and holding.has(slot)  # whole, and not for the first time
+        used = encoding.for_starts if again else encoding
+        encoded = _encode(adapter, used, held, include_layout=adapter.layout.digest not in known)
         down.blobs[slot], down.tensor_bytes[slot] = encoded.blob, encoded.payload_bytes
         down.sent_as[slot] = encoded.encoding
         if holding is not None:

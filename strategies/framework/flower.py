@@ -21,6 +21,7 @@ from strategies.framework.answers import answer_from, read_client
 from strategies.framework.contract import Contract, OptionsT
 from strategies.framework.dispatch import Dispatch, register_message
 from strategies.framework.exchange import Answer, BadAnswerError, Brief, Client, StrategyError
+from strategies.framework.holdings import Holdings
 from strategies.framework.limits import within_round
 from strategies.framework.training import Training
 
@@ -41,6 +42,7 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
     ) -> None:
         super().__init__(options, training, seed, rounds, storage)
         self._pending: list[tuple[Message, Client, Dispatch]] = []
+        self._holdings = Holdings(storage)
         self._flower_key = secrets.token_bytes(32)
         self._flower_run = f"flower-{secrets.token_hex(8)}"  # a folder at the clients that no earlier run has used
 
@@ -110,8 +112,13 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
 
     def _messages(self, briefs: Mapping[Client, Brief], round_: int, train_round: int) -> list[Message]:
         self._pending = []
+        self._holdings.tidy()
         for client, brief in briefs.items():
-            dispatch = self.dispatch(round_, client, brief, self._flower_run, self._flower_key, train_round=train_round)
+            dispatch = self.dispatch(
+                *(round_, client, brief, self._flower_run, self._flower_key),
+                holding=self._holdings.of(client.id),
+                train_round=train_round,
+            )
             self._pending.append((dispatch.message(client.node_id), client, dispatch))
         return [message for message, _, _ in self._pending]
 
@@ -125,11 +132,14 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
             client, dispatch = asked.pop(reply.metadata.reply_to_message_id)
             try:
                 answers[client.id] = answer_from(dispatch, reply, self.limits)
+                self._holdings.answered(client.id)
             except BadAnswerError as error:
+                self._holdings.forget(client.id)  # it is sent everything whole the next time
                 log(_WARNING, "%s", error)
         answers = within_round(self.limits, answers)
         for client_id, answer in answers.items() if absorb else ():
             self.absorb(round_, self.clients[client_id], answer)
         for client, _ in asked.values():
+            self._holdings.forget(client.id)
             log(_WARNING, "client %r did not answer in time", client.id)
         return list(answers.values())

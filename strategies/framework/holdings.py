@@ -65,6 +65,8 @@ class Holdings:
         """Put everything into a strategy's state, between rounds; if nothing is held, add nothing."""
         if not self._held:
             return
+        if _KEY in state.values:
+            raise ValueError(f"the strategy's state has {_KEY!r} already")
         layouts = {digest: self._bank.layout_of(digest) for digest in self._bank}
         state.keep(_KEY, self._bank)
         state.values[_KEY] = {
@@ -106,6 +108,10 @@ class Holding:
             return None
         meant = adapter.vector.detach().to("cpu", held.vector.dtype)
         return held if float((meant - held.vector).norm()) < float(meant.norm()) else None
+
+    def has(self, slot: str) -> bool:
+        """Whether the client was sent anything for this slot before."""
+        return self._all.held(self._client, slot) is not None
 
     def send(self, slot: str, decoded: Adapter) -> Callable[[], Adapter]:
         """See :meth:`Holdings.send`."""

@@ -276,6 +276,7 @@ def send(
     factors: Iterable[Factor] = (),
     modules: Iterable[str] = (),
     relative_to_received: bool = True,
+    comes_back: bool = False,
     sums_of_squares: bool = False,
     without_basis: bool = False,
     for_newcomers: bool = False,
@@ -284,15 +285,18 @@ def send(
 
     A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
     the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
-    for a slot that does not. ``sums_of_squares``: the slot holds such, and integers give way to ``bf16``.
+    for a slot that does not, and ``comes_back`` if a next round starts from what was made of it: then integers give way
+    to ``fp16``. ``sums_of_squares``: the slot holds such, and integers give way to ``bf16``.
     ``for_newcomers``: it will be given to clients that never trained.
     """
     encoding = Encoding(training.uplink_encoding)
     encoding = encoding.for_sums if sums_of_squares else encoding
+    if not relative_to_received:
+        encoding = encoding.for_starts if comes_back else encoding.whole
     step = plan_pb2.SendStep(
         slot=slot,
         part=part(factors, modules, without_basis=without_basis),
-        encoding=encoding_to_proto(encoding if relative_to_received else encoding.whole),
+        encoding=encoding_to_proto(encoding),
         relative_to_received=relative_to_received and encoding.is_lossy,
         for_newcomers=for_newcomers,
     )

@@ -12,7 +12,8 @@ as always. Each finished run is a line of ``--found/SCENARIO.jsonl``, so that th
 the table is made of finished runs. Clients and seeds are paired: the same data, initial adapters and batches.
 
 The defaults (``uplink-encoding``, ``downlink-encoding``) should be the smallest encoding whose interval over all
-strategies begins above a loss of half a point; seeds from 100 on decide, seeds 0 to 2 are reported.
+strategies begins above a loss of half a point, scenario by scenario and over all of them. Seeds from 100 on decide:
+three, and five more, once, where these cannot say. Seeds 0 to 2 are reported.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ def main() -> None:
             started = time.monotonic()
             outcome = cluster.run(
                 {
+                    "uplink-encoding": "fp32", "downlink-encoding": "fp32",
                     "strategy": strategy, "num-server-rounds": 1, "local-steps": 2, "batch-size": 4,
                     "min-clients": count, "run-name": "many", "runs-dir": str(runs), "trainer.resident": False,
                     "startup-timeout": 900.0, "round-timeout": 900.0,

@@ -221,7 +221,7 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, re
     name = f"{'resident' if resident else 'process'}-{len(list(cluster.settings.runs_dir.glob('*')))}"
     config: dict[str, Any] = {"strategy": "fedavg", "run-name": name, "num-server-rounds": rounds}
     config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": case.rate}
-    config |= case.config(folder) | PATIENT
+    config |= case.config(folder) | PATIENT | {"uplink-encoding": "fp32", "downlink-encoding": "fp32"}
     outcome = cluster.run(config | {"trainer.resident": resident})
     if not outcome.completed:
         raise FailedError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")

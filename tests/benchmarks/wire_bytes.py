@@ -319,6 +319,9 @@ def main() -> None:
         found.append(sent)
         if given.found:
             resumable.append(given.found, [about | asdict(sent)])
+        write()
+
+    def write() -> None:
         if given.json:
             given.json.write_text(json.dumps(report_of(found) | about | {"machine": before}, indent=2))
 
@@ -327,6 +330,7 @@ def main() -> None:
         case = RealCase(given.base, given.clients, given.data.resolve())
     if not given.table:
         measure(case, ways, rounds, given.seeds or (1 if given.quick else 3), keep, found)
+    write()
     console.print(shown(found))
     console.print("Llama 3.1 8B, r=16, MB a client and round:", projected(found), highlight=False)
     console.print(f"machine: {before}", highlight=False)

@@ -53,7 +53,8 @@ def summary(stack: Stack, name: str) -> dict[str, Any]:
 
 def demo(stack: Stack, rounds: int) -> str:
     """The documented command, with less to do."""
-    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", str(rounds), "--set", "local-steps=20 lora-r=32"]
+    less = ["--strategies", "fedmerge", "--clients", "3", "--rounds", str(rounds), "--set"]
+    less += ["local-steps=20 lora-r=32 uplink-encoding='fp32' downlink-encoding='fp32'"]  # as in e2e/test_cluster.py
     return stack.compose("run", "--rm", "-T", "cli", "demo", *less)
 
 

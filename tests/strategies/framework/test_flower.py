@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flwr.app import ArrayRecord, Error, Message
 from flwr.serverapp.strategy import Strategy
 
 from fedalloy_adapters.adapter import Adapter
+from fedalloy_adapters.algebra import squared_distances
 from fedalloy_adapters.wire.flower_records import ARRAY_RECORD, PLAN_TYPE, REGISTER_TYPE, pack, unpack
 from proto.fedalloy.v1 import adapter_pb2, plan_pb2, report_pb2
 from strategies import STRATEGIES
@@ -127,6 +129,32 @@ def test_lossy_transport_both_ways(name: str, log: list[str]) -> None:
         assert lossy == pytest.approx(exact, rel=0.05)
     assert sent == (set() if name in ("local", "local-all", "local-twice") else {adapter_pb2.ENCODING_BF16})
     assert log == []
+
+
+def push(name: str, round_: int, adapter: Adapter) -> Adapter:
+    """A training step of one size in every number, far below what ``int8`` tells apart in a whole adapter."""
+    signs = torch.randn(adapter.layout.size, generator=torch.Generator().manual_seed(1)).sign()
+    return Adapter(adapter.layout, adapter.vector + 1e-3 * signs)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDS if name != "flexlora"])
+def test_small_steps_are_not_lost_in_eight_bits(name: str) -> None:
+    """Without flexlora: an SVD's factors turn when a number changes by a millionth, and a push of factors with them."""
+
+    def after(encoding: str) -> list[Adapter]:
+        found = [replace(node, move=push) for node in nodes()]
+        training = Training(uplink_encoding=encoding, downlink_encoding=encoding)
+        accuracies(BUILDS[name](seed=7, training=training), FakeGrid(found), rounds=16)
+        return [node.saved for node in found if node.saved is not None]
+
+    def apart(first: Adapter, second: Adapter) -> float:  # products, where factors are not unique
+        if name in DELTAS:
+            return sum(squared_distances(first, second).values())
+        return float((first.vector - second.vector).square().sum())
+
+    exact, start = after("fp32"), Adapter.initial(LAYOUT, 7)
+    error = sum(map(apart, after("int8"), exact))
+    assert error < 0.25 * sum(apart(model, start) for model in exact)
 
 
 KINDS = ("silence", "client-error", "superlink-error", "garbage")

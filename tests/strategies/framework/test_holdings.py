@@ -180,3 +180,25 @@ def test_sums_of_squares_are_no_integers_beside_larger_ones(encoding: Encoding) 
     assert wide is (Encoding.BF16 if encoding.value.startswith("int") else encoding)
     sizes = Adapter(LAYOUT, 10.0 ** torch.linspace(-4, 3, LAYOUT.size))
     assert bool((encode(sizes, wide).decoded.vector > 0).all())
+
+
+@pytest.mark.parametrize("encoding", BLOCKS)
+def test_whole_adapters_that_come_back_are_no_integers(encoding: Encoding) -> None:
+    """Rounded to one grid in each round, steps of less than half of its width would be lost for good."""
+    training, holdings = Training(uplink_encoding=encoding), Holdings()
+    found = steps.send(training, "local", relative_to_received=False, comes_back=True).send
+    assert encoding_from_proto(found.encoding) is Encoding.FP16
+    assert encoding_from_proto(steps.send(training, "local", comes_back=True).send.encoding) is encoding
+    used = []
+    for adapter in (random_adapter(LAYOUT, 1), random_adapter(LAYOUT, 2)):  # too far apart for a difference
+        used += dispatch_of(adapter, encoding, holdings.of("berlin")).sent_as.values()
+        holdings.answered("berlin")
+    assert used == [encoding.whole, Encoding.FP16]
+
+
+def test_a_strategy_cannot_take_the_name_under_which_holdings_are_kept() -> None:
+    holdings = Holdings()
+    dispatch_of(random_adapter(LAYOUT, 1), "int8", holdings.of("berlin"))
+    holdings.answered("berlin")
+    with pytest.raises(ValueError, match="'holdings' already"):
+        holdings.add_to(State({}, {"holdings": {}}))
