@@ -212,7 +212,7 @@ def test_bundle_contains_what_the_apps_import_and_nothing_else(bundle: dict[str,
 
 def test_bundle_is_small(bundle: dict[str, bytes]) -> None:
     # With `flwr run` every client downloads it once per run as it is; tools/bundle has `fedalloy submit`.
-    assert sum(len(content) for content in bundle.values()) < 7 * 2**18
+    assert sum(len(content) for content in bundle.values()) < 1_850_000
 
 
 def _skips_without_reason(path: Path) -> Iterator[int]:

@@ -21,8 +21,7 @@ def mixture(*slots: str, coefficients: Sequence[Coefficient] | None = None) -> p
     terms = []
     for slot, coefficient in zip(slots, coefficients or [1.0] * len(slots), strict=True):
         if isinstance(coefficient, Mapping):
-            values = plan_pb2.ModuleCoefficients(values=dict(coefficient))
-            terms.append(plan_pb2.Term(slot=slot, per_module=values))
+            terms.append(plan_pb2.Term(slot=slot, per_module=plan_pb2.ModuleCoefficients(values=dict(coefficient))))
         else:
             terms.append(plan_pb2.Term(slot=slot, scalar=coefficient))
     return plan_pb2.Mixture(terms=terms)
@@ -171,9 +170,8 @@ def _optimising(training: Training, rate: float | None, scales: Mapping[Factor, 
 
 def merge(target: str, mix: plan_pb2.Mixture, *, space: str = "delta", truncate_rank: int = 0) -> Step:
     """``target <- mix`` in ``"delta"`` or ``"factor"`` space."""
-    spaces = {"delta": plan_pb2.MERGE_SPACE_DELTA, "factor": plan_pb2.MERGE_SPACE_FACTOR}
-    step = plan_pb2.MergeStep(target=target, mixture=mix, space=spaces[space], truncate_rank=truncate_rank)
-    return Step(merge=step)
+    name = f"MERGE_SPACE_{space.upper()}"
+    return Step(merge=plan_pb2.MergeStep(target=target, mixture=mix, space=name, truncate_rank=truncate_rank))
 
 
 def evaluate(
@@ -284,15 +282,13 @@ def send(
     """Upload ``slot`` or its ``factors`` and ``modules``, encoded as the run says.
 
     A lossy encoding stores the difference from what the client received for this slot, and what it drops is added to
-    the next upload. That needs an upload that starts from the received adapter; pass ``relative_to_received=False``
-    for a slot that does not, and ``comes_back`` if a next round starts from what was made of it: then integers give way
-    to ``fp16``. ``sums_of_squares``: the slot holds such, and integers give way to ``bf16``.
-    ``for_newcomers``: it will be given to clients that never trained.
+    the next upload. Pass ``relative_to_received=False`` for a slot that does not start from that, and ``comes_back`` if
+    a next round starts from what is made of it: integers give way to ``fp16``, as they do to ``bf16`` for
+    ``sums_of_squares``. ``for_newcomers``: it will be given to clients that never trained.
     """
-    encoding = Encoding(training.uplink_encoding)
-    encoding = encoding.for_sums if sums_of_squares else encoding
-    if not relative_to_received:
-        encoding = encoding.for_starts if comes_back else encoding.whole
+    asked = Encoding(training.uplink_encoding)
+    whole = asked.for_starts if comes_back else asked.whole
+    encoding = asked.for_sums if sums_of_squares else asked if relative_to_received else whole
     step = plan_pb2.SendStep(
         slot=slot,
         part=part(factors, modules, without_basis=without_basis),
