@@ -82,8 +82,8 @@ class Encoding(enum.StrEnum):
 
     @property
     def for_sums(self) -> Encoding:
-        """The encoding for sums of squares, by which merges divide: beside a large one an integer drops the small."""
-        return Encoding.BF16 if self in _INTEGERS else self
+        """The encoding for sums of squares, by which merges divide: a small one must not become zero."""
+        return Encoding.BF16 if self.is_lossy else self
 
     @property
     def for_starts(self) -> Encoding:

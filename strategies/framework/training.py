@@ -75,11 +75,11 @@ class Training:
     evaluate_split: str = "test"
     """The split on which delivered models are evaluated, once: ``validation`` or ``test``. Rounds evaluate on
     validation examples; a client without any uses this split in rounds, too."""
-    uplink_encoding: str = "int8"
-    """How adapters travel from clients: ``fp32`` (exact), ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All
-    others store the difference from an adapter that both ends hold, if there is one. ``int2`` is for differences only;
-    else ``int4`` takes its place. For sums of squares and second moments ``bf16`` takes an integer's place."""
-    downlink_encoding: str = "int8"
+    uplink_encoding: str = "fp16"
+    """How adapters travel from clients: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``int2``. All but ``fp32``
+    store the difference from an adapter that both ends hold, if there is one. ``int2`` is for differences only; else
+    ``int4`` takes its place. Sums of squares and second moments travel in ``bf16`` instead."""
+    downlink_encoding: str = "fp16"
     """How adapters travel to clients, in the same way."""
 
     def __post_init__(self) -> None:

@@ -150,7 +150,7 @@ def test_a_classifier_shares_its_head_where_all_clients_have_the_same_labels(own
     with Ledger(run.path / "ledger.sqlite", read_only=True) as ledger:
         booked = sum(r.bytes for r in ledger.accounts().tensors if r.client == CLIENTS[0] and r.direction == "up")
         encodings = ledger.by_encoding()
-    assert {way: set(bytes_) for way, bytes_ in encodings.items()} == {"up": {"int8"}, "down": {"int8"}}  # by default
+    assert {way: set(bytes_) for way, bytes_ in encodings.items()} == {"up": {"fp16"}, "down": {"fp16"}}  # by default
     assert found.runs["opinions"].numbers == booked > 0
     assert "train: 64 examples" in (own.cluster.settings.runs_dir / "data-berlin.txt").read_text()
     assert not (run.path / "clients" / "berlin" / "slots" / "own-head").exists()

@@ -39,7 +39,7 @@ TRAINING = Training(
     local_steps=6, batch_size=32, learning_rate=0.01, evaluate_split="validation",
     uplink_encoding="int8", downlink_encoding="int8",
 )  # fmt: skip
-"""Encoded as by default, which tests are not otherwise."""
+"""Encoded, which most tests are not."""
 
 
 def data_of(index: int) -> ClientData:
