@@ -10,7 +10,10 @@ from flwr.app import Context, RecordDict
 
 from server_app.tools.compare.in_process_grid import FIRST_NODE, InProcessGrid, Tamper
 
-__all__ = ["FIRST_NODE", "InProcessGrid", "Tamper", "run_config_of", "run_in_process"]
+__all__ = ["EXACT", "FIRST_NODE", "InProcessGrid", "Tamper", "run_config_of", "run_in_process"]
+
+EXACT = {"uplink-encoding": "fp32", "downlink-encoding": "fp32"}
+"""Run-config with which every number arrives as it was sent; it is not the default."""
 
 
 def run_config_of(**config: Any) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def run_in_process(
     for, so that tests can compare with closed forms, and benchmarks strategies without their encoding's errors."""
     from server_app.run.loop import run
 
-    config = dict.fromkeys(("uplink-encoding", "downlink-encoding"), "fp32") | run_config_of(**run_config)
+    config = EXACT | run_config_of(**run_config)
     config.setdefault("runs-dir", str(runs_dir))
     config.setdefault("min-clients", clients)
     grid = InProcessGrid(clients, runs_dir, config, node_config, tamper)

@@ -42,7 +42,7 @@ class AlloyStrategy(Contract[OptionsT], Strategy):
     ) -> None:
         super().__init__(options, training, seed, rounds, storage)
         self._pending: list[tuple[Message, Client, Dispatch]] = []
-        self._holdings = Holdings(storage)
+        self._holdings = Holdings(self.storage)
         self._flower_key = secrets.token_bytes(32)
         self._flower_run = f"flower-{secrets.token_hex(8)}"  # a folder at the clients that no earlier run has used
 

@@ -22,6 +22,7 @@ import psutil
 
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings
+from tests.in_process import EXACT
 
 MIB = 2**20
 
@@ -76,7 +77,7 @@ def main() -> None:
             started = time.monotonic()
             outcome = cluster.run(
                 {
-                    "uplink-encoding": "fp32", "downlink-encoding": "fp32",
+                    **EXACT,
                     "strategy": strategy, "num-server-rounds": 1, "local-steps": 2, "batch-size": 4,
                     "min-clients": count, "run-name": "many", "runs-dir": str(runs), "trainer.resident": False,
                     "startup-timeout": 900.0, "round-timeout": 900.0,

@@ -54,6 +54,7 @@ from client_app.own.files import read_own
 from client_app.settings import DataSettings, ModelSettings, Settings
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster import local
+from tests.in_process import EXACT
 from tests.toys import tiny_models, toy_data
 
 STOCK_APP = Path(__file__).with_name("stock_app")
@@ -221,7 +222,7 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, re
     name = f"{'resident' if resident else 'process'}-{len(list(cluster.settings.runs_dir.glob('*')))}"
     config: dict[str, Any] = {"strategy": "fedavg", "run-name": name, "num-server-rounds": rounds}
     config |= {"runs-dir": str(cluster.settings.runs_dir), "min-clients": case.clients, "learning-rate": case.rate}
-    config |= case.config(folder) | PATIENT | {"uplink-encoding": "fp32", "downlink-encoding": "fp32"}
+    config |= case.config(folder) | PATIENT | EXACT
     outcome = cluster.run(config | {"trainer.resident": resident})
     if not outcome.completed:
         raise FailedError(f"FedAlloy ended as {outcome.status}:\n{outcome.log.read_text()}")

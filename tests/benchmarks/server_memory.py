@@ -29,6 +29,7 @@ from fedalloy_adapters.wire.flower_records import PLAN_TYPE, REGISTER_TYPE, pack
 from proto.fedalloy.v1 import plan_pb2
 from tests.benchmarks.thin.answers import ThinClient, layout_of_bytes, reference_of_bytes
 from tests.faults.nodes import NodeGrid, run_nodes, statuses
+from tests.in_process import EXACT
 from tests.strategies.conftest import FakeNode
 
 COUNTS = (8, 32, 128, 200, 1000)
@@ -77,7 +78,7 @@ def measure(strategy: str, count: int, bank_mb: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         directory = run_nodes(
             Path(folder), Lean(nodes), strategy=strategy, num_server_rounds=2, min_clients=count, round_timeout=3000.0,
-            startup_timeout=3000.0, bank_memory_mb=bank_mb, uplink_encoding="fp32", downlink_encoding="fp32",
+            startup_timeout=3000.0, bank_memory_mb=bank_mb, **EXACT,
         )  # fmt: skip
         for answered in statuses(directory):
             assert list(answered.values()) == ["ok"] * count, f"an answer was lost: {answered}"

@@ -34,6 +34,7 @@ from typing import Any
 from server_app.run.run_directory import RunDirectory
 from tests.benchmarks.thin.answers import layout_of_bytes
 from tests.benchmarks.thin.cluster import ThinCluster
+from tests.in_process import EXACT
 
 SERVER = ("serverapp", "superlink")
 STOCK = Path(__file__).parent / "thin" / "stock_app"
@@ -72,7 +73,7 @@ def measure(nodes: int, size: int, strategy: str, poll: float, with_tensors: boo
         folder = Path(place)
         with ThinCluster(folder / "cluster", nodes, size, poll) as cluster:
             config: dict[str, Any] = {
-                "uplink-encoding": "fp32", "downlink-encoding": "fp32",  # the bytes of Flower's own grid
+                **EXACT,  # the bytes of Flower's own grid
                 "strategy": strategy, "num-server-rounds": 2, "min-clients": nodes, "runs-dir": str(folder / "runs"),
                 "run-name": "thin", "startup-timeout": 900.0, "round-timeout": 900.0,
             }  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tests.docker.engine import ROOT
+from tests.in_process import EXACT
 
 SOURCES = ("proto", "fedalloy_adapters", "strategies", "client_app", "server_app", "docker")
 FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
@@ -194,7 +195,7 @@ class Stack:
     def submit(self, name: str, **config: Any) -> None:
         """``flwr run`` once all SuperNodes are connected, without waiting for its end."""
         given = {"run-name": name, "runs-dir": "/app/runs", "scenario": "digits", "strategy": "fedmerge"}
-        given |= {"uplink-encoding": "fp32", "downlink-encoding": "fp32"}  # see tests/e2e/test_cluster.py
+        given |= EXACT  # see tests/e2e/test_cluster.py
         given |= {key.replace("_", "-"): value for key, value in config.items()}
         text = " ".join(f"{key}={value!r}" for key, value in given.items())
         said = self.compose("run", "--rm", "-T", "cli", "flwr", "run", ".", "fedalloy", "--run-config", text)

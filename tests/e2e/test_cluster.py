@@ -21,13 +21,12 @@ from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.certificates import make_client_key
 from server_app.tools.cluster.local import ClusterError, LocalCluster, Process, app_directory, stop
 from server_app.tools.handover.export import export_adapter
-from tests.in_process import run_config_of
+from tests.in_process import EXACT, run_config_of
 
 BIN = Path(sys.executable).parent
 # Rank 32 in fp32: with adapters of 16 kB a run of seconds is little more than bundles and polls, and a few kB by which
 # the ledger misjudges pings and polls come to one per cent.
-SMALL: dict[str, Any] = {"num-server-rounds": 2, "local-steps": 5, "min-clients": 3, "lora-r": 32}
-SMALL |= {"uplink-encoding": "fp32", "downlink-encoding": "fp32"}
+SMALL = EXACT | {"num-server-rounds": 2, "local-steps": 5, "min-clients": 3, "lora-r": 32}
 
 
 def start(cluster: LocalCluster, name: str, **config: Any) -> dict[str, Any]:

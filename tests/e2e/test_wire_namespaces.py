@@ -17,6 +17,7 @@ from server_app.ledger.reconciliation import POLL_INTERVAL, Accounts
 from server_app.ledger.store import Ledger
 from tests.e2e.fleet import Fleet, fleet
 from tests.e2e.namespaces import NamespacesUnavailableError
+from tests.in_process import EXACT
 
 APP = Path(__file__).parents[2]
 RUN = "wire"
@@ -50,7 +51,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def _run(federation: Fleet, directory: Path, base_cache: Path) -> Outcome:
     ledger = directory / "runs" / RUN / "ledger.sqlite"
     config = {"runs-dir": str(directory / "runs"), "run-name": RUN, "scenario": "digits", "strategy": "fedavg"}
-    config |= {"uplink-encoding": "fp32", "downlink-encoding": "fp32"}  # as in test_cluster.py
+    config |= EXACT  # as in test_cluster.py
     numbers = {"num-server-rounds": 1, "min-clients": CLIENTS, "local-steps": 5, "lora-r": 32}
     values = [f'{key}="{value}"' for key, value in config.items()] + [
         f"{key}={value}" for key, value in numbers.items()

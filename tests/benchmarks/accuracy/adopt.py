@@ -50,7 +50,7 @@ from strategies.framework.options import read_options
 from strategies.framework.steps import Training
 from tests.benchmarks.accuracy.resumable import append, has, prepared, read
 from tests.benchmarks.claims.runs import Residents
-from tests.in_process import FIRST_NODE, InProcessGrid
+from tests.in_process import EXACT, FIRST_NODE, InProcessGrid
 
 FOUND = Path(__file__).parents[1] / "found" / "adopt.jsonl"
 RUNS: Mapping[str, Mapping[str, Any]] = {
@@ -180,8 +180,8 @@ def measure(
     """Rows of one run: what its newcomers adopted and, beside ``fedavg``, what they have alone."""
     chosen, design = dict(RUNS[about["run"]]), DESIGNS[about["scenario"]]
     late, lend = design.late(about["seed"]), bool(chosen.pop("lend", False))
-    config: dict[str, Any] = dict.fromkeys(("uplink-encoding", "downlink-encoding"), "fp32")
-    config |= {"scenario": about["scenario"], "seed": about["seed"], "data-root": data, **design.config}
+    config: dict[str, Any] = EXACT | {"scenario": about["scenario"], "seed": about["seed"], "data-root": data}
+    config |= design.config
     config |= {"ifca.clusters": len(design.groups)} if about["run"] == "ifca" else {}
     config |= {"num-server-rounds": about["rounds"], "evaluate-split": about["split"], "run-name": "run"} | chosen
     config["min-clients"] = design.size - len(late)

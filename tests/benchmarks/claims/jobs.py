@@ -143,6 +143,17 @@ class Wanted:
         known = {index: loss for index, loss in found.items() if loss is not None}
         return tried[min(known, key=lambda index: known[index])] if len(known) == 3 else None
 
+    def found_setting(self, arm: Arm, lines: Sequence[Line]) -> Config:
+        """The setting that the search has chosen.
+
+        Raises:
+            SystemExit: the search is not over.
+        """
+        setting = self.setting(arm, lines)
+        if setting is None:
+            raise SystemExit(f"the search for {arm.name!r} is not over: run {self.experiment.name} first")
+        return setting
+
     def search_jobs(self, arm: Arm, setting: Config) -> list[Job]:
         """One setting on every search seed."""
         dial = self.experiment.search_dial if self.experiment.search_dial in self.design.places else ""

@@ -32,9 +32,7 @@ def job_of(asked: Wanted, temperature: float) -> Job:
         SystemExit: the search is not over.
     """
     arm = asked.experiment.arm(asked.method)
-    setting = asked.setting(arm, found.read(found.FOLDER / f"{asked.experiment.name}.jsonl"))
-    if setting is None:
-        raise SystemExit(f"the search for {arm.name!r} is not over: run {asked.experiment.name} first")
+    setting = asked.found_setting(arm, found.read(found.FOLDER / f"{asked.experiment.name}.jsonl"))
     return asked.job(arm, asked.chosen_dials[0], SEED, "test", {**setting, f"{arm.strategy}.temperature": temperature})
 
 

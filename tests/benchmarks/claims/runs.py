@@ -31,7 +31,7 @@ from server_app.tools.compare.statistics import with_score
 from strategies.algorithms.fedmosaic import FedMosaic
 from tests.benchmarks.claims.found import Line
 from tests.benchmarks.claims.jobs import Job
-from tests.in_process import FIRST_NODE, InProcessGrid, Tamper
+from tests.in_process import EXACT, FIRST_NODE, InProcessGrid, Tamper
 
 KEPT = ("loss", "accuracy", "exact_match", "score")
 """Metrics that lines have."""
@@ -116,8 +116,7 @@ def carry_out(job: Job, folder: Path, data: Path | None, model: str) -> list[Lin
 
 def config_of(job: Job, data: Path | None, model: str, members: Sequence[int]) -> dict[str, Any]:
     """A run's config, but for its name and folder; the arguments are those of :func:`carry_out`."""
-    exact = dict.fromkeys(("uplink-encoding", "downlink-encoding"), "fp32")  # not in the digest of a run
-    config: dict[str, Any] = exact | {"min-clients": len(members)} | dict(job.config)
+    config: dict[str, Any] = EXACT | {"min-clients": len(members)} | dict(job.config)  # EXACT is not in a run's digest
     config |= {"scenario": job.place.scenario, "seed": job.seed}
     config |= {"data-root": str(data)} if data is not None else {}
     return config | ({"base-model": model} if model else {})

@@ -40,10 +40,7 @@ def jobs_of(asked: Wanted, lines: Sequence[found.Line]) -> list[Job]:
     for arm in asked.chosen_arms:
         if arm.oracle or arm.apart:
             continue
-        setting = asked.setting(arm, lines)
-        if setting is None:
-            raise SystemExit(f"the search for {arm.name!r} is not over: run {asked.experiment.name} first")
-        chosen.append(asked.job(arm, asked.chosen_dials[0], SEED, "test", setting))
+        chosen.append(asked.job(arm, asked.chosen_dials[0], SEED, "test", asked.found_setting(arm, lines)))
     return chosen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +32,19 @@ class Real:
     kind: str
     dtype: str = "float32"
     trained: tuple[str, ...] = ()
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 REAL = {
     "smollm2": Real(
-        *("instruct-6", 6, DEFAULT_BASE, 16, 1e-3, LINEAR, {"steps": 4, "batch-size": 4}, "AutoModelForCausalLM"),
+        *("instruct-6", 6, DEFAULT_BASE, 16, 1e-3, LINEAR, {"steps": 4, "batch-size": 4}),
+        kind="AutoModelForCausalLM",
         dtype="bfloat16",
         config={"max-length": TOKENS},
     ),
     "vit": Real(
-        *(
-            "cifar100-20",
-            20,
-            str(MODEL),
-            8,
-            5e-3,
-            (),
-            {"steps": 8, "batch-size": 16},
-            "AutoModelForImageClassification",
-        ),
+        *("cifar100-20", 20, str(MODEL), 8, 5e-3, (), {"steps": 8, "batch-size": 16}),
+        kind="AutoModelForImageClassification",
         trained=("classifier",),
     ),
 }
@@ -120,5 +113,5 @@ class RealCase(Case):
             "target-modules": ",".join(real.targets),
             "lora-r": real.rank,
             "lora-alpha": ALPHA,
-            **(real.config or {}),
+            **real.config,
         }
