@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.encoding_scores                                          # digits, seeds 0 1 2, test
     python -m tests.benchmarks.encoding_scores --seeds 100 101 102 --split validation   # for choosing the default
+    python -m tests.benchmarks.encoding_scores --strategies all --encodings fp32 int8 --seeds 100 --split validation
     python -m tests.benchmarks.encoding_scores --scenario text-8 --data DATA --strategies fedavg potara
     python -m tests.benchmarks.encoding_scores --scenario cifar100-20 --data DATA
     python -m tests.benchmarks.encoding_scores --scenario instruct-6 --data DATA        # SmolLM2-135M; hours
@@ -34,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import client_app.session
+import strategies
 from client_app.plan.training import set_up_torch
 from fedalloy_adapters.wire.codec import Encoding
 from server_app.tools.compare.statistics import Paired, Scores, paired
@@ -131,8 +133,8 @@ def table(runs: Sequence[Run], title: str) -> Table:
         shown.add_column(column)
     for column in ("seeds", "score", "against fp32 [95 %]", "better/worse", "loss against fp32", "bytes of fp32"):
         shown.add_column(column, justify="right")
-    strategies = list(dict.fromkeys(run.strategy for run in sorted(runs, key=lambda run: run.strategy)))
-    for strategy in [*strategies, *(["all"] if len(strategies) > 1 else [])]:
+    names = list(dict.fromkeys(run.strategy for run in sorted(runs, key=lambda run: run.strategy)))
+    for strategy in [*names, *(["all"] if len(names) > 1 else [])]:
         some = [run for run in runs if strategy in (run.strategy, "all")]
         exact = {(run.strategy, run.seed): run.tensor_bytes for run in some if run.encoding == "fp32"}
         for encoding in ENCODINGS:
@@ -158,7 +160,7 @@ def main() -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", default="digits", choices=list(SETTINGS))
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="or 'all'")
     parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), choices=[str(one) for one in Encoding])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="test", choices=["validation", "test"])
@@ -167,6 +169,8 @@ def main() -> None:
     parser.add_argument("--found", type=Path, default=FOUND, help="Folder of the finished runs.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     given = parser.parse_args()
+    if given.strategies == ["all"]:
+        given.strategies = list(strategies.STRATEGIES)
     path: Path = given.found / f"{given.scenario}.jsonl"
     given.cache.mkdir(parents=True, exist_ok=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)

@@ -52,7 +52,7 @@ from tests.benchmarks.round_overhead import PATIENCE, PATIENT, Case, FailedError
 from tests.benchmarks.wire.cases import REAL, RealCase
 
 STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
-ENCODINGS = ("fp32", "int8", "int4", "int2")
+ENCODINGS = ("fp32", "fp16", "int8", "int4", "int2")
 QUICK = (("fedavg", "int4"), ("fedavg", "int2"), ("fedavg", "fp32"), *((name, "int4") for name in STRATEGIES[1:]))
 STOCK = "flowertune"
 console = Console(width=140)

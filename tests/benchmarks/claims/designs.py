@@ -15,7 +15,7 @@ class Place:
     """One setting of the dial: a scenario, the clients that take part, and the number of clients that share it.
 
     ``about`` says in words how alike these clients are. ``groups`` says for each of them which others are like it; an
-    oracle knows this.
+    oracle knows this. ``each`` says in words what each of them has, where that differs: they get a table by client.
     """
 
     scenario: str
@@ -23,6 +23,7 @@ class Place:
     of: int
     about: str
     groups: tuple[str, ...] = ()
+    each: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from server_app.tools.compare.statistics import Interval, Scores, interval, paired
-from tests.benchmarks.claims.designs import Claim
+from tests.benchmarks.claims.designs import Claim, Place
 from tests.benchmarks.claims.found import Line
 from tests.benchmarks.claims.jobs import Wanted
 
@@ -42,6 +42,7 @@ def page(asked: Wanted, lines: Sequence[Line]) -> str:
         found = of_dial(asked, lines, dial)
         text += [f"**{dial}** (`{place.scenario}`, {len(place.clients)} clients): {place.about}.", ""]
         text += [*table(asked, lines, found), ""] if found else ["Nothing has been run.", ""]
+        text += [*by_client(asked, found, place), ""] if found and place.each else []
     text += ["| claim | " + " | ".join(asked.chosen_dials) + " |", "|" + "---|" * (1 + len(asked.chosen_dials))]
     for claim in asked.claims:
         cells = [said(verdict(asked, claim, of_dial(asked, lines, dial), dial)) for dial in asked.chosen_dials]
@@ -96,6 +97,16 @@ def table(asked: Wanted, lines: Sequence[Line], found: Mapping[str, Sequence[Lin
         else:
             cells += [""] * 5
         rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def by_client(asked: Wanted, found: Mapping[str, Sequence[Line]], place: Place) -> list[str]:
+    """A row for each client, as its place says what it has: losses, the mean over seeds, by arm."""
+    names = sorted(found, key=lambda name: mean_of(scores(found, name, "loss")))
+    rows = [f"| each client's loss | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (1 + len(names)) + "|"]
+    for number, has in zip(place.clients, place.each, strict=True):
+        means = [mean_of(scores(found, name, "loss", [f"client-{number}"])) for name in names]
+        rows.append(f"| {has} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
     return rows
 
 

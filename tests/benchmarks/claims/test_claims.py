@@ -24,7 +24,13 @@ from tests.benchmarks.claims.tables import OPEN, SEEN, of_dial, page, verdict
 TOY = Experiment(
     name="toy",
     title="Toy",
-    bases={"tiny": Base({"here": Place("digits", (0, 1), 4, "two clients")}, {"num-server-rounds": 2}, (1e-3, 4e-3))},
+    bases={
+        "tiny": Base(
+            {"here": Place("digits", (0, 1), 4, "two clients", each=("few", "many"))},
+            {"num-server-rounds": 2},
+            (1e-3, 4e-3),
+        )
+    },
     arms=(Arm("m", "potara", other={"potara.damping": 0.5}), Arm("c", "local"), Arm("all", "local-all", like="c")),
     claims=(Claim("better", "m", ("c",)), Claim("as good", "m", ("m/searched",), within=0.1)),
     search_dial="here",
@@ -92,6 +98,7 @@ def test_a_verdict_needs_three_seeds_and_an_interval_above_zero() -> None:
     assert worse is not None
     assert worse.word == "not seen"
     assert "| better | **seen**" in page(asked, lines)
+    assert "| many | 0.497 | 0.685 | 0.885 |" in page(asked, lines), "a client's mean over seeds, by arm"
     shown = ElementTree.fromstring(picture(asked, lines))
     assert len(shown.findall("{http://www.w3.org/2000/svg}circle")) == 2
 
@@ -143,6 +150,7 @@ def test_designs_have_scenarios_clients_and_run_config_that_there_are(asked: Wan
         assert place.scenario in (*NAMES, *FROM_FILES)
         assert max(place.clients) < place.of
         assert not place.groups or len(place.groups) == len(place.clients)
+        assert not place.each or len(place.each) == len(place.clients)
         for arm in asked.chosen_arms:
             for setting in ({"learning-rate": 1e-3}, {"learning-rate": 1e-3, **arm.other}):
                 job = asked.job(arm, dial, 0, "test", setting)

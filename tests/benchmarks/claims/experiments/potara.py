@@ -5,10 +5,12 @@ The paper: 1,000 and 500 samples a client, a pre-trained ViT and Llama-3.2-3B, 6
 
 from __future__ import annotations
 
+from client_app.scenarios.instruct import SETS
 from tests.benchmarks.claims.designs import CONTROLS, Arm, Base, Claim, Experiment, Place
 
 LAYERS = ",".join(f"layers.{layer}.self_attn.{part}_proj" for layer in range(20, 30) for part in "qv")
 """Query and value of the last ten of SmolLM2's thirty layers, so that a backward pass ends there."""
+UNEQUAL = SETS["instruct-6-unequal"]
 _SMALL = {"num-server-rounds": 4, "local-steps": 6}
 
 POTARA = Experiment(
@@ -32,10 +34,17 @@ POTARA = Experiment(
                 "same": Place("text-6-same", (0, 1, 2, 3, 4, 5), 6, "two tasks, three clients each"),
                 "family": Place("text-6-family", (0, 1, 2, 3, 4, 5), 6, "two families of three related tasks"),
                 "unrelated": Place("text-6-unrelated", (0, 1, 2, 3, 4, 5), 6, "six tasks with nothing in common"),
-                "unequal": Place("text-6-unequal", (0, 1, 2, 3, 4, 5), 6, "a mixture; 16 to 256 training texts"),
+                "unequal": Place(
+                    *("text-6-unequal", (0, 1, 2, 3, 4, 5), 6, "a mixture; 16 to 256 training texts"),
+                    each=tuple(
+                        f"{texts} texts of {task}" for task, texts in zip(UNEQUAL.tasks, UNEQUAL.sizes, strict=True)
+                    ),
+                ),
+                "longer": Place("text-6-same", (0, 1, 2, 3, 4, 5), 6, "as `same`; 120 steps, not 24"),
             },
             config={**_SMALL, "batch-size": 8, "lora-r": 8, "lora-alpha": 16.0},
             rates=(1e-3, 3e-3),
+            by_dial={"longer": {"num-server-rounds": 8, "local-steps": 15}},
         ),
     },
     arms=(
