@@ -22,6 +22,7 @@ import psutil
 
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster.local import LocalCluster, Settings
+from server_app.tools.demo import terminate_as_interrupt
 from tests.in_process import EXACT
 
 MIB = 2**20
@@ -69,7 +70,7 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 16
     strategy = sys.argv[2] if len(sys.argv) > 2 else "fedavg"
     names = tuple(f"client-{number:02d}" for number in range(count))
-    with tempfile.TemporaryDirectory() as folder:
+    with terminate_as_interrupt(), tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
         settings = Settings(names, runs, startup_timeout=600.0)
         with LocalCluster(Path(folder) / "cluster", settings, print) as cluster:

@@ -54,6 +54,7 @@ from client_app.own.files import read_own
 from client_app.settings import DataSettings, ModelSettings, Settings
 from server_app.run.run_directory import RunDirectory
 from server_app.tools.cluster import local
+from server_app.tools.demo import terminate_as_interrupt
 from tests.in_process import EXACT
 from tests.toys import tiny_models, toy_data
 
@@ -256,7 +257,7 @@ def cpu_seconds(cluster: local.LocalCluster) -> float:
 def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Times]:
     """The wanted ways in one case."""
     found: dict[str, Times] = {}
-    with tempfile.TemporaryDirectory(prefix="fedalloy-overhead-") as text:
+    with terminate_as_interrupt(), tempfile.TemporaryDirectory(prefix="fedalloy-overhead-") as text:
         root = Path(text)
         folder = root / "given"
         node_config = case.prepare(folder)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from server_app.run.run_directory import RunDirectory
+from server_app.tools.demo import terminate_as_interrupt
 from tests.benchmarks.thin.answers import layout_of_bytes
 from tests.benchmarks.thin.cluster import ThinCluster
 from tests.in_process import EXACT
@@ -69,7 +70,7 @@ class Row:
 
 def measure(nodes: int, size: int, strategy: str, poll: float, with_tensors: bool) -> Row:
     """One case, from an empty database on."""
-    with tempfile.TemporaryDirectory() as place:
+    with terminate_as_interrupt(), tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with ThinCluster(folder / "cluster", nodes, size, poll) as cluster:
             config: dict[str, Any] = {

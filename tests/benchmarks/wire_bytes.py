@@ -47,6 +47,7 @@ from fedalloy_adapters.wire.codec import Encoding, payload_size
 from server_app.ledger.flower_costs import bundle_size
 from server_app.tools.cluster import local
 from server_app.tools.compare.statistics import Scores, paired
+from server_app.tools.demo import terminate_as_interrupt
 from tests.benchmarks.accuracy import resumable
 from tests.benchmarks.round_overhead import PATIENCE, PATIENT, Case, FailedError, machine, stock
 from tests.benchmarks.wire.cases import REAL, RealCase
@@ -179,6 +180,7 @@ def measure(
     if not missing:
         return
     with (
+        terminate_as_interrupt(),
         tempfile.TemporaryDirectory(prefix="fedalloy-bytes-") as text,
         cluster_of(Path(text), case) as (cluster, folder),
     ):
