@@ -45,7 +45,7 @@ from client_app.plan.workbench import JOINED, Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.parts import layouts_of_plan
-from fedalloy_adapters.wire.codec import decode
+from fedalloy_adapters.wire.codec import decode, header_of
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 STEPS: dict[str, Callable[[Workbench, Any], Message]] = {
@@ -222,6 +222,8 @@ def _install(bench: Workbench, blobs: Mapping[str, bytes]) -> None:
             difference = model.layout.describe_difference(adapter.layout)
             raise PlanError(f"client {client!r} received slot {slot!r} with {difference}")
         bench.received[slot] = adapter
+        if kept is not None and not header_of(blob).reference_digest:
+            bench.slots.set_residual(slot, None)  # the server starts anew, and so does what encodings have dropped
         if bench.plan.keep_received:
             bench.slots.set_received(slot, adapter)
         if slot in bench.slots and adapter.layout.digest != bench.slots[slot].layout.digest:

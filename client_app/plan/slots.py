@@ -116,8 +116,7 @@ class SlotStore:
             self._pinned = pinned
             self._recover()
             self._slots, self._residuals, self._personal, self._parts = {}, {}, None, None
-            self._heads, self._received, self._optimizers = {}, {}, {}
-            self._opened, self._dirty = set(), set()
+            self._heads, self._received, self._optimizers, self._opened, self._dirty = {}, {}, {}, set(), set()
             self._source = self._before(round_)
             self.losses, self.hidden = _losses_of(self._source), _hidden_in(self._source)
             yield self
@@ -189,9 +188,10 @@ class SlotStore:
         self._open(slot)
         return self._residuals.get(slot)
 
-    def set_residual(self, slot: str, residual: Adapter) -> None:
-        """Keep what the encoding of this upload dropped."""
-        self._residuals[slot] = residual
+    def set_residual(self, slot: str, residual: Adapter | None) -> None:
+        """Keep what the encoding of this upload dropped; None: forget what earlier ones dropped."""
+        self._residuals.pop(slot, None)
+        self._residuals |= {} if residual is None else {slot: residual}
         self._dirty.add(slot)
 
     def received(self, slot: str) -> Adapter | None:

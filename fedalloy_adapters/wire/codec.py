@@ -195,6 +195,7 @@ def decode(
     *,
     layouts: Mapping[bytes, Layout] | None = None,
     expected: Layout | None = None,
+    encoding: Encoding | None = None,
     references: Mapping[bytes, Adapter] | None = None,
     max_bytes: int = MAX_BLOB_BYTES,
 ) -> Adapter:
@@ -204,6 +205,7 @@ def decode(
         blob: the bytes.
         layouts: layouts that the receiver knows, by digest, for blobs without a layout.
         expected: refuse any other layout than this one.
+        encoding: refuse any other encoding than this one.
         references: adapters that the receiver holds, by content digest, for blobs that are differences.
         max_bytes: refuse a longer blob.
 
@@ -212,15 +214,17 @@ def decode(
     """
     header, payload = _split(blob, max_bytes)
     layout = _layout_of(header, layouts or {}, expected)
-    encoding = encoding_from_proto(header.encoding)
-    needed = payload_size(layout, encoding)
+    found = encoding_from_proto(header.encoding)
+    if encoding not in (None, found):
+        raise CodecError(CodecErrorCode.BAD_ENCODING, f"encoded as {found}, expected {encoding}")
+    needed = payload_size(layout, found)
     if not (header.payload_bytes == len(payload) == needed):
         raise CodecError(
             CodecErrorCode.BAD_LENGTH,
             f"payload has {len(payload)} bytes, header claims {header.payload_bytes}, "
-            f"{encoding} of {layout.size} numbers needs {needed}",
+            f"{found} of {layout.size} numbers needs {needed}",
         )
-    numbers = _unpack(layout, payload, encoding)
+    numbers = _unpack(layout, payload, found)
     if header.reference_digest:
         reference = (references or {}).get(header.reference_digest)
         if reference is None:

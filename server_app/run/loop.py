@@ -57,7 +57,7 @@ from server_app.run.trackers import Trackers
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework import round_record
 from strategies.framework.exchange import Answer, Client
-from strategies.framework.holdings import Holdings
+from strategies.framework.holdings import Holdings, without_holdings
 from strategies.framework.limits import unsound
 
 INFO, WARNING = 20, 30
@@ -186,7 +186,7 @@ class Run:
         self.enrolment.restore(saved)
         if checkpoint is not None:
             self.holdings.take_from(checkpoint.state)
-            self.strategy.load_state(checkpoint.state)
+            self.strategy.load_state(without_holdings(checkpoint.state))
         self.enrolment.enrol_newcomers()
         records = self._registered | {
             who: {"status": status, "reason": why, **self.enrolment.node_of(who)}
@@ -293,8 +293,7 @@ class Run:
         if reason is None or before is None:
             return settled
         log(WARNING, "round %d is not merged: %s", round_, reason)
-        Holdings(self.strategy.storage).take_from(before.state)  # clients still hold what this round has sent them
-        self.strategy.load_state(before.state)
+        self.strategy.load_state(without_holdings(before.state))  # clients still hold what this round has sent them
         return settled | {round_record.UNSOUND: reason}
 
     def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from fedalloy_adapters.parts import layout_of_sketch
 from fedalloy_adapters.wire.codec import MAX_BLOB_BYTES, CodecError, Encoding, decode, payload_size
 from fedalloy_adapters.wire.flower_records import RecordError, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
-from strategies.framework.dispatch import Dispatch, max_blob_bytes
+from strategies.framework.dispatch import Dispatch
 from strategies.framework.exchange import MAX_NUMBER, Answer, BadAnswerError, Client
 from strategies.framework.limits import Limits, bounded, require_affordable
 
@@ -222,8 +222,10 @@ def read_answer(dispatch: Dispatch, reply: Message) -> tuple[report_pb2.Report, 
     for slot, blob in blobs.items():
         layout = dispatch.expected[slot]
         try:
-            references, limit = _References(dispatch, layout), max_blob_bytes(layout)
-            adapters[slot] = decode(blob, expected=layout, references=references, max_bytes=limit)
+            adapters[slot] = decode(
+                blob, expected=layout, encoding=dispatch.asked_as[slot], references=_References(dispatch, layout),
+                max_bytes=dispatch.max_blob_bytes(slot),
+            )  # fmt: skip
         except CodecError as error:
             raise BadAnswerError(f"{who} sent slot {slot!r}: {error}") from None
         largest = float(adapters[slot].vector.abs().max())

@@ -46,7 +46,7 @@ class Dispatch:
     By slot: ``received`` has the adapters as the client will decode them, made again at each access; ``expected`` the
     layout of every upload asked for; ``tensor_bytes`` the bytes of the encoded numbers alone, and ``upload_bytes``
     those of the uploads; ``residuals`` the norm of what the encoding dropped, if the client keeps what it receives;
-    ``sent_as`` the encoding. ``sketches`` names the uploads that are sketches.
+    ``sent_as`` the encoding, and ``asked_as`` that of the uploads. ``sketches`` names the uploads that are sketches.
     """
 
     plan: plan_pb2.Plan
@@ -59,6 +59,7 @@ class Dispatch:
     sketches: frozenset[str] = frozenset()
     residuals: Mapping[str, float] = field(default_factory=dict)
     sent_as: Mapping[str, Encoding] = field(default_factory=dict)
+    asked_as: Mapping[str, Encoding] = field(default_factory=dict)
 
     def down_by_encoding(self) -> dict[str, int]:
         """Bytes of the encoded numbers that are sent, by encoding."""
@@ -70,16 +71,18 @@ class Dispatch:
     def up_by_encoding(self) -> dict[str, int]:
         """Bytes of the encoded numbers that are asked for, by encoding."""
         found = Counter[str]()
-        for step in self.plan.steps:
-            body = getattr(step, step.WhichOneof("kind") or "send")
-            if hasattr(body, "encoding"):
-                found[encoding_from_proto(body.encoding)] += self.upload_bytes[body.slot]
+        for slot, size in self.upload_bytes.items():
+            found[self.asked_as[slot]] += size
         return dict(found)
 
     @property
     def max_answer_bytes(self) -> int:
         """Most bytes that an answer to this may have."""
-        return MAX_MESSAGE_BYTES + sum(max_blob_bytes(layout) for layout in self.expected.values())
+        return MAX_MESSAGE_BYTES + sum(map(self.max_blob_bytes, self.expected))
+
+    def max_blob_bytes(self, slot: str) -> int:
+        """Most bytes of an upload: its numbers, and a header with a layout; a longer blob is refused unread."""
+        return self.upload_bytes[slot] + 2**20
 
     def message(self, node_id: int, ttl: float | None = None) -> Message:
         """The Flower message to one node; ``ttl`` in seconds."""
@@ -137,10 +140,11 @@ def plan_dispatch(
         Made(down.received),
         {slot: expected for slot, (expected, _) in asked.items()},
         down.tensor_bytes,
-        {slot: payload_size(expected, encoding_from_proto(upload)) for slot, (expected, upload) in asked.items()},
+        {slot: payload_size(expected, upload) for slot, (expected, upload) in asked.items()},
         frozenset(step.sketch.slot for step in steps if step.WhichOneof("kind") == "sketch"),
         down.residuals,
         down.sent_as,
+        {slot: upload for slot, (_, upload) in asked.items()},
     )
 
 
@@ -177,7 +181,7 @@ def _sent(
 
 def _asked(
     steps: Sequence[plan_pb2.Step], layout: Layout, reference: Layout | None, client_id: str
-) -> dict[str, tuple[Layout, int]]:
+) -> dict[str, tuple[Layout, Encoding]]:
     """Layout and encoding of every upload that the steps ask for, by slot.
 
     Raises:
@@ -191,7 +195,7 @@ def _asked(
         asked[sketch.slot] = layout_of_sketch(reference, sketch.row_count), sketch.encoding
     for gram in by_kind["gram"]:
         asked[gram.slot] = layout_of_gram(layout), gram.encoding
-    return asked
+    return {slot: (expected, encoding_from_proto(number)) for slot, (expected, number) in asked.items()}
 
 
 def _encode(adapter: Adapter, encoding: Encoding, reference: Adapter | None = None, *, include_layout: bool) -> Encoded:
@@ -235,8 +239,3 @@ def register_message(node_id: int, ttl: float | None = None, content: RecordDict
 def counters_message(node_id: int, ttl: float | None = None) -> Message:
     """Ask a node for its counters only."""
     return Message(RecordDict(), dst_node_id=node_id, message_type=COUNTERS_TYPE, ttl=ttl)
-
-
-def max_blob_bytes(layout: Layout) -> int:
-    """Twice the plain numbers bounds any encoding with its header; a longer blob is refused unread."""
-    return 2 * payload_size(layout, Encoding.FP32) + 2**20

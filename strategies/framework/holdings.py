@@ -7,8 +7,9 @@ what is noted here gets everything whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.bank.store import Bank, Storage, tensor_of
@@ -79,19 +80,25 @@ class Holdings:
         }
 
     def take_from(self, state: State) -> None:
-        """Continue from what :meth:`add_to` put there, and remove it."""
-        saved = state.values.pop(_KEY, {"clients": {}, "layout_of": {}, "layouts": {}})
+        """Continue from what :meth:`add_to` put there."""
+        saved = state.values.get(_KEY, {"clients": {}, "layout_of": {}, "layouts": {}})
         layouts = {
             digest: Layout.from_proto(adapter_pb2.Layout.FromString(bytes.fromhex(text)))
             for digest, text in saved["layouts"].items()
         }
         self._bank.clear()
         for digest, layout in saved["layout_of"].items():
-            name = f"{_KEY}/{digest}"
-            self._bank.put_row(digest, layouts[layout], state.row(name))
-            state.tensors.pop(name, None)
-            state.rows.pop(name, None)
+            self._bank.put_row(digest, layouts[layout], state.row(f"{_KEY}/{digest}"))
         self._held, self._sent = {client: dict(slots) for client, slots in saved["clients"].items()}, {}
+
+
+def without_holdings(state: State) -> State:
+    """What a checkpoint has of the strategy alone: strategies may count their tensors."""
+
+    def kept(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: one for name, one in found.items() if name.partition("/")[0] != _KEY}
+
+    return State(kept(state.tensors), kept(state.values), kept(state.rows))
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,13 @@ def main() -> None:
     files = members(stored)
     short = {name: bare(data) if name.endswith(".py") else data for name, data in files.items()}
     clients = {name: data for name, data in files.items() if not name.startswith(SERVERS)}
+    together = clients | {"server_app/app.py": b""}  # no bundle of ours is without one
     ways = {
         "flwr run: stored": stored,
         "each file compressed": zipped(files, zipfile.ZIP_DEFLATED),
         "each file compressed, without comments": zipped(short, zipfile.ZIP_DEFLATED),
         "what the ClientApp imports, each file compressed": zipped(clients, zipfile.ZIP_DEFLATED),
+        "what the ClientApp imports, all files compressed together": packed(zipped(together, zipfile.ZIP_STORED)),
         "fedalloy submit: all files compressed together": packed(stored),
         "all files together, without comments": packed(zipped(short, zipfile.ZIP_STORED)),
     }

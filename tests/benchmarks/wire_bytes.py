@@ -10,9 +10,9 @@ these.
 
 All on one local cluster of stock SuperNodes (TLS, registered keys): the same base model (a Llama over characters with
 random weights, LoRA r=16 on all linear layers; or one of ``wire/cases.py``), data, rounds, steps, batch size and seeds.
-The stock app
-(``stock_app/``) sends a float32 state dict, and trains and evaluates by messages of their own, as FlowerTune's
-templates do.
+The stock app (``stock_app/``) sends a float32 state dict, and trains and evaluates by messages of their own, as the
+templates of ``flwr new`` do (FlowerTune's example is set not to evaluate at all). Its mean loss is Flower's, weighted
+by examples.
 
 ``total`` is what the kernel counted as TCP payload at the SuperLink's sockets to its SuperNodes, both directions, from
 before ``flwr run`` until it ended: TLS, gRPC, polls, heartbeats, registration, the app bundle, everything. ``bundle``

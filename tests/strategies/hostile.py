@@ -307,7 +307,14 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "blob-that-claims-a-huge-payload": (lambda h: h.header(payload_bytes=2**63), "slot 'global': BAD_LENGTH"),
     "blob-of-an-unknown-encoding": (lambda h: h.header(encoding=99), "slot 'global': BAD_ENCODING"),
     "blob-of-no-encoding": (lambda h: h.header(encoding=0), "slot 'global': BAD_ENCODING"),
-    "blob-of-another-encoding-than-it-says": (lambda h: h.header(encoding=2), "slot 'global': BAD_LENGTH"),
+    "blob-of-another-encoding-than-it-says": (
+        lambda h: h.header(encoding=2),
+        "slot 'global': BAD_ENCODING: encoded as fp16, expected fp32",
+    ),
+    "a-larger-encoding-than-asked-for": (
+        lambda h: h.encoded("extra", random_adapter(PART, 3), encoding=Encoding.FP32),
+        "slot 'extra': BAD_ENCODING: encoded as fp32, expected int8",
+    ),
     "reference-that-nobody-holds": (
         lambda h: h.header("extra", reference_digest=b"\1" * 32),
         "slot 'extra': UNKNOWN_REFERENCE",

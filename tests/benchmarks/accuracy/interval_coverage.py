@@ -24,6 +24,7 @@ CASES: dict[str, Shares] = {
     "clients differ, seeds a little": (0.1, 1.0, 1.0),
     "seeds differ a little": (0.3, 0.0, 1.0),
     "seeds differ": (1.0, 0.0, 1.0),
+    "clients and seeds differ": (1.0, 1.0, 1.0),
 }
 
 

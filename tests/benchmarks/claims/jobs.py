@@ -1,8 +1,9 @@
 """Which runs an experiment wants next: first a search of settings for each arm, the same budget for all, then tests.
 
 The search is on seeds from 100 on, by the mean loss of delivered models on *validation* examples, at one setting of the
-dial. Each arm has three tries: both learning rates; then, at the better one, the method's other setting. An arm without
-another setting tries a third rate beyond the better one. Seeds 0, 1 and 2 are tested with the winner.
+dial. Each arm has up to five tries: both learning rates; then, at the better one, the method's other setting, if it has
+one; then rates beyond the best one, until there are worse ones on both of its sides. Seeds 0, 1 and 2 are tested with
+the winner.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 from tests.benchmarks.claims.designs import QUIET, Arm, Base, Claim, Config, Experiment, Place
 from tests.benchmarks.claims.found import Line
+
+TRIES = 5
+"""Of one arm's search, at most."""
 
 
 @dataclass(frozen=True)
@@ -124,24 +128,30 @@ class Wanted:
         )
 
     def searches(self, arm: Arm, lines: Sequence[Line]) -> list[Config]:
-        """Settings that an arm tries, as far as they are known: the third depends on the first two."""
+        """Settings that an arm tries, as far as they are known: each but the first two depends on those before."""
         low, high = self.design.rates
         tried: list[Config] = [{"learning-rate": low}, {"learning-rate": high}]
-        losses = [self._searched(arm, setting, lines) for setting in tried]
-        if None in losses:
-            return tried
-        best = min(range(2), key=lambda index: losses[index] or 0.0)
-        rate = (low, high)[best]
-        beyond = float(f"{(low * low / high, high * high / low)[best]:.3g}")
-        return [*tried, {"learning-rate": rate, **arm.other} if arm.other else {"learning-rate": beyond}]
+        while (best := self._best(arm, tried, lines)) is not None and len(tried) < TRIES:
+            if len(tried) == 2 and arm.other:
+                tried.append({**best, **arm.other})
+                continue
+            if not _at_edge(best, tried):
+                break
+            rate = best["learning-rate"]
+            beyond = rate * high / low if rate == max(_rates(tried)) else rate * low / high
+            tried.append({**best, "learning-rate": float(f"{beyond:.3g}")})
+        return tried
 
     def setting(self, arm: Arm, lines: Sequence[Line]) -> Config | None:
         """The setting that the search has chosen; None before it is over."""
         arm = self.experiment.arm(arm.like) if arm.like else arm
-        tried = self.searches(arm, lines)
-        found = {index: self._searched(arm, setting, lines) for index, setting in enumerate(tried)}
-        known = {index: loss for index, loss in found.items() if loss is not None}
-        return tried[min(known, key=lambda index: known[index])] if len(known) == 3 else None
+        return self._best(arm, self.searches(arm, lines), lines)
+
+    def at_edge(self, arm: Arm, lines: Sequence[Line]) -> bool:
+        """Whether the chosen learning rate is the lowest or the highest that was tried."""
+        arm = self.experiment.arm(arm.like) if arm.like else arm
+        chosen = self.setting(arm, lines)
+        return chosen is not None and _at_edge(chosen, self.searches(arm, lines))
 
     def found_setting(self, arm: Arm, lines: Sequence[Line]) -> Config:
         """The setting that the search has chosen.
@@ -179,6 +189,12 @@ class Wanted:
         found = {job.key: job for job in [*searches, *self.test_jobs(lines)] if job.key not in there}
         return list(found.values())
 
+    def _best(self, arm: Arm, tried: Sequence[Config], lines: Sequence[Line]) -> Config | None:
+        """The setting with the smallest validation loss, the first of equals; None until all have been run."""
+        losses = [self._searched(arm, setting, lines) for setting in tried]
+        known = [loss for loss in losses if loss is not None]
+        return tried[known.index(min(known))] if len(known) == len(tried) else None
+
     def _searched(self, arm: Arm, setting: Config, lines: Sequence[Line]) -> float | None:
         """Mean validation loss of a setting; None until all of its runs are there. One that broke down is infinite."""
         jobs = {job.key for job in self.search_jobs(arm, setting)}
@@ -186,6 +202,15 @@ class Wanted:
         if {(line["digest"], line["seed"]) for line in own} != jobs:
             return None
         return fmean(_loss(line) for line in own)
+
+
+def _rates(tried: Sequence[Config]) -> list[float]:
+    return [setting["learning-rate"] for setting in tried]
+
+
+def _at_edge(setting: Config, tried: Sequence[Config]) -> bool:
+    """Whether its rate has no other rate on one of its sides."""
+    return not min(_rates(tried)) < setting["learning-rate"] < max(_rates(tried))
 
 
 def _loss(line: Mapping[str, Any]) -> float:

@@ -26,7 +26,7 @@ SEEN, NOT_SEEN, OPEN = "seen", "not seen", "cannot be told here"
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on one claim at one setting of the dial; ``gain`` is the smallest over all comparisons."""
+    """The verdict on one claim at one setting of the dial; ``gain`` is that of the comparison which decides it."""
 
     word: str
     gain: Interval
@@ -43,11 +43,23 @@ def page(asked: Wanted, lines: Sequence[Line]) -> str:
         text += [f"**{dial}** (`{place.scenario}`, {len(place.clients)} clients): {place.about}.", ""]
         text += [*table(asked, lines, found), ""] if found else ["Nothing has been run.", ""]
         text += [*by_client(asked, found, place), ""] if found and place.each else []
-    text += ["| claim | " + " | ".join(asked.chosen_dials) + " |", "|" + "---|" * (1 + len(asked.chosen_dials))]
-    for claim in asked.claims:
-        cells = [said(verdict(asked, claim, of_dial(asked, lines, dial), dial)) for dial in asked.chosen_dials]
-        text.append(f"| {claim.text} | {' | '.join(cells)} |")
-    return "\n".join([*text, ""])
+    metric = score_of(lines)
+    for measured in ("loss", metric):
+        text += [
+            f"| claim, by {measured} | {' | '.join(asked.chosen_dials)} |",
+            "|---" * (1 + len(asked.chosen_dials)) + "|",
+        ]
+        for claim in asked.claims:
+            found_of = [(of_dial(asked, lines, dial), dial) for dial in asked.chosen_dials]
+            cells = [said(verdict(asked, claim, found, dial, measured)) for found, dial in found_of]
+            text.append(f"| {claim.text} | {' | '.join(cells)} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def score_of(lines: Sequence[Line]) -> str:
+    """The name of the metric beside loss: ``score`` where clients have tasks of several kinds."""
+    return "score" if any("score" in line["metrics"] for line in lines) else "accuracy"
 
 
 def of_dial(asked: Wanted, lines: Sequence[Line], dial: str) -> dict[str, list[Line]]:
@@ -72,7 +84,7 @@ def scores(found: Mapping[str, Sequence[Line]], name: str, metric: str, clients:
 
 def table(asked: Wanted, lines: Sequence[Line], found: Mapping[str, Sequence[Line]]) -> list[str]:
     """A row for each arm, the smallest loss first, then models that arms have measured beside their own."""
-    score = "score" if any("score" in line["metrics"] for line in next(iter(found.values()))) else "accuracy"
+    score = score_of(next(iter(found.values())))
     first = asked.method
     others = sorted({f"{arm}/{model}" for arm in found for line in found[arm] for model in line["models"]})
     names = sorted(found, key=lambda name: mean_of(scores(found, name, "loss"))) + others
@@ -91,7 +103,9 @@ def table(asked: Wanted, lines: Sequence[Line], found: Mapping[str, Sequence[Lin
         ]
         cells.append(f"{shown(gain.mean)} ({gain.better}/{gain.worse})" if gain is not None else "")
         if name == arm:
-            cells[1] = in_words(asked.setting(asked.experiment.arm(arm), lines) or {})
+            design = asked.experiment.arm(arm)
+            edge = "; at the edge" if asked.at_edge(design, lines) else ""
+            cells[1] = in_words(asked.setting(design, lines) or {}) + edge
             cells += [f"{fmean(number(line) for line in found[arm]):.0f}" for number in COSTS]
             cells.append(str(len({line["seed"] for line in found[arm]})))
         else:
@@ -101,11 +115,14 @@ def table(asked: Wanted, lines: Sequence[Line], found: Mapping[str, Sequence[Lin
 
 
 def by_client(asked: Wanted, found: Mapping[str, Sequence[Line]], place: Place) -> list[str]:
-    """A row for each client, as its place says what it has: losses, the mean over seeds, by arm."""
+    """A row for each kind of client that its place tells apart: losses, the mean over clients and seeds, by arm."""
     names = sorted(found, key=lambda name: mean_of(scores(found, name, "loss")))
-    rows = [f"| each client's loss | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (1 + len(names)) + "|"]
+    rows = [f"| a client's loss | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (1 + len(names)) + "|"]
+    kinds: dict[str, list[str]] = {}
     for number, has in zip(place.clients, place.each, strict=True):
-        means = [mean_of(scores(found, name, "loss", [f"client-{number}"])) for name in names]
+        kinds.setdefault(has, []).append(f"client-{number}")
+    for has, clients in kinds.items():
+        means = [mean_of(scores(found, name, "loss", clients)) for name in names]
         rows.append(f"| {has} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
     return rows
 
@@ -115,9 +132,9 @@ def verdict(
 ) -> Verdict | None:
     """The verdict on a claim; None if an arm has no scores.
 
-    Better: *seen* if the interval against every one of ``against`` is above zero, *not seen* if a mean gain is not. As
-    good: seen if all intervals are above minus ``within``, not seen if one is below it. Otherwise, and with fewer than
-    three seeds, it cannot be decided.
+    Better: *seen* if the interval against every one of ``against`` is above zero, *not seen* if one is below it. As
+    good: the same with minus ``within`` in the place of zero. Otherwise it cannot be decided; nor with fewer than three
+    seeds of any pair, nor where a client of either has no number, because its model broke down.
     """
     place = asked.design.places[dial]
     clients = [f"client-{place.clients[index]}" for index in claim.clients if index < len(place.clients)]
@@ -125,26 +142,29 @@ def verdict(
         return None
     own = scores(found, claim.arm, metric, clients)
     gains: dict[str, Interval] = {}
+    seeds, whole = set[int](), True
     for other in claim.against:
         theirs = scores(found, other, metric, clients)
         if not own or not theirs:
             return None
         gains[other] = paired(own, theirs, SIGNS[metric]).mean
-    least = min(gains, key=lambda name: gains[name].low)
-    seeds = len({seed for seed, _ in own})
-    return Verdict(_word(gains, claim.within, seeds), gains[least], least, seeds)
+        both = {seed for seed, _ in own.keys() & theirs.keys()}
+        seeds = both if len(gains) == 1 else seeds & both
+        whole = whole and all(_all_have(found, name, metric, clients) for name in (claim.arm, other))
+    if len(seeds) < 3 or not whole:
+        word = OPEN
+    elif all(gain.low > -claim.within for gain in gains.values()):
+        word = SEEN
+    else:
+        word = NOT_SEEN if any(gain.high < -claim.within for gain in gains.values()) else OPEN
+    least = min(gains, key=lambda name: gains[name].high if word == NOT_SEEN else gains[name].low)
+    return Verdict(word, gains[least], least, len(seeds))
 
 
-def _word(gains: Mapping[str, Interval], within: float, seeds: int) -> str:
-    if seeds < 3:
-        return OPEN
-    if within:
-        if all(gain.low > -within for gain in gains.values()):
-            return SEEN
-        return NOT_SEEN if any(gain.high < -within for gain in gains.values()) else OPEN
-    if all(gain.low > 0 for gain in gains.values()):
-        return SEEN
-    return NOT_SEEN if any(gain.value <= 0 for gain in gains.values()) else OPEN
+def _all_have(found: Mapping[str, Sequence[Line]], name: str, metric: str, clients: Sequence[str]) -> bool:
+    """Whether every client of every run has the metric: one that is not finite has been left out."""
+    lines = [line for line in found[name.partition("/")[0]] if not clients or line["client"] in clients]
+    return len(scores(found, name, metric, clients)) == len(lines)
 
 
 def in_words(setting: Mapping[str, Any]) -> str:

@@ -63,20 +63,32 @@ def played(asked: Wanted, losses: dict[str, float]) -> tuple[list[dict[str, Any]
     return lines, order
 
 
-def test_every_arm_has_three_tries_on_validation_and_what_wins_is_tested() -> None:
+def test_every_arm_has_five_tries_on_validation_and_what_wins_is_tested() -> None:
     asked = Wanted(TOY, "tiny")
-    _, order = played(asked, {"m": 0.5, "c": 0.6, "all": 0.7})
+    lines, order = played(asked, {"m": 0.5, "c": 0.6, "all": 0.7})
     tries = {name: [dict(job.setting) for job in order if job.split == "validation" and job.arm.name == name]
              for name in ("m", "c", "all")}  # fmt: skip
     assert tries["m"] == [
-        {"learning-rate": 1e-3}, {"learning-rate": 4e-3}, {"learning-rate": 4e-3, "potara.damping": 0.5}
+        {"learning-rate": 1e-3}, {"learning-rate": 4e-3}, {"learning-rate": 4e-3, "potara.damping": 0.5},
+        {"learning-rate": 0.016}, {"learning-rate": 0.064},
     ]  # fmt: skip
-    assert [one["learning-rate"] for one in tries["c"]] == [1e-3, 4e-3, 0.016]
+    assert [one["learning-rate"] for one in tries["c"]] == [1e-3, 4e-3, 0.016, 0.064, 0.256]
     assert tries["all"] == []
     assert all(job.seed >= 100 for job in order if job.split == "validation")
     tested = [job for job in order if job.split == "test"]
     assert {(job.arm.name, job.seed) for job in tested} == {(n, s) for n in ("m", "c", "all") for s in (0, 1, 2)}
-    assert {dict(job.setting)["learning-rate"] for job in tested if job.arm.name in ("c", "all")} == {0.016}
+    assert {dict(job.setting)["learning-rate"] for job in tested if job.arm.name in ("c", "all")} == {0.256}
+    assert asked.at_edge(TOY.arms[1], lines)
+
+
+def test_a_search_ends_where_there_are_worse_rates_on_both_sides() -> None:
+    asked, losses = Wanted(TOY, "tiny", arms=("c",)), {2.5e-4: 0.7, 1e-3: 0.5, 4e-3: 0.6}
+    lines: list[dict[str, Any]] = []
+    while (job := asked.next_jobs(lines)[0]).split == "validation":
+        lines += lines_of(job, [losses[dict(job.setting)["learning-rate"]]] * 2)
+    assert dict(job.setting) == {"learning-rate": 1e-3}
+    assert not asked.at_edge(TOY.arms[1], lines)
+    assert len(lines) == 2 * len(losses)
 
 
 def test_a_verdict_needs_three_seeds_and_an_interval_above_zero() -> None:
@@ -97,8 +109,14 @@ def test_a_verdict_needs_three_seeds_and_an_interval_above_zero() -> None:
     worse = verdict(asked, Claim("worse", "c", ("m",)), whole, "here")
     assert worse is not None
     assert worse.word == "not seen"
+    missing = {**whole, "c": [line for line in whole["c"] if line["seed"] != 2]}
+    broken = {**whole, "c": [{**line, "metrics": {}} if line["client"] == "client-0" else line for line in whole["c"]]}
+    for some in (missing, broken):
+        unknown = verdict(asked, better, some, "here")
+        assert unknown is not None
+        assert unknown.word == OPEN, "a control with two seeds, or with a model that broke down"
     assert "| better | **seen**" in page(asked, lines)
-    assert "| many | 0.497 | 0.685 | 0.885 |" in page(asked, lines), "a client's mean over seeds, by arm"
+    assert "| many | 0.437 | 0.445 | 0.645 |" in page(asked, lines), "a client's mean over seeds, by arm"
     shown = ElementTree.fromstring(picture(asked, lines))
     assert len(shown.findall("{http://www.w3.org/2000/svg}circle")) == 2
 
@@ -124,7 +142,7 @@ def test_the_wire_is_measured_with_the_settings_that_the_search_has_chosen(
     lines, _ = played(asked, {"m": 0.5, "c": 0.9, "all": 0.7})
     jobs = wire.jobs_of(asked, lines)
     assert [(job.arm.name, job.seed, job.split) for job in jobs] == [(n, 0, "test") for n in ("m", "c", "all")]
-    assert dict(jobs[0].setting) == {"learning-rate": 4e-3}
+    assert dict(jobs[0].setting) == {"learning-rate": 0.064}
     monkeypatch.setattr(wire, "FOUND", tmp_path / "wire.jsonl")
     sent = {"digest": jobs[0].digest, "seed": 0, "up": 2_000_000, "down": 3_500_000, "seconds": 61.2}
     resumable.append(wire.FOUND, [sent])

@@ -17,7 +17,13 @@ FEDMERGE = Experiment(
         "vit": Base(
             places={
                 "mixtures": Place(
-                    "cifar100-groups", (*_PURE, *_MIXTURES), 12, "eight clients in four groups, four mixtures of two"
+                    *(
+                        "cifar100-groups",
+                        (*_PURE, *_MIXTURES),
+                        12,
+                        "eight clients in four groups, four mixtures of two",
+                    ),
+                    each=(*("group",) * 8, *("mixture",) * 4),
                 ),
                 "groups": Place("cifar100-groups", _PURE, 12, "eight clients in four groups"),
                 "everything": Place("cifar100-20", _PURE, 20, "eight clients with random shares of all classes"),
@@ -54,6 +60,13 @@ FEDMERGE = Experiment(
             "merging beats clusters for the clients that are mixtures",
             "fedmerge",
             ("ifca", "fedem"),
+            clients=_MIXTURES,
+            bases=("vit",),
+        ),
+        Claim(
+            "the same for the authors' variant (a question asked afterwards)",
+            "fedmerge-authors",
+            ("fedavg", "ifca", "fedem"),
             clients=_MIXTURES,
             bases=("vit",),
         ),

@@ -47,10 +47,13 @@ TAP = Experiment(
         Arm("fedavg", "fedavg", role="reference"),
         Arm("local", "local", role="reference"),
         Arm("local-twice", "local-twice", role="control"),
+        Arm("fedavg-tuned", "fedavg-tuned", role="control"),
+        Arm("local-all", "local-all", role="control", like="local"),
     ),
     claims=(
         Claim("it beats FedAvg and fine-tuning at equal steps", "tap", ("fedavg+J", "fedavg+2J")),
         Claim("it beats own training", "tap", ("local", "local-twice")),
+        Claim("it beats own training on validation examples, too", "tap", ("local-all",)),
         Claim("distillation adds to replacement", "tap", ("tap/stage1",)),
     ),
     search_dial="a quarter",

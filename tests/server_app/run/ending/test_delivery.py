@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,30 @@ import torch
 
 from fedalloy_adapters.adapter import Adapter
 from server_app.run.run_directory import RunDirectory
+from strategies import STRATEGIES
 from tests.faults.nodes import NodeGrid, nodes, run_nodes
 from tests.server_app.conftest import Runner
 from tests.strategies.conftest import FakeNode
 
 TARGET = 3.0
+NOTHING_HELD = ("local", "local-all", "local-twice", "dare", "fedpae", "fisher-merge", "nan", "regmean", "samerging",
+                "task-arithmetic", "ties")  # fmt: skip
+"""Their clients are sent nothing, or nothing before the end."""
 
 
-def towards(name: str, round_: int, adapter: Adapter) -> Adapter:
+def towards(name: str, round_: int, adapter: Adapter, far: int = 30) -> Adapter:
     """Each number moves by one; in rounds 1 to 3 towards the target, then away from it, fast."""
-    return Adapter(adapter.layout, torch.full_like(adapter.vector, float(round_ if round_ < 4 else 30 * round_)))
+    return Adapter(adapter.layout, torch.full_like(adapter.vector, float(round_ if round_ < 4 else far * round_)))
 
 
 def distance(adapter: Adapter) -> dict[str, float]:
     return {"loss": float((adapter.vector - TARGET).abs().mean())}
 
 
-def grid() -> NodeGrid:
+def grid(far: int = 30) -> NodeGrid:
     found: dict[int, FakeNode] = nodes()
     for node in found.values():
-        node.move, node.metrics = towards, distance
+        node.move, node.metrics = partial(towards, far=far), distance
     return NodeGrid(found)
 
 
@@ -76,6 +81,20 @@ def test_the_last_models_stay_where_that_is_asked_for_and_late_deliveries_fall_b
     after = summary(directory)
     assert (after["diverged"]["ada"]["delivered_round"], after["diverged"]["ben"]["delivered_round"]) == (3, 4)
     assert (after["clients"]["ada"]["loss"], after["clients"]["ben"]["loss"]) == (0.0, 117.0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_delivers_an_earlier_state_beside_what_clients_hold(strategy: str, tmp_path: Path) -> None:
+    """With a lossy downlink a checkpoint has more tensors than the strategy's."""
+    encodings = {"downlink_encoding": "int8", "uplink_encoding": "int8"}
+    config = encodings | {"strategy": strategy, "num_server_rounds": 6, "max_update_ratio": 0.0}
+    directory = run_nodes(tmp_path, grid(far=10), **config)
+    delivered = next(record for record in directory.rounds() if record["phase"] == "deliver")["clients"]
+    assert {name: record["status"] for name, record in delivered.items()} == dict.fromkeys(("ada", "ben", "cyd"), "ok")
+    assert all(record["state"] < 6 for record in delivered.values()), "the last rounds are worse for every strategy"
+    newest = directory.newest_checkpoint()
+    assert newest is not None
+    assert any(name.startswith("holdings/") for name in newest.state.tensors) != (strategy in NOTHING_HELD)
 
 
 def test_a_real_client_goes_back_to_its_slots_of_then(run: Runner) -> None:
