@@ -42,6 +42,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--design", default="", help="Whose clients and steps another base model gets.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--search-seeds", type=int, nargs="+", default=[100])
+    parser.add_argument("--tries", type=int, default=Wanted.tries, help="Settings that an arm tries, at most.")
     parser.add_argument("--dials", nargs="+", default=[])
     parser.add_argument("--arms", nargs="+", default=[])
     parser.add_argument("--set", default="", help="More run-config, as for flwr run: another experiment.")
@@ -69,7 +70,7 @@ def wanted(given: argparse.Namespace) -> Wanted:
                          f"{', '.join(experiment.bases)}")  # fmt: skip
     return Wanted(
         experiment, base, model, tuple(given.seeds), tuple(given.search_seeds), tuple(given.dials), tuple(given.arms),
-        tuple(sorted(parse_run_config(given.set).items())),
+        tuple(sorted(parse_run_config(given.set).items())), given.tries,
     )  # fmt: skip
 
 

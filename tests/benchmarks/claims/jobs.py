@@ -18,9 +18,6 @@ from typing import Any
 from tests.benchmarks.claims.designs import QUIET, Arm, Base, Claim, Config, Experiment, Place
 from tests.benchmarks.claims.found import Line
 
-TRIES = 5
-"""Of one arm's search, at most."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -73,6 +70,7 @@ class Wanted:
         dials: settings of the dial; empty: all.
         arms: names of arms; empty: all.
         more: run-config that replaces the design's.
+        tries: of one arm's search, at most.
     """
 
     experiment: Experiment
@@ -83,6 +81,7 @@ class Wanted:
     dials: tuple[str, ...] = ()
     arms: tuple[str, ...] = ()
     more: tuple[tuple[str, Any], ...] = ()
+    tries: int = 5
 
     @property
     def design(self) -> Base:
@@ -131,7 +130,7 @@ class Wanted:
         """Settings that an arm tries, as far as they are known: each but the first two depends on those before."""
         low, high = self.design.rates
         tried: list[Config] = [{"learning-rate": low}, {"learning-rate": high}]
-        while (best := self._best(arm, tried, lines)) is not None and len(tried) < TRIES:
+        while (best := self._best(arm, tried, lines)) is not None and len(tried) < self.tries:
             if len(tried) == 2 and arm.other:
                 tried.append({**best, **arm.other})
                 continue
