@@ -56,7 +56,7 @@ from server_app.run.run_directory import Checkpoint, RunDirectory
 from server_app.run.trackers import Trackers
 from strategies import AlloyStrategy, strategy_from_run_config
 from strategies.framework import round_record
-from strategies.framework.exchange import Answer, Client
+from strategies.framework.exchange import Answer, Client, State
 from strategies.framework.holdings import Holdings, without_holdings
 from strategies.framework.limits import unsound
 
@@ -186,7 +186,7 @@ class Run:
         self.enrolment.restore(saved)
         if checkpoint is not None:
             self.holdings.take_from(checkpoint.state)
-            self.strategy.load_state(without_holdings(checkpoint.state))
+            self.restore(checkpoint.state)
         self.enrolment.enrol_newcomers()
         records = self._registered | {
             who: {"status": status, "reason": why, **self.enrolment.node_of(who)}
@@ -293,8 +293,12 @@ class Run:
         if reason is None or before is None:
             return settled
         log(WARNING, "round %d is not merged: %s", round_, reason)
-        self.strategy.load_state(without_holdings(before.state))  # clients still hold what this round has sent them
+        self.restore(before.state)  # clients still hold what this round has sent them
         return settled | {round_record.UNSOUND: reason}
+
+    def restore(self, state: State) -> None:
+        """Give the strategy its own part of a checkpoint's state."""
+        self.strategy.load_state(without_holdings(state))
 
     def _checkpoint(self, round_: int, record: Mapping[str, Any]) -> None:
         about = {

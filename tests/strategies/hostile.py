@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Factor, Layout
-from fedalloy_adapters.wire.codec import MAGIC, Encoding, encode, payload_size
+from fedalloy_adapters.wire.codec import MAGIC, Encoding, encode
 from fedalloy_adapters.wire.flower_records import (
     ARRAY_DTYPE,
     ARRAY_RECORD,
@@ -298,7 +298,7 @@ HOSTILE: dict[str, tuple[Act, str]] = {
         "slot 'global': BAD_HEADER",
     ),
     "blob-longer-than-it-can-be": (
-        blobs(lambda b: b.update({"global": b["global"] + bytes(2 * payload_size(LAYOUT, Encoding.FP32) + 2**20)})),
+        blobs(lambda b: b.update({"global": b["global"] + bytes(2**20)})),
         "slot 'global': TOO_LARGE: .* bytes, at most",
     ),
     "blob-of-version-2": (lambda h: h.header(version=2), "slot 'global': BAD_VERSION: version 2, expected 1"),

@@ -13,7 +13,6 @@ from server_app.run.clients.client_status import OK, REJECTED, ClientRecord
 from server_app.run.clients.held_out import LABEL, Fall, Score, with_held_out
 from server_app.run.ending.adoption import adopt
 from strategies.framework.exchange import Answer, Client
-from strategies.framework.holdings import without_holdings
 
 if TYPE_CHECKING:
     from server_app.run.loop import Run
@@ -115,9 +114,9 @@ def _fall_back(run: Run, best: int, clients: Sequence[Client], found: Delivery) 
     )
     for client in back:
         run.holdings.forget(client.id)
-    run.strategy.load_state(without_holdings(before.state))
+    run.restore(before.state)
     earlier = _ask(run, best + 1, back, 0)
-    run.strategy.load_state(without_holdings(last.state))
+    run.restore(last.state)
     for name, record in earlier.records.items():
         if record["status"] == OK:
             found.records[name], found.answers[name] = record, earlier.answers[name]

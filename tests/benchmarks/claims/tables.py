@@ -37,9 +37,9 @@ class Verdict:
 def page(asked: Wanted, lines: Sequence[Line]) -> str:
     """Markdown: every table, the claims, and what was shrunk."""
     text = [f"### {asked.experiment.title}: {asked.base_name}", "", f"Shrunk: {asked.experiment.shrunk}", ""]
-    for dial in asked.chosen_dials:
+    by_dial = {dial: of_dial(asked, lines, dial) for dial in asked.chosen_dials}
+    for dial, found in by_dial.items():
         place = asked.design.places[dial]
-        found = of_dial(asked, lines, dial)
         text += [f"**{dial}** (`{place.scenario}`, {len(place.clients)} clients): {place.about}.", ""]
         text += [*table(asked, lines, found), ""] if found else ["Nothing has been run.", ""]
         text += [*by_client(asked, found, place), ""] if found and place.each else []
@@ -50,8 +50,7 @@ def page(asked: Wanted, lines: Sequence[Line]) -> str:
             "|---" * (1 + len(asked.chosen_dials)) + "|",
         ]
         for claim in asked.claims:
-            found_of = [(of_dial(asked, lines, dial), dial) for dial in asked.chosen_dials]
-            cells = [said(verdict(asked, claim, found, dial, measured)) for found, dial in found_of]
+            cells = [said(verdict(asked, claim, found, dial, measured)) for dial, found in by_dial.items()]
             text.append(f"| {claim.text} | {' | '.join(cells)} |")
         text.append("")
     return "\n".join(text)
