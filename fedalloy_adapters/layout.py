@@ -47,11 +47,6 @@ class Entry:
         """The dimensions of a LoRA factor that are the rank."""
         return _RANK_AXES.get(self.factor, ())
 
-    @property
-    def rows(self) -> int:
-        """How many rows the entry has, seen as a matrix ``(shape[0], rest)``; a 1-d entry is one row."""
-        return self.shape[0] if len(self.shape) > 1 else 1
-
 
 @dataclass(frozen=True)
 class Layout:

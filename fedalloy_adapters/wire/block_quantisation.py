@@ -1,9 +1,9 @@
-"""Numbers in four or two bits: blocks of consecutive numbers, one scale per block; ``proto/README.md`` section 3.3.
+"""Numbers in eight, four or two bits: blocks of consecutive numbers, one scale each; ``proto/README.md`` section 3.2.
 
-A block's values are ``scale x level``. Four bits have the levels -7 to 7, two bits -3, -1, 1 and 3. The scale is the
-one with the smallest squared error that a short search finds. It is stored as a bfloat16: a binary16 could neither
-hold the scale of numbers below 4e-7 nor that of numbers above 4e5. Eight significant bits are enough, because levels
-are chosen for the scale as it is stored.
+A block's values are ``scale x level``. Eight bits have the levels -127 to 127, four bits -7 to 7, two bits -3, -1, 1
+and 3. The scale is the one with the smallest squared error that a short search finds. It is stored as a bfloat16: a
+binary16 could neither hold the scale of numbers below 4e-7 nor that of numbers above 4e5. Eight significant bits are
+enough, because levels are chosen for the scale as it is stored.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class BlockFormat:
         return 2 * -(-count // BLOCK) + -(-count * self.bits // 8)
 
 
+EIGHT_BITS = BlockFormat(bits=8, first=-127, step=1, guesses=(1.0,))
 FOUR_BITS = BlockFormat(bits=4, first=-7, step=1, guesses=(1.0, 0.85, 0.7, 0.55, 0.4))
 TWO_BITS = BlockFormat(bits=2, first=-3, step=2, guesses=(1.0, 0.75, 0.55, 0.4, 0.25))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter, all_finite, require_same_layout
 from fedalloy_adapters.layout import Layout, LayoutError
-from fedalloy_adapters.wire.block_quantisation import FOUR_BITS, TWO_BITS, pack_blocks, unpack_blocks
+from fedalloy_adapters.wire.block_quantisation import EIGHT_BITS, FOUR_BITS, TWO_BITS, pack_blocks, unpack_blocks
 from proto.fedalloy.v1 import adapter_pb2
 
 MAGIC = b"FALLOY\x00\x01"
@@ -88,10 +88,8 @@ class Encoding(enum.StrEnum):
     @property
     def for_starts(self) -> Encoding:
         """The encoding for whole adapters from which the next round starts: integers drop small steps, each time."""
-        return Encoding.FP16 if self in _INTEGERS else self
+        return Encoding.FP16 if self in _IN_BLOCKS else self
 
-
-_INTEGERS = (Encoding.INT8, Encoding.INT4, Encoding.INT2)
 
 _TO_PROTO = {
     Encoding.FP32: adapter_pb2.ENCODING_FP32,
@@ -102,8 +100,9 @@ _TO_PROTO = {
     Encoding.INT2: adapter_pb2.ENCODING_INT2,
 }
 _FROM_PROTO: dict[int, Encoding] = {int(number): encoding for encoding, number in _TO_PROTO.items()}
-_WIDTH = {Encoding.FP32: 4, Encoding.FP16: 2, Encoding.BF16: 2, Encoding.INT8: 1}
-_IN_BLOCKS = {Encoding.INT4: FOUR_BITS, Encoding.INT2: TWO_BITS}
+_WIDTH = {Encoding.FP32: 4, Encoding.FP16: 2, Encoding.BF16: 2}
+_IN_BLOCKS = {Encoding.INT8: EIGHT_BITS, Encoding.INT4: FOUR_BITS, Encoding.INT2: TWO_BITS}
+"""The integer encodings."""
 
 
 def encoding_to_proto(encoding: Encoding) -> adapter_pb2.Encoding:
@@ -136,8 +135,7 @@ def payload_size(layout: Layout, encoding: Encoding) -> int:
     """Bytes of the payload: the numbers, and the scales of the integer encodings."""
     if encoding in _IN_BLOCKS:
         return sum(_IN_BLOCKS[encoding].size(entry.size) for entry in layout.entries)
-    scales = sum(entry.rows for entry in layout.entries) * 4 if encoding is Encoding.INT8 else 0
-    return layout.size * _WIDTH[encoding] + scales
+    return layout.size * _WIDTH[encoding]
 
 
 def encode(
@@ -320,17 +318,8 @@ def _pack(layout: Layout, numbers: Tensor, encoding: Encoding) -> bytes:
         if not all_finite(brief):
             raise CodecError(CodecErrorCode.NOT_FINITE, f"bf16 overflows at {float(numbers.abs().max()):.4g}")
         return brief.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
-    if encoding in _IN_BLOCKS:
-        kind = _IN_BLOCKS[encoding]
-        return b"".join(pack_blocks(numbers[layout.slice_of(entry.name)], kind) for entry in layout.entries)
-    pieces: list[bytes] = []
-    for entry in layout.entries:
-        rows = numbers[layout.slice_of(entry.name)].view(entry.rows, -1)
-        scales = rows.abs().amax(dim=1) / 127
-        steps = torch.where(scales > 0, scales, torch.ones_like(scales))
-        quantised = (rows / steps[:, None]).round().clamp(-127, 127).to(torch.int8)
-        pieces += [scales.numpy().astype("<f4", copy=False).tobytes(), quantised.numpy().tobytes()]
-    return b"".join(pieces)
+    kind = _IN_BLOCKS[encoding]
+    return b"".join(pack_blocks(numbers[layout.slice_of(entry.name)], kind) for entry in layout.entries)
 
 
 def _unpack(layout: Layout, payload: bytes | memoryview, encoding: Encoding) -> Tensor:
@@ -342,21 +331,12 @@ def _unpack(layout: Layout, payload: bytes | memoryview, encoding: Encoding) -> 
     if encoding is Encoding.BF16:
         bits = torch.from_numpy(np.frombuffer(payload, "<i2").astype(np.int16))
         return bits.view(torch.bfloat16).to(torch.float32)
+    kind = _IN_BLOCKS[encoding]
     numbers = torch.empty(layout.size)
     position = 0
-    if encoding in _IN_BLOCKS:
-        kind = _IN_BLOCKS[encoding]
-        for entry in layout.entries:
-            numbers[layout.slice_of(entry.name)] = unpack_blocks(payload, position, entry.size, kind)
-            position += kind.size(entry.size)
-        return numbers
     for entry in layout.entries:
-        scales = np.frombuffer(payload, "<f4", count=entry.rows, offset=position).astype(np.float32)
-        position += 4 * entry.rows
-        quantised = np.frombuffer(payload, "i1", count=entry.size, offset=position).reshape(entry.rows, -1)
-        position += entry.size
-        rows = torch.from_numpy(scales)[:, None] * torch.from_numpy(quantised.astype(np.float32))
-        numbers[layout.slice_of(entry.name)] = rows.reshape(-1)
+        numbers[layout.slice_of(entry.name)] = unpack_blocks(payload, position, entry.size, kind)
+        position += kind.size(entry.size)
     return numbers
 
 

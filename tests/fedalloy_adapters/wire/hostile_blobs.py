@@ -135,17 +135,17 @@ def handmade(numbers: bytes, encoding: Encoding, reference: Adapter | None = Non
     return assemble(head, numbers)
 
 
-def int8(scales: tuple[float, float, float], integers: tuple[int, ...] = (1,) * 8) -> bytes:
-    return struct.pack("<2f6bf2b", *scales[:2], *integers[:6], scales[2], *integers[6:])
-
-
 def in_blocks(scales: tuple[float, float], codes: tuple[int, int], bits: int) -> bytes:
-    """INT4 or INT2 of layout SMALL: each entry is one block of equal codes; its scale is cut to 16 bits."""
+    """Integers of layout SMALL: each entry is one block of equal codes; its scale is cut to 16 bits."""
     payload = b""
     for count, scale, code in zip((6, 2), scales, codes, strict=True):
         packed = sum(code << (bits * position) for position in range(count))
         payload += struct.pack("<f", scale)[2:] + packed.to_bytes(-(-count * bits // 8), "little")
     return payload
+
+
+def int8(scales: tuple[float, float], codes: tuple[int, int] = (128, 128)) -> bytes:
+    return in_blocks(scales, codes, 8)
 
 
 def int4(scales: tuple[float, float], codes: tuple[int, int] = (8, 8)) -> bytes:
@@ -235,7 +235,7 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "layout transposed, same number of numbers": (layout(entry(shape=(2, 4)[::-1])), T.BAD_LAYOUT),
     # encoding and length
     "encoding unspecified": (header(encoding=0), T.BAD_ENCODING),
-    "encoding unknown": (header(encoding=7), T.BAD_ENCODING),
+    "encoding unknown": (header(encoding=8), T.BAD_ENCODING),
     "encoding negative": (header(encoding=-1), T.BAD_ENCODING),
     "no payload": (HONEST[: 12 + HEAD_LENGTH], T.BAD_LENGTH),
     "payload ends one byte early": (HONEST[:-1], T.BAD_LENGTH),
@@ -252,7 +252,7 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "claims 2^64 numbers, which wrap around to 0": (claiming((65536,) * 4), T.BAD_LENGTH),
     "claims 2^64 + 1 numbers, which wrap around to 1": (claiming((65536,) * 4, (1,), payload=bytes(4)), T.BAD_LENGTH),
     "claims 2^62 numbers of 4 bytes, which wrap around": (claiming((32768, 32768, 65536, 65536)), T.BAD_LENGTH),
-    "claims 2^31 rows of scales": (claiming((L, 1), encoding=Encoding.INT8), T.BAD_LENGTH),
+    "claims 10^12 numbers of eight bits": (claiming((10**6, 10**6), encoding=Encoding.INT8), T.BAD_LENGTH),
     "claims 10^12 numbers of four bits": (claiming((10**6, 10**6), encoding=Encoding.INT4), T.BAD_LENGTH),
     "claims 10^12 numbers of two bits": (claiming((10**6, 10**6), encoding=Encoding.INT2), T.BAD_LENGTH),
     "four bits, one scale too few": (handmade(int4((1.0, 1.0))[:-3], Encoding.INT4), T.BAD_LENGTH),
@@ -272,11 +272,11 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "infinity in fp16": (handmade(struct.pack("<8H", 0x7C00, *[0] * 7), Encoding.FP16), T.NOT_FINITE),
     "NaN in bf16": (handmade(struct.pack("<8H", 0x7FC1, *[0] * 7), Encoding.BF16), T.NOT_FINITE),
     "infinity in bf16": (handmade(struct.pack("<8H", 0xFF80, *[0] * 7), Encoding.BF16), T.NOT_FINITE),
-    "NaN scale": (handmade(int8((1.0, math.nan, 1.0)), Encoding.INT8), T.NOT_FINITE),
-    "NaN scale of a row of zeros": (handmade(int8((1.0, 1.0, math.nan), (0,) * 8), Encoding.INT8), T.NOT_FINITE),
-    "infinite scale": (handmade(int8((math.inf, 1.0, 1.0)), Encoding.INT8), T.NOT_FINITE),
-    "infinite scale of a row of zeros": (handmade(int8((math.inf, 1.0, 1.0), (0,) * 8), Encoding.INT8), T.NOT_FINITE),
-    "scale times integer overflows": (handmade(int8((3e38, 1.0, 1.0), (127,) * 8), Encoding.INT8), T.NOT_FINITE),
+    "eight bits, NaN scale": (handmade(int8((1.0, math.nan)), Encoding.INT8), T.NOT_FINITE),
+    "eight bits, NaN scale of zeros": (handmade(int8((1.0, math.nan), (127, 127)), Encoding.INT8), T.NOT_FINITE),
+    "eight bits, infinite scale": (handmade(int8((math.inf, 1.0)), Encoding.INT8), T.NOT_FINITE),
+    "eight bits, infinite scale of zeros": (handmade(int8((math.inf, 1.0), (127, 127)), Encoding.INT8), T.NOT_FINITE),
+    "eight bits, scale times level overflows": (handmade(int8((3e38, 1.0), (254, 127)), Encoding.INT8), T.NOT_FINITE),
     "four bits, NaN scale": (handmade(int4((1.0, math.nan)), Encoding.INT4), T.NOT_FINITE),
     "four bits, NaN scale of a block of zeros": (handmade(int4((math.nan, 1.0), (7, 7)), Encoding.INT4), T.NOT_FINITE),
     "four bits, infinite scale": (handmade(int4((math.inf, 1.0)), Encoding.INT4), T.NOT_FINITE),
@@ -294,7 +294,9 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "content digest of another adapter": (header(content_digest=REFERENCE.digest), T.BAD_DIGEST),
     "one bit of the payload flipped": (HONEST[:-1] + bytes([HONEST[-1] ^ 1]), T.BAD_DIGEST),
     "minus zero for zero": (handmade(struct.pack("<8f", *[-0.0] * 8), Encoding.FP32), T.BAD_DIGEST),
-    "negative scale": (handmade(int8((-1.0, 1.0, 1.0)), Encoding.INT8), T.BAD_DIGEST),
+    "eight bits, negative scale": (handmade(int8((-1.0, 1.0)), Encoding.INT8), T.BAD_DIGEST),
+    "eight bits, the code that no sender writes": (handmade(int8((1.0, 1.0), (255, 128)), Encoding.INT8), T.BAD_DIGEST),
+    "encoding of version 0.1.0": (header(encoding=4), T.BAD_ENCODING),
     "another reference's difference": (
         spoil(lambda p: setattr(p.header, "reference_digest", ADAPTER.digest), reference=REFERENCE), T.BAD_DIGEST
     ),
