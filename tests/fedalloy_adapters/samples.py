@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Entry, Factor, Layout
+from fedalloy_adapters.wire.codec import Encoding
 
+INTEGERS = (Encoding.INT8, Encoding.INT4, Encoding.INT2)
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 
 
@@ -49,6 +51,11 @@ def layout_of(
 def random_adapter(layout: Layout, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     return Adapter(layout, (scale * torch.randn(layout.size, generator=generator, dtype=torch.float64)).to(dtype))
+
+
+def distance(first: Adapter, second: Adapter) -> float:
+    """Norm of the difference, in double precision."""
+    return float((first.vector.double() - second.vector.double()).norm())
 
 
 def tensor_of(adapter: Adapter, module: str, factor: Factor) -> Tensor:

@@ -18,10 +18,9 @@ from proto.fedalloy.v1 import plan_pb2, report_pb2
 from strategies.framework import steps
 from strategies.framework.steps import Training
 from tests.client_app.plan.plan_client import data_of
-from tests.fedalloy_adapters.samples import random_adapter
+from tests.fedalloy_adapters.samples import INTEGERS, distance, random_adapter
 
 SLOT, ROUNDS = "model", 16
-BLOCKS = [Encoding.INT8, Encoding.INT4, Encoding.INT2]
 
 
 class Sender:
@@ -53,11 +52,7 @@ class Sender:
         return decoded, report.results[1].send.residual_norm
 
 
-def distance(first: Adapter, second: Adapter) -> float:
-    return float((first.vector.double() - second.vector.double()).norm())
-
-
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", INTEGERS)
 def test_the_sum_of_what_was_decoded_is_what_was_meant_but_for_what_the_last_upload_dropped(
     model: PersonalModel, tmp_path: Path, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,13 +26,20 @@ from fedalloy_adapters.wire.codec import (
     payload_size,
 )
 from proto.fedalloy.v1 import adapter_pb2
-from tests.fedalloy_adapters.samples import adapters, adapters_of, bits, examples, layout_of, layouts, random_adapter
+from tests.fedalloy_adapters.samples import (
+    INTEGERS,
+    adapters,
+    adapters_of,
+    bits,
+    examples,
+    layout_of,
+    layouts,
+    random_adapter,
+)
 
 LAYOUT = layout_of(ranks={"q_proj": 2, "v_proj": 3})
 ENCODINGS = list(Encoding)
-LARGEST = {Encoding.FP32: None, Encoding.FP16: 65504.0, Encoding.BF16: 2.0**127} | dict.fromkeys(
-    (Encoding.INT8, Encoding.INT4, Encoding.INT2), 2.0**126
-)
+LARGEST = {Encoding.FP32: None, Encoding.FP16: 65504.0, Encoding.BF16: 2.0**127} | dict.fromkeys(INTEGERS, 2.0**126)
 """Numbers up to these can be encoded; beyond them, see the tests of overflow."""
 BLOCK_STEPS = {Encoding.INT8: 1 / 127, Encoding.INT4: 1 / 7, Encoding.INT2: 2 / 3}
 """Distance of two levels in units of the highest."""
@@ -292,7 +299,7 @@ def test_encodings_have_wire_numbers_and_others_are_refused() -> None:
         assert caught.value.code is CodecErrorCode.BAD_ENCODING
 
 
-@pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.INT4, Encoding.INT2])
+@pytest.mark.parametrize("encoding", INTEGERS)
 @pytest.mark.parametrize("power", [-7, 5])
 def test_balancing_the_factors_changes_nothing(encoding: Encoding, power: int) -> None:
     """A / c and c B with c a power of two decode to the same product, to the bit: scales are of blocks."""

@@ -17,11 +17,11 @@ from strategies.framework.dispatch import Dispatch, plan_dispatch
 from strategies.framework.exchange import State
 from strategies.framework.holdings import Holding, Holdings, without_holdings
 from strategies.framework.steps import Training
+from tests.fedalloy_adapters.samples import INTEGERS, distance
 from tests.strategies.conftest import layout_of, random_adapter
 
 LAYOUT = layout_of(rank=8)
 LOSSY = [encoding for encoding in Encoding if encoding.is_lossy]
-BLOCKS = [Encoding.INT8, Encoding.INT4, Encoding.INT2]
 
 
 def dispatch_of(adapter: Adapter, encoding: str, holding: Holding | None, round_: int = 1) -> Dispatch:
@@ -52,11 +52,7 @@ def walk(rounds: int, step: float = 0.05) -> list[Adapter]:
     return found
 
 
-def distance(first: Adapter, second: Adapter) -> float:
-    return float((first.vector - second.vector).norm())
-
-
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", INTEGERS)
 def test_what_was_decoded_adds_up_to_what_was_meant_and_without_feedback_it_does_not(encoding: Encoding) -> None:
     """Without it, each round's change is encoded and its rounding is lost; with it, the client follows."""
     meant = walk(30)
@@ -183,7 +179,7 @@ def test_no_sum_of_squares_becomes_zero(encoding: Encoding) -> None:
     assert bool((encode(sizes, wide).decoded.vector > 0).all())
 
 
-@pytest.mark.parametrize("encoding", BLOCKS)
+@pytest.mark.parametrize("encoding", INTEGERS)
 def test_whole_adapters_that_come_back_are_no_integers(encoding: Encoding) -> None:
     """Rounded to one grid in each round, steps of less than half of its width would be lost for good."""
     training, holdings = Training(uplink_encoding=encoding), Holdings()
