@@ -1,9 +1,10 @@
 """Numbers in eight, four or two bits: blocks of consecutive numbers, one scale each; ``proto/README.md`` section 3.2.
 
 A block's values are ``scale x level``. Eight bits have the levels -127 to 127, four bits -7 to 7, two bits -3, -1, 1
-and 3. The scale is the one with the smallest squared error that a short search finds. It is stored as a bfloat16: a
-binary16 could neither hold the scale of numbers below 4e-7 nor that of numbers above 4e5. Eight significant bits are
-enough, because levels are chosen for the scale as it is stored.
+and 3. With four and two bits the scale is the one with the smallest squared error that a short search finds. With eight
+it is the largest number's, rounded up, so that every number is at most about half a step off. Scales are bfloat16: a
+binary16 could neither hold those of small numbers (four bits: below 4e-7) nor those of large ones (above 4e5). Eight
+significant bits are enough, because levels are chosen for the scale as it is stored.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class BlockFormat:
     first: int
     step: int
     guesses: tuple[float, ...]
-    """First guesses of a block's scale, in units of its largest number / the highest level."""
+    """First guesses of a block's scale, in units of its largest number / the highest level. None: no search."""
 
     @property
     def highest(self) -> int:
@@ -40,7 +41,7 @@ class BlockFormat:
         return 2 * -(-count // BLOCK) + -(-count * self.bits // 8)
 
 
-EIGHT_BITS = BlockFormat(bits=8, first=-127, step=1, guesses=(1.0,))
+EIGHT_BITS = BlockFormat(bits=8, first=-127, step=1, guesses=())
 FOUR_BITS = BlockFormat(bits=4, first=-7, step=1, guesses=(1.0, 0.85, 0.7, 0.55, 0.4))
 TWO_BITS = BlockFormat(bits=2, first=-3, step=2, guesses=(1.0, 0.75, 0.55, 0.4, 0.25))
 
@@ -87,6 +88,9 @@ def _fit(blocks: Tensor, kind: BlockFormat) -> tuple[Tensor, Tensor]:
     there = ~blocks.isnan()
     blocks = torch.where(there, blocks, 0.0)
     largest = blocks.abs().amax(dim=1)
+    if not kind.guesses:
+        scale = _stored_above(largest / kind.highest)
+        return scale, torch.where(scale[:, None] > 0, _levels(blocks, scale, kind), kind.first)
     # In units of the block's largest number: squares of very small or large numbers leave the range of binary32.
     unit = torch.where(largest > 0, largest, 1.0)
     blocks = blocks / unit[:, None]
@@ -114,6 +118,12 @@ def _levels(blocks: Tensor, scale: Tensor, kind: BlockFormat) -> Tensor:
     steps = torch.where(scale > 0, scale, 1.0)[:, None]
     codes = ((blocks / steps - kind.first) / kind.step).round()
     return codes.clamp(0, 2 * kind.highest // kind.step) * kind.step + kind.first
+
+
+def _stored_above(scale: Tensor) -> Tensor:
+    """The smallest scale that can be stored and is not below this one: no block needs a level beyond the highest."""
+    bits = scale.view(torch.int32)  # a bfloat16 is the upper half of a binary32
+    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 def _stored(scale: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def main() -> None:
     found = differences()
     console.print(f"{len(found)} differences of {found[0].layout.size} numbers")
     rows = {str(encoding): measured(found, encoding) for encoding in Encoding}
-    for encoding in (Encoding.INT4, Encoding.INT2):
+    for encoding in (Encoding.INT8, Encoding.INT4, Encoding.INT2):
         for size in (32, 64, 128):
             with blocks_of(size):
                 rows[f"{encoding}, blocks of {size}"] = measured(found, encoding)

@@ -257,6 +257,9 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "claims 10^12 numbers of two bits": (claiming((10**6, 10**6), encoding=Encoding.INT2), T.BAD_LENGTH),
     "four bits, one scale too few": (handmade(int4((1.0, 1.0))[:-3], Encoding.INT4), T.BAD_LENGTH),
     "four bits, one byte too many": (handmade(int4((1.0, 1.0)) + b"\0", Encoding.INT4), T.BAD_LENGTH),
+    "eight bits, one scale too few": (handmade(int8((1.0, 1.0))[:-4], Encoding.INT8), T.BAD_LENGTH),
+    "four bits that are eight": (handmade(int8((1.0, 1.0)), Encoding.INT4), T.BAD_LENGTH),
+    "eight bits that are four": (handmade(int4((1.0, 1.0)), Encoding.INT8), T.BAD_LENGTH),
     "two bits that are four": (handmade(int4((1.0, 1.0)), Encoding.INT2), T.BAD_LENGTH),
     "four bits that are two": (handmade(int2((1.0, 1.0)), Encoding.INT4), T.BAD_LENGTH),
     # references
@@ -295,6 +298,7 @@ HOSTILE: dict[str, tuple[bytes, CodecErrorCode]] = {
     "one bit of the payload flipped": (HONEST[:-1] + bytes([HONEST[-1] ^ 1]), T.BAD_DIGEST),
     "minus zero for zero": (handmade(struct.pack("<8f", *[-0.0] * 8), Encoding.FP32), T.BAD_DIGEST),
     "eight bits, negative scale": (handmade(int8((-1.0, 1.0)), Encoding.INT8), T.BAD_DIGEST),
+    "eight bits, scale 0 with codes": (handmade(int8((0.0, 0.0), (254, 254)), Encoding.INT8), T.BAD_DIGEST),
     "eight bits, the code that no sender writes": (handmade(int8((1.0, 1.0), (255, 128)), Encoding.INT8), T.BAD_DIGEST),
     "encoding of version 0.1.0": (header(encoding=4), T.BAD_ENCODING),
     "another reference's difference": (

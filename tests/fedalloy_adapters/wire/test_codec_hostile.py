@@ -251,7 +251,7 @@ def test_headers_of_the_right_form_with_any_values_end_in_a_codec_error(data: st
     head = adapter_pb2.AdapterHeader(
         version=data.draw(st.sampled_from([1, 1, 1, 0, 2])),
         nonce=data.draw(st.one_of(st.just(bytes(16)), st.binary(max_size=17))),
-        encoding=data.draw(st.integers(-1, 6)),  # type: ignore[arg-type]
+        encoding=data.draw(st.integers(-1, 8)),  # type: ignore[arg-type]
         layout_digest=data.draw(digests),
         content_digest=data.draw(digests),
         reference_digest=data.draw(st.one_of(st.just(b""), digests)),

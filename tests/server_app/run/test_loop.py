@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(run: Runne
 def test_lossy_transport_still_trains_and_sends_fewer_tensor_bytes(run: Runner) -> None:
     exact = summary(run(run_name="fp32"))
     lossy = summary(run(run_name="int8", uplink_encoding="int8", downlink_encoding="bf16"))
-    assert lossy["bytes"]["up"]["tensor"] < 0.35 * exact["bytes"]["up"]["tensor"]  # int8 and scales
+    assert lossy["bytes"]["up"]["tensor"] < 0.27 * exact["bytes"]["up"]["tensor"]  # int8 and scales
     assert lossy["bytes"]["down"]["tensor"] == 0.5 * exact["bytes"]["down"]["tensor"]
     assert len(lossy["clients"]) == 3
     for client, metrics in lossy["clients"].items():

@@ -132,7 +132,7 @@ def test_lossy_transport_both_ways(name: str, log: list[str]) -> None:
 
 
 def push(name: str, round_: int, adapter: Adapter) -> Adapter:
-    """A training step of one size in every number, far below what ``int8`` tells apart in a whole adapter."""
+    """A training step of one size in every number, below what ``int8`` tells apart in a whole adapter."""
     signs = torch.randn(adapter.layout.size, generator=torch.Generator().manual_seed(1)).sign()
     return Adapter(adapter.layout, adapter.vector + 1e-3 * signs)
 
