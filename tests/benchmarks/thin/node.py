@@ -55,6 +55,8 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from tests.benchmarks.thin.answers import ThinClient, layout_of_bytes
 
 CHANNELS = 4
+BEATING = 4
+"""Threads that send heartbeats."""
 PATIENCE = 60.0
 """Seconds that the server may keep a call waiting: what is measured is how long it takes, not whether it is in time."""
 
@@ -101,12 +103,15 @@ class ThinNode:
         self.node = Node(node_id=found.node_id)
         self.beat = time.monotonic()
 
-    def turn(self) -> bool:
-        """Send a heartbeat if it is time, look for a message, and answer it; returns whether there was one."""
+    def heartbeat(self) -> None:
+        """Send a heartbeat if it is time."""
         if time.monotonic() - self.beat > 0.7 * HEARTBEAT_DEFAULT_INTERVAL:
+            self.beat = time.monotonic()
             request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
             self.call("SendNodeHeartbeat", request)
-            self.beat = time.monotonic()
+
+    def turn(self) -> bool:
+        """Look for a message, and answer it; returns whether there was one."""
         found = self.call("PullMessages", PullMessagesRequest(node=self.node))
         if not found.messages_list:
             return False
@@ -169,7 +174,8 @@ class ThinNode:
 
 
 class Crowd:
-    """All nodes of this process; a free thread takes the node that is due next."""
+    """All nodes of this process; a free thread takes the node that is due next. Heartbeats have threads of their own,
+    as in a SuperNode: a node that waits for a message's objects is online all the same."""
 
     def __init__(self, nodes: list[ThinNode], poll: float, threads: int) -> None:
         self.poll = poll
@@ -177,14 +183,29 @@ class Crowd:
         self.stopped = threading.Event()
         self.failures: Counter[str] = Counter()
         self._due = [(index * poll / len(nodes), index, node) for index, node in enumerate(nodes)]
+        self._nodes = nodes
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
     def run(self) -> None:
         """Work until :attr:`stopped`."""
-        with ThreadPoolExecutor(self.threads) as pool:
+        with ThreadPoolExecutor(self.threads + BEATING) as pool:
+            for number in range(BEATING):
+                pool.submit(self._beat, self._nodes[number::BEATING])
             for _ in range(self.threads):
                 pool.submit(self._work)
+
+    def _beat(self, nodes: list[ThinNode]) -> None:
+        while not self.stopped.wait(0.5):
+            for node in nodes:
+                try:
+                    node.heartbeat()
+                except Exception as error:
+                    self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Whatever it is, it is counted, and the others go on."""
+        self.failures[f"{type(error).__name__}: {str(error)[:200]}"] += 1
 
     def _work(self) -> None:
         while not self.stopped.is_set():
@@ -205,8 +226,8 @@ class Crowd:
             answered = False
             try:
                 answered = node.turn()
-            except Exception as error:  # whatever it is, it is counted and the others go on
-                self.failures[f"{type(error).__name__}: {str(error)[:200]}"] += 1
+            except Exception as error:
+                self._failed(error)
             with self._lock:
                 heapq.heappush(
                     self._due, (time.monotonic() - self._began + (0 if answered else self.poll), index, node)
