@@ -38,15 +38,16 @@ class ThinCluster(SuperLink):
         size: bytes of an adapter.
         poll: seconds between a node's looks for messages; 3 at a stock SuperNode.
         processes: number of processes that the nodes are divided among.
+        threads: threads of each process; with 100, the looks of 1,000 nodes leave a SuperLink no time for anything else.
     """
 
-    def __init__(self, folder: Path, nodes: int, size: int, poll: float = 3.0, processes: int = 2) -> None:
+    def __init__(
+        self, folder: Path, nodes: int, size: int, poll: float = 3.0, processes: int = 2, threads: int = 8
+    ) -> None:
         super().__init__("thin", folder / "logs")
         self.folder = folder
         self.nodes, self.size, self.poll = nodes, size, poll
-        self.processes = min(processes, nodes)
-        # A node that waits for an object keeps its thread: stock Flower stores messages first and their objects later.
-        self.threads = max(8, nodes // 10)
+        self.processes, self.threads = min(processes, nodes), threads
         self.children: list[subprocess.Popen[str]] = []
         self.crowds: list[subprocess.Popen[str]] = []
         self.peaks: Counter[str] = Counter()
