@@ -38,7 +38,7 @@ class ThinCluster(SuperLink):
         size: bytes of an adapter.
         poll: seconds between a node's looks for messages; 3 at a stock SuperNode.
         processes: number of processes that the nodes are divided among.
-        threads: threads of each process; with 100, the looks of 1,000 nodes leave a SuperLink no time for anything else.
+        threads: threads of each process. With 100, the looks of 1,000 nodes leave a SuperLink no time for anything.
     """
 
     def __init__(
