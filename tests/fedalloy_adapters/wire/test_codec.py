@@ -124,7 +124,7 @@ def test_round_trip_of_differences(encoding: Encoding, data: st.DataObject) -> N
             assert_blocks_within_bounds(before.reshape(-1), error, encoding)
             continue
         relative = {Encoding.FP32: 0.0, Encoding.FP16: 2.0**-11, Encoding.BF16: 2.0**-8}[encoding]
-        tiny = 2.0**-25 if encoding is Encoding.FP16 else 0.0
+        tiny = {Encoding.FP32: 0.0, Encoding.FP16: 2.0**-25, Encoding.BF16: 2.0**-134}[encoding]
         assert (np.abs(before - after) <= np.abs(before) * relative + tiny + rounding).all()
 
 
