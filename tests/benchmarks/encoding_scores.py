@@ -44,18 +44,20 @@ import client_app.session
 import strategies
 from client_app.plan.training import set_up_torch
 from fedalloy_adapters.wire.codec import Encoding
-from server_app.tools.compare.statistics import Interval, Paired, Scores, paired
+from server_app.tools.compare.statistics import Paired, Scores, paired
 from strategies.framework.training import Training
 from tests.benchmarks.accuracy import resumable
 from tests.benchmarks.claims.experiments.potara import LAYERS
 from tests.benchmarks.claims.runs import RESIDENTS
+from tests.benchmarks.claims.tables import shown
 from tests.in_process import run_in_process
 
 FOUND = Path(__file__).parent / "found"
 STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
-ENCODINGS = ("fp32", "fp16", "int8", "int4", "int2")
 CONTROL = "control"
+ENCODINGS = ("fp32", CONTROL, "fp16", "int8", "int4", "int2")
 NUDGE = 1 + 1e-6
+"""Of the control's learning rate."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "digits": {"num_server_rounds": 4},
     "text-8": {"num_server_rounds": 4, "local_steps": 6, "batch_size": 8, "learning_rate": 3e-3},
@@ -95,10 +97,10 @@ def measure(scenario: str, strategy: str, encoding: str, seed: int, split: str, 
     """One run in this process."""
     config: dict[str, Any] = {"scenario": scenario, "strategy": strategy, "seed": seed, "evaluate_split": split}
     config |= {**SETTINGS[scenario], **({"data_root": data} if data else {})}
-    asked = encoding
-    if asked == CONTROL:
-        encoding, config["learning_rate"] = "fp32", NUDGE * config.get("learning_rate", Training().learning_rate)
-    config |= {"uplink_encoding": encoding, "downlink_encoding": encoding, "run_name": "run"}
+    if encoding == CONTROL:
+        config["learning_rate"] = NUDGE * config.get("learning_rate", Training().learning_rate)
+    sent = "fp32" if encoding == CONTROL else encoding
+    config |= {"uplink_encoding": sent, "downlink_encoding": sent, "run_name": "run"}
     config["evaluate_every"] = config["num_server_rounds"]  # the delivered model is what is compared
     before = time.perf_counter()
     with tempfile.TemporaryDirectory() as text, mock.patch.object(client_app.session, "Executor", RESIDENTS):
@@ -110,7 +112,7 @@ def measure(scenario: str, strategy: str, encoding: str, seed: int, split: str, 
     return Run(
         scenario,
         strategy,
-        asked,
+        encoding,
         seed,
         split,
         {client: metrics[metric] for client, metrics in clients.items()},
@@ -138,24 +140,19 @@ def against(runs: Sequence[Run], encoding: str, base: str, of: str = "scores") -
     return paired({key: mine[key] for key in both}, {key: exact[key] for key in both}) if both else None
 
 
-def shown_interval(found: Interval) -> str:
-    """A mean with its interval."""
-    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-
-
 def table(runs: Sequence[Run], title: str) -> Table:
     """One row for each strategy and encoding, and for each encoding over all strategies."""
-    shown = Table(title=title, title_justify="left")
+    rows = Table(title=title, title_justify="left")
     for column in ("strategy", "encoding"):
-        shown.add_column(column)
+        rows.add_column(column)
     for column in ("seeds", "score", "against fp32 [95 %]", "better/worse", "loss against fp32", "bytes of fp32",
                    "against control"):  # fmt: skip
-        shown.add_column(column, justify="right")
+        rows.add_column(column, justify="right")
     names = list(dict.fromkeys(run.strategy for run in sorted(runs, key=lambda run: run.strategy)))
     for strategy in [*names, *(["all"] if len(names) > 1 else [])]:
         some = [run for run in runs if strategy in (run.strategy, "all")]
         exact = {(run.strategy, run.seed): run.tensor_bytes for run in some if run.encoding == "fp32"}
-        for encoding in (ENCODINGS[0], CONTROL, *ENCODINGS[1:]):
+        for encoding in ENCODINGS:
             here = [run for run in some if run.encoding == encoding and (run.strategy, run.seed) in exact]
             if not here:
                 continue
@@ -165,16 +162,16 @@ def table(runs: Sequence[Run], title: str) -> Table:
             if encoding == "fp32" or score is None or loss is None:
                 row += ["", "", "", "1", ""]
             else:
-                row += [shown_interval(score.mean)]
+                row += [shown(score.mean, 4)]
                 row += [f"{score.better}/{score.worse}"]
-                row += [shown_interval(loss.mean)]
+                row += [shown(loss.mean, 4)]
                 total = sum(exact[run.strategy, run.seed] for run in here)
-                row += [f"{sum(run.tensor_bytes for run in here) / total:.3f}"]
+                row += [f"{sum(run.tensor_bytes for run in here) / total:.3f}" if total else ""]  # ``local`` sends none
                 control = against(some, encoding, CONTROL) if encoding != CONTROL else None
                 seeds = {run.seed for run in here} & {run.seed for run in some if run.encoding == CONTROL}
-                row += [f"{shown_interval(control.mean)}, {len(seeds)} seeds" if control else ""]
-            shown.add_row(*row)
-    return shown
+                row += [f"{shown(control.mean, 4)}, {len(seeds)} seeds" if control else ""]
+            rows.add_row(*row)
+    return rows
 
 
 def main() -> None:
@@ -182,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", default="digits", choices=list(SETTINGS))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="or 'all'")
-    parser.add_argument("--encodings", nargs="+", default=[*ENCODINGS, CONTROL], choices=[*map(str, Encoding), CONTROL])
+    parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), choices=[*map(str, Encoding), CONTROL])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--data", default="", help="Folder of the scenarios on real data.")

@@ -41,6 +41,7 @@ from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.wire import block_quantisation
 from fedalloy_adapters.wire.codec import Encoding, encode, payload_size
 from proto.fedalloy.v1 import adapter_pb2
+from tests.fedalloy_adapters.samples import INTEGERS
 from tests.in_process import run_in_process
 
 TIMES = 16
@@ -199,14 +200,14 @@ def main() -> None:
     found = differences()
     console.print(f"{len(found)} differences of {found[0].layout.size} numbers")
     rows = {str(encoding): measured(found, encoding) for encoding in Encoding}
-    for encoding in (Encoding.INT8, Encoding.INT4, Encoding.INT2):
+    for encoding in INTEGERS:
         for size in (32, 64, 128):
             with blocks_of(size):
                 rows[f"{encoding}, blocks of {size}"] = measured(found, encoding)
     for bits in (rows["int4"][1], rows["int2"][1], 1.0):
         tried = [top_k(one, bits) for one in found]
         rows[f"topk at {bits:.2f} bits"] = mean(error for error, _ in tried), mean(used for _, used in tried)
-    for encoding in (Encoding.INT8, Encoding.INT4, Encoding.INT2):
+    for encoding in INTEGERS:
         scaled = [balanced(one, encoding) for one in found]
         rows[f"{encoding}, balanced"] = mean(error for error, _ in scaled), mean(bits for _, bits in scaled)
     for encoding in (Encoding.INT4, Encoding.INT2):
@@ -219,7 +220,7 @@ def main() -> None:
     ways |= {"stochastic, feedback": (True, True)}
     sums = {
         f"{encoding}, {name}": (mean(repeated(one, encoding, *way) for one in found[:6]),)
-        for encoding in (Encoding.INT8, Encoding.INT4, Encoding.INT2)
+        for encoding in INTEGERS
         for name, way in ways.items()
     }
     show(f"The sum of {TIMES} times the same difference", sums, "relative error")

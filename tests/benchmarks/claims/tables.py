@@ -179,9 +179,11 @@ def said(found: Verdict | None) -> str:
     return f"**{found.word}**: {shown(found.gain)} against `{found.against}`{few}"
 
 
-def shown(found: Interval) -> str:
+def shown(found: Interval, digits: int = 3) -> str:
     """A difference with its interval."""
-    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]" if not math.isnan(found.value) else "-"
+    if math.isnan(found.value):
+        return "-"
+    return f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
 def interval_of(found: Scores) -> str:

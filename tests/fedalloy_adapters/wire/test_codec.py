@@ -200,11 +200,14 @@ def test_trainable_and_double_adapters_can_be_sent(encoding: Encoding) -> None:
 
 
 def test_int8_payload_is_that_of_the_specification() -> None:
-    layout = Layout((Entry("m", Factor.WEIGHT, (2, 3)), Entry("m", Factor.BIAS, (2,))), {}, "base")
-    adapter = Adapter(layout, torch.tensor([127.0, -63.5, 0.5, 0.0, 0.0, -0.0, 0.0, -0.0]))
+    entries = (Entry("m", Factor.WEIGHT, (2, 3)), Entry("m", Factor.BIAS, (2,)), Entry("n", Factor.BIAS, (2,)))
+    layout = Layout(entries, {}, "base")
+    adapter = Adapter(layout, torch.tensor([127.0, -63.5, 0.5, 0.0, 0.0, -0.0, 254.0, -3.0, 0.0, -0.0]))
     payload = encode(adapter, Encoding.INT8).blob[-payload_size(layout, Encoding.INT8) :]
-    # The upper 16 bits of the scale 1 are 0x3f80. Ties go to even codes: -63.5 + 127 -> 64, 0.5 + 127 -> 128.
-    assert payload == struct.pack("<H6B", 0x3F80, 254, 64, 128, 127, 127, 127) + struct.pack("<H2B", 0, 0, 0)
+    # The upper 16 bits of the scales 1 and 2 are 0x3f80 and 0x4000; a block of zeros has scale 0 and codes 0. Ties go
+    # to even codes: -63.5 + 127 -> 64, 0.5 + 127 -> 128, -1.5 + 127 -> 126.
+    first, second = struct.pack("<H6B", 0x3F80, 254, 64, 128, 127, 127, 127), struct.pack("<H2B", 0x4000, 254, 126)
+    assert payload == first + second + struct.pack("<H2B", 0, 0, 0)
 
 
 @pytest.mark.parametrize("encoding", INTEGERS)
