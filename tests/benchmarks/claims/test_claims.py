@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from client_app.scenarios import FROM_FILES, NAMES
+from client_app.scenarios import FROM_FILES, NAMES, digits_multimodal, digits_tasks
 from server_app.run.options import read_run_options
 from strategies import strategy_from_run_config
 from tests.benchmarks.accuracy import resumable
@@ -145,10 +145,25 @@ def test_the_wire_is_measured_with_the_settings_that_the_search_has_chosen(
     assert dict(jobs[0].setting) == {"learning-rate": 0.064}
     monkeypatch.setattr(wire, "FOUND", tmp_path / "wire.jsonl")
     sent = {"digest": jobs[0].digest, "seed": 0, "up": 2_000_000, "down": 3_500_000, "seconds": 61.2}
-    resumable.append(wire.FOUND, [sent])
+    resumable.append(wire.FOUND, [sent, sent | {"digest": jobs[1].digest, "clients": 1}])
     text = wire.table(asked, jobs, lines)
-    assert "| 2.00 | 3.50 | 61 |" in text
-    assert text.count("|  |  |  |") == 2, "the others have not been measured"
+    assert "| 2 | 2.00 | 3.50 | 61 |" in text, "a line without a number is about all clients"
+    assert "| 1 | 2.00 | 3.50 | 61 |" in text
+    assert text.count("|  |  |  |  |") == 1, "the third has not been measured"
+
+
+def test_some_of_the_clients_are_spread_over_all() -> None:
+    assert wire.spread((3, 5, 7, 9, 11, 13), 3) == (3, 7, 11)
+    assert wire.spread((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), 5) == (0, 2, 4, 7, 9)
+    assert wire.spread((0, 4), 9) == (0, 4)
+    with pytest.raises(SystemExit, match="--clients = 0, expected at least 1"):
+        wire.spread((0, 4), 0)
+
+
+def test_alike_clients_of_tap_are_of_one_site() -> None:
+    place = EXPERIMENTS["tap"].bases["digits-multimodal"].places["alike"]
+    sites = {digits_multimodal.client_of(client, digits_tasks.CLIENTS)[1].language for client in place.clients}
+    assert len(sites) == 1
 
 
 def test_a_changed_setting_is_another_run() -> None:

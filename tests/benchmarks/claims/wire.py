@@ -8,6 +8,9 @@ experiment's, over all of its seeds. ``MB`` is what the kernel counted as TCP pa
 together: TLS, gRPC, polls, heartbeats, the app bundle and registration are in it, and unlike in the experiment's own
 tables, so is everything else that Flower sends. ``seconds`` are those of the whole run, on the machine that ran it. A
 finished run is a line in ``found/claims-wire.jsonl``.
+
+On two cores twelve SuperNodes that poll leave little for anything else: ``--clients 4`` runs four of an experiment's
+clients, spread over its list. What a client sends and is sent does not depend on how many others there are.
 """
 
 from __future__ import annotations
@@ -44,8 +47,20 @@ def jobs_of(asked: Wanted, lines: Sequence[found.Line]) -> list[Job]:
     return chosen
 
 
-def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None) -> None:
-    """Run what is missing, one after the other, on one cluster with a SuperNode for each client."""
+def spread(clients: Sequence[int], wanted: int) -> tuple[int, ...]:
+    """As many of the clients as are wanted (all, if there are fewer), spread evenly over the list; the first is one.
+
+    Raises:
+        SystemExit: fewer than one is wanted.
+    """
+    if wanted < 1:
+        raise SystemExit(f"--clients = {wanted}, expected at least 1")
+    few = min(wanted, len(clients))
+    return tuple(clients[number * len(clients) // few] for number in range(few))
+
+
+def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None, wanted: int) -> None:
+    """Run what is missing, one after the other, on one cluster with a SuperNode for each of the wanted clients."""
     from server_app.tools.cluster.local import LocalCluster, Settings
     from server_app.tools.compare.command import on_cluster
     from server_app.tools.compare.records import read_run
@@ -57,13 +72,14 @@ def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None) -> None:
     if not waiting:
         return
     place = waiting[0].place
-    nodes = {f"client-{number}": {"partition-id": number, "num-partitions": place.of} for number in place.clients}
+    members = spread(place.clients, wanted)
+    nodes = {f"client-{number}": {"partition-id": number, "num-partitions": place.of} for number in members}
     with terminate_as_interrupt(), tempfile.TemporaryDirectory(prefix="fedalloy-claims-") as name:
         runs = Path(name) / "runs"
         runs.mkdir()
         with LocalCluster(Path(name) / "cluster", Settings(tuple(nodes), runs, node_config=nodes)) as cluster:
             for job in waiting:
-                config = config_of(job, data, asked.model, place.clients) | {"run-name": job.folder}
+                config = config_of(job, data, asked.model, members) | {"run-name": job.folder}
                 began = time.monotonic()
                 on_cluster(cluster, config, len(nodes), runs, lambda: None)
                 seconds = time.monotonic() - began
@@ -72,9 +88,8 @@ def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None) -> None:
                     way: sum(row.bytes.get(f"{way}_wire") or 0 for row in rows) for way in ("up", "down")
                 }
                 about = {"experiment": job.experiment, "base": job.base, "dial": job.dial, "arm": job.arm.name}
-                resumable.append(
-                    FOUND, [about | line | {"digest": job.digest, "seed": job.seed, "seconds": round(seconds, 1)}]
-                )
+                run = {"clients": len(members), "digest": job.digest, "seed": job.seed, "seconds": round(seconds, 1)}
+                resumable.append(FOUND, [about | line | run])
                 print(f"{job.name}: {line}, {seconds:.0f} s", flush=True)
 
 
@@ -82,14 +97,15 @@ def table(asked: Wanted, jobs: Sequence[Job], lines: Sequence[found.Line]) -> st
     """Markdown, the best loss first: scores from the experiment, costs from the cluster."""
     sent = {(line["digest"], line["seed"]): line for line in resumable.read(FOUND)}
     by_arm = of_dial(asked, lines, asked.chosen_dials[0])
-    rows = ["| strategy | loss | accuracy | MB up | MB down | seconds |", "|" + "---|" * 6]
+    rows = ["| strategy | loss | accuracy | clients | MB up | MB down | seconds |", "|" + "---|" * 7]
     for job in sorted(jobs, key=lambda job: mean_of(scores(by_arm, job.arm.name, "loss"))):
         role = f" ({job.arm.role})" if job.arm.role else ""
         measured = [interval_of(scores(by_arm, job.arm.name, metric)) for metric in ("loss", "accuracy")]
         line = sent.get(job.key)
-        costs = [""] * 3
+        costs = [""] * 4
         if line is not None:
-            costs = [f"{line['up'] / 1e6:.2f}", f"{line['down'] / 1e6:.2f}", f"{line['seconds']:.0f}"]
+            costs = [f"{line[way] / 1e6:.2f}" for way in ("up", "down")] + [f"{line['seconds']:.0f}"]
+            costs.insert(0, str(line.get("clients", len(job.place.clients))))  # the first lines have no such key
         rows.append(f"| {' | '.join([f'`{job.arm.name}`{role}', *measured, *costs])} |")
     return "\n".join(rows)
 
@@ -102,13 +118,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dial", required=True)
     parser.add_argument("--arms", nargs="+", default=[])
     parser.add_argument("--data", type=Path, help="Folder of the scenarios on real data.")
+    parser.add_argument("--clients", type=int, default=sys.maxsize, help="Only as many, instead of all.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     given = parser.parse_args(arguments)
     asked = Wanted(EXPERIMENTS[given.experiment], given.base, dials=(given.dial,), arms=tuple(given.arms))
     lines = found.read(found.FOLDER / f"{given.experiment}.jsonl")
     jobs = jobs_of(asked, lines)
     if not given.table:
-        run_missing(asked, jobs, given.data.resolve() if given.data else None)
+        run_missing(asked, jobs, given.data.resolve() if given.data else None, given.clients)
     print(table(asked, jobs, lines))
     return 0
 

@@ -25,9 +25,12 @@ FEDMOSAIC = Experiment(
             places={
                 "pairs": Place("text-12", (0, 1, 4, 5, 6, 7), 12, "three pairs of related clients", _PAIRS),
                 "unrelated": Place("text-6-unrelated", (0, 1, 2, 3, 4, 5), 6, "nothing in common", _ALONE),
+                "longer": Place("text-12", (0, 1, 4, 5, 6, 7), 12, "as `pairs`; 120 steps, not 24", _PAIRS),
             },
             config={**_TEXTS, "batch-size": 8},
             rates=(1e-3, 3e-3),
+            by_dial={"longer": {"num-server-rounds": 8, "local-steps": 15}},
+            search_seeds=(100, 101),
         ),
         "smollm2": Base(
             places={

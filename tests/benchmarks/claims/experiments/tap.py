@@ -8,6 +8,9 @@ from __future__ import annotations
 from tests.benchmarks.claims.designs import Arm, Base, Claim, Experiment, Place
 
 _STEPS = 10
+_ONE_SITE = (0, 2, 4, 6, 9, 11, 13, 15)
+"""Of sixteen clients of ``digits-tasks``: those of one site, so with one language and the same answers. Each has four
+of the five tasks."""
 _NEVER = {"tap.margin": float("inf"), "tap.margins": ""}
 _TAP = {"tap.distill-steps": _STEPS}
 
@@ -19,6 +22,7 @@ TAP = Experiment(
             places={
                 "a quarter": Place("digits-multimodal", tuple(range(8)), 8, "two of eight clients in each round"),
                 "all": Place("digits-multimodal", tuple(range(8)), 8, "all clients in each round, a quarter as many"),
+                "alike": Place("digits-tasks", _ONE_SITE, 16, "two of eight alike clients in each round"),
             },
             config={"batch-size": 16, "lora-r": 8, "lora-alpha": 16.0, "local-steps": _STEPS},
             rates=(3e-3, 1e-2),
@@ -26,6 +30,7 @@ TAP = Experiment(
             by_dial={
                 "a quarter": {"num-server-rounds": 24, "fraction-clients": 0.25, "min-clients": 2},
                 "all": {"num-server-rounds": 6},
+                "alike": {"num-server-rounds": 24, "fraction-clients": 0.25, "min-clients": 2},
             },
         ),
         "flava": Base(
