@@ -45,7 +45,7 @@ from client_app.plan.workbench import JOINED, Workbench
 from fedalloy_adapters.adapter import Adapter
 from fedalloy_adapters.layout import Layout
 from fedalloy_adapters.parts import layouts_of_plan
-from fedalloy_adapters.wire.codec import decode, header_of
+from fedalloy_adapters.wire.codec import CodecError, decode, encoding_from_proto, header_of
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 
 STEPS: dict[str, Callable[[Workbench, Any], Message]] = {
@@ -116,7 +116,8 @@ class Interpreter:
         slot.
 
         Raises:
-            PlanError: the plan does not fit this client; names the step.
+            PlanError: the plan does not fit this client; names the step. One that it does not know is refused before
+                the first is carried out.
             CodecError: a received blob cannot be decoded.
             PolicyError: the client's owner does not allow it.
         """
@@ -125,6 +126,7 @@ class Interpreter:
             raise PlanError(f"client {self.client_id!r} got the plan of client {plan.client_id!r}")
         require_slot_names(plan, blobs)
         self.policy.require_plan(plan, blobs)
+        _require_known(plan)
         bench = Workbench(plan, self.model, self.data, self.slots, self.starts, self.secret)
         bench.min_examples = self.policy.min_examples
         parts_of = partial(self._parts_of, bench)
@@ -174,6 +176,22 @@ class Interpreter:
             )
 
 
+def _require_known(plan: plan_pb2.Plan) -> None:
+    """Refuse a step or an encoding that this client does not know: now, and not after minutes of other steps."""
+    for index, step in enumerate(plan.steps):
+        kind = step.WhichOneof("kind")
+        if kind not in STEPS:
+            raise PlanError(
+                f"client {plan.client_id!r} does not know step {index} of the plan; it knows {', '.join(STEPS)} "
+                "(is the client older than the server?)"
+            )
+        if kind == "send":
+            try:
+                encoding_from_proto(step.send.encoding)
+            except CodecError as error:
+                raise PlanError(f"client {plan.client_id!r}, step {index} (send): {error}") from error
+
+
 def _run_steps(bench: Workbench, blobs: Mapping[str, bytes]) -> list[report_pb2.StepResult]:
     """Carry out the plan; what was received is installed after its leading ``initialise`` steps."""
     steps, results = bench.plan.steps, list[report_pb2.StepResult]()
@@ -191,12 +209,7 @@ def _run_steps(bench: Workbench, blobs: Mapping[str, bytes]) -> list[report_pb2.
 
 
 def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:
-    client, kind = bench.plan.client_id, step.WhichOneof("kind")
-    if kind is None or kind not in STEPS:
-        raise PlanError(
-            f"client {client!r} does not know step {bench.index} of the plan; it knows {', '.join(STEPS)} "
-            "(is the client older than the server?)"
-        )
+    client, kind = bench.plan.client_id, str(step.WhichOneof("kind"))
     tick(kind)
     started = time.monotonic()
     try:

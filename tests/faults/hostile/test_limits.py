@@ -12,6 +12,7 @@ from flwr.app import Context, Message, RecordDict
 
 from client_app.guard.policy import Policy, PolicyError
 from client_app.plan.interpreter import Interpreter
+from client_app.plan.names import PlanError
 from client_app.plan.slots import SlotStore
 from client_app.settings import SettingsError, read_settings
 from fedalloy_adapters.adapter import Adapter
@@ -190,6 +191,22 @@ def test_a_step_that_the_owner_does_not_allow_is_refused_before_anything_is_done
     interpreter = Interpreter("ada", nothing, nothing, nothing, policy=Policy("train,evaluate"))
     with pytest.raises(PolicyError, match=r"refuses step 1 \(send\); its client.allow-steps has train, evaluate"):
         interpreter.run(plan, {})
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (plan_pb2.Step(), r"'ada' does not know step 1 of the plan; it knows initialise, train, .* older than the ser"),
+        (plan_pb2.Step(send={"slot": "local", "encoding": 4}), r"'ada', step 1 \(send\): .*unknown encoding number 4"),  # type: ignore[arg-type]
+    ],
+    ids=["step", "encoding"],
+)
+def test_what_a_client_does_not_know_is_refused_before_it_trains(last: plan_pb2.Step, said: str) -> None:
+    first = plan_pb2.Step(train={"split": "train"})
+    plan = plan_pb2.Plan(version=1, client_id="ada", round=1, steps=[first, last])
+    nothing: Any = NoTouch()
+    with pytest.raises(PlanError, match=said):
+        Interpreter("ada", nothing, nothing, nothing).run(plan, {})
 
 
 def test_too_large_an_upload_stays_at_the_client_and_changes_nothing(tmp_path: Path) -> None:
