@@ -63,11 +63,13 @@ def score_of(lines: Sequence[Line]) -> str:
 
 def of_dial(asked: Wanted, lines: Sequence[Line], dial: str) -> dict[str, list[Line]]:
     """Test lines by arm at one setting of the dial: those of the settings that the search has chosen."""
-    keys = {job.key: job.arm.name for job in asked.test_jobs(lines) if job.dial == dial}
+    arms: dict[tuple[str, int], list[str]] = {}  # two arms share a run if their searches chose the same
+    for job in asked.test_jobs(lines):
+        if job.dial == dial:
+            arms.setdefault(job.key, []).append(job.arm.name)
     found: dict[str, list[Line]] = {}
     for line in lines:
-        name = keys.get((line["digest"], line["seed"]))
-        if name is not None:
+        for name in arms.get((line["digest"], line["seed"]), []):
             found.setdefault(name, []).append(line)
     return found
 

@@ -49,6 +49,9 @@ FEDMERGE = Experiment(
             other={"fedmerge.lr-w": 0.5},
         ),
         Arm("ifca", "ifca", {"ifca.clusters": 4}, other={"ifca.clusters": 2}),
+        Arm(
+            "ifca-4", "ifca", {"ifca.clusters": 4}, bases=("vit",)
+        ),  # as many as there are groups, told instead of found
         Arm("fedem", "fedem", {"fedem.learners": 4}, other={"fedem.learners": 2}),
         *CONTROLS,
         Arm("fedavg-head", "fedavg-head", role="control", bases=("vit",)),
@@ -56,6 +59,7 @@ FEDMERGE = Experiment(
     claims=(
         Claim("several merged models beat one", "fedmerge", ("fedavg",)),
         Claim("merging beats clusters", "fedmerge", ("ifca", "fedem")),
+        Claim("and as many clusters as there are groups (asked afterwards)", "fedmerge", ("ifca-4",), bases=("vit",)),
         Claim(
             "merging beats clusters for the clients that are mixtures",
             "fedmerge",
