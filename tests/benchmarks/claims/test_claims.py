@@ -161,7 +161,7 @@ def test_some_of_the_clients_are_spread_over_all() -> None:
 
 
 def test_alike_clients_of_tap_are_of_one_site() -> None:
-    place = EXPERIMENTS["tap"].bases["digits-multimodal"].places["alike"]
+    place = EXPERIMENTS["tap"].bases["digits-tasks"].places["alike"]
     sites = {digits_multimodal.client_of(client, digits_tasks.CLIENTS)[1].language for client in place.clients}
     assert len(sites) == 1
 
