@@ -180,16 +180,17 @@ def _require_known(plan: plan_pb2.Plan) -> None:
     """Refuse a step or an encoding that this client does not know: now, and not after minutes of other steps."""
     for index, step in enumerate(plan.steps):
         kind = step.WhichOneof("kind")
-        if kind not in STEPS:
+        if kind is None or kind not in STEPS:
             raise PlanError(
                 f"client {plan.client_id!r} does not know step {index} of the plan; it knows {', '.join(STEPS)} "
                 "(is the client older than the server?)"
             )
-        if kind == "send":
+        body = getattr(step, kind)
+        if "encoding" in body.DESCRIPTOR.fields_by_name:
             try:
-                encoding_from_proto(step.send.encoding)
+                encoding_from_proto(body.encoding)
             except CodecError as error:
-                raise PlanError(f"client {plan.client_id!r}, step {index} (send): {error}") from error
+                raise PlanError(f"client {plan.client_id!r}, step {index} ({kind}): {error}") from error
 
 
 def _run_steps(bench: Workbench, blobs: Mapping[str, bytes]) -> list[report_pb2.StepResult]:
@@ -209,7 +210,8 @@ def _run_steps(bench: Workbench, blobs: Mapping[str, bytes]) -> list[report_pb2.
 
 
 def _run_step(bench: Workbench, step: plan_pb2.Step) -> report_pb2.StepResult:
-    client, kind = bench.plan.client_id, str(step.WhichOneof("kind"))
+    client, kind = bench.plan.client_id, step.WhichOneof("kind")
+    assert kind is not None, "refused by _require_known"
     tick(kind)
     started = time.monotonic()
     try:

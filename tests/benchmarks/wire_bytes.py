@@ -261,14 +261,19 @@ def projected(found: list[Sent]) -> dict[str, float]:
 def shown(found: list[Sent]) -> Table:
     """The main table."""
     table = Table(title="Both directions, all clients", title_justify="left")
-    columns = ("way", "MB up", "MB down", "of flowertune", "bundle MB", "without it")
+    columns = ("way", "seeds", "MB up", "MB down", "of flowertune", "bundle MB", "without it")
     for column in (*columns, "loss", "more than fp32 (95 %)", "accuracy", "more than fp32 (95 %)"):
         table.add_column(column, justify="left" if column == "way" else "right")
     whole, rest = ratios(found), ratios(found, "without_bundle")
     losses, accuracies = score_table(found), score_table(found, "accuracies")
     for way in losses:
         runs = [sent for sent in found if sent.way == way]
-        cells = [way, f"{mean(sent.up for sent in runs) / 1e6:.2f}", f"{mean(sent.down for sent in runs) / 1e6:.2f}"]
+        cells = [
+            way,
+            str(len(runs)),
+            f"{mean(sent.up for sent in runs) / 1e6:.2f}",
+            f"{mean(sent.down for sent in runs) / 1e6:.2f}",
+        ]
         cells += [f"{whole.get(way, 1):.4f}", f"{mean(sent.bundle for sent in runs) / 1e6:.2f}"]
         cells += [f"{rest.get(way, 1):.4f}"]
         for said in (losses[way], accuracies.get(way, {})):

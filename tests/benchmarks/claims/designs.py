@@ -37,8 +37,6 @@ class Base:
     """Run-config that suits this model and no other: left out where the command line names another one."""
     by_dial: Mapping[str, Config] = field(default_factory=dict)
     """Run-config of single settings of the dial."""
-    search_seeds: tuple[int, ...] = (100,)
-    """Seeds on which settings are chosen; all from 100 on."""
     own_model: bool = False
     """Whether the scenarios read ``base-model``, so that the command line may name another one."""
     needs_data: bool = True

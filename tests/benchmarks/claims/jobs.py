@@ -66,7 +66,7 @@ class Wanted:
         base: name of one of its bases, which decides the design.
         model: another base model in its place: hub id or folder; empty: the design's.
         seeds: seeds that are tested.
-        other_search_seeds: seeds on which settings are chosen; empty: the design's.
+        search_seeds: seeds on which settings are chosen.
         dials: settings of the dial; empty: all.
         arms: names of arms; empty: all.
         more: run-config that replaces the design's.
@@ -77,7 +77,7 @@ class Wanted:
     base: str
     model: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
-    other_search_seeds: tuple[int, ...] = ()
+    search_seeds: tuple[int, ...] = (100,)
     dials: tuple[str, ...] = ()
     arms: tuple[str, ...] = ()
     more: tuple[tuple[str, Any], ...] = ()
@@ -87,11 +87,6 @@ class Wanted:
     def design(self) -> Base:
         """The base's design."""
         return self.experiment.bases[self.base]
-
-    @property
-    def search_seeds(self) -> tuple[int, ...]:
-        """Those on which settings are chosen."""
-        return self.other_search_seeds or self.design.search_seeds
 
     @property
     def base_name(self) -> str:

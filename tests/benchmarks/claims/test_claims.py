@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -150,6 +151,31 @@ def test_the_wire_is_measured_with_the_settings_that_the_search_has_chosen(
     assert "| 2 | 2.00 | 3.50 | 61 |" in text, "a line without a number is about all clients"
     assert "| 1 | 2.00 | 3.50 | 61 |" in text
     assert text.count("|  |  |  |  |") == 1, "the third has not been measured"
+
+
+def test_all_clients_take_the_place_of_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "FOUND", tmp_path / "wire.jsonl")
+    few, every = ({"digest": "d", "seed": 0, "clients": clients} for clients in (4, 12))
+    resumable.append(wire.FOUND, [every, few])
+    assert wire.best_lines() == {("d", 0): every}
+    resumable.append(wire.FOUND, [{"digest": "d", "seed": 0}])
+    assert wire.best_lines() == {("d", 0): {"digest": "d", "seed": 0}}, "one that does not say it had all"
+
+
+def test_some_clients_cannot_stand_for_all_where_a_share_takes_part() -> None:
+    asked = Wanted(EXPERIMENTS["tap"], "digits-multimodal", dials=("a quarter",))
+    jobs = [asked.job(arm, "a quarter", 0, "test", {"learning-rate": 1e-3}) for arm in asked.chosen_arms]
+    with pytest.raises(SystemExit, match="a share of the clients takes part in each round here"):
+        wire.run_missing(asked, jobs, None, 4)
+
+
+def test_two_arms_whose_searches_chose_the_same_share_a_run() -> None:
+    twins = replace(TOY, arms=(*TOY.arms, replace(TOY.arms[1], name="twin")))
+    asked = Wanted(twins, "tiny")
+    lines, _ = played(asked, {"m": 0.5, "c": 0.9, "all": 0.7, "twin": 0.9})
+    by_arm = of_dial(asked, lines, "here")
+    assert by_arm["twin"] == by_arm["c"]
+    assert len(by_arm["c"]) == 6, "three seeds of two clients"
 
 
 def test_some_of_the_clients_are_spread_over_all() -> None:

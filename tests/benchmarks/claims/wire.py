@@ -10,7 +10,8 @@ tables, so is everything else that Flower sends. ``seconds`` are those of the wh
 finished run is a line in ``found/claims-wire.jsonl``.
 
 On two cores twelve SuperNodes that poll leave little for anything else: ``--clients 4`` runs four of an experiment's
-clients, spread over its list. What a client sends and is sent does not depend on how many others there are.
+clients, spread over its list. Where all take part in each round, what a client sends and is sent does not depend on how
+many others there are; where a share of them does, all have to be there.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.accuracy import resumable
 from tests.benchmarks.claims import found
+from tests.benchmarks.claims.designs import Place
 from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
 from tests.benchmarks.claims.tables import interval_of, mean_of, of_dial, scores
@@ -59,6 +61,17 @@ def spread(clients: Sequence[int], wanted: int) -> tuple[int, ...]:
     return tuple(clients[number * len(clients) // few] for number in range(few))
 
 
+def clients_of(line: Mapping[str, Any], place: Place) -> int:
+    """How many clients a finished run had; the first lines do not say it, and had all."""
+    return int(line.get("clients", len(place.clients)))
+
+
+def best_lines() -> dict[tuple[str, int], Mapping[str, Any]]:
+    """Finished runs by digest and seed; of two, the one with more clients, and one that had all has no number."""
+    lines = sorted(resumable.read(FOUND), key=lambda line: line.get("clients", sys.maxsize))
+    return {(line["digest"], line["seed"]): line for line in lines}
+
+
 def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None, wanted: int) -> None:
     """Run what is missing, one after the other, on one cluster with a SuperNode for each of the wanted clients."""
     from server_app.tools.cluster.local import LocalCluster, Settings
@@ -67,12 +80,16 @@ def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None, wanted: i
     from server_app.tools.demo import terminate_as_interrupt
     from tests.benchmarks.claims.runs import config_of
 
-    there = resumable.read(FOUND)
-    waiting = [job for job in jobs if not resumable.has(there, {"digest": job.digest, "seed": job.seed})]
+    if not jobs:
+        return
+    place = jobs[0].place
+    members = spread(place.clients, wanted)
+    if len(members) < len(place.clients) and any("fraction-clients" in dict(job.config) for job in jobs):
+        raise SystemExit("--clients: a share of the clients takes part in each round here, so all of them are needed")
+    there = {key for key, line in best_lines().items() if clients_of(line, place) >= len(members)}
+    waiting = list({job.key: job for job in jobs if job.key not in there}.values())
     if not waiting:
         return
-    place = waiting[0].place
-    members = spread(place.clients, wanted)
     nodes = {f"client-{number}": {"partition-id": number, "num-partitions": place.of} for number in members}
     with terminate_as_interrupt(), tempfile.TemporaryDirectory(prefix="fedalloy-claims-") as name:
         runs = Path(name) / "runs"
@@ -95,7 +112,7 @@ def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None, wanted: i
 
 def table(asked: Wanted, jobs: Sequence[Job], lines: Sequence[found.Line]) -> str:
     """Markdown, the best loss first: scores from the experiment, costs from the cluster."""
-    sent = {(line["digest"], line["seed"]): line for line in resumable.read(FOUND)}
+    sent = best_lines()
     by_arm = of_dial(asked, lines, asked.chosen_dials[0])
     rows = ["| strategy | loss | accuracy | clients | MB up | MB down | seconds |", "|" + "---|" * 7]
     for job in sorted(jobs, key=lambda job: mean_of(scores(by_arm, job.arm.name, "loss"))):
@@ -105,7 +122,7 @@ def table(asked: Wanted, jobs: Sequence[Job], lines: Sequence[found.Line]) -> st
         costs = [""] * 4
         if line is not None:
             costs = [f"{line[way] / 1e6:.2f}" for way in ("up", "down")] + [f"{line['seconds']:.0f}"]
-            costs.insert(0, str(line.get("clients", len(job.place.clients))))  # the first lines have no such key
+            costs.insert(0, str(clients_of(line, job.place)))
         rows.append(f"| {' | '.join([f'`{job.arm.name}`{role}', *measured, *costs])} |")
     return "\n".join(rows)
 

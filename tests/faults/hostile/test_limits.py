@@ -198,8 +198,9 @@ def test_a_step_that_the_owner_does_not_allow_is_refused_before_anything_is_done
     [
         (plan_pb2.Step(), r"'ada' does not know step 1 of the plan; it knows initialise, train, .* older than the ser"),
         (plan_pb2.Step(send={"slot": "local", "encoding": 4}), r"'ada', step 1 \(send\): .*unknown encoding number 4"),  # type: ignore[arg-type]
+        (plan_pb2.Step(gram={"slot": "local"}), r"'ada', step 1 \(gram\): .*unknown encoding number 0"),  # type: ignore[arg-type]
     ],
-    ids=["step", "encoding"],
+    ids=["step", "send", "gram"],
 )
 def test_what_a_client_does_not_know_is_refused_before_it_trains(last: plan_pb2.Step, said: str) -> None:
     first = plan_pb2.Step(train={"split": "train"})

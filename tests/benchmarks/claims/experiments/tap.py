@@ -68,7 +68,7 @@ TAP = Experiment(
     ),
     search_dial="a quarter",
     shrunk="two of eight clients instead of two of 30, 24 rounds of 10 steps instead of 200 of 20, batches of 16 "
-    "instead of 128; clients have few examples and, but for `digits-tasks`, different tasks, where the paper's shares "
-    "are alike. Settings searched at one setting of the dial, on one seed. The steps of `fedavg+J` count those of a "
-    "personal adapter that it does not deliver.",
+    "instead of 128; clients have few examples and different tasks (with `digits-tasks` four of the same "
+    "five), where the paper's shares are alike. Settings searched at one setting of the dial, on one seed. "
+    "The steps of `fedavg+J` count those of a personal adapter that it does not deliver.",
 )
