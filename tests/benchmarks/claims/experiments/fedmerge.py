@@ -49,9 +49,7 @@ FEDMERGE = Experiment(
             other={"fedmerge.lr-w": 0.5},
         ),
         Arm("ifca", "ifca", {"ifca.clusters": 4}, other={"ifca.clusters": 2}),
-        Arm(
-            "ifca-4", "ifca", {"ifca.clusters": 4}, bases=("vit",)
-        ),  # as many as there are groups, told instead of found
+        Arm("ifca-4", "ifca", {"ifca.clusters": 4}, bases=("vit",)),  # told how many groups there are
         Arm("fedem", "fedem", {"fedem.learners": 4}, other={"fedem.learners": 2}),
         *CONTROLS,
         Arm("fedavg-head", "fedavg-head", role="control", bases=("vit",)),
