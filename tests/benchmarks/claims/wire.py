@@ -121,8 +121,8 @@ def table(asked: Wanted, jobs: Sequence[Job], lines: Sequence[found.Line]) -> st
         line = sent.get(job.key)
         costs = [""] * 4
         if line is not None:
-            costs = [f"{line[way] / 1e6:.2f}" for way in ("up", "down")] + [f"{line['seconds']:.0f}"]
-            costs.insert(0, str(clients_of(line, job.place)))
+            sent_mb = [f"{line[way] / 1e6:.2f}" for way in ("up", "down")]
+            costs = [str(clients_of(line, job.place)), *sent_mb, f"{line['seconds']:.0f}"]
         rows.append(f"| {' | '.join([f'`{job.arm.name}`{role}', *measured, *costs])} |")
     return "\n".join(rows)
 

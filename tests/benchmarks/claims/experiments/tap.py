@@ -8,6 +8,9 @@ from __future__ import annotations
 from tests.benchmarks.claims.designs import Arm, Base, Claim, Experiment, Place
 
 _STEPS = 10
+_TRAINING = {"batch-size": 16, "lora-r": 8, "lora-alpha": 16.0, "local-steps": _STEPS}
+_RATES = (3e-3, 1e-2)
+_A_QUARTER = {"num-server-rounds": 24, "fraction-clients": 0.25, "min-clients": 2}
 _ONE_SITE = (0, 2, 4, 6, 9, 11, 13, 15)
 """Of sixteen clients of ``digits-tasks``: those of one site, so with one language and the same answers. Each has four
 of the five tasks."""
@@ -23,26 +26,26 @@ TAP = Experiment(
                 "a quarter": Place("digits-multimodal", tuple(range(8)), 8, "two of eight clients in each round"),
                 "all": Place("digits-multimodal", tuple(range(8)), 8, "all clients in each round, a quarter as many"),
             },
-            config={"batch-size": 16, "lora-r": 8, "lora-alpha": 16.0, "local-steps": _STEPS},
-            rates=(3e-3, 1e-2),
+            config=_TRAINING,
+            rates=_RATES,
             needs_data=False,
             by_dial={
-                "a quarter": {"num-server-rounds": 24, "fraction-clients": 0.25, "min-clients": 2},
+                "a quarter": _A_QUARTER,
                 "all": {"num-server-rounds": 6},
             },
         ),
         "digits-tasks": Base(
             places={"alike": Place("digits-tasks", _ONE_SITE, 16, "two of eight alike clients in each round")},
-            config={"batch-size": 16, "lora-r": 8, "lora-alpha": 16.0, "local-steps": _STEPS},
-            rates=(3e-3, 1e-2),
+            config=_TRAINING,
+            rates=_RATES,
             needs_data=False,
-            by_dial={"alike": {"num-server-rounds": 24, "fraction-clients": 0.25, "min-clients": 2}},
+            by_dial={"alike": _A_QUARTER},
         ),
         "flava": Base(
             places={"a quarter": Place("multi-modal", tuple(range(8)), 8, "two of eight clients in each round")},
-            config={"batch-size": 16, "lora-r": 8, "lora-alpha": 16.0, "local-steps": _STEPS},
-            rates=(3e-3, 1e-2),
-            by_dial={"a quarter": {"num-server-rounds": 24, "fraction-clients": 0.25, "min-clients": 2}},
+            config=_TRAINING,
+            rates=_RATES,
+            by_dial={"a quarter": _A_QUARTER},
         ),
     },
     arms=(
