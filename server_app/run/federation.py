@@ -20,7 +20,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from httpx import HTTPStatusError
 
 from server_app.run.clients.enrolment import Enrolment
-from server_app.run.clients.participants import named
+from server_app.run.clients.participants import is_named, named
 from server_app.run.messages.exchange import Exchange, Make, Reply, Watch
 from server_app.run.messages.reasons import PASSING
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, Intake
@@ -318,14 +318,18 @@ def _pause(least: float, took: float) -> float:
     return max(least, min(took / LOOKS_SHARE, MOST_PAUSE_SECONDS))
 
 
-def taking_part(present: Sequence[Client], patterns: str) -> list[Client]:
+def taking_part(present: Sequence[Client], patterns: str, enrolment: Enrolment) -> list[Client]:
     """Those of the clients that are here that take part.
 
+    Args:
+        present: the clients that are here.
+        patterns: the option ``clients``.
+        enrolment: has all clients of the run, some of which may be away.
+
     Raises:
-        NotEnoughClientsError: none does.
+        NotEnoughClientsError: nobody that the run has takes part.
     """
-    found = named(present, patterns)
-    if not found:
-        here = ", ".join(client.id for client in present)
-        raise NotEnoughClientsError(f"clients = {patterns!r} fits none of the clients here: {here}")
-    return found
+    if not any(is_named(client_id, patterns) for client_id in enrolment.clients):
+        who = ", ".join(sorted(enrolment.clients))
+        raise NotEnoughClientsError(f"clients = {patterns!r} fits none of the run's clients: {who}")
+    return named(present, patterns)

@@ -218,10 +218,10 @@ class Run:
             log(INFO, "%s's data: %s", client.id, one_line(note))
 
     def gather(self, round_: int) -> list[Client]:
-        """Clients that are online, newcomers among them; waits for ``min-clients``.
+        """Clients that are online, newcomers among them; waits for ``min-clients`` of those that take part.
 
         Raises:
-            NotEnoughClientsError: they did not come within ``startup-timeout``.
+            NotEnoughClientsError: they did not come within ``startup-timeout``, or nobody takes part (``clients``).
         """
         self.round_now = round_
         started, next_word = time.monotonic(), 0.0
@@ -230,10 +230,11 @@ class Run:
             self.federation.present(watch)
             self.enrolment.enrol_newcomers()
             present = self.federation.present(watch)
-            if len(present) >= self.options.least:
+            wanted = present if self.options.is_over else taking_part(present, self.options.clients, self.enrolment)
+            if len(wanted) >= self.options.least:
                 return present
-            now, here = time.monotonic(), ", ".join(client.id for client in present) or "nobody"
-            count = f"round {round_}: {len(present)} of at least {self.options.least} clients are here ({here})"
+            now, here = time.monotonic(), ", ".join(client.id for client in wanted) or "nobody"
+            count = f"round {round_}: {len(wanted)} of at least {self.options.least} clients are here ({here})"
             if now - started > self.options.startup_timeout:
                 raise NotEnoughClientsError(
                     f"{count} after {self.options.startup_timeout:.0f} s (startup-timeout). Everything up to round "
@@ -248,7 +249,7 @@ class Run:
     def _round(self, round_: int) -> None:
         started = time.monotonic()
         present = self.gather(round_)
-        wanted = taking_part(present, self.options.clients)
+        wanted = taking_part(present, self.options.clients, self.enrolment)
         everyone = self.strategy.needs_everyone(round_)
         due = wanted if everyone else self.strikes.due(round_, wanted, self.options.least)
         chosen = self._sample(round_, due)
@@ -313,15 +314,14 @@ class Run:
         }
         state = self.strategy.state()
         self.holdings.add_to(state)
-        pinned = self.held_out.best_state
-        self.directory.save_checkpoint(round_, state, self.options.keep_checkpoints, about, pinned)
+        self.directory.save_checkpoint(round_, state, self.options.keep_checkpoints, about, self.held_out.best_state)
         self.completed = round_
 
     def _deliver(self, round_: int) -> Delivery:
         started = time.monotonic()
         known = set(self.enrolment.clients)
         present = self.gather(round_)
-        wanted = taking_part(present, self.options.clients)
+        wanted = taking_part(present, self.options.clients, self.enrolment)
         found = hand_out(self, round_, wanted, min(self.options.least, len(wanted)), known)
         self.record("deliver", round_, found.records | self._absent(present), started)
         return found

@@ -163,7 +163,7 @@ def test_a_newcomer_adopts_what_two_others_have_trained(cluster: LocalCluster) -
     path = cluster.settings.runs_dir / "service"
     assert code == 0, lines
     before = json.loads((path / "summary.json").read_text())
-    assert before["clients"].keys() == before["given"].keys() == {"berlin", "paris"}
+    assert before["clients"].keys() == before["given"].keys() == {"berlin", "paris"}, lines
     assert set(before["given"].values()) <= {"merged", "best", "global", "local"}
 
     code, lines = types("adopt", str(path), "--dir", str(cluster.directory))

@@ -271,8 +271,25 @@ def test_only_named_clients_get_a_plan(tmp_path: Path) -> None:
     assert {name for name, status in found.items() if status == "ok"} == {"ada", "cyd"}
 
 
-def test_names_that_nobody_has_stop_the_run_and_say_who_is_here(tmp_path: Path) -> None:
-    with pytest.raises(NotEnoughClientsError, match=r"clients = 'zoe' fits none of the clients here: ada, ben, cyd"):
+def test_a_round_waits_for_clients_that_take_part_not_for_as_many_others(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    back: list[int] = []
+
+    def away(grid: NodeGrid) -> None:
+        grid.online.discard(3)
+        back.append(grid.looks + 6)
+        grid.at[back[0]] = lambda grid: grid.online.add(3)
+
+    grid.at[2] = away  # before round 1; ada and ben stay
+    directory = run_nodes(tmp_path, grid, num_server_rounds=1, min_clients=2, clients="ada, cyd")
+    (found,) = statuses(directory)
+    assert back
+    assert grid.looks >= back[0]
+    assert {name for name, status in found.items() if status == "ok"} == {"ada", "cyd"}
+
+
+def test_names_that_nobody_has_stop_the_run_and_say_who_there_is(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughClientsError, match=r"clients = 'zoe' fits none of the run's clients: ada, ben, cyd"):
         run_nodes(tmp_path, NodeGrid(nodes()), num_server_rounds=1, clients="zoe")
 
 
