@@ -20,10 +20,11 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from httpx import HTTPStatusError
 
 from server_app.run.clients.enrolment import Enrolment
-from server_app.run.clients.participants import is_named, named
+from server_app.run.clients.participants import is_named
 from server_app.run.messages.exchange import Exchange, Make, Reply, Watch
 from server_app.run.messages.reasons import PASSING
 from server_app.run.messages.replies import MESSAGE_UNAVAILABLE, Intake
+from server_app.run.options import RunOptions
 from strategies.framework.dispatch import register_message
 from strategies.framework.exchange import Client
 
@@ -300,13 +301,23 @@ def one_reason(reasons: Mapping[str, str]) -> str:
     return "" if reason.startswith(PASSING) else reason
 
 
-def require_all(enrolment: Enrolment, fitting: int) -> None:
-    """Require that no online client was refused.
+def require_enough(enrolment: Enrolment, options: RunOptions) -> None:
+    """Require that a run can start: at least ``min-clients`` fit, one of them takes part, and nobody was refused.
+
+    With ``min-clients`` a run goes on without those that were refused; so does one that only hands out models.
 
     Raises:
         NotEnoughClientsError: the message names the refused clients, the reasons, and how to go on without them.
     """
-    if enrolment.refused:
+    fitting = sum(client.node_id != 0 for client in enrolment.clients.values())
+    if fitting < options.least:
+        raise NotEnoughClientsError(f"{fitting} of at least {options.least} clients fit. {enrolment.why_missing()}")
+    if options.is_over:
+        return
+    if not any(is_named(client_id, options.clients) for client_id in enrolment.clients):
+        who = ", ".join(sorted(enrolment.clients))
+        raise NotEnoughClientsError(f"clients = {options.clients!r} fits none of the run's clients: {who}")
+    if enrolment.refused and not options.min_clients:
         raise NotEnoughClientsError(
             f"{fitting} of {fitting + len(enrolment.refused)} sites that are online can take part; refused: "
             f"{enrolment.why_refused()}. Put that right and start again, or go on without: min-clients={fitting}"
@@ -316,20 +327,3 @@ def require_all(enrolment: Enrolment, fitting: int) -> None:
 def _pause(least: float, took: float) -> float:
     """Seconds until the next look, from the duration of the last one: a busy SuperLink is asked less often."""
     return max(least, min(took / LOOKS_SHARE, MOST_PAUSE_SECONDS))
-
-
-def taking_part(present: Sequence[Client], patterns: str, enrolment: Enrolment) -> list[Client]:
-    """Those of the clients that are here that take part.
-
-    Args:
-        present: the clients that are here.
-        patterns: the option ``clients``.
-        enrolment: has all clients of the run, some of which may be away.
-
-    Raises:
-        NotEnoughClientsError: nobody that the run has takes part.
-    """
-    if not any(is_named(client_id, patterns) for client_id in enrolment.clients):
-        who = ", ".join(sorted(enrolment.clients))
-        raise NotEnoughClientsError(f"clients = {patterns!r} fits none of the run's clients: {who}")
-    return named(present, patterns)

@@ -34,8 +34,7 @@ from server_app.run.federation import (
     NoClientError,
     NotEnoughClientsError,
     one_reason,
-    require_all,
-    taking_part,
+    require_enough,
 )
 from server_app.run.known_runs import note_run
 from server_app.run.messages.exchange import Reply
@@ -194,11 +193,7 @@ class Run:
             for who, why in found.items()
         }
         record = self.record("register", self.completed, records, started)
-        fitting = sum(client.node_id != 0 for client in self.enrolment.clients.values())
-        if fitting < (least := self.options.least):
-            raise NotEnoughClientsError(f"{fitting} of at least {least} clients fit. {self.enrolment.why_missing()}")
-        if not self.options.min_clients and not self.options.is_over:
-            require_all(self.enrolment, fitting)
+        require_enough(self.enrolment, self.options)
         if checkpoint is None:
             self._checkpoint(0, record)
 
@@ -221,7 +216,7 @@ class Run:
         """Clients that are online, newcomers among them; waits for ``min-clients`` of those that take part.
 
         Raises:
-            NotEnoughClientsError: they did not come within ``startup-timeout``, or nobody takes part (``clients``).
+            NotEnoughClientsError: they did not come within ``startup-timeout``.
         """
         self.round_now = round_
         started, next_word = time.monotonic(), 0.0
@@ -230,11 +225,12 @@ class Run:
             self.federation.present(watch)
             self.enrolment.enrol_newcomers()
             present = self.federation.present(watch)
-            wanted = present if self.options.is_over else taking_part(present, self.options.clients, self.enrolment)
-            if len(wanted) >= self.options.least:
+            wanted = present if self.options.is_over else named(present, self.options.clients)
+            least = min(self.options.least, len(self.participants))
+            if len(wanted) >= least:
                 return present
             now, here = time.monotonic(), ", ".join(client.id for client in wanted) or "nobody"
-            count = f"round {round_}: {len(wanted)} of at least {self.options.least} clients are here ({here})"
+            count = f"round {round_}: {len(wanted)} of at least {least} clients are here ({here})"
             if now - started > self.options.startup_timeout:
                 raise NotEnoughClientsError(
                     f"{count} after {self.options.startup_timeout:.0f} s (startup-timeout). Everything up to round "
@@ -249,7 +245,7 @@ class Run:
     def _round(self, round_: int) -> None:
         started = time.monotonic()
         present = self.gather(round_)
-        wanted = taking_part(present, self.options.clients, self.enrolment)
+        wanted = named(present, self.options.clients)
         everyone = self.strategy.needs_everyone(round_)
         due = wanted if everyone else self.strikes.due(round_, wanted, self.options.least)
         chosen = self._sample(round_, due)
@@ -321,7 +317,7 @@ class Run:
         started = time.monotonic()
         known = set(self.enrolment.clients)
         present = self.gather(round_)
-        wanted = taking_part(present, self.options.clients, self.enrolment)
+        wanted = named(present, self.options.clients)
         found = hand_out(self, round_, wanted, min(self.options.least, len(wanted)), known)
         self.record("deliver", round_, found.records | self._absent(present), started)
         return found

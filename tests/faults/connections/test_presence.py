@@ -288,6 +288,11 @@ def test_a_round_waits_for_clients_that_take_part_not_for_as_many_others(tmp_pat
     assert {name for name, status in found.items() if status == "ok"} == {"ada", "cyd"}
 
 
+def test_one_client_alone_takes_part_if_it_is_the_only_one_named(tmp_path: Path) -> None:
+    (found,) = statuses(run_nodes(tmp_path, NodeGrid(nodes()), num_server_rounds=1, min_clients=2, clients="cyd"))
+    assert {name for name, status in found.items() if status == "ok"} == {"cyd"}
+
+
 def test_names_that_nobody_has_stop_the_run_and_say_who_there_is(tmp_path: Path) -> None:
     with pytest.raises(NotEnoughClientsError, match=r"clients = 'zoe' fits none of the run's clients: ada, ben, cyd"):
         run_nodes(tmp_path, NodeGrid(nodes()), num_server_rounds=1, clients="zoe")
