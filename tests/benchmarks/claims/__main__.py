@@ -41,7 +41,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", default="", help="A design's name, or hub id or folder of another base model.")
     parser.add_argument("--design", default="", help="Whose clients and steps another base model gets.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--search-seeds", type=int, nargs="+", default=[100])
+    parser.add_argument("--search-seeds", type=int, nargs="+", default=[], help="Instead of the design's.")
     parser.add_argument("--tries", type=int, default=Wanted.tries, help="Settings that an arm tries, at most.")
     parser.add_argument("--dials", nargs="+", default=[])
     parser.add_argument("--arms", nargs="+", default=[])
@@ -61,7 +61,7 @@ def wanted(given: argparse.Namespace) -> Wanted:
     known = given.base in experiment.bases
     base = given.base if known else given.design or next(iter(experiment.bases))
     model = "" if known else given.base
-    if min(given.search_seeds) < 100:
+    if min(given.search_seeds, default=100) < 100:
         raise SystemExit(f"--search-seeds = {given.search_seeds}: settings are chosen on seeds from 100 on")
     if base not in experiment.bases:
         raise SystemExit(f"--design = {base!r}, expected one of: {', '.join(experiment.bases)}")

@@ -40,6 +40,8 @@ class Base:
     own_model: bool = False
     """Whether the scenarios read ``base-model``, so that the command line may name another one."""
     needs_data: bool = True
+    search_seeds: tuple[int, ...] = (100,)
+    """Seeds on which the settings of all its arms are chosen."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Wanted:
         base: name of one of its bases, which decides the design.
         model: another base model in its place: hub id or folder; empty: the design's.
         seeds: seeds that are tested.
-        search_seeds: seeds on which settings are chosen.
+        search_seeds: seeds on which settings are chosen; empty: the design's.
         dials: settings of the dial; empty: all.
         arms: names of arms; empty: all.
         more: run-config that replaces the design's.
@@ -77,7 +77,7 @@ class Wanted:
     base: str
     model: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
-    search_seeds: tuple[int, ...] = (100,)
+    search_seeds: tuple[int, ...] = ()
     dials: tuple[str, ...] = ()
     arms: tuple[str, ...] = ()
     more: tuple[tuple[str, Any], ...] = ()
@@ -167,7 +167,8 @@ class Wanted:
         """One setting on every search seed."""
         dial = self.experiment.search_dial if self.experiment.search_dial in self.design.places else ""
         dial = dial or next(iter(self.design.places))
-        return [self.job(arm, dial, seed, "validation", setting) for seed in self.search_seeds]
+        seeds = self.search_seeds or self.design.search_seeds
+        return [self.job(arm, dial, seed, "validation", setting) for seed in seeds]
 
     def test_jobs(self, lines: Sequence[Line]) -> Iterator[Job]:
         """The runs to report, seed by seed, for arms whose search is over."""

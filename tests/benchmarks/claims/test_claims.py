@@ -92,6 +92,17 @@ def test_a_search_ends_where_there_are_worse_rates_on_both_sides() -> None:
     assert len(lines) == 2 * len(losses)
 
 
+def test_with_two_search_seeds_the_better_mean_wins_not_the_better_first_seed() -> None:
+    design = replace(TOY.bases["tiny"], search_seeds=(100, 101))
+    asked = Wanted(replace(TOY, bases={"tiny": design}), "tiny", arms=("c",))
+    losses = {100: {1e-3: 0.5, 4e-3: 0.4, 0.016: 0.9}, 101: {1e-3: 0.5, 4e-3: 0.7, 0.016: 0.9}}
+    lines: list[dict[str, Any]] = []
+    while (job := asked.next_jobs(lines)[0]).split == "validation":
+        lines += lines_of(job, [losses[job.seed].get(dict(job.setting)["learning-rate"], 1.0)] * 2)
+    assert {line["seed"] for line in lines} == {100, 101}
+    assert dict(job.setting) == {"learning-rate": 1e-3}  # by seed 100 alone it is 4e-3
+
+
 def test_a_verdict_needs_three_seeds_and_an_interval_above_zero() -> None:
     asked = Wanted(TOY, "tiny")
     lines, _ = played(asked, {"m": 0.5, "c": 0.9, "all": 0.7})
