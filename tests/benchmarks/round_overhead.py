@@ -159,13 +159,18 @@ def save_examples(path: Path, splits: Mapping[str, Dataset]) -> None:
 
 @dataclass
 class Times:
-    """Rounds of one way: wall seconds, and seconds that the slowest client trained."""
+    """Rounds of one way: wall seconds, seconds that the slowest client trained, and the clients' losses at the end."""
 
     seconds: list[float]
     training: list[float]
-    loss: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
     answering: dict[str, float] = field(default_factory=dict)
     cpu: float = 0.0
+
+    @property
+    def loss(self) -> float | None:
+        """The clients' mean loss at the end; None if nothing was evaluated."""
+        return statistics.mean(self.losses.values()) if self.losses else None
 
     @property
     def overhead(self) -> list[float]:
@@ -215,7 +220,7 @@ def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, em
     if not result.exists():
         raise FailedError(f"the stock app did not finish:\n{shown}")
     found = json.loads(result.read_text())
-    return Times(found["seconds"], found["training"], found["loss"][-1] if found["loss"] else None)
+    return Times(found["seconds"], found["training"], found["losses"])
 
 
 def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, resident: bool) -> Times:
@@ -234,7 +239,7 @@ def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, re
     return Times(
         [record["seconds"] for record in trained],
         [max(answer["train_seconds"] for answer in record["clients"].values()) for record in trained],
-        statistics.mean(client["loss"] for client in summary["clients"].values()),
+        {client: metrics["loss"] for client, metrics in summary["clients"].items()},
         {
             "register": next(record["seconds"] for record in records if record["phase"] == "register"),
             "plan without training": statistics.median(a["client_seconds"] - a["train_seconds"] for a in answers),

@@ -11,15 +11,15 @@ these.
 All on one local cluster of stock SuperNodes (TLS, registered keys): the same base model (a Llama over characters with
 random weights, LoRA r=16 on all linear layers; or one of ``wire/cases.py``), data, rounds, steps, batch size and seeds.
 The stock app (``stock_app/``) sends a float32 state dict, and trains and evaluates by messages of their own, as the
-templates of ``flwr new`` do (FlowerTune's example is set not to evaluate at all). Its mean loss is Flower's, weighted
-by examples.
+templates of ``flwr new`` do (FlowerTune's example is set not to evaluate at all).
 
 ``total`` is what the kernel counted as TCP payload at the SuperLink's sockets to its SuperNodes, both directions, from
 before ``flwr run`` until it ended: TLS, gRPC, polls, heartbeats, registration, the app bundle, everything. ``bundle``
 is the part of it that is the app's own code, which Flower sends to each client once per run, whatever the number of
 rounds and the size of the model. ``tensors`` are the encoded numbers alone. ``loss`` is the clients' mean test loss of
-the last model, ``accuracy`` the share of right answers where a task has that; differences are to the same strategy at
-fp32, client by client, with a 95 % interval.
+the last model, ``accuracy`` the share of right answers where a task has that (the stock app does not count them);
+differences are to the same strategy at fp32 and to the stock app, client by client, with a 95 % interval. The stock app
+draws other batches.
 
 The last table says what Llama 3.1 8B with r=16 on all linear layers would send: the numbers of its layers in each
 encoding, times the wire bytes per tensor byte that were measured here (between two encodings, where there are two).
@@ -31,7 +31,7 @@ import argparse
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ STRATEGIES = ("fedavg", "potara", "fedmerge", "fedsa-lora")
 ENCODINGS = ("fp32", "fp16", "int8", "int4", "int2")
 QUICK = (("fedavg", "int4"), ("fedavg", "int2"), ("fedavg", "fp32"), *((name, "int4") for name in STRATEGIES[1:]))
 STOCK = "flowertune"
-console = Console(width=140)
+console = Console(width=160)
 
 
 @dataclass
@@ -144,8 +144,7 @@ def flowertune(cluster: local.LocalCluster, folder: Path, case: Case, rounds: in
     meter.begin()
     times = stock(cluster, folder, case, rounds, empty=False, seed=seed)
     up, down = meter.end()
-    losses = {} if times.loss is None else {"mean": times.loss}
-    return Sent(STOCK, seed, up, down, bundles(cluster, "stock-lora"), 0, losses)
+    return Sent(STOCK, seed, up, down, bundles(cluster, "stock-lora"), 0, times.losses)
 
 
 def alloy(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, way: tuple[str, str], seed: int) -> Sent:
@@ -211,7 +210,10 @@ def scores(found: list[Sent], way: str, of: str) -> Scores:
 
 
 def score_table(found: list[Sent], of: str = "losses") -> dict[str, dict[str, float]]:
-    """The mean loss (or accuracy), and the mean difference to the same strategy at fp32 with its interval."""
+    """The mean loss (or accuracy), and mean differences to the same strategy at fp32 and to the stock app (loss only).
+
+    Differences are over the clients and seeds that both have, with intervals.
+    """
     table: dict[str, dict[str, float]] = {}
     for way in dict.fromkeys(sent.way for sent in found):
         mine = scores(found, way, of)
@@ -222,6 +224,10 @@ def score_table(found: list[Sent], of: str = "losses") -> dict[str, dict[str, fl
         if exact and not way.endswith(" fp32"):
             interval = paired(mine, exact).mean
             table[way] |= {"more": interval.value, "low": interval.low, "high": interval.high}
+        stock_app = scores(found, STOCK, of)
+        if way != STOCK and mine.keys() & stock_app.keys():
+            interval = paired(mine, stock_app).mean
+            table[way] |= {"than_stock": interval.value, "stock_low": interval.low, "stock_high": interval.high}
     return table
 
 
@@ -262,7 +268,8 @@ def shown(found: list[Sent]) -> Table:
     """The main table."""
     table = Table(title="Both directions, all clients", title_justify="left")
     columns = ("way", "seeds", "MB up", "MB down", "of flowertune", "bundle MB", "without it")
-    for column in (*columns, "loss", "more than fp32 (95 %)", "accuracy", "more than fp32 (95 %)"):
+    more, than_stock = "more than fp32 (95 %)", "more than flowertune (95 %)"
+    for column in (*columns, "loss", more, than_stock, "accuracy", more):
         table.add_column(column, justify="left" if column == "way" else "right")
     whole, rest = ratios(found), ratios(found, "without_bundle")
     losses, accuracies = score_table(found), score_table(found, "accuracies")
@@ -276,11 +283,16 @@ def shown(found: list[Sent]) -> Table:
         ]
         cells += [f"{whole.get(way, 1):.4f}", f"{mean(sent.bundle for sent in runs) / 1e6:.2f}"]
         cells += [f"{rest.get(way, 1):.4f}"]
-        for said in (losses[way], accuracies.get(way, {})):
-            cells += [f"{said['mean']:.4f}" if said else ""]
-            cells += [f"{said['more']:+.4f} ({said['low']:+.4f} to {said['high']:+.4f})" if "more" in said else ""]
+        loss, accuracy = losses[way], accuracies.get(way, {})
+        cells += [f"{loss['mean']:.4f}", _more(loss, "more", "low", "high")]
+        cells += [_more(loss, "than_stock", "stock_low", "stock_high")]
+        cells += [f"{accuracy['mean']:.4f}" if accuracy else "", _more(accuracy, "more", "low", "high")]
         table.add_row(*cells)
     return table
+
+
+def _more(said: Mapping[str, float], mean_: str, low: str, high: str) -> str:
+    return f"{said[mean_]:+.4f} ({said[low]:+.4f} to {said[high]:+.4f})" if mean_ in said else ""
 
 
 def report_of(found: list[Sent]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Install the global adapter and evaluate it on the client's test split."""
+    """Install the global adapter and evaluate it on the client's test split: mean loss of examples or tokens."""
     import torch
     from peft import set_peft_model_state_dict
 
@@ -93,10 +93,12 @@ def evaluate(message: Message, context: Context) -> Message:
     data = load_split(folder, int(context.node_config["partition-id"]), "test")
     model.eval()
     count, at_once = len(data["labels"]), 20
-    loss = 0.0
+    loss, weights = 0.0, 0
     with torch.no_grad():
         for start in range(0, count, at_once):
             batch = {name: tensor[start : start + at_once] for name, tensor in data.items()}
-            loss += float(model(**batch).loss) * len(batch["labels"]) / count
-    metrics = {"loss": loss, "num-examples": count}
+            labels = batch["labels"]
+            weight = int((labels[:, 1:] != -100).sum()) if labels.dim() > 1 else len(labels)
+            loss, weights = loss + float(model(**batch).loss) * weight, weights + weight
+    metrics = {"loss": loss / weights, "num-examples": count, "partition-id": int(context.node_config["partition-id"])}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -17,13 +17,13 @@ app = ServerApp()
 
 
 class TimedFedAvg(FedAvg):
-    """FedAvg that notes when each round starts, how long its slowest client trained, and the loss."""
+    """FedAvg that notes when each round starts, how long its slowest client trained, and the clients' last losses."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.starts: list[float] = []
         self.training: list[float] = []
-        self.losses: list[float] = []
+        self.losses: dict[str, float] = {}
 
     def configure_train(self, *arguments: Any, **named: Any) -> Iterable[Message]:
         self.starts.append(time.monotonic())
@@ -38,10 +38,10 @@ class TimedFedAvg(FedAvg):
         return super().aggregate_train(server_round, found)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> Any:
-        found = super().aggregate_evaluate(server_round, replies)
-        if found is not None:
-            self.losses.append(float(found["loss"]))
-        return found
+        found = list(replies)
+        measured = [reply.content["metrics"] for reply in found if not reply.has_error()]
+        self.losses = {f"client-{int(metrics['partition-id'])}": float(metrics["loss"]) for metrics in measured}
+        return super().aggregate_evaluate(server_round, found)
 
 
 @app.main()
@@ -67,5 +67,5 @@ def main(grid: Grid, context: Context) -> None:
     strategy.start(grid, initial_arrays=arrays, num_rounds=int(config["rounds"]), timeout=600)
     ends = [*strategy.starts[1:], time.monotonic()]
     seconds = [end - start for start, end in zip(strategy.starts, ends, strict=True)]
-    found = {"seconds": seconds, "training": strategy.training, "loss": strategy.losses}
+    found = {"seconds": seconds, "training": strategy.training, "losses": strategy.losses}
     Path(str(config["result"])).write_text(json.dumps(found))
