@@ -156,10 +156,10 @@ def test_the_wire_is_measured_with_the_settings_that_the_search_has_chosen(
     assert [(job.arm.name, job.seed, job.split) for job in jobs] == [(n, 0, "test") for n in ("m", "c", "all")]
     assert dict(jobs[0].setting) == {"learning-rate": 0.064}
     monkeypatch.setattr(wire, "FOUND", tmp_path / "wire.jsonl")
-    sent = {"digest": jobs[0].digest, "seed": 0, "up": 2_000_000, "down": 3_500_000, "seconds": 61.2}
+    sent = {"digest": jobs[0].digest, "seed": 0, "up": 2_000_000, "down": 3_500_000, "seconds": 61.2, "clients": 2}
     resumable.append(wire.FOUND, [sent, sent | {"digest": jobs[1].digest, "clients": 1}])
     text = wire.table(asked, jobs, lines)
-    assert "| 2 | 2.00 | 3.50 | 61 |" in text, "a line without a number is about all clients"
+    assert "| 2 | 2.00 | 3.50 | 61 |" in text
     assert "| 1 | 2.00 | 3.50 | 61 |" in text
     assert text.count("|  |  |  |  |") == 1, "the third has not been measured"
 
@@ -169,8 +169,6 @@ def test_all_clients_take_the_place_of_some(tmp_path: Path, monkeypatch: pytest.
     few, every = ({"digest": "d", "seed": 0, "clients": clients} for clients in (4, 12))
     resumable.append(wire.FOUND, [every, few])
     assert wire.best_lines() == {("d", 0): every}
-    resumable.append(wire.FOUND, [{"digest": "d", "seed": 0}])
-    assert wire.best_lines() == {("d", 0): {"digest": "d", "seed": 0}}, "one that does not say it had all"
 
 
 def test_some_clients_cannot_stand_for_all_where_a_share_takes_part() -> None:

@@ -26,7 +26,6 @@ from typing import Any
 
 from tests.benchmarks.accuracy import resumable
 from tests.benchmarks.claims import found
-from tests.benchmarks.claims.designs import Place
 from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
 from tests.benchmarks.claims.tables import interval_of, mean_of, of_dial, scores
@@ -61,14 +60,9 @@ def spread(clients: Sequence[int], wanted: int) -> tuple[int, ...]:
     return tuple(clients[number * len(clients) // few] for number in range(few))
 
 
-def clients_of(line: Mapping[str, Any], place: Place) -> int:
-    """How many clients a finished run had; the first lines do not say it, and had all."""
-    return int(line.get("clients", len(place.clients)))
-
-
 def best_lines() -> dict[tuple[str, int], Mapping[str, Any]]:
-    """Finished runs by digest and seed; of two, the one with more clients, and one that had all has no number."""
-    lines = sorted(resumable.read(FOUND), key=lambda line: line.get("clients", sys.maxsize))
+    """Finished runs by digest and seed; of two, the one with more clients."""
+    lines = sorted(resumable.read(FOUND), key=lambda line: int(line["clients"]))
     return {(line["digest"], line["seed"]): line for line in lines}
 
 
@@ -86,7 +80,7 @@ def run_missing(asked: Wanted, jobs: Sequence[Job], data: Path | None, wanted: i
     members = spread(place.clients, wanted)
     if len(members) < len(place.clients) and any("fraction-clients" in dict(job.config) for job in jobs):
         raise SystemExit("--clients: a share of the clients takes part in each round here, so all of them are needed")
-    there = {key for key, line in best_lines().items() if clients_of(line, place) >= len(members)}
+    there = {key for key, line in best_lines().items() if line["clients"] >= len(members)}
     waiting = list({job.key: job for job in jobs if job.key not in there}.values())
     if not waiting:
         return
@@ -122,7 +116,7 @@ def table(asked: Wanted, jobs: Sequence[Job], lines: Sequence[found.Line]) -> st
         costs = [""] * 4
         if line is not None:
             sent_mb = [f"{line[way] / 1e6:.2f}" for way in ("up", "down")]
-            costs = [str(clients_of(line, job.place)), *sent_mb, f"{line['seconds']:.0f}"]
+            costs = [str(line["clients"]), *sent_mb, f"{line['seconds']:.0f}"]
         rows.append(f"| {' | '.join([f'`{job.arm.name}`{role}', *measured, *costs])} |")
     return "\n".join(rows)
 
