@@ -135,6 +135,9 @@ class Case:
         (folder / "facts.json").write_text(json.dumps(facts))
         return node_config
 
+    def draw(self, folder: Path, seed: int) -> None:
+        """Give the stock app the examples that FedAlloy's clients have with this seed; here it changes none."""
+
     def config(self, folder: Path) -> dict[str, Any]:
         """FedAlloy's run-config for the same work as the stock app's; ``folder`` as prepared."""
         return {
@@ -212,6 +215,7 @@ class FailedError(RuntimeError):
 
 def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, empty: bool, seed: int = 0) -> Times:
     """Rounds of the stock app."""
+    case.draw(folder, seed)
     result = folder / f"times-{'empty' if empty else 'stock'}.json"
     config = {"folder": str(folder), "result": str(result), "rounds": rounds, "clients": case.clients, "empty": empty}
     config |= case.training | {"learning-rate": case.rate, "seed": seed}

@@ -74,13 +74,20 @@ class RealCase(Case):
         return self.real.rate
 
     def prepare(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """See :class:`Case`; all examples of seed 0, padded to the longest of their split."""
+        """See :class:`Case`."""
         folder.mkdir(parents=True)
-        real, node_config, facts = self.real, {}, dict[str, Any]()
+        self.draw(folder, 0)
+        return {
+            f"client-{number}": {"partition-id": number, "num-partitions": self.real.of}
+            for number in range(self.clients)
+        }
+
+    def draw(self, folder: Path, seed: int) -> None:
+        """See :class:`Case`; all examples of a client, padded to the longest of their split."""
+        real, facts = self.real, dict[str, Any]()
         name = str(self.data / real.model) if (self.data / real.model).is_dir() else real.model
         folder_of_base = str(find_model(name, folder / ".cache").folder)
         for number in range(self.clients):
-            node_config[f"client-{number}"] = {"partition-id": number, "num-partitions": real.of}
             model = ModelSettings(
                 base_model=folder_of_base,
                 max_length=TOKENS,
@@ -89,7 +96,7 @@ class RealCase(Case):
             )
             data = DataSettings(data_root=str(self.data))
             given = Settings(
-                f"client-{number}", folder, real.scenario, number, real.of, 0, real.rank, ALPHA, 0.0, model, data
+                f"client-{number}", folder, real.scenario, number, real.of, seed, real.rank, ALPHA, 0.0, model, data
             )
             base, found = load_files(real.scenario, given)
             save_examples(folder / f"{number}.npz", {split: found.splits[split] for split in ("train", "test")})
@@ -98,7 +105,6 @@ class RealCase(Case):
                 facts["labels"] = int(base.model.get_parameter(f"{base.heads[0]}.weight").shape[0])
         facts |= {"class": real.kind, "rank": real.rank, "alpha": ALPHA, "dtype": real.dtype, "trained": real.trained}
         (folder / "facts.json").write_text(json.dumps(facts))
-        return node_config
 
     def config(self, folder: Path) -> dict[str, Any]:
         """See :class:`Case`."""
