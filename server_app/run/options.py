@@ -71,7 +71,8 @@ class RunOptions:
     """Choice of clients if ``fraction-clients`` is below 1: ``random``, ``round-robin``, or ``fastest``: those that
     have answered soonest so far, twice as many in each round until all take part."""
     clients: str = ""
-    """Comma-separated names of clients that take part, or patterns like ``site-*``. Empty: all."""
+    """Comma-separated names of clients that take part, or patterns like ``site-*``. Empty: all. A round waits until
+    ``min-clients`` of them are online, or all if they are fewer; others do not count."""
     site_mode: str = "allowed"
     """Whether clients may have their owner's own trainer (``fedalloy site serve``), so that no code of the run sees
     their data: ``allowed``, ``required`` (others are refused) or ``forbidden``."""
