@@ -51,8 +51,8 @@ class Arm:
     ``other`` is the method's second setting, which the search tries beside the first; an arm without one tries a third
     learning rate instead. ``apart`` are groups of clients (by their place in the list) that run without each other.
     ``oracle``: relevance is known from the place's groups instead of measured. ``like``: the arm whose settings it
-    takes without a search, because it trains on the examples that a search looks at. ``bases``: those on which it runs;
-    all if empty.
+    takes without a search, because it trains on the examples that a search looks at, or shows what one more setting
+    changes. ``bases``: those on which it runs; all if empty.
     """
 
     name: str

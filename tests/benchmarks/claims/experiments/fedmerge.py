@@ -8,7 +8,7 @@ from __future__ import annotations
 from tests.benchmarks.claims.designs import CONTROLS, Arm, Base, Claim, Experiment, Place
 
 _PURE, _MIXTURES = tuple(range(8)), tuple(range(8, 12))
-_FOUR = {"fedmerge.models": 4}
+_TWO, _FOUR, _EIGHT = ({"fedmerge.models": models} for models in (2, 4, 8))
 
 FEDMERGE = Experiment(
     name="fedmerge",
@@ -48,6 +48,8 @@ FEDMERGE = Experiment(
             {**_FOUR, "fedmerge.variant": "trained-a", "fedmerge.init": "jitter", "fedmerge.lr-w": 0.1},
             other={"fedmerge.lr-w": 0.5},
         ),
+        Arm("fedmerge-2", "fedmerge", _TWO, like="fedmerge", bases=("vit",)),  # fewer models than groups, and more
+        Arm("fedmerge-8", "fedmerge", _EIGHT, like="fedmerge", bases=("vit",)),
         Arm("ifca", "ifca", {"ifca.clusters": 4}, other={"ifca.clusters": 2}),
         Arm("ifca-4", "ifca", {"ifca.clusters": 4}, bases=("vit",)),  # told how many groups there are
         Arm("fedem", "fedem", {"fedem.learners": 4}, other={"fedem.learners": 2}),
