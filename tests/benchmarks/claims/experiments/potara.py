@@ -49,6 +49,13 @@ POTARA = Experiment(
     },
     arms=(
         Arm("potara", "potara", {"potara.search-points": 5}, other={"potara.damping": 0.01}),
+        Arm(  # the information of training examples, not of validation examples
+            "potara-on-training",
+            "potara",
+            {"potara.search-points": 5, "potara.calibration": "train"},
+            like="potara",
+            bases=("minilm",),
+        ),
         *CONTROLS,
     ),
     claims=(
