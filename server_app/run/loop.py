@@ -226,11 +226,10 @@ class Run:
             self.enrolment.enrol_newcomers()
             present = self.federation.present(watch)
             wanted = present if self.options.is_over else named(present, self.options.clients)
-            least = min(self.options.least, len(self.participants))
-            if len(wanted) >= least:
+            if len(wanted) >= self.options.least:
                 return present
             now, here = time.monotonic(), ", ".join(client.id for client in wanted) or "nobody"
-            count = f"round {round_}: {len(wanted)} of at least {least} clients are here ({here})"
+            count = f"round {round_}: {len(wanted)} of at least {self.options.least} clients are here ({here})"
             if now - started > self.options.startup_timeout:
                 raise NotEnoughClientsError(
                     f"{count} after {self.options.startup_timeout:.0f} s (startup-timeout). Everything up to round "
@@ -265,7 +264,7 @@ class Run:
                     f"does not count; when this is fixed, {self.directory.how_to_resume}"
                 )
             raise NotEnoughClientsError(
-                f"round {round_}: {answered} of at least {self.options.least} clients gave a usable answer; "
+                f"round {round_}: {answered} of at least {needed} clients gave a usable answer; "
                 f"see {self.directory.path / 'rounds.jsonl'}. The round does not count; to do it again, "
                 f"{self.directory.how_to_resume}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,7 @@ class RunOptions:
     have answered soonest so far, twice as many in each round until all take part."""
     clients: str = ""
     """Comma-separated names of clients that take part, or patterns like ``site-*``. Empty: all. A round waits until
-    ``min-clients`` of them are online, or all if they are fewer; others do not count."""
+    ``min-clients`` of them are online, or all if fewer are named; others count for the start only."""
     site_mode: str = "allowed"
     """Whether clients may have their owner's own trainer (``fedalloy site serve``), so that no code of the run sees
     their data: ``allowed``, ``required`` (others are refused) or ``forbidden``."""
@@ -132,7 +133,7 @@ class RunOptions:
     @property
     def least(self) -> int:
         """Least number of clients for a start, and of answers for a round."""
-        return 1 if self.is_over else self.min_clients or 2
+        return 1 if self.is_over else least_clients(self.min_clients, self.clients)
 
     def __post_init__(self) -> None:
         require_choice("strategy", self.strategy, STRATEGIES)
@@ -192,6 +193,13 @@ OPTIONS: tuple[tuple[str, type[Any]], ...] = (
     *((f"{name}.", STRATEGIES[name].Options) for name in sorted(STRATEGIES)),
 )
 """Every dataclass whose fields are run-config keys, with the keys' prefix. There are no other keys."""
+
+
+def least_clients(min_clients: int, clients: str) -> int:
+    """``min-clients``, or two if it is 0; never more than ``clients`` names, if it has no pattern."""
+    names = {name.strip() for name in clients.split(",") if name.strip()}
+    most = len(names) if names and not any(set(name) & set("*?[") for name in names) else math.inf
+    return int(min(min_clients or 2, most))
 
 
 def known_keys() -> dict[str, Any]:

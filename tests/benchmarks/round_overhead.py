@@ -215,7 +215,6 @@ class FailedError(RuntimeError):
 
 def stock(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, empty: bool, seed: int = 0) -> Times:
     """Rounds of the stock app."""
-    case.draw(folder, seed)
     result = folder / f"times-{'empty' if empty else 'stock'}.json"
     config = {"folder": str(folder), "result": str(result), "rounds": rounds, "clients": case.clients, "empty": empty}
     config |= case.training | {"learning-rate": case.rate, "seed": seed}

@@ -139,7 +139,8 @@ def bundles(cluster: local.LocalCluster, name: str) -> int:
 
 
 def flowertune(cluster: local.LocalCluster, folder: Path, case: Case, rounds: int, seed: int) -> Sent:
-    """The stock app."""
+    """The stock app, with this seed's examples."""
+    case.draw(folder, seed)
     meter = Meter(cluster.fleet_port)
     meter.begin()
     times = stock(cluster, folder, case, rounds, empty=False, seed=seed)

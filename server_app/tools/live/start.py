@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from server_app.run.options import RunOptions, plain_run_name
+from server_app.run.options import least_clients, plain_run_name
 from server_app.tools.cluster.superlink import SuperLink
 from server_app.tools.cluster.validate import check_clients, check_run_config
 from server_app.tools.demo import free_name
@@ -68,7 +68,8 @@ def checked(order: Order, console: Console) -> Iterator[str]:
             console.print(f"client {client!r}: {_brief(line)}", highlight=False, markup=False, soft_wrap=True)
         else:
             yield f"client {client!r}: {line}"
-    online, least = order.superlink.online(), int(config.get("min-clients", 0)) or RunOptions().least
+    online = order.superlink.online()
+    least = least_clients(int(config.get("min-clients", 0)), str(config.get("clients", "")))
     if online < least:
         console.print(
             f"{online} SuperNodes are online, the run waits for {least} (startup-timeout)",

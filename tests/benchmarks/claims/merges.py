@@ -53,16 +53,17 @@ def settled(directory: RunDirectory) -> dict[str, Any]:
 
 def rows(record: Mapping[str, Any], place: Place) -> Iterator[str]:
     """A heading and a row for each client."""
-    groups = place.groups or ("",) * len(place.clients)
+    names = [f"client-{number}" for number in place.clients]
+    groups = dict(zip(names, place.groups or names, strict=True))
     if round_record.RELEVANCE in record:
         yield f"relative entropy {record[round_record.ENTROPY]}"
-        for group, (client, weights) in zip(groups, record[round_record.RELEVANCE].items(), strict=True):
-            yield f"  {client:10} {group:10} " + " ".join(f"{weight:6.3f}" for weight in weights)
+        for client, weights in record[round_record.RELEVANCE].items():
+            yield f"  {client:10} {groups[client]:10} " + " ".join(f"{weight:6.3f}" for weight in weights)
         return
     yield f"  {'':10} {'':10} " + " ".join(f"{name:>10}" for name in POTARA)
-    for group, (client, shown) in zip(groups, record[round_record.WEIGHTS].items(), strict=True):
+    for client, shown in record[round_record.WEIGHTS].items():
         numbers = " ".join(f"{shown[key]:10.4g}" if key in shown else f"{'-':>10}" for key in POTARA.values())
-        yield f"  {client:10} {group:10} {numbers}"
+        yield f"  {client:10} {groups[client]:10} {numbers}"
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from client_app.scenarios import FROM_FILES, NAMES, digits_multimodal, digits_ta
 from server_app.run.options import read_run_options
 from strategies import strategy_from_run_config
 from tests.benchmarks.accuracy import resumable
-from tests.benchmarks.claims import found, wire
+from tests.benchmarks.claims import found, merges, wire
 from tests.benchmarks.claims.designs import Arm, Base, Claim, Experiment, Place
 from tests.benchmarks.claims.experiments import EXPERIMENTS
 from tests.benchmarks.claims.jobs import Job, Wanted
@@ -193,6 +193,17 @@ def test_some_of_the_clients_are_spread_over_all() -> None:
     assert wire.spread((0, 4), 9) == (0, 4)
     with pytest.raises(SystemExit, match="--clients = 0, expected at least 1"):
         wire.spread((0, 4), 0)
+
+
+def test_what_a_merge_was_made_of_has_a_row_for_each_client_that_took_part() -> None:
+    place = Place("s", (0, 10, 2), 12, "three", ("a", "b", "a"))
+    head, *found = merges.rows({"relevance": {"client-10": [0.25, 0.75]}, "entropy": 0.5}, place)
+    assert "0.5" in head
+    assert [row.split() for row in found] == [["client-10", "b", "0.250", "0.750"]]
+    shown = {"weight": 0.44, "a": 8.5e6, "b": 6.9e6}
+    head, *found = merges.rows({"weights": {"client-2": shown}}, replace(place, groups=()))
+    assert head.split() == ["weight", "searched", "federated", "local"]
+    assert [row.split() for row in found] == [["client-2", "client-2", "0.44", "-", "8.5e+06", "6.9e+06"]]
 
 
 def test_alike_clients_of_tap_are_of_one_site() -> None:

@@ -17,6 +17,7 @@ from fedalloy_adapters.wire.flower_records import PLAN_TYPE, pack, unpack
 from proto.fedalloy.v1 import plan_pb2, report_pb2
 from server_app.run.clients import client_status
 from server_app.run.federation import PAUSES, NotEnoughClientsError
+from server_app.run.options import RunOptions
 from server_app.run.run_directory import RunDirectory, RunDirectoryError
 from tests.faults.nodes import NodeGrid, nodes, run_nodes, statuses
 from tests.faults.reports import LAYOUT
@@ -286,6 +287,31 @@ def test_a_round_waits_for_clients_that_take_part_not_for_as_many_others(tmp_pat
     assert back
     assert grid.looks >= back[0]
     assert {name for name, status in found.items() if status == "ok"} == {"ada", "cyd"}
+
+
+@pytest.mark.parametrize(
+    ("min_clients", "clients", "least"),
+    [(0, "", 2), (5, "", 5), (0, "a", 1), (5, "a, b,a,", 2), (1, "a,b,c", 1), (0, "site-*", 2), (3, "a, site-?", 3)],
+)
+def test_no_more_clients_are_needed_than_are_named(min_clients: int, clients: str, least: int) -> None:
+    assert RunOptions(min_clients=min_clients, clients=clients).least == least
+    assert RunOptions(min_clients=min_clients, clients=clients, resume="r", deliver="all").least == 1
+
+
+def test_a_named_client_that_comes_after_the_start_is_waited_for(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    grid.online = {1, 2}  # ada and ben; nobody knows cyd yet
+    grid.at[8] = lambda grid: grid.online.add(3)
+    (found,) = statuses(run_nodes(tmp_path, grid, num_server_rounds=1, min_clients=2, clients="ada, cyd"))
+    assert grid.looks >= 8
+    assert {name for name, status in found.items() if status == "ok"} == {"ada", "cyd"}
+
+
+def test_a_run_of_one_named_client_starts_without_others(tmp_path: Path) -> None:
+    grid = NodeGrid(nodes())
+    grid.online = {3}
+    (found,) = statuses(run_nodes(tmp_path, grid, num_server_rounds=1, clients="cyd"))
+    assert found == {"cyd": "ok"}
 
 
 def test_one_client_alone_takes_part_if_it_is_the_only_one_named(tmp_path: Path) -> None:
